@@ -1,0 +1,191 @@
+"""What a run shows and leaves behind while it goes: metrics.jsonl, the report, one progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+if TYPE_CHECKING:
+    from .trainer import DPOTrainer
+
+METRICS = "metrics.jsonl"
+
+
+class LogAtTheEnd(TrainerCallback):
+    """Log, and evaluate if the run evaluates by steps, after the last step, whatever the intervals."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            if args.eval_strategy == IntervalStrategy.STEPS:
+                control.should_evaluate = True
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log to `output_dir/metrics.jsonl`, one JSON object a line.
+
+    A fresh run starts the file anew; a resumed one drops the lines after its checkpoint, which will be written again.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / METRICS
+        kept = (
+            [record for record in read_metrics(path) if record["step"] <= state.global_step]
+            if state.global_step
+            else []
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        with (Path(args.output_dir) / METRICS).open("a", encoding="utf-8") as file:
+            file.write(_line({"step": state.global_step, **logs}))
+
+
+def _line(record: dict[str, Any]) -> str:
+    # JSON knows no NaN; null keeps the file readable everywhere and still shows that something happened.
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; none if there is no file. A line cut short by a kill is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+class ReportFile(TrainerCallback):
+    """Write `report.html` at checkpoints and, with `summary.json`, when training ends."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+        self.ended = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.ended = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step < state.max_steps:  # otherwise the end is near and writes it anyway
+            self.trainer.write_report(finished=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.ended = True
+        self.trainer.write_report(finished=True)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.ended:
+            self.trainer.write_report(finished=True)
+
+
+class ProgressLine(TrainerCallback):
+    """One line on a terminal, rewritten as training goes on; elsewhere only evaluations and the end are printed.
+
+    Args:
+        stream: where to print; standard error if not given.
+        live: rewrite the line; if not given, whether the stream is a terminal.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, live: bool | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = live if live is not None else self.stream.isatty()
+        self.shown: dict[str, float] = {}
+        self.began, self.first_step, self.width = 0.0, 0, 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began, self.first_step, self.shown = time.monotonic(), state.global_step, {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.live and state.is_world_process_zero:
+            self._show(self.line(state))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self.shown = logs
+            if self.live:
+                self._show(self.line(state))
+        elif any(name.startswith("eval") and name.endswith("_loss") for name in logs):
+            self._print(f"step {state.global_step:>5}  {evaluation_text(logs)}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and self.shown:
+            self._print(
+                f"step {state.global_step:>5}  trained in {_clock(time.monotonic() - self.began)}: {_figures(self.shown)}"
+            )
+
+    def line(self, state: TrainerState) -> str:
+        """Step, share done, the last logged figures and the time left."""
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step) if done else 0.0
+        percent = 100 * state.global_step // max(state.max_steps, 1)
+        return f"step {state.global_step}/{state.max_steps} {percent:>3}%  {_figures(self.shown)}  {_clock(left)} left"
+
+    def _show(self, text: str) -> None:
+        self.stream.write("\r" + text.ljust(self.width))
+        self.stream.flush()
+        self.width = len(text)
+
+    def _print(self, text: str) -> None:
+        lead = "\r" if self.live else ""
+        self.stream.write(lead + text.ljust(self.width if self.live else 0) + "\n")
+        self.stream.flush()
+        self.width = 0
+
+
+def evaluation_text(logs: dict[str, Any]) -> str:
+    """An evaluation in a line: its name, loss, accuracy, margin, KL."""
+    prefix = next(name for name in logs if name.endswith("_loss"))[: -len("_loss")]
+    return f"{prefix}: " + _figures(
+        {name[len(prefix) + 1 :]: value for name, value in logs.items() if name.startswith(prefix)}
+    )
+
+
+def _figures(logs: dict[str, Any]) -> str:
+    shown = (
+        ("loss", "loss {:.4f}"),
+        ("rewards/accuracies", "acc {:.0%}"),
+        ("rewards/margins", "margin {:.3f}"),
+        ("kl", "kl {:.4f}"),
+        ("tokens_per_second", "{:,.0f} tok/s"),
+    )
+    return "  ".join(text.format(logs[name]) for name, text in shown if logs.get(name) is not None)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,453 @@
+"""`dpo-train`: a preference file and a model in, an aligned model and a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import logging
+import re
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
+
+USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
+
+# Keys of a run besides the fields of DPOConfig.
+RUN_KEYS = {
+    "model": "The model to train: a folder, a hub name or a .gguf file.",
+    "ref_model": "The reference, where it is not the model as it starts: a folder, a hub name or a .gguf file.",
+    "train_data": "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected.",
+    "eval_data": "Held-out pairs in the same form; evaluated before the first and after the last step, at least.",
+    "output_dir": "Folder for the model, checkpoints, metrics.jsonl, summary.json and report.html.",
+    "lora": "Train a LoRA adapter instead of the whole model: fields of peft's LoraConfig, e.g. --lora.r 16 --lora.lora_alpha 32.",
+}
+REQUIRED = ("model", "train_data", "output_dir")
+SWITCHES = {
+    "--resume": "Go on from the last checkpoint in output_dir.",
+    "--overwrite": "Throw away the run that output_dir holds.",
+    "--quiet": "Print nothing but errors.",
+    "--help": "Show this text.",
+    "--help-all": "Also list the settings inherited from transformers.TrainingArguments.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 after one line about what the user gave, or 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or "--help" in arguments or "-h" in arguments or "--help-all" in arguments:
+        print(help_text(everything="--help-all" in arguments))
+        return 0
+    try:
+        run(arguments)
+    except UsageError as error:
+        print(f"dpo-train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndpo-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Read the settings, check everything that can be checked, then train.
+
+    Raises:
+        UsageError: in one line, before anything is written.
+    """
+    settings, switches = read_settings(arguments)
+    quiet = "--quiet" in switches
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("accelerate", "datasets", "httpx", "huggingface_hub", "matplotlib", "torch"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+    output_dir = Path(str(settings["output_dir"])).expanduser()
+    checkpoint = check_output(output_dir, resume="--resume" in switches, overwrite="--overwrite" in switches)
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    from .config import DPOConfig
+    from .data import load_pairs
+    from .model import load_model, load_tokenizer
+    from .trainer import DPOTrainer
+
+    fields = {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
+    fields.setdefault("log_level", "error")
+    if settings.get("eval_data") is not None:
+        fields.setdefault("eval_strategy", "steps")
+        fields.setdefault("eval_on_start", checkpoint is None)
+    if quiet:
+        fields["disable_tqdm"] = True
+    try:
+        config = DPOConfig(**fields)
+    except UsageError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise ConfigError(first_line(error)) from error
+    if checkpoint is None and config.resume_from_checkpoint:
+        checkpoint = _given_checkpoint(config.resume_from_checkpoint)
+    peft_config = lora_config(settings["lora"]) if settings.get("lora") is not None else None
+
+    train_data = load_pairs(settings["train_data"])
+    eval_data = load_pairs(settings["eval_data"]) if settings.get("eval_data") is not None else None
+    tokenizer = load_tokenizer(settings["model"])
+    init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
+    model = load_model(settings["model"], **init_kwargs)
+    trainer = DPOTrainer(
+        model,
+        settings.get("ref_model"),
+        args=config,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    if not quiet:
+        for account in trainer.accounts:
+            if not account.dropped:  # the trainer has told about the others
+                print(account.describe(), file=sys.stderr)
+    if "--overwrite" in switches:
+        clear_run(output_dir)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer.save_model()
+    if not quiet:
+        print(f"model and report.html are in {output_dir}", file=sys.stderr)
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """Merge the YAML file and the command line into checked settings; also returns the switches given.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, an unreadable file.
+    """
+    settings: dict[str, Any] = {}
+    switches: set[str] = set()
+    rest = list(arguments)
+    if rest and not rest[0].startswith("-"):
+        settings = read_yaml(rest.pop(0))
+    hints = _hints()
+    while rest:
+        word = rest.pop(0)
+        if word in SWITCHES:
+            switches.add(word)
+            continue
+        if not word.startswith("--"):
+            raise ConfigError(f"'{word}': expected --key value (usage: {USAGE})")
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            if rest and not re.match(r"--[a-zA-Z]", rest[0]):
+                text = rest.pop(0)
+            elif hints.get(key.split(".")[0]) is bool:
+                text = "true"
+            else:
+                raise ConfigError(f"--{key}: a value is missing")
+        _set(settings, key, _parse(text))
+    for key in list(settings):
+        settings[key] = check_setting(key, settings[key], hints)
+    for key in REQUIRED:
+        if settings.get(key) is None:
+            raise ConfigError(f"{key}: not given; {RUN_KEYS[key][0].lower()}{RUN_KEYS[key][1:]}")
+    return settings, switches
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The top-level mapping of a YAML file. Raises ConfigError naming file and line."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(value).__name__}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _set(settings: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place = settings
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--{key}: '{parent}' is already set to {inner!r}")
+        place = inner
+    place[last] = value
+
+
+def _hints() -> dict[str, Any]:
+    """Type of every key that may be set."""
+    from .config import DPOConfig
+
+    types_of = typing.get_type_hints(DPOConfig)
+    fields = {item.name: types_of[item.name] for item in dataclasses.fields(DPOConfig) if item.init}
+    return {**fields, **dict.fromkeys(RUN_KEYS, str), "lora": dict[str, Any]}
+
+
+def check_setting(key: str, value: Any, hints: dict[str, Any]) -> Any:
+    """The value in the type that the key wants. Raises ConfigError for an unknown key or a value that does not fit."""
+    if key not in hints:
+        raise ConfigError(f"unknown setting '{key}'{did_you_mean(key, hints)}")
+    fitted, fits = _fit(value, hints[key])
+    if not fits:
+        raise ConfigError(f"{key}: expected {_describe(hints[key])}, got {value!r}")
+    return fitted
+
+
+def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
+    """(value in the hinted type, whether it fits). YAML reads 1e-5 as text: numbers may come as text."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        choices = typing.get_args(hint)
+        # The exact type wins over a conversion, and text, which takes anything, comes last.
+        for choice in sorted(choices, key=lambda choice: (type(value) is not choice, choice is str)):
+            fitted, fits = _fit(value, choice)
+            if fits:
+                return fitted, True
+        return value, False
+    if hint is Any:
+        return value, True
+    if hint is type(None):
+        return value, value is None
+    if origin is typing.Literal:
+        return value, value in typing.get_args(hint)
+    if hint is bool:
+        return value, isinstance(value, bool)
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return value, False
+        try:
+            number = float(value)
+        except ValueError:
+            return value, False
+        return (int(number), True) if number.is_integer() else (value, False)
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return value, False
+        try:
+            return float(value), True
+        except ValueError:
+            return value, False
+    if hint is str:
+        simple = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        return (str(value), True) if simple else (value, False)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value, value in [member.value for member in hint]
+    if hint is list or origin is list:
+        inner = (typing.get_args(hint) or (Any,))[0]
+        items = value if isinstance(value, list) else [value]
+        if value is None or isinstance(value, dict):
+            return value, False
+        pairs = [_fit(item, inner) for item in items]
+        return [item for item, _ in pairs], all(fits for _, fits in pairs)
+    if hint is dict or origin is dict:
+        return value, isinstance(value, dict)
+    return value, False
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        choices = typing.get_args(hint)
+        enums = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, enum.Enum)]
+        shown = enums or [choice for choice in choices if choice is not type(None)]
+        words = list(dict.fromkeys(_describe(choice) for choice in shown))
+        return " or ".join(words + (["null"] if type(None) in choices else []))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if hint is list or origin is list:
+        return f"a list of {_describe((typing.get_args(hint) or (Any,))[0])}"
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        dict: "a mapping",
+        Any: "anything",
+    }
+    return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
+
+
+def lora_config(values: dict[str, Any]) -> Any:
+    """peft's LoraConfig from the `lora` mapping. Raises ConfigError for keys and values it does not take."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError("lora: needs the package 'peft', which is not installed") from error
+    known = {item.name for item in dataclasses.fields(LoraConfig)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown setting 'lora.{key}'{did_you_mean(key, known)}")
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lora: {first_line(error)}") from error
+
+
+# --- the output folder ---------------------------------------------------------------------------------------------
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """Whether a run may use the folder; returns the checkpoint to resume from, if asked to.
+
+    Raises:
+        OutputError: it holds a run and neither --resume nor --overwrite was given, or there is nothing to resume.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output_dir '{folder}': is a file")
+    checkpoints = _checkpoints(folder)
+    if resume:
+        if not checkpoints:
+            raise OutputError(f"output_dir '{folder}': holds no checkpoint to resume from")
+        return checkpoints[-1]
+    if overwrite:
+        return None
+    if (folder / "summary.json").exists():
+        raise OutputError(f"output_dir '{folder}': holds a finished run; choose another folder, or --overwrite it")
+    if checkpoints:
+        raise OutputError(
+            f"output_dir '{folder}': holds an unfinished run (last checkpoint: {checkpoints[-1].name}); --resume or --overwrite it"
+        )
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).exists():
+            raise OutputError(f"output_dir '{folder}': holds a model; choose another folder, or --overwrite it")
+    return None
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run left: checkpoints, metrics, summary, report. Nothing else is touched."""
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    for name in ("metrics.jsonl", "summary.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that are whole, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    whole = [path for path in found if (path / "trainer_state.json").exists()]
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _given_checkpoint(path: str) -> Path:
+    if not (Path(path) / "trainer_state.json").exists():
+        raise OutputError(f"resume_from_checkpoint '{path}': not a checkpoint")
+    return Path(path)
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+def help_text(*, everything: bool = False) -> str:
+    """The text of --help."""
+    import textwrap
+
+    from .config import DPOConfig, own_fields
+
+    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
+
+    def entry(name: str, text: str) -> str:
+        return textwrap.fill(
+            " ".join(text.split()),
+            width,
+            initial_indent=f"  {name:<26} ",
+            subsequent_indent=" " * 29,
+            break_on_hyphens=False,
+        )
+
+    def setting(item: Any) -> str:
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        default = getattr(default, "value", default)
+        shown = "" if default is None else f" [{json.dumps(default, default=str)}]"
+        return entry(item.name, f"{item.metadata.get('help', '')}{shown}")
+
+    own = own_fields()
+    common = [
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "bf16",
+        "eval_strategy",
+        "eval_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "seed",
+    ]
+    inherited = [
+        item
+        for item in dataclasses.fields(DPOConfig)
+        if item.init and item.name not in {own_item.name for own_item in own}
+    ]
+    parts = [
+        f"usage: {USAGE}",
+        "Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML file and\n"
+        "from the command line, which wins; nested ones are written with dots. Example:",
+        "  dpo-train --model ./SmolLM2-135M-Instruct --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6",
+        "\n".join(["Run:", *(entry(key, text) for key, text in RUN_KEYS.items())]),
+        "\n".join(["Settings [default]:", *(setting(item) for item in own)]),
+    ]
+    if everything:
+        parts.append(
+            "\n".join(["Settings of transformers.TrainingArguments [default]:", *(setting(item) for item in inherited)])
+        )
+    else:
+        picked = {item.name: item for item in inherited}
+        parts.append(
+            "\n".join(
+                [
+                    "Of the settings of transformers.TrainingArguments, all of which may be given (--help-all lists them):",
+                    *(entry(name, _short(picked[name])) for name in common if name in picked),
+                ]
+            )
+        )
+    parts.append("\n".join(["Switches:", *(entry(name, text) for name, text in SWITCHES.items())]))
+    return "\n\n".join(parts)
+
+
+def _short(item: Any) -> str:
+    text = " ".join(str(item.metadata.get("help", "")).split())
+    default = getattr(item.default, "value", item.default)
+    head = re.split(r"(?<=[.;])\s", text)[0]
+    return head + ("" if default is None else f" [{default}]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

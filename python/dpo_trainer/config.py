@@ -1,0 +1,181 @@
+"""DPOConfig: every setting of a run, with its help text, its default and the checks that need no data."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from dpo_kernels import STATISTICS
+from dpo_kernels.objectives import OBJECTIVES, check_smoothing
+
+from .errors import ConfigError, did_you_mean
+
+TRUNCATION_MODES = ("keep_end", "keep_start")
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Settings of a DPO run: those of `transformers.TrainingArguments` and the ones below.
+
+    Names are TRL's where TRL has the setting. Some defaults of TrainingArguments are changed to what preference
+    training wants (see the fields); `label_smoothing` here is DPO's, `label_smoothing_factor` has no effect.
+
+    Raises:
+        ConfigError: a value is out of range or unknown; the message lists what is known.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Defaults that differ from TrainingArguments.
+    learning_rate: float = field(
+        default=1e-6,
+        metadata={"help": "Peak learning rate of AdamW. Try 5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA."},
+    )
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "Passes over the training pairs. More than one to three memorises them."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many optimizer steps; a fraction below 1 is of the run."}
+    )
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Also log the first step, whose loss must be log 2."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses from the log. Off: a NaN should be seen."}
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Trackers to write to besides the run's own files, e.g. 'tensorboard'."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the collator chooses its columns."}
+    )
+
+    # The objective.
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Strength of the pull towards the reference: rewards are beta * (log-prob - reference)."},
+    )
+    loss_type: str | list[str] = field(
+        default="sigmoid", metadata={"help": "The objective, or a list of objectives to mix. 'sigmoid' is DPO."}
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight for each objective of loss_type; equal weights of 1 if not given."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of pairs assumed to be labelled the wrong way round, e.g. 0.1."}
+    )
+
+    # The data.
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens of prompt + completion; longer ones are cut. None: no limit."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of the prompt. None: only max_length counts."}
+    )
+    truncation_mode: str = field(
+        default="keep_end",
+        metadata={"help": "'keep_end' drops the start of a too long prompt, 'keep_start' the end of the completion."},
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the padded length of a batch up to a multiple of this."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenise with."})
+
+    # The models.
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the reference's log-probabilities once before training, then drop the reference: "
+            "half the memory and faster steps, but no KL in the log."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs a batch while precomputing; the evaluation batch size if not given."}
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Set all dropout (LoRA's too) to 0, so that policy and reference agree at the start."},
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given as a path."}
+    )
+
+    # The kernels, and what is watched.
+    statistics: list[str] = field(
+        default_factory=lambda: ["entropy", "kl", "accuracy"],
+        metadata={
+            "help": "Statistics of the completion tokens to log: entropy, kl (exact, from the reference; needs the reference's "
+            "logits in the step), accuracy (as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected)."
+        },
+    )
+    backend: str | None = field(
+        default=None, metadata={"help": "Kernels to use: eager, cpu, triton or cuda. None: the best for the device."}
+    )
+    write_report: bool = field(
+        default=True, metadata={"help": "Write report.html into output_dir at checkpoints and at the end."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_dpo_fields()
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
+
+    def _check_dpo_fields(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ConfigError(f"beta: must be a positive number, got {self.beta}")
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        if not names:
+            raise ConfigError("loss_type: at least one objective is needed")
+        for name in names:
+            if name not in OBJECTIVES:
+                raise ConfigError(
+                    f"loss_type: unknown objective '{name}'{did_you_mean(name, OBJECTIVES)}; known are {', '.join(OBJECTIVES)}"
+                )
+            try:
+                check_smoothing(name, self.label_smoothing)
+            except ValueError as error:
+                raise ConfigError(f"label_smoothing: {error}") from error
+        if self.loss_weights is not None and len(self.loss_weights) != len(names):
+            raise ConfigError(
+                f"loss_weights: {len(self.loss_weights)} weights for {len(names)} objectives in loss_type"
+            )
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ConfigError(
+                f"truncation_mode: unknown '{self.truncation_mode}'; known are {', '.join(TRUNCATION_MODES)}"
+            )
+        for name, least in (
+            ("max_length", 2),
+            ("max_prompt_length", 1),
+            ("pad_to_multiple_of", 1),
+            ("dataset_num_proc", 1),
+            ("precompute_ref_batch_size", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: must be at least {least}, got {value}")
+        if (
+            self.max_length is not None
+            and self.max_prompt_length is not None
+            and self.max_prompt_length >= self.max_length
+        ):
+            raise ConfigError(
+                f"max_prompt_length: {self.max_prompt_length} leaves no room for a completion within max_length {self.max_length}"
+            )
+        for name in self.statistics:
+            if name not in STATISTICS:
+                raise ConfigError(
+                    f"statistics: unknown '{name}'{did_you_mean(name, STATISTICS)}; known are {', '.join(STATISTICS)}"
+                )
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ConfigError(
+                f"backend: unknown '{self.backend}'{did_you_mean(self.backend, BACKENDS)}; known are {', '.join(BACKENDS)}"
+            )
+
+
+def own_fields() -> list[Any]:
+    """The dataclass fields that DPOConfig adds to, or changes in, TrainingArguments, in order."""
+    return [item for item in dataclasses.fields(DPOConfig) if item.name in DPOConfig.__annotations__]

@@ -1,0 +1,237 @@
+"""A causal language model as backbone and head, so that only the tokens that are scored meet the vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError, first_line
+
+logger = logging.getLogger("dpo_trainer")
+
+Batch = Mapping[str, Tensor]
+
+
+class SplitModel:
+    """Logits of a batch's scored tokens, `[N, V]` packed, by backbone -> selection -> head.
+
+    Prompts, padding and last tokens are dropped between backbone and head: projecting them onto the vocabulary
+    would be the most expensive useless work of a step. The head is called as a module, so tied weights, biases, LoRA
+    on the head and distributed hooks keep working.
+
+    What the model does after its head (softcap, scale) is read from its config and left to the kernels: `logit_scale`
+    and `logit_softcap` go to `dpo_loss`. `verify` compares with the model's own answer, since other models do
+    other things; where they differ, `split` becomes False and the whole logits are computed and selected from.
+
+    Args:
+        model: a `transformers` causal language model or a peft model around one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.backbone = _backbone(base)
+        self.head: nn.Module | None = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self.split = self.backbone is not None and self.head is not None
+        self._scale, self._softcap = _after_head(base.config)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor still to be applied to `packed_logits`."""
+        return self._scale if self.split else 1.0
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Softcap still to be applied to `packed_logits`, after the scale."""
+        return self._softcap if self.split else None
+
+    def packed_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
+        assert self.backbone is not None
+        output = self.backbone(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, return_dict=True
+        )
+        return output.last_hidden_state.flatten(0, 1).index_select(0, batch["positions"])
+
+    def packed_logits(self, batch: Batch) -> Tensor:
+        """Logits `[N, V]` at the batch's `positions`, before `logit_scale` and `logit_softcap`."""
+        if self.split:
+            assert self.head is not None
+            return self.head(self.packed_hidden(batch))
+        output = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, return_dict=True
+        )
+        return output.logits.flatten(0, 1).index_select(0, batch["positions"])
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Apply the remaining scale and softcap to `packed_logits`, for callers that do not leave them to the kernels."""
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
+
+    @torch.no_grad()
+    def verify(self, batch: Batch) -> bool:
+        """Compare split and whole logits on a small batch; fall back to whole ones, with a warning, if they differ.
+
+        The hidden states of both ways are the same numbers, so only the rounding of one matrix product may differ:
+        the tolerance is a few units in the last place of the largest logit.
+
+        Returns:
+            whether the split is used.
+        """
+        if not self.split:
+            logger.warning("%s: no separable head found; computing the logits of all tokens", type(self.model).__name__)
+            return False
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            logits = self.packed_logits(batch)
+            precision = torch.finfo(logits.dtype).eps
+            values = self.finish(logits.double())
+            self.split = False
+            whole = self.packed_logits(batch).double()
+        finally:
+            self.model.train(was_training)
+        if values.shape == whole.shape:
+            error = (values - whole).abs().max().item()
+            limit = max(4 * precision, 1e-4) * max(whole.abs().max().item(), 1e-30)
+            self.split = error <= limit
+            reason = f"differ by {error:.2g} (limit {limit:.2g})"
+        else:
+            reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
+        if not self.split:
+            logger.warning(
+                "%s: head(backbone(x)) and the model's own logits %s; computing the logits of all tokens, which is slower",
+                type(self.model).__name__,
+                reason,
+            )
+        return self.split
+
+
+def _backbone(base: nn.Module) -> nn.Module | None:
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    if decoder is None or decoder is base:
+        decoder = getattr(base, "base_model", None)
+    return decoder if isinstance(decoder, nn.Module) and decoder is not base else None
+
+
+def _after_head(config: Any) -> tuple[float, float | None]:
+    """(scale, softcap) that the model applies to its logits, by the names its config uses for them."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    if isinstance(value := getattr(config, "logit_scale", None), (int, float)):  # Cohere
+        scale = float(value)
+    elif isinstance(value := getattr(config, "logits_scaling", None), (int, float)):  # Granite divides
+        scale = 1.0 / float(value)
+    elif isinstance(value := getattr(config, "lm_head_multiplier", None), (int, float)):  # Falcon-H1
+        scale = float(value)
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return scale, float(softcap) if softcap else None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in the model to 0, also where attention keeps it as a plain number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def call_through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function(*args)` as the forward of `module` inside `wrapper`, its distributed wrapper.
+
+    DDP and FSDP prepare gradients and shards in hooks around the wrapper's forward. Calling parts of the
+    module beside it would skip them, silently.
+    """
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = own
+
+    def forward(*inner: Any, **_: Any) -> Any:
+        restore()
+        return function(*inner)
+
+    module.forward = forward  # type: ignore[assignment]
+    try:
+        return wrapper(*args)
+    finally:
+        restore()
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_model(path: str | Path, **kwargs: Any) -> Any:
+    """Load a causal language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
+
+    float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
+    A .gguf file is dequantised by transformers and freed of the marks that would keep it from being trained and saved.
+
+    Raises:
+        ModelError: the path does not exist or cannot be read as a model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, extra = _source(path, "model")
+    kwargs = {"dtype": torch.float32, **extra, **kwargs}
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        dtype = getattr(torch, kwargs["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(f"model_init_kwargs: unknown dtype '{kwargs['dtype']}'")
+        kwargs["dtype"] = dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model '{path}': cannot be loaded ({first_line(error)})") from error
+    if extra:
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer that belongs to a model folder, hub name or .gguf file.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder, extra = _source(path, "model")
+    try:
+        return AutoTokenizer.from_pretrained(folder, **extra)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model '{path}': its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def _source(path: str | Path, what: str) -> tuple[str, dict[str, str]]:
+    """Arguments of from_pretrained for a folder, a .gguf file or a hub name."""
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ModelError(f"{what} '{path}': no such file")
+        return str(local.parent), {"gguf_file": local.name}
+    if local.is_dir():
+        if not any((local / name).exists() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
+            raise ModelError(f"{what} '{path}': the folder holds no model (no config.json)")
+        return str(local), {}
+    # A hub name is 'name' or 'owner/name' and not something that exists here.
+    if local.exists() or local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
+        raise ModelError(
+            f"{what} '{path}': no such folder" if not local.exists() else f"{what} '{path}': not a folder or .gguf file"
+        )
+    return str(path), {}

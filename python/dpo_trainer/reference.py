@@ -1,0 +1,97 @@
+"""Where the reference's log-probabilities come from: a frozen model, the policy without its adapter, or computed beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import Batch, SplitModel
+
+logger = logging.getLogger("dpo_trainer")
+
+
+class FrozenReference:
+    """A second model that never changes; the exact KL can be computed against its logits.
+
+    Args:
+        model: the reference. It is put into evaluation mode and needs no gradient from here on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.split = SplitModel(model.eval().requires_grad_(False))
+
+    @classmethod
+    def copy_of(cls, model: nn.Module) -> FrozenReference:
+        """The model as it is now: the usual reference of DPO."""
+        return cls(copy.deepcopy(model))
+
+    @torch.no_grad()
+    def packed_logits(self, batch: Batch) -> Tensor:
+        """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
+        return self.split.packed_logits(batch)
+
+
+class AdapterOffReference:
+    """The policy with its peft adapter switched off: no second copy of the weights.
+
+    Args:
+        policy: the split of a peft model.
+    """
+
+    def __init__(self, policy: SplitModel) -> None:
+        self.split = policy
+
+    @torch.no_grad()
+    def packed_logits(self, batch: Batch) -> Tensor:
+        """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
+        model: Any = self.split.model
+        was_training = model.training
+        model.eval()
+        try:
+            with model.disable_adapter():
+                return self.split.packed_logits(batch)
+        finally:
+            model.train(was_training)
+
+
+def reference_logps(
+    packed_logits: Callable[[Batch], Tensor],
+    split: SplitModel,
+    dataset: Any,
+    collate: Callable[[list[dict[str, Any]]], Batch],
+    *,
+    batch_size: int,
+    device: torch.device,
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+) -> tuple[list[float], list[float]]:
+    """Summed log-probabilities of all chosen and all rejected completions, in the dataset's order.
+
+    Rows are visited sorted by length, so that batches carry little padding; a row's result does not depend on its
+    neighbours beyond the rounding of matrix products.
+    """
+    from dpo_kernels import sequence_logps
+
+    lengths = dataset["length"]
+    order = sorted(range(len(dataset)), key=lambda index: lengths[index])
+    chosen, rejected = [0.0] * len(dataset), [0.0] * len(dataset)
+    for start in progress(range(0, len(order), batch_size)):
+        indices = order[start : start + batch_size]
+        batch = {name: value.to(device) for name, value in collate([dataset[index] for index in indices]).items()}
+        with torch.no_grad(), context():
+            sums = sequence_logps(
+                packed_logits(batch),
+                batch["labels"],
+                cu_seqlens=batch["cu_seqlens"],
+                logit_scale=split.logit_scale,
+                logit_softcap=split.logit_softcap,
+            ).tolist()
+        for row, index in enumerate(indices):
+            chosen[index], rejected[index] = sums[row], sums[row + len(indices)]
+    return chosen, rejected

@@ -1,0 +1,449 @@
+"""DPOTrainer: `transformers.Trainer` with preference data, a reference model and the fused loss."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dpo_kernels import DPOOutput, dpo_loss, use_backend
+
+from . import report
+from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
+from .collator import PairCollator
+from .config import DPOConfig
+from .data import REFERENCE, Account, prepare_dataset
+from .errors import ConfigError, DataError, ModelError
+from .metrics import MetricWindow
+from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
+from .reference import AdapterOffReference, FrozenReference, reference_logps
+
+logger = logging.getLogger("dpo_trainer")
+
+
+class DPOTrainer(Trainer):
+    """Trains a causal language model on preference pairs with Direct Preference Optimization (arXiv:2305.18290).
+
+    Batches, checkpoints, resuming, schedules, trackers and distribution are those of `transformers.Trainer`.
+    This class adds the data, the reference, the loss, metrics that weigh every pair the same, and the run's files in
+    `output_dir`: `metrics.jsonl`, `summary.json`, `report.html`.
+
+    Args:
+        model: a causal language model, a peft model, or a path for `load_model`.
+        ref_model: the reference: a model or a path. None: the model as it is now (a frozen copy, or nothing at all with
+            `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off.
+        args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
+        train_dataset: rows with `prompt`, `chosen`, `rejected` (text or chat messages), optional `weight` (confidence
+            in the pair), optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference): a
+            `datasets.Dataset` or a list.
+        eval_dataset: the same, or a dict of several.
+        processing_class: the tokenizer; loaded from the model's folder if not given.
+        data_collator: a PairCollator of your own making.
+        peft_config: a peft config; the model is wrapped in an adapter of this kind.
+        compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. `predict` and
+            compute_metrics see rewards `[rows, 2]` (chosen, rejected).
+
+    Raises:
+        ConfigError, DataError, ModelError: ValueErrors of one line that say what is wrong and where.
+    """
+
+    # Read by transformers: our loss is already a mean over the accumulated batch, not over a micro-batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | nn.Module,
+        ref_model: str | Path | PreTrainedModel | nn.Module | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], Batch] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        args = args if args is not None else DPOConfig(output_dir="dpo_output")
+        if not isinstance(args, DPOConfig):
+            raise ConfigError(f"args: expected a DPOConfig, got {type(args).__name__}")
+        if isinstance(model, (str, Path)):
+            processing_class = processing_class if processing_class is not None else load_tokenizer(model)
+            model = load_model(model, **_kwargs(args.model_init_kwargs))
+        if isinstance(ref_model, (str, Path)):
+            ref_model = load_model(ref_model, **_kwargs(args.model_init_kwargs))
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ModelError(
+                f"model: {type(model).__name__} is an encoder-decoder; only causal language models are supported"
+            )
+        if ref_model is model:
+            raise ModelError("ref_model: is the model itself, which would move with it; pass None for a frozen copy")
+        if processing_class is None:
+            name = getattr(getattr(model, "config", None), "_name_or_path", "")
+            if not name:
+                raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
+            processing_class = load_tokenizer(name)
+
+        self.accounts: list[Account] = []
+        limits = {
+            "max_length": args.max_length,
+            "max_prompt_length": args.max_prompt_length,
+            "truncation_mode": args.truncation_mode,
+            "num_proc": args.dataset_num_proc,
+        }
+        self._prepare = lambda dataset, name: self._account(
+            prepare_dataset(dataset, processing_class, name=name, **limits)
+        )
+        with args.main_process_first(desc="tokenising", local=True):
+            if train_dataset is not None:
+                train_dataset = self._prepare(train_dataset, "train_dataset")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {key: self._prepare(value, f"eval_dataset {key}") for key, value in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = self._prepare(eval_dataset, "eval_dataset")
+
+        if peft_config is not None:
+            from peft import PeftModel, get_peft_model
+
+            if isinstance(model, PeftModel):
+                raise ModelError(
+                    "peft_config: the model has an adapter already; pass the plain model or no peft_config"
+                )
+            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        if args.disable_dropout:
+            disable_dropout(model)
+            if ref_model is not None:
+                disable_dropout(ref_model)
+
+        if data_collator is None:
+            pad = getattr(processing_class, "pad_token_id", None)
+            data_collator = PairCollator(
+                pad_token_id=pad if pad is not None else 0, pad_to_multiple_of=args.pad_to_multiple_of
+            )
+        if args.n_gpu > 1:
+            logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
+            args._n_gpu = 1
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=args,
+            data_collator=data_collator,  # type: ignore[arg-type]
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        self.args: DPOConfig
+        # Makes transformers hand the accumulated batch's size to training_step in every version.
+        self.model_accepts_loss_kwargs = True
+        self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._started_at, self._paused_for = time.perf_counter(), 0.0
+
+        self.policy = SplitModel(self.model)  # type: ignore[arg-type]
+        if args.torch_compile and self.policy.backbone is not None:
+            self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        example = self._example_batch()
+        if example is not None:
+            with self.accelerator.autocast():
+                self.policy.verify(example)
+        self.reference = self._make_reference(ref_model, example)
+        if args.precompute_ref_log_probs:
+            self._precompute_all()
+        self._add_callbacks()
+
+    # --- construction ----------------------------------------------------------------------------------------------
+
+    def _account(self, prepared: tuple[Any, Account]) -> Any:
+        dataset, account = prepared
+        self.accounts.append(account)
+        if account.dropped:
+            logger.warning(account.describe())
+        return dataset
+
+    def _datasets(self) -> list[Any]:
+        evals = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [dataset for dataset in (self.train_dataset, *evals) if dataset is not None]
+
+    def _example_batch(self) -> Batch | None:
+        """Two short pairs on which to check the model's split, or None without data."""
+        if not self._datasets():
+            return None
+        dataset = self._datasets()[0]
+        rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
+        for row in rows:
+            row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
+            for side in ("chosen_input_ids", "rejected_input_ids"):
+                row[side] = row[side][:16]
+        return self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
+
+    def _make_reference(self, ref_model: Any, example: Batch | None) -> FrozenReference | AdapterOffReference | None:
+        datasets = self._datasets()
+        if datasets and all(name in dataset.column_names for dataset in datasets for name in REFERENCE):
+            return None  # the data bring the reference's log-probabilities
+        if ref_model is not None:
+            reference = FrozenReference(ref_model.to(self.args.device))
+            if example is not None:
+                with self.accelerator.autocast():
+                    reference.split.verify(example)
+            return reference
+        if hasattr(self.model, "disable_adapter"):
+            return AdapterOffReference(self.policy)
+        if self.args.precompute_ref_log_probs:
+            return None  # computed from the model itself before it moves
+        reference = FrozenReference.copy_of(self.model)  # type: ignore[arg-type]
+        reference.split.split = self.policy.split
+        return reference
+
+    def _precompute_all(self) -> None:
+        if self.train_dataset is not None:
+            self.train_dataset = self._with_reference(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                key: self._with_reference(value, f"eval {key}") for key, value in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
+        self.reference = None
+
+    def _with_reference(self, dataset: Any, name: str) -> Any:
+        """The dataset with the reference's log-probabilities as columns, computed unless it has them."""
+        if all(column in dataset.column_names for column in REFERENCE):
+            return dataset
+        source = self.reference if self.reference is not None else self.policy
+        was_training = self.model.training  # type: ignore[union-attr]
+        self.model.eval()  # type: ignore[union-attr]
+        try:
+            columns = reference_logps(
+                source.packed_logits,
+                source.split if isinstance(source, (FrozenReference, AdapterOffReference)) else source,
+                dataset,
+                self.data_collator,  # type: ignore[arg-type]
+                batch_size=self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
+                device=self.args.device,
+                context=self._kernels,
+            )
+        finally:
+            self.model.train(was_training)  # type: ignore[union-attr]
+        logger.info("reference log-probabilities of %d %s pairs computed", len(dataset), name)
+        for column, values in zip(REFERENCE, columns):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _add_callbacks(self) -> None:
+        for unwanted in (ProgressCallback, PrinterCallback):
+            self.remove_callback(unwanted)
+        self.add_callback(LogAtTheEnd())
+        self.add_callback(MetricsFile())
+        self.add_callback(ReportFile(self))
+        if not self.args.disable_tqdm:
+            self.add_callback(ProgressLine())
+
+    # --- the loss --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _kernels(self) -> Any:
+        """Mixed precision and the choice of kernels around any use of the model."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.accelerator.autocast())
+            if self.args.backend is not None:
+                stack.enter_context(use_backend(self.args.backend))
+            yield
+
+    def pair_loss(self, batch: Batch) -> DPOOutput:
+        """Policy, reference and loss of one batch. The one place where hidden states become a loss.
+
+        Logits exist for completion tokens only; in training their memory is reused for their gradient.
+        """
+        reference = None
+        if "ref_logps" not in batch and self.reference is not None:
+            reference = self.reference.packed_logits(batch)
+        logits = self.policy.packed_logits(batch)
+        scale, softcap = self.policy.logit_scale, self.policy.logit_softcap
+        if reference is not None:
+            other = self.reference.split  # type: ignore[union-attr]
+            if (other.logit_scale, other.logit_softcap) != (scale, softcap):
+                # Two kinds of model: the kernels apply one scale and softcap to both, so apply each model's own here.
+                reference, logits = other.finish(reference), self.policy.finish(logits)
+                scale, softcap = 1.0, None
+        return dpo_loss(
+            logits,
+            batch["labels"],
+            ref_logits=reference,
+            ref_logps=batch.get("ref_logps"),
+            beta=self.args.beta,
+            loss_type=self.args.loss_type,
+            loss_weights=self.args.loss_weights,
+            label_smoothing=self.args.label_smoothing,
+            cu_seqlens=batch["cu_seqlens"],
+            pair_weights=batch.get("pair_weights"),
+            logit_scale=scale,
+            logit_softcap=softcap,
+            statistics=tuple(name for name in self.args.statistics if name != "kl" or reference is not None),
+            inplace_backward=True,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, DPOOutput]:
+        """The batch's share of the mean over all pairs of the optimizer step, on all processes.
+
+        Without `num_items_in_batch` (the step's pairs, counted by transformers through `_get_num_items_in_batch`), the mean over
+        the batch.
+        """
+        with self._kernels():
+            if self.accelerator.num_processes > 1 and model.training:
+                wrapper = getattr(model, "_orig_mod", model)
+                output = call_through(wrapper, self.policy.model, self.pair_loss, inputs)
+            else:
+                output = self.pair_loss(inputs)
+        self._window["train" if model.training else "eval"].add(output, inputs["attention_mask"].sum())
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # DDP averages gradients over processes; undo that, the divisor counts the pairs of all of them.
+            loss = loss * (_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Pairs in all batches of one optimizer step, on all processes (named and called by transformers)."""
+        if not batch_samples:
+            return None
+        total = torch.tensor(sum(_pairs(batch) for batch in batch_samples), dtype=torch.float64, device=device)
+        return self.accelerator.reduce(total, "sum") if self.accelerator.num_processes > 1 else total
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss of one batch; with `prediction_loss_only=False` also rewards `[P, 2]` and which of the two is preferred."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        rewards = torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1).detach()
+        return loss.detach(), rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def _drain(self, mode: str) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return self._window[mode].drain()
+        means = self._window[mode].drain(_gather)
+        if "tokens" in means:
+            means["tokens"] = sum(gather_object([means["tokens"]]))
+        return means
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's means to what transformers logs for training steps."""
+        if "loss" in logs and "learning_rate" in logs:
+            means = self._drain("train")
+            seconds = time.perf_counter() - self._started_at - self._paused_for
+            self._started_at, self._paused_for = time.perf_counter(), 0.0
+            tokens = means.pop("tokens", 0.0)
+            logs = {**logs, **means, "tokens_per_second": tokens / seconds if seconds > 0 else 0.0, "tokens": tokens}
+        super().log(logs, start_time)
+
+    @contextlib.contextmanager
+    def _pause(self) -> Any:
+        """Keep evaluations and checkpoints out of tokens_per_second."""
+        start, before = time.perf_counter(), self._paused_for
+        try:
+            yield
+        finally:  # set, not added to: pauses nest when there are several evaluation datasets
+            self._paused_for = before + time.perf_counter() - start
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the metrics are means over all pairs, and over all completion tokens, of the dataset."""
+        self._window["eval"] = MetricWindow()
+        result = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        means = self._drain("eval")
+        means.pop("tokens", None)
+        result.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return result
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, or resume; see `transformers.Trainer.train`."""
+        if self.train_dataset is None:
+            raise DataError("train_dataset: none given, nothing to train on")
+        self._window["train"] = MetricWindow()
+        self._started_at, self._paused_for = time.perf_counter(), 0.0
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on the evaluation dataset, or on another one in the same raw form."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = self._ready(eval_dataset, "eval_dataset")
+        with self._pause():
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rewards of every pair, `predictions [rows, 2]` (chosen, rejected), and metrics with the prefix "test"."""
+        return super().predict(self._ready(test_dataset, "test_dataset"), *args, **kwargs)
+
+    def _ready(self, dataset: Any, name: str) -> Any:
+        """Tokenised, and with a reference to compare with."""
+        if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
+            accounts = len(self.accounts)
+            dataset = self._prepare(dataset, name)
+            del self.accounts[accounts:]
+        if self.reference is None and any(column not in dataset.column_names for column in REFERENCE):
+            if self.state.global_step > 0:
+                raise DataError(
+                    f"{name}: the reference was dropped after precomputing and the model has moved since; "
+                    f"pass the dataset to the constructor, or give it the columns {' and '.join(REFERENCE)}"
+                )
+            dataset = self._with_reference(dataset, name)
+        return dataset
+
+    @property
+    def reference_kind(self) -> str:
+        """Where the reference's log-probabilities come from, in words."""
+        if isinstance(self.reference, AdapterOffReference):
+            return "the model without its adapter"
+        if isinstance(self.reference, FrozenReference):
+            return "a frozen model"
+        return "log-probabilities computed beforehand"
+
+    def write_report(self, *, finished: bool) -> Path | None:
+        """Write `summary.json` (once finished) and `report.html` into `output_dir`; returns the report's path."""
+        with self._pause():
+            return report.write_report(self, finished=finished)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._pause():
+            super()._save_checkpoint(*args, **kwargs)
+
+
+def _pairs(batch: Batch) -> int:
+    return (len(batch["cu_seqlens"]) - 1) // 2
+
+
+def _gather(output: DPOOutput) -> list[DPOOutput]:
+    tensors = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+    return [DPOOutput(**found) for found in gather_object([tensors])]
+
+
+def _kwargs(value: Any) -> dict[str, Any]:
+    return dict(value) if value else {}
