@@ -1,0 +1,95 @@
+// Online softmax of one row without its label: the running state, its merge, and how a row is finished.
+//
+// The label's own term is kept out of the running sum. With S = sum_{v != y} exp(z_v - m), m = max_{v != y} z_v,
+//     logp = -log1p(S exp(m - z_y)),      lse = z_y - logp,
+// so a policy that is almost sure of the label (S exp(m - z_y) ~ 1e-9) keeps full relative precision in logp and in
+// the label's gradient 1 - p = -expm1(logp). Adding 1 to S first would round that information away.
+//
+// Extra accumulators are first moments under the unnormalised weights e_v = exp(z_v - m):
+//     entropy: sum e_v (z_v - m)       kl: sum e_v (z_v - z'_v)
+#pragma once
+
+#include <math.h>
+
+#include "hd.h"
+
+namespace dpo {
+
+template <typename T>
+struct OnlineSoftmax {
+  T max;           // m, -inf while no finite logit has been seen
+  double sum;      // S
+  double shifted;  // sum e_v (z_v - m), for the entropy
+  double drift;    // sum e_v (z_v - z'_v), for the KL divergence
+};
+
+template <typename T>
+DPO_HD OnlineSoftmax<T> empty_softmax() {
+  return {static_cast<T>(-INFINITY), 0.0, 0.0, 0.0};
+}
+
+// Moves the state's origin up to new_max (>= state.max). e_v and z_v - m both change with the origin.
+template <typename T>
+DPO_HD void raise_max(OnlineSoftmax<T>& state, T new_max) {
+  if (state.max == new_max) return;
+  if (state.max > static_cast<T>(-INFINITY)) {
+    const double delta = static_cast<double>(state.max) - static_cast<double>(new_max);
+    const double factor = exp(delta);
+    state.shifted = factor * (state.shifted + delta * state.sum);
+    state.sum *= factor;
+    state.drift *= factor;
+  }
+  state.max = new_max;
+}
+
+// Associative; callers fix the order so that results are bitwise reproducible.
+template <typename T>
+DPO_HD void merge(OnlineSoftmax<T>& into, OnlineSoftmax<T> other) {
+  const T top = other.max > into.max ? other.max : into.max;
+  raise_max(into, top);
+  raise_max(other, top);
+  into.sum += other.sum;
+  into.shifted += other.shifted;
+  into.drift += other.drift;
+}
+
+struct FinishedRow {
+  double logp;
+  double lse;
+  double entropy;
+  double kl_mean;  // sum_v p_v (z_v - z'_v); the KL divergence is kl_mean - lse + lse'
+};
+
+// log p(label) from the state of all other logits and the label's logit.
+template <typename T>
+DPO_HD double label_logp(const OnlineSoftmax<T>& others, T z_label) {
+  const double gap = static_cast<double>(others.max) - static_cast<double>(z_label);
+  if (z_label == static_cast<T>(INFINITY)) return NAN;                             // inf - inf, as log_softmax has it
+  if (others.max == static_cast<T>(-INFINITY) && others.sum == 0.0) {
+    // Nothing else has mass: the label has it all, unless it is -inf (or NaN) itself.
+    return z_label > static_cast<T>(-INFINITY) ? 0.0 : NAN;
+  }
+  if (gap > 0.0) return -(gap + log(others.sum + exp(-gap)));                      // exp(gap) could overflow
+  return -log1p(others.sum * exp(gap));
+}
+
+// z_gap = z_label - z'_label, used only by the KL accumulator.
+template <typename T>
+DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label, double z_gap) {
+  FinishedRow row;
+  row.logp = label_logp(state, z_label);
+  row.lse = static_cast<double>(z_label) - row.logp;
+  if (z_label == static_cast<T>(-INFINITY)) row.lse = static_cast<double>(state.max) + log(state.sum);
+
+  raise_max(state, z_label > state.max ? z_label : state.max);
+  const double shift = static_cast<double>(z_label) - static_cast<double>(state.max);
+  const double weight = exp(shift);
+  const double sum = state.sum + weight;
+  const double shifted = state.shifted + (weight > 0.0 ? weight * shift : 0.0);
+  const double drift = state.drift + (weight > 0.0 ? weight * z_gap : 0.0);
+  row.entropy = (row.lse - static_cast<double>(state.max)) - shifted / sum;
+  row.kl_mean = drift / sum;
+  return row;
+}
+
+}  // namespace dpo

@@ -1,0 +1,131 @@
+// Reading and writing a row of logits in blocks that stay in the first-level cache.
+//
+// A block is read from memory once; the maximum pass and the exponential pass over it then hit the cache. Float rows
+// without scale or softcap are used in place; everything else is converted into a buffer on the way.
+#pragma once
+
+#include "stages.h"
+#include "vec.h"
+
+namespace {
+
+// 2,048 floats are 8 KB: a policy and a reference block and their buffers fit in 32 KB of L1.
+constexpr int64_t kBlock = 2048;
+
+// Scale and softcap: z = cap tanh(scale x / cap), or z = scale x.
+struct LogitTransform {
+  double scale;
+  double softcap;
+  bool identity() const { return scale == 1.0 && softcap == 0.0; }
+};
+
+template <typename A, typename T>
+struct Convert;
+
+template <typename A>
+struct Convert<A, A> {
+  static DPO_INLINE typename Vec<A>::type vector(const A* p) { return load<A>(p); }
+  static DPO_INLINE A scalar(const A* p) { return *p; }
+  static DPO_INLINE void put(A* p, typename Vec<A>::type v) { store<A>(p, v); }
+};
+
+template <typename T>
+struct Convert16 {
+  static DPO_INLINE vf vector(const T* p) { return load_as_float(p); }
+  static DPO_INLINE float scalar(const T* p) {
+    T lanes[Vec<float>::lanes] = {};
+    lanes[0] = *p;
+    return load_as_float(lanes)[0];
+  }
+  static DPO_INLINE void put(T* p, vf v) { store_from_float(p, v); }
+};
+template <>
+struct Convert<float, BFloat16> : Convert16<BFloat16> {};
+template <>
+struct Convert<float, Half> : Convert16<Half> {};
+
+// float64 arithmetic over a narrower input: the other operand of the pair was float64.
+template <typename T>
+struct ConvertWiden {
+  static DPO_INLINE vd vector(const T* p) {
+    vd v = {};
+    for (int i = 0; i < Vec<double>::lanes; ++i) v[i] = Convert<float, T>::scalar(p + i);
+    return v;
+  }
+  static DPO_INLINE double scalar(const T* p) { return Convert<float, T>::scalar(p); }
+};
+template <>
+struct Convert<double, float> : ConvertWiden<float> {};
+template <>
+struct Convert<double, BFloat16> : ConvertWiden<BFloat16> {};
+template <>
+struct Convert<double, Half> : ConvertWiden<Half> {};
+
+template <typename A>
+DPO_INLINE typename Vec<A>::type transformed(typename Vec<A>::type x, LogitTransform t) {
+  x = x * static_cast<A>(t.scale);
+  if (t.softcap != 0.0) x = static_cast<A>(t.softcap) * tanh_any(x * static_cast<A>(1.0 / t.softcap));
+  return x;
+}
+
+// n logits from p into buffer as A, transformed; the last vector is padded with -inf up to a whole number of lanes.
+template <typename A, typename T>
+DPO_INLINE void convert_block(const T* p, int64_t n, LogitTransform t, A* buffer) {
+  constexpr int lanes = Vec<A>::lanes;
+  int64_t i = 0;
+  if (t.identity()) {
+    for (; i + lanes <= n; i += lanes) store<A>(buffer + i, Convert<A, T>::vector(p + i));
+  } else {
+    for (; i + lanes <= n; i += lanes) store<A>(buffer + i, transformed<A>(Convert<A, T>::vector(p + i), t));
+  }
+  if (i < n) {
+    T tail[lanes] = {};
+    for (int64_t j = i; j < n; ++j) tail[j - i] = p[j];
+    auto v = Convert<A, T>::vector(tail);
+    if (!t.identity()) v = transformed<A>(v, t);
+    for (int64_t j = n - i; j < lanes; ++j) v[j] = -INFINITY;
+    store<A>(buffer + i, v);
+  }
+}
+
+// One row of a [B, T, V] tensor, handed out block by block.
+template <typename A>
+struct Row {
+  const char* data;
+  dpo::cpu::DType dtype;
+  LogitTransform transform;
+
+  static Row of(const dpo::cpu::Logits& logits, int64_t token, int64_t seq_len, LogitTransform t) {
+    const int64_t offset = (token / seq_len) * logits.stride_b + (token % seq_len) * logits.stride_t;
+    const int64_t size = logits.dtype == dpo::cpu::DType::float64   ? 8
+                         : logits.dtype == dpo::cpu::DType::float32 ? 4
+                                                                    : 2;
+    return {static_cast<const char*>(logits.data) + offset * size, logits.dtype, t};
+  }
+
+  // Logits start .. start + n as A, readable up to a whole number of vectors (padding is -inf). Either a pointer into
+  // the row itself or `buffer`.
+  DPO_INLINE const A* block(int64_t start, int64_t n, A* buffer) const {
+    using dpo::cpu::DType;
+    const bool own = sizeof(A) == 8 ? dtype == DType::float64 : dtype == DType::float32;
+    if (own) {
+      const A* p = reinterpret_cast<const A*>(data) + start;
+      if (transform.identity() && n % Vec<A>::lanes == 0) return p;
+      convert_block<A, A>(p, n, transform, buffer);
+    } else if (dtype == DType::bfloat16) {
+      convert_block<A, BFloat16>(reinterpret_cast<const BFloat16*>(data) + start, n, transform, buffer);
+    } else if (dtype == DType::float16) {
+      convert_block<A, Half>(reinterpret_cast<const Half*>(data) + start, n, transform, buffer);
+    } else if constexpr (sizeof(A) == 8) {
+      convert_block<A, float>(reinterpret_cast<const float*>(data) + start, n, transform, buffer);
+    }
+    return buffer;
+  }
+
+  DPO_INLINE A at(int64_t v) const {
+    A one[Vec<A>::lanes];
+    return block(v, 1, one)[0];
+  }
+};
+
+}  // namespace

@@ -1,0 +1,232 @@
+// The CPU library's torch-facing side: checks labels, splits rows over threads, picks the instruction set, and registers
+// the operators through PyTorch's stable ABI (one binary serves every torch >= 2.10 and needs no Python header).
+//
+// Outputs are allocated by the caller (dpo_kernels/backends/cpu.py); an empty output means "not asked for".
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "preference_loss.h"
+#include "stages.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace dpo::cpu {
+namespace {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DPO_RUN(stage, wide, params, begin, end) \
+  do {                                           \
+    if (wide || isa() == 0) {                    \
+      baseline::stage(params, begin, end);       \
+    } else if (isa() == 1) {                     \
+      avx2::stage(params, begin, end);           \
+    } else {                                     \
+      avx512::stage(params, begin, end);         \
+    }                                            \
+  } while (0)
+#else
+#define DPO_RUN(stage, wide, params, begin, end) baseline::stage(params, begin, end)
+#endif
+
+// 0 baseline, 1 AVX2 + FMA, 2 AVX-512; DPO_KERNELS_ISA lowers it (tests run every set the CPU has).
+int64_t isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const int64_t level = [] {
+    int64_t best = 0;
+    if (__builtin_cpu_supports("x86-64-v3")) best = 1;
+    if (__builtin_cpu_supports("x86-64-v4")) best = 2;
+    if (const char* wish = std::getenv("DPO_KERNELS_ISA")) {
+      const std::string name = wish;
+      if (name == "baseline") best = 0;
+      if (name == "avx2") best = std::min<int64_t>(best, 1);
+    }
+    return best;
+  }();
+  return level;
+#else
+  return 0;
+#endif
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      throw std::runtime_error("dpo_kernels: logits must be float32, float64, bfloat16 or float16");
+  }
+}
+
+Logits logits_of(const Tensor& t) {
+  return {t.const_data_ptr(), dtype_of(t), t.stride(0), t.stride(1)};
+}
+
+double* out_of(const Tensor& t) {
+  return t.numel() ? static_cast<double*>(t.mutable_data_ptr()) : nullptr;
+}
+
+const double* in_of(const Tensor& t) {
+  return static_cast<const double*>(t.const_data_ptr());
+}
+
+const double* in_of(const std::optional<Tensor>& t) {
+  return t ? in_of(*t) : nullptr;
+}
+
+// Indices of the scored tokens. Splitting this list over threads, rather than the rows, keeps them equally busy when
+// half of every sequence is prompt.
+std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t seq_len, int64_t vocab,
+                                   int64_t ignore_index) {
+  std::vector<int64_t> tokens;
+  tokens.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (labels[i] == ignore_index) continue;
+    if (labels[i] < 0 || labels[i] >= vocab) {
+      throw std::runtime_error("label " + std::to_string(labels[i]) + " at row " + std::to_string(i / seq_len) +
+                               ", position " + std::to_string(i % seq_len) + " is outside the vocabulary [0, " +
+                               std::to_string(vocab) + ") and is not ignore_index (" + std::to_string(ignore_index) +
+                               ")");
+    }
+    tokens.push_back(i);
+  }
+  return tokens;
+}
+
+void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
+                 double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy,
+                 Tensor kl, Tensor accuracy, Tensor mean_logits) {
+  const int64_t seq_len = logits.size(1), vocab = logits.size(2);
+  TokenLogpsParams p{};
+  p.policy = logits_of(logits);
+  if (ref_logits) p.reference = logits_of(*ref_logits);
+  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  p.seq_len = seq_len;
+  p.vocab = vocab;
+  p.logit_scale = logit_scale;
+  p.logit_softcap = logit_softcap;
+  p.logps = out_of(logps);
+  p.lse = out_of(lse);
+  p.ref_logps = out_of(ref_logps);
+  p.entropy = out_of(entropy);
+  p.kl = out_of(kl);
+  p.accuracy = out_of(accuracy);
+  p.mean_logits = out_of(mean_logits);
+  const auto tokens = scored_tokens(p.labels, labels.numel(), seq_len, vocab, ignore_index);
+  p.tokens = tokens.data();
+  [[maybe_unused]] const bool wide = is_wide(p.policy, p.reference);
+  torch::stable::parallel_for(0, static_cast<int64_t>(tokens.size()), 1,
+                              [&](int64_t begin, int64_t end) { DPO_RUN(token_logps, wide, p, begin, end); });
+}
+
+void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
+                 double logit_scale, double logit_softcap, Tensor out) {
+  const int64_t seq_len = logits.size(1), vocab = logits.size(2);
+  LogitsGradParams p{};
+  p.logits = logits_of(logits);
+  p.out = out.mutable_data_ptr();
+  p.out_stride_b = out.stride(0);
+  p.out_stride_t = out.stride(1);
+  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  p.logps = in_of(logps);
+  p.lse = in_of(lse);
+  p.grad_logps = in_of(grad_logps);
+  p.seq_len = seq_len;
+  p.vocab = vocab;
+  p.logit_scale = logit_scale;
+  p.logit_softcap = logit_softcap;
+
+  // Rows without gradient are cleared without being read.
+  std::vector<int64_t> live, zero;
+  live.reserve(labels.numel());
+  for (int64_t i = 0; i < labels.numel(); ++i) {
+    (p.labels[i] != ignore_index && p.grad_logps[i] != 0.0 ? live : zero).push_back(i);
+  }
+  const int64_t size = p.logits.dtype == DType::float64 ? 8 : p.logits.dtype == DType::float32 ? 4 : 2;
+  torch::stable::parallel_for(0, static_cast<int64_t>(zero.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t offset = (zero[k] / seq_len) * p.out_stride_b + (zero[k] % seq_len) * p.out_stride_t;
+      std::memset(static_cast<char*>(p.out) + offset * size, 0, vocab * size);
+    }
+  });
+  p.tokens = live.data();
+  [[maybe_unused]] const bool wide = p.logits.dtype == DType::float64;
+  torch::stable::parallel_for(0, static_cast<int64_t>(live.size()), 1,
+                              [&](int64_t begin, int64_t end) { DPO_RUN(logits_grad, wide, p, begin, end); });
+}
+
+Sequences sequences_of(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens) {
+  return {cu_seqlens ? static_cast<const int64_t*>(cu_seqlens->const_data_ptr()) : nullptr, tokens.size(1)};
+}
+
+void sequence_sums_op(Tensor values, Tensor weights, std::optional<Tensor> cu_seqlens, Tensor sums) {
+  const Sequences sequences = sequences_of(values, cu_seqlens);
+  double* out = static_cast<double*>(sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, sums.numel(), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = sequence_sum(in_of(values), in_of(weights), sequences, i);
+  });
+}
+
+void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor weights, std::optional<Tensor> cu_seqlens,
+                     std::optional<Tensor> ref_sums, Tensor beta, Tensor label_smoothing, bool robust, Tensor losses,
+                     Tensor sums, Tensor ref_sums_out, Tensor coef) {
+  PreferenceLossParams p{};
+  p.logps = in_of(logps);
+  p.ref_logps = in_of(ref_logps);
+  p.weights = in_of(weights);
+  p.ref_sums = in_of(ref_sums);
+  p.sequences = sequences_of(logps, cu_seqlens);
+  p.beta = in_of(beta);
+  p.label_smoothing = in_of(label_smoothing);
+  p.robust = robust;
+  p.pairs = losses.numel();
+  p.losses = out_of(losses);
+  p.sums = out_of(sums);
+  p.ref_sums_out = out_of(ref_sums_out);
+  p.coef = out_of(coef);
+  torch::stable::parallel_for(0, p.pairs, 32, [&](int64_t begin, int64_t end) { preference_loss(p, begin, end); });
+}
+
+}  // namespace
+}  // namespace dpo::cpu
+
+STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
+  m.def(
+      "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
+      "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
+      "Tensor(f!) accuracy, Tensor(g!) mean_logits) -> ()");
+  m.def(
+      "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
+      "float logit_scale, float logit_softcap, Tensor(a!) out) -> ()");
+  m.def("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, Tensor(a!) sums) -> ()");
+  m.def(
+      "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
+      "Tensor beta, Tensor label_smoothing, bool robust, Tensor(a!) losses, Tensor(b!) sums, Tensor(c!) ref_sums_out, "
+      "Tensor(d!) coef) -> ()");
+  m.def("isa() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CPU, m) {
+  m.impl("token_logps", TORCH_BOX(&dpo::cpu::token_logps_op));
+  m.impl("logits_grad", TORCH_BOX(&dpo::cpu::logits_grad_op));
+  m.impl("sequence_sums", TORCH_BOX(&dpo::cpu::sequence_sums_op));
+  m.impl("preference_loss", TORCH_BOX(&dpo::cpu::preference_loss_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&dpo::cpu::isa));
+}

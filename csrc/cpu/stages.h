@@ -1,0 +1,76 @@
+// The seam between the torch-facing ops.cpp and the row kernels: plain structs and one table of functions per
+// instruction set.
+//
+// token_logps.cpp and logits_grad.cpp are compiled once per instruction set (DPO_ISA = baseline, avx2 or avx512) and
+// see no torch header. ops.cpp picks the widest set the CPU has, once. float64 arithmetic, the checking path, is compiled
+// into the baseline set only.
+#pragma once
+
+#include <cstdint>
+
+namespace dpo::cpu {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// A [B, T, V] tensor, unit stride on V. Strides count elements.
+struct Logits {
+  const void* data;
+  DType dtype;
+  int64_t stride_b;
+  int64_t stride_t;
+};
+
+// Arithmetic is in float64 as soon as one of the pair is float64, else in float32.
+inline bool is_wide(const Logits& policy, const Logits& reference) {
+  return policy.dtype == DType::float64 || (reference.data && reference.dtype == DType::float64);
+}
+
+struct TokenLogpsParams {
+  Logits policy;
+  Logits reference;  // data == nullptr: none
+  const int64_t* labels;
+  const int64_t* tokens;  // the scored tokens, as indices into B * T: unscored rows are never read
+  int64_t seq_len;        // T
+  int64_t vocab;          // V
+  double logit_scale;
+  double logit_softcap;  // 0: none
+  // [B * T] each; nullptr: not asked for
+  double* logps;
+  double* lse;
+  double* ref_logps;
+  double* entropy;
+  double* kl;
+  double* accuracy;
+  double* mean_logits;
+};
+
+struct LogitsGradParams {
+  Logits logits;
+  void* out;  // dtype of logits, may be the same memory
+  int64_t out_stride_b;
+  int64_t out_stride_t;
+  const int64_t* labels;
+  const int64_t* tokens;
+  const double* logps;
+  const double* lse;
+  const double* grad_logps;
+  int64_t seq_len;
+  int64_t vocab;
+  double logit_scale;
+  double logit_softcap;
+};
+
+// Each function handles tokens[begin .. end).
+#define DPO_DECLARE_ISA(isa)                                                                \
+  namespace isa {                                                                           \
+  void token_logps(const TokenLogpsParams& params, int64_t begin, int64_t end);             \
+  void logits_grad(const LogitsGradParams& params, int64_t begin, int64_t end);             \
+  }
+
+DPO_DECLARE_ISA(baseline)
+DPO_DECLARE_ISA(avx2)
+DPO_DECLARE_ISA(avx512)
+
+#undef DPO_DECLARE_ISA
+
+}  // namespace dpo::cpu

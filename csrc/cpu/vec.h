@@ -1,0 +1,159 @@
+// Fixed-width vectors for the row kernels, in the compiler's own vector types: no intrinsics.
+//
+// The row kernels are compiled once per instruction set (see stages.h); DPO_VECTOR_BYTES is that set's register width.
+// Everything here is in an unnamed namespace and force-inlined: if two copies compiled for different instruction sets
+// shared a symbol, the linker would keep one of them, and an old CPU could run AVX-512 code.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifndef DPO_VECTOR_BYTES
+#define DPO_VECTOR_BYTES 16
+#endif
+
+#define DPO_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// Storage types of the 16-bit formats; arithmetic never happens in them.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename A>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  // aligned(4): rows of odd vocabularies start anywhere. may_alias: storage is read as integers too.
+  typedef float type __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t integer __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
+  typedef uint32_t bits __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
+  typedef uint16_t halves __attribute__((vector_size(DPO_VECTOR_BYTES / 2), aligned(2), may_alias));
+  static constexpr int lanes = DPO_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Vec<double> {
+  typedef double type __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t integer __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(8), may_alias));
+  static constexpr int lanes = DPO_VECTOR_BYTES / 8;
+};
+
+using vf = Vec<float>::type;
+using vd = Vec<double>::type;
+
+template <typename A>
+DPO_INLINE typename Vec<A>::type splat(A x) {
+  return typename Vec<A>::type{} + x;
+}
+
+template <typename A>
+DPO_INLINE typename Vec<A>::type load(const A* p) {
+  return *reinterpret_cast<const typename Vec<A>::type*>(p);
+}
+
+template <typename A>
+DPO_INLINE void store(A* p, typename Vec<A>::type v) {
+  *reinterpret_cast<typename Vec<A>::type*>(p) = v;
+}
+
+// The second operand wins when either is NaN (what maxps does): put the value that must keep its NaN second.
+DPO_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+DPO_INLINE vd vmax(vd a, vd b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0, relative error under 2e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries no mass), NaN for NaN.
+// 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded once, in the FMA.
+DPO_INLINE vf exp_nonpositive(vf x) {
+  constexpr float log2e = 1.44269504088896341f;
+  constexpr float magic = 12582912.0f + 127.0f;
+  x = vmax(splat(-88.05f), x);
+  const vf t = x * log2e + magic;
+  const vf n = t - magic;
+  const vf f = x * log2e - n;
+  vf p = f * 1.5353361903787903e-4f + 1.339887441387677e-3f;
+  p = p * f + 9.618437357683739e-3f;
+  p = p * f + 5.550332471126454e-2f;
+  p = p * f + 2.402264791362875e-1f;
+  p = p * f + 6.931472028550659e-1f;
+  p = p * f + 1.0f;
+  const Vec<float>::integer power = reinterpret_cast<const Vec<float>::integer&>(t) << 23;
+  return p * reinterpret_cast<const vf&>(power);
+}
+
+// float64 is the checking path: libm, lane by lane.
+DPO_INLINE vd exp_nonpositive(vd x) {
+  vd out = {};
+  for (int i = 0; i < Vec<double>::lanes; ++i) out[i] = std::exp(x[i]);
+  return out;
+}
+
+// tanh for the logit softcap. A polynomial near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.
+DPO_INLINE vf tanh_any(vf x) {
+  const vf magnitude = x < 0.0f ? -x : x;
+  const vf e = exp_nonpositive(-2.0f * magnitude);
+  const vf large = (1.0f - e) / (1.0f + e);
+  const vf s = x * x;
+  vf p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * s + -5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s + -3.33332819422e-1f;
+  const vf small = x + x * s * p;
+  return magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
+}
+
+DPO_INLINE vd tanh_any(vd x) {
+  vd out = {};
+  for (int i = 0; i < Vec<double>::lanes; ++i) out[i] = std::tanh(x[i]);
+  return out;
+}
+
+DPO_INLINE vf load_as_float(const BFloat16* p) {
+  const auto wide = __builtin_convertvector(*reinterpret_cast<const Vec<float>::halves*>(p), Vec<float>::bits) << 16;
+  return reinterpret_cast<const vf&>(wide);
+}
+
+// Half to float by integer arithmetic: shift the exponent field into place and rescale by 2^112, which also makes
+// subnormals right; infinities and NaN get the full exponent.
+DPO_INLINE vf load_as_float(const Half* p) {
+  const auto h = __builtin_convertvector(*reinterpret_cast<const Vec<float>::halves*>(p), Vec<float>::bits);
+  const auto shifted = (h & 0x7fffu) << 13;
+  const vf scaled = reinterpret_cast<const vf&>(shifted) * 5.192296858534828e33f;
+  auto bits = reinterpret_cast<const Vec<float>::bits&>(scaled);
+  bits = (h & 0x7c00u) == 0x7c00u ? (shifted | 0x7f800000u) : bits;
+  bits |= (h & 0x8000u) << 16;
+  return reinterpret_cast<const vf&>(bits);
+}
+
+// Round to nearest even, as torch does; NaN stays NaN.
+DPO_INLINE void store_from_float(BFloat16* p, vf v) {
+  using bits_t = Vec<float>::bits;
+  const bits_t u = reinterpret_cast<const bits_t&>(v);
+  const bits_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const bits_t quiet = bits_t{} + 0x7fc0u;
+  const bits_t out = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  *reinterpret_cast<Vec<float>::halves*>(p) = __builtin_convertvector(out, Vec<float>::halves);
+}
+
+DPO_INLINE void store_from_float(Half* p, vf v) {
+  using bits_t = Vec<float>::bits;
+  const bits_t all = reinterpret_cast<const bits_t&>(v);
+  const bits_t sign = all & 0x80000000u;
+  const bits_t u = all ^ sign;
+  // Normal halves: rebias the exponent, round to nearest even on the 13 dropped bits.
+  const bits_t normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  // Subnormal halves: adding 0.5 makes the FPU align and round the mantissa at 2^-24.
+  const vf aligned = reinterpret_cast<const vf&>(u) + 0.5f;
+  const bits_t subnormal = reinterpret_cast<const bits_t&>(aligned) - 0x3f000000u;
+  bits_t out = u < (113u << 23) ? subnormal : normal;
+  out = u >= 0x47800000u ? bits_t{} + 0x7c00u : out;
+  out = u > 0x7f800000u ? bits_t{} + 0x7e00u : out;
+  out |= sign >> 16;
+  *reinterpret_cast<Vec<float>::halves*>(p) = __builtin_convertvector(out, Vec<float>::halves);
+}
+
+}  // namespace

@@ -1,0 +1,45 @@
+// How many threads and blocks share a row. Pure functions, so that tests can enumerate them.
+//
+// The number of threads of a row follows from its length alone: that fixes which thread adds which logits, and so the
+// rounding, whatever the batch. Only how those threads are spread over blocks depends on the number of rows: with few rows
+// a cluster of small blocks brings more SMs to each row, and gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace dpo::cuda {
+
+constexpr int kMaxThreads = 512;     // of a block
+constexpr int kMaxRowThreads = 512;  // of a row
+constexpr int kMinThreads = 64;      // of a block
+
+struct RowPlan {
+  int threads;  // per row
+  int blocks;   // per row, one cluster
+};
+
+inline RowPlan plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, const Device& device) {
+  RowPlan plan{kMinThreads, 1};
+  while (plan.threads < kMaxRowThreads && static_cast<int64_t>(plan.threads) * logits_per_thread < vocab) {
+    plan.threads *= 2;
+  }
+  if (device.has_clusters) {
+    while (plan.blocks < 4 && plan.threads / plan.blocks > 2 * kMinThreads &&
+           rows * plan.blocks < 4 * static_cast<int64_t>(device.sm_count)) {
+      plan.blocks *= 2;
+    }
+  }
+  return plan;
+}
+
+// Blocks that share a row of the gradient, which needs no reduction: enough to fill the device.
+inline int plan_gradient_blocks(int64_t rows, int64_t vocab, int logits_per_block, const Device& device) {
+  const int64_t tiles = (vocab + logits_per_block - 1) / logits_per_block;
+  const int64_t wanted = (8 * static_cast<int64_t>(device.sm_count) + rows - 1) / (rows > 0 ? rows : 1);
+  const int64_t blocks = wanted < tiles ? wanted : tiles;
+  return static_cast<int>(blocks < 1 ? 1 : blocks);
+}
+
+}  // namespace dpo::cuda

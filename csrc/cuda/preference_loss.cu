@@ -1,0 +1,48 @@
+// Stage 2 on CUDA, for callers that already hold token log-probs: weighted sequence sums, the sigmoid-family loss and
+// its coefficients d loss / d sum. One warp per sequence, one block per pair; every value is read once.
+//
+// The fused forward in token_logps.cu does the same work inside its own launch through the same functions.
+#include "sequence.cuh"
+
+namespace dpo::cuda {
+namespace {
+
+__global__ void __launch_bounds__(2 * kWarp) preference_loss_kernel(const __grid_constant__ PreferenceLossParams params) {
+  using Scratch = SequenceScratch[2];
+  using Sums = SequenceSums[2];
+  DPO_SHARED(Scratch, scratch);
+  DPO_SHARED(Sums, sums);
+  const PreferenceParams& p = params.preference;
+  const int side = static_cast<int>(threadIdx.x) / kWarp;  // 0 chosen, 1 rejected
+  const int64_t pair = blockIdx.x;
+  const int64_t sequence = pair + side * p.pairs;
+  const TokenRange range = sequence_range(p.cu_seqlens, params.tokens, sequence);
+  const SequenceSums own = finish_sequence(p, params.logps, params.ref_logps, sequence, range, scratch[side]);
+  if (threadIdx.x % kWarp == 0) sums[side] = own;
+  __syncthreads();
+  if (threadIdx.x == 0) finish_pair(p, pair, sums[0], sums[1]);
+}
+
+__global__ void __launch_bounds__(kWarp) sequence_sums_kernel(const __grid_constant__ SequenceSumsParams params) {
+  DPO_SHARED(SequenceScratch, scratch);
+  const int64_t sequence = blockIdx.x;
+  const TokenRange range = sequence_range(params.cu_seqlens, params.tokens, sequence);
+  const SequenceSums sums = sum_sequence(params.values, nullptr, params.weights, range, scratch);
+  if (threadIdx.x == 0) params.sums[sequence] = sums.policy;
+}
+
+}  // namespace
+
+cudaError_t preference_loss(const PreferenceLossParams& params, cudaStream_t stream) {
+  if (params.preference.pairs == 0) return cudaSuccess;
+  const LaunchShape shape{dim3(static_cast<unsigned>(params.preference.pairs)), 2 * kWarp, 1, 0};
+  return launch(preference_loss_kernel, shape, stream, params);
+}
+
+cudaError_t sequence_sums(const SequenceSumsParams& params, cudaStream_t stream) {
+  if (params.sequences == 0) return cudaSuccess;
+  const LaunchShape shape{dim3(static_cast<unsigned>(params.sequences)), kWarp, 1, 0};
+  return launch(sequence_sums_kernel, shape, stream, params);
+}
+
+}  // namespace dpo::cuda

@@ -1,0 +1,106 @@
+"""The stages in compiled C++ (csrc/cpu): loads the library, or compiles it on first use, and allocates the outputs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import _build
+from . import BackendUnavailable
+from .eager import TokenOutputs
+
+logger = logging.getLogger(__name__)
+
+
+def _load() -> None:
+    try:
+        path = _build.find_or_build("cpu", _build.build_cpu, lambda line: print(line, file=sys.stderr))
+        torch.ops.load_library(str(path))
+    except (_build.BuildError, OSError) as error:
+        raise BackendUnavailable(str(error)) from error
+    logger.debug("loaded %s", path)
+
+
+def check_available(device_type: str) -> None:
+    """Raise BackendUnavailable unless the library loads and the tensors are on the CPU."""
+    if device_type != "cpu":
+        raise BackendUnavailable("the native CPU kernels serve CPU tensors only")
+    if not hasattr(torch.ops.dpo_kernels_cpu, "token_logps"):
+        _load()
+
+
+def instruction_set() -> str:
+    """The instruction set that the row kernels run with on this CPU: "baseline", "avx2" or "avx512"."""
+    return ("baseline", "avx2", "avx512")[torch.ops.dpo_kernels_cpu.isa()]
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+) -> TokenOutputs:
+    """Stage 1. See dpo_kernels/ops.py for the contract."""
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    # Unscored tokens are 0 because the kernel never visits them.
+    outputs = tuple(torch.zeros(labels.shape if want else 0, dtype=torch.float64) for want in wanted)
+    torch.ops.dpo_kernels_cpu.token_logps(
+        logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *outputs
+    )
+    return outputs  # type: ignore[return-value]
+
+
+def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Weighted sums over each sequence's tokens, [2P] float64."""
+    count = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums = torch.empty(count, dtype=torch.float64)
+    torch.ops.dpo_kernels_cpu.sequence_sums(values, weights, cu_seqlens, sums)
+    return sums
+
+
+def preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stage 2: (losses [P], sums [2P], ref_sums [2P], coef [2P])."""
+    pairs = beta.shape[0]
+    losses = torch.empty(pairs, dtype=torch.float64)
+    sums, ref_sums_out, coef = (torch.empty(2 * pairs, dtype=torch.float64) for _ in range(3))
+    torch.ops.dpo_kernels_cpu.preference_loss(
+        logps, ref_logps, weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef
+    )
+    return losses, sums, ref_sums_out, coef
+
+
+def logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    out: Tensor,
+) -> None:
+    """Stage 3, into `out` (may be `logits`)."""
+    torch.ops.dpo_kernels_cpu.logits_grad(
+        logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, out
+    )

@@ -1,0 +1,168 @@
+"""The stages in plain PyTorch: always works, any device, any floating dtype; the slow obvious version of each kernel.
+
+Data flow: the logits are upcast and read about eight times, with several [tokens, vocabulary] temporaries. Every other
+backend computes the same numbers in one read (forward) and one read and one write (backward).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import transform_logits
+
+TokenOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def check_available(device_type: str) -> None:
+    """Eager PyTorch serves every device: never raises."""
+
+
+def small_dtype(device: torch.device) -> torch.dtype:
+    """dtype of everything of size [tokens] or less: float64, or float32 where the device (MPS) has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _work_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError naming row and position of the first label outside [0, vocab) that is not ignore_index."""
+    bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    if bad.any():
+        row, position = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"label {labels[row, position].item()} at row {row}, position {position} is outside the vocabulary "
+            f"[0, {vocab}) and is not ignore_index ({ignore_index})"
+        )
+
+
+def _log_softmax_parts(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, lse) of the indexed entries, the label kept out of the log-sum-exp so that p near 1 does not cancel."""
+    small = small_dtype(z.device)
+    z_label = z.gather(-1, index).squeeze(-1).to(small)
+    others = z.scatter(-1, index, float("-inf")).logsumexp(-1).to(small)
+    logp = -torch.logaddexp(torch.zeros_like(others), others - z_label)
+    return logp, torch.where(z_label == float("-inf"), others, z_label - logp)
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+) -> TokenOutputs:
+    """Stage 1. See dpo_kernels/ops.py for the contract."""
+    if logits.device.type == "cpu":
+        check_labels(labels, logits.shape[-1], ignore_index)
+    small = small_dtype(logits.device)
+    scored = labels != ignore_index
+    in_range = (labels >= 0) & (labels < logits.shape[-1])
+    index = torch.where(scored & in_range, labels, 0).unsqueeze(-1)
+    nothing = torch.empty(0, dtype=small, device=logits.device)
+
+    def keep(values: Tensor) -> Tensor:
+        return torch.where(scored, torch.where(in_range, values.to(small), float("nan")), 0.0)
+
+    work = _work_dtype(logits, ref_logits)
+    z = transform_logits(logits.to(work), logit_scale, logit_softcap)
+    logp, lse = _log_softmax_parts(z, index)
+    outputs = [keep(logp), keep(lse), nothing, nothing, nothing, nothing, nothing]
+    log_p = z - lse.unsqueeze(-1).to(work)
+    p = log_p.exp()
+    if ref_logits is not None:
+        ref_z = transform_logits(ref_logits.to(work), logit_scale, logit_softcap)
+        ref_logp, ref_lse = _log_softmax_parts(ref_z, index)
+        outputs[2] = keep(ref_logp)
+        if kl:
+            drift = torch.where(p > 0, p * (z - ref_z), 0.0).sum(-1).to(small)
+            outputs[4] = keep(drift - lse + ref_lse)
+    if entropy:
+        outputs[3] = keep(-torch.where(p > 0, p * log_p, 0.0 * p).sum(-1))
+    if accuracy:
+        outputs[5] = keep((z.argmax(-1) == index.squeeze(-1)).to(small))
+    if mean_logits:
+        outputs[6] = keep(z.mean(-1))
+    return tuple(outputs)  # type: ignore[return-value]
+
+
+def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Weighted sum over each sequence's tokens, [2P] in float64; tokens of weight 0 are skipped whatever their value."""
+    terms = torch.where(weights != 0, weights * values, 0.0)
+    if cu_seqlens is None:
+        return terms.sum(-1)
+    running = torch.cat([terms.new_zeros(1), terms.reshape(-1).cumsum(0)])
+    if bool(torch.isfinite(running[-1])):
+        return running[cu_seqlens[1:]] - running[cu_seqlens[:-1]]
+    # A NaN or infinity must stay inside its own sequence, which a running sum cannot do.
+    bounds = cu_seqlens.tolist()
+    flat = terms.reshape(-1)
+    return torch.stack([flat[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+
+
+def preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stage 2: (losses [P], sums [2P], ref_sums [2P], coef [2P]); the formulas of csrc/common/sigmoid_family.h."""
+    sums = sequence_sums(logps, weights, cu_seqlens)
+    if ref_logps is not None:
+        ref_sums = sequence_sums(ref_logps, weights, cu_seqlens)
+    elif ref_sums is None:
+        ref_sums = torch.zeros_like(sums)
+    else:
+        ref_sums = ref_sums.clone()
+    chosen, rejected = (sums - ref_sums).chunk(2)
+    x = beta * (chosen - rejected)
+    e = label_smoothing
+    zero = torch.zeros_like(x)
+    right, wrong = torch.logaddexp(zero, -x), torch.logaddexp(zero, x)
+    sign = -1.0 if robust else 1.0
+    # A smoothing of 0 must not meet an infinite loss of the other side: 0 * inf is NaN.
+    losses = (1 - e) * right + torch.where(e == 0, zero, sign * e * wrong)
+    slope = -(1 - e) * torch.sigmoid(-x) + sign * e * torch.sigmoid(x)
+    if robust:
+        losses, slope = losses / (1 - 2 * e), slope / (1 - 2 * e)
+    return losses, sums, ref_sums, torch.cat([beta * slope, -beta * slope])
+
+
+def logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    out: Tensor,
+) -> None:
+    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself."""
+    work = _work_dtype(logits)
+    z = transform_logits(logits.to(work), logit_scale, logit_softcap)
+    live = (labels != ignore_index) & (grad_logps != 0)
+    index = torch.where(live, labels, 0).unsqueeze(-1)
+    origin = lse.to(work)
+    factor = (grad_logps * torch.exp(origin.to(lse.dtype) - lse)).to(work)
+    gradient = -(z - origin.unsqueeze(-1)).exp() * factor.unsqueeze(-1)
+    at_label = (-grad_logps * torch.expm1(logps)).to(work)
+    gradient.scatter_(-1, index, at_label.unsqueeze(-1))
+    if logit_softcap:
+        gradient = gradient * (1 - (z / logit_softcap) ** 2)
+    gradient = torch.where(live.unsqueeze(-1), gradient * logit_scale, 0.0)
+    out.copy_(gradient)

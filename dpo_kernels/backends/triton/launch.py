@@ -1,0 +1,128 @@
+"""Host side of the Triton kernels: how a tensor's rows lie in memory, and a launch as a value that can be run or compiled.
+
+A stage builds a `Launch` from its tensors; running it and compiling it ahead of time (benchmarks/machine_code.py) start
+from the same object, so the machine code that is inspected is the machine code that runs.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .device import FOLDED, LOG2E, SCALED, SOFTCAPPED
+
+#: One argued configuration, no autotuning (a first-call stall, and results that depend on who tuned).
+#: 4 warps x 4 loads of 16 bytes: a block has 8 KB in flight. At the 40 to 64 registers the kernels need, 8 to 12 blocks
+#: are resident per SM, so 64 to 96 KB are in flight where a B200 needs 40. A tile is 8 KB (4,096 16-bit logits): small
+#: enough that a vocabulary of 32,000 still has 7 of them, so that the masked tile of the label stays a small part.
+#: More warps per row would lengthen the merge at the end of every row; fewer would need more rows to fill the machine.
+NUM_WARPS = 4
+LANES = 32 * NUM_WARPS
+UNROLL = 4
+
+#: Fused multiply-add is part of the numerics (the maximum is subtracted without rounding the product first).
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call: `kernel[grid](**arguments, **OPTIONS)`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def run(self, device_of: Tensor) -> None:
+        """Launch on the current stream of the device that holds `device_of`; nothing to do for an empty grid."""
+        if math.prod(self.grid) > 0:
+            with torch.cuda.device_of(device_of):
+                self.kernel[self.grid](**self.arguments, **OPTIONS)
+
+    def signature(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+        """(argument types, constants, attributes) for triton.compiler.ASTSource, specialised as a real call would be."""
+        types: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for index, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                types[name] = "constexpr"
+                constants[name] = value
+            elif hasattr(value, "data_ptr"):
+                types[name] = "*" + _TRITON_TYPE[value.dtype]
+                if value.data_ptr() % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                types[name] = parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
+        return types, constants, attributes
+
+
+_TRITON_TYPE = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class _AlignedPointer:
+    """A tensor's address rounded down to 16 bytes: what Triton needs to know to use 128-bit loads."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def aligned_base(tensor: Tensor) -> tuple[Any, int]:
+    """(pointer that is 16-byte aligned, elements from it to the tensor's first)."""
+    past = tensor.data_ptr() % 16
+    if past == 0 or tensor.device.type != "cuda":
+        return tensor, 0
+    return _AlignedPointer(tensor.data_ptr() - past, tensor.dtype), past // tensor.element_size()
+
+
+def group_size(*tensors: Tensor | None) -> int:
+    """Logits per group: 16 bytes of the widest dtype, so that one thread holds the same columns of every tensor."""
+    return min(16 // tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, int]:
+    # The stride of a dimension of size 1 is arbitrary and never used.
+    return (tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1) if tensor.shape[1] > 1 else 0)
+
+
+def rows_aligned(tensor: Tensor, group: int) -> bool:
+    """True if every row starts at a group boundary and is whole groups long: no fragments at all."""
+    _, base = aligned_base(tensor)
+    return all(n % group == 0 for n in (base, tensor.shape[2], *_row_strides(tensor)))
+
+
+def shifted_alike(tensor: Tensor, other: Tensor, group: int) -> bool:
+    """True if corresponding rows of both tensors have the same distance to a group boundary."""
+    _, base = aligned_base(tensor)
+    _, other_base = aligned_base(other)
+    strides = zip(_row_strides(tensor), _row_strides(other), strict=True)
+    return (base - other_base) % group == 0 and all((a - b) % group == 0 for a, b in strides)
+
+
+def round_to_float32(value: float) -> float:
+    """The nearest float32, as a Python float: what a float32 kernel argument will hold."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def exponent_map(logit_scale: float, logit_softcap: float) -> tuple[int, float]:
+    """(MAP, log2_scale): how logits become exponents of 2. See device.py for the maps."""
+    if logit_softcap:
+        return SOFTCAPPED.value, round_to_float32(LOG2E.value)
+    if logit_scale <= 0:
+        return SCALED.value, round_to_float32(LOG2E.value)
+    return FOLDED.value, round_to_float32(logit_scale * LOG2E.value)

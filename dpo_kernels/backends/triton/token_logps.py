@@ -1,0 +1,424 @@
+"""Stage 1 in Triton: log-probability of the label, lse and the statistics of every token, in one read of its logits.
+
+placeholder
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import (
+    FLOOR,
+    FOLDED,
+    LN2,
+    SOFTCAPPED,
+    columns,
+    exp2_fast,
+    fragments,
+    fused,
+    lane_max,
+    lane_sum,
+    load_fragments,
+    load_groups,
+    log1p_double,
+    row_groups,
+    scaled_label,
+    softcap,
+    to_float,
+)
+from .launch import LANES, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned, shifted_alike
+
+#: Columns per step of the two rare second looks at a row (-inf under a moment, a tie with the label).
+SCAN = tl.constexpr(1024)
+
+
+@triton.jit
+def _to_z(x, scale, cap, MAP: tl.constexpr):
+    """Logits as the exponential takes them: left alone when the scale is folded into its FFMA."""
+    if MAP == FOLDED:
+        return x
+    elif MAP == SOFTCAPPED:
+        z, _ = softcap(x, (scale / cap).to(tl.float32), cap.to(tl.float32))
+        return z
+    else:
+        return x * scale.to(tl.float32)
+
+
+@triton.jit
+def _raise_max(m, c, s, top, log2_scale):
+    """Move each lane's origin up to include `top`: (m, c, shift, rescale), c = m * log2_scale as rounded."""
+    m = tl.maximum(m, top)
+    c_new = m * log2_scale
+    shift = c - c_new
+    return m, c_new, shift, exp2_fast(shift)
+
+
+@triton.jit
+def _terms(x, c, log2_scale):
+    """(e, y) of a tile: y = x * log2_scale - c and e = 2^y."""
+    y = fused(x, log2_scale, c[None, :, None])
+    return exp2_fast(y), y
+
+
+@triton.jit
+def _fold(
+    state, x, top, ref_state, ref_x, ref_top, valid, log2_scale,
+    ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, GUARDED: tl.constexpr,
+):  # fmt: skip
+    """Fold a tile [UNROLL, LANES, GROUP] of logits (and of the reference's) into the running state of every lane.
+
+    state: m maximum, c = m * log2_scale as rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), total = sum x.
+    One rescale for a whole tile keeps it off the critical path. GUARDED: entries of no mass may be -inf.
+    """
+    m, c, s, t, k, total = state
+    ref_m, ref_c, ref_s = ref_state
+    m, c, shift, rescale = _raise_max(m, c, s, top, log2_scale)
+    e, y = _terms(x, c, log2_scale)
+    if ENTROPY:
+        moment = e * y
+        if GUARDED:
+            moment = tl.where(e > 0, moment, 0.0)
+        t = rescale * (t + shift * s) + lane_sum(moment)
+    if MEAN:
+        if GUARDED:
+            total += lane_sum(tl.where(valid, x, 0.0))
+        else:
+            total += lane_sum(x)
+    if KL:
+        drift = e * (x - ref_x)
+        if GUARDED:
+            drift = tl.where(e > 0, drift, 0.0)
+        k = rescale * k + lane_sum(drift)
+        ref_m, ref_c, _, ref_rescale = _raise_max(ref_m, ref_c, ref_s, ref_top, log2_scale)
+        ref_e, _ = _terms(ref_x, ref_c, log2_scale)
+        ref_s = ref_rescale * ref_s + lane_sum(ref_e)
+    s = rescale * s + lane_sum(e)
+    return (m, c, s, t, k, total), (ref_m, ref_c, ref_s)
+
+
+@triton.jit
+def _masked_tops(x, ref_x, keep, KL: tl.constexpr):
+    """x and ref_x with -inf outside `keep`, and their lane maxima."""
+    x = tl.where(keep, x, float("-inf"))
+    top = tl.max(tl.max(x, 2), 0)
+    ref_top = top
+    if KL:
+        ref_x = tl.where(keep, ref_x, float("-inf"))
+        ref_top = tl.max(tl.max(ref_x, 2), 0)
+    return x, top, ref_x, ref_top
+
+
+@triton.jit
+def _guarded_moments(
+    logits, ref_logits, start, ref_start, vocab, label, c, log2_scale, scale, cap,
+    MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
+):  # fmt: skip
+    """(t, k) of a row that holds -inf, where the main loop met 0 * inf: a second look at it, the origin c being known."""
+    t = tl.zeros([SCAN], tl.float32)
+    k = tl.zeros([SCAN], tl.float32)
+    for block in range(tl.cdiv(vocab, SCAN)):
+        column = block * SCAN + tl.arange(0, SCAN)
+        inside = (column < vocab) & (column != label)
+        x = _to_z(tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32), scale, cap, MAP)
+        y = fused(x, log2_scale, c)
+        e = tl.where(inside, exp2_fast(y), 0.0)
+        if ENTROPY:
+            t += tl.where(e > 0, e * y, 0.0)
+        if KL:
+            ref_x = tl.load(ref_logits + ref_start + column, mask=inside, other=0.0).to(tl.float32)
+            k += tl.where(e > 0, e * (x - _to_z(ref_x, scale, cap, MAP)), 0.0)
+    return tl.sum(t.to(tl.float64), 0), tl.sum(k.to(tl.float64), 0)
+
+
+@triton.jit
+def _equal_before(logits, start, label, value, scale, cap, MAP: tl.constexpr):
+    """How many columns before the label hold exactly the label's value: argmax takes the first of equals."""
+    count = tl.zeros([SCAN], tl.int32)
+    for block in range(tl.cdiv(label, SCAN)):
+        column = block * SCAN + tl.arange(0, SCAN)
+        x = tl.load(logits + start + column, mask=column < label, other=float("-inf")).to(tl.float32)
+        count += ((_to_z(x, scale, cap, MAP) == value) & (column < label)).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def _merge(m, c, log2_scale):
+    """(maximum over lanes, its c, each lane's shift and rescale to it)."""
+    top = tl.max(m, 0)
+    c_top = top * log2_scale
+    shift = c - c_top
+    return top, c_top, shift, exp2_fast(shift)
+
+
+@triton.jit
+def _finish(s, c, x_label, z_label, log2_scale):
+    """(logp, lse, p_others, log_mass) in float64 from the other logits' sum s at origin c.
+
+    With d = log(s) + ln2 (c - log2_scale x_label), the log-odds against the label: logp = -softplus(d), and
+    p_others = sigmoid(d), both without cancellation however sure the policy is. log2_scale is the rounded constant that
+    the exponentials used, on the label as on all others, so its rounding enters as a temperature off by 2e-8 and not as
+    a bias of lse. log_mass is log(s + label's term) at origin c.
+    """
+    log_s = tl.log(s)
+    d = log_s + LN2 * (c.to(tl.float64) - x_label.to(tl.float64) * log2_scale)
+    e = tl.exp(-tl.abs(d))
+    near = log1p_double(e)
+    logp = -(tl.where(d > 0, d, 0.0) + near)
+    # inf - inf, as log_softmax has it.
+    logp = tl.where(z_label == float("inf"), float("nan"), logp)
+    lse = tl.where(z_label == float("-inf"), log_s + LN2 * c.to(tl.float64), z_label - logp)
+    p_others = tl.where(d >= 0, 1.0, e) / (1.0 + e)
+    return logp, lse, p_others, log_s + near + tl.where(d < 0, -d, 0.0)
+
+
+@triton.jit
+def _put(pointer, row, value):
+    if pointer is not None:
+        tl.store(pointer + row, value)
+
+
+@triton.jit(do_not_specialize=["tokens", "vocab", "base", "ref_base"])
+def token_logps_kernel(
+    logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
+    ref_logits,  # like logits, or None
+    labels,  # [B T] int64
+    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits,  # [B T] float64, or None where not asked
+    tokens, vocab, ignore_index: tl.int64,
+    stride_b: tl.int64, stride_t: tl.int64, base,
+    ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
+    scale: tl.float64, cap: tl.float64, log2_scale: tl.float32,
+    MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
+    ALIGNED: tl.constexpr, REF_VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    element: tl.constexpr = logits.dtype.element_ty
+    scale = tl.full((), scale, tl.float64)
+    cap = tl.full((), cap, tl.float64)
+    row = tl.program_id(0).to(tl.int64)
+    label64 = tl.load(labels + row)
+    if (label64 >= 0) & (label64 < vocab) & (label64 != ignore_index):
+        label = label64.to(tl.int32)
+        b, t_index = row // tokens, row % tokens
+        start = b * stride_b + t_index * stride_t + base
+        first, head, groups = row_groups(start, vocab, GROUP, ALIGNED)
+        x_raw = tl.load(logits + start + label).to(tl.float32)
+        x_label = _to_z(x_raw, scale, cap, MAP)
+        z_label, _ = scaled_label(x_raw, scale, cap, MAP)
+        ref_start = start
+        ref_first = first
+        if KL:
+            ref_element: tl.constexpr = ref_logits.dtype.element_ty
+            ref_start = b * ref_stride_b + t_index * ref_stride_t + ref_base
+            ref_first = ref_start + head
+            if REF_VECTOR:
+                ref_first = ref_first // GROUP
+            ref_raw_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
+            ref_x_label = _to_z(ref_raw_label, scale, cap, MAP)
+            ref_z_label, _ = scaled_label(ref_raw_label, scale, cap, MAP)
+
+        m = tl.full([LANES], FLOOR, tl.float32)
+        zero = tl.zeros([LANES], tl.float32)
+        state = (m, m * log2_scale, zero, zero, zero, zero)
+        ref_state = (m, m * log2_scale, zero)
+
+        if not ALIGNED:
+            begin, limit, column, valid = fragments(head, groups, vocab, LANES, GROUP)
+            keep = valid & (column != label)
+            x = _to_z(load_fragments(logits, start, begin, limit, GROUP), scale, cap, MAP)
+            ref_x = x
+            if KL:
+                ref_x = _to_z(load_fragments(ref_logits, ref_start, begin, limit, GROUP), scale, cap, MAP)
+            x, top, ref_x, ref_top = _masked_tops(x, ref_x, keep, KL)
+            state, ref_state = _fold(
+                state, x, top, ref_state, ref_x, ref_top, keep, log2_scale, ENTROPY, KL, MEAN, True
+            )
+
+        # The label's tile and the last, partial one come first, masked; the main loop runs over all the others.
+        full = groups // (UNROLL * LANES)
+        tiles = tl.cdiv(groups, UNROLL * LANES)
+        label_tile = tl.minimum(tl.maximum(label - head, 0) // (UNROLL * LANES * GROUP), tiles - 1)
+        partial = ((tiles > full) & (label_tile != full)).to(tl.int32)
+        for special in range(tl.where(tiles > 0, 1 + partial, 0)):
+            tile = tl.where(special == 0, label_tile, full)
+            column = columns(tile, head, UNROLL, LANES, GROUP)
+            keep = (column < head + groups * GROUP) & (column != label)
+            raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, True, True)
+            x = _to_z(to_float(raw, element), scale, cap, MAP)
+            ref_x = x
+            if KL:
+                ref_raw = load_groups(ref_logits, ref_first, tile, groups, UNROLL, LANES, GROUP, REF_VECTOR, True)
+                ref_x = _to_z(to_float(ref_raw, ref_element), scale, cap, MAP)
+            x, top, ref_x, ref_top = _masked_tops(x, ref_x, keep, KL)
+            state, ref_state = _fold(
+                state, x, top, ref_state, ref_x, ref_top, keep, log2_scale, ENTROPY, KL, MEAN, True
+            )
+
+        for index in range(full - (label_tile < full).to(tl.int32)):
+            tile = index + (index >= label_tile).to(tl.int32)
+            raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, True, False)
+            if KL:
+                ref_raw = load_groups(ref_logits, ref_first, tile, groups, UNROLL, LANES, GROUP, REF_VECTOR, False)
+            x = _to_z(to_float(raw, element), scale, cap, MAP)
+            if MAP == FOLDED:
+                top = lane_max(raw, x, element)
+            else:
+                top = tl.max(tl.max(x, 2), 0)
+            ref_x = x
+            ref_top = top
+            if KL:
+                ref_x = _to_z(to_float(ref_raw, ref_element), scale, cap, MAP)
+                if MAP == FOLDED:
+                    ref_top = lane_max(ref_raw, ref_x, ref_element)
+                else:
+                    ref_top = tl.max(tl.max(ref_x, 2), 0)
+            state, ref_state = _fold(
+                state, x, top, ref_state, ref_x, ref_top, True, log2_scale, ENTROPY, KL, MEAN, False
+            )
+
+        m, c, s, t, k, total = state
+        top, c_top, shift, rescale = _merge(m, c, log2_scale)
+        s_row = tl.sum((rescale * s).to(tl.float64), 0)
+        logp, lse_row, p_others, log_mass = _finish(s_row, c_top, x_label, z_label, log2_scale)
+        tl.store(logps + row, logp)
+        tl.store(lse + row, lse_row)
+        p_label = tl.exp(logp)
+
+        if ENTROPY or KL:
+            t_row = tl.sum((rescale * (t + shift * s)).to(tl.float64), 0)
+            k_row = tl.sum((rescale * k).to(tl.float64), 0)
+            if ((t_row != t_row) | (k_row != k_row)) & (lse_row == lse_row):
+                t_row, k_row = _guarded_moments(
+                    logits, ref_logits, start, ref_start, vocab, label, c_top, log2_scale, scale, cap, MAP, ENTROPY, KL
+                )
+            some = s_row > 0
+            mean_y = t_row / tl.where(some, s_row, 1.0)
+            mean_drift = k_row / tl.where(some, s_row, 1.0)
+            if ENTROPY:
+                others = tl.where(s_row == 0, 0.0, p_others * (log_mass - LN2 * mean_y))
+                tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
+            if KL:
+                ref_m, ref_c, ref_s = ref_state
+                _, ref_c_top, _, ref_rescale = _merge(ref_m, ref_c, log2_scale)
+                ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
+                ref_logp, ref_lse, _, _ = _finish(ref_s_row, ref_c_top, ref_x_label, ref_z_label, log2_scale)
+                tl.store(ref_logps + row, ref_logp)
+                if MAP == FOLDED:
+                    mean_drift = scale * mean_drift
+                others = tl.where(s_row == 0, 0.0, p_others * mean_drift)
+                at_label = tl.where(p_label > 0, p_label * (z_label - ref_z_label), 0.0 * p_label)
+                tl.store(kl + row, others + at_label - lse_row + ref_lse)
+        if ACCURACY:
+            hit = x_label > top
+            if x_label == top:
+                hit = _equal_before(logits, start, label, x_label, scale, cap, MAP) == 0
+            tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
+        if MEAN:
+            mean = (tl.sum(total.to(tl.float64), 0) + x_label) / vocab
+            if MAP == FOLDED:
+                mean = scale * mean
+            tl.store(mean_logits + row, mean)
+    else:
+        # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
+        fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
+        _put(logps, row, fill)
+        _put(lse, row, fill)
+        _put(ref_logps, row, fill)
+        _put(entropy, row, fill)
+        _put(kl, row, fill)
+        _put(accuracy, row, fill)
+        _put(mean_logits, row, fill)
+
+
+def token_logps_launch(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    outputs: tuple[Tensor | None, ...],
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+) -> Launch:
+    """The one kernel call that fills `outputs` (logps, lse, ref_logps, entropy, kl, accuracy, mean_logits; None: not asked).
+
+    logits, ref_logits: [B, T, V]; labels [B, T] int64. ref_logits is given exactly when kl is asked.
+    """
+    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits = outputs
+    group = group_size(logits, ref_logits)
+    pointer, base = aligned_base(logits)
+    ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
+    mapping, log2_scale = exponent_map(logit_scale, logit_softcap)
+    alike = ref_logits is None or shifted_alike(logits, ref_logits, group)
+    arguments = dict(
+        logits=pointer,
+        ref_logits=ref_pointer,
+        labels=labels,
+        logps=logps,
+        lse=lse,
+        ref_logps=ref_logps,
+        entropy=entropy,
+        kl=kl,
+        accuracy=accuracy,
+        mean_logits=mean_logits,
+        tokens=logits.shape[1],
+        vocab=logits.shape[2],
+        ignore_index=ignore_index,
+        stride_b=logits.stride(0),
+        stride_t=logits.stride(1),
+        base=base,
+        ref_stride_b=0 if ref_logits is None else ref_logits.stride(0),
+        ref_stride_t=0 if ref_logits is None else ref_logits.stride(1),
+        ref_base=ref_base,
+        scale=logit_scale,
+        cap=logit_softcap,
+        log2_scale=log2_scale,
+        MAP=mapping,
+        ENTROPY=entropy is not None,
+        KL=kl is not None,
+        ACCURACY=accuracy is not None,
+        MEAN=mean_logits is not None,
+        ALIGNED=rows_aligned(logits, group),
+        REF_VECTOR=alike,
+        UNROLL=UNROLL,
+        LANES=LANES,
+        GROUP=group,
+    )
+    return Launch(token_logps_kernel, (labels.numel(),), arguments)
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Stage 1: (logps, lse, ref_logps, entropy, kl, accuracy, mean_logits), each [B, T] float64, or [0] where not asked.
+
+    logits, ref_logits: [B, T, V] float32, bfloat16 or float16, V contiguous; labels [B, T] int64. The reference is read
+    in the same pass when kl is asked, else by a second launch that computes its log-probs alone.
+    """
+
+    def output(asked: bool) -> Tensor:
+        return torch.empty(labels.shape if asked else (0,), dtype=torch.float64, device=logits.device)
+
+    asked = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    outputs = tuple(output(one) for one in asked)
+    settings = dict(ignore_index=ignore_index, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    wanted = [tensor if one else None for tensor, one in zip(outputs, asked, strict=True)]
+    if ref_logits is not None and not kl:
+        wanted[2] = None
+        ref_lse = torch.empty_like(outputs[2])
+        alone = (outputs[2], ref_lse, None, None, None, None, None)
+        token_logps_launch(ref_logits, labels, None, alone, **settings).run(logits)
+    token_logps_launch(logits, labels, ref_logits if kl else None, tuple(wanted), **settings).run(logits)
+    return outputs  # type: ignore[return-value]

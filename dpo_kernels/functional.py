@@ -1,0 +1,345 @@
+"""The public functions: check the arguments once, run the stages, return a DPOOutput."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, objectives, ops
+from .backends.eager import check_labels, small_dtype
+from .objectives import Objective, Pairs
+from .output import DPOOutput
+
+#: What `statistics` may name.
+STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A call's tensors in the one shape that the stages know: logits [B, T, V], tokens [B, T]."""
+
+    logits: Tensor
+    labels: Tensor
+    weights: Tensor  # 0 on ignored tokens
+    cu_seqlens: Tensor | None
+    sequences: int
+    backend: str
+
+
+def shift_labels(input_ids: Tensor, mask: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels such that logits[..., t, :] scores labels[..., t], from the tokens that the model read.
+
+    Args:
+        input_ids: [..., T] int64, the model's input.
+        mask: [..., T] bool or 0/1, true on the tokens that count (the completion).
+
+    Returns:
+        [..., T] int64: labels[t] = input_ids[t + 1] where mask[t + 1], else ignore_index; the last position is ignored.
+        Pass the whole logits with these labels: ignored rows cost nothing, and no slice has to be copied.
+    """
+    if input_ids.shape != mask.shape:
+        raise ValueError(f"input_ids {tuple(input_ids.shape)} and mask {tuple(mask.shape)} must have one shape")
+    following = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
+    return torch.cat([following, torch.full_like(input_ids[..., :1], ignore_index)], dim=-1)
+
+
+def _check_tensor(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device, why: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {list(shape)}; got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} ({why}); got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the logits are on {device}; move it there")
+
+
+def _prepare(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+) -> _Batch:
+    if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits must be a float32, bfloat16, float16 or float64 tensor; got {got}")
+    packed = cu_seqlens is not None
+    if logits.dim() != (2 if packed else 3):
+        wanted = "[N, V] with cu_seqlens" if packed else "[2P, T, V], or [N, V] with cu_seqlens"
+        raise ValueError(f"logits must be {wanted}; got {list(logits.shape)}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits have an empty vocabulary: {list(logits.shape)}")
+    _check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, "one label per row of logits")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 (or int32) token ids; got {labels.dtype}")
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"cu_seqlens must be a vector of integers [2P + 1]; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+        _check_tensor("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), logits.device, "")
+        cu_seqlens = cu_seqlens.to(torch.int64)
+        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    labels = labels.to(torch.int64)
+    weights = (labels != ignore_index).to(small_dtype(logits.device))
+    if token_weights is not None:
+        if packed:
+            _check_tensor("token_weights", token_weights, tuple(labels.shape[1:]), logits.device, "one per label")
+            token_weights = token_weights.unsqueeze(0)
+        _check_tensor("token_weights", token_weights, tuple(labels.shape), logits.device, "one per label")
+        weights = weights * token_weights.detach().to(weights.dtype)
+        labels = torch.where(weights != 0, labels, ignore_index)
+    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return _Batch(logits, labels, weights, cu_seqlens, sequences, backends.resolve(logits.device.type))
+
+
+def _check_softcap(logit_softcap: float | None) -> float:
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be positive, or None for no cap; got {logit_softcap}")
+    return float(logit_softcap or 0.0)
+
+
+def _per_pair(name: str, value: float | Tensor, pairs: int, batch: _Batch) -> Tensor:
+    """A float or a [P] tensor, as [P] in the small dtype."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        _check_tensor(name, value, (pairs,), batch.logits.device, "one per pair, or a number")
+        return value.detach().to(batch.weights.dtype)
+    if isinstance(value, Tensor):
+        return value.detach().to(batch.weights).expand(pairs)
+    return torch.full((pairs,), float(value), dtype=batch.weights.dtype, device=batch.logits.device)
+
+
+def _reduce(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    # The mean over no pairs is 0, so that a rank with an empty batch still takes part in the step.
+    return total if reduction == "sum" else total / max(losses.shape[0], 1)
+
+
+def dpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    beta: float | Tensor = 0.1,
+    loss_type: str | Objective | Sequence[str | Objective] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    statistics: Sequence[str] = (),
+    inplace_backward: bool = False,
+    reduction: str = "mean",
+) -> DPOOutput:
+    """Direct Preference Optimization loss of P pairs, from logits (Rafailov et al. 2023, equation 7).
+
+    Sequences 0 .. P-1 are chosen, P .. 2P-1 rejected. `logits[..., t, :]` scores `labels[..., t]`: no hidden shift
+    (`shift_labels` makes such labels). Each logits row is read once in the forward pass, and read and written once in
+    the backward pass. Arithmetic is float32 for 16-bit inputs, sequence sums are float64.
+
+    Args:
+        logits: [2P, T, V], or packed [N, V] with `cu_seqlens`; float32, bfloat16, float16 or float64. Strided views
+            are read in place.
+        labels: [2P, T] or [N], int64 token ids; `ignore_index` marks tokens that do not count.
+        ref_logits: the reference's logits, shaped like `logits` (any of its dtypes); never differentiated.
+        ref_logps: or the reference's sequence log-probabilities [2P], summed with the same weights (nats).
+            With neither, the objective is reference-free.
+        beta: inverse temperature of the implicit reward, a number or [P].
+        loss_type: a name in `dpo_kernels.OBJECTIVES`, a callable on `Pairs`, or a sequence of these.
+        loss_weights: one weight per entry of a `loss_type` sequence (default 1 each).
+        label_smoothing: probability that a pair's label is wrong, a number or [P].
+        cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, from 0 to at most N.
+        token_weights: like `labels`; weights of the tokens in their sequence's sum. 0 skips the token.
+        pair_weights: [P], multiplies each pair's loss (confidence scores); the mean stays over P.
+        ignore_index: the label to skip.
+        logit_scale, logit_softcap: z = cap * tanh(scale * x / cap); None for no cap.
+        statistics: any of "entropy", "kl", "accuracy", "mean_logits", from the same pass. "kl" needs `ref_logits`.
+        inplace_backward: let the backward write the gradient over `logits`. Saves a [2P, T, V] tensor and its page
+            faults; then no one else may need the logits, nor this graph a second backward. Ignored under
+            torch.compile, which plans memory itself.
+        reduction: "mean" over the pairs, "sum", or "none".
+
+    Returns:
+        DPOOutput.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message says what was expected and what came.
+        A label outside [0, V) raises on CPU, naming row and position; on a GPU, where looking would stall the stream,
+        its pair's loss is NaN and `DPOOutput.metrics()` raises.
+    """
+    batch = _prepare(logits, labels, cu_seqlens, token_weights, ignore_index)
+    if batch.sequences % 2:
+        raise ValueError(
+            f"the batch holds {batch.sequences} sequences, an odd number; it must hold P chosen ones followed by "
+            f"their P rejected ones"
+        )
+    pairs = batch.sequences // 2
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    names = objectives.as_list(loss_type)
+    if not names:
+        raise ValueError("loss_type is empty; name at least one objective")
+    if loss_weights is not None and len(loss_weights) != len(names):
+        raise ValueError(f"loss_weights has {len(loss_weights)} entries for {len(names)} objectives in loss_type")
+    for name in names:
+        if isinstance(name, str):
+            objectives.check_smoothing(name, label_smoothing)
+        elif not callable(name):
+            raise TypeError(f"loss_type must hold names or callables on Pairs; got {type(name).__name__}")
+    wanted = _check_statistics(statistics)
+    if ref_logits is not None and ref_logps is not None:
+        raise ValueError("give ref_logits or ref_logps, not both")
+    if "kl" in wanted and ref_logits is None:
+        raise ValueError('the statistic "kl" needs ref_logits: sequence sums (ref_logps) do not determine it')
+    if ref_logits is not None:
+        if not isinstance(ref_logits, Tensor) or ref_logits.dtype not in LOGIT_DTYPES:
+            raise TypeError("ref_logits must be a float32, bfloat16, float16 or float64 tensor")
+        _check_tensor("ref_logits", ref_logits, tuple(logits.shape), logits.device, "that of logits")
+        ref_logits = ref_logits.detach().view(batch.logits.shape) if cu_seqlens is None else ref_logits.detach()[None]
+    ref_sums = None
+    if ref_logps is not None:
+        _check_tensor("ref_logps", ref_logps, (batch.sequences,), logits.device, "one sum per sequence, chosen first")
+        ref_sums = ref_logps.detach().to(batch.weights.dtype)
+
+    tokens = ops.token_logps(
+        batch.logits,
+        batch.labels,
+        ref_logits,
+        ignore_index=ignore_index,
+        logit_scale=float(logit_scale),
+        logit_softcap=_check_softcap(logit_softcap),
+        statistics=wanted,
+        inplace_backward=inplace_backward,
+        backend=batch.backend,
+    )
+    beta_each = _per_pair("beta", beta, pairs, batch)
+    smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
+    losses, sums, ref_sums = _pair_losses(
+        batch, tokens, ref_sums, beta_each, smoothing_each, names, loss_weights
+    )
+    if pair_weights is not None:
+        _check_tensor("pair_weights", pair_weights, (pairs,), logits.device, "one per pair")
+        losses = losses * pair_weights.detach().to(losses.dtype)
+
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scored = (batch.weights != 0).to(batch.weights.dtype)
+    counts = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend)
+    rewards = (beta_each.repeat(2) * (sums.detach() - ref_sums)).to(dtype)
+    means = {
+        name: (ops.sequence_sums(tokens[name], scored, batch.cu_seqlens, batch.backend) / counts.clamp(min=1)).to(dtype)
+        for name in wanted
+    }
+    sums, ref_sums = sums.detach().to(dtype), ref_sums.to(dtype)
+    return DPOOutput(
+        loss=_reduce(losses, reduction).to(dtype),
+        losses=losses.detach().to(dtype),
+        chosen_logps=sums[:pairs],
+        rejected_logps=sums[pairs:],
+        ref_chosen_logps=ref_sums[:pairs],
+        ref_rejected_logps=ref_sums[pairs:],
+        chosen_rewards=rewards[:pairs],
+        rejected_rewards=rewards[pairs:],
+        token_counts=counts,
+        _check=_late_label_check(batch, ignore_index),
+        **means,
+    )
+
+
+def _pair_losses(
+    batch: _Batch,
+    tokens: dict[str, Tensor],
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    names: list[str | Objective],
+    loss_weights: Sequence[float] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [P], sums [2P], reference sums [2P]); the sigmoid family inside the kernel, the rest from `[P]` vectors."""
+    only = names[0] if len(names) == 1 and loss_weights is None else None
+    kernel = objectives.lookup(only).kernel if isinstance(only, str) else None
+    if kernel is not None:
+        return ops.preference_loss(
+            tokens["logps"],
+            tokens.get("ref_logps"),
+            batch.weights,
+            batch.cu_seqlens,
+            ref_sums,
+            beta,
+            label_smoothing,
+            kernel[0],
+            batch.backend,
+        )
+    sums = ops.sequence_sums(tokens["logps"], batch.weights, batch.cu_seqlens, batch.backend)
+    if "ref_logps" in tokens:
+        ref_sums = ops.sequence_sums(tokens["ref_logps"], batch.weights, batch.cu_seqlens, batch.backend)
+    elif ref_sums is None:
+        ref_sums = torch.zeros_like(sums.detach())
+    lengths = ops.sequence_sums(batch.weights, torch.ones_like(batch.weights), batch.cu_seqlens, batch.backend)
+    losses = objectives.mix(Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing), names, loss_weights)
+    if losses.shape != beta.shape:
+        raise ValueError(f"an objective must return one loss per pair, [{beta.shape[0]}]; got {list(losses.shape)}")
+    return losses, sums, ref_sums
+
+
+def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(statistics, str):
+        statistics = (statistics,)
+    for name in statistics:
+        if name not in STATISTICS:
+            raise ValueError(f"unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
+    return tuple(name for name in STATISTICS if name in statistics)
+
+
+def _late_label_check(batch: _Batch, ignore_index: int):  # noqa: ANN202 - a closure, private
+    # On CPU the kernel has looked already; a compiled graph cannot return a closure.
+    if batch.logits.device.type == "cpu" or torch.compiler.is_compiling():
+        return None
+    labels, vocab = batch.labels, batch.logits.shape[-1]
+    return lambda: check_labels(labels, vocab, ignore_index)
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Weighted sums of token log-probabilities, one per sequence, differentiable: build your own loss on it.
+
+    Args:
+        logits: [B, T, V], or packed [N, V] with `cu_seqlens` [B + 1]. See `dpo_loss` for all arguments.
+
+    Returns:
+        [B] in nats: float32, or float64 for float64 logits. Any number of sequences, not only pairs.
+
+    Raises:
+        As `dpo_loss`.
+    """
+    batch = _prepare(logits, labels, cu_seqlens, token_weights, ignore_index)
+    tokens = ops.token_logps(
+        batch.logits,
+        batch.labels,
+        None,
+        ignore_index=ignore_index,
+        logit_scale=float(logit_scale),
+        logit_softcap=_check_softcap(logit_softcap),
+        statistics=(),
+        inplace_backward=inplace_backward,
+        backend=batch.backend,
+    )
+    sums = ops.sequence_sums(tokens["logps"], batch.weights, batch.cu_seqlens, batch.backend)
+    return sums if logits.dtype == torch.float64 else sums.float()

@@ -1,0 +1,93 @@
+"""The losses as nn.Modules that a trainer plugs in: hyper-parameters at construction, tensors at the call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from . import objectives
+from .functional import _check_statistics, dpo_loss
+from .objectives import Objective
+from .output import DPOOutput
+
+
+class DPOLoss(nn.Module):
+    """`dpo_loss` with its hyper-parameters fixed.
+
+        loss_fn = DPOLoss(beta=0.1, statistics=("kl", "entropy"))
+        out = loss_fn(logits, labels, ref_logits=ref_logits)
+        out.loss.backward()
+
+    Arguments are those of `dpo_loss`; they are checked here, once.
+
+    Raises:
+        ValueError: unknown objective or statistic, or label_smoothing outside the objective's range.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        loss_type: str | Objective | Sequence[str | Objective] = "sigmoid",
+        *,
+        loss_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        statistics: Sequence[str] = (),
+        inplace_backward: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        for name in objectives.as_list(loss_type):
+            if isinstance(name, str):
+                objectives.check_smoothing(name, label_smoothing)
+        self.beta = beta
+        self.loss_type = loss_type
+        self.loss_weights = loss_weights
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.statistics = _check_statistics(statistics)
+        self.inplace_backward = inplace_backward
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        ref_logits: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        pair_weights: Tensor | None = None,
+    ) -> DPOOutput:
+        """See `dpo_loss`: logits [2P, T, V] or packed [N, V], labels [2P, T] or [N]."""
+        # A KL needs the reference's logits; with precomputed sums there is none to report.
+        statistics = tuple(name for name in self.statistics if name != "kl" or ref_logits is not None)
+        return dpo_loss(
+            logits,
+            labels,
+            ref_logits=ref_logits,
+            ref_logps=ref_logps,
+            beta=self.beta,
+            loss_type=self.loss_type,
+            loss_weights=self.loss_weights,
+            label_smoothing=self.label_smoothing,
+            cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
+            pair_weights=pair_weights,
+            ignore_index=self.ignore_index,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            statistics=statistics,
+            inplace_backward=self.inplace_backward,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}"

@@ -1,0 +1,419 @@
+"""The operators: `torch.library` schemas, fake kernels and autograd rules around the backends' stages.
+
+    dpo_kernels::token_logps       logits [B, T, V] -> logps, lse and statistics, [B, T] each     (differentiable: logps)
+    dpo_kernels::sequence_sums     [B, T] values    -> weighted sums per sequence, [S]            (differentiable)
+    dpo_kernels::preference_loss   [B, T] logps     -> losses [P], sums, reference sums, coef [2P] (differentiable)
+    dpo_kernels::logits_grad       d loss / d logits, into a new tensor; logits_grad_ over the logits themselves
+
+Everything of size [tokens] or less is float64 (float32 where a device has none): it costs nothing beside the logits and
+keeps sums, losses and coefficients free of rounding. The backend's name travels with each call, so a backward runs where
+its forward ran.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.eager import small_dtype
+
+_library = torch.library.Library("dpo_kernels", "DEF")
+
+_library.define(
+    "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
+    "float logit_softcap, bool entropy, bool kl, bool accuracy, bool mean_logits, bool inplace_backward, str backend) "
+    "-> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits)"
+)
+_library.define("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, str backend) -> Tensor")
+_library.define(
+    "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
+    "Tensor beta, Tensor label_smoothing, bool robust, str backend) "
+    "-> (Tensor losses, Tensor sums, Tensor ref_sums, Tensor coef)"
+)
+_library.define(
+    "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
+    "float logit_scale, float logit_softcap, str backend) -> Tensor"
+)
+_library.define(
+    "logits_grad_(Tensor(a!) logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
+    "float logit_scale, float logit_softcap, str backend) -> ()"
+)
+
+_ops = torch.ops.dpo_kernels
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    """Kernels read rows of unit stride; views such as logits[:, :-1] pass through, a transposed vocabulary is copied."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
+
+
+# --- implementations ---------------------------------------------------------------------------------------------
+
+
+def _token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    stages = backends.load(backend, logits.device.type)
+    return stages.token_logps(
+        _unit_stride(logits),
+        labels.contiguous(),
+        None if ref_logits is None else _unit_stride(ref_logits),
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        entropy=entropy,
+        kl=kl,
+        accuracy=accuracy,
+        mean_logits=mean_logits,
+    )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
+    # On an accelerator the check would synchronise; there the kernels clamp spans to the tokens that exist.
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+        raise ValueError(f"cu_seqlens must rise from 0 to at most {tokens} (the number of tokens); got {bounds}")
+
+
+def _sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    _check_cu_seqlens(cu_seqlens, values.shape[1])
+    return backends.load(backend, values.device.type).sequence_sums(
+        values.contiguous(), weights.contiguous(), cu_seqlens
+    )
+
+
+def _preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    _check_cu_seqlens(cu_seqlens, logps.shape[1])
+    return backends.load(backend, logps.device.type).preference_loss(
+        logps.contiguous(),
+        None if ref_logps is None else ref_logps.contiguous(),
+        weights.contiguous(),
+        cu_seqlens,
+        None if ref_sums is None else ref_sums.contiguous(),
+        beta.contiguous(),
+        label_smoothing.contiguous(),
+        robust,
+    )
+
+
+def _logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    backend: str,
+) -> Tensor:
+    logits = _unit_stride(logits)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _run_logits_grad(logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, backend, out)
+    return out
+
+
+def _logits_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    backend: str,
+) -> None:
+    _run_logits_grad(logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, backend, logits)
+
+
+def _run_logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    backend: str,
+    out: Tensor,
+) -> None:
+    backends.load(backend, logits.device.type).logits_grad(
+        logits,
+        labels.contiguous(),
+        logps.contiguous(),
+        lse.contiguous(),
+        grad_logps.contiguous(),
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        out=out,
+    )
+
+
+for _name, _function in (
+    ("token_logps", _token_logps),
+    ("sequence_sums", _sequence_sums),
+    ("preference_loss", _preference_loss),
+    ("logits_grad", _logits_grad),
+    ("logits_grad_", _logits_grad_),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+# --- fake kernels: shapes and dtypes only, for torch.compile ------------------------------------------------------
+
+
+@torch.library.register_fake("dpo_kernels::token_logps", lib=_library)
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    small = small_dtype(logits.device)
+    return tuple(logits.new_empty(labels.shape if want else (0,), dtype=small) for want in wanted)
+
+
+@torch.library.register_fake("dpo_kernels::sequence_sums", lib=_library)
+def _(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    return values.new_empty(values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+
+@torch.library.register_fake("dpo_kernels::preference_loss", lib=_library)
+def _(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    pairs = beta.shape[0]
+    return (logps.new_empty(pairs), *(logps.new_empty(2 * pairs) for _ in range(3)))
+
+
+@torch.library.register_fake("dpo_kernels::logits_grad", lib=_library)
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.register_fake("dpo_kernels::logits_grad_", lib=_library)
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    backend: str,
+) -> None:
+    return None
+
+
+# --- autograd rules -----------------------------------------------------------------------------------------------
+
+_TWICE = (
+    "the logits were overwritten by the first backward (inplace_backward=True), so this graph cannot be run backward "
+    "again; call with inplace_backward=False to use retain_graph"
+)
+
+
+def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, _, ctx.ignore_index, ctx.scale, ctx.softcap, *_, ctx.inplace, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, output[0], output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.overwritten = False
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    """Whether the gradient can take the logits' memory: eager tensors of unit stride whose elements do not overlap."""
+    overlapping = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+    plain = type(logits) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    # With create_graph the logits are still needed (the double backward then raises its own error).
+    return plain and not overlapping and logits.stride(-1) == 1 and not torch.is_grad_enabled()
+
+
+def _token_logps_backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_logps is None or not ctx.needs_input_grad[0]:
+        return (None,) * 12
+    if ctx.overwritten:
+        raise RuntimeError(_TWICE)
+    logits, labels, logps, lse = ctx.saved_tensors
+    arguments = (logits, labels, logps, lse, grad_logps, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.backend)
+    if ctx.inplace and _may_overwrite(logits):
+        ctx.overwritten = True
+        logits = logits.detach()
+        _ops.logits_grad_(logits, *arguments[1:])
+        # Anyone else who saved these logits for a backward of their own must notice.
+        torch.autograd.graph.increment_version(logits)
+        return (logits, *(None,) * 11)
+    return (_ops.logits_grad(*arguments), *(None,) * 11)
+
+
+torch.library.register_autograd(
+    "dpo_kernels::token_logps", _token_logps_backward, setup_context=_token_logps_setup, lib=_library
+)
+
+
+def _spread(per_sequence: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's weight times its sequence's number, [B, T]; exactly 0 on unweighted tokens."""
+    if cu_seqlens is None:
+        spread = per_sequence.unsqueeze(-1)
+    else:
+        position = torch.arange(weights.shape[1], device=weights.device)
+        owner = torch.bucketize(position, cu_seqlens[1:], right=True)
+        # Tokens behind the last sequence belong to nobody: they meet the appended 0.
+        spread = torch.cat([per_sequence, per_sequence.new_zeros(1)])[owner].unsqueeze(0)
+    return torch.where(weights != 0, weights * spread, 0.0)
+
+
+def _sequence_sums_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _sequence_sums_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, cu_seqlens = ctx.saved_tensors
+    return _spread(grad, weights, cu_seqlens), None, None, None
+
+
+torch.library.register_autograd(
+    "dpo_kernels::sequence_sums", _sequence_sums_backward, setup_context=_sequence_sums_setup, lib=_library
+)
+
+
+def _preference_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[2], inputs[3], output[3])
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _preference_loss_backward(
+    ctx: Any, grad_losses: Tensor | None, grad_sums: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    weights, cu_seqlens, coef = ctx.saved_tensors
+    total = grad_sums
+    if grad_losses is not None:
+        through_loss = coef * grad_losses.repeat(2)
+        total = through_loss if total is None else total + through_loss
+    return (None if total is None else _spread(total, weights, cu_seqlens), *(None,) * 8)
+
+
+torch.library.register_autograd(
+    "dpo_kernels::preference_loss", _preference_loss_backward, setup_context=_preference_loss_setup, lib=_library
+)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("dpo_kernels has no double backward: the gradient kernels are not differentiable")
+
+
+torch.library.register_autograd("dpo_kernels::logits_grad", _no_double_backward, lib=_library)
+
+
+# --- typed doors for functional.py --------------------------------------------------------------------------------
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    statistics: tuple[str, ...],
+    inplace_backward: bool,
+    backend: str,
+) -> dict[str, Tensor]:
+    """Stage 1 as a dict: "logps", "lse", and "ref_logps" and the statistics where asked for; [B, T] each."""
+    names = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
+    flags = {name: name in statistics for name in names[3:]}
+    outputs = _ops.token_logps(
+        logits,
+        labels,
+        ref_logits,
+        ignore_index,
+        logit_scale,
+        logit_softcap,
+        *flags.values(),
+        inplace_backward,
+        backend,
+    )
+    given = {"logps": True, "lse": True, "ref_logps": ref_logits is not None, **flags}
+    return {name: value for name, value in zip(names, outputs, strict=True) if given[name]}
+
+
+def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    """Weighted sum over each sequence, [S] float64."""
+    return _ops.sequence_sums(values, weights, cu_seqlens, backend)
+
+
+def preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage 2: (losses [P], sums [2P], ref_sums [2P])."""
+    losses, sums, ref_sums_out, _ = _ops.preference_loss(
+        logps, ref_logps, weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, backend
+    )
+    return losses, sums, ref_sums_out

@@ -1,0 +1,84 @@
+"""What a loss call returns: the differentiable loss, and everything that people watch, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class DPOOutput:
+    """Result of `dpo_loss`. P pairs; all tensors on the logits' device; log-probabilities and KL in nats.
+
+    Only `loss` carries gradient; the rest is detached, so keeping it keeps no graph alive. dtype is float32 (float64 for
+    float64 logits).
+
+    Attributes:
+        loss: scalar, or [P] with reduction="none".
+        losses: [P], after pair_weights.
+        chosen_logps, rejected_logps: [P], weighted sums of token log-probabilities under the policy.
+        ref_chosen_logps, ref_rejected_logps: [P], under the reference (0 when reference-free).
+        chosen_rewards, rejected_rewards: [P], beta * (log pi - log pi_ref), the implicit reward (DPO paper, section 5).
+        entropy, kl, accuracy, mean_logits: [2P] or None when not asked for; means over each sequence's scored tokens.
+            kl is the exact KL(policy || reference) of the next-token distributions; accuracy counts argmax hits.
+        token_counts: [2P], scored tokens in each sequence.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    token_counts: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    accuracy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    #: Raises if a label was out of range; run by metrics(), which waits for the device anyway.
+    _check: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def _per_token(self, values: Tensor, part: slice) -> Tensor:
+        """Mean over the scored tokens of some sequences; NaN when they have none."""
+        counts = self.token_counts[part].to(values.dtype)
+        # A sequence without tokens has mean 0 by convention and weight 0 here.
+        return (values[part] * counts).sum() / counts.sum()
+
+    def metrics(self) -> dict[str, float]:
+        """Batch means under TRL's names, as Python floats (one wait for the device).
+
+        Always: "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+        "logps/rejected". With the statistic asked for: "logits/chosen", "logits/rejected" (mean_logits), "entropy",
+        "mean_token_accuracy" (accuracy; both over all completion tokens) and "kl" (ours: exact mean per-token KL).
+
+        Raises:
+            ValueError: a label was outside the vocabulary (GPU backends find out only now; the loss is NaN).
+        """
+        if self._check is not None:
+            self._check()
+        pairs = self.chosen_logps.shape[0]
+        chosen, rejected, everyone = slice(0, pairs), slice(pairs, None), slice(None)
+        found = {
+            "rewards/chosen": self.chosen_rewards.mean(),
+            "rewards/rejected": self.rejected_rewards.mean(),
+            "rewards/accuracies": (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype).mean(),
+            "rewards/margins": (self.chosen_rewards - self.rejected_rewards).mean(),
+            "logps/chosen": self.chosen_logps.mean(),
+            "logps/rejected": self.rejected_logps.mean(),
+        }
+        if self.mean_logits is not None:
+            found["logits/chosen"] = self._per_token(self.mean_logits, chosen)
+            found["logits/rejected"] = self._per_token(self.mean_logits, rejected)
+        if self.entropy is not None:
+            found["entropy"] = self._per_token(self.entropy, everyone)
+        if self.accuracy is not None:
+            found["mean_token_accuracy"] = self._per_token(self.accuracy, everyone)
+        if self.kl is not None:
+            found["kl"] = self._per_token(self.kl, everyone)
+        values = torch.stack([value.float() for value in found.values()]).tolist()
+        return dict(zip(found, values, strict=True))

@@ -1,0 +1,124 @@
+"""The definition of correct: DPO from its formulas in plain differentiable PyTorch, with no kernels and no stages.
+
+Run it in float64 and it is the truth that every backend is tested against. It materialises everything, reads the
+[tokens, vocabulary] tensors many times, and lets autograd differentiate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .objectives import Pairs, mix
+
+
+def transform_logits(logits: Tensor, logit_scale: float, logit_softcap: float) -> Tensor:
+    """z = scale * x, or z = cap * tanh(scale * x / cap) when a softcap is given (0 means none)."""
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return torch.tanh(logits / logit_softcap) * logit_softcap if logit_softcap else logits
+
+
+def token_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> dict[str, Tensor]:
+    """Every per-token quantity of DESIGN's stage 1, from `log_softmax`. All [..., T], 0 where the token is ignored.
+
+    Args:
+        logits: [..., T, V], any floating dtype; work happens in it.
+        labels: [..., T] int64.
+        ref_logits: like logits; adds "ref_logps" and "kl".
+
+    Returns:
+        "logps", "lse", "entropy", "accuracy", "mean_logits" and, with a reference, "ref_logps" and "kl"
+        (nats; accuracy is 0 or 1).
+    """
+    scored = labels != ignore_index
+    index = torch.where(scored, labels, 0).unsqueeze(-1)
+    z = transform_logits(logits, logit_scale, logit_softcap or 0.0)
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    found = {
+        "logps": log_p.gather(-1, index).squeeze(-1),
+        "lse": z.logsumexp(-1),
+        "entropy": -torch.where(p > 0, p * log_p, 0.0 * p).sum(-1),
+        "accuracy": (z.argmax(-1) == index.squeeze(-1)).to(z.dtype),
+        "mean_logits": z.mean(-1),
+    }
+    if ref_logits is not None:
+        ref_log_p = transform_logits(ref_logits.to(z.dtype), logit_scale, logit_softcap or 0.0).log_softmax(-1)
+        found["ref_logps"] = ref_log_p.gather(-1, index).squeeze(-1)
+        found["kl"] = torch.where(p > 0, p * (log_p - ref_log_p), 0.0 * p).sum(-1)
+    return {name: torch.where(scored, values, 0.0) for name, values in found.items()}
+
+
+def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Weighted sum of `values` over each sequence: rows of [S, T], or the spans of `cu_seqlens` in [N]."""
+    terms = torch.where(weights != 0, weights * values, 0.0)
+    if cu_seqlens is None:
+        return terms.sum(-1)
+    bounds = cu_seqlens.tolist()
+    return torch.stack([terms[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+
+
+def dpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    beta: float | Tensor = 0.1,
+    loss_type: str | Callable[[Pairs], Tensor] | Sequence[str | Callable[[Pairs], Tensor]] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss of `dpo_kernels.dpo_loss` (same arguments), in the dtype of `logits`; differentiable by autograd.
+
+    Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7, for the default objective.
+    """
+    tokens = token_statistics(
+        logits,
+        labels,
+        ref_logits=ref_logits,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+    )
+    weights = (labels != ignore_index).to(logits.dtype)
+    if token_weights is not None:
+        weights = weights * token_weights.to(logits.dtype)
+    sums = sequence_sums(tokens["logps"], weights, cu_seqlens)
+    if ref_logits is not None:
+        ref_sums = sequence_sums(tokens["ref_logps"], weights, cu_seqlens).detach()
+    else:
+        ref_sums = torch.zeros_like(sums) if ref_logps is None else ref_logps.to(sums.dtype)
+    ones = torch.ones((), dtype=logits.dtype, device=logits.device)
+    pairs = Pairs.from_sums(
+        sums,
+        ref_sums,
+        sequence_sums(weights, torch.ones_like(weights), cu_seqlens),
+        beta=torch.as_tensor(beta, dtype=logits.dtype, device=logits.device) * ones,
+        label_smoothing=torch.as_tensor(label_smoothing, dtype=logits.dtype, device=logits.device) * ones,
+    )
+    losses = mix(pairs, loss_type, loss_weights)
+    if pair_weights is not None:
+        losses = losses * pair_weights.to(losses.dtype)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / max(len(losses), 1)
