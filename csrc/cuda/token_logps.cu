@@ -301,24 +301,25 @@ DPO_DEVICE TokenValues all_tokens(double value) { return {value, value, value, v
 template <typename Tr>
 DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const MergedState& s, float label_x, float label_ref,
                                     bool earlier_tie) {
-  // z as the kernel's float32 base-2 scale sees it, so that label and sum share one scale, and z itself.
+  // The loops scale by log2(e) rounded to float32, which stretches every z by 1 + 1.3e-8. The label and the moments are
+  // stretched alike here, so that they meet the sums on one scale; a log-probability is then brought back.
   const double scale = static_cast<double>(p.logit_scale), cap = static_cast<double>(p.logit_softcap);
-  const auto exact = [&](double x) { return Tr::kSoftcap ? cap * tanh(x * scale / cap) : x * scale; };
-  const auto seen = [&](double x) {
-    return (Tr::kSoftcap ? exact(x) : x) * (static_cast<double>(Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale) * kLn2);
-  };
+  const float log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
   const double unit = Tr::kSoftcap ? 1.0 : scale;  // of drift and total
+  const double stretch = static_cast<double>(log2_scale) * kLn2 / unit;
+  const auto exact = [&](double x) { return Tr::kSoftcap ? cap * tanh(x * scale / cap) : x * scale; };
   const double z = exact(label_x), ref_z = exact(label_ref);
-  const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit), seen(label_x), z - ref_z);
+  const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch), z * stretch,
+                                     (z - ref_z) * stretch);
   TokenValues out{};
-  out.logps = row.logp;
-  out.lse = label_x == -INFINITY ? row.lse : z - row.logp;
+  out.logps = row.logp / stretch;
+  out.lse = label_x == -INFINITY ? row.lse / stretch : z - out.logps;
   const bool nan = row.logp != row.logp;
   if constexpr (Tr::kEntropy) out.entropy = nan ? NAN : row.entropy;
   if constexpr (Tr::kMean) out.mean_logits = (s.total + (Tr::kSoftcap ? z : label_x)) * unit / static_cast<double>(p.vocab);
   if constexpr (Tr::kKl) {
-    const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0), seen(label_ref), 0.0);
-    out.ref_logps = ref.logp;
+    const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0), ref_z * stretch, 0.0);
+    out.ref_logps = ref.logp / stretch;
     out.kl = row.kl_mean - row.lse + ref.lse;
     // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
     if (out.kl != out.kl && !nan && ref.lse == ref.lse) out.kl = INFINITY;

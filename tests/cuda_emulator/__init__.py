@@ -1,0 +1,292 @@
+"""Runs csrc/cuda on the CPU: builds the emulator library and offers the backend's stage functions on top of it.
+
+`Emulator()` has the same four stage functions as `dpo_kernels.backends.cuda`, so a test table can take it for a backend.
+The library is compiled once per source state and variant, into the folder `DPO_EMULATOR_CACHE` or the temporary one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+SANITIZERS = "address,undefined"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Device the launch heuristics are shown: an H100, unless a test says otherwise.
+SM_COUNT = 132
+
+
+class Order(enum.IntEnum):
+    """In which order the emulator resumes threads and blocks."""
+
+    FORWARD = 0
+    REVERSE = 1
+    RANDOM = 2
+
+
+def cuda_include() -> Path:
+    """Folder of CUDA's own host headers (cuda_bf16.h). Raises RuntimeError where CUDA is not installed."""
+    nvcc = shutil.which("nvcc")
+    roots = [os.environ.get("CUDA_HOME"), str(Path(nvcc).resolve().parent.parent) if nvcc else None, "/usr/local/cuda"]
+    for root in filter(None, roots):
+        if (Path(root) / "include" / "cuda_bf16.h").exists():
+            return Path(root) / "include"
+    raise RuntimeError("the CUDA emulator needs CUDA's headers: install the CUDA toolkit or set CUDA_HOME")
+
+
+def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
+    """Compile the emulator library and return its path; instant when nothing changed."""
+    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.cpp")])
+    sources += sorted([*(CSRC / "cuda").glob("*.*"), *(CSRC / "common").glob("*.h")])
+    # -O1 and -fno-strict-aliasing: words of packed logits are read through other types, as device code does.
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DDPO_EMULATOR", "-Wno-unknown-pragmas"]
+    if sanitize:
+        flags += [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]
+    flags += [f"-D{d}" for d in defines]
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in sources:
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = Path(os.environ.get("DPO_EMULATOR_CACHE") or Path(tempfile.gettempdir()) / f"dpo_emulator_{os.getuid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"emulator_{digest.hexdigest()[:16]}.so"
+    if not target.exists():
+        scratch = folder / f"{target.stem}.{os.getpid()}.so"
+        cxx = os.environ.get("CXX", "g++")
+        command = [cxx, *flags, f"-I{HERE}", "-isystem", str(cuda_include()), str(HERE / "harness.cpp"), "-o", str(scratch)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"the emulator does not compile:\n{done.stderr[-4000:]}")
+        os.replace(scratch, target)
+    return target
+
+
+def _struct(name: str, fields: str) -> type[ctypes.Structure]:
+    """A ctypes.Structure from "type name" lines that mirror csrc/cuda/params.h."""
+    types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "int": ctypes.c_int, "f32": ctypes.c_float}
+    parsed = []
+    for field in fields.split(";"):
+        kind, names = field.split(maxsplit=1)
+        parsed += [(n.strip(), globals()[kind] if kind[0].isupper() else types[kind]) for n in names.split(",")]
+    return type(name, (ctypes.Structure,), {"_fields_": parsed})
+
+
+Logits = _struct("Logits", "ptr data; i64 stride_b, stride_t; int dtype")
+PreferenceParams = _struct(
+    "PreferenceParams",
+    "ptr weights, cu_seqlens, given_ref_sums, beta, label_smoothing, losses, sums, ref_sums, coef, counters;"
+    "i64 pairs; int robust",
+)
+TokenLogpsParams = _struct(
+    "TokenLogpsParams",
+    "Logits policy, reference; ptr labels, logps, lse, ref_logps, entropy, kl, accuracy, mean_logits;"
+    "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap; PreferenceParams preference",
+)
+PreferenceLossParams = _struct(
+    "PreferenceLossParams", "ptr logps, ref_logps; i64 tokens; PreferenceParams preference"
+)
+SequenceSumsParams = _struct("SequenceSumsParams", "ptr values, weights, cu_seqlens, sums; i64 sequences, tokens")
+LogitsGradParams = _struct(
+    "LogitsGradParams",
+    "Logits logits; ptr out; i64 out_stride_b, out_stride_t; ptr labels, logps, lse, grad_logps;"
+    "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap",
+)
+
+
+class EmulatorError(RuntimeError):
+    """A launch that a GPU would have failed, hung or left undefined."""
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    # An empty tensor has no storage, but "given and empty" must not look like "not given".
+    if tensor is None:
+        return None
+    return tensor.data_ptr() or ctypes.addressof(_PLACEHOLDER)
+
+
+_PLACEHOLDER = ctypes.c_double()
+
+
+def _logits(tensor: Tensor | None) -> ctypes.Structure:
+    if tensor is None:
+        return Logits(None, 0, 0, 0)
+    return Logits(_address(tensor), tensor.stride(0), tensor.stride(1), DTYPES[tensor.dtype])
+
+
+class Emulator:
+    """The four stages and the fused forward, run by the emulated kernels.
+
+    order, seed, resident: the schedule. sm_count, clusters: the device that the launch heuristics see.
+    """
+
+    def __init__(
+        self,
+        library: Path | None = None,
+        *,
+        order: Order = Order.FORWARD,
+        seed: int = 0,
+        resident: int = 2,
+        sm_count: int = SM_COUNT,
+        clusters: bool = True,
+    ) -> None:
+        self.lib = ctypes.CDLL(str(library or build()))
+        self.lib.emu_error.restype = ctypes.c_char_p
+        self.lib.emu_launches.restype = ctypes.c_int64
+        self.schedule = (int(order), ctypes.c_uint64(seed), resident)
+        self.device = (sm_count, int(clusters))
+
+    def call(self, name: str, *args: object) -> None:
+        """Run one exported function; raise EmulatorError with the emulator's reason when it fails."""
+        self.lib.emu_configure(*self.schedule)
+        code = getattr(self.lib, name)(*args)
+        if code != 0:
+            raise EmulatorError(f"{name}: error {code}: {self.lib.emu_error().decode()}")
+
+    def launches(self) -> int:
+        """Kernel launches so far."""
+        return self.lib.emu_launches()
+
+    def plan_rows(self, rows: int, vocab: int, logits_per_thread: int) -> tuple[int, int]:
+        """(threads, blocks) that share a row."""
+        out = (ctypes.c_int * 2)()
+        self.lib.emu_plan_rows(ctypes.c_int64(rows), ctypes.c_int64(vocab), logits_per_thread, *self.device, out)
+        return out[0], out[1]
+
+    def _token_params(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logits: Tensor | None,
+        *,
+        ignore_index: int,
+        logit_scale: float,
+        logit_softcap: float,
+        entropy: bool,
+        kl: bool,
+        accuracy: bool,
+        mean_logits: bool,
+    ) -> tuple[ctypes.Structure, tuple[Tensor, ...]]:
+        batch, tokens, vocab = logits.shape
+
+        def output(wanted: bool) -> Tensor:
+            # Filled with NaN: an output that a kernel forgets is noticed.
+            return torch.full((batch, tokens) if wanted else (0,), float("nan"), dtype=torch.float64)
+
+        flags = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+        outputs = tuple(output(f) for f in flags)
+        addresses = [_address(t) if f else None for t, f in zip(outputs, flags, strict=True)]
+        params = TokenLogpsParams(
+            _logits(logits), _logits(ref_logits), _address(labels), *addresses,
+            batch, tokens, vocab, ignore_index, logit_scale, logit_softcap, PreferenceParams(),
+        )  # fmt: skip
+        return params, outputs
+
+    def token_logps(
+        self, logits: Tensor, labels: Tensor, ref_logits: Tensor | None, **options: object
+    ) -> tuple[Tensor, ...]:
+        """Stage 1; the contract of dpo_kernels.backends.cuda.token_logps."""
+        params, outputs = self._token_params(logits, labels, ref_logits, **options)
+        self.call("emu_token_logps", ctypes.byref(params), *self.device)
+        return outputs
+
+    def _preference_params(
+        self,
+        weights: Tensor,
+        cu_seqlens: Tensor | None,
+        ref_sums: Tensor | None,
+        beta: Tensor,
+        label_smoothing: Tensor,
+        robust: bool,
+        counters: Tensor | None,
+    ) -> tuple[ctypes.Structure, tuple[Tensor, ...]]:
+        pairs = beta.shape[0]
+        outputs = tuple(torch.full((n,), float("nan"), dtype=torch.float64) for n in (pairs, *[2 * pairs] * 3))
+        params = PreferenceParams(
+            _address(weights), _address(cu_seqlens), _address(ref_sums), _address(beta), _address(label_smoothing),
+            *map(_address, outputs), _address(counters), pairs, int(robust),
+        )  # fmt: skip
+        return params, outputs
+
+    def preference_loss(
+        self,
+        logps: Tensor,
+        ref_logps: Tensor | None,
+        weights: Tensor,
+        cu_seqlens: Tensor | None,
+        ref_sums: Tensor | None,
+        beta: Tensor,
+        label_smoothing: Tensor,
+        robust: bool,
+    ) -> tuple[Tensor, ...]:
+        """Stage 2: (losses, sums, ref_sums, coef)."""
+        preference, outputs = self._preference_params(
+            weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, None
+        )
+        params = PreferenceLossParams(_address(logps), _address(ref_logps), logps.shape[1], preference)
+        self.call("emu_preference_loss", ctypes.byref(params))
+        return outputs
+
+    def sequence_sums(self, values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Weighted sum over each sequence."""
+        sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sums = torch.full((sequences,), float("nan"), dtype=torch.float64)
+        params = SequenceSumsParams(
+            _address(values), _address(weights), _address(cu_seqlens), _address(sums), sequences, values.shape[1]
+        )
+        self.call("emu_sequence_sums", ctypes.byref(params))
+        return sums
+
+    def fused_forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logits: Tensor | None,
+        weights: Tensor,
+        cu_seqlens: Tensor | None,
+        ref_sums: Tensor | None,
+        beta: Tensor,
+        label_smoothing: Tensor,
+        robust: bool,
+        *,
+        counters: Tensor,
+        **options: object,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Stages 1 and 2 in one launch: (token outputs, (losses, sums, ref_sums, coef))."""
+        params, tokens = self._token_params(logits, labels, ref_logits, **options)
+        preference, outputs = self._preference_params(
+            weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, counters
+        )
+        params.preference = preference
+        self.call("emu_token_logps", ctypes.byref(params), *self.device)
+        return tokens, outputs
+
+    def logits_grad(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        logps: Tensor,
+        lse: Tensor,
+        grad_logps: Tensor,
+        *,
+        ignore_index: int,
+        logit_scale: float,
+        logit_softcap: float,
+        out: Tensor,
+    ) -> None:
+        """Stage 3: writes into out, which may be logits."""
+        batch, tokens, vocab = logits.shape
+        params = LogitsGradParams(
+            _logits(logits), _address(out), out.stride(0), out.stride(1), _address(labels), _address(logps),
+            _address(lse), _address(grad_logps), batch, tokens, vocab, ignore_index, logit_scale, logit_softcap,
+        )  # fmt: skip
+        self.call("emu_logits_grad", ctypes.byref(params), *self.device)

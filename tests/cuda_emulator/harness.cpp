@@ -1,0 +1,42 @@
+// The kernels of csrc/cuda as a host library for ctypes: includes the real sources, exports their launch functions.
+#include "emulator.h"
+
+#include "../../csrc/cuda/logits_grad.cu"
+#include "../../csrc/cuda/preference_loss.cu"
+#include "../../csrc/cuda/token_logps.cu"
+#include "self_test.cuh"
+
+extern "C" {
+
+void emu_configure(int order, uint64_t seed, int resident) {
+  emu::settings().order = static_cast<emu::Order>(order);
+  emu::settings().seed = seed;
+  emu::settings().resident = resident;
+}
+
+const char* emu_error() { return emu::settings().error.c_str(); }
+int64_t emu_launches() { return emu::settings().launches; }
+
+int emu_token_logps(const dpo::cuda::TokenLogpsParams* params, int sm_count, int has_clusters) {
+  return dpo::cuda::token_logps(*params, {sm_count, has_clusters}, nullptr);
+}
+
+int emu_preference_loss(const dpo::cuda::PreferenceLossParams* params) {
+  return dpo::cuda::preference_loss(*params, nullptr);
+}
+
+int emu_sequence_sums(const dpo::cuda::SequenceSumsParams* params) { return dpo::cuda::sequence_sums(*params, nullptr); }
+
+int emu_logits_grad(const dpo::cuda::LogitsGradParams* params, int sm_count, int has_clusters) {
+  return dpo::cuda::logits_grad(*params, {sm_count, has_clusters}, nullptr);
+}
+
+// [threads, blocks] of a row.
+void emu_plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int sm_count, int has_clusters, int* out) {
+  const auto plan = dpo::cuda::plan_rows(rows, vocab, logits_per_thread, {sm_count, has_clusters});
+  out[0] = plan.threads;
+  out[1] = plan.blocks;
+}
+
+int emu_self_test(int which, const float* in, float* out, int n) { return self_test::run(which, in, out, n); }
+}
