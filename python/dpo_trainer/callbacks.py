@@ -37,7 +37,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / METRICS
+        path = Path(str(args.output_dir)) / METRICS
         kept = (
             [record for record in read_metrics(path) if record["step"] <= state.global_step]
             if state.global_step
@@ -56,7 +56,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        with (Path(args.output_dir) / METRICS).open("a", encoding="utf-8") as file:
+        with (Path(str(args.output_dir)) / METRICS).open("a", encoding="utf-8") as file:
             file.write(_line({"step": state.global_step, **logs}))
 
 
@@ -70,14 +70,9 @@ def _line(record: dict[str, Any]) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; none if there is no file. A line cut short by a kill is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return records
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 class ReportFile(TrainerCallback):
@@ -143,9 +138,8 @@ class ProgressLine(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.shown:
-            self._print(
-                f"step {state.global_step:>5}  trained in {_clock(time.monotonic() - self.began)}: {_figures(self.shown)}"
-            )
+            took = _clock(time.monotonic() - self.began)
+            self._print(f"step {state.global_step:>5}  trained in {took}: {_figures(self.shown)}")
 
     def line(self, state: TrainerState) -> str:
         """Step, share done, the last logged figures and the time left."""
@@ -174,7 +168,19 @@ def evaluation_text(logs: dict[str, Any]) -> str:
     )
 
 
+def without_ties(logs: dict[str, Any]) -> dict[str, Any]:
+    """The figures without the accuracy of a model that has not moved: with rewards of 0 nothing is right or wrong."""
+    tied = {
+        name
+        for name in logs
+        if name.endswith("rewards/accuracies")
+        and logs.get(name.replace("accuracies", "chosen")) == logs.get(name.replace("accuracies", "rejected")) == 0
+    }
+    return {name: value for name, value in logs.items() if name not in tied}
+
+
 def _figures(logs: dict[str, Any]) -> str:
+    logs = without_ties(logs)
     shown = (
         ("loss", "loss {:.4f}"),
         ("rewards/accuracies", "acc {:.0%}"),

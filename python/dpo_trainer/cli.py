@@ -26,7 +26,7 @@ RUN_KEYS = {
     "train_data": "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected.",
     "eval_data": "Held-out pairs in the same form; evaluated before the first and after the last step, at least.",
     "output_dir": "Folder for the model, checkpoints, metrics.jsonl, summary.json and report.html.",
-    "lora": "Train a LoRA adapter instead of the whole model: fields of peft's LoraConfig, e.g. --lora.r 16 --lora.lora_alpha 32.",
+    "lora": "Train a LoRA adapter, not the whole model: fields of peft's LoraConfig, e.g. --lora.r 16.",
 }
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {
@@ -39,7 +39,7 @@ SWITCHES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 after one line about what the user gave, or 130 when interrupted."""
+    """Run the command line; returns the exit code: 0; 2 after one line about bad input; 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or "--help" in arguments or "-h" in arguments or "--help-all" in arguments:
         print(help_text(everything="--help-all" in arguments))
@@ -340,7 +340,8 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
         raise OutputError(f"output_dir '{folder}': holds a finished run; choose another folder, or --overwrite it")
     if checkpoints:
         raise OutputError(
-            f"output_dir '{folder}': holds an unfinished run (last checkpoint: {checkpoints[-1].name}); --resume or --overwrite it"
+            f"output_dir '{folder}': holds an unfinished run (last checkpoint: {checkpoints[-1].name}); "
+            "--resume or --overwrite it"
         )
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).exists():
@@ -418,9 +419,9 @@ def help_text(*, everything: bool = False) -> str:
     ]
     parts = [
         f"usage: {USAGE}",
-        "Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML file and\n"
-        "from the command line, which wins; nested ones are written with dots. Example:",
-        "  dpo-train --model ./SmolLM2-135M-Instruct --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6",
+        "Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML\n"
+        "file and from the command line, which wins; nested ones are written with dots. Example:",
+        "  dpo-train --model ./my-model --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6",
         "\n".join(["Run:", *(entry(key, text) for key, text in RUN_KEYS.items())]),
         "\n".join(["Settings [default]:", *(setting(item) for item in own)]),
     ]
@@ -433,7 +434,7 @@ def help_text(*, everything: bool = False) -> str:
         parts.append(
             "\n".join(
                 [
-                    "Of the settings of transformers.TrainingArguments, all of which may be given (--help-all lists them):",
+                    "Some settings of transformers.TrainingArguments; all may be given (--help-all lists them):",
                     *(entry(name, _short(picked[name])) for name in common if name in picked),
                 ]
             )

@@ -1,4 +1,4 @@
-"""Turns tokenised pairs into one batch: chosen rows first, then rejected, right padded, with the scored tokens listed."""
+"""Turns tokenised pairs into one batch: chosen rows, then rejected, right padded, with the scored tokens listed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass
 class PairCollator:
-    """Collate rows with `prompt_input_ids`, `chosen_input_ids` and `rejected_input_ids` (completions without the prompt).
+    """Collate rows of `prompt_input_ids`, `chosen_input_ids` and `rejected_input_ids` (completions without prompt).
 
     With P rows the batch holds:
 
@@ -23,7 +23,8 @@ class PairCollator:
       `ref_chosen_logps` and `ref_rejected_logps`.
 
     Everything is derived from lengths, never from token ids: a tokenizer whose padding token is also its end token
-    (SmolLM2 has such a one) is safe. The first token of a sequence without a prompt has nothing to be predicted from and is not scored.
+    (SmolLM2 has such a one) is safe. The first token of a sequence without a prompt has nothing to be predicted from
+    and is not scored.
 
     Args:
         pad_token_id: the id written into padding. Any valid id will do.

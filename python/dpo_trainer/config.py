@@ -3,17 +3,17 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 
 from dpo_kernels import STATISTICS
+from dpo_kernels.backends import NAMES as BACKENDS
 from dpo_kernels.objectives import OBJECTIVES, check_smoothing
 
 from .errors import ConfigError, did_you_mean
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
-BACKENDS = ("eager", "cpu", "triton", "cuda")
 
 
 @dataclass
@@ -27,7 +27,10 @@ class DPOConfig(TrainingArguments):
         ConfigError: a value is out of range or unknown; the message lists what is known.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
     # Defaults that differ from TrainingArguments.
     learning_rate: float = field(
@@ -46,7 +49,7 @@ class DPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses from the log. Off: a NaN should be seen."}
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Trackers to write to besides the run's own files, e.g. 'tensorboard'."}
     )
     remove_unused_columns: bool = field(
@@ -107,7 +110,7 @@ class DPOConfig(TrainingArguments):
     statistics: list[str] = field(
         default_factory=lambda: ["entropy", "kl", "accuracy"],
         metadata={
-            "help": "Statistics of the completion tokens to log: entropy, kl (exact, from the reference; needs the reference's "
+            "help": "Statistics of the completion tokens to log: entropy, kl (exact; needs the reference's "
             "logits in the step), accuracy (as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected)."
         },
     )
@@ -133,7 +136,8 @@ class DPOConfig(TrainingArguments):
         for name in names:
             if name not in OBJECTIVES:
                 raise ConfigError(
-                    f"loss_type: unknown objective '{name}'{did_you_mean(name, OBJECTIVES)}; known are {', '.join(OBJECTIVES)}"
+                    f"loss_type: unknown objective '{name}'{did_you_mean(name, OBJECTIVES)}; "
+                    f"known are {', '.join(OBJECTIVES)}"
                 )
             try:
                 check_smoothing(name, self.label_smoothing)
@@ -163,7 +167,8 @@ class DPOConfig(TrainingArguments):
             and self.max_prompt_length >= self.max_length
         ):
             raise ConfigError(
-                f"max_prompt_length: {self.max_prompt_length} leaves no room for a completion within max_length {self.max_length}"
+                f"max_prompt_length: {self.max_prompt_length} leaves no room for a completion "
+                f"within max_length {self.max_length}"
             )
         for name in self.statistics:
             if name not in STATISTICS:
@@ -172,7 +177,8 @@ class DPOConfig(TrainingArguments):
                 )
         if self.backend is not None and self.backend not in BACKENDS:
             raise ConfigError(
-                f"backend: unknown '{self.backend}'{did_you_mean(self.backend, BACKENDS)}; known are {', '.join(BACKENDS)}"
+                f"backend: unknown '{self.backend}'{did_you_mean(self.backend, BACKENDS)}; "
+                f"known are {', '.join(BACKENDS)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""From preference files to tokenised pairs: reading, checking, the prompt boundary, truncation, and an account of what was dropped."""
+"""From preference files to tokenised pairs: reading, checking, the prompt boundary, truncation, what was dropped."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def load_pairs(path: str | Path) -> Any:
             else:
                 import pandas
 
-                frame = pandas.read_csv(path, dtype={name: str for name in REQUIRED}, keep_default_na=False)
+                frame = pandas.read_csv(path, dtype=dict.fromkeys(REQUIRED, str), keep_default_na=False)
                 dataset = datasets.Dataset.from_pandas(frame, preserve_index=False)
         except (OSError, ValueError) as error:  # pyarrow's and pandas' parsing errors are ValueErrors
             raise DataError(f"{path}: not readable as {path.suffix[1:]} ({first_line(error)})") from error
@@ -279,8 +279,8 @@ def render_chat(tokenizer: Any, prompt: list[Any], completion: list[Any], where:
             bare = prompt_text if open_turn else tokenizer.apply_chat_template(prompt, tokenize=False)
             if not full_text.startswith(bare):
                 raise DataError(
-                    f"{where}: the chat template renders the prompt differently once an answer follows it, so the answer's "
-                    "tokens cannot be told apart; use a template without that or text rows"
+                    f"{where}: the chat template renders the prompt differently once an answer follows it, "
+                    "so the answer's tokens cannot be told apart; use another template, or text rows"
                 )
             prompt_text = full_text[: _shared_prefix(prompt_text, full_text)]
     except (TemplateError, KeyError, TypeError) as error:
@@ -327,7 +327,7 @@ def truncate(
 
 def _shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     length = 0
-    for x, y in zip(a, b):
+    for x, y in zip(a, b, strict=False):
         if x != y:
             break
         length += 1
@@ -381,7 +381,8 @@ def prepare_dataset(
     Returns the dataset with `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (tokens of the
     longer side, for `train_sampling_strategy="group_by_length"`) and, where given, `weight` and the reference
     log-probabilities; and the account of what was dropped: pairs whose sides are equal (before or after truncation,
-    their gradient is zero) and pairs of which a side has no token left to score. Already tokenised datasets pass through.
+    their gradient is zero) and pairs of which a side has no token left to score. Datasets that are tokenised already
+    pass through.
 
     Raises:
         DataError: naming the row, or saying that nothing is left.

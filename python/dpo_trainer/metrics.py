@@ -25,8 +25,8 @@ _PER_SEQUENCE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits")
 class MetricWindow:
     """The outputs of all batches since the last `drain`.
 
-    A mean of batch means would weigh the pairs of a short last batch more than the others. So the vectors of length P are
-    kept, on their device: they are tiny, and no step has to wait for the host.
+    A mean of batch means would weigh the pairs of a short last batch more than the others. So the vectors of length P
+    are kept, on their device: they are tiny, and no step has to wait for the host.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class MetricWindow:
 
 
 def join(outputs: Sequence[DPOOutput]) -> DPOOutput:
-    """Several batches as one: all chosen sequences first, then all rejected ones. Statistics that one lacks are left out."""
+    """Several batches as one: all chosen sequences first, then all rejected ones; without statistics that one lacks."""
     for output in outputs:
         if output._check is not None:
             output._check()

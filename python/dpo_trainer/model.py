@@ -34,7 +34,7 @@ class SplitModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = unwrap_adapter(model)
         self.backbone = _backbone(base)
         self.head: nn.Module | None = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         self.split = self.backbone is not None and self.head is not None
@@ -69,7 +69,7 @@ class SplitModel:
         return output.logits.flatten(0, 1).index_select(0, batch["positions"])
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Apply the remaining scale and softcap to `packed_logits`, for callers that do not leave them to the kernels."""
+        """Apply the remaining scale and softcap to `packed_logits`, where the kernels do not do it."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcap is not None:
@@ -108,14 +108,19 @@ class SplitModel:
             reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
         if not self.split:
             logger.warning(
-                "%s: head(backbone(x)) and the model's own logits %s; computing the logits of all tokens, which is slower",
+                "%s: logits by head(backbone(x)) and the model's own %s; computing those of all tokens, slower",
                 type(self.model).__name__,
                 reason,
             )
         return self.split
 
 
-def _backbone(base: nn.Module) -> nn.Module | None:
+def unwrap_adapter(model: Any) -> Any:
+    """The transformers model inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _backbone(base: Any) -> nn.Module | None:
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     if decoder is None or decoder is base:
         decoder = getattr(base, "base_model", None)
@@ -184,6 +189,7 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    model: Any
     folder, extra = _source(path, "model")
     kwargs = {"dtype": torch.float32, **extra, **kwargs}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
@@ -231,7 +237,5 @@ def _source(path: str | Path, what: str) -> tuple[str, dict[str, str]]:
         return str(local), {}
     # A hub name is 'name' or 'owner/name' and not something that exists here.
     if local.exists() or local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
-        raise ModelError(
-            f"{what} '{path}': no such folder" if not local.exists() else f"{what} '{path}': not a folder or .gguf file"
-        )
+        raise ModelError(f"{what} '{path}': {'not a folder or .gguf file' if local.exists() else 'no such folder'}")
     return str(path), {}

@@ -1,4 +1,4 @@
-"""Where the reference's log-probabilities come from: a frozen model, the policy without its adapter, or computed beforehand."""
+"""The reference's log-probabilities: of a frozen model, of the policy without its adapter, or computed beforehand."""
 
 from __future__ import annotations
 

@@ -13,9 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .callbacks import METRICS, read_metrics
+from .callbacks import METRICS, read_metrics, without_ties
+from .model import unwrap_adapter
 
 if TYPE_CHECKING:
+    import torch
+
+    from .config import DPOConfig
     from .trainer import DPOTrainer
 
 SUMMARY = "summary.json"
@@ -26,24 +30,23 @@ REPORT = "report.html"
 
 def summarize(trainer: DPOTrainer, *, finished: bool) -> dict[str, Any]:
     """Facts of a run: data, first and last figures, throughput, settings, versions. Plain JSON values."""
-    import torch
-
-    records = read_metrics(Path(trainer.args.output_dir) / METRICS)
+    records = read_metrics(Path(str(trainer.args.output_dir)) / METRICS)
     train, evals = training_records(records), evaluation_records(records)
     seconds = sum(r["tokens"] / r["tokens_per_second"] for r in train if r.get("tokens_per_second"))
     tokens = sum(r.get("tokens") or 0 for r in train)
     model = trainer.policy.model
-    parameters = [parameter for parameter in model.parameters()]
+    parameters = list(model.parameters())
     return {
         "finished": finished,
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
-        "architecture": type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__,
+        "architecture": type(unwrap_adapter(model)).__name__,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "reference": trainer.reference_kind,
         "data": [account.describe() for account in trainer.accounts],
         "pairs": {account.name: account.kept for account in trainer.accounts},
         "steps": trainer.state.global_step,
+        "initial_loss": initial_loss(trainer.args),
         "planned_steps": trainer.state.max_steps,
         "epochs": trainer.state.epoch,
         "seconds": round(seconds, 3),
@@ -54,20 +57,28 @@ def summarize(trainer: DPOTrainer, *, finished: bool) -> dict[str, Any]:
         "last": train[-1] if train else {},
         "eval_first": evals[0] if evals else {},
         "eval_last": evals[-1] if evals else {},
-        "device": f"{trainer.args.device.type}, {torch.get_num_threads()} threads"
-        if trainer.args.device.type == "cpu"
-        else torch.cuda.get_device_name(trainer.args.device)
-        if trainer.args.device.type == "cuda"
-        else str(trainer.args.device),
+        "device": _device(trainer.args.device),
         "changed_settings": _changed(trainer.args),
         "settings": json.loads(json.dumps(trainer.args.to_sanitized_dict(), default=str)),
         "versions": _versions(),
     }
 
 
+def initial_loss(args: DPOConfig) -> float:
+    """The objective's value where policy and reference agree (log 2 for DPO), for a pair of weight 1."""
+    import torch
+
+    from dpo_kernels.objectives import Pairs, mix
+
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    settings = (torch.tensor(value, dtype=torch.float64) for value in (args.beta, args.label_smoothing))
+    pairs = Pairs.from_sums(zero.repeat(2), zero.repeat(2), one.repeat(2), *settings)
+    return mix(pairs, args.loss_type, args.loss_weights).item()
+
+
 def write_report(trainer: DPOTrainer, *, finished: bool) -> Path | None:
-    """Write `summary.json` (only once the run is finished) and, if asked for, `report.html`; returns the report's path."""
-    folder = Path(trainer.args.output_dir)
+    """Write `summary.json` (once the run is finished) and, if asked for, `report.html`; returns the report's path."""
+    folder = Path(str(trainer.args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(trainer, finished=finished)
     if finished:
@@ -87,17 +98,17 @@ def _write(path: Path, text: str) -> None:
 
 def training_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of training steps."""
-    return [record for record in records if "loss" in record]
+    return [without_ties(record) for record in records if "loss" in record]
 
 
 def evaluation_records(records: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, Any]]:
-    """The records of evaluations, without the prefix of their metrics' names."""
-    found = []
+    """The records of evaluations, without the prefix of their metrics' names, the last one of each step."""
+    found = {}
     for record in records:
         own = {name[len(prefix) + 1 :]: value for name, value in record.items() if name.startswith(prefix + "_")}
         if "loss" in own:
-            found.append({"step": record["step"], "epoch": record.get("epoch"), **own})
-    return found
+            found[record["step"]] = {"step": record["step"], "epoch": record.get("epoch"), **without_ties(own)}
+    return list(found.values())
 
 
 def _evaluation_prefixes(records: list[dict[str, Any]]) -> list[str]:
@@ -107,6 +118,15 @@ def _evaluation_prefixes(records: list[dict[str, Any]]) -> list[str]:
             if name.startswith("eval") and name.endswith("_loss") and name[: -len("_loss")] not in prefixes:
                 prefixes.append(name[: -len("_loss")])
     return prefixes
+
+
+def _device(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _peak_memory_mib() -> float | None:
@@ -134,11 +154,10 @@ def _changed(args: Any) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     for name in ("dpo-kernels", "torch", "transformers", "accelerate", "datasets", "peft", "triton"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        if name in installed:
+            versions[name] = installed[name]
     versions["system"] = f"{platform.system()} {platform.machine()}"
     return versions
 
@@ -177,17 +196,17 @@ CHARTS = (
     Chart(
         "loss",
         "Loss",
-        "Starts at log 2 = 0.6931, where policy and reference agree, and falls. Judge by the held-out curve: training loss that keeps "
-        "falling while held-out loss turns up is memorising. Stuck at log 2 means that nothing moves: raise the learning rate.",
+        "Starts at log 2 = 0.6931, where policy and reference agree, and falls. Judge by the held-out curve: "
+        "training loss that keeps falling while held-out loss turns up is memorising. Stuck at log 2 means that "
+        "nothing moves: raise the learning rate.",
         _both("loss"),
-        level=math.log(2),
-        level_label="log 2",
     ),
     Chart(
         "accuracy",
         "Accuracy",
-        "Share of pairs whose chosen answer gained more over the reference than the rejected one. Around 50 % is guessing; held out, 60 to 80 % is "
-        "usual on human data. 100 % in training with a flat held-out curve is overfitting; well below 50 % suggests swapped columns.",
+        "Share of pairs whose chosen answer gained more over the reference than the rejected one. Around 50 % is "
+        "guessing; held out, 60 to 80 % is usual on human data. 100 % in training with a flat held-out curve is "
+        "overfitting; well below 50 % suggests swapped columns.",
         _both("rewards/accuracies"),
         level=0.5,
         level_label="guessing",
@@ -196,23 +215,26 @@ CHARTS = (
     Chart(
         "rewards",
         "Rewards",
-        "beta × (log-prob under the policy − under the reference). Both start at 0 and part: chosen above rejected. Often both fall; "
-        "if chosen falls far, the model unlearns good answers too: lower the learning rate or raise beta.",
+        "beta times (log-prob under the policy minus under the reference). Both start at 0 and part: chosen above"
+        " rejected. Often both fall; if chosen falls far, the model unlearns good answers too: lower the learning"
+        " rate or raise beta.",
         (Line("rewards/chosen", "chosen", "train", 3), Line("rewards/rejected", "rejected", "train", 4)),
         level=0.0,
     ),
     Chart(
         "margins",
         "Reward margin",
-        "Chosen minus rejected reward. Grows steadily and slows; a held-out margin that lags far behind training is overfitting.",
+        "Chosen minus rejected reward. Grows steadily and slows; a held-out margin that lags far behind training "
+        "is overfitting.",
         _both("rewards/margins"),
         level=0.0,
     ),
     Chart(
         "kl",
         "KL from the reference",
-        "Exact, per completion token, in nats. Rises slowly from 0; the price paid for the margin. A sudden climb means the policy is running away "
-        "from the model it started as: lower the learning rate, raise beta, or stop earlier.",
+        "Exact, per completion token, in nats. Rises slowly from 0; the price paid for the margin. A sudden climb"
+        " means the policy is running away from the model it started as: lower the learning rate, raise beta, or "
+        "stop earlier.",
         _both("kl"),
     ),
     Chart(
@@ -224,19 +246,22 @@ CHARTS = (
     Chart(
         "entropy",
         "Entropy",
-        "Of the next token, in nats, over the completions. Roughly level; a collapse towards 0 means one answer to everything.",
+        "Of the next token, in nats, over the completions. Roughly level; a collapse towards 0 means one answer "
+        "to everything.",
         _both("entropy"),
     ),
     Chart(
         "grad_norm",
         "Gradient norm",
-        "Before clipping. Even, within a factor of a few; lone spikes point to odd pairs, steady growth to a learning rate that is too high.",
+        "Before clipping. Even, within a factor of a few; lone spikes point to odd pairs, steady growth to a "
+        "learning rate that is too high.",
         (Line("grad_norm", "training", "train", 1),),
     ),
     Chart(
         "throughput",
         "Throughput",
-        "Real tokens (no padding) per second of training, evaluations and checkpoints left out. Level, apart from the first step.",
+        "Real tokens (no padding) per second of training, evaluations and checkpoints left out. Level, apart from"
+        " the first step.",
         (Line("tokens_per_second", "tokens / s", "train", 5),),
     ),
     Chart(
@@ -257,11 +282,23 @@ _SERIES_NAMES = {
 }
 
 
-def draw(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> str | None:
-    """The chart as inline SVG that takes its colours and font from the page; None if there is nothing to draw."""
+def draw(
+    chart: Chart,
+    train: list[dict[str, Any]],
+    evals: list[dict[str, Any]],
+    level: float | None = None,
+    level_label: str = "",
+) -> str | None:
+    """The chart as inline SVG that takes its colours and font from the page; None if there is nothing to draw.
+
+    Args:
+        chart: what to draw.
+        train, evals: records of training steps and of evaluations.
+        level, level_label: a horizontal line, where the run and not the chart knows it.
+    """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
     curves = []
     for line in chart.lines:
@@ -272,15 +309,17 @@ def draw(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, Any]])
     if not curves:
         return None
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 9.5}
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    with matplotlib.rc_context({**style, **ink}):
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 9.5}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.9, 2.75), layout="constrained")
         axes = figure.add_subplot()
         for line, points in curves:
             few = len(points) <= 30
+            steps, values = zip(*points, strict=True)
             axes.plot(
-                *zip(*points),
+                steps,
+                values,
                 color=_SERIES[line.colour],
                 linewidth=1.8,
                 marker="o" if few else None,
@@ -288,9 +327,9 @@ def draw(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, Any]])
                 label=line.label,
                 solid_capstyle="round",
             )
-        if chart.level is not None:
-            label = chart.level_label or None
-            axes.axhline(chart.level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
+        level, label = (chart.level, chart.level_label) if level is None else (level, level_label)
+        if level is not None:
+            axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=label or None)
         if len(axes.get_legend_handles_labels()[0]) > 1:
             # Above the plot: a legend inside hides points wherever it is put.
             axes.legend(
@@ -306,6 +345,13 @@ def draw(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, Any]])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         if chart.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_ylim(-0.03, 1.03)
+        elif chart.key == "throughput":
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.set_ylim(bottom=0)
+        elif chart.key == "learning_rate":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axes.set_ylim(bottom=0)
         axes.margins(x=0.02, y=0.12)
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -347,7 +393,9 @@ def render_report(summary: dict[str, Any], records: list[dict[str, Any]], *, nam
     train = training_records(records)
     prefixes = _evaluation_prefixes(records)
     evals = evaluation_records(records, prefixes[0]) if prefixes else []
-    charts = [(chart, draw(chart, train, evals)) for chart in CHARTS]
+    start = summary["initial_loss"]
+    levels = {"loss": (start, "log 2" if math.isclose(start, math.log(2)) else f"start ({start:.4g})")}
+    charts = [(chart, draw(chart, train, evals, *levels.get(chart.key, ()))) for chart in CHARTS]
     environment = Environment(
         loader=PackageLoader("dpo_trainer", "templates"),
         autoescape=True,
@@ -396,7 +444,7 @@ def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[st
 
 def _figure(value: Any, metric: str = "") -> str:
     if value is None:
-        return "–"
+        return "-"
     if metric.endswith("accuracies"):
         return f"{value:.1%}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):

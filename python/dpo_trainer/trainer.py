@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -42,9 +42,9 @@ class DPOTrainer(Trainer):
         ref_model: the reference: a model or a path. None: the model as it is now (a frozen copy, or nothing at all with
             `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
-        train_dataset: rows with `prompt`, `chosen`, `rejected` (text or chat messages), optional `weight` (confidence
-            in the pair), optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference): a
-            `datasets.Dataset` or a list.
+        train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
+            messages), optional `weight` (confidence in the pair; it multiplies the pair's loss), optional
+            `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference).
         eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.
@@ -79,9 +79,9 @@ class DPOTrainer(Trainer):
             raise ConfigError(f"args: expected a DPOConfig, got {type(args).__name__}")
         if isinstance(model, (str, Path)):
             processing_class = processing_class if processing_class is not None else load_tokenizer(model)
-            model = load_model(model, **_kwargs(args.model_init_kwargs))
+            model = cast(nn.Module, load_model(model, **_kwargs(args.model_init_kwargs)))
         if isinstance(ref_model, (str, Path)):
-            ref_model = load_model(ref_model, **_kwargs(args.model_init_kwargs))
+            ref_model = cast(nn.Module, load_model(ref_model, **_kwargs(args.model_init_kwargs)))
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ModelError(
                 f"model: {type(model).__name__} is an encoder-decoder; only causal language models are supported"
@@ -95,22 +95,16 @@ class DPOTrainer(Trainer):
             processing_class = load_tokenizer(name)
 
         self.accounts: list[Account] = []
-        limits = {
-            "max_length": args.max_length,
-            "max_prompt_length": args.max_prompt_length,
-            "truncation_mode": args.truncation_mode,
-            "num_proc": args.dataset_num_proc,
-        }
-        self._prepare = lambda dataset, name: self._account(
-            prepare_dataset(dataset, processing_class, name=name, **limits)
-        )
         with args.main_process_first(desc="tokenising", local=True):
             if train_dataset is not None:
-                train_dataset = self._prepare(train_dataset, "train_dataset")
+                train_dataset = self._tokenize(train_dataset, "train_dataset", args, processing_class)
             if isinstance(eval_dataset, dict):
-                eval_dataset = {key: self._prepare(value, f"eval_dataset {key}") for key, value in eval_dataset.items()}
+                eval_dataset = {
+                    key: self._tokenize(value, f"eval_dataset {key}", args, processing_class)
+                    for key, value in eval_dataset.items()
+                }
             elif eval_dataset is not None:
-                eval_dataset = self._prepare(eval_dataset, "eval_dataset")
+                eval_dataset = self._tokenize(eval_dataset, "eval_dataset", args, processing_class)
 
         if peft_config is not None:
             from peft import PeftModel, get_peft_model
@@ -121,7 +115,7 @@ class DPOTrainer(Trainer):
                 )
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         if args.disable_dropout:
-            disable_dropout(model)
+            disable_dropout(cast(nn.Module, model))
             if ref_model is not None:
                 disable_dropout(ref_model)
 
@@ -165,8 +159,16 @@ class DPOTrainer(Trainer):
 
     # --- construction ----------------------------------------------------------------------------------------------
 
-    def _account(self, prepared: tuple[Any, Account]) -> Any:
-        dataset, account = prepared
+    def _tokenize(self, dataset: Any, name: str, args: DPOConfig, tokenizer: Any) -> Any:
+        dataset, account = prepare_dataset(
+            dataset,
+            tokenizer,
+            name=name,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+        )
         self.accounts.append(account)
         if account.dropped:
             logger.warning(account.describe())
@@ -237,7 +239,7 @@ class DPOTrainer(Trainer):
         finally:
             self.model.train(was_training)  # type: ignore[union-attr]
         logger.info("reference log-probabilities of %d %s pairs computed", len(dataset), name)
-        for column, values in zip(REFERENCE, columns):
+        for column, values in zip(REFERENCE, columns, strict=True):
             dataset = dataset.add_column(column, values)
         return dataset
 
@@ -303,8 +305,8 @@ class DPOTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, DPOOutput]:
         """The batch's share of the mean over all pairs of the optimizer step, on all processes.
 
-        Without `num_items_in_batch` (the step's pairs, counted by transformers through `_get_num_items_in_batch`), the mean over
-        the batch.
+        Without `num_items_in_batch` (the step's pairs, which transformers asks `_get_num_items_in_batch` for), the mean
+        over the batch.
         """
         with self._kernels():
             if self.accelerator.num_processes > 1 and model.training:
@@ -333,7 +335,7 @@ class DPOTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of one batch; with `prediction_loss_only=False` also rewards `[P, 2]` and which of the two is preferred."""
+        """Loss of one batch; unless `prediction_loss_only`, also rewards `[P, 2]` and which is preferred."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
@@ -378,7 +380,7 @@ class DPOTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         means = self._drain("eval")
         means.pop("tokens", None)
-        result.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        cast(dict[str, float], result.metrics).update({f"{prefix}_{name}": value for name, value in means.items()})
         return result
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -405,9 +407,8 @@ class DPOTrainer(Trainer):
     def _ready(self, dataset: Any, name: str) -> Any:
         """Tokenised, and with a reference to compare with."""
         if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
-            accounts = len(self.accounts)
-            dataset = self._prepare(dataset, name)
-            del self.accounts[accounts:]
+            dataset = self._tokenize(dataset, name, self.args, self.processing_class)
+            self.accounts.pop()  # not part of the run
         if self.reference is None and any(column not in dataset.column_names for column in REFERENCE):
             if self.state.global_step > 0:
                 raise DataError(
