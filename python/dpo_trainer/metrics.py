@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_kernels import DPOOutput
+
+#: Least sum of weights to divide by: pairs that all weigh nothing have loss 0, not NaN.
+TINY = torch.finfo(torch.float32).tiny
 
 _PER_PAIR = (
     "losses",
@@ -31,25 +35,33 @@ class MetricWindow:
 
     def __init__(self) -> None:
         self._outputs: list[DPOOutput] = []
+        self._weights: list[Tensor] = []
         self._tokens: list[Tensor] = []
 
-    def add(self, output: DPOOutput, tokens: Tensor) -> None:
-        """Add a batch and the number of its real tokens, prompts included."""
+    def add(self, output: DPOOutput, weight: Tensor, tokens: Tensor) -> None:
+        """Add a batch, the sum of its pairs' weights, and the number of its real tokens, prompts included."""
         self._outputs.append(replace(output, loss=output.loss.detach()))
-        self._tokens.append(tokens.detach())
+        self._weights.append(weight)
+        self._tokens.append(tokens)
 
-    def drain(self, gather: Callable[[DPOOutput], list[DPOOutput]] = lambda output: [output]) -> dict[str, float]:
-        """`loss`, the names of `DPOOutput.metrics` and `tokens` (a sum) since the last call, then forget them.
+    def drain(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
+        """`loss`, the names of `DPOOutput.metrics`, and `tokens` (a sum) since the last call, then forget them.
 
         Args:
-            gather: brings together what all processes have; `tokens` it leaves to the caller.
+            gather: collects a list of picklable objects from all processes.
         """
         if not self._outputs:
             return {}
-        everything = join(gather(join(self._outputs)))
-        tokens = torch.stack(self._tokens).sum().item()
-        self._outputs, self._tokens = [], []
-        return {"loss": everything.losses.double().mean().item(), **everything.metrics(), "tokens": float(tokens)}
+        mine = (_on_host(join(self._outputs)), torch.stack(self._weights).sum().item(), sum(map(int, self._tokens)))
+        self._outputs, self._weights, self._tokens = [], [], []
+        outputs, weights, tokens = zip(*gather([mine]), strict=True)
+        everything = join([DPOOutput(**fields) for fields in outputs])
+        loss = everything.losses.double().sum().item() / max(sum(weights), TINY)
+        return {"loss": loss, **everything.metrics(), "tokens": float(sum(tokens))}
+
+
+def _on_host(output: DPOOutput) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
 
 
 def join(outputs: Sequence[DPOOutput]) -> DPOOutput:

@@ -65,7 +65,7 @@ def summarize(trainer: DPOTrainer, *, finished: bool) -> dict[str, Any]:
 
 
 def initial_loss(args: DPOConfig) -> float:
-    """The objective's value where policy and reference agree (log 2 for DPO), for a pair of weight 1."""
+    """The objective's value where policy and reference agree (log 2 for DPO)."""
     import torch
 
     from dpo_kernels.objectives import Pairs, mix
@@ -145,7 +145,14 @@ def _changed(args: Any) -> dict[str, Any]:
         value = getattr(value, "value", value)
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
         default = getattr(default, "value", default)
-        derived = item.name in ("disable_tqdm", "dataloader_pin_memory", "eval_steps", "local_rank", "hub_token")
+        derived = item.name in (
+            "disable_tqdm",
+            "dataloader_pin_memory",
+            "eval_steps",
+            "local_rank",
+            "hub_token",
+            "accelerator_config",
+        )
         same = value == default or (value in (None, [], {}, False) and default in (None, "none", "", [], {}, False))
         if not derived and not same:
             changed[item.name] = value
@@ -215,7 +222,7 @@ CHARTS = (
     Chart(
         "rewards",
         "Rewards",
-        "beta times (log-prob under the policy minus under the reference). Both start at 0 and part: chosen above"
+        "Beta times (log-prob under the policy minus under the reference). Both start at 0 and part: chosen above"
         " rejected. Often both fall; if chosen falls far, the model unlearns good answers too: lower the learning"
         " rate or raise beta.",
         (Line("rewards/chosen", "chosen", "train", 3), Line("rewards/rejected", "rejected", "train", 4)),
@@ -312,7 +319,7 @@ def draw(
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 9.5}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.9, 2.75), layout="constrained")
+        figure = Figure(figsize=(4.5, 2.65), layout="constrained")
         axes = figure.add_subplot()
         for line, points in curves:
             few = len(points) <= 30
@@ -433,9 +440,12 @@ def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[st
     cards = []
     for metric, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("kl", "KL from the reference")):
         if last.get(metric) is not None:
-            before = f"from {_figure(first[metric], metric)}" if first.get(metric) is not None and not same else ""
-            unit = " nats / token" if metric == "kl" else ""
-            cards.append({"label": f"{kind} {label}", "value": _figure(last[metric], metric), "note": before + unit})
+            note = f"from {_figure(first[metric], metric)}" if first.get(metric) is not None and not same else ""
+            if metric == "kl":
+                note = "nats per completion token"
+            elif metric == "rewards/accuracies" and not note:
+                note = "guessing is 50 %"
+            cards.append({"label": f"{kind} {label}", "value": _figure(last[metric], metric), "note": note})
     if summary["tokens_per_second"]:
         note = f"{summary['tokens']:,} tokens in {_duration(summary['seconds'])}"
         cards.append({"label": "tokens per second", "value": f"{summary['tokens_per_second']:,.0f}", "note": note})

@@ -23,7 +23,7 @@ from .collator import PairCollator
 from .config import DPOConfig
 from .data import REFERENCE, Account, prepare_dataset
 from .errors import ConfigError, DataError, ModelError
-from .metrics import MetricWindow
+from .metrics import TINY, MetricWindow
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .reference import AdapterOffReference, FrozenReference, reference_logps
 
@@ -43,7 +43,7 @@ class DPOTrainer(Trainer):
             `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
-            messages), optional `weight` (confidence in the pair; it multiplies the pair's loss), optional
+            messages), optional `weight` (confidence: losses are weighted means), optional
             `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference).
         eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; loaded from the model's folder if not given.
@@ -303,10 +303,11 @@ class DPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, DPOOutput]:
-        """The batch's share of the mean over all pairs of the optimizer step, on all processes.
+        """The batch's share of the weighted mean over all pairs of the optimizer step, on all processes.
 
-        Without `num_items_in_batch` (the step's pairs, which transformers asks `_get_num_items_in_batch` for), the mean
-        over the batch.
+        `num_items_in_batch` is the step's sum of weights, which transformers asks `_get_num_items_in_batch` for; without
+        it, the mean is over the batch. Dividing by weights, not by the number of pairs, makes their unit irrelevant
+        and log 2 the start whatever they are.
         """
         with self._kernels():
             if self.accelerator.num_processes > 1 and model.training:
@@ -314,19 +315,23 @@ class DPOTrainer(Trainer):
                 output = call_through(wrapper, self.policy.model, self.pair_loss, inputs)
             else:
                 output = self.pair_loss(inputs)
-        self._window["train" if model.training else "eval"].add(output, inputs["attention_mask"].sum())
-        loss = output.loss
-        if num_items_in_batch is not None:
-            # DDP averages gradients over processes; undo that, the divisor counts the pairs of all of them.
-            loss = loss * (_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch)
+        weight = _weight(inputs)
+        self._window["train" if model.training else "eval"].add(output, weight, inputs["attention_mask"].sum())
+        loss = output.loss * len(output.losses)
+        if num_items_in_batch is None:
+            loss = loss / weight.clamp(min=TINY)
+        else:
+            # DDP averages gradients over processes; undo that, the divisor sums over all of them.
+            loss = loss * (self.accelerator.num_processes / num_items_in_batch)
         return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Pairs in all batches of one optimizer step, on all processes (named and called by transformers)."""
+        """Sum of the weights of one optimizer step's pairs, on all processes (named and called by transformers)."""
         if not batch_samples:
             return None
-        total = torch.tensor(sum(_pairs(batch) for batch in batch_samples), dtype=torch.float64, device=device)
-        return self.accelerator.reduce(total, "sum") if self.accelerator.num_processes > 1 else total
+        total = torch.stack([_weight(batch).to(device) for batch in batch_samples]).sum()
+        total = self.accelerator.reduce(total, "sum") if self.accelerator.num_processes > 1 else total
+        return total.clamp(min=TINY)
 
     def prediction_step(
         self,
@@ -347,12 +352,7 @@ class DPOTrainer(Trainer):
     # --- metrics ---------------------------------------------------------------------------------------------------
 
     def _drain(self, mode: str) -> dict[str, float]:
-        if self.accelerator.num_processes == 1:
-            return self._window[mode].drain()
-        means = self._window[mode].drain(_gather)
-        if "tokens" in means:
-            means["tokens"] = sum(gather_object([means["tokens"]]))
-        return means
+        return self._window[mode].drain(gather_object if self.accelerator.num_processes > 1 else list)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's means to what transformers logs for training steps."""
@@ -437,13 +437,11 @@ class DPOTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
 
-def _pairs(batch: Batch) -> int:
-    return (len(batch["cu_seqlens"]) - 1) // 2
-
-
-def _gather(output: DPOOutput) -> list[DPOOutput]:
-    tensors = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
-    return [DPOOutput(**found) for found in gather_object([tensors])]
+def _weight(batch: Batch) -> Tensor:
+    """Sum of the weights of a batch's pairs: their number, unless the data have weights."""
+    if "pair_weights" in batch:
+        return batch["pair_weights"].sum()
+    return torch.tensor((len(batch["cu_seqlens"]) - 1) // 2, dtype=torch.float32, device=batch["cu_seqlens"].device)
 
 
 def _kwargs(value: Any) -> dict[str, Any]:
