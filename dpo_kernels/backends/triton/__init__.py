@@ -1,0 +1,31 @@
+"""The stages as Triton kernels, for NVIDIA GPUs from compute capability 8.0 on (and, interpreted, for tests on a CPU).
+
+Imported only when the backend is asked for, so that `import dpo_kernels` does not load Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import BackendUnavailable
+from .device import INTERPRETED
+from .logits_grad import logits_grad
+from .preference_loss import preference_loss, sequence_sums
+from .token_logps import token_logps
+
+__all__ = ["check_available", "logits_grad", "preference_loss", "sequence_sums", "token_logps"]
+
+
+def check_available(device_type: str) -> None:
+    """Raise BackendUnavailable where the kernels cannot run on tensors of this device type."""
+    if INTERPRETED.value:
+        return
+    if device_type != "cuda":
+        raise BackendUnavailable(
+            f"Triton kernels run on CUDA tensors, not on {device_type} ones "
+            "(set TRITON_INTERPRET=1 before importing triton to interpret them on a CPU)"
+        )
+    if torch.version.hip is not None:
+        raise BackendUnavailable("the kernels hold NVIDIA PTX and do not run under ROCm")
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise BackendUnavailable("the kernels need compute capability 8.0 or newer (bfloat16 pairs)")

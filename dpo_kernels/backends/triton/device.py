@@ -184,6 +184,37 @@ def load_fragments(pointer, row_start, start, limit, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rounded(values, element: tl.constexpr):
+    """float32 values in dtype `element`, rounded to nearest even."""
+    if INTERPRETED and element == tl.bfloat16:
+        # The interpreter's own conversion truncates.
+        bits = values.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return values.to(element)
+
+
+@triton.jit
+def store_groups(
+    pointer, first, tile, groups, values, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write tile number `tile` of a row, rounded to the tensor's dtype; each group is one 128-bit store.
+
+    `first` counts aligned groups. MASKED: groups from `groups` on are left alone.
+    """
+    lane = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    offsets = tile * (UNROLL * LANES * GROUP) + (lane[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :])
+    values = rounded(values, pointer.dtype.element_ty)
+    if MASKED:
+        mask = (tile * (UNROLL * LANES) + lane < groups)[:, :, None]
+        tl.store(pointer + first * GROUP + offsets, values, mask=mask)
+    else:
+        tl.store(pointer + first * GROUP + offsets, values)
+
+
+@triton.jit
 def columns(tile, head, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
     """[UNROLL, LANES, GROUP] int32: vocabulary index of each entry of a tile."""
     lane = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]

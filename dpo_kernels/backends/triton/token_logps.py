@@ -65,7 +65,7 @@ def _terms(x, c, log2_scale):
 
 @triton.jit
 def _fold(
-    state, x, top, ref_state, ref_x, ref_top, valid, log2_scale,
+    state, x, top, ref_state, ref_x, ref_top, log2_scale,
     ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """Fold a tile [UNROLL, LANES, GROUP] of logits (and of the reference's) into the running state of every lane.
@@ -83,10 +83,7 @@ def _fold(
             moment = tl.where(e > 0, moment, 0.0)
         t = rescale * (t + shift * s) + lane_sum(moment)
     if MEAN:
-        if GUARDED:
-            total += lane_sum(tl.where(valid, x, 0.0))
-        else:
-            total += lane_sum(x)
+        total += lane_sum(x)
     if KL:
         drift = e * (x - ref_x)
         if GUARDED:
@@ -100,15 +97,21 @@ def _fold(
 
 
 @triton.jit
-def _masked_tops(x, ref_x, keep, KL: tl.constexpr):
-    """x and ref_x with -inf outside `keep`, and their lane maxima."""
+def _fold_masked(
+    state, x, ref_state, ref_x, keep, log2_scale, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """Fold the entries of a tile that `keep` selects: a tile [.., LANES, GROUP] with the label or the row's end in it."""
+    m, c, s, t, k, total = state
+    if MEAN:
+        total += lane_sum(tl.where(keep, x, 0.0))
     x = tl.where(keep, x, float("-inf"))
     top = tl.max(tl.max(x, 2), 0)
     ref_top = top
     if KL:
         ref_x = tl.where(keep, ref_x, float("-inf"))
         ref_top = tl.max(tl.max(ref_x, 2), 0)
-    return x, top, ref_x, ref_top
+    state = (m, c, s, t, k, total)
+    return _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, False, True)
 
 
 @triton.jit
@@ -225,15 +228,13 @@ def token_logps_kernel(
         ref_state = (m, m * log2_scale, zero)
 
         if not ALIGNED:
-            begin, limit, column, valid = fragments(head, groups, vocab, LANES, GROUP)
-            keep = valid & (column != label)
-            x = _to_z(load_fragments(logits, start, begin, limit, GROUP), scale, cap, MAP)
-            ref_x = x
+            begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
+            ends = _to_z(load_fragments(logits, start, begin, limit, GROUP), scale, cap, MAP)
+            ref_ends = ends
             if KL:
-                ref_x = _to_z(load_fragments(ref_logits, ref_start, begin, limit, GROUP), scale, cap, MAP)
-            x, top, ref_x, ref_top = _masked_tops(x, ref_x, keep, KL)
-            state, ref_state = _fold(
-                state, x, top, ref_state, ref_x, ref_top, keep, log2_scale, ENTROPY, KL, MEAN, True
+                ref_ends = _to_z(load_fragments(ref_logits, ref_start, begin, limit, GROUP), scale, cap, MAP)
+            state, ref_state = _fold_masked(
+                state, ends, ref_state, ref_ends, valid & (edge != label), log2_scale, ENTROPY, KL, MEAN
             )
 
         # The label's tile and the last, partial one come first, masked; the main loop runs over all the others.
@@ -251,10 +252,7 @@ def token_logps_kernel(
             if KL:
                 ref_raw = load_groups(ref_logits, ref_first, tile, groups, UNROLL, LANES, GROUP, REF_VECTOR, True)
                 ref_x = _to_z(to_float(ref_raw, ref_element), scale, cap, MAP)
-            x, top, ref_x, ref_top = _masked_tops(x, ref_x, keep, KL)
-            state, ref_state = _fold(
-                state, x, top, ref_state, ref_x, ref_top, keep, log2_scale, ENTROPY, KL, MEAN, True
-            )
+            state, ref_state = _fold_masked(state, x, ref_state, ref_x, keep, log2_scale, ENTROPY, KL, MEAN)
 
         for index in range(full - (label_tile < full).to(tl.int32)):
             tile = index + (index >= label_tile).to(tl.int32)
@@ -275,7 +273,7 @@ def token_logps_kernel(
                 else:
                     ref_top = tl.max(tl.max(ref_x, 2), 0)
             state, ref_state = _fold(
-                state, x, top, ref_state, ref_x, ref_top, True, log2_scale, ENTROPY, KL, MEAN, False
+                state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN, False
             )
 
         m, c, s, t, k, total = state
