@@ -145,9 +145,10 @@ DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f,
   }
 #pragma unroll
   for (int u = 0; u < Tr::kUnroll; ++u) {
+    const bool in_mean = !kMasked || (present >> u & 1u) != 0;
+    if (Tr::kSoftcap && !in_mean) continue;  // a softcap makes -inf finite, so absent groups are not neutral
 #pragma unroll
     for (int i = 0; i < Tr::kSize; ++i) {
-      const bool in_mean = !kMasked || (present >> u & 1u) != 0;
       add_logit(s, f, x[u].get(i), Tr::kKl ? ref[u].get(i) : 0.0f, i % kChains, in_mean);
     }
   }

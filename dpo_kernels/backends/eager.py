@@ -42,7 +42,11 @@ def _log_softmax_parts(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """(logp, lse) of the indexed entries, the label kept out of the log-sum-exp so that p near 1 does not cancel."""
     small = small_dtype(z.device)
     z_label = z.gather(-1, index).squeeze(-1).to(small)
-    others = z.scatter(-1, index, float("-inf")).logsumexp(-1).to(small)
+    rest = z.scatter(-1, index, float("-inf"))
+    top = rest.amax(-1, keepdim=True)
+    top = torch.where(top == float("-inf"), 0.0, top)
+    # Maximum and sum join in float64: a float32 log-sum-exp near 16 would be rounded to 1e-6.
+    others = top.squeeze(-1).to(small) + (rest - top).exp().sum(-1).to(small).log()
     logp = -torch.logaddexp(torch.zeros_like(others), others - z_label)
     return logp, torch.where(z_label == float("-inf"), others, z_label - logp)
 
@@ -76,17 +80,23 @@ def token_logps(
     z = transform_logits(logits.to(work), logit_scale, logit_softcap)
     logp, lse = _log_softmax_parts(z, index)
     outputs = [keep(logp), keep(lse), nothing, nothing, nothing, nothing, nothing]
-    log_p = z - lse.unsqueeze(-1).to(work)
-    p = log_p.exp()
+    # Moments under e = exp(z - top), divided by their own sum: rounding top or lse cancels.
+    top = z.amax(-1, keepdim=True)
+    top = torch.where(top.isinf(), 0.0, top)
+    shifted = z - top
+    e = shifted.exp()
+    mass = e.sum(-1).to(small)
     if ref_logits is not None:
         ref_z = transform_logits(ref_logits.to(work), logit_scale, logit_softcap)
         ref_logp, ref_lse = _log_softmax_parts(ref_z, index)
         outputs[2] = keep(ref_logp)
         if kl:
-            drift = torch.where(p > 0, p * (z - ref_z), 0.0).sum(-1).to(small)
+            # Where e is 0 the difference may be infinite; such entries carry no mass.
+            drift = torch.where(e == 0, 0.0, e * (z - ref_z)).sum(-1).to(small) / mass
             outputs[4] = keep(drift - lse + ref_lse)
     if entropy:
-        outputs[3] = keep(-torch.where(p > 0, p * log_p, 0.0 * p).sum(-1))
+        drop = torch.where(e == 0, 0.0, e * shifted).sum(-1).to(small) / mass
+        outputs[3] = keep((lse - top.squeeze(-1).to(small)) - drop)
     if accuracy:
         outputs[5] = keep((z.argmax(-1) == index.squeeze(-1)).to(small))
     if mean_logits:

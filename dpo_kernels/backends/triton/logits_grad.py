@@ -78,7 +78,7 @@ def logits_grad_kernel(
         # No mass: exact zeros, and not one logit is read.
         zeros = tl.zeros([UNROLL, LANES, GROUP], tl.float32)
         if not ALIGNED:
-            _, _, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
+            begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
             tl.store(out + out_start + edge, tl.zeros([1, LANES, GROUP], tl.float32).to(element), mask=valid)
         for tile in range(full):
             store_groups(out, out_first, tile, groups, zeros, UNROLL, LANES, GROUP, False)
@@ -104,7 +104,7 @@ def logits_grad_kernel(
             exact = tl.load(lse + row) * tl.where(scale == 0, LOG2E, step / scale)
         c = exact.to(tl.float32)
         factor = (-grad * scale * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
-        _, label_slope = scaled_label(tl.load(logits + start + label).to(tl.float32), scale, cap, MAP)
+        label_slope = scaled_label(tl.load(logits + start + label).to(tl.float32), scale, cap, MAP)[1]
         # 1 - p(label) without cancellation.
         at_label = (grad * -expm1_double(tl.load(logps + row)) * label_slope).to(tl.float32)
 

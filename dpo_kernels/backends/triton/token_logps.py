@@ -41,8 +41,7 @@ def _to_z(x, scale, cap, MAP: tl.constexpr):
     if MAP == FOLDED:
         return x
     elif MAP == SOFTCAPPED:
-        z, _ = softcap(x, (scale / cap).to(tl.float32), cap.to(tl.float32))
-        return z
+        return softcap(x, (scale / cap).to(tl.float32), cap.to(tl.float32))[0]
     else:
         return x * scale.to(tl.float32)
 
@@ -209,7 +208,7 @@ def token_logps_kernel(
         first, head, groups = row_groups(start, vocab, GROUP, ALIGNED)
         x_raw = tl.load(logits + start + label).to(tl.float32)
         x_label = _to_z(x_raw, scale, cap, MAP)
-        z_label, _ = scaled_label(x_raw, scale, cap, MAP)
+        z_label = scaled_label(x_raw, scale, cap, MAP)[0]
         ref_start = start
         ref_first = first
         if KL:
@@ -220,7 +219,7 @@ def token_logps_kernel(
                 ref_first = ref_first // GROUP
             ref_raw_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
             ref_x_label = _to_z(ref_raw_label, scale, cap, MAP)
-            ref_z_label, _ = scaled_label(ref_raw_label, scale, cap, MAP)
+            ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
 
         m = tl.full([LANES], FLOOR, tl.float32)
         zero = tl.zeros([LANES], tl.float32)
