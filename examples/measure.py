@@ -1,0 +1,189 @@
+"""What the examples share around a training run: label flips, standard errors, machine facts, table, files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+from collections.abc import Hashable, Mapping, Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def flip_labels(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Swap chosen and rejected in exactly half of the rows, drawn by lot: labels that say nothing about preference.
+
+    Half, not each with probability 1/2: all pairs point the same way, so a surplus of unswapped ones, which coins
+    leave, would still be a signal.
+    """
+    swapped = set(random.Random(seed).sample(range(len(rows)), len(rows) // 2))
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if index in swapped else dict(row)
+        for index, row in enumerate(rows)
+    ]
+
+
+def mean_and_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
+    """Mean of the values and its standard error.
+
+    Args:
+        values: one number per observation.
+        clusters: what each observation belongs to. Pairs that share a prompt are not independent: deviations from the
+            mean are first added up within a cluster (the sandwich estimator of a mean, with C / (C - 1)).
+    """
+    array = np.asarray(values, dtype=np.float64)
+    groups: dict[Hashable, float] = {}
+    for index, deviation in enumerate(array - array.mean()):
+        key = clusters[index] if clusters is not None else index
+        groups[key] = groups.get(key, 0.0) + float(deviation)
+    count = len(groups)
+    if count < 2:
+        return float(array.mean()), math.nan
+    variance = count / (count - 1) * sum(total * total for total in groups.values()) / len(array) ** 2
+    return float(array.mean()), math.sqrt(variance)
+
+
+def held_out_figures(rewards: np.ndarray, clusters: Sequence[Hashable]) -> dict[str, float]:
+    """DPO's loss and accuracy on held-out pairs, with standard errors by cluster.
+
+    Args:
+        rewards: `[pairs, 2]`, implicit rewards of the chosen and of the rejected side.
+        clusters: one per pair, as for `mean_and_error`.
+    """
+    margins = (rewards[:, 0] - rewards[:, 1]).astype(np.float64)
+    loss, loss_error = mean_and_error(np.logaddexp(0.0, -margins), clusters)
+    # A tie is half right: a model that has not moved scores 50 %, not 0.
+    accuracy, accuracy_error = mean_and_error((margins > 0) + 0.5 * (margins == 0), clusters)
+    return {
+        "held_out_loss": loss,
+        "held_out_loss_error": loss_error,
+        "held_out_accuracy": accuracy,
+        "held_out_accuracy_error": accuracy_error,
+    }
+
+
+class Rewards:
+    """A `compute_metrics` for the trainer that keeps every pair's rewards, for standard errors to be computed from."""
+
+    def __init__(self) -> None:
+        self.values = np.empty((0, 2))
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        self.values = np.asarray(prediction.predictions)
+        return {}
+
+
+# --- starting ------------------------------------------------------------------------------------------------------
+
+
+def read_options(description: str, *, steps: int, learning_rate: float, folder: Path) -> argparse.Namespace:
+    """The command line that the examples share; `output_dir` is filled in, the control's apart from the real run's."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="at its peak (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs' order, samples and flips (%(default)s)")
+    parser.add_argument("--flip", action="store_true", help="the control: swap the sides of half the training pairs")
+    parser.add_argument("--output-dir", type=Path, help=f"default: {folder}, with --flip {folder}-control")
+    parser.add_argument("--save-results", action="store_true", help="also write results.json, which the docs quote")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps: must be at least 1, got {options.steps}")
+    if options.output_dir is None:
+        options.output_dir = Path(f"{folder}-control") if options.flip else folder
+    return options
+
+
+def keep_quiet() -> None:
+    """Leave the terminal to the run's own lines."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+# --- writing it down -----------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """Date, machine and versions: what a figure needs beside it to mean something."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "system": platform.platform(terse=True),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("dpo-kernels", "torch", "transformers")},
+        },
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def rounded(values: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
+    """A copy with floats rounded, at any depth; NaN becomes None, which JSON has a word for."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, float):
+            return round(value, digits) if math.isfinite(value) else None
+        return value
+
+    return {key: clean(value) for key, value in values.items()}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def save_result(path: Path, name: str, summary: Mapping[str, Any]) -> None:
+    """Put a run's summary under its name into the results file that the documentation quotes."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**results, name: {key: value for key, value in summary.items() if key != "training"}})
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: first column to the left, the others to the right."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
