@@ -4,7 +4,7 @@ from ._version import __version__
 from .backends import BackendUnavailable, use_backend
 from .functional import STATISTICS, dpo_loss, sequence_logps, shift_labels
 from .losses import DPOLoss
-from .objectives import OBJECTIVES, Pairs
+from .objectives import OBJECTIVES, Pairs, length_desensitized_weights, objective
 from .output import DPOOutput
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "Pairs",
     "__version__",
     "dpo_loss",
+    "length_desensitized_weights",
+    "objective",
     "sequence_logps",
     "shift_labels",
     "use_backend",

@@ -93,7 +93,7 @@ def _prepare(
         weights = weights * token_weights.detach().to(weights.dtype)
         labels = torch.where(weights != 0, labels, ignore_index)
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return _Batch(logits, labels, weights, cu_seqlens, sequences, backends.resolve(logits.device.type))
+    return _Batch(logits, labels, weights, cu_seqlens, sequences, backends.resolve(logits.device.type, logits.dtype))
 
 
 def _check_softcap(logit_softcap: float | None) -> float:
@@ -152,9 +152,10 @@ def dpo_loss(
         labels: [2P, T] or [N], int64 token ids; `ignore_index` marks tokens that do not count.
         ref_logits: the reference's logits, shaped like `logits` (any of its dtypes); never differentiated.
         ref_logps: or the reference's sequence log-probabilities [2P], summed with the same weights (nats).
-            With neither, the objective is reference-free.
+            Objectives that compare with a reference need one of the two; reference-free ones ignore both.
         beta: inverse temperature of the implicit reward, a number or [P].
-        loss_type: a name in `dpo_kernels.OBJECTIVES`, a callable on `Pairs`, or a sequence of these.
+        loss_type: a name in `dpo_kernels.OBJECTIVES`, `objective(name, ...)` with hyper-parameters, a callable on
+            `Pairs`, or a sequence of these.
         loss_weights: one weight per entry of a `loss_type` sequence (default 1 each).
         label_smoothing: probability that a pair's label is wrong, a number or [P].
         cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, from 0 to at most N.
@@ -185,16 +186,9 @@ def dpo_loss(
     pairs = batch.sequences // 2
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
-    names = objectives.as_list(loss_type)
-    if not names:
-        raise ValueError("loss_type is empty; name at least one objective")
-    if loss_weights is not None and len(loss_weights) != len(names):
-        raise ValueError(f"loss_weights has {len(loss_weights)} entries for {len(names)} objectives in loss_type")
-    for name in names:
-        if isinstance(name, str):
-            objectives.check_smoothing(name, label_smoothing)
-        elif not callable(name):
-            raise TypeError(f"loss_type must hold names or callables on Pairs; got {type(name).__name__}")
+    functions = objectives.resolve(loss_type)
+    has_reference = ref_logits is not None or ref_logps is not None
+    objectives.check(functions, loss_weights, label_smoothing, has_reference=has_reference)
     wanted = _check_statistics(statistics)
     if ref_logits is not None and ref_logps is not None:
         raise ValueError("give ref_logits or ref_logps, not both")
@@ -223,8 +217,8 @@ def dpo_loss(
     )
     beta_each = _per_pair("beta", beta, pairs, batch)
     smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
-    losses, sums, ref_sums = _pair_losses(
-        batch, tokens, ref_sums, beta_each, smoothing_each, names, loss_weights
+    losses, sums, ref_sums, rewards = _pair_losses(
+        batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
     )
     if pair_weights is not None:
         _check_tensor("pair_weights", pair_weights, (pairs,), logits.device, "one per pair")
@@ -233,7 +227,7 @@ def dpo_loss(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scored = (batch.weights != 0).to(batch.weights.dtype)
     counts = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend)
-    rewards = (beta_each.repeat(2) * (sums.detach() - ref_sums)).to(dtype)
+    rewards = rewards.to(dtype)
     means = {
         name: (ops.sequence_sums(tokens[name], scored, batch.cu_seqlens, batch.backend) / counts.clamp(min=1)).to(dtype)
         for name in wanted
@@ -260,14 +254,14 @@ def _pair_losses(
     ref_sums: Tensor | None,
     beta: Tensor,
     label_smoothing: Tensor,
-    names: list[str | Objective],
+    functions: list[Objective],
     loss_weights: Sequence[float] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [P], sums [2P], reference sums [2P]); the sigmoid family inside the kernel, the rest from `[P]` vectors."""
-    only = names[0] if len(names) == 1 and loss_weights is None else None
-    kernel = objectives.lookup(only).kernel if isinstance(only, str) else None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(losses [P], sums, reference sums and rewards [2P]); the sigmoid family in the kernel, the rest from vectors."""
+    only = functions[0] if len(functions) == 1 and loss_weights is None else None
+    kernel = only.kernel if isinstance(only, objectives.BoundObjective) else None
     if kernel is not None:
-        return ops.preference_loss(
+        losses, sums, ref_sums = ops.preference_loss(
             tokens["logps"],
             tokens.get("ref_logps"),
             batch.weights,
@@ -278,16 +272,18 @@ def _pair_losses(
             kernel[0],
             batch.backend,
         )
+        return losses, sums, ref_sums, beta.repeat(2) * (sums.detach() - ref_sums)
     sums = ops.sequence_sums(tokens["logps"], batch.weights, batch.cu_seqlens, batch.backend)
     if "ref_logps" in tokens:
         ref_sums = ops.sequence_sums(tokens["ref_logps"], batch.weights, batch.cu_seqlens, batch.backend)
     elif ref_sums is None:
         ref_sums = torch.zeros_like(sums.detach())
     lengths = ops.sequence_sums(batch.weights, torch.ones_like(batch.weights), batch.cu_seqlens, batch.backend)
-    losses = objectives.mix(Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing), names, loss_weights)
+    pairs = Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing)
+    losses = objectives.mix(pairs, functions, loss_weights)
     if losses.shape != beta.shape:
         raise ValueError(f"an objective must return one loss per pair, [{beta.shape[0]}]; got {list(losses.shape)}")
-    return losses, sums, ref_sums
+    return losses, sums, ref_sums, torch.cat(objectives.rewards(pairs, functions)).detach()
 
 
 def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
@@ -300,8 +296,9 @@ def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _late_label_check(batch: _Batch, ignore_index: int):  # noqa: ANN202 - a closure, private
-    # On CPU the kernel has looked already; a compiled graph cannot return a closure.
-    if batch.logits.device.type == "cpu" or torch.compiler.is_compiling():
+    # CPU kernels have looked already; a compiled graph cannot return a closure.
+    looked = batch.logits.device.type == "cpu" and batch.backend in ("eager", "cpu")
+    if looked or torch.compiler.is_compiling():
         return None
     labels, vocab = batch.labels, batch.logits.shape[-1]
     return lambda: check_labels(labels, vocab, ignore_index)

@@ -40,11 +40,11 @@ class DPOLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        for name in objectives.as_list(loss_type):
-            if isinstance(name, str):
-                objectives.check_smoothing(name, label_smoothing)
         self.beta = beta
-        self.loss_type = loss_type
+        self.loss_type = objectives.build(loss_type)
+        objectives.check(self.loss_type, loss_weights, label_smoothing)
+        # Objectives with a running mean are modules; registered, they follow state_dict, .to and .train.
+        self.running = nn.ModuleList(entry for entry in self.loss_type if isinstance(entry, nn.Module))
         self.loss_weights = loss_weights
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -90,4 +90,5 @@ class DPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""
-        return f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}"
+        names = ", ".join(str(entry) for entry in self.loss_type)
+        return f"beta={self.beta}, loss_type=[{names}], label_smoothing={self.label_smoothing}"

@@ -105,7 +105,7 @@ CASES = [
     Case("strided_view", strided=True),
     Case("strided_view_odd", strided=True, vocab=131, dtype=_BF16),
     Case("ref_logps", reference="logps"),
-    Case("reference_free", reference=None),
+    Case("reference_free", reference=None, options={"loss_type": "cpo"}),
     Case("weights_everywhere", weighted=True),
     Case("weights_everywhere_packed", weighted=True, packed=True, pairs=3),
     Case("scale_and_softcap", options={"logit_scale": 0.7, "logit_softcap": 5.0}),
