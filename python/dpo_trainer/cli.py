@@ -86,8 +86,7 @@ def run(arguments: Sequence[str]) -> None:
     if settings.get("eval_data") is not None:
         fields.setdefault("eval_strategy", "steps")
         fields.setdefault("eval_on_start", checkpoint is None)
-    if quiet:
-        fields["disable_tqdm"] = True
+    fields.setdefault("disable_tqdm", quiet)
     try:
         config = DPOConfig(**fields)
     except UsageError:
@@ -211,7 +210,7 @@ def _hints() -> dict[str, Any]:
 
     types_of = typing.get_type_hints(DPOConfig)
     fields = {item.name: types_of[item.name] for item in dataclasses.fields(DPOConfig) if item.init}
-    return {**fields, **dict.fromkeys(RUN_KEYS, str), "lora": dict[str, Any]}
+    return {**fields, **dict.fromkeys(RUN_KEYS, str | None), "lora": dict[str, Any] | None}
 
 
 def check_setting(key: str, value: Any, hints: dict[str, Any]) -> Any:
@@ -306,12 +305,11 @@ def lora_config(values: dict[str, Any]) -> Any:
         from peft import LoraConfig
     except ImportError as error:
         raise ConfigError("lora: needs the package 'peft', which is not installed") from error
-    known = {item.name for item in dataclasses.fields(LoraConfig)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"unknown setting 'lora.{key}'{did_you_mean(key, known)}")
+    types_of = typing.get_type_hints(LoraConfig)
+    hints = {f"lora.{item.name}": types_of[item.name] for item in dataclasses.fields(LoraConfig) if item.init}
+    fitted = {key: check_setting(f"lora.{key}", value, hints) for key, value in values.items()}
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **fitted})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora: {first_line(error)}") from error
 

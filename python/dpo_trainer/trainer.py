@@ -22,7 +22,7 @@ from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .collator import PairCollator
 from .config import DPOConfig
 from .data import REFERENCE, Account, prepare_dataset
-from .errors import ConfigError, DataError, ModelError
+from .errors import ConfigError, DataError, ModelError, first_line
 from .metrics import TINY, MetricWindow
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .reference import AdapterOffReference, FrozenReference, reference_logps
@@ -113,7 +113,10 @@ class DPOTrainer(Trainer):
                 raise ModelError(
                     "peft_config: the model has an adapter already; pass the plain model or no peft_config"
                 )
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+            try:
+                model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"peft_config: {first_line(error)}") from error
         if args.disable_dropout:
             disable_dropout(cast(nn.Module, model))
             if ref_model is not None:

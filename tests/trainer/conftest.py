@@ -1,0 +1,99 @@
+"""Fixtures of the trainer's tests: tiny models, tokenizers, pairs, and a trainer on all of them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dpo_trainer import DPOConfig, DPOTrainer
+from transformers import PreTrainedTokenizerFast
+
+from .tiny import build_model, build_pairs, build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Tiny matrices: more threads only make the suite slower and its timings noisy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    return lambda kind="llama-tied", seed=0: build_model(kind, len(tokenizer), seed)
+
+
+@pytest.fixture
+def make_trainer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, make_model: Callable[..., Any]
+) -> Callable[..., DPOTrainer]:
+    """A trainer on tiny everything; keywords that DPOTrainer takes go there, the others into DPOConfig."""
+    of_trainer = {"model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "compute_metrics"}
+
+    def make(**settings: Any) -> DPOTrainer:
+        given = {key: settings.pop(key) for key in list(settings) if key in of_trainer}
+        given.setdefault("model", make_model())
+        given.setdefault("train_dataset", build_pairs(24))
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "write_report": False,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return DPOTrainer(**given, args=DPOConfig(**{**defaults, **settings}), processing_class=tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
+    def read(path: Path) -> list[dict[str, Any]]:
+        def refuse(text: str) -> None:
+            raise ValueError(f"{text} is not JSON")
+
+        return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Callable[..., list[dict[str, Any]]]:
+    return build_pairs
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    """The four ways in which tokenizers treat the ends of a text."""
+    return {
+        "plain": build_tokenizer(),
+        "bos": build_tokenizer(bos=True),
+        "eos": build_tokenizer(eos=True),
+        "bos+eos": build_tokenizer(bos=True, eos=True),
+    }
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and its tokenizer, saved as a user has them."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = build_tokenizer()
+    build_model("llama-tied", len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,287 @@
+"""dpo-train: a whole run from files, and one clear line with exit code 2 for everything a user can get wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dpo_trainer import ConfigError
+from dpo_trainer.cli import _hints as hints
+from dpo_trainer.cli import check_setting, main, read_settings
+
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "learning_rate": "1e-3",  # as YAML reads 1e-3: text
+    "use_cpu": True,
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: Callable[..., Any], model_folder: Path) -> Path:
+    """A folder with a config and two data files, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "train.jsonl", pairs(24))
+    write_jsonl(tmp_path / "eval.jsonl", pairs(6, seed=1))
+    config = {"model": str(model_folder), "train_data": "train.jsonl", "output_dir": "run", **SETTINGS}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_model_metrics_summary_and_report(here: Path, read_jsonl: Any) -> None:
+    assert main(["config.yaml", "--eval_data", "eval.jsonl", "--eval_steps", "2"]) == 0
+    run = here / "run"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "summary.json", "report.html"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert (run / "checkpoint-2").is_dir()
+    records = read_jsonl(run / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 2, 4]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["steps"] == 4
+    assert round(summary["first"]["loss"], 7) == 0.6931472
+    assert summary["eval_last"]["loss"] < summary["eval_first"]["loss"]
+    assert summary["changed_settings"]["learning_rate"] == 1e-3
+    assert summary["pairs"] == {"train_dataset": 24, "eval_dataset": 6}
+
+
+def test_the_command_line_wins_and_reaches_nested_keys(here: Path) -> None:
+    words = "config.yaml --learning_rate=2e-3 --beta 0.5 --lora.r 4 --lora.target_modules [q_proj,v_proj] --bf16"
+    settings, switches = read_settings([*words.split(), "--quiet"])
+    assert settings["learning_rate"] == 2e-3
+    assert settings["beta"] == 0.5
+    assert settings["lora"] == {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    assert settings["bf16"] is True
+    assert switches == {"--quiet"}
+
+
+def test_lora_saves_an_adapter(here: Path) -> None:
+    assert (
+        main(["config.yaml", "--lora.r", "4", "--lora.target_modules", "[q_proj]", "--max_steps", "1", "--quiet"]) == 0
+    )
+    assert (here / "run" / "adapter_config.json").exists()
+    assert not (here / "run" / "model.safetensors").exists()
+
+
+def test_resume_after_an_interruption_gives_the_uninterrupted_run(here: Path, read_jsonl: Any) -> None:
+    assert main(["config.yaml", "--output_dir", "whole", "--quiet"]) == 0
+    # As a kill after step 3 leaves it: the checkpoint of step 2, metrics up to step 3, no summary.
+    assert main(["config.yaml", "--quiet"]) == 0
+    run = here / "run"
+    for name in ("summary.json", "report.html", "model.safetensors", "config.json"):
+        (run / name).unlink()
+    for path in sorted((run / "checkpoint-4").iterdir()):
+        path.unlink()
+    (run / "checkpoint-4").rmdir()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:20]]))
+    assert main(["config.yaml", "--resume", "--quiet"]) == 0
+    curves = [[record["loss"] for record in read_jsonl(here / name / "metrics.jsonl")] for name in ("whole", "run")]
+    assert len(curves[0]) == 4
+    assert curves[1] == curves[0]
+
+
+def test_overwrite_removes_the_old_run_and_nothing_else(here: Path) -> None:
+    assert main(["config.yaml", "--quiet"]) == 0
+    (here / "run" / "notes.txt").write_text("mine")
+    assert main(["config.yaml", "--max_steps", "1", "--overwrite", "--quiet"]) == 0
+    assert (here / "run" / "notes.txt").read_text() == "mine"
+    assert not (here / "run" / "checkpoint-4").exists()
+    assert json.loads((here / "run" / "summary.json").read_text())["steps"] == 1
+
+
+def test_a_bad_run_with_overwrite_throws_nothing_away(here: Path) -> None:
+    assert main(["config.yaml", "--max_steps", "1", "--quiet"]) == 0
+    before = tree(here)
+    assert main(["config.yaml", "--overwrite", "--train_data", "none.jsonl"]) == 2
+    assert tree(here) == before
+
+
+def test_dropped_pairs_are_accounted_for(here: Path, pairs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pairs(10)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    write_jsonl(here / "train.jsonl", rows)
+    assert main(["config.yaml", "--max_steps", "1"]) == 0
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    assert summary["data"][0].startswith("train_dataset: 9 of 10 pairs kept")
+    assert "1 with chosen equal to rejected" in summary["data"][0]
+
+
+def test_progress_off_a_terminal_is_a_few_whole_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config.yaml", "--eval_data", "eval.jsonl", "--eval_steps", "4"]) == 0
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    assert "step     0  eval: loss 0.6931" in shown
+    assert "step     4  trained in" in shown
+    assert len(shown.splitlines()) <= 8
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+#: (arguments after the config, what the line must say)
+MISTAKES = [
+    ("--learning_rte 1e-5", "unknown setting 'learning_rte' (did you mean 'learning_rate'?)"),
+    ("--zzz 1", "unknown setting 'zzz'"),
+    ("--lora.rr 4", "unknown setting 'lora.rr' (did you mean 'lora.r'?)"),
+    ("--lora.r four", "lora.r: expected a whole number, got 'four'"),
+    ("--lora.target_modules [nope]", "peft_config: Target modules {'nope'} not found"),
+    ("--lora 3", "lora: expected a mapping or null, got 3"),
+    ("--beta high", "beta: expected a number, got 'high'"),
+    ("--beta -1", "beta: must be a positive number, got -1.0"),
+    ("--max_steps 1.5", "max_steps: expected a whole number, got 1.5"),
+    ("--bf16 maybe", "bf16: expected true or false, got 'maybe'"),
+    ("--statistics.kl 1", "statistics: expected a list of text"),
+    ("--lr_scheduler_type wavy", "wavy"),
+    ("--logging_steps 0", "logging_steps"),
+    ("--loss_type sigmod", "unknown objective 'sigmod' (did you mean 'sigmoid'?); known are sigmoid"),
+    ("--max_length 0", "max_length: must be at least 2, got 0"),
+    ("--learning_rate", "--learning_rate: a value is missing"),
+    ("beta 0.1", "'beta': expected --key value"),
+    ("--model /nowhere/model", "model '/nowhere/model': no such folder"),
+    ("--model some-name-nobody-has", "model 'some-name-nobody-has': its tokenizer cannot be loaded"),
+    ("--model train.jsonl", "model 'train.jsonl': not a folder or .gguf file"),
+    ("--model missing.gguf", "model 'missing.gguf': no such file"),
+    ("--ref_model ./missing", "'./missing': no such folder"),
+    ("--train_data missing.jsonl", "missing.jsonl: no such file"),
+    ("--train_data config.yaml", "unknown format '.yaml'"),
+    ("--train_data null", "train_data: not given"),
+    ("--eval_data bad.jsonl", "bad.jsonl:2: no column 'rejected'; it has prompt, chosen"),
+    ("--train_data broken.jsonl", "broken.jsonl:1: not JSON"),
+    ("--train_data empty.jsonl", "empty.jsonl: no rows"),
+    ("--train_data same.jsonl", "nothing is left to train on"),
+    ("--output_dir train.jsonl", "output_dir 'train.jsonl': is a file"),
+    ("--output_dir finished", "output_dir 'finished': holds a finished run"),
+    ("--output_dir unfinished", "holds an unfinished run (last checkpoint: checkpoint-7)"),
+    ("--output_dir saved", "output_dir 'saved': holds a model"),
+    ("--resume", "output_dir 'run': holds no checkpoint to resume from"),
+    ("--resume --overwrite", "--resume and --overwrite contradict each other"),
+    ("--resume_from_checkpoint nowhere", "resume_from_checkpoint 'nowhere': not a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
+def test_a_mistake_gets_one_line_and_changes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (here / "bad.jsonl").write_text(f'{json.dumps(row)}\n{{"prompt": "a", "chosen": "b"}}\n')
+    (here / "broken.jsonl").write_text("{prompt: a}\n")
+    (here / "empty.jsonl").write_text("")
+    write_jsonl(here / "same.jsonl", [{**row, "rejected": "b"}])
+    for folder, name in (
+        ("finished", "summary.json"),
+        ("unfinished/checkpoint-7", "trainer_state.json"),
+        ("saved", "config.json"),
+    ):
+        (here / folder).mkdir(parents=True)
+        (here / folder / name).write_text("{}")
+    before = tree(here)
+    code = main(["config.yaml", *arguments.split()])
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    errors = [line for line in shown if line.startswith("dpo-train: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in "".join(shown)
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("beta: 1\nmodel: [", "config.yaml:2: not YAML"),
+        ("model: a\n  beta: 1\n", "config.yaml:2: not YAML"),
+        ("- model\n", "expected 'key: value' lines, found list"),
+        ("", "model: not given"),
+        ("beta: {a: 1}\n", "beta: expected a number, got {'a': 1}"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)
+def test_an_unreadable_config_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str], content: str | bytes, said: str
+) -> None:
+    (here / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["config.yaml"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_config_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["none.yaml"]) == 2
+    assert "none.yaml: cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+def test_the_process_exits_with_2_and_no_traceback(here: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_trainer.cli", "config.yaml", "--betta", "1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "dpo-train: unknown setting 'betta' (did you mean 'beta'?)\n"
+    assert not (here / "run").exists()
+
+
+# --- types ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("learning_rate", "1e-5", 1e-5),
+        ("learning_rate", 1, 1.0),
+        ("max_steps", "7", 7),
+        ("max_length", None, None),
+        ("loss_type", "ipo", "ipo"),
+        ("loss_type", ["sigmoid", "ipo"], ["sigmoid", "ipo"]),
+        ("loss_weights", [1, "0.5"], [1.0, 0.5]),
+        ("report_to", "tensorboard", "tensorboard"),
+        ("eval_strategy", "steps", "steps"),
+        ("lr_scheduler_kwargs", {"min_lr": 1}, {"min_lr": 1}),
+        ("model", 7, "7"),
+    ],
+)
+def test_values_come_in_the_type_of_their_setting(key: str, value: Any, wanted: Any) -> None:
+    found = check_setting(key, value, hints())
+    assert found == wanted
+    assert type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_steps", True), ("bf16", 1), ("learning_rate", None), ("beta", [1])])
+def test_values_of_another_type_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: expected "):
+        check_setting(key, value, hints())
+
+
+def test_help_names_every_setting_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    from dpo_trainer.config import own_fields
+
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for item in own_fields():
+        assert f"  {item.name} " in shown
+        assert item.metadata["help"].split()[0] in shown
+    assert max(map(len, shown.splitlines())) <= 120
+    assert main(["--help-all"]) == 0
+    assert "dataloader_num_workers" in capsys.readouterr().out

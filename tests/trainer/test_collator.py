@@ -1,0 +1,63 @@
+"""The collator: labels are what each position has to predict, and nothing is told from token ids."""
+
+import pytest
+import torch
+from dpo_trainer import PairCollator
+
+# Token 0 is padding *and* a real token, at the start, in the middle and at the end.
+ROWS = [
+    {"prompt_input_ids": [0, 5, 6], "chosen_input_ids": [7, 0, 8, 0], "rejected_input_ids": [9]},
+    {"prompt_input_ids": [4], "chosen_input_ids": [3, 0], "rejected_input_ids": [2, 2, 0]},
+]
+
+
+def test_each_position_predicts_the_next_completion_token() -> None:
+    batch = PairCollator(pad_token_id=0)(ROWS)
+    assert batch["labels"].tolist() == [7, 0, 8, 0, 3, 0, 9, 2, 2, 0]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 6, 7, 10]
+    following = batch["input_ids"].flatten()[batch["positions"] + 1]
+    assert torch.equal(following, batch["labels"])
+
+
+def test_chosen_rows_come_first_and_the_mask_follows_lengths() -> None:
+    batch = PairCollator(pad_token_id=0)(ROWS)
+    assert batch["input_ids"].tolist() == [
+        [0, 5, 6, 7, 0, 8, 0],
+        [4, 3, 0, 0, 0, 0, 0],
+        [0, 5, 6, 9, 0, 0, 0],
+        [4, 2, 2, 0, 0, 0, 0],
+    ]
+    assert batch["attention_mask"].sum(1).tolist() == [7, 3, 4, 4]
+
+
+@pytest.mark.parametrize("pad", [0, 1, 9])
+def test_the_padding_id_changes_nothing_that_counts(pad: int) -> None:
+    plain, other = PairCollator(pad_token_id=0)(ROWS), PairCollator(pad_token_id=pad)(ROWS)
+    for name in ("attention_mask", "positions", "labels", "cu_seqlens"):
+        assert torch.equal(plain[name], other[name]), name
+    real = plain["attention_mask"].bool()
+    assert torch.equal(plain["input_ids"][real], other["input_ids"][real])
+
+
+def test_padding_to_a_multiple_only_adds_columns() -> None:
+    batch = PairCollator(pad_token_id=0, pad_to_multiple_of=8)(ROWS)
+    assert batch["input_ids"].shape == (4, 8)
+    assert torch.equal(batch["input_ids"].flatten()[batch["positions"] + 1], batch["labels"])
+
+
+def test_without_a_prompt_the_first_token_is_not_scored() -> None:
+    batch = PairCollator()([{"prompt_input_ids": [], "chosen_input_ids": [3, 4], "rejected_input_ids": [5, 6, 7]}])
+    assert batch["labels"].tolist() == [4, 6, 7]
+    assert batch["cu_seqlens"].tolist() == [0, 1, 3]
+
+
+def test_weights_and_reference_columns_are_carried_in_pair_order() -> None:
+    rows = [
+        {**row, "weight": 0.5 + i, "ref_chosen_logps": -1.0 - i, "ref_rejected_logps": -8.0 - i}
+        for i, row in enumerate(ROWS)
+    ]
+    batch = PairCollator()(rows)
+    assert batch["pair_weights"].tolist() == [0.5, 1.5]
+    assert batch["ref_logps"].tolist() == [-1.0, -2.0, -8.0, -9.0]
+    assert "pair_weights" not in PairCollator()(ROWS)
+    assert "ref_logps" not in PairCollator()(ROWS)

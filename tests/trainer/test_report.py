@@ -1,0 +1,183 @@
+"""report.html and summary.json: one self-contained page that says what happened, whatever happened."""
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dpo_trainer import DPOTrainer
+from dpo_trainer.callbacks import ProgressLine, read_metrics
+from dpo_trainer.report import CHARTS, draw, render_report
+
+Make = Callable[..., DPOTrainer]
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Checker(HTMLParser):
+    """Collects ids and external references, and fails on tags that do not match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.external: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("src", "href", "xlink:href", "data") and not str(value).startswith("#"):
+                self.external.append(str(value))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def run(make_trainer: Make, pairs: Any, tmp_path: Path) -> Path:
+    trainer = make_trainer(
+        eval_dataset=pairs(6, seed=1),
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_on_start=True,
+        max_steps=6,
+        write_report=True,
+    )
+    trainer.train()
+    return tmp_path / "run"
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.external == []
+    assert len(set(checker.ids)) == len(checker.ids), "drawings on one page must not share ids"
+    assert "<script" not in page
+    assert "@import" not in page
+    addresses = set(re.findall(r"https?://[^\"' <)]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    for reference in re.findall(r"(?:xlink:href=\"#|url\(#)([^\")]+)", page):
+        assert reference in checker.ids
+    assert len(page) < 400_000
+
+
+def test_the_page_shows_every_curve_with_its_caption(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    for chart in CHARTS:
+        assert f'aria-label="{chart.title}"' in page
+        assert chart.healthy[:40] in page
+    for text in (
+        "log 2",
+        "guessing",
+        "held-out loss",
+        "held-out accuracy",
+        "tokens per second",
+        "train_dataset: 24 of 24",
+    ):
+        assert text in page
+    assert page.count("<svg") == len(CHARTS)
+
+
+def test_colours_come_from_the_page_in_light_and_dark(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert "var(--series-1)" in drawings
+    assert "var(--ink)" in drawings
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawings)) == set(), "a fixed colour would vanish on one of the grounds"
+
+
+def test_the_summary_agrees_with_the_metrics(run: Path, read_jsonl: Any) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    records = read_jsonl(run / "metrics.jsonl")
+    train = [record for record in records if "loss" in record]
+    assert summary["last"]["loss"] == train[-1]["loss"]
+    assert summary["tokens"] == sum(record["tokens"] for record in train)
+    seconds = sum(record["tokens"] / record["tokens_per_second"] for record in train)
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / seconds, rel=1e-3)
+    assert summary["eval_first"]["step"] == 0
+    assert summary["eval_last"]["loss"] == [r["eval_loss"] for r in records if "eval_loss" in r][-1]
+    assert summary["initial_loss"] == pytest.approx(0.6931471805599453)
+    assert {"python", "torch", "transformers"} <= set(summary["versions"])
+
+
+def test_a_model_that_has_not_moved_has_no_accuracy(run: Path) -> None:
+    """Ties are no mistakes: neither the curve nor a card may start at 0 %."""
+    summary = json.loads((run / "summary.json").read_text())
+    assert "rewards/accuracies" not in summary["eval_first"]
+    assert "rewards/accuracies" in summary["eval_last"]
+    assert "from 0.0%" not in (run / "report.html").read_text()
+
+
+def test_text_from_the_run_is_escaped(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["model"] = "<script>alert(1)</script>"
+    summary["data"] = ["a & b <i>"]
+    page = render_report(summary, read_metrics(run / "metrics.jsonl"), name="<b>run</b>")
+    assert "<script>" not in page
+    assert "<b>run</b>" not in page
+    assert "a &amp; b &lt;i&gt;" in page
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_run_with_almost_no_records_still_has_a_page(run: Path, keep: int) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary.update(first={}, last={}, tokens_per_second=None, finished=False)
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record][:keep]
+    page = render_report(summary, records, name="run")
+    assert "not finished" in page
+
+
+def test_missing_and_nan_values_leave_gaps(run: Path) -> None:
+    records = [{"step": 1, "loss": 0.69}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.6}]
+    drawing = draw(CHARTS[0], records, [])
+    assert drawing is not None
+    assert "nan" not in drawing.lower().replace("nance", "")
+    assert draw(next(chart for chart in CHARTS if chart.key == "kl"), records, []) is None
+
+
+def test_the_start_line_follows_the_objective(make_trainer: Make, tmp_path: Path) -> None:
+    make_trainer(loss_type="hinge", max_steps=2, write_report=True).train()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "start (1)" in page
+
+
+def test_checkpoints_refresh_the_report(make_trainer: Make, tmp_path: Path) -> None:
+    seen = []
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, write_report=True)
+    written = trainer.write_report
+
+    def write(*, finished: bool) -> Any:
+        path = written(finished=finished)
+        seen.append(
+            (finished, "This run is not finished" in path.read_text(), (tmp_path / "run/summary.json").exists())
+        )
+        return path
+
+    trainer.write_report = write
+    trainer.train()
+    assert seen == [(False, True, False), (True, False, True)]
+
+
+def test_the_progress_line_rewrites_itself_on_a_terminal(make_trainer: Make) -> None:
+    import io
+
+    stream = io.StringIO()
+    make_trainer(max_steps=3, callbacks=[ProgressLine(stream, live=True)]).train()
+    shown = stream.getvalue()
+    assert shown.count("\n") == 1
+    assert "step 2/3  66%  loss 0." in shown
+    assert "tok/s" in shown
+    assert shown.endswith("\n")
