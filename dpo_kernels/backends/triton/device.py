@@ -222,21 +222,31 @@ def columns(tile, head, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
-def softcap(x, inner, cap):
-    """(z, sech^2) in float32: z = cap tanh(inner x), and its derivative's factor 1 - tanh^2 without cancellation.
+def reciprocal(x):
+    """1 / x by one MUFU, for x in [1, inf]."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
-    tanh by its series below 0.6 (relative error 4.5e-9 before rounding), by (1 - e) / (1 + e), e = exp(-2|u|), above.
+
+@triton.jit
+def tanh_accurate(u):
+    """(tanh u, 1 - tanh^2 u) to float32 rounding, both in relative terms.
+
+    Below 0.6 by the series (relative error 4.5e-9 before rounding), above by (1 - e) / (1 + e), e = exp(-2|u|).
     """
-    u = x * inner
-    size = tl.abs(u)
-    square = size * size
+    square = u * u
     series = 0.020795932039618492 + square * -0.005895108450204134
     series = -0.05378381907939911 + square * series
     series = 0.13331924378871918 + square * series
     series = -0.33333298563957214 + square * series
-    e = exp2_fast(size * (-2.0 * 1.4426950408889634))
-    tanh = tl.where(size < 0.6, size + size * (square * series), (1.0 - e) / (1.0 + e))
-    return cap * tl.where(u < 0, -tanh, tanh), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    small = u + u * (square * series)
+    e = exp2_fast(tl.abs(u) * (-2.0 * 1.4426950408889634))
+    r = reciprocal(1.0 + e)
+    large = (1.0 - e) * r
+    large = tl.where(u < 0, -large, large)
+    return tl.where(tl.abs(u) < 0.6, small, large), 4.0 * (e * r) * r
 
 
 @triton.jit

@@ -119,10 +119,15 @@ def round_to_float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def exponent_map(logit_scale: float, logit_softcap: float) -> tuple[int, float]:
-    """(MAP, log2_scale): how logits become exponents of 2. See device.py for the maps."""
+def exponent_map(logit_scale: float, logit_softcap: float) -> tuple[int, float, float]:
+    """(MAP, unit, log2_scale): the kernels' variable x stands for the logit z = unit * x, its exponent is x * log2_scale.
+
+    FOLDED: x is the logit as stored; SOFTCAPPED: x is the tanh; SCALED: x is z. log2_scale = float32(unit log2 e).
+    """
     if logit_softcap:
-        return SOFTCAPPED.value, round_to_float32(LOG2E.value)
-    if logit_scale <= 0:
-        return SCALED.value, round_to_float32(LOG2E.value)
-    return FOLDED.value, round_to_float32(logit_scale * LOG2E.value)
+        mapping, unit = SOFTCAPPED, logit_softcap
+    elif logit_scale <= 0:
+        mapping, unit = SCALED, 1.0
+    else:
+        mapping, unit = FOLDED, logit_scale
+    return mapping.value, unit, round_to_float32(unit * LOG2E.value)

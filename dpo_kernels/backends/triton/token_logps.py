@@ -26,7 +26,7 @@ from .device import (
     log1p_double,
     row_groups,
     scaled_label,
-    softcap,
+    tanh_accurate,
     to_float,
 )
 from .launch import LANES, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned, shifted_alike
@@ -36,14 +36,14 @@ SCAN = tl.constexpr(1024)
 
 
 @triton.jit
-def _to_z(x, scale, cap, MAP: tl.constexpr):
-    """Logits as the exponential takes them: left alone when the scale is folded into its FFMA."""
+def _variable(x, inner, MAP: tl.constexpr):
+    """The kernel's variable of a stored logit x (launch.exponent_map); inner is scale / cap, or scale."""
     if MAP == FOLDED:
         return x
     elif MAP == SOFTCAPPED:
-        return softcap(x, (scale / cap).to(tl.float32), cap.to(tl.float32))[0]
+        return tanh_accurate(x * inner)[0]
     else:
-        return x * scale.to(tl.float32)
+        return x * inner
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def _fold_masked(
 
 @triton.jit
 def _guarded_moments(
-    logits, ref_logits, start, ref_start, vocab, label, c, log2_scale, scale, cap,
+    logits, ref_logits, start, ref_start, vocab, label, c, log2_scale, inner,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
     """(t, k) of a row that holds -inf, where the main loop met 0 * inf: a second look at it, the origin c being known."""
@@ -124,25 +124,25 @@ def _guarded_moments(
     for block in range(tl.cdiv(vocab, SCAN)):
         column = block * SCAN + tl.arange(0, SCAN)
         inside = (column < vocab) & (column != label)
-        x = _to_z(tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32), scale, cap, MAP)
+        x = _variable(tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32), inner, MAP)
         y = fused(x, log2_scale, c)
         e = tl.where(inside, exp2_fast(y), 0.0)
         if ENTROPY:
             t += tl.where(e > 0, e * y, 0.0)
         if KL:
             ref_x = tl.load(ref_logits + ref_start + column, mask=inside, other=0.0).to(tl.float32)
-            k += tl.where(e > 0, e * (x - _to_z(ref_x, scale, cap, MAP)), 0.0)
+            k += tl.where(e > 0, e * (x - _variable(ref_x, inner, MAP)), 0.0)
     return tl.sum(t.to(tl.float64), 0), tl.sum(k.to(tl.float64), 0)
 
 
 @triton.jit
-def _equal_before(logits, start, label, value, scale, cap, MAP: tl.constexpr):
+def _equal_before(logits, start, label, value, inner, MAP: tl.constexpr):
     """How many columns before the label hold exactly the label's value: argmax takes the first of equals."""
     count = tl.zeros([SCAN], tl.int32)
     for block in range(tl.cdiv(label, SCAN)):
         column = block * SCAN + tl.arange(0, SCAN)
         x = tl.load(logits + start + column, mask=column < label, other=float("-inf")).to(tl.float32)
-        count += ((_to_z(x, scale, cap, MAP) == value) & (column < label)).to(tl.int32)
+        count += ((_variable(x, inner, MAP) == value) & (column < label)).to(tl.int32)
     return tl.sum(count, 0)
 
 
@@ -156,22 +156,25 @@ def _merge(m, c, log2_scale):
 
 
 @triton.jit
-def _finish(s, c, x_label, z_label, log2_scale):
-    """(logp, lse, p_others, log_mass) in float64 from the other logits' sum s at origin c.
+def _finish(s, top, c, z_label, unit, log2_scale):
+    """(logp, lse, p_others, log_mass) in float64 from the other logits' maximum `top` and their sum s at origin c.
 
-    With d = log(s) + ln2 (c - log2_scale x_label), the log-odds against the label: logp = -softplus(d), and
-    p_others = sigmoid(d), both without cancellation however sure the policy is. log2_scale is the rounded constant that
-    the exponentials used, on the label as on all others, so its rounding enters as a temperature off by 2e-8 and not as
-    a bias of lse. log_mass is log(s + label's term) at origin c.
+    log2_scale is log2(e) rounded to float32, so the exponentials ran at a temperature off by about 1e-8. Taken literally
+    that shifts lse by 1e-8 of its size; counted from the maximum instead (the exponent of x is that of `top`, which is
+    known exactly, plus a small difference) it touches only the small difference.
+    With d = log(sum of the others) - z_label, the log-odds against the label: logp = -softplus(d), p_others = sigmoid(d),
+    both without cancellation however sure the policy is. log_mass is log(s + the label's term) at origin c.
     """
     log_s = tl.log(s)
-    d = log_s + LN2 * (c.to(tl.float64) - x_label.to(tl.float64) * log2_scale)
+    top = top.to(tl.float64)
+    log_others = log_s + LN2 * (c.to(tl.float64) - top * log2_scale) + top * unit
+    d = log_others - z_label
     e = tl.exp(-tl.abs(d))
     near = log1p_double(e)
     logp = -(tl.where(d > 0, d, 0.0) + near)
     # inf - inf, as log_softmax has it.
     logp = tl.where(z_label == float("inf"), float("nan"), logp)
-    lse = tl.where(z_label == float("-inf"), log_s + LN2 * c.to(tl.float64), z_label - logp)
+    lse = tl.where(z_label == float("-inf"), log_others, z_label - logp)
     p_others = tl.where(d >= 0, 1.0, e) / (1.0 + e)
     return logp, lse, p_others, log_s + near + tl.where(d < 0, -d, 0.0)
 
@@ -191,7 +194,7 @@ def token_logps_kernel(
     tokens, vocab, ignore_index: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, base,
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
-    scale: tl.float64, cap: tl.float64, log2_scale: tl.float32,
+    scale: tl.float64, cap: tl.float64, unit: tl.float64, log2_scale: tl.float32,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
     ALIGNED: tl.constexpr, REF_VECTOR: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -199,6 +202,11 @@ def token_logps_kernel(
     element: tl.constexpr = logits.dtype.element_ty
     scale = tl.full((), scale, tl.float64)
     cap = tl.full((), cap, tl.float64)
+    unit = tl.full((), unit, tl.float64)
+    if MAP == SOFTCAPPED:
+        inner = (scale / cap).to(tl.float32)
+    else:
+        inner = scale.to(tl.float32)
     row = tl.program_id(0).to(tl.int64)
     label64 = tl.load(labels + row)
     if (label64 >= 0) & (label64 < vocab) & (label64 != ignore_index):
@@ -207,7 +215,7 @@ def token_logps_kernel(
         start = b * stride_b + t_index * stride_t + base
         first, head, groups = row_groups(start, vocab, GROUP, ALIGNED)
         x_raw = tl.load(logits + start + label).to(tl.float32)
-        x_label = _to_z(x_raw, scale, cap, MAP)
+        x_label = _variable(x_raw, inner, MAP)
         z_label = scaled_label(x_raw, scale, cap, MAP)[0]
         ref_start = start
         ref_first = first
@@ -218,7 +226,6 @@ def token_logps_kernel(
             if REF_VECTOR:
                 ref_first = ref_first // GROUP
             ref_raw_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
-            ref_x_label = _to_z(ref_raw_label, scale, cap, MAP)
             ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
 
         m = tl.full([LANES], FLOOR, tl.float32)
@@ -228,10 +235,10 @@ def token_logps_kernel(
 
         if not ALIGNED:
             begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
-            ends = _to_z(load_fragments(logits, start, begin, limit, GROUP), scale, cap, MAP)
+            ends = _variable(load_fragments(logits, start, begin, limit, GROUP), inner, MAP)
             ref_ends = ends
             if KL:
-                ref_ends = _to_z(load_fragments(ref_logits, ref_start, begin, limit, GROUP), scale, cap, MAP)
+                ref_ends = _variable(load_fragments(ref_logits, ref_start, begin, limit, GROUP), inner, MAP)
             state, ref_state = _fold_masked(
                 state, ends, ref_state, ref_ends, valid & (edge != label), log2_scale, ENTROPY, KL, MEAN
             )
@@ -246,11 +253,11 @@ def token_logps_kernel(
             column = columns(tile, head, UNROLL, LANES, GROUP)
             keep = (column < head + groups * GROUP) & (column != label)
             raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, True, True)
-            x = _to_z(to_float(raw, element), scale, cap, MAP)
+            x = _variable(to_float(raw, element), inner, MAP)
             ref_x = x
             if KL:
                 ref_raw = load_groups(ref_logits, ref_first, tile, groups, UNROLL, LANES, GROUP, REF_VECTOR, True)
-                ref_x = _to_z(to_float(ref_raw, ref_element), scale, cap, MAP)
+                ref_x = _variable(to_float(ref_raw, ref_element), inner, MAP)
             state, ref_state = _fold_masked(state, x, ref_state, ref_x, keep, log2_scale, ENTROPY, KL, MEAN)
 
         for index in range(full - (label_tile < full).to(tl.int32)):
@@ -258,7 +265,7 @@ def token_logps_kernel(
             raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, True, False)
             if KL:
                 ref_raw = load_groups(ref_logits, ref_first, tile, groups, UNROLL, LANES, GROUP, REF_VECTOR, False)
-            x = _to_z(to_float(raw, element), scale, cap, MAP)
+            x = _variable(to_float(raw, element), inner, MAP)
             if MAP == FOLDED:
                 top = lane_max(raw, x, element)
             else:
@@ -266,7 +273,7 @@ def token_logps_kernel(
             ref_x = x
             ref_top = top
             if KL:
-                ref_x = _to_z(to_float(ref_raw, ref_element), scale, cap, MAP)
+                ref_x = _variable(to_float(ref_raw, ref_element), inner, MAP)
                 if MAP == FOLDED:
                     ref_top = lane_max(ref_raw, ref_x, ref_element)
                 else:
@@ -278,7 +285,7 @@ def token_logps_kernel(
         m, c, s, t, k, total = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
-        logp, lse_row, p_others, log_mass = _finish(s_row, c_top, x_label, z_label, log2_scale)
+        logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
         tl.store(logps + row, logp)
         tl.store(lse + row, lse_row)
         p_label = tl.exp(logp)
@@ -288,7 +295,7 @@ def token_logps_kernel(
             k_row = tl.sum((rescale * k).to(tl.float64), 0)
             if ((t_row != t_row) | (k_row != k_row)) & (lse_row == lse_row):
                 t_row, k_row = _guarded_moments(
-                    logits, ref_logits, start, ref_start, vocab, label, c_top, log2_scale, scale, cap, MAP, ENTROPY, KL
+                    logits, ref_logits, start, ref_start, vocab, label, c_top, log2_scale, inner, MAP, ENTROPY, KL
                 )
             some = s_row > 0
             mean_y = t_row / tl.where(some, s_row, 1.0)
@@ -298,25 +305,20 @@ def token_logps_kernel(
                 tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
             if KL:
                 ref_m, ref_c, ref_s = ref_state
-                _, ref_c_top, _, ref_rescale = _merge(ref_m, ref_c, log2_scale)
+                ref_top, ref_c_top, _, ref_rescale = _merge(ref_m, ref_c, log2_scale)
                 ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
-                ref_logp, ref_lse, _, _ = _finish(ref_s_row, ref_c_top, ref_x_label, ref_z_label, log2_scale)
+                ref_logp, ref_lse, _, _ = _finish(ref_s_row, ref_top, ref_c_top, ref_z_label, unit, log2_scale)
                 tl.store(ref_logps + row, ref_logp)
-                if MAP == FOLDED:
-                    mean_drift = scale * mean_drift
-                others = tl.where(s_row == 0, 0.0, p_others * mean_drift)
+                others = tl.where(s_row == 0, 0.0, p_others * (unit * mean_drift))
                 at_label = tl.where(p_label > 0, p_label * (z_label - ref_z_label), 0.0 * p_label)
                 tl.store(kl + row, others + at_label - lse_row + ref_lse)
         if ACCURACY:
             hit = x_label > top
             if x_label == top:
-                hit = _equal_before(logits, start, label, x_label, scale, cap, MAP) == 0
+                hit = _equal_before(logits, start, label, x_label, inner, MAP) == 0
             tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
         if MEAN:
-            mean = (tl.sum(total.to(tl.float64), 0) + x_label) / vocab
-            if MAP == FOLDED:
-                mean = scale * mean
-            tl.store(mean_logits + row, mean)
+            tl.store(mean_logits + row, unit * (tl.sum(total.to(tl.float64), 0) + x_label) / vocab)
     else:
         # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
         fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
@@ -347,7 +349,7 @@ def token_logps_launch(
     group = group_size(logits, ref_logits)
     pointer, base = aligned_base(logits)
     ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
-    mapping, log2_scale = exponent_map(logit_scale, logit_softcap)
+    mapping, unit, log2_scale = exponent_map(logit_scale, logit_softcap)
     alike = ref_logits is None or shifted_alike(logits, ref_logits, group)
     arguments = dict(
         logits=pointer,
@@ -371,6 +373,7 @@ def token_logps_launch(
         ref_base=ref_base,
         scale=logit_scale,
         cap=logit_softcap,
+        unit=unit,
         log2_scale=log2_scale,
         MAP=mapping,
         ENTROPY=entropy is not None,

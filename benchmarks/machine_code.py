@@ -1,0 +1,466 @@
+"""What the compiled GPU kernels look like, read from their cubins: the speed argument that a machine without a GPU can check.
+
+    python -m benchmarks.machine_code [--arch 80 90 100] [--only TEXT] [--json FILE]
+
+One registry of compiled kernels (`SOURCES`) drives the table, the JSON and the tests. For every kernel: registers,
+spills, shared memory, occupancy, and for its main loop (the one that streams logits without masks): instructions and
+MUFU per logit, barriers, shuffles, 128-bit loads and stores, loads issued before the first use.
+
+A streaming kernel reaches the memory's rate only if its instructions issue faster than its bytes arrive and if enough
+bytes are under way (Little's law), so the share of a card's bandwidth is predicted as
+
+    min(1, issue budget / slots, MUFU budget / MUFU, bytes in flight / bytes needed)
+
+with, per logit and at full bandwidth, issue budget = SMs x 4 x 32 x clock / (bandwidth / bytes moved per logit), MUFU
+budget likewise with 16 lanes per SM, and bytes needed = bandwidth x latency / SMs, the share of it that is reads. Bytes
+in flight are an average over an iteration: a warp's loads are under way for the latency, and not while it computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ARCHITECTURES = (80, 90, 100)
+RESULTS = Path(__file__).parent / "results" / "machine_code.json"
+
+#: Time from issuing a load to its data under a loaded memory system, seconds.
+LATENCY = 700e-9
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peak figures of a card: SMs, clock in Hz, memory bandwidth in bytes/s, for which architecture's code."""
+
+    sms: int
+    clock: float
+    bandwidth: float
+    arch: int
+
+
+CARDS = {
+    "A100": Card(108, 1.41e9, 2.0e12, 80),
+    "H100": Card(132, 1.755e9, 3.35e12, 90),
+    "H200": Card(132, 1.755e9, 4.8e12, 90),
+    "B200": Card(148, 1.85e9, 8.0e12, 100),
+}
+
+#: Per SM: registers, shared memory in bytes, resident threads and blocks.
+_REGISTERS = 65536
+_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+_MAX_THREADS = 2048
+_MAX_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A cubin, and the bytes of shared memory that a launch adds to the cubin's own."""
+
+    code: bytes
+    dynamic_shared: int = 0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel of the registry.
+
+    name: what the table calls it. arch: 80, 90, 100. cubin: returns the binary, compiling it if need be.
+    threads: per block. logit_bytes: size of one logit. moved_bytes: read and written per logit that is read.
+    function: the kernel's symbol where the cubin holds several, else None. logits_per_iteration: of the main loop, per
+    thread; None to take it from the widths of the loop's loads, which stays right when the compiler unrolls. streams:
+    False for kernels that read no logits, which have no main loop to judge.
+    """
+
+    name: str
+    arch: int
+    cubin: Callable[[], Binary]
+    threads: int
+    logit_bytes: int = 2
+    moved_bytes: int = 2
+    function: str | None = None
+    logits_per_iteration: int | None = None
+    streams: bool = True
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a cubin shows; *_loop and per-logit figures are of the main loop, None for kernels that stream nothing."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int
+    local_bytes: int
+    shared_bytes: int
+    threads: int
+    resident_threads: int
+    instructions: int
+    loop_instructions: int | None
+    logits_per_iteration: int | None
+    slots_per_logit: float | None
+    mufu_per_logit: float | None
+    loop_barriers: int | None
+    loop_shuffles: int | None
+    loop_doubles: int | None
+    loads_128: int | None
+    loads_narrower: int | None
+    stores_128: int | None
+    stores_narrower: int | None
+    loads_before_use: int | None
+    bytes_in_flight: int | None
+    bandwidth_share: dict[str, float] | None
+
+
+def tool(name: str) -> str:
+    """Path of nvdisasm or cuobjdump: the ones Triton ships."""
+    import triton.backends.nvidia
+
+    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / name)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# Listing --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A kernel's SASS: instructions in order, and for every label the index of the instruction after it."""
+
+    code: list[str]
+    labels: dict[str, int]
+
+    def loops(self) -> Iterator[list[str]]:
+        """The body of every loop, from its label to its backward branch, that holds no smaller loop."""
+        spans = []
+        for end, instruction in enumerate(self.code):
+            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction)
+            if target and self.labels.get(target.group(1), end + 1) <= end:
+                spans.append((self.labels[target.group(1)], end))
+        for begin, end in spans:
+            if self.code[end] != self.code[begin] and not any(
+                begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans
+            ):
+                yield self.code[begin : end + 1]
+
+
+def disassemble(path: str, function: str | None) -> Listing:
+    """The SASS of one kernel of a cubin file."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    inside = function is None
+    for line in _output(tool("nvdisasm"), "-c", path).splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
+            inside = function is None or section.group(1) == function
+        elif not inside:
+            continue
+        elif label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction.group(1).strip())
+    return Listing(code, labels)
+
+
+def opcode(instruction: str) -> str:
+    """The operation with its modifiers, the guarding predicate removed: "LDG.E.128"."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+
+
+def _width(instruction: str) -> int:
+    """Bytes per thread of a memory instruction."""
+    parts = opcode(instruction).split(".")
+    for bits in (256, 128, 64):
+        if str(bits) in parts:
+            return bits // 8
+    return {"U8": 1, "S8": 1, "U16": 2, "S16": 2}.get(next((p for p in parts if p[:1] in "US" and p[1:].isdigit()), ""), 4)
+
+
+def _is_load(instruction: str) -> bool:
+    return opcode(instruction).split(".")[0] in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG")
+
+
+def main_loop(listing: Listing) -> list[str]:
+    """The loop that streams logits: the one that reads most bytes from global memory without a predicate on the load."""
+
+    def unguarded_bytes(loop: list[str]) -> tuple[int, int]:
+        loads = [instruction for instruction in loop if _is_load(instruction)]
+        return sum(_width(i) for i in loads if not i.startswith("@")), sum(map(_width, loads))
+
+    return max(listing.loops(), key=unguarded_bytes, default=[])
+
+
+def _registers_of(instruction: str) -> Iterator[str]:
+    yield from re.findall(r"\bR\d+\b", instruction)
+
+
+def loads_before_use(loop: list[str]) -> int:
+    """Bytes per thread asked for before the first instruction that waits for one of them."""
+    pending: set[int] = set()
+    asked = 0
+    for instruction in loop:
+        used = {int(r[1:]) for r in _registers_of(instruction)}
+        if _is_load(instruction):
+            destination = int(next(_registers_of(instruction), "R0")[1:])
+            if opcode(instruction).startswith("LDG."):
+                address = used - {destination}
+                if address & pending:
+                    break
+                pending |= set(range(destination, destination + max(1, _width(instruction) // 4)))
+            asked += _width(instruction)
+        elif used & pending:
+            break
+    return asked
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def occupancy(registers: int, threads: int, shared: int, arch: int) -> int:
+    """Resident threads per SM. Registers are handed out 256 at a time to each warp, shared memory with 1 KB a block."""
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // 256) * 256
+    blocks = min(
+        _REGISTERS // (per_warp * warps),
+        _SHARED[arch] // (shared + 1024),
+        _MAX_THREADS // (warps * 32),
+        _MAX_BLOCKS,
+    )
+    return blocks * warps * 32
+
+
+def _resources(path: str, function: str | None) -> dict[str, int]:
+    current = None
+    for line in _output(tool("cuobjdump"), "--dump-resource-usage", path).splitlines():
+        if name := re.match(r"\s*Function\s+(\S+?):?$", line):
+            current = name.group(1)
+        elif "REG:" in line and (function is None or current == function):
+            return {key: int(value) for key, value in re.findall(r"([A-Z]+(?:\[\d\])?):(\d+)", line)}
+    raise ValueError(f"{path}: no resource usage of {function or 'a kernel'}")
+
+
+def bandwidth_share(kernel: Kernel, slots: float, mufu: float, in_flight: int, instructions: int) -> dict[str, float]:
+    """Predicted share of the memory bandwidth, for the cards of this kernel's architecture."""
+    shares = {}
+    for name, card in CARDS.items():
+        if card.arch == kernel.arch:
+            cycles = card.sms * card.clock * kernel.moved_bytes / card.bandwidth
+            needed = card.bandwidth * LATENCY / card.sms * kernel.logit_bytes / kernel.moved_bytes
+            waiting = LATENCY / (LATENCY + instructions / card.clock)
+            shares[name] = round(min(1.0, cycles * 128 / slots, cycles * 16 / mufu, in_flight * waiting / needed), 3)
+    return shares
+
+
+def inspect(kernel: Kernel) -> Figures:
+    """Compile a kernel of the registry, if need be, and read its figures."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        binary = kernel.cubin()
+        file.write(binary.code)
+        file.flush()
+        resources = _resources(file.name, kernel.function)
+        listing = disassemble(file.name, kernel.function)
+    shared = resources.get("SHARED", 0) + binary.dynamic_shared
+    resident = occupancy(resources["REG"], kernel.threads, shared, kernel.arch)
+    spills = sum(opcode(i).split(".")[0] in ("LDL", "STL") for i in listing.code)
+    figures = dict(
+        name=kernel.name,
+        arch=kernel.arch,
+        registers=resources["REG"],
+        spills=spills,
+        local_bytes=resources.get("LOCAL", 0) + resources.get("STACK", 0),
+        shared_bytes=shared,
+        threads=kernel.threads,
+        resident_threads=resident,
+        instructions=sum(opcode(i) != "NOP" for i in listing.code),
+    )
+    if not kernel.streams:
+        return Figures(**figures, **{name: None for name in Figures.__dataclass_fields__ if name not in figures})
+    loop = main_loop(listing)
+    operations = [opcode(i).split(".")[0] for i in loop]
+    loads = [_width(i) for i in loop if _is_load(i)]
+    stores = [_width(i) for i in loop if opcode(i).split(".")[0] == "STG"]
+    logits = kernel.logits_per_iteration or sum(loads) // kernel.logit_bytes
+    if not logits:
+        raise ValueError(f"{kernel.name}, sm_{kernel.arch}: no loop that loads logits was found")
+    slots = len(loop) / logits
+    mufu = operations.count("MUFU") / logits
+    asked = loads_before_use(loop)
+    return Figures(
+        **figures,
+        loop_instructions=len(loop),
+        logits_per_iteration=logits,
+        slots_per_logit=round(slots, 3),
+        mufu_per_logit=round(mufu, 3),
+        loop_barriers=sum(o in ("BAR", "SYNCS", "WARPSYNC") for o in operations),
+        loop_shuffles=operations.count("SHFL"),
+        loop_doubles=sum(o in ("DADD", "DMUL", "DFMA", "DSETP") for o in operations),
+        loads_128=sum(width == 16 for width in loads),
+        loads_narrower=sum(width < 16 for width in loads),
+        stores_128=sum(width == 16 for width in stores),
+        stores_narrower=sum(width < 16 for width in stores),
+        loads_before_use=asked // 16,
+        bytes_in_flight=asked * resident,
+        bandwidth_share=bandwidth_share(kernel, slots, mufu, asked * resident, len(loop)),
+    )
+
+
+# Registry -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TritonCubin:
+    """Compiles one of the backend's launches ahead of time; no GPU is needed."""
+
+    launch: object
+    arch: int
+
+    def __call__(self) -> Binary:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from dpo_kernels.backends.triton.launch import OPTIONS
+
+        types, constants, attributes = self.launch.signature()
+        source = ASTSource(self.launch.kernel, types, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=OPTIONS)
+        return Binary(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def triton_kernels(arch: int) -> Iterator[Kernel]:
+    """The Triton backend's kernels, built from the launches that a real call would make, on tensors without data."""
+    import torch
+
+    from dpo_kernels.backends.triton.launch import LANES
+    from dpo_kernels.backends.triton.logits_grad import logits_grad_launch
+    from dpo_kernels.backends.triton.preference_loss import preference_loss_launch, sequence_sums_launch
+    from dpo_kernels.backends.triton.token_logps import token_logps_launch
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    labels, small = empty(8, 1024, dtype=torch.int64), empty(8, 1024)
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    plain = dict(ignore_index=-100, logit_scale=1.0, logit_softcap=0.0)
+    capped = dict(plain, logit_softcap=30.0)
+
+    def forward(name: str, dtype: torch.dtype, statistics: str, vocab: int = 128256, **settings: float) -> Kernel:
+        logits = empty(8, 1024, vocab, dtype=dtype)
+        asked = dict(zip(("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits"), [None] * 7, strict=True))
+        for one in ["logps", "lse", *statistics.split()]:
+            asked[one] = small
+        if asked["kl"] is not None:
+            asked["ref_logps"] = small
+        reference = logits if asked["kl"] is not None else None
+        launch = token_logps_launch(logits, labels, reference, tuple(asked.values()), **(settings or plain))
+        size = dtype.itemsize
+        return Kernel(
+            f"triton token_logps {names[dtype]} {name}", arch, _TritonCubin(launch, arch), LANES, size, moved_bytes=size
+        )
+
+    def backward(name: str, dtype: torch.dtype, vocab: int = 128256, shifted: bool = False, **settings: float) -> Kernel:
+        whole = empty(8, 1025 if shifted else 1024, vocab, dtype=dtype)
+        logits = whole[:, :-1] if shifted else whole
+        out = empty(8, 1024, vocab, dtype=dtype)
+        launch = logits_grad_launch(logits, labels, small, small, small, out, **(settings or plain))
+        size = dtype.itemsize
+        return Kernel(
+            f"triton logits_grad {names[dtype]} {name}", arch, _TritonCubin(launch, arch), LANES, size, moved_bytes=2 * size
+        )
+
+    everything = "entropy kl accuracy mean_logits"
+    yield forward("alone", torch.bfloat16, "")
+    yield forward("entropy+accuracy+mean", torch.bfloat16, "entropy accuracy mean_logits")
+    yield forward("reference+kl", torch.bfloat16, "kl")
+    yield forward("reference, all statistics", torch.bfloat16, everything)
+    yield forward("alone, V odd", torch.bfloat16, "", vocab=50257)
+    yield forward("reference, all statistics, V odd", torch.bfloat16, everything, vocab=50257)
+    yield forward("alone, softcap", torch.bfloat16, "", **capped)
+    yield forward("alone", torch.float16, "")
+    yield forward("alone", torch.float32, "")
+    yield forward("reference, all statistics", torch.float32, everything)
+    yield backward("", torch.bfloat16)
+    yield backward("V odd", torch.bfloat16, vocab=50257)
+    yield backward("V odd, shifted rows", torch.bfloat16, vocab=50257, shifted=True)
+    yield backward("softcap", torch.bfloat16, **capped)
+    yield backward("", torch.float16)
+    yield backward("", torch.float32)
+
+    pairs, sequences, bounds = empty(4), empty(8), empty(9, dtype=torch.int64)
+    outputs = (pairs, sequences, sequences, sequences)
+    loss = preference_loss_launch(small, small, small, bounds, None, pairs, pairs, False, outputs)
+    sums = sequence_sums_launch(small, small, None, sequences)
+    for name, launch in (("preference_loss", loss), ("sequence_sums", sums)):
+        yield Kernel(f"triton {name}", arch, _TritonCubin(launch, arch), LANES, streams=False)
+
+
+#: The registry: each source yields the kernels it has for an architecture.
+SOURCES: list[Callable[[int], Iterable[Kernel]]] = [triton_kernels]
+
+
+def kernels(architectures: Iterable[int] = ARCHITECTURES) -> list[Kernel]:
+    """Every kernel of the registry for these architectures."""
+    return [kernel for arch in architectures for source in SOURCES for kernel in source(arch)]
+
+
+def table(rows: Iterable[Figures]) -> str:
+    """The figures as one plain-text table."""
+    head = ("kernel", "sm", "regs", "spill", "smem", "threads/SM", "instr", "loop", "slots/logit", "mufu/logit", "bar", "shfl",
+            "ld128", "ld<128", "st128", "st<128", "in flight", "bandwidth")  # fmt: skip
+    lines = [head]
+    for row in rows:
+        shares = "  ".join(f"{card} {share:.0%}" for card, share in (row.bandwidth_share or {}).items())
+        cells = (
+            row.name, row.arch, row.registers, row.spills, row.shared_bytes, row.resident_threads, row.instructions,
+            row.loop_instructions, row.slots_per_logit, row.mufu_per_logit, row.loop_barriers, row.loop_shuffles,
+            row.loads_128, row.loads_narrower, row.stores_128, row.stores_narrower,
+            None if row.bytes_in_flight is None else f"{row.bytes_in_flight / 1024:.0f} KB", shares,
+        )  # fmt: skip
+        lines.append(tuple("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i in (0, len(head) - 1) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
+
+
+def _inspect_numbered(job: tuple[int, int, str | None]) -> Figures:
+    """Worker: a kernel is named by its place in the registry, since compiled closures do not travel between processes."""
+    arch, index, _ = job
+    return inspect(kernels([arch])[index])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="kernels whose name contains this text")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--jobs", type=int, default=min(4, len(os.sched_getaffinity(0))))
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("machine code cannot be compiled under TRITON_INTERPRET=1: unset it")
+    jobs = [
+        (arch, index, kernel.name)
+        for arch in arguments.arch
+        for index, kernel in enumerate(kernels([arch]))
+        if arguments.only in kernel.name
+    ]
+    with ProcessPoolExecutor(max_workers=arguments.jobs) as pool:
+        rows = list(pool.map(_inspect_numbered, jobs))
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
