@@ -20,9 +20,13 @@ LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Batch:
-    """A call's tensors in the one shape that the stages know: logits [B, T, V], tokens [B, T]."""
+    """A call's tensors in the one shape that the stages know: logits [B, T, V], tokens [B, T].
+
+    On the linear path `logits` holds the hidden states [B, T, H].
+    """
 
     logits: Tensor
+    vocab: int
     labels: Tensor
     weights: Tensor  # 0 on ignored tokens
     cu_seqlens: Tensor | None
@@ -62,17 +66,22 @@ def _prepare(
     cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
     ignore_index: int,
+    *,
+    name: str = "logits",
+    axis: str = "V",
+    vocab: int | None = None,
 ) -> _Batch:
+    """Check a call's tensors and bring them into shape; `name` and `axis` word the errors ("hidden", "H")."""
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a float32, bfloat16, float16 or float64 tensor; got {got}")
+        raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor; got {got}")
     packed = cu_seqlens is not None
     if logits.dim() != (2 if packed else 3):
-        wanted = "[N, V] with cu_seqlens" if packed else "[2P, T, V], or [N, V] with cu_seqlens"
-        raise ValueError(f"logits must be {wanted}; got {list(logits.shape)}")
+        wanted = f"[N, {axis}] with cu_seqlens" if packed else f"[2P, T, {axis}], or [N, {axis}] with cu_seqlens"
+        raise ValueError(f"{name} must be {wanted}; got {list(logits.shape)}")
     if logits.shape[-1] == 0:
-        raise ValueError(f"logits have an empty vocabulary: {list(logits.shape)}")
-    _check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, "one label per row of logits")
+        raise ValueError(f"{name} must not be empty in {axis}: {list(logits.shape)}")
+    _check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, f"one label per row of {name}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 (or int32) token ids; got {labels.dtype}")
     if cu_seqlens is not None:
@@ -93,7 +102,9 @@ def _prepare(
         weights = weights * token_weights.detach().to(weights.dtype)
         labels = torch.where(weights != 0, labels, ignore_index)
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return _Batch(logits, labels, weights, cu_seqlens, sequences, backends.resolve(logits.device.type, logits.dtype))
+    backend = backends.resolve(logits.device.type, logits.dtype)
+    vocab = logits.shape[-1] if vocab is None else vocab
+    return _Batch(logits, vocab, labels, weights, cu_seqlens, sequences, backend)
 
 
 def _check_softcap(logit_softcap: float | None) -> float:
@@ -178,14 +189,8 @@ def dpo_loss(
         its pair's loss is NaN and `DPOOutput.metrics()` raises.
     """
     batch = _prepare(logits, labels, cu_seqlens, token_weights, ignore_index)
-    if batch.sequences % 2:
-        raise ValueError(
-            f"the batch holds {batch.sequences} sequences, an odd number; it must hold P chosen ones followed by "
-            f"their P rejected ones"
-        )
-    pairs = batch.sequences // 2
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    pairs = _count_pairs(batch)
+    _check_reduction(reduction)
     functions = objectives.resolve(loss_type)
     has_reference = ref_logits is not None or ref_logps is not None
     objectives.check(functions, loss_weights, label_smoothing, has_reference=has_reference)
@@ -199,11 +204,7 @@ def dpo_loss(
             raise TypeError("ref_logits must be a float32, bfloat16, float16 or float64 tensor")
         _check_tensor("ref_logits", ref_logits, tuple(logits.shape), logits.device, "that of logits")
         ref_logits = ref_logits.detach().view(batch.logits.shape) if cu_seqlens is None else ref_logits.detach()[None]
-    ref_sums = None
-    if ref_logps is not None:
-        _check_tensor("ref_logps", ref_logps, (batch.sequences,), logits.device, "one sum per sequence, chosen first")
-        ref_sums = ref_logps.detach().to(batch.weights.dtype)
-
+    ref_sums = _reference_sums(ref_logps, batch)
     tokens = ops.token_logps(
         batch.logits,
         batch.labels,
@@ -221,20 +222,57 @@ def dpo_loss(
         batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
     )
     if pair_weights is not None:
-        _check_tensor("pair_weights", pair_weights, (pairs,), logits.device, "one per pair")
-        losses = losses * pair_weights.detach().to(losses.dtype)
+        losses = losses * _per_pair("pair_weights", pair_weights, pairs, batch)
+    return _output(batch, tokens, _reduce(losses, reduction), losses, sums, ref_sums, rewards, wanted, ignore_index)
 
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+def _count_pairs(batch: _Batch) -> int:
+    if batch.sequences % 2:
+        raise ValueError(
+            f"the batch holds {batch.sequences} sequences, an odd number; it must hold P chosen ones followed by "
+            f"their P rejected ones"
+        )
+    return batch.sequences // 2
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+
+
+def _reference_sums(ref_logps: Tensor | None, batch: _Batch) -> Tensor | None:
+    if ref_logps is None:
+        return None
+    _check_tensor(
+        "ref_logps", ref_logps, (batch.sequences,), batch.logits.device, "one sum per sequence, chosen first"
+    )
+    return ref_logps.detach().to(batch.weights.dtype)
+
+
+def _output(
+    batch: _Batch,
+    tokens: dict[str, Tensor],
+    loss: Tensor,
+    losses: Tensor,
+    sums: Tensor,
+    ref_sums: Tensor,
+    rewards: Tensor,
+    statistics: Sequence[str],
+    ignore_index: int,
+) -> DPOOutput:
+    """The public result, in float32 (float64 for float64 logits); statistics become means per sequence."""
+    dtype = torch.float64 if batch.logits.dtype == torch.float64 else torch.float32
     scored = (batch.weights != 0).to(batch.weights.dtype)
     counts = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend)
     rewards = rewards.to(dtype)
     means = {
         name: (ops.sequence_sums(tokens[name], scored, batch.cu_seqlens, batch.backend) / counts.clamp(min=1)).to(dtype)
-        for name in wanted
+        for name in statistics
     }
     sums, ref_sums = sums.detach().to(dtype), ref_sums.to(dtype)
+    pairs = losses.shape[0]
     return DPOOutput(
-        loss=_reduce(losses, reduction).to(dtype),
+        loss=loss.to(dtype),
         losses=losses.detach().to(dtype),
         chosen_logps=sums[:pairs],
         rejected_logps=sums[pairs:],
@@ -300,7 +338,7 @@ def _late_label_check(batch: _Batch, ignore_index: int):  # noqa: ANN202 - a clo
     looked = batch.logits.device.type == "cpu" and batch.backend in ("eager", "cpu")
     if looked or torch.compiler.is_compiling():
         return None
-    labels, vocab = batch.labels, batch.logits.shape[-1]
+    labels, vocab = batch.labels, batch.vocab
     return lambda: check_labels(labels, vocab, ignore_index)
 
 
