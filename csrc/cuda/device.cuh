@@ -36,6 +36,15 @@ DPO_DEVICE float fast_exp2(float x) {
 #endif
 }
 
+// A product that is never fused into an addition, so that every variant of a kernel rounds it alike.
+DPO_DEVICE float multiply(float a, float b) {
+#if defined(DPO_EMULATOR)
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+
 DPO_DEVICE float as_float(uint32_t bits) {
 #if defined(DPO_EMULATOR)
   return emu::bit_cast<float>(bits);

@@ -100,9 +100,30 @@ struct Device {
   int has_clusters;  // compute capability 9.0 and later
 };
 
-cudaError_t token_logps(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
+// One per dtype of the policy's logits: each is a translation unit of its own.
+cudaError_t token_logps_float32(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
+cudaError_t token_logps_bfloat16(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
+cudaError_t token_logps_float16(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
 cudaError_t preference_loss(const PreferenceLossParams& params, cudaStream_t stream);
 cudaError_t sequence_sums(const SequenceSumsParams& params, cudaStream_t stream);
 cudaError_t logits_grad(const LogitsGradParams& params, const Device& device, cudaStream_t stream);
+
+inline cudaError_t token_logps(const TokenLogpsParams& params, const Device& device, cudaStream_t stream) {
+  if (params.batch * params.tokens == 0) {
+    if (params.preference.losses == nullptr) return cudaSuccess;
+    // No row will complete a pair: the separate stage writes what empty sequences give.
+    const PreferenceLossParams empty{params.logps, params.ref_logps, params.tokens, params.preference};
+    return preference_loss(empty, stream);
+  }
+  switch (params.policy.dtype) {
+    case DType::float32:
+      return token_logps_float32(params, device, stream);
+    case DType::bfloat16:
+      return token_logps_bfloat16(params, device, stream);
+    case DType::float16:
+      return token_logps_float16(params, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
 
 }  // namespace dpo::cuda

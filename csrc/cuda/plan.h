@@ -11,22 +11,20 @@
 
 namespace dpo::cuda {
 
-constexpr int kMaxThreads = 512;     // of a block
-constexpr int kMaxRowThreads = 512;  // of a row
-constexpr int kMinThreads = 64;      // of a block
+constexpr int kMinThreads = 64;  // of a block
 
 struct RowPlan {
   int threads;  // per row
   int blocks;   // per row, one cluster
 };
 
-inline RowPlan plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, const Device& device) {
+inline RowPlan plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int max_threads, const Device& device) {
   RowPlan plan{kMinThreads, 1};
-  while (plan.threads < kMaxRowThreads && static_cast<int64_t>(plan.threads) * logits_per_thread < vocab) {
+  while (plan.threads < max_threads && static_cast<int64_t>(plan.threads) * logits_per_thread < vocab) {
     plan.threads *= 2;
   }
   if (device.has_clusters) {
-    while (plan.blocks < 4 && plan.threads / plan.blocks > 2 * kMinThreads &&
+    while (plan.blocks < 4 && plan.threads / plan.blocks > kMinThreads &&
            rows * plan.blocks < 4 * static_cast<int64_t>(device.sm_count)) {
       plan.blocks *= 2;
     }

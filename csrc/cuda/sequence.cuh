@@ -26,9 +26,13 @@ struct TokenRange {
   DPO_DEVICE int64_t size() const { return end - begin; }
 };
 
+// Bounds that a host cannot check without waiting for the device are clamped to the tokens that exist.
 DPO_DEVICE TokenRange sequence_range(const int64_t* cu_seqlens, int64_t tokens, int64_t sequence) {
   if (cu_seqlens == nullptr) return {sequence * tokens, (sequence + 1) * tokens};
-  return {cu_seqlens[sequence], cu_seqlens[sequence + 1]};
+  const int64_t first = cu_seqlens[sequence], last = cu_seqlens[sequence + 1];
+  const int64_t begin = first < 0 ? 0 : first;
+  const int64_t end = last < tokens ? last : tokens;
+  return {begin, end < begin ? begin : end};
 }
 
 DPO_DEVICE double warp_sum(double value) {

@@ -156,10 +156,10 @@ class Emulator:
         """Kernel launches so far."""
         return self.lib.emu_launches()
 
-    def plan_rows(self, rows: int, vocab: int, logits_per_thread: int) -> tuple[int, int]:
+    def plan_rows(self, rows: int, vocab: int, logits_per_thread: int, max_threads: int = 256) -> tuple[int, int]:
         """(threads, blocks) that share a row."""
         out = (ctypes.c_int * 2)()
-        self.lib.emu_plan_rows(ctypes.c_int64(rows), ctypes.c_int64(vocab), logits_per_thread, *self.device, out)
+        self.lib.emu_plan_rows(ctypes.c_int64(rows), ctypes.c_int64(vocab), logits_per_thread, max_threads, *self.device, out)
         return out[0], out[1]
 
     def _token_params(

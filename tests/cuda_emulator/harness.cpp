@@ -32,8 +32,9 @@ int emu_logits_grad(const dpo::cuda::LogitsGradParams* params, int sm_count, int
 }
 
 // [threads, blocks] of a row.
-void emu_plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int sm_count, int has_clusters, int* out) {
-  const auto plan = dpo::cuda::plan_rows(rows, vocab, logits_per_thread, {sm_count, has_clusters});
+void emu_plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int max_threads, int sm_count,
+                   int has_clusters, int* out) {
+  const auto plan = dpo::cuda::plan_rows(rows, vocab, logits_per_thread, max_threads, {sm_count, has_clusters});
   out[0] = plan.threads;
   out[1] = plan.blocks;
 }

@@ -1,0 +1,574 @@
+// The kernel of stage 1 on CUDA: log-softmax gather with its statistics, and, in the same launch, stage 2 (sequence sums and loss).
+//
+// Data flow. A row of V logits is shared by `threads` threads of a block, or of a cluster of blocks when there are few
+// rows. Every logit is read from HBM once, 16 bytes at a time, four loads in flight per thread. Each thread keeps its
+// own running maximum and sums in registers; no barrier and no shuffle stands in the main loop. The threads' states are
+// merged once, at the end of the row: shuffles within a warp, shared memory (of the cluster's first block, through
+// distributed shared memory) between warps, always in the same order. Only a few float64 numbers per row are written.
+//
+// The label stays out of the running sum (common/online_softmax.h). The 16-byte group that holds it is skipped by the
+// loops; its other logits are taken one by one, one per thread, together with the unaligned head and tail of the row. So
+// every group loop is mask-free except for two tiles: the one with the label and the last, partial one.
+//
+// Rounding does not depend on how many blocks share a row: which thread of the row takes which logit follows from V alone.
+//
+// Single launch. A block that finished a row counts one arrival for the row's sequence; the block that brings the last one
+// sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the loss. The
+// last arrival resets its counter, so no launch or memset prepares the next call.
+//
+// Little's law for [8192, 128256] bf16, forward without statistics, one pass over HBM (2.10 GB):
+//   blocks of 512 threads, 2 resident per SM at <= 64 registers (1,024 of 2,048 threads), each thread 4 x 16 B in flight:
+//   64 KB in flight per SM, where H100 needs 3.35 TB/s x 700 ns / 132 = 18 KB, H200 25 KB, B200 (148 SMs) 38 KB. A thread
+//   waits for its loads in at least 1 - slots/budget of the time; the measured slots a logit stand in
+//   benchmarks/machine_code.py's table (5.3 of 17.7 on H100, of 12.4 on H200), so on average at least
+//   64 KB x (1 - 5.3/17.7) = 45 KB are in flight: 2.5 times what H100 needs, 1.5 times H200's. The row's ends (label, first
+//   loads, merge: about 2 us) fall in the shadow of the other block: one block alone keeps 32 KB in flight. Rounds:
+//   8,192 rows / 264 resident blocks = 31.03, and blocks run free of one another, so the last, nearly empty round costs at
+//   most half a row time of 31 (1.6 %). Together >= 0.9 of bandwidth.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "../common/online_softmax.h"
+#include "plan.h"
+#include "sequence.cuh"
+#include "vectors.cuh"
+
+namespace dpo::cuda {
+namespace {
+
+struct NoReference {};
+
+template <typename T_, typename R_, bool kEntropy_, bool kMean_, bool kSoftcap_>
+struct Traits {
+  using T = T_;
+  static constexpr bool kKl = !std::is_same_v<R_, NoReference>;
+  using R = std::conditional_t<kKl, R_, T_>;
+  static constexpr bool kEntropy = kEntropy_;
+  static constexpr bool kMean = kMean_;
+  static constexpr bool kSoftcap = kSoftcap_;
+  static constexpr int kSize = Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
+  // Groups of each tensor that a thread loads before it uses the first: 64 bytes in flight, pair or not.
+  static constexpr int kUnroll = kKl ? 2 : 4;
+  // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a reference.
+  static constexpr int kResident = kKl || kEntropy || kMean ? 3 : 4;
+};
+
+// How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of logps:
+// threads of a row, groups of a thread in a tile, and groups between two looks at the maximum.
+constexpr int kRowThreads = 256;
+constexpr int kTileGroups = 4;
+constexpr int kStep = 2;
+
+// What one thread knows of the logits it has seen. Logits are in base 2 here: t = z log2(e) - origin. The origin trails
+// the maximum by up to kSlack, so that raising it is rare; float32 sums of 2^t <= 2^kSlack lose nothing by that.
+constexpr float kSlack = 8.0f;
+constexpr int kChains = 2;  // independent additions: with eight warps per scheduler two hide their latency
+
+template <typename Tr>
+struct ThreadState {
+  float origin = kFloor;
+  float top = -INFINITY;  // exact maximum of the raw logits
+  float sum[kChains] = {};
+  float shifted[kChains] = {};  // sum 2^t t
+  float drift[kChains] = {};    // sum 2^t (z - z')
+  float total[kChains] = {};    // sum z
+  float ref_origin = kFloor;
+  float ref_sum[kChains] = {};
+};
+
+template <typename Tr>
+struct Transform {
+  float log2_scale;  // z log2(e) = value(x) * log2_scale
+  float cap;
+  float inverse;  // logit_scale / cap
+
+  DPO_DEVICE float value(float x) const {
+    if constexpr (Tr::kSoftcap) return cap * tanhf(x * inverse);
+    return x;
+  }
+};
+
+template <typename Tr>
+DPO_DEVICE void raise_origin(ThreadState<Tr>& s, float origin) {
+  const float delta = s.origin - origin;
+  const float factor = fast_exp2(delta);
+#pragma unroll
+  for (int k = 0; k < kChains; ++k) {
+    if constexpr (Tr::kEntropy) s.shifted[k] = factor * fmaf(delta, s.sum[k], s.shifted[k]);
+    if constexpr (Tr::kKl) s.drift[k] *= factor;
+    s.sum[k] *= factor;
+  }
+  s.origin = origin;
+}
+
+template <typename Tr>
+DPO_DEVICE void raise_ref_origin(ThreadState<Tr>& s, float origin) {
+  const float factor = fast_exp2(s.ref_origin - origin);
+#pragma unroll
+  for (int k = 0; k < kChains; ++k) s.ref_sum[k] *= factor;
+  s.ref_origin = origin;
+}
+
+// Adds one logit (and its reference) under the current origins.
+template <typename Tr>
+DPO_DEVICE void add_logit(ThreadState<Tr>& s, const Transform<Tr>& f, float x, float ref, int chain, bool in_mean) {
+  const float z = f.value(x);
+  const float t = fmaf(z, f.log2_scale, -s.origin);
+  const float e = fast_exp2(t);
+  s.sum[chain] += e;
+  // -inf has e = 0; the floor keeps 0 * -inf from making a NaN. A NaN logit has already spoiled `sum`.
+  if constexpr (Tr::kEntropy) s.shifted[chain] = fmaf(e, fmaxf(t, kFloor), s.shifted[chain]);
+  if constexpr (Tr::kMean) {
+    if (in_mean) s.total[chain] += z;
+  }
+  if constexpr (Tr::kKl) {
+    const float ref_z = f.value(ref);
+    s.ref_sum[chain] += fast_exp2(fmaf(ref_z, f.log2_scale, -s.ref_origin));
+    s.drift[chain] = fmaf(e, fmaxf(z - ref_z, kFloor), s.drift[chain]);
+  }
+}
+
+template <typename T, int kSize>
+DPO_DEVICE float maximum(const Group<T, kSize>* groups) {
+  uint32_t top = groups[0].words[0];
+#pragma unroll
+  for (int u = 0; u < kStep; ++u) {
+#pragma unroll
+    for (int w = u == 0; w < Group<T, kSize>::kWords; ++w) top = Vector<T>::max(top, groups[u].words[w]);
+  }
+  return Vector<T>::widest(top);
+}
+
+// Adds kStep groups. Groups whose bit in `present` is clear hold -inf: neutral for everything but the mean.
+template <typename Tr, bool kMasked>
+DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f, const Group<typename Tr::T, Tr::kSize>* x,
+                           const Group<typename Tr::R, Tr::kSize>* ref, unsigned present) {
+  const float top = maximum<typename Tr::T, Tr::kSize>(x);
+  s.top = fmaxf(s.top, top);
+  const float peak = multiply(f.value(top), f.log2_scale);
+  if (__builtin_expect(peak > s.origin + kSlack, 0)) raise_origin(s, peak);
+  if constexpr (Tr::kKl) {
+    const float ref_peak = multiply(f.value(maximum<typename Tr::R, Tr::kSize>(ref)), f.log2_scale);
+    if (__builtin_expect(ref_peak > s.ref_origin + kSlack, 0)) raise_ref_origin(s, ref_peak);
+  }
+#pragma unroll
+  for (int u = 0; u < kStep; ++u) {
+    const bool in_mean = !kMasked || (present >> u & 1u) != 0;
+    if (Tr::kSoftcap && !in_mean) continue;  // a softcap makes -inf finite, so absent groups are not neutral
+#pragma unroll
+    for (int i = 0; i < Tr::kSize; ++i) {
+      add_logit(s, f, x[u].get(i), Tr::kKl ? ref[u].get(i) : 0.0f, i % kChains, in_mean);
+    }
+  }
+}
+
+// How a row is cut: `head` single logits up to a 16-byte boundary, `groups` groups, then single logits to the end.
+struct RowLayout {
+  int head;
+  int groups;
+  int label_group;  // INT32_MAX when the label is in the head or the tail
+};
+
+// Tile t of the row is threads * kTileGroups consecutive groups. A warp takes kTileGroups times 512 bytes in a row of it, so
+// that a thread's loads differ by constant offsets from one address. A tile is walked in kTileGroups / kUnroll phases.
+template <typename Tr, bool kRefAligned>
+DPO_DEVICE void add_row(ThreadState<Tr>& s, const Transform<Tr>& f, const typename Tr::T* x, const typename Tr::R* ref,
+                        const RowLayout& row, int thread, int threads) {
+  using T = typename Tr::T;
+  using R = typename Tr::R;
+  constexpr int kSize = Tr::kSize, kUnroll = Tr::kUnroll, kPhases = kTileGroups / kUnroll;
+  const int tile = threads * kTileGroups;
+  const int first = thread / kWarp * (kWarp * kTileGroups) + thread % kWarp;
+  const int full = row.groups / tile;
+  const int label_tile = row.label_group == INT32_MAX ? INT32_MAX : row.label_group / tile;
+  Group<T, kSize> a[kUnroll];
+  Group<R, kSize> b[kUnroll];
+  const auto load_ref = [](const R* address) {
+    if constexpr (kRefAligned) return load_group<R, kSize, true>(address);
+    return load_group_unaligned<R, kSize>(address);
+  };
+
+  // The tile that holds the label, and the partial last tile.
+  for (int k = 0; k < 2 * kPhases; ++k) {
+    const int t = k < kPhases ? label_tile : full;
+    if (k < kPhases && label_tile >= full) continue;
+    const int g = t * tile + first + k % kPhases * (kUnroll * kWarp);
+    const int64_t offset = static_cast<int64_t>(g) * kSize;
+    unsigned present = 0;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int group = g + u * kWarp;
+      const bool take = group < row.groups && group != row.label_group;
+      a[u] = take ? load_group<T, kSize, true>(x + offset + u * kWarp * kSize) : empty_group<T, kSize>();
+      if constexpr (Tr::kKl) b[u] = take ? load_ref(ref + offset + u * kWarp * kSize) : empty_group<R, kSize>();
+      present |= static_cast<unsigned>(take) << u;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; u += kStep) add_groups<Tr, true>(s, f, a + u, b + u, present >> u);
+  }
+
+  const int others = full - (label_tile < full);
+  for (int k = 0; k < others * kPhases; ++k) {
+    const int j = k / kPhases;
+    const int g = (j + (j >= label_tile)) * tile + first + k % kPhases * (kUnroll * kWarp);
+    const int64_t offset = static_cast<int64_t>(g) * kSize;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      a[u] = load_group<T, kSize, true>(x + offset + u * kWarp * kSize);
+      if constexpr (Tr::kKl) b[u] = load_ref(ref + offset + u * kWarp * kSize);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; u += kStep) add_groups<Tr, false>(s, f, a + u, b + u, 0);
+  }
+}
+
+// The logits that belong to no group the loops visit: head, tail, and the label's neighbours; at most one per thread.
+template <typename Tr>
+DPO_DEVICE void add_single(ThreadState<Tr>& s, const Transform<Tr>& f, const typename Tr::T* x,
+                           const typename Tr::R* ref, const RowLayout& row, int label, int vocab, int thread) {
+  constexpr int kSize = Tr::kSize;
+  const int tail = row.head + row.groups * kSize;
+  const int ends = row.head + (vocab - tail);
+  int i = -1;
+  if (thread < row.head) {
+    i = thread;
+  } else if (thread < ends) {
+    i = tail + thread - row.head;
+  } else if (row.label_group != INT32_MAX && thread < ends + kSize) {
+    i = row.head + row.label_group * kSize + thread - ends;
+  }
+  if (i < 0 || i == label) return;
+  const float value = Vector<typename Tr::T>::widen(x[i]);
+  const float ref_value = Tr::kKl ? Vector<typename Tr::R>::widen(ref[i]) : 0.0f;
+  s.top = value;
+  s.origin = fmaxf(multiply(f.value(value), f.log2_scale), kFloor);
+  if constexpr (Tr::kKl) s.ref_origin = fmaxf(multiply(f.value(ref_value), f.log2_scale), kFloor);
+  add_logit(s, f, value, ref_value, 0, true);
+}
+
+// A state on its way through the merge. Sums are float64: the merge adds no rounding of its own.
+struct MergedState {
+  double origin, top, sum, shifted, drift, total, ref_origin, ref_sum;
+};
+constexpr int kStateFields = 8;
+
+DPO_DEVICE float warp_max(float value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
+  return value;
+}
+
+// Every lane of a full warp calls this; every lane gets the result. The tree's order is fixed.
+template <typename Tr>
+DPO_DEVICE MergedState merge_warp(MergedState s) {
+  const float origin = warp_max(static_cast<float>(s.origin));
+  const float delta = static_cast<float>(s.origin) - origin;
+  const double factor = fast_exp2(delta);
+  MergedState out{};
+  out.origin = origin;
+  out.top = warp_max(static_cast<float>(s.top));
+  out.sum = warp_sum(factor * s.sum);
+  if constexpr (Tr::kEntropy) out.shifted = warp_sum(factor * (s.shifted + delta * s.sum));
+  if constexpr (Tr::kMean) out.total = warp_sum(s.total);
+  if constexpr (Tr::kKl) {
+    out.drift = warp_sum(factor * s.drift);
+    out.ref_origin = warp_max(static_cast<float>(s.ref_origin));
+    const double ref_factor = fast_exp2(static_cast<float>(s.ref_origin - out.ref_origin));
+    out.ref_sum = warp_sum(ref_factor * s.ref_sum);
+  }
+  return out;
+}
+
+DPO_DEVICE double add_chains(const float (&chains)[kChains]) {
+  return static_cast<double>(chains[0]) + chains[1];
+}
+
+template <typename Tr>
+DPO_DEVICE MergedState widen_state(const ThreadState<Tr>& s) {
+  MergedState out{};
+  out.origin = s.origin;
+  out.top = s.top;
+  out.sum = add_chains(s.sum);
+  if constexpr (Tr::kEntropy) out.shifted = add_chains(s.shifted);
+  if constexpr (Tr::kMean) out.total = add_chains(s.total);
+  if constexpr (Tr::kKl) {
+    out.drift = add_chains(s.drift);
+    out.ref_origin = s.ref_origin;
+    out.ref_sum = add_chains(s.ref_sum);
+  }
+  return out;
+}
+
+DPO_DEVICE MergedState no_state() { return {kFloor, -INFINITY, 0.0, 0.0, 0.0, 0.0, kFloor, 0.0}; }
+
+// ---- Finishing a row: one thread, float64 ----
+
+DPO_DEVICE OnlineSoftmax<double> to_natural(double origin, double sum, double shifted, double drift) {
+  const bool empty = origin <= static_cast<double>(kFloor) && sum == 0.0;
+  return {empty ? -INFINITY : origin * kLn2, sum, shifted * kLn2, drift};
+}
+
+struct TokenValues {
+  double logps, lse, ref_logps, entropy, kl, accuracy, mean_logits;
+};
+
+DPO_DEVICE TokenValues all_tokens(double value) { return {value, value, value, value, value, value, value}; }
+
+template <typename Tr>
+DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const MergedState& s, float label_x, float label_ref,
+                                    bool earlier_tie) {
+  // The loops scale by log2(e) rounded to float32, which stretches every z by 1 + 1.3e-8. The label and the moments are
+  // stretched alike here, so that they meet the sums on one scale; a log-probability is then brought back.
+  const double scale = static_cast<double>(p.logit_scale), cap = static_cast<double>(p.logit_softcap);
+  const float log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
+  const double unit = Tr::kSoftcap ? 1.0 : scale;  // of drift and total
+  const double stretch = static_cast<double>(log2_scale) * kLn2 / unit;
+  const auto exact = [&](double x) { return Tr::kSoftcap ? cap * tanh(x * scale / cap) : x * scale; };
+  const double z = exact(label_x), ref_z = exact(label_ref);
+  const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch), z * stretch,
+                                     (z - ref_z) * stretch);
+  TokenValues out{};
+  out.logps = row.logp / stretch;
+  out.lse = label_x == -INFINITY ? row.lse / stretch : z - out.logps;
+  const bool nan = row.logp != row.logp;
+  if constexpr (Tr::kEntropy) out.entropy = nan ? NAN : row.entropy;
+  if constexpr (Tr::kMean) out.mean_logits = (s.total + (Tr::kSoftcap ? z : label_x)) * unit / static_cast<double>(p.vocab);
+  if constexpr (Tr::kKl) {
+    const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0), ref_z * stretch, 0.0);
+    out.ref_logps = ref.logp / stretch;
+    out.kl = row.kl_mean - row.lse + ref.lse;
+    // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
+    if (out.kl != out.kl && !nan && ref.lse == ref.lse) out.kl = INFINITY;
+  }
+  out.accuracy = nan ? NAN : (static_cast<double>(label_x) > s.top || (static_cast<double>(label_x) == s.top && !earlier_tie));
+  return out;
+}
+
+DPO_DEVICE void store_token(const TokenLogpsParams& p, int64_t token, const TokenValues& v) {
+  p.logps[token] = v.logps;
+  p.lse[token] = v.lse;
+  if (p.kl != nullptr) p.kl[token] = v.kl;
+  if (p.entropy != nullptr) p.entropy[token] = v.entropy;
+  if (p.accuracy != nullptr) p.accuracy[token] = v.accuracy;
+  if (p.mean_logits != nullptr) p.mean_logits[token] = v.mean_logits;
+}
+
+// ---- Single launch: sequences and pairs ----
+
+// One warp. The sequence of a token, or -1 where no sequence holds it.
+DPO_DEVICE int64_t sequence_of(const PreferenceParams& p, int64_t tokens, int64_t token) {
+  if (p.cu_seqlens == nullptr) return token / tokens;
+  const int64_t bounds = 2 * p.pairs + 1;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  int64_t at_or_before = 0;
+  for (int64_t base = 0; base < bounds; base += kWarp) {
+    const int64_t i = base + lane;
+    at_or_before += __popc(__ballot_sync(kAllLanes, i < bounds && p.cu_seqlens[i] <= token));
+  }
+  return at_or_before == bounds ? -1 : at_or_before - 1;
+}
+
+// One warp, in which lane 0 has just stored a row's results. `sides` rows (policy, reference) make a token.
+DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides, SequenceScratch& scratch) {
+  const PreferenceParams& p = params.preference;
+  const bool first_lane = threadIdx.x % kWarp == 0;
+  const int64_t sequence = sequence_of(p, params.tokens, token);
+  if (sequence < 0) return;
+  const TokenRange range = sequence_range(p.cu_seqlens, params.tokens, sequence);
+  int arrived = first_lane ? count_arrival(&p.counters[sequence]) + 1 : 0;
+  arrived = __shfl_sync(kAllLanes, arrived, 0);
+  if (arrived < range.size() * sides) return;
+  if (first_lane) p.counters[sequence] = 0;
+
+  const SequenceSums own = finish_sequence(p, params.logps, params.ref_logps, sequence, range, scratch);
+  const bool chosen = sequence < p.pairs;
+  const int64_t pair = chosen ? sequence : sequence - p.pairs;
+  const int64_t partner = chosen ? sequence + p.pairs : pair;
+  const bool partner_empty = sequence_range(p.cu_seqlens, params.tokens, partner).size() == 0;
+  if (!first_lane) return;
+  SequenceSums other{};
+  if (partner_empty) {
+    // No row will ever arrive for it.
+    other.reference = p.given_ref_sums != nullptr && params.ref_logps == nullptr ? p.given_ref_sums[partner] : 0.0;
+    p.sums[partner] = 0.0;
+    p.ref_sums[partner] = other.reference;
+  } else {
+    int* counter = &p.counters[2 * p.pairs + pair];
+    if (count_arrival(counter) == 0) return;
+    *counter = 0;
+    other = {load_coherent(&p.sums[partner]), load_coherent(&p.ref_sums[partner])};
+  }
+  finish_pair(p, pair, chosen ? own : other, chosen ? other : own);
+}
+
+// Pairs of two empty sequences have no rows. The launch holds one more block for them when sequences are packed.
+DPO_DEVICE void finish_empty_pairs(const TokenLogpsParams& params) {
+  const PreferenceParams& p = params.preference;
+  for (int64_t pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
+    SequenceSums sums[2] = {};
+    bool empty = true;
+    for (int side = 0; side < 2; ++side) {
+      const int64_t s = pair + side * p.pairs;
+      empty = empty && sequence_range(p.cu_seqlens, params.tokens, s).size() == 0;
+      if (p.given_ref_sums != nullptr && params.ref_logps == nullptr) sums[side].reference = p.given_ref_sums[s];
+    }
+    if (!empty) continue;
+    for (int side = 0; side < 2; ++side) {
+      p.sums[pair + side * p.pairs] = 0.0;
+      p.ref_sums[pair + side * p.pairs] = sums[side].reference;
+    }
+    finish_pair(p, pair, sums[0], sums[1]);
+  }
+}
+
+// ---- The kernel ----
+
+// Is a logit equal to the label's found before the label? All threads of the block call this.
+template <typename T>
+DPO_DEVICE bool appears_before(const T* x, int label, float value) {
+  bool found = false;
+  for (int i = static_cast<int>(threadIdx.x); i < label; i += static_cast<int>(blockDim.x)) {
+    found = found || Vector<T>::widen(x[i]) == value;
+  }
+  return __syncthreads_or(found) != 0;
+}
+
+template <typename Tr>
+__global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel(const __grid_constant__ TokenLogpsParams p) {
+  using T = typename Tr::T;
+  using R = typename Tr::R;
+  using States = double[kRowThreads / kWarp][kStateFields];
+  DPO_SHARED(States, states);
+  DPO_SHARED(SequenceScratch, scratch);
+  DPO_SHARED(int, tied);
+
+  const int blocks_per_row = cluster_size();
+  const int rank = cluster_rank();
+  const int64_t token = blockIdx.x / blocks_per_row;
+  const bool fused = p.preference.losses != nullptr;
+  const int threads = static_cast<int>(blockDim.x) * blocks_per_row;
+  const int thread = rank * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  // Without kl the reference's rows are rows like the policy's, in the second half of the grid.
+  const bool is_reference = blockIdx.y == 1;
+  const int sides = Tr::kKl ? 1 : static_cast<int>(gridDim.y);
+  if (blocks_per_row > 1) cluster_arrive();
+
+  if (token == p.batch * p.tokens) {
+    if (rank == 0 && !is_reference) finish_empty_pairs(p);
+    if (blocks_per_row > 1) cluster_wait();
+    return;
+  }
+  const int64_t label64 = p.labels[token];
+  const bool scored = label64 != p.ignore_index;
+  const bool legal = label64 >= 0 && label64 < p.vocab;
+  TokenValues values = all_tokens(scored ? NAN : 0.0);
+
+  if (scored && legal) {
+    const int label = static_cast<int>(label64), vocab = static_cast<int>(p.vocab);
+    const int64_t b = token / p.tokens, t = token % p.tokens;
+    const Logits& own = is_reference ? p.reference : p.policy;
+    const T* x = static_cast<const T*>(own.data) + b * own.stride_b + t * own.stride_t;
+    const R* ref = nullptr;
+    if constexpr (Tr::kKl) {
+      ref = static_cast<const R*>(p.reference.data) + b * p.reference.stride_b + t * p.reference.stride_t;
+    }
+    RowLayout row;
+    row.head = elements_to_boundary(x, vocab);
+    row.groups = (vocab - row.head) / Tr::kSize;
+    row.label_group = label >= row.head && label < row.head + row.groups * Tr::kSize
+                          ? (label - row.head) / Tr::kSize
+                          : INT32_MAX;
+    Transform<Tr> f;
+    f.log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
+    f.cap = p.logit_softcap;
+    f.inverse = Tr::kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
+
+    const float label_x = Vector<T>::widen(x[label]);
+    const float label_ref = Tr::kKl ? Vector<R>::widen(ref[label]) : 0.0f;
+    ThreadState<Tr> state;
+    add_single(state, f, x, ref, row, label, vocab, thread);
+    if constexpr (Tr::kKl) {
+      if (is_aligned16(ref + row.head)) {
+        add_row<Tr, true>(state, f, x + row.head, ref + row.head, row, thread, threads);
+      } else {
+        add_row<Tr, false>(state, f, x + row.head, ref + row.head, row, thread, threads);
+      }
+    } else {
+      add_row<Tr, true>(state, f, x + row.head, nullptr, row, thread, threads);
+    }
+
+    MergedState merged = merge_warp<Tr>(widen_state(state));
+    if (blocks_per_row > 1) cluster_wait();  // block 0 has started: its shared memory is there
+    if (threadIdx.x % kWarp == 0) {
+      store_to_leader(&states[warp][0], merged.origin);
+      store_to_leader(&states[warp][1], merged.top);
+      store_to_leader(&states[warp][2], merged.sum);
+      if constexpr (Tr::kEntropy) store_to_leader(&states[warp][3], merged.shifted);
+      if constexpr (Tr::kMean) store_to_leader(&states[warp][4], merged.total);
+      if constexpr (Tr::kKl) {
+        store_to_leader(&states[warp][5], merged.drift);
+        store_to_leader(&states[warp][6], merged.ref_origin);
+        store_to_leader(&states[warp][7], merged.ref_sum);
+      }
+    }
+    if (blocks_per_row > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      DPO_BARRIER_BEFORE_MERGE();
+    }
+    if (rank != 0) return;
+
+    merged = no_state();
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const bool leader_warp = threadIdx.x < kWarp;
+    const bool wants_accuracy = p.accuracy != nullptr && !is_reference;
+    if (!leader_warp && !wants_accuracy) return;
+    if (leader_warp) {
+      if (lane < threads / kWarp) {
+        merged.origin = states[lane][0];
+        merged.top = states[lane][1];
+        merged.sum = states[lane][2];
+        if constexpr (Tr::kEntropy) merged.shifted = states[lane][3];
+        if constexpr (Tr::kMean) merged.total = states[lane][4];
+        if constexpr (Tr::kKl) {
+          merged.drift = states[lane][5];
+          merged.ref_origin = states[lane][6];
+          merged.ref_sum = states[lane][7];
+        }
+      }
+      merged = merge_warp<Tr>(merged);
+    }
+    bool earlier_tie = false;
+    if (wants_accuracy) {
+      // argmax takes the first of equals: only a tie with the maximum sends the block over the row's start again.
+      if (threadIdx.x == 0) tied = merged.top == static_cast<double>(label_x);
+      __syncthreads();
+      if (tied) earlier_tie = appears_before(x, label, label_x);
+      if (!leader_warp) return;
+    }
+    if (lane == 0) values = finish_token<Tr>(p, merged, label_x, label_ref, earlier_tie);
+  } else {
+    if (blocks_per_row > 1) cluster_wait();
+    if (rank != 0 || threadIdx.x >= kWarp) return;
+  }
+
+  // One warp is left.
+  if (threadIdx.x == 0) {
+    if (is_reference) {
+      p.ref_logps[token] = values.logps;
+    } else {
+      store_token(p, token, values);
+      if (Tr::kKl) p.ref_logps[token] = values.ref_logps;
+    }
+  }
+  if (fused) finish_row_of_sequence(p, token, sides, scratch);
+}
+
+}  // namespace
+}  // namespace dpo::cuda

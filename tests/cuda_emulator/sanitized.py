@@ -1,0 +1,67 @@
+"""The reduced table that runs under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own.
+
+`python sanitized.py LIBRARY` exits with 0 and says so; with a second argument it hands the kernel a row that is one element
+short, which must end in a report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cuda_emulator import Emulator, Order
+
+PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
+NOTHING = {"entropy": False, "kl": False, "accuracy": False, "mean_logits": False}
+EVERYTHING = {"entropy": True, "kl": True, "accuracy": True, "mean_logits": True}
+
+
+def table(library: Path) -> None:
+    """Every kernel, at sizes with heads, tails, several tiles, clusters, and every dtype."""
+    beta, smoothing = torch.full((1,), 0.1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for order in Order:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for vocab in (1, 33, 5003):
+                em = Emulator(library, order=order, seed=vocab)
+                # Rows end exactly where the allocation ends, so one element too many is seen.
+                logits, ref = torch.randn(2, 2, vocab).to(dtype), torch.randn(2, 2, vocab).to(dtype)
+                labels = torch.randint(0, vocab, (2, 2))
+                labels[0, 1] = -100
+                weights = (labels >= 0).double()
+                counters = torch.zeros(3, dtype=torch.int32)
+                for options in (NOTHING, EVERYTHING):
+                    tokens, _ = em.fused_forward(
+                        logits, labels, ref, weights, None, None, beta, smoothing, False,
+                        counters=counters, **PLAIN, **options,
+                    )  # fmt: skip
+                    out = torch.empty_like(logits)
+                    em.logits_grad(logits, labels, tokens[0], tokens[1], weights, **PLAIN, out=out)
+                em.token_logps(logits[:, :1], labels[:, :1].contiguous(), ref[:, 1:], **PLAIN, **EVERYTHING)
+                cu = torch.tensor([0, 3, 4])
+                em.preference_loss(
+                    *(t.reshape(1, 4) for t in (tokens[0], tokens[2], weights)), cu, None, beta, smoothing, True
+                )
+        em = Emulator(library, order=order)
+        logits = torch.randn(1, 2, 300)
+        em.token_logps(logits, torch.zeros(1, 2, dtype=torch.int64), logits, **{**PLAIN, "logit_softcap": 5.0}, **EVERYTHING)
+    print("sanitized table done")
+
+
+def overrun(library: Path) -> None:
+    """A tensor that claims one logit more than it has."""
+    short = torch.randn(999)
+    claimed = torch.as_strided(short, (1, 1, 999), (999, 999, 1))
+    em = Emulator(library)
+    labels = torch.zeros(1, 1, dtype=torch.int64)
+    params, outputs = em._token_params(claimed, labels, None, **PLAIN, **NOTHING)
+    params.vocab = 1000
+    em.call("emu_token_logps", ctypes.byref(params), *em.device)
+    print(outputs[0])
+
+
+if __name__ == "__main__":
+    (overrun if len(sys.argv) > 2 else table)(Path(sys.argv[1]))

@@ -1,0 +1,629 @@
+"""The CUDA sources, run on a CPU by tests/cuda_emulator, against the float64 truth of the eager backend.
+
+Budgets: an output may lose at most what eager float32 loses on the same input (the largest error over the batch), plus
+four units of float32 rounding of the value's own size, since eager is sometimes exact by luck on a handful of numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build
+from dpo_kernels.backends import eager
+
+IGNORE = -100
+OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
+PLAIN = dict(ignore_index=IGNORE, logit_scale=1.0, logit_softcap=0.0)
+NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False)
+EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCHEDULES = [
+    dict(order=Order.FORWARD),
+    dict(order=Order.REVERSE, clusters=False),
+    dict(order=Order.RANDOM, seed=1, resident=5),
+    dict(order=Order.RANDOM, seed=2, sm_count=1),
+]
+# 1: no other logit. 7: no whole 16-byte group. 8, 16: groups only. 33: head, groups and tail. 1000: one partial tile.
+# 5003: odd, so every row starts at another alignment. 16384, 20000: several tiles, a row shared by 256 threads.
+VOCABS = [1, 7, 8, 16, 33, 1000, 5003, 16384, 20000]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return build()
+
+
+def make(seed: int, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, reference near them, labels with one ignored token)."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=g) * scale).to(dtype)
+    ref = (logits.float() + torch.randn(shape, generator=g) * 0.3).to(dtype)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=g)
+    if labels.numel() > 1:
+        labels[0, 0] = IGNORE
+    return logits, ref, labels
+
+
+def assert_within_eager(ours: tuple[Tensor, ...], logits: Tensor, labels: Tensor, ref: Tensor | None, options: dict) -> None:
+    truth = eager.token_logps(logits.double(), labels, None if ref is None else ref.double(), **options)
+    lost = eager.token_logps(logits, labels, ref, **options)
+    for name, mine, true, theirs in zip(OUTPUTS, ours, truth, lost, strict=True):
+        assert mine.shape == true.shape, name
+        if true.numel() == 0:
+            continue
+        assert torch.equal(mine.isnan(), true.isnan()), name
+        finite = true.isfinite()
+        torch.testing.assert_close(mine[~finite], true[~finite], rtol=0, atol=0, equal_nan=True)
+        if not finite.any():
+            continue
+        budget = (theirs - true)[finite].nan_to_num(0.0).abs().max() + 4 * 2**-24 * true[finite].abs().clamp(min=1.0)
+        error = (mine - true)[finite].abs()
+        assert (error <= budget).all(), f"{name}: {error.max():.2e} over a budget of {budget.min():.2e}"
+
+
+# ---- The emulator itself ----
+
+
+def self_test(library: Path, which: int, n: int, **schedule: object) -> Tensor:
+    values = torch.arange(n * 256, dtype=torch.float32)
+    out = torch.zeros(max(n, 64) + 1)
+    Emulator(library, **schedule).call("emu_self_test", which, _pointer(values), _pointer(out), n)
+    return out
+
+
+def _pointer(tensor: Tensor):
+    import ctypes
+
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_shuffles_barriers_static_and_dynamic_shared_memory(library, schedule):
+    out = self_test(library, 0, 5, **schedule)
+    expected = torch.arange(5 * 256, dtype=torch.float64).reshape(5, 256).sum(1)
+    assert torch.equal(out[:5].double(), expected)
+
+
+def test_a_missing_barrier_gives_wrong_sums(library):
+    wrong = 0
+    for schedule in [dict(order=Order.FORWARD), dict(order=Order.RANDOM, seed=0), dict(order=Order.RANDOM, seed=1)]:
+        out = self_test(library, 1, 5, **schedule)
+        expected = torch.arange(5 * 256, dtype=torch.float64).reshape(5, 256).sum(1)
+        wrong += not torch.equal(out[:5].double(), expected)
+    assert wrong == 3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_blocks_of_a_cluster_reach_the_leaders_shared_memory(library, schedule):
+    assert self_test(library, 2, 3, **schedule)[:3].tolist() == [10.0] * 3
+
+
+def test_divergent_warp_operations_are_refused(library):
+    with pytest.raises(EmulatorError, match="different operations"):
+        self_test(library, 3, 1)
+
+
+def test_a_deadlock_is_reported(library):
+    with pytest.raises(EmulatorError, match="deadlock"):
+        self_test(library, 4, 1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_exactly_one_block_is_last(library, schedule):
+    out = self_test(library, 5, 9, **schedule)
+    assert out[0] == 9.0
+
+
+# ---- Stage 1 ----
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_logps_against_float64(library, dtype, vocab):
+    logits, ref, labels = make(vocab, (2, 3, vocab), dtype)
+    for i, options in enumerate([NO_STATISTICS, EVERYTHING, dict(EVERYTHING, kl=False), dict(NO_STATISTICS, kl=True)]):
+        ours = Emulator(library, **SCHEDULES[i]).token_logps(logits, labels, ref, **options)
+        assert_within_eager(ours, logits, labels, ref, options)
+
+
+@pytest.mark.parametrize("flag", ["entropy", "mean_logits", "accuracy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_statistic_alone(library, dtype, flag):
+    logits, _, labels = make(3, (2, 2, 999), dtype)
+    options = dict(NO_STATISTICS, **{flag: True})
+    assert_within_eager(Emulator(library).token_logps(logits, labels, None, **options), logits, labels, None, options)
+
+
+@pytest.mark.parametrize("ref_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kl", [False, True])
+def test_reference_of_another_dtype(library, dtype, ref_dtype, kl):
+    logits, ref, labels = make(5, (2, 2, 2600), dtype)
+    ref = ref.to(ref_dtype)
+    options = dict(EVERYTHING, kl=kl)
+    ours = Emulator(library, order=Order.RANDOM, seed=4).token_logps(logits, labels, ref, **options)
+    assert_within_eager(ours, logits, labels, ref, options)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_and_softcap(library, dtype, kl):
+    logits, ref, labels = make(6, (2, 2, 1500), dtype, scale=20.0)
+    for scale, cap in [(0.25, 0.0), (3.0, 0.0), (1.0, 30.0), (0.5, 5.0)]:
+        options = dict(EVERYTHING, kl=kl, logit_scale=scale, logit_softcap=cap)
+        ours = Emulator(library).token_logps(logits, labels, ref, **options)
+        assert_within_eager(ours, logits, labels, ref, options)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_views_and_misaligned_references_are_read_in_place(library, dtype, kl):
+    vocab = 1003
+    logits, ref, labels = make(7, (2, 4, vocab), dtype)
+    options = dict(EVERYTHING, kl=kl)
+    plain = Emulator(library).token_logps(logits[:, :-1].contiguous(), labels[:, :-1].contiguous(), ref[:, 1:].contiguous(), **options)
+    views = Emulator(library).token_logps(logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], **options)
+    assert_within_eager(views, logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], options)
+    wide = torch.full((2, 4, vocab + 5), float("nan"), dtype=dtype)
+    wide[..., 3 : vocab + 3] = logits  # neighbours are NaN: reading one too many would show
+    inside = Emulator(library).token_logps(wide[:, :-1, 3 : vocab + 3], labels[:, :-1].contiguous(), ref[:, 1:], **options)
+    assert_within_eager(inside, logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], options)
+    assert all(a.shape == b.shape for a, b in zip(plain, views, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_schedule_cluster_neighbours_or_statistics(library, dtype):
+    logits, ref, labels = make(8, (3, 2, 9000), dtype)
+    plain = Emulator(library).token_logps(logits, labels, ref, **NO_STATISTICS)
+    for options in (EVERYTHING, dict(EVERYTHING, kl=False)):
+        first = Emulator(library).token_logps(logits, labels, ref, **options)
+        # Nor on what else is asked for: a reference computed beforehand still gives rewards of exactly 0.
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], plain[:3], strict=True))
+        for schedule in SCHEDULES:
+            again = Emulator(library, **schedule).token_logps(logits, labels, ref, **options)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), schedule
+        alone = Emulator(library).token_logps(logits[2:], labels[2:].contiguous(), ref[2:], **options)
+        assert all(torch.equal(a[2:], b) for a, b in zip(first, alone, strict=True) if a.numel())
+
+
+def test_plan_uses_clusters_for_few_rows_and_always_the_same_threads_per_row(library):
+    many, few, old = Emulator(library), Emulator(library), Emulator(library, clusters=False)
+    for vocab in (1, 1000, 32000, 50257, 128256, 262144):
+        for size in (8, 16, 32):
+            threads, blocks = many.plan_rows(100_000, vocab, size)
+            assert blocks == 1
+            assert few.plan_rows(4, vocab, size)[0] == old.plan_rows(4, vocab, size)[0] == threads
+            assert old.plan_rows(4, vocab, size)[1] == 1
+            assert 64 <= threads <= 256
+    assert few.plan_rows(4, 128256, 32) == (256, 4)
+
+
+def test_minus_infinity_is_legal_off_the_label(library):
+    for dtype in DTYPES:
+        logits, ref, labels = make(9, (2, 4, 700), dtype)
+        labels[0, 0] = 5
+        others = torch.ones(700, dtype=torch.bool)
+        logits[..., 100:300] = float("-inf")
+        ref[..., 200:400] = float("-inf")  # 200:300 both; 300:400 reference only: infinite KL
+        ref[1] = logits[1]  # row 1: same support, finite KL
+        labels.copy_(torch.tensor([[5, 50, 450, 699], [0, 99, 300, 600]]))
+        # A row in which the label alone has mass.
+        others[600] = False
+        logits[1, 3, others] = float("-inf")
+        ref[1, 3, others] = float("-inf")
+        for schedule in SCHEDULES[:2]:
+            ours = Emulator(library, **schedule).token_logps(logits, labels, ref, **EVERYTHING)
+            assert_within_eager(ours, logits, labels, ref, EVERYTHING)
+            assert ours[4][0].isposinf().all()
+            assert ours[4][1].isfinite().all()
+
+
+def test_infinite_kl_is_seen_where_the_policys_probability_underflows(library):
+    logits, ref = torch.zeros(1, 1, 64), torch.zeros(1, 1, 64)
+    logits[..., 7] = -300.0  # exp(-300) is 0 in float32 and positive in truth
+    ref[..., 7] = float("-inf")
+    labels = torch.zeros(1, 1, dtype=torch.int64)
+    assert Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)[4].item() == math.inf
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row(library, bad):
+    logits, ref, labels = make(10, (2, 3, 900), torch.bfloat16)
+    clean = Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)
+    logits[1, 1, 17] = bad
+    ref[1, 2, 800] = float("nan")
+    ours = Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)
+    for name, a, b in zip(OUTPUTS, ours, clean, strict=True):
+        if name == "ref_logps":
+            assert a[1, 2].isnan()
+        elif not (name == "mean_logits" and bad == math.inf):
+            assert a[1, 1].isnan(), name
+        a[1, 1:], b[1, 1:] = 0.0, 0.0
+        assert torch.equal(a, b), name
+    assert ours[4].shape == labels.shape
+
+
+def test_labels_outside_the_vocabulary_give_nan_and_touch_nothing(library):
+    logits, ref, labels = make(11, (2, 3, 70), torch.float32)
+    labels[1] = torch.tensor([70, -1, 2**40])
+    for options in (EVERYTHING, dict(EVERYTHING, kl=False)):
+        ours = Emulator(library).token_logps(logits, labels, ref, **options)
+        assert all(o[1].isnan().all() for o in ours if o.numel())
+        assert all(o[0].isfinite().all() for o in ours if o.numel())
+
+
+def test_unscored_rows_are_never_read(library):
+    logits, ref, labels = make(12, (2, 3, 500), torch.bfloat16)
+    labels[:, 1] = IGNORE
+    logits[:, 1], ref[:, 1] = float("nan"), float("nan")
+    for options in (EVERYTHING, dict(EVERYTHING, kl=False)):
+        ours = Emulator(library).token_logps(logits, labels, ref, **options)
+        assert all((o[:, 1] == 0).all() for o in ours if o.numel())
+
+
+def test_accuracy_gives_ties_to_the_first(library):
+    # 9000 logits: ties within a thread, across threads and across blocks of a cluster.
+    logits = torch.zeros(1, 6, 9000, dtype=torch.bfloat16)
+    labels = torch.tensor([[0, 1, 8999, 4000, 100, 4500]])
+    logits[0, 3, [4000, 4001, 8000]] = 2.0  # the label is the first of three maxima
+    logits[0, 4, [99, 100]] = 2.0  # the label comes second
+    logits[0, 5, 4500] = 2.0
+    for schedule in SCHEDULES:
+        ours = Emulator(library, **schedule).token_logps(logits, labels, None, **dict(NO_STATISTICS, accuracy=True))
+        assert ours[5].tolist() == [[1.0, 0.0, 0.0, 1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("gap", [10.0, 16.0, 24.0, 80.0])
+def test_logp_keeps_its_precision_when_the_label_is_almost_certain(library, gap):
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 3, 4096, generator=g)
+    labels = torch.tensor([[3, 1000, 4095]])
+    logits.scatter_(-1, labels.unsqueeze(-1), gap + 8.0)
+    ours = Emulator(library).token_logps(logits, labels, logits, **EVERYTHING)
+    truth = eager.token_logps(logits.double(), labels, logits.double(), **EVERYTHING)
+    assert ((ours[0] - truth[0]).abs() <= 4e-7 * truth[0].abs() * (1 + gap / 10)).all()
+    assert ((ours[3] - truth[3]).abs() <= 1e-6 * truth[3].abs() * (1 + gap / 10)).all()
+    assert (ours[4] == 0).all()
+
+
+def test_policy_equal_to_reference_has_no_divergence(library):
+    for dtype in DTYPES:
+        logits, _, labels = make(13, (2, 3, 3000), dtype)
+        ours = Emulator(library).token_logps(logits, labels, logits.clone(), **EVERYTHING)
+        assert torch.equal(ours[0], ours[2])
+        assert (ours[4] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_large_common_offsets(library, offset):
+    logits, ref, labels = make(14, (1, 3, 2000), torch.float32)
+    logits, ref = logits + offset, ref + offset
+    ours = Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)
+    assert_within_eager(ours, logits, labels, ref, EVERYTHING)
+
+
+def test_empty_inputs_launch_nothing(library):
+    em = Emulator(library)
+    before = em.launches()
+    for shape in [(0, 4, 10), (2, 0, 10)]:
+        logits = torch.zeros(shape)
+        labels = torch.zeros(shape[:2], dtype=torch.int64)
+        em.token_logps(logits, labels, logits, **EVERYTHING)
+        em.logits_grad(logits, labels, *[torch.zeros(shape[:2], dtype=torch.float64)] * 3, **PLAIN, out=logits)
+    assert em.launches() == before
+
+
+# ---- Stages 2 and 1 + 2 in one launch ----
+
+
+def pairs(count: int) -> tuple[Tensor, Tensor]:
+    return torch.full((count,), 0.1, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+
+
+def token_values(seed: int, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    logps = -torch.rand(batch, tokens, generator=g, dtype=torch.float64) * 5
+    refs = logps + torch.randn(batch, tokens, generator=g, dtype=torch.float64) * 0.1
+    weights = (torch.rand(batch, tokens, generator=g) < 0.7).double() * torch.rand(batch, tokens, generator=g).double()
+    return logps, refs, weights
+
+
+@pytest.mark.parametrize("robust", [False, True])
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 300])
+@pytest.mark.parametrize("reference", ["tokens", "sums", "none"])
+def test_preference_loss_against_float64(library, tokens, robust, reference):
+    count = 3
+    logps, refs, weights = token_values(tokens, 2 * count, tokens)
+    beta = torch.tensor([0.1, 0.5, 5.0], dtype=torch.float64)
+    smoothing = torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64)
+    ref_sums = (refs * weights).sum(-1) if reference == "sums" else None
+    args = (logps, refs if reference == "tokens" else None, weights, None, ref_sums, beta, smoothing, robust)
+    size = (weights * (logps.abs() + refs.abs())).sum(-1).max()
+    bound = (tokens + 8) * 2**-53 * size * beta.max() * (2 if robust else 1)
+    for schedule in SCHEDULES:
+        ours = Emulator(library, **schedule).preference_loss(*args)
+        for mine, true in zip(ours, eager.preference_loss(*args), strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-13, atol=1e-13)
+
+
+def test_loss_is_exactly_log2_when_policy_equals_reference(library):
+    logps, _, weights = token_values(2, 4, 50)
+    beta = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    smoothing = torch.tensor([0.0, 0.25], dtype=torch.float64)
+    losses, sums, ref_sums, coef = Emulator(library).preference_loss(
+        logps, logps.clone(), weights, None, None, beta, smoothing, False
+    )
+    assert losses.tolist() == [math.log(2)] * 2
+    assert torch.equal(sums, ref_sums)
+    assert torch.equal(coef, torch.cat([-beta / 2 * (1 - 2 * smoothing), beta / 2 * (1 - 2 * smoothing)]))
+
+
+def pack(values: Tensor, lengths: list[int]) -> Tensor:
+    return torch.cat([row[:n] for row, n in zip(values, lengths, strict=True)]).unsqueeze(0).contiguous()
+
+
+def test_sums_do_not_see_padding(library):
+    """Left, right and interior padding, and packing, give the same bits."""
+    lengths = [40, 1, 100, 64]
+    logps, refs, weights = token_values(3, 4, 100)
+    for row, n in enumerate(lengths):
+        weights[row, n:] = 0.0
+    beta, smoothing = pairs(2)
+    right = Emulator(library).preference_loss(logps, refs, weights, None, None, beta, smoothing, False)
+    left = [torch.stack([row.roll(100 - n) for row, n in zip(t, lengths, strict=True)]) for t in (logps, refs, weights)]
+    spread = [torch.zeros(4, 300, dtype=torch.float64) for _ in range(3)]
+    for wide, narrow in zip(spread, (logps, refs, weights), strict=True):
+        wide[:, ::3] = narrow
+    spread[0][:, 1::3] = float("nan")  # unweighted tokens may hold anything
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    for args in (
+        (left[0], left[1], left[2], None),
+        (spread[0], spread[1], spread[2], None),
+        (pack(logps, lengths), pack(refs, lengths), pack(weights, lengths), cu),
+    ):
+        other = Emulator(library).preference_loss(*args, None, beta, smoothing, False)
+        assert all(torch.equal(a, b) for a, b in zip(right, other, strict=True))
+    sums = Emulator(library).sequence_sums(pack(logps, lengths), pack(weights, lengths), cu)
+    assert torch.equal(sums, right[1])
+
+
+def fused_case(dtype: torch.dtype, lengths: list[int], vocab: int, packed: bool):
+    """(logits, ref, labels, weights, cu_seqlens) of sequences with these lengths."""
+    tokens = max(lengths)
+    logits, ref, labels = make(20, (len(lengths), tokens, vocab), dtype)
+    for row, n in enumerate(lengths):
+        labels[row, n:] = IGNORE
+    weights = (labels != IGNORE).double()
+    if not packed:
+        return logits, ref, labels, weights, None
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    return tuple(pack(t, lengths) for t in (logits, ref, labels, weights)) + (cu,)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kl", [False, True])
+def test_single_launch_equals_the_separate_stages(library, kl, packed, schedule):
+    """And leaves its counters at zero, so the next call needs no preparation."""
+    options = dict(EVERYTHING, kl=kl)
+    counters = torch.zeros(3 * 3, dtype=torch.int32)
+    # An empty chosen side, an empty pair, and ordinary ones.
+    lengths = [3, 0, 0, 2, 4, 0] if packed else [3, 1, 4, 2, 4, 4]
+    for vocab in (40, 4500):
+        logits, ref, labels, weights, cu = fused_case(torch.bfloat16, lengths, vocab, packed)
+        beta, smoothing = pairs(3)
+        em = Emulator(library, **schedule)
+        before = em.launches()
+        tokens, fused = em.fused_forward(
+            logits, labels, ref, weights, cu, None, beta, smoothing, False, counters=counters, **options
+        )
+        assert em.launches() == before + 1
+        assert (counters == 0).all()
+        separate = Emulator(library).token_logps(logits, labels, ref, **options)
+        assert all(torch.equal(a, b) for a, b in zip(tokens, separate, strict=True))
+        stage2 = Emulator(library).preference_loss(
+            separate[0], separate[2], weights, cu, None, beta, smoothing, False
+        )
+        assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_single_launch_with_given_or_no_reference(library, packed):
+    logits, _, labels, weights, cu = fused_case(torch.float32, [3, 2, 4, 4] if not packed else [3, 0, 0, 0], 50, packed)
+    beta, smoothing = pairs(2)
+    counters = torch.zeros(6, dtype=torch.int32)
+    for ref_sums in (None, torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)):
+        tokens, fused = Emulator(library, order=Order.REVERSE).fused_forward(
+            logits, labels, None, weights, cu, ref_sums, beta, smoothing, False, counters=counters, **NO_STATISTICS
+        )
+        stage2 = Emulator(library).preference_loss(tokens[0], None, weights, cu, ref_sums, beta, smoothing, False)
+        assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
+
+
+def test_single_launch_without_any_token(library):
+    beta, smoothing = pairs(2)
+    nothing = torch.zeros(4, 0, dtype=torch.float64)
+    _, fused = Emulator(library).fused_forward(
+        torch.zeros(4, 0, 9), nothing.long(), None, nothing, None, None, beta, smoothing, False,
+        counters=torch.zeros(6, dtype=torch.int32), **NO_STATISTICS,
+    )  # fmt: skip
+    assert fused[0].tolist() == [math.log(2)] * 2
+
+
+def test_tokens_outside_every_sequence_count_for_none(library):
+    logits, ref, labels = make(21, (1, 9, 30), torch.float32)
+    labels[0, 0] = 3
+    weights = torch.ones(1, 9, dtype=torch.float64)
+    cu = torch.tensor([2, 5, 8])
+    beta, smoothing = pairs(1)
+    tokens, fused = Emulator(library).fused_forward(
+        logits, labels, ref, weights, cu, None, beta, smoothing, False,
+        counters=torch.zeros(3, dtype=torch.int32), **EVERYTHING,
+    )  # fmt: skip
+    torch.testing.assert_close(fused[1], torch.stack([tokens[0][0, 2:5].sum(), tokens[0][0, 5:8].sum()]))
+
+
+# ---- Stage 3 ----
+
+
+def gradient(em: Emulator, logits: Tensor, labels: Tensor, g: Tensor, out: Tensor, **transform: float) -> None:
+    options = dict(PLAIN, **transform)
+    lse_options = dict(options, entropy=False, kl=False, accuracy=False, mean_logits=False)
+    logps, lse, *_ = eager.token_logps(logits.double(), labels, None, **lse_options)
+    em.logits_grad(logits, labels, logps, lse, g, **options, out=out)
+
+
+def split_errors(mine: Tensor, truth: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Relative errors of the labels' entries and of all the others, each under its own norm."""
+    at_label = torch.zeros(truth.shape, dtype=torch.bool)
+    live = labels != IGNORE
+    at_label.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), live.unsqueeze(-1))
+    errors = []
+    for chosen in (at_label, ~at_label):
+        size = truth[chosen].norm()
+        errors.append(((mine.double() - truth)[chosen].norm() / size).item() if size > 0 else 0.0)
+    return errors[0], errors[1]
+
+
+# Rounding to the output dtype alone costs up to half a unit in the last place; the arithmetic may add as much again.
+UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_grad_against_float64(library, dtype, vocab):
+    logits, _, labels = make(vocab, (2, 3, vocab), dtype)
+    g = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    g[1, 2] = 0.0
+    truth = torch.empty(logits.shape, dtype=torch.float64)
+    gradient(_EAGER, logits.double(), labels, g, truth)
+    eager32 = torch.empty_like(logits)
+    gradient(_EAGER, logits, labels, g, eager32)
+    lost = split_errors(eager32, truth, labels)
+    for schedule, in_place in zip(SCHEDULES, (False, True, False, True), strict=True):
+        x = logits.clone()
+        x[1, 2] = float("nan")  # rows without a gradient are written, not read
+        out = x if in_place else torch.full_like(logits, float("nan"))
+        gradient(Emulator(library, **schedule), x, labels, g, out)
+        mine = split_errors(out, truth, labels)
+        # 16-bit subnormals lose more than half a unit, in eager too.
+        for part, eager_part in zip(mine, lost, strict=True):
+            assert part <= 2 * max(eager_part, UNIT[dtype])
+        assert (out[0, 0] == 0).all()
+        assert (out[1, 2] == 0).all()
+
+
+class _EagerStages:
+    logits_grad = staticmethod(eager.logits_grad)
+
+
+_EAGER = _EagerStages()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_scaled_and_capped_logits(library, dtype):
+    logits, _, labels = make(30, (2, 2, 777), dtype, scale=10.0)
+    g = torch.ones(2, 2, dtype=torch.float64)
+    for scale, cap in [(0.5, 0.0), (1.0, 20.0), (2.0, 30.0)]:
+        transform = dict(logit_scale=scale, logit_softcap=cap)
+        truth = torch.empty(logits.shape, dtype=torch.float64)
+        gradient(_EAGER, logits.double(), labels, g, truth, **transform)
+        eager32 = torch.empty_like(logits)
+        gradient(_EAGER, logits, labels, g, eager32, **transform)
+        out = logits.clone()
+        gradient(Emulator(library), out, labels, g, out, **transform)
+        for part, lost in zip(split_errors(out, truth, labels), split_errors(eager32, truth, labels), strict=True):
+            assert part <= 2 * max(lost, UNIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_into_memory_of_another_alignment(library, dtype):
+    vocab = 1003
+    logits, _, labels = make(31, (2, 4, vocab), dtype)
+    view, labels = logits[:, :-1], labels[:, :-1].contiguous()
+    g = torch.ones(2, 3, dtype=torch.float64)
+    plain = torch.empty(2, 3, vocab, dtype=dtype)
+    gradient(Emulator(library), view.contiguous(), labels, g, plain)
+    for offset in range(1, 9):
+        frame = torch.full((2, 3, vocab + 16), 7.0, dtype=dtype)
+        out = frame[..., offset : offset + vocab]
+        gradient(Emulator(library), view, labels, g, out)
+        assert torch.equal(out, plain)
+        assert (frame[..., :offset] == 7).all()
+        assert (frame[..., offset + vocab :] == 7).all()
+
+
+def test_gradient_bits_do_not_depend_on_how_many_blocks_share_a_row(library):
+    logits, _, labels = make(32, (2, 2, 20000), torch.bfloat16)
+    g = torch.ones(2, 2, dtype=torch.float64)
+    results = []
+    for sm_count in (1, 4, 132):
+        out = torch.empty_like(logits)
+        gradient(Emulator(library, sm_count=sm_count, order=Order.RANDOM), logits, labels, g, out)
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_illegal_labels_and_nan_rows_give_nan_rows(library):
+    logits, _, labels = make(33, (1, 3, 100), torch.float32)
+    labels[0] = torch.tensor([100, 5, 6])
+    nan, g = torch.full((1, 3), float("nan"), dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    logps, lse, *_ = eager.token_logps(logits.double(), labels.clamp(max=99), None, **NO_STATISTICS)
+    logps[0, :2], lse[0, :2] = nan[0, :2], nan[0, :2]
+    out = torch.zeros_like(logits)
+    Emulator(library).logits_grad(logits, labels, logps, lse, g, **PLAIN, out=out)
+    assert out[0, :2].isnan().all()
+    assert out[0, 2].isfinite().all()
+
+
+def test_label_gradient_when_the_label_is_almost_certain(library):
+    """p(label) - 1 by cancellation would be 0 or 100 % off here."""
+    logits = torch.randn(1, 2, 600, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[4, 599]])
+    logits.scatter_(-1, labels.unsqueeze(-1), 25.0)
+    g = torch.ones(1, 2, dtype=torch.float64)
+    truth, out = torch.empty(1, 2, 600, dtype=torch.float64), torch.empty_like(logits)
+    gradient(_EAGER, logits.double(), labels, g, truth)
+    gradient(Emulator(library), logits, labels, g, out)
+    assert max(split_errors(out, truth, labels)) < 4e-6
+
+
+# ---- Can these tests fail? ----
+
+
+def test_a_removed_barrier_in_the_row_kernel_is_noticed():
+    broken = build(defines=("DPO_BARRIER_BEFORE_MERGE()=",))
+    logits, _, labels = make(40, (2, 3, 5000), torch.bfloat16)
+    right = Emulator().token_logps(logits, labels, None, **NO_STATISTICS)[0]
+    noticed = 0
+    for schedule in (dict(order=Order.FORWARD), dict(order=Order.RANDOM, seed=3), dict(order=Order.RANDOM, seed=4)):
+        wrong = Emulator(broken, clusters=False, **schedule).token_logps(logits, labels, None, **NO_STATISTICS)[0]
+        noticed += not torch.equal(right, wrong)
+    assert noticed == 3
+
+
+def test_clean_under_address_and_undefined_behaviour_sanitizers():
+    """A reduced table in a process of its own, since AddressSanitizer must be loaded first."""
+    library = build(sanitize=True)
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    env = dict(os.environ, LD_PRELOAD=" ".join(runtimes), ASAN_OPTIONS="detect_leaks=0:abort_on_error=0", OMP_NUM_THREADS="1")
+    script = Path(__file__).parent / "cuda_emulator" / "sanitized.py"
+    done = subprocess.run([sys.executable, str(script), str(library)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{SANITIZERS}:\n{done.stdout}\n{done.stderr[-4000:]}"
+    assert "sanitized table done" in done.stdout
+    # And the sanitizer is awake: one element too few is an error.
+    caught = subprocess.run([sys.executable, str(script), str(library), "overrun"], env=env, capture_output=True, text=True, check=False)
+    assert caught.returncode != 0
+    assert "heap-buffer-overflow" in caught.stderr
