@@ -243,9 +243,7 @@ def _check_reduction(reduction: str) -> None:
 def _reference_sums(ref_logps: Tensor | None, batch: _Batch) -> Tensor | None:
     if ref_logps is None:
         return None
-    _check_tensor(
-        "ref_logps", ref_logps, (batch.sequences,), batch.logits.device, "one sum per sequence, chosen first"
-    )
+    _check_tensor("ref_logps", ref_logps, (batch.sequences,), batch.logits.device, "one sum per sequence, chosen first")
     return ref_logps.detach().to(batch.weights.dtype)
 
 
@@ -333,7 +331,7 @@ def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in statistics)
 
 
-def _late_label_check(batch: _Batch, ignore_index: int):  # noqa: ANN202 - a closure, private
+def _late_label_check(batch: _Batch, ignore_index: int):
     # CPU kernels have looked already; a compiled graph cannot return a closure.
     looked = batch.logits.device.type == "cpu" and batch.backend in ("eager", "cpu")
     if looked or torch.compiler.is_compiling():
