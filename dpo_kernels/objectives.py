@@ -959,7 +959,9 @@ def mix(
     """The weighted sum of one or several objectives, [P]. Weights default to 1 each."""
     functions = resolve(loss_type)
     weights = [1.0] * len(functions) if loss_weights is None else list(loss_weights)
-    losses = [function(pairs) if w == 1.0 else w * function(pairs) for function, w in zip(functions, weights, strict=True)]
+    losses = [
+        function(pairs) if w == 1.0 else w * function(pairs) for function, w in zip(functions, weights, strict=True)
+    ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
 
