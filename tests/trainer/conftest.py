@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_trainer import DPOConfig, DPOTrainer
+from dpo_trainer import DPOTrainer
 from transformers import PreTrainedTokenizerFast
 
-from .tiny import build_model, build_pairs, build_tokenizer
+from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 
 
 @pytest.fixture(scope="session")
@@ -37,29 +37,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def make_trainer(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, make_model: Callable[..., Any]
-) -> Callable[..., DPOTrainer]:
-    """A trainer on tiny everything; keywords that DPOTrainer takes go there, the others into DPOConfig."""
-    of_trainer = {"model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "compute_metrics"}
-
-    def make(**settings: Any) -> DPOTrainer:
-        given = {key: settings.pop(key) for key in list(settings) if key in of_trainer}
-        given.setdefault("model", make_model())
-        given.setdefault("train_dataset", build_pairs(24))
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "write_report": False,
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        return DPOTrainer(**given, args=DPOConfig(**{**defaults, **settings}), processing_class=tokenizer)
-
-    return make
+def make_trainer(tmp_path: Path) -> Callable[..., DPOTrainer]:
+    return lambda **settings: build_trainer(tmp_path / "run", **settings)
 
 
 @pytest.fixture

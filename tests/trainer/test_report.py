@@ -12,6 +12,8 @@ from dpo_trainer import DPOTrainer
 from dpo_trainer.callbacks import ProgressLine, read_metrics
 from dpo_trainer.report import CHARTS, draw, render_report
 
+from .tiny import build_pairs, build_trainer
+
 Make = Callable[..., DPOTrainer]
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -43,18 +45,13 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.fixture
-def run(make_trainer: Make, pairs: Any, tmp_path: Path) -> Path:
-    trainer = make_trainer(
-        eval_dataset=pairs(6, seed=1),
-        eval_strategy="steps",
-        eval_steps=3,
-        eval_on_start=True,
-        max_steps=6,
-        write_report=True,
-    )
-    trainer.train()
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run, which the tests only read."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    evaluation = {"eval_dataset": build_pairs(6, seed=1), "eval_strategy": "steps", "eval_steps": 3}
+    build_trainer(folder, **evaluation, eval_on_start=True, max_steps=6, write_report=True).train()
+    return folder
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(run: Path) -> None:

@@ -2,9 +2,12 @@
 
 import random
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from dpo_trainer import DPOConfig, DPOTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CohereConfig,
@@ -29,6 +32,7 @@ CHAT_TEMPLATE = (
 NICE, NASTY, SUBJECTS = ("good", "great", "fine"), ("bad", "awful"), ("the", "film", "review", "answer", "question")
 
 
+@cache
 def build_tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE whose padding token is its end token, as SmolLM2's; optionally adding BOS or EOS to every text."""
     words = " ".join((*NICE, *NASTY, *SUBJECTS, "greatest", "goodness"))
@@ -90,3 +94,23 @@ def build_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
         }
         for _ in range(count)
     ]
+
+
+def build_trainer(folder: Path, **settings: Any) -> DPOTrainer:
+    """A trainer on tiny everything; keywords that DPOTrainer takes go there, the others into DPOConfig."""
+    of_trainer = {"model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "compute_metrics"}
+    given = {key: settings.pop(key) for key in list(settings) if key in of_trainer}
+    tokenizer = build_tokenizer()
+    given.setdefault("model", build_model("llama-tied", len(tokenizer)))
+    given.setdefault("train_dataset", build_pairs(24))
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "write_report": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return DPOTrainer(**given, args=DPOConfig(**{**defaults, **settings}), processing_class=tokenizer)
