@@ -21,6 +21,25 @@ import transformers
 
 Row = dict[str, Any]
 
+# What a README shows of a results file: title, key in the summary, format. Keys that an example lacks are left out.
+FIGURES = (
+    ("held-out loss (starts at log 2 = 0.6931)", "held_out_loss", ".4f"),
+    ("held-out accuracy", "held_out_accuracy", ".1%"),
+    ("sentiment of fresh samples, before", "sentiment_before", ".3f"),
+    ("sentiment of fresh samples, after", "sentiment_after", ".3f"),
+    ("its change", "sentiment_change", "+.3f"),
+    ("KL from the reference, nats a continuation", "kl", ".2f"),
+    ("KL from the reference, nats a token", "kl_per_token", ".3f"),
+    ("steps of 8 pairs", "steps", "d"),
+    ("training pairs", "training_pairs", "d"),
+    ("held-out pairs", "held_out_pairs", "d"),
+    ("share of pairs whose right answer is the longer one", "right_answer_longer", ".0%"),
+    ("seconds of training", "training_seconds", ".0f"),
+    ("seconds in all", "seconds", ".0f"),
+    ("tokens per second", "tokens_per_second", ",.0f"),
+)
+RESULTS_START, RESULTS_END = "<!-- results.json -->", "<!-- end of results.json -->"
+
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL file."""
@@ -170,9 +189,34 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def save_result(path: Path, name: str, summary: Mapping[str, Any]) -> None:
-    """Put a run's summary under its name into the results file that the documentation quotes."""
+    """Put a run's summary under its name into a results file, and its figures into the README beside it."""
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, {**results, name: {key: value for key, value in summary.items() if key != "training"}})
+    results[name] = {key: value for key, value in summary.items() if key != "training"}
+    write_json(path, results)
+    readme = path.with_name("README.md")
+    before, start, rest = readme.read_text(encoding="utf-8").partition(RESULTS_START)
+    _, end, after = rest.partition(RESULTS_END)
+    readme.write_text(f"{before}{start}\n{results_table(results)}\n{end}{after}", encoding="utf-8")
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown table of the runs in a results file, one column each, and where they were made."""
+    lines = [f"| | {' | '.join(results)} |", "|---|" + "---:|" * len(results)]
+    for title, key, form in FIGURES:
+        if all(key in run for run in results.values()):
+            cells = []
+            for run in results.values():
+                error = f" ± {run[key + '_error']:{form.lstrip('+')}}" if key + "_error" in run else ""
+                cells.append(f"{run[key]:{form}}{error}")
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines.append("")
+    for name, run in results.items():
+        machine, versions = run["machine"], run["versions"]
+        lines.append(
+            f"{name}: {run['date']}, {machine['cores']} cores of {machine['cpu']} ({machine['instructions']}), "
+            f"torch {versions['torch']}, transformers {versions['transformers']}, seed {run['seed']}.  "
+        )
+    return "\n".join(lines)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -130,6 +130,7 @@ def main() -> None:
             "labels_flipped": options.flip,
             "training_pairs": len(train_pairs),
             "held_out_pairs": len(held_out_pairs),
+            "right_answer_longer": sum(len(row["chosen"]) > len(row["rejected"]) for row in pairs) / len(pairs),
             "held_out_prompts": len({row["prompt"] for row in held_out_pairs}),
             "peak_memory_mib": training["peak_memory_mib"],
             **measure.environment(),
