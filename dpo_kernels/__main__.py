@@ -24,7 +24,7 @@ def main() -> None:
     else:
         print("no CUDA device")
     for device in devices:
-        print(f"\n{device} tensors are served by: {backends.resolve(device)}")
+        print(f"\n{device} tensors are served by: {backends.resolve(device, torch.float32)}")
         for name in backends.NAMES:
             reason = backends.why_not(name, device)
             note = "available" if reason is None else f"not available: {reason}"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_kernels import DPOOutput, dpo_loss
+
 
 @dataclass(frozen=True)
 class Case:
@@ -32,6 +34,15 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def loss_of(logits: Tensor, labels: Tensor, **keywords: Any) -> DPOOutput:
+    """`dpo_loss`, against a uniform reference (sums of 0) where the test brings none: most tests do not care."""
+    if "ref_logits" not in keywords and "ref_logps" not in keywords:
+        cu_seqlens = keywords.get("cu_seqlens")
+        sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
+        keywords["ref_logps"] = torch.zeros(sequences, device=logits.device)
+    return dpo_loss(logits, labels, **keywords)
 
 
 @dataclass
@@ -68,7 +79,12 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     keywords: dict[str, Any] = dict(case.options)
     if case.packed:
         keep = position < lengths[:, None]
-        logits, ref_logits, labels, weights = logits[:, :length][keep], ref_logits[:, :length][keep], labels[keep], weights[keep]
+        logits, ref_logits, labels, weights = (
+            logits[:, :length][keep],
+            ref_logits[:, :length][keep],
+            labels[keep],
+            weights[keep],
+        )
         keywords["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device)
     logits, ref_logits = logits.to(device), ref_logits.to(device)
     if case.strided:

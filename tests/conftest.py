@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
 from dpo_kernels import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

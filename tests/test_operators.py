@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+
+from dpo_kernels import STATISTICS, dpo_loss, reference, use_backend
+
 from cases import CASES, Case, make_inputs
 from checks import check_gradient
-from dpo_kernels import STATISTICS, dpo_loss, reference, use_backend
 
 
 def supported(backend: str, case: Case) -> bool:

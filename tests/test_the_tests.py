@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from checks import check_gradient
+
 from dpo_kernels import dpo_loss, reference
+
+from checks import check_gradient
 
 SIZES = [1_000, 128_256]
 

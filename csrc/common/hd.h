@@ -1,7 +1,7 @@
 // Marks a function as usable on host and device, so that each formula exists once.
 //
-// On the host it is static: the CPU kernels are compiled once per instruction set, and a shared inline symbol would let the
-// linker serve AVX-512 code to a CPU without it.
+// On the host it is static: the CPU kernels are compiled once per instruction set, and a shared inline symbol would let
+// the linker serve AVX-512 code to a CPU without it.
 #pragma once
 
 #if defined(__CUDACC__)

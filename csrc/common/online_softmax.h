@@ -64,12 +64,12 @@ struct FinishedRow {
 template <typename T>
 DPO_HD double label_logp(const OnlineSoftmax<T>& others, T z_label) {
   const double gap = static_cast<double>(others.max) - static_cast<double>(z_label);
-  if (z_label == static_cast<T>(INFINITY)) return NAN;                             // inf - inf, as log_softmax has it
+  if (z_label == static_cast<T>(INFINITY)) return NAN;  // inf - inf, as log_softmax has it
   if (others.max == static_cast<T>(-INFINITY) && others.sum == 0.0) {
     // Nothing else has mass: the label has it all, unless it is -inf (or NaN) itself.
     return z_label > static_cast<T>(-INFINITY) ? 0.0 : NAN;
   }
-  if (gap > 0.0) return -(gap + log(others.sum + exp(-gap)));                      // exp(gap) could overflow
+  if (gap > 0.0) return -(gap + log(others.sum + exp(-gap)));  // exp(gap) could overflow
   return -log1p(others.sum * exp(gap));
 }
 

@@ -1,8 +1,8 @@
 // Stage 3 on CPU: dz = g (onehot(label) - softmax(z)), one read and one write of each logits row, in place or not.
 //
-// softmax(z) = exp(z - m) f with m = float32(lse) and f = exp(m - lse) in float64: f joins the row factor g, so rounding
-// lse to float32 (up to 1e-6 relative at lse = 16) costs nothing. The label's entry is g (1 - p) = -g expm1(logp), which
-// does not cancel when p is near 1.
+// softmax(z) = exp(z - m) f with m = float32(lse) and f = exp(m - lse) in float64: f joins the row factor g, so
+// rounding lse to float32 (up to 1e-6 relative at lse = 16) costs nothing. The label's entry is g (1 - p) = -g
+// expm1(logp), which does not cancel when p is near 1.
 #include <algorithm>
 #include <cmath>
 

@@ -1,5 +1,6 @@
-// The CPU library's torch-facing side: checks labels, splits rows over threads, picks the instruction set, and registers
-// the operators through PyTorch's stable ABI (one binary serves every torch >= 2.10 and needs no Python header).
+// The CPU library's torch-facing side: checks labels, splits rows over threads, picks the instruction set, and
+// registers the operators through PyTorch's stable ABI (one binary serves every torch >= 2.10 and needs no Python
+// header).
 //
 // Outputs are allocated by the caller (dpo_kernels/backends/cpu.py); an empty output means "not asked for".
 #include <torch/csrc/stable/library.h>
@@ -72,21 +73,13 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-Logits logits_of(const Tensor& t) {
-  return {t.const_data_ptr(), dtype_of(t), t.stride(0), t.stride(1)};
-}
+Logits logits_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), t.stride(0), t.stride(1)}; }
 
-double* out_of(const Tensor& t) {
-  return t.numel() ? static_cast<double*>(t.mutable_data_ptr()) : nullptr;
-}
+double* out_of(const Tensor& t) { return t.numel() ? static_cast<double*>(t.mutable_data_ptr()) : nullptr; }
 
-const double* in_of(const Tensor& t) {
-  return static_cast<const double*>(t.const_data_ptr());
-}
+const double* in_of(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
 
-const double* in_of(const std::optional<Tensor>& t) {
-  return t ? in_of(*t) : nullptr;
-}
+const double* in_of(const std::optional<Tensor>& t) { return t ? in_of(*t) : nullptr; }
 
 // Indices of the scored tokens. Splitting this list over threads, rather than the rows, keeps them equally busy when
 // half of every sequence is prompt.
@@ -108,8 +101,8 @@ std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t
 }
 
 void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
-                 double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy,
-                 Tensor kl, Tensor accuracy, Tensor mean_logits) {
+                    double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
+                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits) {
   const int64_t seq_len = logits.size(1), vocab = logits.size(2);
   TokenLogpsParams p{};
   p.policy = logits_of(logits);
@@ -134,7 +127,7 @@ void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logi
 }
 
 void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
-                 double logit_scale, double logit_softcap, Tensor out) {
+                    double logit_scale, double logit_softcap, Tensor out) {
   const int64_t seq_len = logits.size(1), vocab = logits.size(2);
   LogitsGradParams p{};
   p.logits = logits_of(logits);
@@ -182,8 +175,8 @@ void sequence_sums_op(Tensor values, Tensor weights, std::optional<Tensor> cu_se
 }
 
 void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor weights, std::optional<Tensor> cu_seqlens,
-                     std::optional<Tensor> ref_sums, Tensor beta, Tensor label_smoothing, bool robust, Tensor losses,
-                     Tensor sums, Tensor ref_sums_out, Tensor coef) {
+                        std::optional<Tensor> ref_sums, Tensor beta, Tensor label_smoothing, bool robust, Tensor losses,
+                        Tensor sums, Tensor ref_sums_out, Tensor coef) {
   PreferenceLossParams p{};
   p.logps = in_of(logps);
   p.ref_logps = in_of(ref_logps);
@@ -227,6 +220,4 @@ STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CPU, m) {
   m.impl("preference_loss", TORCH_BOX(&dpo::cpu::preference_loss_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&dpo::cpu::isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&dpo::cpu::isa)); }

@@ -2,8 +2,8 @@
 // instruction set.
 //
 // token_logps.cpp and logits_grad.cpp are compiled once per instruction set (DPO_ISA = baseline, avx2 or avx512) and
-// see no torch header. ops.cpp picks the widest set the CPU has, once. float64 arithmetic, the checking path, is compiled
-// into the baseline set only.
+// see no torch header. ops.cpp picks the widest set the CPU has, once. float64 arithmetic, the checking path, is
+// compiled into the baseline set only.
 #pragma once
 
 #include <cstdint>
@@ -61,10 +61,10 @@ struct LogitsGradParams {
 };
 
 // Each function handles tokens[begin .. end).
-#define DPO_DECLARE_ISA(isa)                                                                \
-  namespace isa {                                                                           \
-  void token_logps(const TokenLogpsParams& params, int64_t begin, int64_t end);             \
-  void logits_grad(const LogitsGradParams& params, int64_t begin, int64_t end);             \
+#define DPO_DECLARE_ISA(isa)                                                    \
+  namespace isa {                                                               \
+  void token_logps(const TokenLogpsParams& params, int64_t begin, int64_t end); \
+  void logits_grad(const LogitsGradParams& params, int64_t begin, int64_t end); \
   }
 
 DPO_DECLARE_ISA(baseline)

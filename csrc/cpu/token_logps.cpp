@@ -133,7 +133,8 @@ struct RowResult {
 };
 
 template <bool kEntropy, bool kKl, typename A>
-RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, int64_t label, bool accuracy, bool mean) {
+RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, int64_t label, bool accuracy,
+                  bool mean) {
   alignas(64) A buffer[kBlock];
   alignas(64) A ref_buffer[kBlock];
   auto state = dpo::empty_softmax<A>();

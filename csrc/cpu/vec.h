@@ -66,8 +66,9 @@ DPO_INLINE void store(A* p, typename Vec<A>::type v) {
 DPO_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 DPO_INLINE vd vmax(vd a, vd b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0, relative error under 2e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries no mass), NaN for NaN.
-// 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded once, in the FMA.
+// exp(x) for x <= 0, relative error under 2e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries no mass), NaN for
+// NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded once, in the
+// FMA.
 DPO_INLINE vf exp_nonpositive(vf x) {
   constexpr float log2e = 1.44269504088896341f;
   constexpr float magic = 12582912.0f + 127.0f;

@@ -20,6 +20,8 @@ import torch
 #: Every backend, and for each device type the order in which they are tried.
 NAMES = ("eager", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
+#: float64 logits are the checking path; GPU kernels do not have it.
+FLOAT64 = ("eager", "cpu")
 
 _forced: str | None = None
 
@@ -35,7 +37,7 @@ def check_name(name: str) -> str:
     return name
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _attempt(name: str, device_type: str) -> ModuleType | str:
     try:
         module = importlib.import_module(f"dpo_kernels.backends.{name}")
@@ -61,7 +63,7 @@ def why_not(name: str, device_type: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def default(device_type: str) -> str:
     """The first backend of the device's preference that serves it; eager always does."""
     order = PREFERENCE.get(device_type, ("eager",))
@@ -75,14 +77,24 @@ def default(device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device_type: str) -> str:
+def _automatic(device_type: str) -> tuple[str, bool]:
+    """(backend, whether the user named it)."""
     wish = os.environ.get("DPO_KERNELS_BACKEND")
-    return check_name(wish) if wish else default(device_type)
+    return (check_name(wish), True) if wish else (default(device_type), False)
 
 
-def resolve(device_type: str) -> str:
-    """The backend's name for a call on this device type: `use_backend`, then DPO_KERNELS_BACKEND, then the default."""
-    return _forced if _forced is not None else _automatic(device_type)
+def resolve(device_type: str, dtype: torch.dtype) -> str:
+    """The backend's name for logits of this kind: `use_backend`, then DPO_KERNELS_BACKEND, then the default.
+
+    Raises TypeError if the backend that was asked for has no float64 and the logits are float64; a default gives way to
+    eager instead.
+    """
+    name, asked = (_forced, True) if _forced is not None else _automatic(device_type)
+    if dtype == torch.float64 and name not in FLOAT64:
+        if asked:
+            raise TypeError(f"backend {name!r} has no float64 arithmetic; use one of {', '.join(FLOAT64)}")
+        return "eager"
+    return name
 
 
 @contextmanager

