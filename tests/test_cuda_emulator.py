@@ -351,7 +351,8 @@ def test_preference_loss_against_float64(library, tokens, robust, reference):
     for schedule in SCHEDULES:
         ours = Emulator(library, **schedule).preference_loss(*args)
         for mine, true in zip(ours, eager.preference_loss(*args), strict=True):
-            torch.testing.assert_close(mine, true, rtol=1e-13, atol=1e-13)
+            # The two sum in different orders; each addition may cost half a unit in the last place.
+            assert ((mine - true).abs() <= bound).all()
 
 
 def test_loss_is_exactly_log2_when_policy_equals_reference(library):

@@ -1,9 +1,6 @@
-// The kernels of csrc/cuda as a host library for ctypes: includes the real sources, exports their launch functions.
-#include "emulator.h"
-
-#include "../../csrc/cuda/logits_grad.cu"
-#include "../../csrc/cuda/preference_loss.cu"
-#include "../../csrc/cuda/token_logps.cu"
+// The launch functions of csrc/cuda, exported for ctypes. The .cu files are compiled beside this one.
+#include "../../csrc/cuda/params.h"
+#include "../../csrc/cuda/plan.h"
 #include "self_test.cuh"
 
 extern "C" {
