@@ -53,8 +53,9 @@ class DPOOutput:
         """Batch means under TRL's names, as Python floats (one wait for the device).
 
         Always: "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-        "logps/rejected". With the statistic asked for: "logits/chosen", "logits/rejected" (mean_logits), "entropy",
-        "mean_token_accuracy" (accuracy; both over all completion tokens) and "kl" (ours: exact mean per-token KL).
+        "logps/rejected". With the statistic asked for: "logits/chosen", "logits/rejected" (mean_logits), "entropy"
+        (over all completion tokens), "mean_token_accuracy" (accuracy, over the chosen ones, as TRL has it) and "kl"
+        (ours: exact mean per-token KL).
 
         Raises:
             ValueError: a label was outside the vocabulary (GPU backends find out only now; the loss is NaN).
@@ -77,7 +78,7 @@ class DPOOutput:
         if self.entropy is not None:
             found["entropy"] = self._per_token(self.entropy, everyone)
         if self.accuracy is not None:
-            found["mean_token_accuracy"] = self._per_token(self.accuracy, everyone)
+            found["mean_token_accuracy"] = self._per_token(self.accuracy, chosen)
         if self.kl is not None:
             found["kl"] = self._per_token(self.kl, everyone)
         values = torch.stack([value.float() for value in found.values()]).tolist()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from dpo_kernels.confidence import (
     agreement_probability,
     confidence_smoothing,

@@ -121,7 +121,7 @@ def test_metrics_have_trl_names_and_match_the_reference(batch):
         "logits/chosen": tokens["mean_logits"][:P][scored[:P]].mean(),
         "logits/rejected": tokens["mean_logits"][P:][scored[P:]].mean(),
         "entropy": tokens["entropy"][scored].mean(),
-        "mean_token_accuracy": tokens["accuracy"][scored].mean(),
+        "mean_token_accuracy": tokens["accuracy"][:P][scored[:P]].mean(),
         "kl": tokens["kl"][scored].mean(),
     }
     assert metrics.keys() == expected.keys()

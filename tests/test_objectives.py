@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from dpo_kernels import DPOLoss, dpo_loss, length_desensitized_weights, objective, reference
 from dpo_kernels.objectives import (
     DIVERGENCES,
