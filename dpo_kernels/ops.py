@@ -12,6 +12,7 @@ its forward ran.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] > tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+    if bounds[0] != 0 or bounds[-1] > tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to at most {tokens} (the number of tokens); got {bounds}")
 
 

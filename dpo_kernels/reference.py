@@ -6,6 +6,7 @@ Run it in float64 and it is the truth that every backend is tested against. It m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -66,7 +67,7 @@ def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None = N
     if cu_seqlens is None:
         return terms.sum(-1)
     bounds = cu_seqlens.tolist()
-    return torch.stack([terms[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    return torch.stack([terms[a:b].sum() for a, b in itertools.pairwise(bounds)])
 
 
 def dpo_loss(

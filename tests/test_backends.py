@@ -53,9 +53,13 @@ def test_use_backend_is_undone_also_after_an_error():
     with pytest.raises(ValueError, match="eager, cpu, triton, cuda"), use_backend("tpu"):
         pass
     before = backends.resolve("cpu", torch.float32)
-    with pytest.raises(KeyError), use_backend("eager"):
+
+    def fail() -> None:
         assert backends.resolve("cpu", torch.float32) == "eager"
         raise KeyError
+
+    with pytest.raises(KeyError), use_backend("eager"):
+        fail()
     assert backends.resolve("cpu", torch.float32) == before
 
 

@@ -15,7 +15,7 @@ def op_arguments(backend, device):
     z, r = (torch.randn(4, 3, 33, device=device) for _ in range(2))
     y = torch.randint(0, 33, (4, 3), device=device)
     y[1, 1] = -100
-    small = dict(dtype=torch.float64, device=device)
+    small = {"dtype": torch.float64, "device": device}
     w = (y != -100).to(torch.float64)
     packed = torch.tensor([0, 3, 6, 10, 12], device=device)
     values = torch.randn(4, 3, **small)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build
 from torch import Tensor
 
-from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build
 from dpo_kernels.backends import eager
 
 IGNORE = -100

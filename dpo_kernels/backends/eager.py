@@ -6,6 +6,8 @@ backend computes the same numbers in one read (forward) and one read and one wri
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -115,7 +117,7 @@ def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) ->
     # A NaN or infinity must stay inside its own sequence, which a running sum cannot do.
     bounds = cu_seqlens.tolist()
     flat = terms.reshape(-1)
-    return torch.stack([flat[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    return torch.stack([flat[a:b].sum() for a, b in itertools.pairwise(bounds)])
 
 
 def preference_loss(

@@ -11,6 +11,7 @@ import shutil
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ RUN_KEYS = {
     "model": "The model to train: a folder, a hub name or a .gguf file.",
     "ref_model": "The reference, where it is not the model as it starts: a folder, a hub name or a .gguf file.",
     "train_data": "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected.",
-    "eval_data": "Held-out pairs in the same form; evaluated before the first and after the last step, at least.",
+    "eval_data": "Held-out pairs in the same form; evaluated at the start and at every quarter, unless eval_* settings say otherwise.",
     "output_dir": "Folder for the model, checkpoints, metrics.jsonl, summary.json and report.html.",
     "lora": "Train a LoRA adapter, not the whole model: fields of peft's LoraConfig, e.g. --lora.r 16.",
 }
@@ -73,6 +74,7 @@ def run(arguments: Sequence[str]) -> None:
     import datasets
     import transformers
 
+    warnings.simplefilter("ignore")  # of libraries, to their developers; ours go through logging
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -84,7 +86,9 @@ def run(arguments: Sequence[str]) -> None:
     fields = {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
     fields.setdefault("log_level", "error")
     if settings.get("eval_data") is not None:
-        fields.setdefault("eval_strategy", "steps")
+        if "eval_strategy" not in fields:
+            fields["eval_strategy"] = "steps"
+            fields.setdefault("eval_steps", 0.25)
         fields.setdefault("eval_on_start", checkpoint is None)
     fields.setdefault("disable_tqdm", quiet)
     try:
@@ -261,6 +265,7 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
         simple = isinstance(value, (str, int, float)) and not isinstance(value, bool)
         return (str(value), True) if simple else (value, False)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        value = "no" if value is False else value  # YAML reads no as false, and save_strategy: no is common
         return value, value in [member.value for member in hint]
     if hint is list or origin is list:
         inner = (typing.get_args(hint) or (Any,))[0]

@@ -308,9 +308,9 @@ class DPOTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, DPOOutput]:
         """The batch's share of the weighted mean over all pairs of the optimizer step, on all processes.
 
-        `num_items_in_batch` is the sum of the step's weights, for which transformers asks `_get_num_items_in_batch`; without
-        it, the mean is over the batch. Dividing by weights, not by the number of pairs, makes their unit irrelevant
-        and log 2 the start whatever they are.
+        `num_items_in_batch` is the sum of the step's weights (transformers gets it from `_get_num_items_in_batch`);
+        without it, the mean is over the batch. Dividing by weights, not by the number of pairs, makes their unit
+        irrelevant and log 2 the start whatever they are.
         """
         with self._kernels():
             if self.accelerator.num_processes > 1 and model.training:

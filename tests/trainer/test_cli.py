@@ -259,6 +259,7 @@ def test_the_process_exits_with_2_and_no_traceback(here: Path) -> None:
         ("loss_weights", [1, "0.5"], [1.0, 0.5]),
         ("report_to", "tensorboard", "tensorboard"),
         ("eval_strategy", "steps", "steps"),
+        ("save_strategy", False, "no"),
         ("lr_scheduler_kwargs", {"min_lr": 1}, {"min_lr": 1}),
         ("model", 7, "7"),
     ],
