@@ -2,8 +2,8 @@
 
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
-from .functional import STATISTICS, dpo_loss, sequence_logps, shift_labels
-from .losses import DPOLoss
+from .functional import STATISTICS, dpo_loss, linear_dpo_loss, linear_logps, sequence_logps, shift_labels
+from .losses import DPOLoss, LinearDPOLoss
 from .objectives import OBJECTIVES, Pairs, length_desensitized_weights, objective
 from .output import DPOOutput
 
@@ -13,10 +13,13 @@ __all__ = [
     "BackendUnavailable",
     "DPOLoss",
     "DPOOutput",
+    "LinearDPOLoss",
     "Pairs",
     "__version__",
     "dpo_loss",
     "length_desensitized_weights",
+    "linear_dpo_loss",
+    "linear_logps",
     "objective",
     "sequence_logps",
     "shift_labels",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import backends, objectives, ops
+from . import backends, linear, objectives, ops, planner
 from .backends.eager import check_labels, small_dtype
 from .objectives import Objective, Pairs
 from .output import DPOOutput
 
 #: What `statistics` may name.
 STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
+#: And on the linear path: "grad_dropped_mass" is the probability mass that `grad_filter` left out of a token's gradient.
+LINEAR_STATISTICS = (*STATISTICS, "grad_dropped_mass")
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -322,13 +324,13 @@ def _pair_losses(
     return losses, sums, ref_sums, torch.cat(objectives.rewards(pairs, functions)).detach()
 
 
-def _check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+def _check_statistics(statistics: Sequence[str], known: tuple[str, ...] = STATISTICS) -> tuple[str, ...]:
     if isinstance(statistics, str):
         statistics = (statistics,)
     for name in statistics:
-        if name not in STATISTICS:
-            raise ValueError(f"unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
-    return tuple(name for name in STATISTICS if name in statistics)
+        if name not in known:
+            raise ValueError(f"unknown statistic {name!r}; known: {', '.join(known)}")
+    return tuple(name for name in known if name in statistics)
 
 
 def _late_label_check(batch: _Batch, ignore_index: int):
@@ -376,3 +378,329 @@ def sequence_logps(
     )
     sums = ops.sequence_sums(tokens["logps"], batch.weights, batch.cu_seqlens, batch.backend)
     return sums if logits.dtype == torch.float64 else sums.float()
+
+
+# --- from hidden states -------------------------------------------------------------------------------------------
+
+
+def _whole(weight: Tensor | None) -> Tensor | None:
+    """A sharded (DTensor) parameter gathered, differentiably; anything else as it is."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # type: ignore[union-attr]
+
+
+def _check_head(name: str, weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab: int | None, dtype: bool) -> None:
+    """Check a head's weight [V, H] and bias [V] against its hidden states; `dtype`: without autocast dtypes must agree."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"{name} must be the head's weight [V, H]; got {got}")
+    rows = weight.shape[0] if vocab is None else vocab
+    if rows == 0:
+        raise ValueError(f"{name} has an empty vocabulary: {list(weight.shape)}")
+    _check_tensor(name, weight, (rows, hidden.shape[-1]), hidden.device, "[V, H], H being that of the hidden states")
+    if bias is not None:
+        _check_tensor(f"{name}'s bias", bias, (rows,), hidden.device, "one per row of the head")
+    if dtype and weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{name} is {weight.dtype}, its hidden states are {hidden.dtype}; cast one, or call under torch.autocast"
+        )
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What the products are in: autocast's dtype where it is on (it leaves float64 alone), else the tensors' own."""
+    device_type = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> float:
+    """The threshold on probabilities, 0 for exact gradients."""
+    if grad_filter is None:
+        return 0.0
+    if isinstance(grad_filter, str):
+        if grad_filter != "auto":
+            raise ValueError(f'grad_filter must be None (exact), "auto" or a probability; got {grad_filter!r}')
+        return linear.AUTO_FILTER.get(dtype, 0.0) if backend == "cpu" else 0.0
+    if not 0.0 < grad_filter < 1.0:
+        raise ValueError(f"grad_filter must lie in (0, 1), a probability; got {grad_filter}")
+    return float(grad_filter) if backend == "cpu" else 0.0
+
+
+def _wants_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _linear_call(
+    batch: _Batch,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float | None,
+    statistics: tuple[str, ...],
+    memory_budget: int | str | None,
+    grad_filter: float | str | None,
+    scalar_loss: bool,
+    couples_pairs: bool,
+) -> linear.Call:
+    hidden = batch.logits
+    dtype = _compute_dtype(hidden)
+    eps = _grad_filter(grad_filter, dtype, batch.backend)
+    call = linear.Call(
+        batch.labels,
+        *reference,
+        ignore_index=ignore_index,
+        logit_scale=float(logit_scale),
+        logit_softcap=_check_softcap(logit_softcap),
+        statistics=statistics,
+        compute_dtype=dtype,
+        budget=planner.parse_budget(memory_budget, hidden.shape[-1], batch.vocab),
+        backend=batch.backend,
+        strategy="",
+        eps=eps,
+        needs_hidden=_wants_grad(hidden),
+        needs_weight=_wants_grad(weight),
+        needs_bias=_wants_grad(bias),
+    )
+    strategy, reason = planner.choose_strategy(
+        call.sizes(hidden.shape[-1], batch.vocab),
+        scalar_loss=scalar_loss,
+        couples_pairs=couples_pairs,
+        filtered=eps > 0.0,
+    )
+    return replace(call, strategy=strategy, reason=reason)
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    memory_budget: int | str | None = None,
+    grad_filter: float | str | None = "auto",
+    beta: float | Tensor = 0.1,
+    loss_type: str | Objective | Sequence[str | Objective] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    statistics: Sequence[str] = (),
+    reduction: str = "mean",
+) -> DPOOutput:
+    """`dpo_loss` from hidden states and the LM head, without ever holding all logits.
+
+    Computes `dpo_loss(hidden @ weight.T + bias, labels, ...)` (Rafailov et al. 2023, equation 7) chunk by chunk. Only
+    scored tokens are projected. With a mean or sum over pairs the gradients are computed in the forward, while a pair's
+    logits are in memory, so that nothing is projected twice (docs/linear.md; `dpo_kernels.planner` chooses, and logs its
+    plan at DEBUG level).
+
+    Args:
+        hidden: [2P, T, H], or packed [N, H] with `cu_seqlens`; float32, bfloat16, float16 or float64.
+        weight: [V, H], the head, of the same dtype (any dtype under torch.autocast, which then sets the products').
+            Its gradient is summed in float32 and cast once; if the parameter has a float32 buffer `weight.main_grad`, it
+            is added there and autograd gets none. A sharded DTensor is gathered.
+        labels: [2P, T] or [N], as in `dpo_loss`.
+        bias: [V] or None.
+        ref_hidden: the reference's hidden states, [2P, T, Hr] or [N, Hr]; never differentiated.
+        ref_weight, ref_bias: the reference's head [V, Hr] and bias; by default the policy's own head and bias, detached.
+        ref_logps: or the reference's sequence sums [2P].
+        memory_budget: bytes, or a text such as "256MB", for what is held beside the tensors, their gradients and the
+            kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB.
+        grad_filter: None for exact gradients; a probability eps to leave entries with p <= eps out of the backward's
+            products; "auto" for the dtype's own (exact in float32 and float64). The dropped mass goes back as a uniform
+            tail. CPU kernels only; elsewhere gradients are exact.
+        statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"; "kl" needs `ref_hidden`.
+        beta, loss_type, loss_weights, label_smoothing, cu_seqlens, token_weights, pair_weights, ignore_index, logit_scale,
+            logit_softcap, reduction: as in `dpo_loss`.
+
+    Returns:
+        DPOOutput.
+
+    Raises:
+        ValueError, TypeError: as `dpo_loss`; also for a budget that cannot hold one token's logits.
+    """
+    weight, ref_weight = _whole(weight), _whole(ref_weight)  # type: ignore[assignment]
+    batch = _prepare(
+        hidden,
+        labels,
+        cu_seqlens,
+        token_weights,
+        ignore_index,
+        name="hidden",
+        axis="H",
+        vocab=weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0,
+    )
+    pairs = _count_pairs(batch)
+    _check_reduction(reduction)
+    functions = objectives.resolve(loss_type)
+    has_reference = ref_hidden is not None or ref_logps is not None
+    objectives.check(functions, loss_weights, label_smoothing, has_reference=has_reference)
+    wanted = _check_statistics(statistics, LINEAR_STATISTICS)
+    autocast = _compute_dtype(hidden) != hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
+    _check_head("weight", weight, bias, hidden, None, not autocast)
+    if ref_hidden is not None and ref_logps is not None:
+        raise ValueError("give ref_hidden or ref_logps, not both")
+    if "kl" in wanted and ref_hidden is None:
+        raise ValueError('the statistic "kl" needs ref_hidden: sequence sums (ref_logps) do not determine it')
+    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_weight and ref_bias need ref_hidden, the reference's hidden states")
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if ref_hidden is not None:
+        if not isinstance(ref_hidden, Tensor) or ref_hidden.dtype not in LOGIT_DTYPES:
+            raise TypeError("ref_hidden must be a float32, bfloat16, float16 or float64 tensor")
+        _check_tensor(
+            "ref_hidden",
+            ref_hidden,
+            (*hidden.shape[:-1], ref_hidden.shape[-1] if ref_hidden.dim() else 0),
+            hidden.device,
+            "that of hidden, but for H",
+        )
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        _check_head("ref_weight", ref_weight, ref_bias, ref_hidden, batch.vocab, not autocast)
+        reference = (
+            ref_hidden.detach() if cu_seqlens is None else ref_hidden.detach().unsqueeze(0),
+            ref_weight.detach(),
+            None if ref_bias is None else ref_bias.detach(),
+        )
+    call = _linear_call(
+        batch,
+        weight,
+        bias,
+        reference,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        statistics=wanted,
+        memory_budget=memory_budget,
+        grad_filter=grad_filter,
+        # A compiled graph takes the two-pass operators, whose outputs have static shapes.
+        scalar_loss=reduction != "none" and not torch.compiler.is_compiling(),
+        couples_pairs=objectives.couples_pairs(functions),
+    )
+    ref_sums = _reference_sums(ref_logps, batch)
+    beta_each = _per_pair("beta", beta, pairs, batch)
+    smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
+    scale = None if pair_weights is None else _per_pair("pair_weights", pair_weights, pairs, batch)
+    if call.strategy == "whole_pairs":
+        factor = torch.ones_like(beta_each) if scale is None else scale
+        if reduction == "mean":
+            factor = factor / max(pairs, 1)
+        only = functions[0] if len(functions) == 1 and loss_weights is None else None
+        kernel = only.kernel if isinstance(only, objectives.BoundObjective) else None
+        pair = linear.PairCall(
+            batch.weights,
+            batch.cu_seqlens,
+            ref_sums,
+            beta_each,
+            smoothing_each,
+            factor,
+            functions,
+            loss_weights,
+            kernel,
+        )
+        loss, losses, sums, ref_sums, tokens = linear.whole_pairs(batch.logits, weight, bias, call, pair)
+        rewards = _rewards(batch, functions, kernel, sums, ref_sums, beta_each, smoothing_each)
+        losses = losses if scale is None else losses * scale
+    else:
+        tokens = linear.linear_logps(batch.logits, weight, bias, call)
+        losses, sums, ref_sums, rewards = _pair_losses(
+            batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
+        )
+        losses = losses if scale is None else losses * scale
+        loss = _reduce(losses, reduction)
+    return _output(batch, tokens, loss, losses, sums, ref_sums, rewards, wanted, ignore_index)
+
+
+def _rewards(
+    batch: _Batch,
+    functions: list[Objective],
+    kernel: tuple[bool] | None,
+    sums: Tensor,
+    ref_sums: Tensor,
+    beta: Tensor,
+    label_smoothing: Tensor,
+) -> Tensor:
+    """Rewards [2P] from finished sums."""
+    if kernel is not None:
+        return beta.repeat(2) * (sums - ref_sums)
+    lengths = ops.sequence_sums(batch.weights, torch.ones_like(batch.weights), batch.cu_seqlens, batch.backend)
+    pairs = Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing)
+    return torch.cat(objectives.rewards(pairs, functions)).detach()
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    grad_filter: float | str | None = "auto",
+    memory_budget: int | str | None = None,
+    statistics: Sequence[str] = (),
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities of the labels from hidden states and the LM head, differentiable for any upstream gradient.
+
+    What SFT, KTO, GRPO and one's own losses need; the logits exist one chunk at a time. See `linear_dpo_loss` for the
+    arguments.
+
+    Args:
+        hidden: [..., H].
+        weight: [V, H].
+        labels: [...], int64; `ignore_index` costs nothing and gives 0.
+        statistics: any of "entropy", "accuracy", "mean_logits", "grad_dropped_mass", per token.
+
+    Returns:
+        logps, shaped like labels, in nats: float32, or float64 for float64 hidden states. With `statistics`:
+        (logps, {name: tensor shaped like labels}), the statistics without gradient.
+
+    Raises:
+        As `linear_dpo_loss`.
+    """
+    wanted = _check_statistics(statistics, LINEAR_STATISTICS)
+    if "kl" in wanted:
+        raise ValueError('the statistic "kl" compares with a reference; linear_dpo_loss has it')
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+        raise ValueError("hidden must be a tensor [..., H] with at least two dimensions")
+    weight = _whole(weight)  # type: ignore[assignment]
+    _check_tensor("labels", labels, tuple(hidden.shape[:-1]), hidden.device, "one label per row of hidden")
+    shape = labels.shape
+    if hidden.dim() != 3:
+        hidden, labels = hidden.reshape(1, -1, hidden.shape[-1]), labels.reshape(1, -1)
+    vocab = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0
+    batch = _prepare(hidden, labels, None, None, ignore_index, name="hidden", axis="H", vocab=vocab)
+    _check_head("weight", weight, bias, hidden, None, not torch.is_autocast_enabled(hidden.device.type))
+    call = _linear_call(
+        batch,
+        weight,
+        bias,
+        (None, None, None),
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        statistics=wanted,
+        memory_budget=memory_budget,
+        grad_filter=grad_filter,
+        scalar_loss=False,
+        couples_pairs=False,
+    )
+    tokens = linear.linear_logps(batch.logits, weight, bias, call)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logps = tokens["logps"].to(dtype).view(shape)
+    if not wanted:
+        return logps
+    return logps, {name: tokens[name].to(dtype).view(shape) for name in wanted}

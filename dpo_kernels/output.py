@@ -24,6 +24,7 @@ class DPOOutput:
         chosen_rewards, rejected_rewards: [P], beta * (log pi - log pi_ref), the implicit reward (DPO paper, section 5).
         entropy, kl, accuracy, mean_logits: [2P] or None when not asked for; means over each sequence's scored tokens.
             kl is the exact KL(policy || reference) of the next-token distributions; accuracy counts argmax hits.
+        grad_dropped_mass: [2P] or None; mean probability mass that a filtered gradient spread uniformly (linear path).
         token_counts: [2P], scored tokens in each sequence.
     """
 
@@ -40,6 +41,7 @@ class DPOOutput:
     kl: Tensor | None = None
     accuracy: Tensor | None = None
     mean_logits: Tensor | None = None
+    grad_dropped_mass: Tensor | None = None
     #: Raises if a label was out of range; run by metrics(), which waits for the device anyway.
     _check: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
@@ -81,5 +83,7 @@ class DPOOutput:
             found["mean_token_accuracy"] = self._per_token(self.accuracy, chosen)
         if self.kl is not None:
             found["kl"] = self._per_token(self.kl, everyone)
+        if self.grad_dropped_mass is not None:
+            found["grad_dropped_mass"] = self._per_token(self.grad_dropped_mass, everyone)
         values = torch.stack([value.float() for value in found.values()]).tolist()
         return dict(zip(found, values, strict=True))

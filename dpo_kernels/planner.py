@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 #: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear.py).
 WIDENED_COLUMNS = 2048
@@ -104,7 +105,7 @@ class Group:
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """(begin, end) of each chunk."""
-        return list(zip(self.bounds[:-1], self.bounds[1:], strict=True))
+        return list(pairwise(self.bounds))
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,7 @@ class Plan:
         )
 
 
-def choose_strategy(
-    head: Head, *, scalar_loss: bool, couples_pairs: bool, filtered: bool
-) -> tuple[str, str]:
+def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filtered: bool) -> tuple[str, str]:
     """(strategy, reason), from what is known before the tokens are counted.
 
     Args:
@@ -240,7 +239,7 @@ def plan_tokens(
         strategy = "kept_logits"
         reason = f"{reason}; all scored tokens' logits fit in the budget and wait there"
     bounds = _cut(0, tokens, rows)
-    largest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    largest = max(b - a for a, b in pairwise(bounds))
     gradients = head.needs_hidden + head.needs_weight
     policy = {
         "forward": 1,

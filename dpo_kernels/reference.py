@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .objectives import Pairs, mix
@@ -123,3 +125,24 @@ def dpo_loss(
         return losses
     total = losses.sum()
     return total if reduction == "sum" else total / max(len(losses), 1)
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    **keywords: Any,
+) -> Tensor:
+    """The loss of `dpo_kernels.linear_dpo_loss`: all logits, then `dpo_loss`; `keywords` are those of `dpo_loss` above."""
+    if ref_hidden is not None:
+        own = ref_weight is not None
+        ref_logits = F.linear(
+            ref_hidden, ref_weight if own else weight, ref_bias if own or ref_bias is not None else bias
+        )
+        keywords["ref_logits"] = ref_logits.detach()
+    return dpo_loss(F.linear(hidden, weight, bias), labels, **keywords)
