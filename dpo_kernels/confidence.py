@@ -1,7 +1,7 @@
 """From what is known about a pair (ratings, margins, annotators' votes) to pair weights and label smoothing.
 
-Preference data are uneven: some pairs are obvious, others a coin toss, and a loss that trusts all labels alike learns the
-annotators' noise. Two steps mend it. First the evidence becomes a probability p that the label is right:
+Preference data are uneven: some pairs are obvious, others a coin toss, and a loss that trusts all labels alike learns
+the annotators' noise. Two steps mend it. First the evidence becomes a probability p that the label is right:
 
     preference_probability    p = sigmoid((chosen score - rejected score) / scale)      Bradley and Terry 1952
     agreement_probability     p = (votes for + prior) / (votes + 2 prior)               Laplace's rule for prior = 1
@@ -12,8 +12,8 @@ Then p becomes what `dpo_loss` takes:
     confidence_weights        w = max(2 p - 1, floor)^power        -> pair_weights [P], scaled to mean 1
 
 Smoothing keeps every pair and bounds the margin it asks for: the minimum of the smoothed loss lies at
-beta * margin = log(p / (1 - p)), which for scale 1 is the score gap itself. Weights leave each pair's target where it is
-and let doubtful pairs pull less. Use one of the two: both together count the same doubt twice.
+beta * margin = log(p / (1 - p)), which for scale 1 is the score gap itself. Weights leave each pair's target where it
+is and let doubtful pairs pull less. Use one of the two: both together count the same doubt twice.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def agreement_probability(votes_for: Values, votes: Values, *, prior: float = 1.
 
     Args:
         votes_for, votes: [P], 0 <= votes_for <= votes.
-        prior: how many imagined votes each side starts with, so that 1 of 1 is not certainty (Laplace: 1; Jeffreys: 0.5).
+        prior: how many imagined votes each side starts with, so that 1 of 1 is not certainty (Laplace: 1,
+            Jeffreys: 0.5).
 
     Returns:
         [P] in (0, 1).
@@ -98,8 +99,8 @@ def confidence_smoothing(probability: Values, *, ceiling: float = 0.5) -> Tensor
 
     Args:
         probability: [P], that each label is right.
-        ceiling: at 0.5, a pair whose label is more likely wrong than right teaches nothing; at 1 it teaches the opposite.
-            The robust objective needs less than 0.5, exo_pair more than 0 and less than 1.
+        ceiling: at 0.5, a pair whose label is more likely wrong than right teaches nothing; at 1 it teaches the
+            opposite. The robust objective needs less than 0.5, exo_pair more than 0 and less than 1.
 
     Returns:
         [P], for `label_smoothing`.
@@ -115,7 +116,7 @@ def confidence_smoothing(probability: Values, *, ceiling: float = 0.5) -> Tensor
 def confidence_weights(
     probability: Values, *, power: float = 1.0, floor: float = 0.0, normalize: bool = True
 ) -> Tensor:
-    """Weight per pair: max(2 p - 1, floor)^power, then divided by the mean, so that the learning rate keeps its meaning.
+    """Weight per pair: max(2 p - 1, floor)^power over its mean, so that the learning rate keeps its meaning.
 
     Args:
         probability: [P], that each label is right. Give the whole data set's at once: a mean over one batch would hand

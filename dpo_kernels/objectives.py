@@ -5,8 +5,8 @@ An objective sees no logits and no device: it gets the summed log-probabilities 
 
 Hyper-parameters that belong to one objective (SimPO's gamma, DPOP's penalty, ...) are bound before the call instead of
 travelling through every signature of the library: `loss_type="simpo"` takes the defaults,
-`loss_type=objective("simpo", gamma=1.0, beta=2.0)` sets them, and `"simpo(gamma=1.0, beta=2.0)"` is the same in the text
-of a configuration file or command line. In a mix each objective so keeps its own.
+`loss_type=objective("simpo", gamma=1.0, beta=2.0)` sets them, and `"simpo(gamma=1.0, beta=2.0)"` is the same in the
+text of a configuration file or command line. In a mix each objective so keeps its own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Pairs:
         chosen_lengths, rejected_lengths: sums of the token weights (token counts, when no weights are given).
         beta: inverse temperature of the implicit reward; scalar or [P].
         label_smoothing: probability that the pair's label is wrong; scalar or [P].
-        chosen_kl, rejected_kl: weighted sums over the tokens of KL(reference || policy), in nats; only for objectives whose
-            row says `needs_token_kl`.
+        chosen_kl, rejected_kl: weighted sums over the tokens of KL(reference || policy), in nats; only for objectives
+            whose row says `needs_token_kl`.
     """
 
     chosen_logps: Tensor
@@ -59,8 +59,21 @@ class Pairs:
         kl_sums: Tensor | None = None,
     ) -> Pairs:
         """Split [2P] vectors (chosen first, then rejected) into pairs."""
-        kl = (None, None) if kl_sums is None else kl_sums.chunk(2)
-        return cls(*sums.chunk(2), *ref_sums.chunk(2), *lengths.chunk(2), beta, label_smoothing, *kl)
+        chosen_kl, rejected_kl = (None, None) if kl_sums is None else kl_sums.chunk(2)
+        (chosen, rejected), (ref_chosen, ref_rejected) = sums.chunk(2), ref_sums.chunk(2)
+        chosen_lengths, rejected_lengths = lengths.chunk(2)
+        return cls(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            chosen_lengths,
+            rejected_lengths,
+            beta,
+            label_smoothing,
+            chosen_kl,
+            rejected_kl,
+        )
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -294,8 +307,8 @@ def _alpha(logratio: Tensor, alpha: float) -> Tensor:
     return torch.expm1(((alpha - 1) * logratio).clamp(max=ceiling)) / (alpha - 1)
 
 
-#: f'(pi / pi_ref) as a function of log(pi / pi_ref), which takes the log-ratio's place (Wang et al. 2023, Beyond Reverse
-#: KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints).
+#: f'(pi / pi_ref) as a function of log(pi / pi_ref), which takes the log-ratio's place (Wang et al. 2023, Beyond
+#: Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints).
 DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": _reverse_kl,
     "forward_kl": _forward_kl,
@@ -372,10 +385,11 @@ class ObjectiveInfo:
         needs_reference: compares with a reference, so calling without one is an error.
         needs_token_kl: reads Pairs.chosen_kl and rejected_kl, so the reference must come as logits (or hidden states).
         couples_pairs: a pair's loss depends on the other pairs of the batch.
-        divergence: accepts `divergence=`: the loss depends on the two log-ratios through their difference, where f-DPO's
-            unknown normalizer cancels.
+        divergence: accepts `divergence=`: the loss depends on the two log-ratios through their difference, where
+            f-DPO's unknown normalizer cancels.
         observe: for objectives that keep a running mean between calls: the values it is the mean of.
         reward: what is reported as rewards/chosen and rewards/rejected.
+        typical_beta: where to start.
         kernel: (robust,) if the stage-2 kernel computes it in the forward launch itself; None otherwise.
     """
 
@@ -392,6 +406,7 @@ class ObjectiveInfo:
     divergence: bool = False
     observe: Callable[[Pairs], Tensor] | None = None
     reward: Callable[[Pairs], Rewards] = logratio_rewards
+    typical_beta: float = 0.1
     kernel: tuple[bool] | None = None
 
 
@@ -415,9 +430,10 @@ _ROWS = (
         sigmoid_norm,
         "-(1 - e) log s(n) - e log s(-n), n = beta (c/|chosen| - r/|rejected|)",
         "Lambert et al. 2024, Tulu 3: Pushing Frontiers in Open Language Model Post-Training (length-normalized DPO)",
-        "When answers grow longer with training: length no longer buys reward. Takes a larger beta (Tulu 3: 5).",
+        "When answers grow longer with training: length no longer buys reward. Takes a larger beta.",
         _SMOOTHING,
         divergence=True,
+        typical_beta=5.0,
     ),
     ObjectiveInfo(
         "robust",
@@ -433,8 +449,8 @@ _ROWS = (
         "hinge",
         hinge,
         "max(0, 1 - x)",
-        "Liu et al. 2023, Statistical Rejection Sampling Improves Preference Optimization (normalized hinge loss); after "
-        "Zhao et al. 2023, SLiC-HF",
+        "Liu et al. 2023, Statistical Rejection Sampling Improves Preference Optimization (normalized hinge loss); "
+        "after Zhao et al. 2023, SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
         "Pairs beyond the margin stop pulling: a plain guard against over-optimising easy pairs.",
         divergence=True,
     ),
@@ -462,6 +478,7 @@ _ROWS = (
         "-log s(beta c) - log s(-beta c) / 2 - log s(-beta r) / 2",
         "Chen et al. 2024, Noise Contrastive Alignment of Language Models with Explicit Rewards (pairwise NCA)",
         "When DPO lowers the likelihood of chosen answers: absolute rewards are learnt, not their difference only.",
+        typical_beta=0.01,
     ),
     ObjectiveInfo(
         "bco_pair",
@@ -483,8 +500,10 @@ _ROWS = (
         "sppo_hard",
         sppo_hard,
         "(c - 1/(2 beta))^2 + (r + 1/(2 beta))^2",
-        "Wu et al. 2024, Self-Play Preference Optimization for Language Model Alignment, eq. 4.7 with hard probabilities",
+        "Wu et al. 2024, Self-Play Preference Optimization for Language Model Alignment, eq. 4.7 with hard "
+        "probabilities",
         "Rounds of self-play, labels from a preference model.",
+        typical_beta=0.001,
     ),
     ObjectiveInfo(
         "aot",
@@ -524,6 +543,7 @@ _ROWS = (
         "-(1 - s(x/tau)) log s(x) + s(x/tau) exp(-x)",
         "Lu et al. 2024, Discovering Preference Optimization Algorithms with and for Large Language Models, eq. 5",
         "The loss a language model found by search; not convex around x = 0.",
+        typical_beta=0.05,
         parameters=(Parameter("tau", 0.05, POSITIVE, "temperature of the gate"),),
         divergence=True,
     ),
@@ -541,11 +561,12 @@ _ROWS = (
         simpo,
         "-(1 - e) log s(m) - e log s(-m), m = beta (log pi(chosen)/|chosen| - log pi(rejected)/|rejected|) - gamma",
         "Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, eq. 6",
-        "No reference model in memory; reward is what generation ranks by. Takes a large beta (the paper: 2 to 2.5).",
+        "No reference model in memory; reward is what generation ranks by. Takes a larger beta.",
         _SMOOTHING,
         (Parameter("gamma", 0.5, NON_NEGATIVE, "target reward margin"),),
         needs_reference=False,
         reward=mean_logp_rewards,
+        typical_beta=2.0,
     ),
     ObjectiveInfo(
         "cpo",
@@ -564,7 +585,8 @@ _ROWS = (
         orpo,
         "-alpha log pi(chosen)/|chosen| - beta log s(o), o = log odds(chosen) - log odds(rejected), "
         "odds = p/(1 - p), p = exp(log pi/| |)",
-        "Hong et al. 2024, ORPO: Monolithic Preference Optimization without Reference Model, eq. 6 and 7 (lambda = beta)",
+        "Hong et al. 2024, ORPO: Monolithic Preference Optimization without Reference Model, eq. 6 and 7 "
+        "(lambda = beta)",
         "One stage from a base model: instruction tuning and preferences at once, no reference.",
         None,
         (_NLL,),
@@ -579,6 +601,7 @@ _ROWS = (
         "Chosen and rejected differ in few tokens: DPO would lower both, here the chosen one may not fall.",
         _SMOOTHING,
         (Parameter("penalty", 50.0, NON_NEGATIVE, "weight of a fall of the chosen log-ratio (the paper's lambda)"),),
+        typical_beta=0.3,
     ),
     ObjectiveInfo(
         "rpo",
@@ -679,9 +702,8 @@ class BoundObjective:
     def __str__(self) -> str:
         """The text form, which `loss_type` accepts."""
         said = [f"{name}={value:g}" for name, value in self.parameters]
-        for name in ("beta", "label_smoothing"):
-            if getattr(self, name) is not None:
-                said.append(f"{name}={getattr(self, name):g}")
+        own = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        said += [f"{name}={value:g}" for name, value in own.items() if value is not None]
         if self.divergence != "reverse_kl":
             said.append(f"divergence={self.divergence}")
             if self.divergence == "alpha":
@@ -799,8 +821,8 @@ def objective(
     if divergence != "reverse_kl" and not info.divergence:
         able = ", ".join(row.name for row in _ROWS if row.divergence)
         raise ValueError(
-            f"objective {name!r} cannot take divergence={divergence!r}: f-DPO's normalizer cancels only in the difference "
-            f"of the two log-ratios. Objectives that can: {able}"
+            f"objective {name!r} cannot take divergence={divergence!r}: f-DPO's normalizer cancels only in the "
+            f"difference of the two log-ratios. Objectives that can: {able}"
         )
     if beta is not None:
         _check_range(f"beta of {name!r}", beta, POSITIVE)
@@ -845,7 +867,7 @@ def as_list(loss_type: str | Objective | Sequence[str | Objective]) -> list[str 
 
 
 def build(loss_type: str | Objective | Sequence[str | Objective]) -> list[Objective]:
-    """The objectives that `loss_type` names, as callables; those with state are made anew, for a caller that keeps them."""
+    """The objectives that `loss_type` names, as callables; those with state are made anew: the caller keeps them."""
     found: list[Objective] = []
     for entry in as_list(loss_type):
         if not isinstance(entry, str) and not callable(entry):
@@ -984,8 +1006,8 @@ def length_desensitized_weights(
         ld_alpha: in [0, 1]; 1 changes nothing, 0 drops the tail.
 
     Returns:
-        `token_weights` for `dpo_loss`, shaped like labels, float32; 0 on ignored tokens. Objectives that divide by length
-        divide by the sum of these weights.
+        `token_weights` for `dpo_loss`, shaped like labels, float32; 0 on ignored tokens. Objectives that divide by
+        length divide by the sum of these weights.
 
     Raises:
         ValueError: ld_alpha outside [0, 1].

@@ -1,4 +1,4 @@
-"""Scores and votes become probabilities, weights and smoothing by the documented formulas, and bad evidence is refused."""
+"""Scores and votes become probabilities, weights and smoothing by the documented formulas; bad evidence is refused."""
 
 import math
 

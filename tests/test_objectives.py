@@ -1,4 +1,4 @@
-"""Every objective equals its paper's formula, written here a second time in plain Python floats, and its gradient is right.
+"""Every objective equals its paper's formula, written here again in plain Python floats, and its gradient is right.
 
 The tests iterate the registry: an objective added there without a formula here fails.
 """
@@ -157,8 +157,8 @@ def as_rows(pairs):
 
 def with_sums(pairs, chosen, rejected):
     return Pairs(
-        chosen, rejected, pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_lengths, pairs.rejected_lengths,
-        pairs.beta, pairs.label_smoothing,
+        chosen, rejected, pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_lengths,
+        pairs.rejected_lengths, pairs.beta, pairs.label_smoothing,
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def test_gradient_is_the_derivative_of_the_value(name):
         made.eval()
     inputs = (pairs.chosen_logps.clone().requires_grad_(), pairs.rejected_logps.clone().requires_grad_())
     if name == "beta_dpo":
-        # Its beta depends on the margins but is not differentiated, which a numerical derivative cannot see: so by hand.
+        # Its beta depends on the margins but is not differentiated, which numerical derivatives miss: so by hand.
         ours = torch.autograd.grad(made(with_sums(pairs, *inputs)).sum(), inputs)
         x = pairs.beta * pairs.margins
         betas = pairs.beta * (1 + 0.6 * (x.mean() - made.mean))
@@ -362,7 +362,7 @@ def test_an_empty_batch_leaves_a_running_mean_alone():
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_aot_with_ties_is_deterministic_and_keeps_the_weights_with_their_pairs(name):
-    """Equal margins: any pairing of equals gives the same total, ours is by position, and permuting pairs permutes losses."""
+    """Equal margins: any pairing of equals gives the same total; permuting pairs permutes losses."""
     pairs = random_pairs(seed=13, size=6)
     tied = with_sums(pairs, pairs.chosen_logps.clone(), pairs.rejected_logps.clone())
     for tensor in (tied.chosen_logps, tied.rejected_logps, tied.ref_chosen_logps, tied.ref_rejected_logps):

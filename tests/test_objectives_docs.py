@@ -1,0 +1,39 @@
+"""The committed page and plots of docs/objectives.md are what docs/objectives.py makes from the registry."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_kernels.objectives import OBJECTIVES
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    spec = importlib.util.spec_from_file_location("docs_objectives", DOCS / "objectives.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.render()
+
+
+def test_the_page_is_up_to_date(rendered):
+    committed = (DOCS / "objectives.md").read_text(encoding="utf-8")
+    assert committed == rendered["objectives.md"], "run: python docs/objectives.py"
+
+
+def test_every_plot_is_there_and_none_is_left_over(rendered):
+    committed = {f"objectives/{path.name}" for path in (DOCS / "objectives").glob("*.svg")}
+    assert committed == set(rendered) - {"objectives.md"} == {f"objectives/{name}.svg" for name in OBJECTIVES}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_plot_is_up_to_date(rendered, name):
+    """The same drawing, each coordinate within the 0.1 pixel it is rounded to: libms differ in the last bit."""
+    committed, now = (DOCS / "objectives" / f"{name}.svg").read_text(), rendered[f"objectives/{name}.svg"]
+    assert NUMBER.sub("#", committed) == NUMBER.sub("#", now), "run: python docs/objectives.py"
+    pairs = zip(NUMBER.findall(committed), NUMBER.findall(now), strict=True)
+    assert max(abs(float(a) - float(b)) for a, b in pairs) < 0.15, "run: python docs/objectives.py"
