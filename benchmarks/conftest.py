@@ -1,0 +1,186 @@
+"""Options of `pytest benchmarks/`, and how results reach pytest-benchmark, the terminal and `--report`.
+
+Contenders are timed together, interleaved, by a fixture; each test then replays its samples into pytest-benchmark, so
+that `--benchmark-json`, `--benchmark-compare` and the rest of that plugin work on what was measured that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from . import machine, report
+from .method import Samples
+from .peers import PEERS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Rounds for each of `--sizes`.
+ROUNDS = {"small": 5, "default": 9, "full": 15}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asked for."""
+
+    sizes: str
+    peers: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    device: str
+
+    @property
+    def rounds(self) -> int:
+        return ROUNDS[self.sizes]
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> Settings:
+        def chosen(option: str, known: dict[str, Any], every: tuple[str, ...]) -> tuple[str, ...]:
+            value = config.getoption(option)
+            names = every if value == "all" else tuple(value.split(","))
+            for name in names:
+                if name not in known:
+                    raise pytest.UsageError(f"{option}: unknown name {name!r}; known: all, {', '.join(known)}")
+            return names
+
+        device = config.getoption("--device")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+        return cls(
+            sizes=config.getoption("--sizes"),
+            peers=chosen("--peers", PEERS, tuple(PEERS)),
+            dtypes=chosen("--dtype", DTYPES, ("float32", "bfloat16")),
+            device=device,
+        )
+
+
+class Replay:
+    """A clock that jumps by measured durations: pytest-benchmark's timer for samples taken elsewhere."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def play(self, benchmark: Any, samples: Samples) -> None:
+        """Let the `benchmark` fixture time calls that last as long as the samples did."""
+        durations = iter(samples.seconds)
+
+        def step() -> None:
+            self._now += next(durations)
+
+        benchmark.pedantic(step, rounds=len(samples.seconds), iterations=1)
+
+
+_REPLAY = Replay()
+_RESULTS: dict[str, report.Result] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dpo-kernels benchmarks")
+    group.addoption("--sizes", choices=("small", "default", "full"), default="default", help="how large and how often")
+    group.addoption("--peers", default="all", metavar="NAMES", help=f"all, or some of: {','.join(PEERS)}")
+    group.addoption("--dtype", default="all", metavar="NAMES", help=f"all, or some of: {','.join(DTYPES)}")
+    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.addoption(
+        "--report",
+        metavar="DIR",
+        help='write JSON, markdown and SVG there; "auto" is benchmarks/results/<machine name>',
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # Our tables have the ratios; pytest-benchmark's own table comes back with --benchmark-verbose.
+    config.option.benchmark_quiet = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "benchmark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=_REPLAY.now))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    settings = Settings.of(metafunc.config)
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", settings.dtypes, indirect=True, scope="module")
+    if "shape" in metafunc.fixturenames:
+        shapes = metafunc.module.SHAPES[settings.sizes]
+        ids = ["x".join(map(str, shape)) for shape in shapes]
+        metafunc.parametrize("shape", shapes, indirect=True, scope="module", ids=ids)
+    if "peer" in metafunc.fixturenames:
+        metafunc.parametrize("peer", settings.peers)
+
+
+@pytest.fixture(scope="module")
+def dtype(request: pytest.FixtureRequest) -> str:
+    """Name of the dtype in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    """[2P, T, V] in turn, from the module's SHAPES."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Settings:
+    return Settings.of(request.config)
+
+
+@pytest.fixture
+def replay(benchmark: Any) -> Callable[[Samples], None]:
+    """Hands measured samples to pytest-benchmark."""
+    return lambda samples: _REPLAY.play(benchmark, samples)
+
+
+@pytest.fixture(scope="session")
+def publish() -> Callable[[report.Result], report.Result]:
+    """Takes a result (or more rows of a known one): the terminal shows it at the end and `--report` writes it."""
+
+    def take(result: report.Result) -> report.Result:
+        known = _RESULTS.setdefault(result.name, result)
+        if known is not result:
+            known.rows += result.rows
+            known.notes += result.notes
+            for key, value in result.extra.items():
+                known.extra[key] = known.extra.get(key, {}) | value
+        return known
+
+    return take
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not _RESULTS:
+        return
+    settings = Settings.of(config)
+    about = machine.describe(settings.device)
+    write = terminalreporter.write_line
+    for result in _RESULTS.values():
+        terminalreporter.write_sep("=", result.question)
+        write(report.machine_line(about))
+        for group, rows in result.groups().items():
+            write("")
+            write(f"{group}", bold=True)
+            for line in report.text_table(result.columns, rows):
+                write(line)
+        write("")
+        for note in result.notes:
+            write(note)
+    if target := config.getoption("--report"):
+        folder = report.RESULTS / about["name"] if target == "auto" else Path(target)
+        for result in _RESULTS.values():
+            report.write(result, folder, about)
+        write(f"written to {folder}")
+    for result in _RESULTS.values():
+        if line := result.extra.get("headline", {}).get("line"):
+            write(line, bold=True)

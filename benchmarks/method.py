@@ -1,0 +1,208 @@
+"""How things are timed: interleaved rounds, cold inputs, peak memory and floors measured in the same run.
+
+Everything that is compared runs inside one loop, one after the other, and the starting place rotates, so that a noisy
+neighbour or a hot processor slows all of them alike. Ratios are taken round by round and their median is reported: the
+common noise cancels. Absolute times on a shared machine mean nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One thing to time.
+
+    Attributes:
+        name: how it appears in tables.
+        run: the timed call. What it returns is dropped after the clock has stopped.
+        prepare: called before each run, not timed (restores inputs that `run` overwrites).
+    """
+
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Samples:
+    """What was measured of one contender; seconds, one entry per round, in order."""
+
+    seconds: list[float] = field(default_factory=list)
+    first_call: float = 0.0
+    extra_bytes: int | None = None
+    page_faults: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, over the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+
+class Clock:
+    """Times one call on a device: the wall clock on a CPU, events on a GPU (after flushing its L2 cache)."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        # 256 MiB is more than any L2; writing it evicts what the last contender left there.
+        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        if self._flush is not None:
+            self._flush.zero_()
+            torch.cuda.synchronize()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = call()
+            end.record()
+            torch.cuda.synchronize()
+            del result
+            return start.elapsed_time(end) / 1e3
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        del result
+        return seconds
+
+
+def interleave(
+    contenders: Sequence[Contender], rounds: int, *, warmup: int = 1, device: str = "cpu"
+) -> dict[str, Samples]:
+    """Time all contenders in the same loop; round k starts with contender k.
+
+    The first call of each is timed apart (compilers run there), then come `warmup` rounds, then `rounds` timed ones and
+    one more run each for the peak memory.
+    """
+    clock = Clock(device)
+    found = {contender.name: Samples() for contender in contenders}
+    for contender in contenders:
+        contender.prepare()
+        begin = time.perf_counter()
+        contender.run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found[contender.name].first_call = time.perf_counter() - begin
+    # A collection inside a timed region would be charged to whoever runs then.
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(warmup + rounds):
+            shift = index % len(contenders)
+            for contender in [*contenders[shift:], *contenders[:shift]]:
+                contender.prepare()
+                seconds = clock.time(contender.run)
+                if index >= warmup:
+                    found[contender.name].seconds.append(seconds)
+    finally:
+        gc.enable()
+    for contender in contenders:
+        contender.prepare()
+        samples = found[contender.name]
+        samples.extra_bytes, samples.page_faults = peak_memory(contender.run, device)
+    return found
+
+
+def ratio(slow: Samples, fast: Samples) -> float:
+    """How many times longer `slow` takes than `fast`: the median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+
+
+def _status_kib(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise KeyError(key)
+
+
+def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[int | None, int]:
+    """(bytes above what was held before the call, minor page faults). None where the system cannot tell.
+
+    On a CPU the kernel's own high-water mark of resident memory (VmHWM), reset before the call; on a GPU the caching
+    allocator's statistics.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before, 0
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_kib("VmRSS")
+    except (OSError, KeyError):
+        before = None
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    result = call()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    extra = None if before is None else max(0, _status_kib("VmHWM") - before) * 1024
+    del result
+    return extra, faults
+
+
+#: The contenders that measure the machine itself; `floor_contenders` makes them, `Floors.of` reads them.
+FLOOR_NAMES = ("memory copy", "memory read", "memory write")
+
+
+def floor_contenders(source: Tensor, scratch: Tensor) -> list[Contender]:
+    """Copy, read and write of memory as large as `source`; they take part in the rounds like everyone else.
+
+    `scratch` has been written before: the floors hold no page faults.
+    """
+    plain, target = source.detach(), scratch.detach()
+    # Eight bytes at a time, whatever the dtype: the read must wait for memory, not for arithmetic.
+    words = plain.reshape(-1).view(torch.int64) if plain.nbytes % 8 == 0 else plain.reshape(-1).view(torch.int16)
+    names = dict(zip(FLOOR_NAMES, (lambda: target.copy_(plain), words.sum, lambda: target.fill_(1.0)), strict=True))
+    return [Contender(name, call) for name, call in names.items()]
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What the machine can do, bytes or operations per second, measured among the contenders."""
+
+    copy: float
+    read: float
+    write: float
+
+    @classmethod
+    def of(cls, samples: Mapping[str, Samples], nbytes: int) -> Floors:
+        copy, read, write = (samples[name].median for name in FLOOR_NAMES)
+        return cls(copy=2 * nbytes / copy, read=nbytes / read, write=nbytes / write)
+
+
+def passes_over_copy(samples: Mapping[str, Samples], name: str, passes: int) -> float:
+    """Time of a contender as a multiple of its bandwidth floor, within each round: `passes` reads or writes of the
+    tensor that "memory copy" reads once and writes once."""
+    return statistics.median(
+        seconds / (copy * passes / 2)
+        for seconds, copy in zip(samples[name].seconds, samples[FLOOR_NAMES[0]].seconds, strict=True)
+    )
+
+
+def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
+    """Operations per second of a square matrix product, the best of five."""
+    if device == "cuda":
+        size *= 8
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock = Clock(device)
+    return 2 * size**3 / min(clock.time(lambda: a @ b) for _ in range(5))

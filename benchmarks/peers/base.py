@@ -1,0 +1,62 @@
+"""The interface of a peer: built on a problem, it runs a forward and a backward; it says what it returns besides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..problem import LogitsProblem
+
+
+class Peer(ABC):
+    """One way to get DPO's loss and its gradient from logits.
+
+    Attributes:
+        name: for `--peers` and for files.
+        title: for tables and charts.
+        statistics: what it computes besides the loss. Compare only rows that do the same work.
+        ours: whether it is this package.
+        passes: reads and writes of a [2P, T, V] tensor that its step cannot do without.
+        forward_passes: the same of its forward alone; None if that forward is another row's already.
+        install: the pip line that brings it; None where torch is enough.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    statistics: ClassVar[tuple[str, ...]] = ()
+    ours: ClassVar[bool] = False
+    # Read policy and reference; read the policy again and write its gradient.
+    passes: ClassVar[int] = 4
+    forward_passes: ClassVar[int | None] = 2
+    install: ClassVar[str | None] = None
+
+    def __init__(self, problem: LogitsProblem) -> None:
+        self.problem = problem
+
+    @classmethod
+    def why_missing(cls) -> str | None:
+        """None if the peer can run here, else the reason and the pip line that mends it."""
+        return None
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The mean loss over the pairs, a scalar with a graph (statistics are computed and dropped)."""
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """The gradient of the logits, [2P, T, V].
+
+        `autograd.grad`, not `.backward()`: in training the logits are no leaf, so nobody accumulates into a `.grad`.
+        """
+        return torch.autograd.grad(loss, self.problem.logits)[0]
+
+    def step(self) -> Tensor:
+        """Forward and backward."""
+        return self.backward(self.forward())
+
+    def forward_only(self) -> Tensor:
+        """What an evaluation loop runs: the forward without a graph."""
+        with torch.no_grad():
+            return self.forward()

@@ -1,0 +1,223 @@
+"""Turns results into a terminal table, JSON, markdown and SVG charts; one column list drives all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1.0 or unit == "us":
+            value = seconds * scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    raise AssertionError
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+#: How a value of each kind is written.
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "text": str,
+    "time": _time,
+    "ratio": lambda value: f"{value:.2f}x" if value < 10 else f"{value:.1f}x",
+    "percent": lambda value: f"{100 * value:.1f} %",
+    "error": lambda value: f"{value:.1e}",
+    "bytes": _bytes,
+    "count": lambda value: f"{value:,.0f}",
+    "number": lambda value: f"{value:.3g}",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: the key in the rows, what stands above it, and how its values are written."""
+
+    key: str
+    heading: str
+    kind: str = "text"
+
+    def write(self, row: dict[str, Any]) -> str:
+        value = row.get(self.key)
+        return "-" if value is None else FORMATS[self.kind](value)
+
+
+@dataclass
+class Result:
+    """The answer of one benchmark file.
+
+    Attributes:
+        name: of the benchmark; names its files.
+        question: in one sentence.
+        columns, rows: the table; rows hold plain JSON values, seconds and bytes.
+        group: the row key whose change starts a new table.
+        notes: sentences below the table, made from measured values only.
+        chart: "bars" (one bar per row and group) or "lines" (`x` against median_s, one line per `series`).
+    """
+
+    name: str
+    question: str
+    columns: list[Column]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    group: str = "case"
+    notes: list[str] = field(default_factory=list)
+    chart: str = "bars"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows, by the value of their group, in order."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault(str(row[self.group]), []).append(row)
+        return found
+
+    def as_json(self, machine: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "benchmark": self.name,
+            "question": self.question,
+            "machine": machine,
+            "rows": self.rows,
+            "notes": self.notes,
+            **self.extra,
+        }
+
+
+def cells(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> tuple[list[Column], list[list[str]]]:
+    """The columns that hold anything in these rows, and their cells."""
+    used = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    return used, [[column.write(row) for column in used] for row in rows]
+
+
+def text_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Aligned lines for a terminal: the first column to the left, the others to the right."""
+    used, body = cells(columns, rows)
+    lines = [[column.heading for column in used], *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+
+    def align(line: list[str]) -> str:
+        return "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+
+    return [align(lines[0]), rule, *map(align, lines[1:])]
+
+
+def markdown_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The same as a markdown table."""
+    used, body = cells(columns, rows)
+    ruler = "|" + "|".join(" :--- " if i == 0 else " ---: " for i in range(len(used))) + "|"
+    return [
+        "| " + " | ".join(column.heading for column in used) + " |",
+        ruler,
+        *("| " + " | ".join(line) + " |" for line in body),
+    ]
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """One sentence that says on what, with what and when."""
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
+    return f"{where}; torch {machine['torch']}, dpo-kernels {machine['dpo_kernels']}, {machine['date']}"
+
+
+def markdown(result: Result, machine: dict[str, Any]) -> str:
+    """The result as a page."""
+    lines = [f"# {result.question}", "", machine_line(machine), ""]
+    for group, rows in result.groups().items():
+        lines += [f"## {group}", "", *markdown_table(result.columns, rows), ""]
+    lines += [f"* {note}" for note in result.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(result: Result, folder: Path, machine: dict[str, Any]) -> list[Path]:
+    """Write `<name>.json`, `.md` and, where matplotlib is installed, `.svg` into the folder; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{result.name}.json", folder / f"{result.name}.md"]
+    paths[0].write_text(json.dumps(result.as_json(machine), indent=1) + "\n")
+    paths[1].write_text(markdown(result, machine))
+    if chart := draw(result, folder / f"{result.name}.svg"):
+        paths.append(chart)
+    return paths
+
+
+def draw(result: Result, path: Path) -> Path | None:
+    """The chart as SVG; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    # Same figures, same file: no random ids, no date inside.
+    matplotlib.rcParams.update({"svg.hashsalt": result.name, "font.size": 9})
+    from matplotlib import pyplot
+
+    figure = _bars(result, pyplot) if result.chart == "bars" else _lines(result, pyplot)
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+_OURS, _OTHERS = "#1b6ca8", "#b8bec6"
+
+
+def _bars(result: Result, pyplot: Any) -> Any:
+    """A row of panels for each group: time, and the memory that a call needs beside its inputs."""
+    groups = {name: [row for row in rows if row.get("median_s")] for name, rows in result.groups().items()}
+    groups = {name: rows for name, rows in groups.items() if rows}
+    panels = [("median_s", "ms", 1e3)]
+    if any(row.get("extra_bytes") is not None for row in result.rows):
+        panels.append(("extra_bytes", "MiB beside the inputs", 2.0**-20))
+    height = sum(len(rows) * 0.3 + 0.9 for rows in groups.values())
+    figure, axes = pyplot.subplots(
+        len(groups),
+        len(panels),
+        figsize=(4.5 * len(panels) + 2, height),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=[len(rows) + 1.5 for rows in groups.values()],
+    )
+    for line, (name, rows) in zip(axes, groups.items(), strict=True):
+        titles = [row["title"] for row in rows]
+        colours = [_OURS if row.get("ours") else _OTHERS for row in rows]
+        for axis, (key, unit, scale) in zip(line, panels, strict=True):
+            values = [(row.get(key) or 0.0) * scale for row in rows]
+            bars = axis.barh(titles, values, color=colours)
+            axis.bar_label(bars, [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in values], padding=3)
+            axis.invert_yaxis()
+            axis.margins(x=0.15)
+            axis.set_xlabel(unit)
+            axis.spines[["top", "right"]].set_visible(False)
+        line[0].set_title(name, loc="left", fontweight="bold")
+        if floor := rows[0].get("floor_s"):
+            line[0].axvline(floor * 1e3, color="black", linestyle=":", linewidth=1)
+            line[0].annotate("floor", (floor * 1e3, -0.6), fontsize=7, annotation_clip=False)
+        for axis in line[1:]:
+            axis.set_yticklabels([])
+    return figure
+
+
+def _lines(result: Result, pyplot: Any) -> Any:
+    """A panel for each group: time over `x`, both logarithmic, one line a series."""
+    groups = result.groups()
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(4.5 * len(groups), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes[0], groups.items(), strict=True):
+        for series in dict.fromkeys(row["title"] for row in rows):
+            line = [row for row in rows if row["title"] == series]
+            colour = _OURS if line[0].get("ours") else _OTHERS
+            axis.plot(
+                [row["x"] for row in line], [row["median_s"] * 1e3 for row in line], "o-", color=colour, label=series
+            )
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms")
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure

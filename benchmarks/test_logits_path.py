@@ -1,0 +1,243 @@
+"""Which way from logits to loss and gradient is fastest, what memory does it need, and is its gradient right?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from . import method
+from .conftest import DTYPES, Settings
+from .method import Contender, Samples
+from .peers import PEERS, Peer
+from .problem import GradientError, LogitsProblem, Truth, error_budget
+from .report import Column, Result
+
+#: [2P, T, V], all tokens scored. The default has SmolLM2's vocabulary, full adds Llama 3's; both exceed any cache.
+SHAPES = {
+    "small": [(4, 32, 8192)],
+    "default": [(8, 128, 49152)],
+    "full": [(8, 128, 49152), (8, 128, 128256)],
+}
+
+#: What a CPU must reach in float32, in place: (row of ours, peer that does the same work, bar, aim).
+BARS = (
+    ("ours_inplace", "eager", 5.0, 7.0),
+    ("ours_inplace", "compiled", 3.0, 4.0),
+    ("ours_inplace_stats", "trl_old", 10.0, 15.0),
+)
+FLOOR_BAR, FLOOR_AIM = 2.0, 1.5
+
+QUESTION = "Logits path: policy and reference logits to loss and gradient"
+
+
+@dataclass
+class Race:
+    """All peers on one problem."""
+
+    step: dict[str, Samples]
+    forward: dict[str, Samples]
+    errors: dict[str, GradientError]
+    missing: dict[str, str]
+    budget: float
+    floors: method.Floors
+
+    def wrong(self, name: str) -> bool:
+        return name in self.errors and not self.errors[name].worst <= self.budget
+
+
+def run(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -> Race:
+    """Check every peer's gradient, then time those that passed, interleaved with the floors."""
+    problem = LogitsProblem(shape, dtype, settings.device)
+    truth = Truth(problem)
+    missing = {name: why for name in settings.peers if (why := PEERS[name].why_missing())}
+    errors: dict[str, GradientError] = {}
+    peers: dict[str, Peer] = {}
+    first_call: dict[str, float] = {}
+    for name in settings.peers:
+        if name in missing:
+            continue
+        problem.next()
+        peer = PEERS[name](problem)
+        gradient: list[torch.Tensor] = []
+        # Compilers run here; what a first call costs is part of the answer.
+        first_call[name] = method.Clock(settings.device).time(lambda peer=peer, keep=gradient: keep.append(peer.step()))
+        errors[name] = truth.error_of(gradient.pop())
+        if errors[name].worst <= error_budget(dtype):
+            peers[name] = peer
+    del truth
+    scratch = torch.zeros_like(problem.ref_logits)
+    floors = method.floor_contenders(problem.ref_logits, scratch)
+    step = method.interleave(
+        [*floors, *(Contender(name, peer.step, problem.next) for name, peer in peers.items())],
+        settings.rounds,
+        device=settings.device,
+    )
+    forward = method.interleave(
+        [
+            *floors,
+            *(Contender(name, p.forward_only, problem.next) for name, p in peers.items() if p.forward_passes is not None),
+        ],
+        settings.rounds,
+        device=settings.device,
+    )
+    for name in peers:
+        step[name].first_call = first_call[name]
+    return Race(step, forward, errors, missing, error_budget(dtype), method.Floors.of(step, problem.nbytes))
+
+
+def table(race: Race, shape: tuple[int, int, int], dtype: str, settings: Settings) -> Result:
+    """Rows of both parts, with the ratio to the floor and to every peer that is not ours."""
+    others = [name for name in settings.peers if not PEERS[name].ours]
+    columns = [
+        Column("title", "method"),
+        Column("median_s", "time", "time"),
+        Column("spread", "spread", "percent"),
+        Column("times_floor", "x floor", "ratio"),
+        *(Column(f"vs_{name}", f"vs {PEERS[name].title}", "ratio") for name in others),
+        Column("extra_bytes", "extra memory", "bytes"),
+        Column("page_faults", "page faults", "count"),
+        Column("first_call_s", "first call", "time"),
+        Column("gradient_error", "gradient error", "error"),
+        Column("verdict", "gradient"),
+    ]
+    result = Result("logits_path", QUESTION, columns)
+    label = f"{dtype} {list(shape)}"
+    nbytes = shape[0] * shape[1] * shape[2] * DTYPES[dtype].itemsize
+    for part, samples in (("step", race.step), ("forward", race.forward)):
+        case = f"{label}, loss and gradient" if part == "step" else f"{label}, loss alone"
+        for name in settings.peers:
+            peer = PEERS[name]
+            passes = peer.passes if part == "step" else peer.forward_passes
+            if passes is None:
+                continue
+            row: dict[str, Any] = {"case": case, "part": part, "dtype": dtype, "shape": list(shape), "peer": name}
+            row |= {"title": peer.title, "ours": peer.ours, "statistics": list(peer.statistics)}
+            row["command"] = (
+                f"pytest benchmarks/test_logits_path.py --peers {name} --dtype {dtype} --sizes {settings.sizes}"
+            )
+            if name in race.missing:
+                row["verdict"] = f"missing: {race.missing[name]}"
+            elif race.wrong(name):
+                row |= {"gradient_error": race.errors[name].worst, "verdict": "WRONG"}
+            else:
+                one = samples[name]
+                row |= {
+                    "median_s": one.median,
+                    "spread": one.spread,
+                    "samples_s": one.seconds,
+                    "floor_s": samples[method.FLOOR_NAMES[0]].median * passes / 2,
+                    "times_floor": method.passes_over_copy(samples, name, passes),
+                    "extra_bytes": one.extra_bytes,
+                    "page_faults": one.page_faults or None,
+                }
+                if part == "step":
+                    row |= {
+                        "first_call_s": one.first_call,
+                        "gradient_error": race.errors[name].worst,
+                        "verdict": "right",
+                    }
+                row |= {f"vs_{o}": method.ratio(samples[o], one) for o in others if o in samples and peer.ours}
+            result.rows.append(row)
+    floors = race.floors
+    result.notes.append(
+        f"{label}: copy {floors.copy / 1e9:.1f} GB/s, read {floors.read / 1e9:.1f}, write {floors.write / 1e9:.1f}; "
+        f"a floor is the reads and writes of {nbytes / 2**20:,.0f} MiB that nobody can avoid (4 for loss and gradient, "
+        f"2 for the loss), at copy bandwidth."
+    )
+    for name in settings.peers:
+        if race.wrong(name):
+            error = race.errors[name]
+            result.notes.append(
+                f"{dtype}: the gradient of {PEERS[name].title} is WRONG (off by {100 * error.label:.1f} % at the "
+                f"labels, {100 * error.others:.1f} % elsewhere; allowed {100 * race.budget:.2f} %): not timed."
+            )
+    if "ours" in race.step and "ours_inplace" in race.step and race.step["ours"].page_faults:
+        fresh, inplace = race.step["ours"], race.step["ours_inplace"]
+        lost = statistics.median(a - b for a, b in zip(fresh.seconds, inplace.seconds, strict=True))
+        result.notes.append(
+            f"{dtype}: a gradient in memory of its own costs {PEERS['ours'].title} {lost * 1e3:.0f} ms more than one "
+            f"over the logits: {fresh.page_faults:,} page faults against {inplace.page_faults:,}."
+        )
+    result.extra["floors"] = {dtype: asdict(floors)}
+    return result
+
+
+def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bars of BARS beside what was measured, on the default shape in float32."""
+    step = {
+        r["peer"]: r for r in rows if r["part"] == "step" and r["dtype"] == "float32" and r["shape"] == [8, 128, 49152]
+    }
+    found = []
+    for ours, peer, bar, aim in BARS:
+        if ours in step and (measured := step[ours].get(f"vs_{peer}")):
+            what = f"{PEERS[ours].title} against {PEERS[peer].title}"
+            found.append({"what": what, "bar": bar, "aim": aim, "measured": measured, "met": measured >= bar})
+    if "ours_inplace" in step and (measured := step["ours_inplace"].get("times_floor")):
+        what = f"{PEERS['ours_inplace'].title}, multiple of the floor"
+        found.append(
+            {"what": what, "bar": FLOOR_BAR, "aim": FLOOR_AIM, "measured": measured, "met": measured <= FLOOR_BAR}
+        )
+    return found
+
+
+def headline(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Our worst ratio against the best right peer, over all rows of ours."""
+    candidates = [
+        (value, row, key.removeprefix("vs_"))
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("vs_") and value is not None
+    ]
+    if not candidates:
+        return {}
+    value, row, peer = min(candidates, key=lambda candidate: candidate[0])
+    line = f"Worst ratio over all rows: {value:.2f}x ({row['title']} against {PEERS[peer].title}, {row['case']})"
+    return {"ratio": value, "peer": peer, "ours": row["peer"], "case": row["case"], "line": line}
+
+
+@pytest.fixture(scope="module")
+def race(
+    shape: tuple[int, int, int],
+    dtype: str,
+    settings: Settings,
+    publish: Callable[[Result], Result],
+) -> Race:
+    found = run(shape, DTYPES[dtype], settings)
+    result = publish(table(found, shape, dtype, settings))
+    if settings.device == "cpu":
+        result.extra["bars"] = bars(result.rows)
+        verdicts = [
+            f"Bar: {bar['what']}: {bar['measured']:.2f}x (bar {bar['bar']:g}, aim {bar['aim']:g}) "
+            f"{'met' if bar['met'] else 'MISSED'}"
+            for bar in result.extra["bars"]
+        ]
+        result.notes[:] = [note for note in result.notes if not note.startswith("Bar: ")] + verdicts
+    result.extra["headline"] = headline(result.rows)
+    return found
+
+
+def _check(race: Race, peer: str) -> None:
+    if peer in race.missing:
+        pytest.skip(race.missing[peer])
+    if race.wrong(peer):
+        reason = f"gradient off by {race.errors[peer].worst:.1%}, allowed {race.budget:.2%}"
+        if PEERS[peer].ours:
+            pytest.fail(reason)
+        pytest.xfail(reason)
+
+
+def test_loss_and_gradient(race: Race, peer: str, replay: Callable[[Samples], None]) -> None:
+    _check(race, peer)
+    replay(race.step[peer])
+
+
+def test_loss_alone(race: Race, peer: str, replay: Callable[[Samples], None]) -> None:
+    _check(race, peer)
+    if PEERS[peer].forward_passes is None:
+        pytest.skip("its forward is that of another row")
+    replay(race.forward[peer])
