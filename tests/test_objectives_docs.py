@@ -1,7 +1,7 @@
 """The committed page and plots of docs/objectives.md are what docs/objectives.py makes from the registry."""
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,7 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 @pytest.fixture(scope="module")
 def rendered():
-    spec = importlib.util.spec_from_file_location("docs_objectives", DOCS / "objectives.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.render()
+    return runpy.run_path(str(DOCS / "objectives.py"))["render"]()
 
 
 def test_the_page_is_up_to_date(rendered):
