@@ -25,7 +25,7 @@ RUN_KEYS = {
     "model": "The model to train: a folder, a hub name or a .gguf file.",
     "ref_model": "The reference, where it is not the model as it starts: a folder, a hub name or a .gguf file.",
     "train_data": "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected.",
-    "eval_data": "Held-out pairs in the same form; evaluated at the start and at every quarter, unless eval_* settings say otherwise.",
+    "eval_data": "Held-out pairs in the same form; evaluated at the start and after each quarter unless set otherwise.",
     "output_dir": "Folder for the model, checkpoints, metrics.jsonl, summary.json and report.html.",
     "lora": "Train a LoRA adapter, not the whole model: fields of peft's LoraConfig, e.g. --lora.r 16.",
 }

@@ -38,30 +38,29 @@ class MetricWindow:
         self._weights: list[Tensor] = []
         self._tokens: list[Tensor] = []
 
-    def add(self, output: DPOOutput, weight: Tensor, tokens: Tensor) -> None:
-        """Add a batch, the sum of its pairs' weights, and the number of its real tokens, prompts included."""
+    def add(self, output: DPOOutput, weights: Tensor, tokens: Tensor) -> None:
+        """Add a batch, the weights [P] of its pairs, and the number of its real tokens, prompts included."""
         self._outputs.append(replace(output, loss=output.loss.detach()))
-        self._weights.append(weight)
+        self._weights.append(weights)
         self._tokens.append(tokens)
 
     def drain(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
-        """`loss`, the names of `DPOOutput.metrics`, and `tokens` (a sum) since the last call, then forget them.
+        """`loss` (weighted mean over pairs), the names of `DPOOutput.metrics`, and `tokens` (a sum); then forget all.
 
         Args:
             gather: collects a list of picklable objects from all processes.
         """
         if not self._outputs:
             return {}
-        mine = (_on_host(join(self._outputs)), torch.stack(self._weights).sum().item(), sum(map(int, self._tokens)))
+        tensors = {name: value.cpu() for name, value in vars(join(self._outputs)).items() if isinstance(value, Tensor)}
+        mine = (tensors, torch.cat(self._weights).cpu(), sum(map(int, self._tokens)))
         self._outputs, self._weights, self._tokens = [], [], []
         outputs, weights, tokens = zip(*gather([mine]), strict=True)
         everything = join([DPOOutput(**fields) for fields in outputs])
-        loss = everything.losses.double().sum().item() / max(sum(weights), TINY)
-        return {"loss": loss, **everything.metrics(), "tokens": float(sum(tokens))}
-
-
-def _on_host(output: DPOOutput) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+        # float64, and weights after the loss: where policy equals reference, exactly log 2 whatever the weights.
+        weight = torch.cat(weights).double()
+        loss = (everything.losses.double() * weight).sum() / weight.sum().clamp(min=TINY)
+        return {"loss": loss.item(), **everything.metrics(), "tokens": float(sum(tokens))}
 
 
 def join(outputs: Sequence[DPOOutput]) -> DPOOutput:

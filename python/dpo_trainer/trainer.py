@@ -267,7 +267,7 @@ class DPOTrainer(Trainer):
             yield
 
     def pair_loss(self, batch: Batch) -> DPOOutput:
-        """Policy, reference and loss of one batch. The one place where hidden states become a loss.
+        """Policy, reference and losses [P] of one batch. The one place where hidden states become a loss.
 
         Logits exist for completion tokens only; in training their memory is reused for their gradient.
         """
@@ -292,11 +292,11 @@ class DPOTrainer(Trainer):
             loss_weights=self.args.loss_weights,
             label_smoothing=self.args.label_smoothing,
             cu_seqlens=batch["cu_seqlens"],
-            pair_weights=batch.get("pair_weights"),
             logit_scale=scale,
             logit_softcap=softcap,
             statistics=tuple(name for name in self.args.statistics if name != "kl" or reference is not None),
             inplace_backward=True,
+            reduction="none",
         )
 
     def compute_loss(
@@ -318,11 +318,11 @@ class DPOTrainer(Trainer):
                 output = call_through(wrapper, self.policy.model, self.pair_loss, inputs)
             else:
                 output = self.pair_loss(inputs)
-        weight = _weight(inputs)
-        self._window["train" if model.training else "eval"].add(output, weight, inputs["attention_mask"].sum())
-        loss = output.loss * len(output.losses)
+        weights = _weights(inputs)
+        self._window["train" if model.training else "eval"].add(output, weights, inputs["attention_mask"].sum())
+        loss = (output.loss * weights).sum()
         if num_items_in_batch is None:
-            loss = loss / weight.clamp(min=TINY)
+            loss = loss / weights.sum().clamp(min=TINY)
         else:
             # DDP averages gradients over processes; undo that, the divisor sums over all of them.
             loss = loss * (self.accelerator.num_processes / num_items_in_batch)
@@ -332,7 +332,7 @@ class DPOTrainer(Trainer):
         """Sum of the weights of one optimizer step's pairs, on all processes (named and called by transformers)."""
         if not batch_samples:
             return None
-        total = torch.stack([_weight(batch).to(device) for batch in batch_samples]).sum()
+        total = torch.stack([_weights(batch).sum().to(device) for batch in batch_samples]).sum()
         total = self.accelerator.reduce(total, "sum") if self.accelerator.num_processes > 1 else total
         return total.clamp(min=TINY)
 
@@ -440,11 +440,11 @@ class DPOTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
 
-def _weight(batch: Batch) -> Tensor:
-    """Sum of the weights of a batch's pairs: their number, unless the data have weights."""
+def _weights(batch: Batch) -> Tensor:
+    """The weights [P] of a batch's pairs: 1 each, unless the data have weights."""
     if "pair_weights" in batch:
-        return batch["pair_weights"].sum()
-    return torch.tensor((len(batch["cu_seqlens"]) - 1) // 2, dtype=torch.float32, device=batch["cu_seqlens"].device)
+        return batch["pair_weights"]
+    return torch.ones((len(batch["cu_seqlens"]) - 1) // 2, device=batch["cu_seqlens"].device)
 
 
 def _kwargs(value: Any) -> dict[str, Any]:
