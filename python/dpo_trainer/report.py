@@ -350,6 +350,8 @@ def draw(
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        # In full at every tick: matplotlib's own formatter would put a common factor where the legend is.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}".replace("-", "\N{MINUS SIGN}")))
         if chart.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_ylim(-0.03, 1.03)
@@ -357,7 +359,6 @@ def draw(
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.set_ylim(bottom=0)
         elif chart.key == "learning_rate":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             axes.set_ylim(bottom=0)
         axes.margins(x=0.02, y=0.12)
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
@@ -414,6 +415,7 @@ def render_report(summary: dict[str, Any], records: list[dict[str, Any]], *, nam
     return environment.get_template("report.html.j2").render(
         name=name,
         summary=summary,
+        model=Path(summary["model"]).name if Path(summary["model"]).is_absolute() else summary["model"],
         cards=_cards(summary, evals),
         charts=[{"title": c.title, "healthy": c.healthy, "svg": Markup(svg)} for c, svg in charts if svg],
         evaluations=[(prefix, evaluation_records(records, prefix)) for prefix in prefixes],

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_trainer import DPOTrainer
 from transformers import PreTrainedTokenizerFast
+
+from dpo_trainer import DPOTrainer
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 

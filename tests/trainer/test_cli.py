@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from dpo_trainer import ConfigError
 from dpo_trainer.cli import _hints as hints
 from dpo_trainer.cli import check_setting, main, read_settings

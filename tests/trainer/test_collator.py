@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dpo_trainer import PairCollator
 
 # Token 0 is padding *and* a real token, at the start, in the middle and at the end.

@@ -7,10 +7,11 @@ from typing import Any
 
 import datasets
 import pytest
-from dpo_trainer import DataError, load_pairs
-from dpo_trainer.data import prepare_dataset, tokenize_pair, truncate
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dpo_trainer import DataError, load_pairs
+from dpo_trainer.data import prepare_dataset, tokenize_pair, truncate
 
 ROW = {"prompt": "review:", "chosen": " great", "rejected": " awful"}
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+
 from dpo_trainer import ModelError, PairCollator, load_model, load_tokenizer
 from dpo_trainer.data import prepare_dataset
 from dpo_trainer.model import SplitModel, disable_dropout
 from dpo_trainer.reference import AdapterOffReference, FrozenReference, reference_logps
-from peft import LoraConfig, get_peft_model
 
 from .tiny import MODELS
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dpo_trainer import DPOTrainer
 from dpo_trainer.callbacks import ProgressLine, read_metrics
 from dpo_trainer.report import CHARTS, draw, render_report
@@ -135,6 +136,14 @@ def test_a_run_with_almost_no_records_still_has_a_page(run: Path, keep: int) -> 
     records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record][:keep]
     page = render_report(summary, records, name="run")
     assert "not finished" in page
+
+
+def test_tiny_values_are_written_in_full_at_each_tick() -> None:
+    drawing = draw(CHARTS[0], [{"step": step, "loss": step * 1e-8} for step in (1, 2, 3)], [])
+    assert drawing is not None
+    ticks = re.findall(r">([^<>]*)</text>", drawing)
+    assert "1e\N{MINUS SIGN}08" in ticks
+    assert not any(tick.strip().startswith(("1e\N{MINUS SIGN}8", "1e-8", "\N{MULTIPLICATION SIGN}")) for tick in ticks)
 
 
 def test_missing_and_nan_values_leave_gaps(run: Path) -> None:

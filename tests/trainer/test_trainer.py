@@ -9,9 +9,10 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelError
 from peft import LoraConfig
 from transformers import TrainingArguments
+
+from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelError
 
 from .tiny import MODELS
 

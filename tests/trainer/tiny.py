@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpo_trainer import DPOConfig, DPOTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CohereConfig,
@@ -24,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from dpo_trainer import DPOConfig, DPOTrainer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
