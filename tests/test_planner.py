@@ -1,0 +1,160 @@
+"""The planner: strategies from what is known, chunks that cover every token once, budgets that hold."""
+
+import dataclasses
+
+import pytest
+
+from dpo_kernels.planner import (
+    Head,
+    choose_strategy,
+    default_budget,
+    parse_budget,
+    plan_pairs,
+    plan_tokens,
+)
+
+HEAD = Head(hidden_size=64, vocab=1000, item_size=4, projects_reference=True)
+
+
+def with_(**changes):
+    return dataclasses.replace(HEAD, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((1, 1, True, False, False), "whole_pairs"),
+        ((1, 1, False, False, False), "two_pass"),
+        ((1, 1, True, True, False), "two_pass"),
+        ((1, 1, True, False, True), "filtered"),
+        ((1, 1, True, True, True), "filtered"),
+        ((0, 1, True, False, False), "whole_pairs"),
+        ((1, 0, True, False, False), "frozen_head"),
+        ((1, 0, False, True, False), "frozen_head"),
+        ((1, 0, True, False, True), "frozen_head"),
+        ((0, 0, True, False, False), "forward"),
+        ((0, 0, False, True, True), "forward"),
+    ],
+)
+def test_the_strategy_follows_from_what_needs_gradients_and_when_they_are_known(given, expected):
+    hidden, weight, scalar, couples, filtered = map(bool, given)
+    strategy, reason = choose_strategy(
+        with_(needs_hidden=hidden, needs_weight=weight), scalar_loss=scalar, couples_pairs=couples, filtered=filtered
+    )
+    assert strategy == expected
+    assert reason
+
+
+# Pairs that fit together, alone, exactly and not at all; empty sequences and empty pairs among them.
+COUNTS = [
+    [],
+    [0, 0],
+    [3, 0],
+    [5, 7, 5, 3],
+    [10, 0, 3, 10, 0, 2],
+    [100, 1, 1, 1, 100, 1, 1, 1],
+    [1] * 40,
+    [33, 20, 9, 50, 33, 21, 10, 2],
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 20, 64, 1000])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_pair_plans_cover_each_token_once_within_the_budget(counts, rows):
+    budget = HEAD.row_bytes * rows
+    plan = plan_pairs(HEAD, counts, budget)
+    pairs = len(counts) // 2
+    assert [p for group in plan.groups for p in range(group.first, group.last)] == list(range(pairs))
+    spans = [chunk for group in plan.groups for chunk in group.chunks]
+    assert [t for begin, end in spans for t in range(begin, end)] == list(range(sum(counts)))
+    for group in plan.groups:
+        tokens = sum(counts[p] + counts[pairs + p] for p in range(group.first, group.last))
+        assert group.bounds[-1] - group.bounds[0] == tokens
+        # Several chunks only where a single pair is beyond the budget; then the last one, never projected again, is full.
+        if len(group.chunks) > 1:
+            assert group.last - group.first == 1
+            assert group.chunks[-1][1] - group.chunks[-1][0] == rows
+    assert plan.rows <= rows
+    assert plan.bytes <= budget
+    once = HEAD.product * sum(counts) * 4
+    again = sum(chunk[1] - chunk[0] for group in plan.groups for chunk in group.chunks[:-1])
+    assert plan.flops == once + HEAD.product * again
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50, 1000])
+@pytest.mark.parametrize("tokens", [0, 1, 49, 50, 51, 1001])
+@pytest.mark.parametrize("strategy", ["forward", "frozen_head", "filtered", "two_pass"])
+def test_token_plans_cover_each_token_once_within_the_budget(strategy, tokens, rows):
+    budget = HEAD.row_bytes * rows + 5
+    plan = plan_tokens(HEAD, strategy, tokens, budget)
+    (group,) = plan.groups
+    sizes = [end - begin for begin, end in group.chunks]
+    assert sum(sizes) == tokens
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == max(1, -(-tokens // rows))
+    assert plan.bytes <= budget
+    kept = strategy == "two_pass" and tokens <= rows
+    assert plan.strategy == ("kept_logits" if kept else strategy)
+
+
+def test_logits_are_not_kept_where_nothing_of_unknown_size_may_be_saved():
+    assert plan_tokens(HEAD, "two_pass", 10, 2**30, may_keep=False).strategy == "two_pass"
+
+
+def test_flops_follow_the_strategy():
+    head = with_(projects_reference=False)
+    unit = head.product * 100
+    enough, little = head.row_bytes * 100, head.row_bytes * 10
+    assert plan_tokens(head, "forward", 100, enough).flops == unit
+    assert plan_tokens(head, "frozen_head", 100, enough).flops == 2 * unit
+    assert plan_tokens(head, "filtered", 100, enough).flops == unit
+    assert plan_tokens(head, "two_pass", 100, enough).flops == 3 * unit
+    assert plan_tokens(head, "two_pass", 100, little).flops == 4 * unit
+    assert plan_pairs(head, [50, 50], enough).flops == 3 * unit
+    assert plan_pairs(head, [50, 50], little).flops == 3 * unit + head.product * 90
+    assert plan_pairs(HEAD, [50, 50], HEAD.row_bytes * 100).flops == 4 * unit
+
+
+def test_a_kl_doubles_the_logits_in_memory_only_beside_a_projected_reference():
+    assert with_(kl=True).row_bytes - HEAD.row_bytes == HEAD.vocab * HEAD.item_size
+    assert with_(kl=True, projects_reference=False).row_bytes == with_(projects_reference=False).row_bytes
+
+
+def test_a_budget_below_one_token_is_an_error_that_names_the_need():
+    with pytest.raises(ValueError, match=f"at least {HEAD.row_bytes} bytes"):
+        plan_tokens(HEAD, "forward", 5, HEAD.row_bytes - 1)
+    with pytest.raises(ValueError, match="vocabulary of 1000"):
+        plan_pairs(HEAD, [1, 1], 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(12345, 12345), ("256MB", 256 * 2**20), ("1.5 GB", 3 * 2**29), ("64mib", 64 * 2**20), ("100", 100), ("2kb", 2048)],
+)
+def test_budgets_are_bytes_or_texts(given, expected):
+    assert parse_budget(given, 1, 1) == expected
+
+
+@pytest.mark.parametrize("given", ["a lot", "5 parsecs", "", "-3MB", 0, -1, "0"])
+def test_a_budget_that_makes_no_sense_is_a_value_error(given):
+    with pytest.raises(ValueError, match="memory_budget"):
+        parse_budget(given, 1, 1)
+
+
+@pytest.mark.parametrize("given", [1.5, True])
+def test_a_budget_of_another_type_is_a_type_error(given):
+    with pytest.raises(TypeError, match="memory_budget"):
+        parse_budget(given, 1, 1)
+
+
+def test_the_default_budget_is_half_a_head_gradient_and_at_least_64_mib():
+    assert default_budget(576, 49152) == 64 * 2**20
+    assert default_budget(4096, 128256) == 2 * 4096 * 128256
+    assert parse_budget(None, 4096, 128256) == 2 * 4096 * 128256
+
+
+def test_a_plan_explains_itself():
+    strategy, reason = choose_strategy(HEAD, scalar_loss=True, couples_pairs=False, filtered=False)
+    text = plan_pairs(HEAD, [50, 50], HEAD.row_bytes * 60, reason).describe()
+    for word in (strategy, "100 scored tokens", "2 chunks", "40 tokens", "projected twice", "MiB", "GFLOP"):
+        assert word in text
