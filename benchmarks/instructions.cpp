@@ -1,0 +1,162 @@
+// Runs each CPU kernel once per case, so that callgrind can count its instructions: no torch, no threads, no clock.
+//
+// Linked by instructions.py against the kernels' objects of one instruction set (DPO_ISA). Prints one line a case, in
+// the order of callgrind's dumps: stage, case, logits.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "../csrc/cpu/stages.h"
+
+using namespace dpo::cpu;
+
+// callgrind writes one dump after each call of this function, found by its name.
+extern "C" __attribute__((noinline)) void case_done(const char* stage, const char* name, long logits) {
+  std::printf("%s\t%s\t%ld\n", stage, name, logits);
+  std::fflush(stdout);
+}
+
+namespace {
+
+constexpr int64_t kRows = 4;
+
+// SmolLM2's vocabulary; GPT-2's, an odd number, makes every other row start off a vector's boundary.
+constexpr int64_t kVocab = 49152, kOddVocab = 50257;
+
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits + 0x8000u) >> 16);
+}
+
+// Normal numbers of moderate size only, which is all that is needed here.
+uint16_t to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::fabs(x) < 1e-4f) return 0;
+  return static_cast<uint16_t>(((bits >> 16) & 0x8000u) | (((bits & 0x7fffffffu) - (112u << 23)) >> 13));
+}
+
+// Sums of twelve uniforms: close to normal, without libm, the same everywhere. A table of them repeats, because drawing
+// each would cost more than the kernels; its length is prime, so that blocks and vectors never meet the same places.
+std::vector<char> draw(DType dtype, int64_t count, uint64_t seed) {
+  constexpr int64_t table_size = 8191;
+  std::vector<double> table(table_size, -12.0);
+  for (double& x : table) {
+    for (int k = 0; k < 12; ++k) {
+      seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+      x += 2.0 * static_cast<double>(seed >> 11) * 0x1p-53;
+    }
+  }
+  const int64_t size = dtype == DType::float32 ? 4 : 2;
+  std::vector<char> out(count * size);
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = static_cast<float>(table[i % table_size]);
+    const uint16_t half = dtype == DType::bfloat16 ? to_bfloat16(x) : to_half(x);
+    std::memcpy(out.data() + i * size, size == 4 ? static_cast<const void*>(&x) : &half, size);
+  }
+  return out;
+}
+
+struct Case {
+  const char* name;
+  DType dtype;
+  int64_t vocab = kVocab;
+  bool reference = false, entropy = false, kl = false, accuracy = false, mean = false;
+  double softcap = 0.0;
+};
+
+void run_token_logps(const Case& c) {
+  const auto policy = draw(c.dtype, kRows * c.vocab, 1), reference = draw(c.dtype, kRows * c.vocab, 2);
+  std::vector<int64_t> labels, tokens;
+  for (int64_t i = 0; i < kRows; ++i) labels.push_back((i * 12345) % c.vocab), tokens.push_back(i);
+  std::vector<double> outputs[7];
+  for (auto& output : outputs) output.resize(kRows);
+  TokenLogpsParams p{};
+  p.policy = {policy.data(), c.dtype, kRows * c.vocab, c.vocab};
+  if (c.reference) p.reference = {reference.data(), c.dtype, kRows * c.vocab, c.vocab};
+  p.labels = labels.data();
+  p.tokens = tokens.data();
+  p.seq_len = kRows;
+  p.vocab = c.vocab;
+  p.logit_scale = 1.0;
+  p.logit_softcap = c.softcap;
+  p.logps = outputs[0].data();
+  p.lse = outputs[1].data();
+  p.ref_logps = c.reference ? outputs[2].data() : nullptr;
+  p.entropy = c.entropy ? outputs[3].data() : nullptr;
+  p.kl = c.kl ? outputs[4].data() : nullptr;
+  p.accuracy = c.accuracy ? outputs[5].data() : nullptr;
+  p.mean_logits = c.mean ? outputs[6].data() : nullptr;
+  DPO_ISA::token_logps(p, 0, kRows);
+  // With a reference two tensors are read; the count stays per logit of the policy.
+  case_done("token_logps", c.name, kRows * c.vocab);
+}
+
+void run_logits_grad(const Case& c) {
+  auto logits = draw(c.dtype, kRows * c.vocab, 1);
+  std::vector<int64_t> labels, tokens;
+  for (int64_t i = 0; i < kRows; ++i) labels.push_back((i * 12345) % c.vocab), tokens.push_back(i);
+  const std::vector<double> logps(kRows, -9.0), lse(kRows, 12.8), grad(kRows, 0.05);
+  LogitsGradParams p{};
+  p.logits = {logits.data(), c.dtype, kRows * c.vocab, c.vocab};
+  p.out = logits.data();
+  p.out_stride_b = kRows * c.vocab;
+  p.out_stride_t = c.vocab;
+  p.labels = labels.data();
+  p.tokens = tokens.data();
+  p.logps = logps.data();
+  p.lse = lse.data();
+  p.grad_logps = grad.data();
+  p.seq_len = kRows;
+  p.vocab = c.vocab;
+  p.logit_scale = 1.0;
+  p.logit_softcap = c.softcap;
+  DPO_ISA::logits_grad(p, 0, kRows);
+  case_done("logits_grad", c.name, kRows * c.vocab);
+}
+
+Case with(Case c, void (*change)(Case&)) {
+  change(c);
+  return c;
+}
+
+}  // namespace
+
+int main() {
+  const Case plain{"float32", DType::float32};
+  for (const Case& c : {
+           plain,
+           Case{"bfloat16", DType::bfloat16},
+           Case{"float16", DType::float16},
+           with(plain, [](Case& c) { c.name = "float32, odd vocabulary", c.vocab = kOddVocab; }),
+           with(plain, [](Case& c) { c.name = "float32, reference", c.reference = true; }),
+           with(plain, [](Case& c) { c.name = "float32, entropy", c.entropy = true; }),
+           with(plain, [](Case& c) { c.name = "float32, reference and kl", c.reference = c.kl = true; }),
+           with(plain, [](Case& c) { c.name = "float32, accuracy", c.accuracy = true; }),
+           with(plain, [](Case& c) { c.name = "float32, mean logits", c.mean = true; }),
+           with(plain, [](Case& c) { c.name = "float32, softcap", c.softcap = 30.0; }),
+           with(plain,
+                [](Case& c) {
+                  c.name = "float32, all statistics", c.reference = c.entropy = c.kl = c.accuracy = c.mean = true;
+                }),
+           with(plain,
+                [](Case& c) {
+                  c.name = "bfloat16, all statistics", c.dtype = DType::bfloat16;
+                  c.reference = c.entropy = c.kl = c.accuracy = c.mean = true;
+                }),
+       }) {
+    run_token_logps(c);
+  }
+  for (const Case& c : {
+           plain,
+           Case{"bfloat16", DType::bfloat16},
+           Case{"float16", DType::float16},
+           with(plain, [](Case& c) { c.name = "float32, odd vocabulary", c.vocab = kOddVocab; }),
+           with(plain, [](Case& c) { c.name = "float32, softcap", c.softcap = 30.0; }),
+       }) {
+    run_logits_grad(c);
+  }
+}

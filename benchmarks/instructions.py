@@ -1,0 +1,137 @@
+"""Instructions per logit of each CPU kernel, counted by callgrind: a figure without noise, guarded by a budget.
+
+    python -m benchmarks.instructions            count, and print beside the budget
+    python -m benchmarks.instructions --write    make what was counted the budget (benchmarks/instructions.json)
+
+The kernels' objects are compiled as the package compiles them and linked with a small driver (instructions.cpp), because
+torch under callgrind takes minutes to start. Valgrind knows no AVX-512, so the AVX2 and baseline sets are counted: the
+source is the same, the vectors are half or a quarter as wide. Counts depend on the compiler; the budget says which one
+it is for, and another compiler's counts are only held below it with more room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dpo_kernels import _build
+
+HERE = Path(__file__).resolve().parent
+BUDGET = HERE / "instructions.json"
+TOLERANCE = 0.03
+#: What another compiler than the budget's may need more.
+OTHER_COMPILER = 0.25
+
+
+class CannotCount(RuntimeError):
+    """Counting is impossible here; the message says what is missing."""
+
+
+def compiler_name() -> str:
+    """Compiler and major version, such as "g++ 12"."""
+    cxx = _build.cxx_compiler()
+    done = subprocess.run([cxx, "-dumpversion"], capture_output=True, text=True, check=True)
+    return f"{Path(cxx).name} {done.stdout.strip().split('.')[0]}"
+
+
+def countable() -> dict[str, tuple[str | None, int]]:
+    """Instruction sets that valgrind can run here: name -> (-march, vector bytes). Raises CannotCount."""
+    if not shutil.which("valgrind"):
+        raise CannotCount("valgrind is not installed (Debian, Ubuntu: apt-get install valgrind)")
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise CannotCount(f"the committed budget is for x86-64, this is {platform.machine()}")
+    return {isa: (march, width) for isa, march, width in _build.X86_ISAS if isa != "avx512"}
+
+
+def count(isa: str) -> dict[str, float]:
+    """Instructions per logit for each case of instructions.cpp, by "stage, case". Raises CannotCount, BuildError."""
+    march, width = countable()[isa]
+    flags = [*_build.CXX_FLAGS, f"-DDPO_ISA={isa}", f"-DDPO_VECTOR_BYTES={width}"]
+    flags += ["-DDPO_FLOAT64"] if isa == "baseline" else []
+    cxx, sources = _build.cxx_compiler(), _build.CSRC / "cpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = [(sources / "token_logps.cpp", [f"-march={march}"]), (sources / "logits_grad.cpp", [f"-march={march}"])]
+        # The driver itself is compiled for the oldest processor: only the kernels differ between the sets.
+        jobs.append((HERE / "instructions.cpp", []))
+        objects = [f"{scratch}/{source.stem}.o" for source, _ in jobs]
+        _build.run_all(
+            [
+                [cxx, *flags, *extra, "-c", str(source), "-o", target]
+                for (source, extra), target in zip(jobs, objects, strict=True)
+            ]
+        )
+        driver = f"{scratch}/driver"
+        # Symbols are bound before the first case, which would pay for it otherwise.
+        _build.run_all([[cxx, "-Wl,-z,now", *objects, "-o", driver]])
+        done = subprocess.run(
+            [
+                "valgrind",
+                "--tool=callgrind",
+                "--collect-atstart=no",
+                f"--toggle-collect=dpo::cpu::{isa}::token_logps*",
+                f"--toggle-collect=dpo::cpu::{isa}::logits_grad*",
+                "--dump-after=case_done",
+                f"--callgrind-out-file={scratch}/counts",
+                driver,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise CannotCount(f"valgrind failed: {done.stderr.strip().splitlines()[-1]}")
+        found = {}
+        for index, line in enumerate(done.stdout.splitlines(), start=1):
+            stage, case, logits = line.split("\t")
+            totals = re.search(r"^totals: (\d+)", Path(f"{scratch}/counts.{index}").read_text(), re.MULTILINE)
+            if totals is None or int(totals.group(1)) == 0:
+                raise CannotCount(f"callgrind counted nothing for {stage}, {case}")
+            found[f"{stage}, {case}"] = round(int(totals.group(1)) / int(logits), 3)
+    return found
+
+
+def read_budget() -> dict[str, Any]:
+    """The committed budget: "compiler", and "instructions_per_logit" by instruction set and case."""
+    return json.loads(BUDGET.read_text())
+
+
+def deviations(counted: dict[str, float], budget: dict[str, float], same_compiler: bool = True) -> list[str]:
+    """One line for each case that left its budget, is missing from it, or is no longer counted.
+
+    With the budget's compiler a count may differ by TOLERANCE either way (fewer instructions are good news, and become
+    the new budget); with another one it may exceed it by OTHER_COMPILER.
+    """
+    lines = [f"{case}: no budget" for case in counted if case not in budget]
+    lines += [f"{case}: not counted" for case in budget if case not in counted]
+    for case, limit in budget.items():
+        change = counted.get(case, limit) / limit - 1
+        if abs(change) > TOLERANCE if same_compiler else change > OTHER_COMPILER:
+            lines.append(f"{case}: {counted[case]:.3f} instructions a logit, budget {limit:.3f}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="make what is counted the budget")
+    arguments = parser.parse_args()
+    counted = {isa: count(isa) for isa in countable()}
+    if arguments.write:
+        content = {"compiler": compiler_name(), "instructions_per_logit": counted}
+        BUDGET.write_text(json.dumps(content, indent=1) + "\n")
+    budget = read_budget()
+    print(f"instructions per logit; compiler {compiler_name()}, budget by {budget['compiler']}")
+    for isa, cases in counted.items():
+        for case, value in cases.items():
+            limit = budget["instructions_per_logit"].get(isa, {}).get(case)
+            print(f"{isa:9s} {case:40s} {value:8.3f} {'' if limit is None else f'{value / limit - 1:+.1%}'}")
+
+
+if __name__ == "__main__":
+    main()
