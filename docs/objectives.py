@@ -50,7 +50,7 @@ def curves(info: ObjectiveInfo, label_smoothing: float) -> Curves:
         chosen = (one * (REFERENCE + x / 2)).requires_grad_()
         rejected = (one * (REFERENCE - x / 2)).requires_grad_()
         ref = one * REFERENCE
-        loss = made(Pairs(chosen, rejected, ref, ref, one, one, one, one * label_smoothing)).sum()
+        loss = made(Pairs(chosen, rejected, ref, ref, one, one, one, one * label_smoothing, 0 * one, 0 * one)).sum()
         by_chosen, by_rejected = torch.autograd.grad(loss, (chosen, rejected), allow_unused=True)
         found.x.append(x)
         found.loss.append(loss.item())
@@ -229,7 +229,7 @@ def render() -> dict[str, str]:
     divergences = "\n".join(f"| `{name}` | `{formula}` |" for name, formula in DIVERGENCE_FORMULAS.items())
     plots = (
         "## Plots\n\nLoss and gradient of a pair against beta times its margin: log-ratios `+x/2` and `-x/2` under a "
-        "reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means at 0. Green: "
+        "reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and KLs at 0. Green: "
         "derivative by log pi(chosen), red: by log pi(rejected); a negative one is pushed up. Dashed: label smoothing 0.1."
     )
     page = [INTRODUCTION, table, "", DIVERGENCES_TEXT.format(able=able, rows=divergences), WEIGHTS_TEXT, plots, ""]

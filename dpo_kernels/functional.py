@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, linear, objectives, ops, planner
+from . import backends, linear, objectives, ops, planner, token_kl
 from .backends.eager import check_labels, small_dtype
 from .objectives import Objective, Pairs
 from .output import DPOOutput
@@ -150,6 +151,7 @@ def dpo_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     statistics: Sequence[str] = (),
+    kl_coef: float = 0.0,
     inplace_backward: bool = False,
     reduction: str = "mean",
 ) -> DPOOutput:
@@ -177,9 +179,11 @@ def dpo_loss(
         ignore_index: the label to skip.
         logit_scale, logit_softcap: z = cap * tanh(scale * x / cap); None for no cap.
         statistics: any of "entropy", "kl", "accuracy", "mean_logits", from the same pass. "kl" needs `ref_logits`.
+        kl_coef: adds kl_coef times the mean over all scored tokens of KL(policy || reference), differentiable; needs
+            `ref_logits`. Each pair's loss gets its tokens' share, unweighted by `pair_weights`.
         inplace_backward: let the backward write the gradient over `logits`. Saves a [2P, T, V] tensor and its page
             faults; then no one else may need the logits, nor this graph a second backward. Ignored under
-            torch.compile, which plans memory itself.
+            torch.compile, which plans memory itself, and where a KL term is differentiated.
         reduction: "mean" over the pairs, "sum", or "none".
 
     Returns:
@@ -207,17 +211,22 @@ def dpo_loss(
         _check_tensor("ref_logits", ref_logits, tuple(logits.shape), logits.device, "that of logits")
         ref_logits = ref_logits.detach().view(batch.logits.shape) if cu_seqlens is None else ref_logits.detach()[None]
     ref_sums = _reference_sums(ref_logps, batch)
-    tokens = ops.token_logps(
-        batch.logits,
-        batch.labels,
-        ref_logits,
-        ignore_index=ignore_index,
-        logit_scale=float(logit_scale),
-        logit_softcap=_check_softcap(logit_softcap),
-        statistics=wanted,
-        inplace_backward=inplace_backward,
-        backend=batch.backend,
-    )
+    if not kl_coef >= 0:
+        raise ValueError(f"kl_coef must not be negative; got {kl_coef}")
+    if kl_coef and ref_logits is None:
+        raise ValueError("kl_coef needs ref_logits: the KL divergence of distributions is not determined by ref_logps")
+    stage: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "logit_scale": float(logit_scale),
+        "logit_softcap": _check_softcap(logit_softcap),
+        "statistics": wanted,
+        "backend": batch.backend,
+    }
+    forward_kl = objectives.needs_token_kl(functions)
+    if ref_logits is not None and (kl_coef or forward_kl):
+        tokens = token_kl.token_logps(batch.logits, batch.labels, ref_logits, forward_kl=forward_kl, **stage)
+    else:
+        tokens = ops.token_logps(batch.logits, batch.labels, ref_logits, inplace_backward=inplace_backward, **stage)
     beta_each = _per_pair("beta", beta, pairs, batch)
     smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
     losses, sums, ref_sums, rewards = _pair_losses(
@@ -225,7 +234,17 @@ def dpo_loss(
     )
     if pair_weights is not None:
         losses = losses * _per_pair("pair_weights", pair_weights, pairs, batch)
+    if kl_coef:
+        losses = losses + kl_coef * _kl_shares(batch, tokens["kl"])
     return _output(batch, tokens, _reduce(losses, reduction), losses, sums, ref_sums, rewards, wanted, ignore_index)
+
+
+def _kl_shares(batch: _Batch, kl: Tensor) -> Tensor:
+    """[P], whose mean over the pairs is the mean of `kl` over all scored tokens."""
+    scored = (batch.weights != 0).to(batch.weights.dtype)
+    chosen, rejected = ops.sequence_sums(kl, scored, batch.cu_seqlens, batch.backend).chunk(2)
+    count = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend).sum()
+    return (chosen + rejected) * (chosen.shape[0] / count.clamp(min=1))
 
 
 def _count_pairs(batch: _Batch) -> int:
@@ -263,11 +282,14 @@ def _output(
     """The public result, in float32 (float64 for float64 logits); statistics become means per sequence."""
     dtype = torch.float64 if batch.logits.dtype == torch.float64 else torch.float32
     scored = (batch.weights != 0).to(batch.weights.dtype)
-    counts = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend)
+
+    def sum_of(values: Tensor) -> Tensor:
+        return ops.sequence_sums(values, scored, batch.cu_seqlens, batch.backend)
+
+    counts = sum_of(scored)
     rewards = rewards.to(dtype)
     means = {
-        name: (ops.sequence_sums(tokens[name], scored, batch.cu_seqlens, batch.backend) / counts.clamp(min=1)).to(dtype)
-        for name in statistics
+        name: (sum_of(tokens[name].detach()) / counts.clamp(min=1)).to(dtype) for name in statistics
     }
     sums, ref_sums = sums.detach().to(dtype), ref_sums.to(dtype)
     pairs = losses.shape[0]
@@ -317,7 +339,10 @@ def _pair_losses(
     elif ref_sums is None:
         ref_sums = torch.zeros_like(sums.detach())
     lengths = ops.sequence_sums(batch.weights, torch.ones_like(batch.weights), batch.cu_seqlens, batch.backend)
-    pairs = Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing)
+    kl_sums = None
+    if "forward_kl" in tokens:
+        kl_sums = ops.sequence_sums(tokens["forward_kl"], batch.weights, batch.cu_seqlens, batch.backend)
+    pairs = Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing, kl_sums)
     losses = objectives.mix(pairs, functions, loss_weights)
     if losses.shape != beta.shape:
         raise ValueError(f"an objective must return one loss per pair, [{beta.shape[0]}]; got {list(losses.shape)}")

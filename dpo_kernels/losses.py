@@ -72,6 +72,7 @@ class DPOLoss(_PairLoss):
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         statistics: Sequence[str] = (),
+        kl_coef: float = 0.0,
         inplace_backward: bool = False,
         reduction: str = "mean",
     ) -> None:
@@ -86,6 +87,7 @@ class DPOLoss(_PairLoss):
             statistics=_check_statistics(statistics),
             reduction=reduction,
         )
+        self.kl_coef = kl_coef
         self.inplace_backward = inplace_backward
 
     def forward(
@@ -118,6 +120,7 @@ class DPOLoss(_PairLoss):
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,
             statistics=statistics,
+            kl_coef=self.kl_coef,
             inplace_backward=self.inplace_backward,
             reduction=self.reduction,
         )

@@ -263,6 +263,27 @@ def beta_dpo(pairs: Pairs, running: Tensor | float = 0.0, *, alpha: float, momen
     return _smoothed(beta * pairs.margins, pairs.label_smoothing)
 
 
+def _token_kl(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    if pairs.chosen_kl is None or pairs.rejected_kl is None:
+        raise ValueError(
+            "tdpo reads the token-level KL(reference || policy), which sums of log-probabilities do not determine: call "
+            "dpo_loss with ref_logits"
+        )
+    return pairs.chosen_kl, pairs.rejected_kl
+
+
+def tdpo(pairs: Pairs) -> Tensor:
+    """DPO with each answer's sequential KL as part of its value."""
+    chosen_kl, rejected_kl = _token_kl(pairs)
+    return _smoothed(pairs.beta * (pairs.margins - (rejected_kl - chosen_kl)), pairs.label_smoothing)
+
+
+def tdpo2(pairs: Pairs, alpha: float) -> Tensor:
+    """As tdpo, scaled, and without a gradient that would widen the chosen answer's KL."""
+    chosen_kl, rejected_kl = _token_kl(pairs)
+    return _smoothed(pairs.beta * (pairs.margins - alpha * (rejected_kl - chosen_kl.detach())), pairs.label_smoothing)
+
+
 # --- rewards to report --------------------------------------------------------------------------------------------
 
 Rewards = tuple[Tensor, Tensor]
@@ -282,6 +303,12 @@ def mean_logp_rewards(pairs: Pairs) -> Rewards:
     """beta log pi / length."""
     chosen = _per_token(pairs.chosen_logps, pairs.chosen_lengths)
     return pairs.beta * chosen, pairs.beta * _per_token(pairs.rejected_logps, pairs.rejected_lengths)
+
+
+def token_rewards(pairs: Pairs) -> Rewards:
+    """beta (log pi - log pi_ref + sequential KL)."""
+    chosen_kl, rejected_kl = _token_kl(pairs)
+    return pairs.beta * (pairs.chosen_logratios + chosen_kl), pairs.beta * (pairs.rejected_logratios + rejected_kl)
 
 
 # --- f-divergences ------------------------------------------------------------------------------------------------
@@ -611,6 +638,27 @@ _ROWS = (
         "Reasoning chains, and whenever the likelihood of chosen answers falls under DPO.",
         _SMOOTHING,
         (_NLL,),
+    ),
+    ObjectiveInfo(
+        "tdpo",
+        tdpo,
+        "-(1 - e) log s(y) - e log s(-y), y = x - beta (K(rejected) - K(chosen)), K = sum over tokens of KL(pi_ref || pi)",
+        "Zeng et al. 2024, Token-level Direct Preference Optimization (TDPO1)",
+        "KL to the reference grows faster on rejected answers than wanted: balances it token by token.",
+        _SMOOTHING,
+        needs_token_kl=True,
+        reward=token_rewards,
+    ),
+    ObjectiveInfo(
+        "tdpo2",
+        tdpo2,
+        "-(1 - e) log s(y) - e log s(-y), y = x - alpha beta (K(rejected) - stop-gradient K(chosen))",
+        "Zeng et al. 2024, Token-level Direct Preference Optimization (TDPO2)",
+        "As tdpo, with the strength of the balance in alpha; the paper's better one.",
+        _SMOOTHING,
+        (Parameter("alpha", 0.5, NON_NEGATIVE, "weight of the KL difference"),),
+        needs_token_kl=True,
+        reward=token_rewards,
     ),
     ObjectiveInfo(
         "beta_dpo",
@@ -971,6 +1019,11 @@ def couples_pairs(objectives: Sequence[Objective]) -> bool:
         entry.info.couples_pairs if isinstance(entry, Named) else getattr(entry, "couples_pairs", True)
         for entry in objectives
     )
+
+
+def needs_token_kl(objectives: Sequence[Objective]) -> bool:
+    """Whether any named objective reads Pairs.chosen_kl."""
+    return any(isinstance(entry, Named) and entry.info.needs_token_kl for entry in objectives)
 
 
 def mix(

@@ -72,6 +72,14 @@ def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None = N
     return torch.stack([terms[a:b].sum() for a, b in itertools.pairwise(bounds)])
 
 
+def _forward_kl(logits: Tensor, ref_logits: Tensor, logit_scale: float, logit_softcap: float) -> Tensor:
+    """KL(reference || policy) of each position's distributions."""
+    log_p = transform_logits(logits, logit_scale, logit_softcap).log_softmax(-1)
+    log_q = transform_logits(ref_logits.to(logits.dtype), logit_scale, logit_softcap).log_softmax(-1)
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
+
+
 def dpo_loss(
     logits: Tensor,
     labels: Tensor,
@@ -88,6 +96,7 @@ def dpo_loss(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    kl_coef: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """The loss of `dpo_kernels.dpo_loss` (same arguments), in the dtype of `logits`; differentiable by autograd.
@@ -111,16 +120,25 @@ def dpo_loss(
     else:
         ref_sums = torch.zeros_like(sums) if ref_logps is None else ref_logps.to(sums.dtype)
     ones = torch.ones((), dtype=logits.dtype, device=logits.device)
+    kl_sums = None
+    if ref_logits is not None:
+        forward_kl = _forward_kl(logits, ref_logits, logit_scale, logit_softcap or 0.0)
+        kl_sums = sequence_sums(forward_kl, weights, cu_seqlens)
     pairs = Pairs.from_sums(
         sums,
         ref_sums,
         sequence_sums(weights, torch.ones_like(weights), cu_seqlens),
         beta=torch.as_tensor(beta, dtype=logits.dtype, device=logits.device) * ones,
         label_smoothing=torch.as_tensor(label_smoothing, dtype=logits.dtype, device=logits.device) * ones,
+        kl_sums=kl_sums,
     )
     losses = mix(pairs, loss_type, loss_weights)
     if pair_weights is not None:
         losses = losses * pair_weights.to(losses.dtype)
+    if kl_coef:
+        scored = (weights != 0).to(weights.dtype)
+        chosen, rejected = sequence_sums(tokens["kl"], scored, cu_seqlens).chunk(2)
+        losses = losses + kl_coef * (chosen + rejected) * len(losses) / scored.sum()
     if reduction == "none":
         return losses
     total = losses.sum()

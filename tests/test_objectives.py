@@ -4,6 +4,7 @@ The tests iterate the registry: an objective added there without a formula here 
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def beta_dpo_formula(batch, alpha, momentum):
     return [ce(max(b["beta"] * scale, 1e-3) * (b["c"] - b["r"]), b["e"]) for b in batch]
 
 
-# S, Q: log pi of chosen and rejected; c, r: their log-ratios; n, m: their lengths.
+# S, Q: log pi of chosen and rejected; c, r: their log-ratios; n, m: their lengths; kc, kr: their KL(reference || policy).
 FORMULAS = {
     "sigmoid": per_pair(lambda c, r, beta, e, **_: ce(beta * (c - r), e)),
     "sigmoid_norm": per_pair(lambda c, r, n, m, beta, e, **_: ce(beta * (c / n - r / m), e)),
@@ -117,6 +118,8 @@ FORMULAS = {
     ),
     "dpop": per_pair(lambda c, r, beta, e, penalty, **_: ce(beta * (c - r - penalty * max(0.0, -c)), e)),
     "rpo": per_pair(lambda S, c, r, n, beta, e, alpha, **_: ce(beta * (c - r), e) - alpha * S / n),
+    "tdpo": per_pair(lambda c, r, kc, kr, beta, e, **_: ce(beta * (c - r) - (beta * kr - beta * kc), e)),
+    "tdpo2": per_pair(lambda c, r, kc, kr, beta, e, alpha, **_: ce(beta * (c - r) - alpha * beta * (kr - kc), e)),
     "beta_dpo": beta_dpo_formula,
 }
 
@@ -136,7 +139,8 @@ def random_pairs(seed=0, size=BATCH, smoothing=0.1, dtype=torch.float64):
     lengths = [torch.randint(2, 9, (size,), generator=g).to(dtype) for _ in range(2)]
     sums = [-draw(0.5, 3) * n for n in lengths]
     refs = [total + draw(-4, 4) for total in sums]
-    return Pairs(*sums, *refs, *lengths, draw(0.1, 0.6), torch.full((size,), smoothing, dtype=dtype))
+    beta, smoothing_each = draw(0.1, 0.6), torch.full((size,), smoothing, dtype=dtype)
+    return Pairs(*sums, *refs, *lengths, beta, smoothing_each, draw(0, 3), draw(0, 3))
 
 
 def as_rows(pairs):
@@ -151,15 +155,14 @@ def as_rows(pairs):
         "m": pairs.rejected_lengths,
         "beta": pairs.beta,
         "e": pairs.label_smoothing,
+        "kc": pairs.chosen_kl,
+        "kr": pairs.rejected_kl,
     }
     return [{name: values[i].item() for name, values in fields.items()} for i in range(len(pairs.beta))]
 
 
 def with_sums(pairs, chosen, rejected):
-    return Pairs(
-        chosen, rejected, pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_lengths,
-        pairs.rejected_lengths, pairs.beta, pairs.label_smoothing,
-    )  # fmt: skip
+    return replace(pairs, chosen_logps=chosen, rejected_logps=rejected)
 
 
 @pytest.mark.parametrize("given", ["defaults", "other parameters"])
@@ -290,14 +293,14 @@ def test_a_users_callable_is_differentiated_through():
 @pytest.mark.parametrize("name", ["ipo", "sigmoid_norm", "simpo", "orpo"])
 def test_averaging_objectives_do_not_change_when_every_token_is_doubled(name):
     pairs = random_pairs(seed=8)
-    twice = Pairs(*(2 * v for v in list(vars(pairs).values())[:6]), pairs.beta, pairs.label_smoothing)
+    twice = Pairs(*(2 * v for v in list(vars(pairs).values())[:6]), *list(vars(pairs).values())[6:])
     torch.testing.assert_close(objective(name)(twice), objective(name)(pairs))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "sppo_hard", "apo_zero", "cpo(alpha=0)"])
 def test_summing_objectives_do_change(name):
     pairs = random_pairs(seed=8)
-    twice = Pairs(*(2 * v for v in list(vars(pairs).values())[:6]), pairs.beta, pairs.label_smoothing)
+    twice = Pairs(*(2 * v for v in list(vars(pairs).values())[:6]), *list(vars(pairs).values())[6:])
     assert (parse(name)(twice) - parse(name)(pairs)).abs().max() > 1e-2
 
 
@@ -382,9 +385,9 @@ def test_aot_with_ties_is_deterministic_and_keeps_the_weights_with_their_pairs(n
     total = sum(ce(0.3 * d, 0.1) for d in (policy - other).tolist())
     assert losses.sum().item() == pytest.approx(total)
     order = torch.tensor([2, 0, 1, 5, 4, 3])
-    shuffled = Pairs(*(v[order] for v in list(vars(tied).values())[:8]))
+    shuffled = Pairs(*(v[order] for v in vars(tied).values()))
     distinct = random_pairs(seed=14, size=6)
-    moved = Pairs(*(v[order] for v in list(vars(distinct).values())[:8]))
+    moved = Pairs(*(v[order] for v in vars(distinct).values()))
     torch.testing.assert_close(objective(name)(moved), objective(name)(distinct)[order])
     assert objective(name)(shuffled).sum().item() == pytest.approx(total)
 
@@ -404,7 +407,7 @@ def test_far_margins_give_finite_gradients(name):
         base = torch.full((2,), -3000.0, dtype=torch.float64)
         chosen, rejected = (base + far).requires_grad_(), (base - far / 2).requires_grad_()
         length, one = torch.full_like(base, 400.0), torch.ones_like(base)
-        losses = objective(name)(Pairs(chosen, rejected, base, base, length, length, one, smoothing * one))
+        losses = objective(name)(Pairs(chosen, rejected, base, base, length, length, one, smoothing * one, one, one))
         losses.sum().backward()
         assert losses.isfinite().all()
         assert chosen.grad.isfinite().all()
@@ -468,7 +471,7 @@ def test_couples_pairs_knows_the_batch_wide_objectives():
     changed = set()
     for name in OBJECTIVES:
         pairs = random_pairs(seed=17)
-        alone = Pairs(*(v[:1] for v in list(vars(pairs).values())[:8]))
+        alone = Pairs(*(v[:1] for v in vars(pairs).values()))
         if not torch.equal(objective(name)(pairs)[:1], objective(name)(alone)):
             changed.add(name)
     assert changed == coupled
@@ -483,7 +486,11 @@ def test_only_reference_free_objectives_run_without_a_reference(name):
     if OBJECTIVES[name].needs_reference:
         with pytest.raises(ValueError, match=f"'{name}' compares .*ref_logps.*sft, simpo, cpo, orpo"):
             dpo_loss(logits, labels, **call)
-        dpo_loss(logits, labels, ref_logps=torch.zeros(6), **call)
+        if OBJECTIVES[name].needs_token_kl:
+            with pytest.raises(ValueError, match=r"tdpo reads the token-level KL.* ref_logits"):
+                dpo_loss(logits, labels, ref_logps=torch.zeros(6), **call)
+        else:
+            dpo_loss(logits, labels, ref_logps=torch.zeros(6), **call)
     else:
         free = dpo_loss(logits, labels, **call).loss
         torch.testing.assert_close(free, dpo_loss(logits, labels, ref_logits=logits - logits, **call).loss)
