@@ -6,6 +6,9 @@
 
 #if defined(__CUDACC__)
 #define DPO_HD __host__ __device__ __forceinline__
+// Rare and long (double transcendentals): one copy per GPU kernel instead of one per use.
+#define DPO_HD_CALLED static __host__ __device__ __noinline__
 #else
 #define DPO_HD static inline
+#define DPO_HD_CALLED static inline
 #endif

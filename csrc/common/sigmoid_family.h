@@ -18,9 +18,9 @@ struct PairLoss {
 };
 
 // log(1 + exp(x)) without overflow, and exactly log 2 at 0.
-DPO_HD double softplus(double x) { return x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+DPO_HD_CALLED double softplus(double x) { return x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 
-DPO_HD double sigmoid(double x) {
+DPO_HD_CALLED double sigmoid(double x) {
   if (x >= 0.0) return 1.0 / (1.0 + exp(-x));
   const double e = exp(x);
   return e / (1.0 + e);
