@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
 RESULTS = Path(__file__).parent / "results" / "machine_code.json"
@@ -76,8 +77,8 @@ class Kernel:
     name: what the table calls it. arch: 80, 90, 100. cubin: returns the binary, compiling it if need be.
     threads: per block. logit_bytes: size of one logit. moved_bytes: read and written per logit that is read.
     function: the kernel's symbol where the cubin holds several, else None. logits_per_iteration: of the main loop, per
-    thread; None to take it from the widths of the loop's loads, which stays right when the compiler unrolls. streams:
-    False for kernels that read no logits, which have no main loop to judge.
+    thread; None to take it from the widths of the loop's loads (every logit loaded once). streams: False for kernels that
+    read no logits, which have no main loop to judge.
     """
 
     name: str
@@ -183,7 +184,9 @@ def _width(instruction: str) -> int:
     for bits in (256, 128, 64):
         if str(bits) in parts:
             return bits // 8
-    return {"U8": 1, "S8": 1, "U16": 2, "S16": 2}.get(next((p for p in parts if p[:1] in "US" and p[1:].isdigit()), ""), 4)
+    return {"U8": 1, "S8": 1, "U16": 2, "S16": 2}.get(
+        next((p for p in parts if p[:1] in "US" and p[1:].isdigit()), ""), 4
+    )
 
 
 def _is_load(instruction: str) -> bool:
@@ -204,23 +207,23 @@ def _registers_of(instruction: str) -> Iterator[str]:
     yield from re.findall(r"\bR\d+\b", instruction)
 
 
-def loads_before_use(loop: list[str]) -> int:
-    """Bytes per thread asked for before the first instruction that waits for one of them."""
+def loads_before_use(loop: list[str]) -> tuple[int, int]:
+    """(loads, bytes per thread) asked for before the first instruction that waits for one of them."""
     pending: set[int] = set()
-    asked = 0
+    count = asked = 0
     for instruction in loop:
         used = {int(r[1:]) for r in _registers_of(instruction)}
         if _is_load(instruction):
             destination = int(next(_registers_of(instruction), "R0")[1:])
             if opcode(instruction).startswith("LDG."):
-                address = used - {destination}
-                if address & pending:
+                if (used - {destination}) & pending:
                     break
                 pending |= set(range(destination, destination + max(1, _width(instruction) // 4)))
+            count += 1
             asked += _width(instruction)
         elif used & pending:
             break
-    return asked
+    return count, asked
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -272,17 +275,17 @@ def inspect(kernel: Kernel) -> Figures:
     shared = resources.get("SHARED", 0) + binary.dynamic_shared
     resident = occupancy(resources["REG"], kernel.threads, shared, kernel.arch)
     spills = sum(opcode(i).split(".")[0] in ("LDL", "STL") for i in listing.code)
-    figures = dict(
-        name=kernel.name,
-        arch=kernel.arch,
-        registers=resources["REG"],
-        spills=spills,
-        local_bytes=resources.get("LOCAL", 0) + resources.get("STACK", 0),
-        shared_bytes=shared,
-        threads=kernel.threads,
-        resident_threads=resident,
-        instructions=sum(opcode(i) != "NOP" for i in listing.code),
-    )
+    figures: dict[str, Any] = {
+        "name": kernel.name,
+        "arch": kernel.arch,
+        "registers": resources["REG"],
+        "spills": spills,
+        "local_bytes": resources.get("LOCAL", 0) + resources.get("STACK", 0),
+        "shared_bytes": shared,
+        "threads": kernel.threads,
+        "resident_threads": resident,
+        "instructions": sum(opcode(i) != "NOP" for i in listing.code),
+    }
     if not kernel.streams:
         return Figures(**figures, **{name: None for name in Figures.__dataclass_fields__ if name not in figures})
     loop = main_loop(listing)
@@ -294,7 +297,9 @@ def inspect(kernel: Kernel) -> Figures:
         raise ValueError(f"{kernel.name}, sm_{kernel.arch}: no loop that loads logits was found")
     slots = len(loop) / logits
     mufu = operations.count("MUFU") / logits
-    asked = loads_before_use(loop)
+    waiting, asked = loads_before_use(loop)
+    # In unaligned rows neighbouring loads share words, which are under way once.
+    in_flight = min(asked, logits * kernel.logit_bytes) * resident
     return Figures(
         **figures,
         loop_instructions=len(loop),
@@ -308,9 +313,9 @@ def inspect(kernel: Kernel) -> Figures:
         loads_narrower=sum(width < 16 for width in loads),
         stores_128=sum(width == 16 for width in stores),
         stores_narrower=sum(width < 16 for width in stores),
-        loads_before_use=asked // 16,
-        bytes_in_flight=asked * resident,
-        bandwidth_share=bandwidth_share(kernel, slots, mufu, asked * resident, len(loop)),
+        loads_before_use=waiting,
+        bytes_in_flight=in_flight,
+        bandwidth_share=bandwidth_share(kernel, slots, mufu, in_flight, len(loop)),
     )
 
 
@@ -321,7 +326,7 @@ def inspect(kernel: Kernel) -> Figures:
 class _TritonCubin:
     """Compiles one of the backend's launches ahead of time; no GPU is needed."""
 
-    launch: object
+    launch: Any
     arch: int
 
     def __call__(self) -> Binary:
@@ -351,31 +356,37 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
 
     labels, small = empty(8, 1024, dtype=torch.int64), empty(8, 1024)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    plain = dict(ignore_index=-100, logit_scale=1.0, logit_softcap=0.0)
+    plain = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
     capped = dict(plain, logit_softcap=30.0)
+
+    def streaming(name: str, launch: Any, logit_bytes: int, moved_bytes: int) -> Kernel:
+        tensors = 2 if launch.arguments.get("KL") else 1
+        logits = launch.arguments["UNROLL"] * launch.arguments["GROUP"] * tensors
+        cubin = _TritonCubin(launch, arch)
+        return Kernel(name, arch, cubin, LANES, logit_bytes, moved_bytes, logits_per_iteration=logits)
 
     def forward(name: str, dtype: torch.dtype, statistics: str, vocab: int = 128256, **settings: float) -> Kernel:
         logits = empty(8, 1024, vocab, dtype=dtype)
-        asked = dict(zip(("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits"), [None] * 7, strict=True))
+        asked = dict(
+            zip(("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits"), [None] * 7, strict=True)
+        )
         for one in ["logps", "lse", *statistics.split()]:
             asked[one] = small
         if asked["kl"] is not None:
             asked["ref_logps"] = small
         reference = logits if asked["kl"] is not None else None
         launch = token_logps_launch(logits, labels, reference, tuple(asked.values()), **(settings or plain))
-        size = dtype.itemsize
-        return Kernel(
-            f"triton token_logps {names[dtype]} {name}", arch, _TritonCubin(launch, arch), LANES, size, moved_bytes=size
-        )
+        return streaming(f"triton token_logps {names[dtype]} {name}", launch, dtype.itemsize, dtype.itemsize)
 
-    def backward(name: str, dtype: torch.dtype, vocab: int = 128256, shifted: bool = False, **settings: float) -> Kernel:
+    def backward(
+        name: str, dtype: torch.dtype, vocab: int = 128256, shifted: bool = False, **settings: float
+    ) -> Kernel:
         whole = empty(8, 1025 if shifted else 1024, vocab, dtype=dtype)
         logits = whole[:, :-1] if shifted else whole
         out = empty(8, 1024, vocab, dtype=dtype)
         launch = logits_grad_launch(logits, labels, small, small, small, out, **(settings or plain))
-        size = dtype.itemsize
-        return Kernel(
-            f"triton logits_grad {names[dtype]} {name}", arch, _TritonCubin(launch, arch), LANES, size, moved_bytes=2 * size
+        return streaming(
+            f"triton logits_grad {names[dtype]} {name}".strip(), launch, dtype.itemsize, 2 * dtype.itemsize
         )
 
     everything = "entropy kl accuracy mean_logits"
@@ -385,16 +396,18 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     yield forward("reference, all statistics", torch.bfloat16, everything)
     yield forward("alone, V odd", torch.bfloat16, "", vocab=50257)
     yield forward("reference, all statistics, V odd", torch.bfloat16, everything, vocab=50257)
-    yield forward("alone, softcap", torch.bfloat16, "", **capped)
-    yield forward("alone", torch.float16, "")
     yield forward("alone", torch.float32, "")
     yield forward("reference, all statistics", torch.float32, everything)
     yield backward("", torch.bfloat16)
     yield backward("V odd", torch.bfloat16, vocab=50257)
     yield backward("V odd, shifted rows", torch.bfloat16, vocab=50257, shifted=True)
-    yield backward("softcap", torch.bfloat16, **capped)
-    yield backward("", torch.float16)
     yield backward("", torch.float32)
+    if arch == 90:
+        # What differs from the above in a conversion or a few operations a logit is inspected for one architecture.
+        yield forward("alone", torch.float16, "")
+        yield forward("alone, softcap", torch.bfloat16, "", **capped)
+        yield backward("", torch.float16)
+        yield backward("softcap", torch.bfloat16, **capped)
 
     pairs, sequences, bounds = empty(4), empty(8), empty(9, dtype=torch.int64)
     outputs = (pairs, sequences, sequences, sequences)
@@ -426,17 +439,20 @@ def table(rows: Iterable[Figures]) -> str:
             row.loads_128, row.loads_narrower, row.stores_128, row.stores_narrower,
             None if row.bytes_in_flight is None else f"{row.bytes_in_flight / 1024:.0f} KB", shares,
         )  # fmt: skip
-        lines.append(tuple("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        lines.append(
+            tuple("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = (0, len(head) - 1)
     return "\n".join(
-        "  ".join(cell.ljust(w) if i in (0, len(head) - 1) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     )
 
 
-def _inspect_numbered(job: tuple[int, int, str | None]) -> Figures:
-    """Worker: a kernel is named by its place in the registry, since compiled closures do not travel between processes."""
-    arch, index, _ = job
+def _inspect_numbered(job: tuple[int, int]) -> Figures:
+    """Worker: a kernel is named by its place in the registry, since what compiles it does not travel between processes."""
+    arch, index = job
     return inspect(kernels([arch])[index])
 
 
@@ -450,7 +466,7 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("machine code cannot be compiled under TRITON_INTERPRET=1: unset it")
     jobs = [
-        (arch, index, kernel.name)
+        (arch, index)
         for arch in arguments.arch
         for index, kernel in enumerate(kernels([arch]))
         if arguments.only in kernel.name

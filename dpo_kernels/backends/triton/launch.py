@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import FOLDED, LOG2E, SCALED, SOFTCAPPED
+from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED
 
 #: One argued configuration, no autotuning (a first-call stall, and results that depend on who tuned).
 #: 4 warps x 4 loads of 16 bytes: a block has 8 KB in flight. At the 40 to 64 registers the kernels need, 8 to 12 blocks
@@ -23,7 +23,8 @@ from .device import FOLDED, LOG2E, SCALED, SOFTCAPPED
 #: More warps per row would lengthen the merge at the end of every row; fewer would need more rows to fill the machine.
 NUM_WARPS = 4
 LANES = 32 * NUM_WARPS
-UNROLL = 4
+#: The interpreter takes a quarter of that tile, so that small vocabularies reach every loop.
+UNROLL = 1 if INTERPRETED.value else 4
 
 #: Fused multiply-add is part of the numerics (the maximum is subtracted without rounding the product first).
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
@@ -101,9 +102,9 @@ def _row_strides(tensor: Tensor) -> tuple[int, int]:
 
 
 def rows_aligned(tensor: Tensor, group: int) -> bool:
-    """True if every row starts at a group boundary and is whole groups long: no fragments at all."""
+    """True if every row starts at a group boundary."""
     _, base = aligned_base(tensor)
-    return all(n % group == 0 for n in (base, tensor.shape[2], *_row_strides(tensor)))
+    return all(n % group == 0 for n in (base, *_row_strides(tensor)))
 
 
 def shifted_alike(tensor: Tensor, other: Tensor, group: int) -> bool:

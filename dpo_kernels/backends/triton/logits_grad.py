@@ -14,6 +14,7 @@ from .device import (
     LOG2E,
     SOFTCAPPED,
     columns,
+    device_function,
     exp2_fast,
     expm1_double,
     fragments,
@@ -22,7 +23,6 @@ from .device import (
     load_groups,
     reciprocal,
     rounded,
-    row_groups,
     scaled_label,
     store_groups,
     tanh_accurate,
@@ -40,7 +40,7 @@ from .launch import (
 )
 
 
-@triton.jit
+@device_function
 def _entries(x, c, factor, inner, log2_scale, MAP: tl.constexpr, SHORT: tl.constexpr):
     """-grad_logps p dz/dx of a tile of logits x. factor holds everything that is the same for the whole row.
 
@@ -68,7 +68,7 @@ def logits_grad_kernel(
     stride_b: tl.int64, stride_t: tl.int64, base,
     out_stride_b: tl.int64, out_stride_t: tl.int64, out_base,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, log2_scale: tl.float32,
-    MAP: tl.constexpr, ALIGNED: tl.constexpr, IN_VECTOR: tl.constexpr,
+    MAP: tl.constexpr, ALIGNED: tl.constexpr, IN_ALIGNED: tl.constexpr, FRAGMENTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     element: tl.constexpr = logits.dtype.element_ty
@@ -81,7 +81,11 @@ def logits_grad_kernel(
     b, t = row // tokens, row % tokens
     # The row is cut where the stores are aligned; loads that are not aligned there go element by element.
     out_start = b * out_stride_b + t * out_stride_t + out_base
-    out_first, head, groups = row_groups(out_start, vocab, GROUP, ALIGNED)
+    if ALIGNED:
+        head = 0
+    else:
+        head = tl.minimum((GROUP - out_start % GROUP) % GROUP, vocab).to(tl.int32)
+    groups = (vocab - head) // GROUP
     tiles = tl.cdiv(groups, UNROLL * LANES)
     full = groups // (UNROLL * LANES)
     label64 = tl.load(labels + row)
@@ -89,22 +93,19 @@ def logits_grad_kernel(
     if (label64 == ignore_index) | (grad == 0):
         # No mass: exact zeros, and not one logit is read.
         zeros = tl.zeros([UNROLL, LANES, GROUP], tl.float32)
-        if not ALIGNED:
+        if FRAGMENTS:
             begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
             tl.store(out + out_start + edge, tl.zeros([1, LANES, GROUP], tl.float32).to(element), mask=valid)
         for tile in range(full):
-            store_groups(out, out_first, tile, groups, zeros, UNROLL, LANES, GROUP, False)
+            store_groups(out, out_start + head, tile, groups, zeros, UNROLL, LANES, GROUP, False)
         if tiles > full:
-            store_groups(out, out_first, full, groups, zeros, UNROLL, LANES, GROUP, True)
+            store_groups(out, out_start + head, full, groups, zeros, UNROLL, LANES, GROUP, True)
     else:
         in_range = (label64 >= 0) & (label64 < vocab)
         # A label outside the vocabulary: nothing is read at it, and the whole row is NaN.
         label = tl.where(in_range, label64, 0).to(tl.int32)
         grad = tl.where(in_range, grad, float("nan"))
         start = b * stride_b + t * stride_t + base
-        first = start + head
-        if IN_VECTOR:
-            first = first // GROUP
         # p = 2^(x log2_scale - c) 2^(c - lse log2): c is a float32, and what its rounding drops goes into the factor of
         # the row, in float64. lse counts in units of the rounded log2_scale, so that the largest p are the most exact.
         step = tl.full((), log2_scale, tl.float32).to(tl.float64)
@@ -115,9 +116,11 @@ def logits_grad_kernel(
         # 1 - p(label) without cancellation.
         at_label = (grad * -expm1_double(tl.load(logps + row)) * label_slope).to(tl.float32)
 
-        if not ALIGNED:
+        if FRAGMENTS:
             begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
-            ends = _entries(load_fragments(logits, start, begin, limit, GROUP), c, factor, inner, log2_scale, MAP, SHORT)
+            ends = _entries(
+                load_fragments(logits, start, begin, limit, GROUP), c, factor, inner, log2_scale, MAP, SHORT
+            )
             tl.store(out + out_start + edge, rounded(tl.where(edge == label, at_label, ends), element), mask=valid)
 
         # As in token_logps: first the label's tile and the last, partial one, then all the others without a mask.
@@ -125,15 +128,15 @@ def logits_grad_kernel(
         partial = ((tiles > full) & (label_tile != full)).to(tl.int32)
         for special in range(tl.where(tiles > 0, 1 + partial, 0)):
             tile = tl.where(special == 0, label_tile, full)
-            raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, IN_VECTOR, True)
+            raw = load_groups(logits, start + head, tile, groups, UNROLL, LANES, GROUP, IN_ALIGNED, True)
             values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
             values = tl.where(columns(tile, head, UNROLL, LANES, GROUP) == label, at_label, values)
-            store_groups(out, out_first, tile, groups, values, UNROLL, LANES, GROUP, True)
+            store_groups(out, out_start + head, tile, groups, values, UNROLL, LANES, GROUP, True)
         for index in range(full - (label_tile < full).to(tl.int32)):
             tile = index + (index >= label_tile).to(tl.int32)
-            raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, IN_VECTOR, False)
+            raw = load_groups(logits, start + head, tile, groups, UNROLL, LANES, GROUP, IN_ALIGNED, False)
             values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
-            store_groups(out, out_first, tile, groups, values, UNROLL, LANES, GROUP, False)
+            store_groups(out, out_start + head, tile, groups, values, UNROLL, LANES, GROUP, False)
 
 
 def logits_grad_launch(
@@ -154,33 +157,34 @@ def logits_grad_launch(
     out_pointer, out_base = aligned_base(out)
     # No maximum is taken here, so a negative scale folds into the exponential's FFMA as well.
     mapping, unit = (SOFTCAPPED, logit_softcap) if logit_softcap else (FOLDED, logit_scale)
-    arguments = dict(
-        logits=pointer,
-        out=out_pointer,
-        labels=labels,
-        logps=logps,
-        lse=lse,
-        grad_logps=grad_logps,
-        tokens=logits.shape[1],
-        vocab=logits.shape[2],
-        ignore_index=ignore_index,
-        stride_b=logits.stride(0),
-        stride_t=logits.stride(1),
-        base=base,
-        out_stride_b=out.stride(0),
-        out_stride_t=out.stride(1),
-        out_base=out_base,
-        scale=logit_scale,
-        cap=logit_softcap,
-        unit=unit,
-        log2_scale=round_to_float32(unit * LOG2E.value),
-        MAP=mapping.value,
-        ALIGNED=rows_aligned(out, group),
-        IN_VECTOR=shifted_alike(logits, out, group),
-        UNROLL=UNROLL,
-        LANES=LANES,
-        GROUP=group,
-    )
+    arguments = {
+        "logits": pointer,
+        "out": out_pointer,
+        "labels": labels,
+        "logps": logps,
+        "lse": lse,
+        "grad_logps": grad_logps,
+        "tokens": logits.shape[1],
+        "vocab": logits.shape[2],
+        "ignore_index": ignore_index,
+        "stride_b": logits.stride(0),
+        "stride_t": logits.stride(1),
+        "base": base,
+        "out_stride_b": out.stride(0),
+        "out_stride_t": out.stride(1),
+        "out_base": out_base,
+        "scale": logit_scale,
+        "cap": logit_softcap,
+        "unit": unit,
+        "log2_scale": round_to_float32(unit * LOG2E.value),
+        "MAP": mapping.value,
+        "ALIGNED": rows_aligned(out, group),
+        "IN_ALIGNED": shifted_alike(logits, out, group),
+        "FRAGMENTS": not rows_aligned(out, group) or out.shape[2] % group != 0,
+        "UNROLL": UNROLL,
+        "LANES": LANES,
+        "GROUP": group,
+    }
     return Launch(logits_grad_kernel, (labels.numel(),), arguments)
 
 
@@ -197,5 +201,5 @@ def logits_grad(
     out: Tensor,
 ) -> None:
     """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out` [B, T, V], which may be `logits` itself."""
-    settings = dict(ignore_index=ignore_index, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    settings = {"ignore_index": ignore_index, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
     logits_grad_launch(logits, labels, logps, lse, grad_logps, out, **settings).run(logits)

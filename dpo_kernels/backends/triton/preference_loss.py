@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import sigmoid_double, softplus_double
+from .device import device_function, sigmoid_double, softplus_double
 from .launch import Launch
 
 #: Tokens per step, and lanes of the sum. Fixed: the order of every addition follows from it.
 CHUNK = 1024
 
 
-@triton.jit
+@device_function
 def _bounds(cu_seqlens, sequence, tokens):
     """(first token, one past the last) of a sequence in the flattened tokens."""
     if cu_seqlens is None:
@@ -26,7 +26,7 @@ def _bounds(cu_seqlens, sequence, tokens):
         return tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
 
 
-@triton.jit
+@device_function
 def _compact(weights, values, other_values, scratch, other_scratch, begin, end, CHUNK: tl.constexpr):
     """Write w v of the weighted tokens of [begin, end) to scratch[begin ...] without gaps; returns how many there are."""
     count = tl.zeros((), tl.int32)
@@ -44,7 +44,7 @@ def _compact(weights, values, other_values, scratch, other_scratch, begin, end, 
     return count
 
 
-@triton.jit
+@device_function
 def _lane_sums(scratch, begin, count, CHUNK: tl.constexpr):
     """Sum of scratch[begin : begin + count]: lane i adds the terms i, i + CHUNK, ..., then the lanes add as a tree."""
     total = tl.zeros([CHUNK], tl.float64)
@@ -54,7 +54,7 @@ def _lane_sums(scratch, begin, count, CHUNK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@device_function
 def _sums(weights, values, other_values, scratch, other_scratch, cu_seqlens, sequence, tokens, CHUNK: tl.constexpr):
     """(sum of w v, sum of w v') of one sequence, bitwise independent of where its weighted tokens lie."""
     begin, end = _bounds(cu_seqlens, sequence, tokens)
@@ -114,15 +114,15 @@ def _sequences(values: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def sequence_sums_launch(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, sums: Tensor) -> Launch:
     """The kernel call of `sequence_sums`."""
-    arguments = dict(
-        values=values,
-        weights=weights,
-        cu_seqlens=cu_seqlens,
-        scratch=torch.empty_like(values),
-        sums=sums,
-        tokens=values.shape[1],
-        CHUNK=CHUNK,
-    )
+    arguments = {
+        "values": values,
+        "weights": weights,
+        "cu_seqlens": cu_seqlens,
+        "scratch": torch.empty_like(values),
+        "sums": sums,
+        "tokens": values.shape[1],
+        "CHUNK": CHUNK,
+    }
     return Launch(sequence_sums_kernel, (sums.numel(),), arguments)
 
 
@@ -150,25 +150,25 @@ def preference_loss_launch(
     """The kernel call of `preference_loss`."""
     losses, sums, ref_sums, coef = outputs
     pairs = losses.numel()
-    arguments = dict(
-        logps=logps,
-        ref_logps=ref_logps,
-        weights=weights,
-        cu_seqlens=cu_seqlens,
-        given_ref_sums=given_ref_sums,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        scratch=torch.empty_like(logps),
-        ref_scratch=None if ref_logps is None else torch.empty_like(logps),
-        losses=losses,
-        sums=sums,
-        ref_sums=ref_sums,
-        coef=coef,
-        tokens=logps.shape[1],
-        pairs=pairs,
-        ROBUST=robust,
-        CHUNK=CHUNK,
-    )
+    arguments = {
+        "logps": logps,
+        "ref_logps": ref_logps,
+        "weights": weights,
+        "cu_seqlens": cu_seqlens,
+        "given_ref_sums": given_ref_sums,
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "scratch": torch.empty_like(logps),
+        "ref_scratch": None if ref_logps is None else torch.empty_like(logps),
+        "losses": losses,
+        "sums": sums,
+        "ref_sums": ref_sums,
+        "coef": coef,
+        "tokens": logps.shape[1],
+        "pairs": pairs,
+        "ROBUST": robust,
+        "CHUNK": CHUNK,
+    }
     return Launch(preference_loss_kernel, (pairs,), arguments)
 
 

@@ -16,6 +16,7 @@ from .device import (
     LN2,
     SOFTCAPPED,
     columns,
+    device_function,
     exp2_fast,
     fragments,
     fused,
@@ -24,18 +25,17 @@ from .device import (
     load_fragments,
     load_groups,
     log1p_double,
-    row_groups,
     scaled_label,
     tanh_accurate,
     to_float,
 )
-from .launch import LANES, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned, shifted_alike
+from .launch import LANES, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
 
 #: Columns per step of the two rare second looks at a row (-inf under a moment, a tie with the label).
 SCAN = tl.constexpr(1024)
 
 
-@triton.jit
+@device_function
 def _variable(x, inner, MAP: tl.constexpr):
     """The kernel's variable of a stored logit x (launch.exponent_map); inner is scale / cap, or scale."""
     if MAP == FOLDED:
@@ -46,7 +46,7 @@ def _variable(x, inner, MAP: tl.constexpr):
         return x * inner
 
 
-@triton.jit
+@device_function
 def _raise_max(m, c, s, top, log2_scale):
     """Move each lane's origin up to include `top`: (m, c, shift, rescale), c = m * log2_scale as rounded."""
     m = tl.maximum(m, top)
@@ -55,14 +55,14 @@ def _raise_max(m, c, s, top, log2_scale):
     return m, c_new, shift, exp2_fast(shift)
 
 
-@triton.jit
+@device_function
 def _terms(x, c, log2_scale):
     """(e, y) of a tile: y = x * log2_scale - c and e = 2^y."""
     y = fused(x, log2_scale, c[None, :, None])
     return exp2_fast(y), y
 
 
-@triton.jit
+@device_function
 def _fold(
     state, x, top, ref_state, ref_x, ref_top, log2_scale,
     ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, GUARDED: tl.constexpr,
@@ -95,7 +95,7 @@ def _fold(
     return (m, c, s, t, k, total), (ref_m, ref_c, ref_s)
 
 
-@triton.jit
+@device_function
 def _fold_masked(
     state, x, ref_state, ref_x, keep, log2_scale, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _fold_masked(
     return _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, False, True)
 
 
-@triton.jit
+@device_function
 def _guarded_moments(
     logits, ref_logits, start, ref_start, vocab, label, c, log2_scale, inner,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
@@ -122,7 +122,7 @@ def _guarded_moments(
     t = tl.zeros([SCAN], tl.float32)
     k = tl.zeros([SCAN], tl.float32)
     for block in range(tl.cdiv(vocab, SCAN)):
-        column = block * SCAN + tl.arange(0, SCAN)
+        column = tl.arange(0, SCAN) + block * SCAN
         inside = (column < vocab) & (column != label)
         x = _variable(tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32), inner, MAP)
         y = fused(x, log2_scale, c)
@@ -135,18 +135,18 @@ def _guarded_moments(
     return tl.sum(t.to(tl.float64), 0), tl.sum(k.to(tl.float64), 0)
 
 
-@triton.jit
+@device_function
 def _equal_before(logits, start, label, value, inner, MAP: tl.constexpr):
     """How many columns before the label hold exactly the label's value: argmax takes the first of equals."""
     count = tl.zeros([SCAN], tl.int32)
     for block in range(tl.cdiv(label, SCAN)):
-        column = block * SCAN + tl.arange(0, SCAN)
+        column = tl.arange(0, SCAN) + block * SCAN
         x = tl.load(logits + start + column, mask=column < label, other=float("-inf")).to(tl.float32)
         count += ((_variable(x, inner, MAP) == value) & (column < label)).to(tl.int32)
     return tl.sum(count, 0)
 
 
-@triton.jit
+@device_function
 def _merge(m, c, log2_scale):
     """(maximum over lanes, its c, each lane's shift and rescale to it)."""
     top = tl.max(m, 0)
@@ -155,7 +155,7 @@ def _merge(m, c, log2_scale):
     return top, c_top, shift, exp2_fast(shift)
 
 
-@triton.jit
+@device_function
 def _finish(s, top, c, z_label, unit, log2_scale):
     """(logp, lse, p_others, log_mass) in float64 from the other logits' maximum `top` and their sum s at origin c.
 
@@ -179,7 +179,7 @@ def _finish(s, top, c, z_label, unit, log2_scale):
     return logp, lse, p_others, log_s + near + tl.where(d < 0, -d, 0.0)
 
 
-@triton.jit
+@device_function
 def _put(pointer, row, value):
     if pointer is not None:
         tl.store(pointer + row, value)
@@ -196,7 +196,7 @@ def token_logps_kernel(
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, log2_scale: tl.float32,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
-    ALIGNED: tl.constexpr, REF_VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, TAIL: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     element: tl.constexpr = logits.dtype.element_ty
@@ -213,18 +213,14 @@ def token_logps_kernel(
         label = label64.to(tl.int32)
         b, t_index = row // tokens, row % tokens
         start = b * stride_b + t_index * stride_t + base
-        first, head, groups = row_groups(start, vocab, GROUP, ALIGNED)
+        groups = vocab // GROUP
         x_raw = tl.load(logits + start + label).to(tl.float32)
         x_label = _variable(x_raw, inner, MAP)
         z_label = scaled_label(x_raw, scale, cap, MAP)[0]
         ref_start = start
-        ref_first = first
         if KL:
             ref_element: tl.constexpr = ref_logits.dtype.element_ty
             ref_start = b * ref_stride_b + t_index * ref_stride_t + ref_base
-            ref_first = ref_start + head
-            if REF_VECTOR:
-                ref_first = ref_first // GROUP
             ref_raw_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
             ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
 
@@ -233,8 +229,8 @@ def token_logps_kernel(
         state = (m, m * log2_scale, zero, zero, zero, zero)
         ref_state = (m, m * log2_scale, zero)
 
-        if not ALIGNED:
-            begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
+        if TAIL:
+            begin, limit, edge, valid = fragments(0, groups, vocab, LANES, GROUP)
             ends = _variable(load_fragments(logits, start, begin, limit, GROUP), inner, MAP)
             ref_ends = ends
             if KL:
@@ -246,25 +242,25 @@ def token_logps_kernel(
         # The label's tile and the last, partial one come first, masked; the main loop runs over all the others.
         full = groups // (UNROLL * LANES)
         tiles = tl.cdiv(groups, UNROLL * LANES)
-        label_tile = tl.minimum(tl.maximum(label - head, 0) // (UNROLL * LANES * GROUP), tiles - 1)
+        label_tile = tl.minimum(label // (UNROLL * LANES * GROUP), tiles - 1)
         partial = ((tiles > full) & (label_tile != full)).to(tl.int32)
         for special in range(tl.where(tiles > 0, 1 + partial, 0)):
             tile = tl.where(special == 0, label_tile, full)
-            column = columns(tile, head, UNROLL, LANES, GROUP)
-            keep = (column < head + groups * GROUP) & (column != label)
-            raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, True, True)
+            column = columns(tile, 0, UNROLL, LANES, GROUP)
+            keep = (column < groups * GROUP) & (column != label)
+            raw = load_groups(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, True)
             x = _variable(to_float(raw, element), inner, MAP)
             ref_x = x
             if KL:
-                ref_raw = load_groups(ref_logits, ref_first, tile, groups, UNROLL, LANES, GROUP, REF_VECTOR, True)
+                ref_raw = load_groups(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, True)
                 ref_x = _variable(to_float(ref_raw, ref_element), inner, MAP)
             state, ref_state = _fold_masked(state, x, ref_state, ref_x, keep, log2_scale, ENTROPY, KL, MEAN)
 
         for index in range(full - (label_tile < full).to(tl.int32)):
             tile = index + (index >= label_tile).to(tl.int32)
-            raw = load_groups(logits, first, tile, groups, UNROLL, LANES, GROUP, True, False)
+            raw = load_groups(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, False)
             if KL:
-                ref_raw = load_groups(ref_logits, ref_first, tile, groups, UNROLL, LANES, GROUP, REF_VECTOR, False)
+                ref_raw = load_groups(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, False)
             x = _variable(to_float(raw, element), inner, MAP)
             if MAP == FOLDED:
                 top = lane_max(raw, x, element)
@@ -278,9 +274,7 @@ def token_logps_kernel(
                     ref_top = lane_max(ref_raw, ref_x, ref_element)
                 else:
                     ref_top = tl.max(tl.max(ref_x, 2), 0)
-            state, ref_state = _fold(
-                state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN, False
-            )
+            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN, False)
 
         m, c, s, t, k, total = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
@@ -350,42 +344,42 @@ def token_logps_launch(
     pointer, base = aligned_base(logits)
     ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
     mapping, unit, log2_scale = exponent_map(logit_scale, logit_softcap)
-    alike = ref_logits is None or shifted_alike(logits, ref_logits, group)
-    arguments = dict(
-        logits=pointer,
-        ref_logits=ref_pointer,
-        labels=labels,
-        logps=logps,
-        lse=lse,
-        ref_logps=ref_logps,
-        entropy=entropy,
-        kl=kl,
-        accuracy=accuracy,
-        mean_logits=mean_logits,
-        tokens=logits.shape[1],
-        vocab=logits.shape[2],
-        ignore_index=ignore_index,
-        stride_b=logits.stride(0),
-        stride_t=logits.stride(1),
-        base=base,
-        ref_stride_b=0 if ref_logits is None else ref_logits.stride(0),
-        ref_stride_t=0 if ref_logits is None else ref_logits.stride(1),
-        ref_base=ref_base,
-        scale=logit_scale,
-        cap=logit_softcap,
-        unit=unit,
-        log2_scale=log2_scale,
-        MAP=mapping,
-        ENTROPY=entropy is not None,
-        KL=kl is not None,
-        ACCURACY=accuracy is not None,
-        MEAN=mean_logits is not None,
-        ALIGNED=rows_aligned(logits, group),
-        REF_VECTOR=alike,
-        UNROLL=UNROLL,
-        LANES=LANES,
-        GROUP=group,
-    )
+    arguments = {
+        "logits": pointer,
+        "ref_logits": ref_pointer,
+        "labels": labels,
+        "logps": logps,
+        "lse": lse,
+        "ref_logps": ref_logps,
+        "entropy": entropy,
+        "kl": kl,
+        "accuracy": accuracy,
+        "mean_logits": mean_logits,
+        "tokens": logits.shape[1],
+        "vocab": logits.shape[2],
+        "ignore_index": ignore_index,
+        "stride_b": logits.stride(0),
+        "stride_t": logits.stride(1),
+        "base": base,
+        "ref_stride_b": 0 if ref_logits is None else ref_logits.stride(0),
+        "ref_stride_t": 0 if ref_logits is None else ref_logits.stride(1),
+        "ref_base": ref_base,
+        "scale": logit_scale,
+        "cap": logit_softcap,
+        "unit": unit,
+        "log2_scale": log2_scale,
+        "MAP": mapping,
+        "ENTROPY": entropy is not None,
+        "KL": kl is not None,
+        "ACCURACY": accuracy is not None,
+        "MEAN": mean_logits is not None,
+        "ALIGNED": rows_aligned(logits, group),
+        "REF_ALIGNED": ref_logits is None or rows_aligned(ref_logits, group),
+        "TAIL": logits.shape[2] % group != 0,
+        "UNROLL": UNROLL,
+        "LANES": LANES,
+        "GROUP": group,
+    }
     return Launch(token_logps_kernel, (labels.numel(),), arguments)
 
 
@@ -413,7 +407,7 @@ def token_logps(
 
     asked = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
     outputs = tuple(output(one) for one in asked)
-    settings = dict(ignore_index=ignore_index, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    settings = {"ignore_index": ignore_index, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
     wanted = [tensor if one else None for tensor, one in zip(outputs, asked, strict=True)]
     if ref_logits is not None and not kl:
         wanted[2] = None
