@@ -36,7 +36,7 @@ _library.define(
 )
 _library.define(
     "token_kl_grad(Tensor logits, Tensor labels, Tensor ref_logits, Tensor logps, Tensor lse, Tensor ref_logps, "
-    "Tensor kl, Tensor grad_logps, Tensor grad_kl, Tensor grad_forward_kl, int ignore_index, float logit_scale, "
+    "Tensor grad_logps, Tensor grad_kl, Tensor grad_forward_kl, int ignore_index, float logit_scale, "
     "float logit_softcap) -> Tensor"
 )
 _ops = torch.ops.dpo_kernels
@@ -77,7 +77,6 @@ def _token_kl_grad(
     logps: Tensor,
     lse: Tensor,
     ref_logps: Tensor,
-    kl: Tensor,
     grad_logps: Tensor,
     grad_kl: Tensor,
     grad_forward_kl: Tensor,
@@ -85,7 +84,7 @@ def _token_kl_grad(
     logit_scale: float,
     logit_softcap: float,
 ) -> Tensor:
-    """With d_v = z_v - z'_v and D = sum p d = kl + lse - lse', per row:
+    """With d_v = z_v - z'_v and D = sum p d, per row:
 
     dz_v = grad_logps (1[v = label] - p_v) + grad_kl p_v (d_v - D) + grad_forward_kl (p_v - q_v)
     """
@@ -105,17 +104,24 @@ def _token_kl_grad(
         def column_of(values: Tensor) -> Tensor:
             return values.to(work).unsqueeze(-1)
 
-        p = (z - column_of(lse[b, t])).exp()
+        def softmax(values: Tensor, norm: Tensor) -> Tensor:
+            # lse rounded to float32 would tilt the whole row; what rounding took goes into a factor.
+            origin = column_of(norm)
+            return (values - origin).exp() * column_of((origin.squeeze(-1) - norm).exp())
+
+        p = softmax(z, lse[b, t])
         by_logp = column_of(grad_logps[b, t])
         gradient = -by_logp * p
         # 1 - p by cancellation is lost where p is near 1.
         gradient.scatter_(-1, label, -by_logp * column_of(torch.expm1(logps[b, t])))
         if bool((grad_kl[b, t] != 0).any()):
-            mean = column_of(kl[b, t] + lse[b, t] - ref_lse)
-            gap = torch.where(p > 0, z - ref_z - mean, 0.0)
-            gradient += column_of(grad_kl[b, t]) * p * gap
+            # d counted from the most likely token's: where p is near 1 its d and D agree in all leading digits.
+            gap = torch.where(p > 0, z - ref_z, 0.0)
+            gap -= gap.gather(-1, p.argmax(-1, keepdim=True))
+            mean = (p * gap).sum(-1, dtype=lse.dtype) / p.sum(-1, dtype=lse.dtype)
+            gradient += column_of(grad_kl[b, t]) * p * (gap - column_of(mean))
         if bool((grad_forward_kl[b, t] != 0).any()):
-            gradient += column_of(grad_forward_kl[b, t]) * (p - (ref_z - column_of(ref_lse)).exp())
+            gradient += column_of(grad_forward_kl[b, t]) * (p - softmax(ref_z, ref_lse))
         if logit_softcap:
             gradient *= 1 - (z / logit_softcap) ** 2
         out[b, t] = (gradient * logit_scale).to(out.dtype)
@@ -152,8 +158,8 @@ def _(logits: Tensor, *arguments: Any) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, ref_logits, *ctx.transform = inputs[:6]
-    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, _ = output
-    ctx.save_for_backward(logits, labels, ref_logits, logps, lse, ref_logps, kl)
+    logps, lse, ref_logps, entropy, _, accuracy, mean_logits, _ = output
+    ctx.save_for_backward(logits, labels, ref_logits, logps, lse, ref_logps)
     ctx.mark_non_differentiable(lse, ref_logps, entropy, accuracy, mean_logits)
     ctx.set_materialize_grads(False)
 
