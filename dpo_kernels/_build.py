@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -83,7 +84,7 @@ def build_cpu(target: Path) -> None:
             objects.append(f"{scratch}/{Path(source).stem}.{tag}.o")
             commands.append([cxx, *CXX_FLAGS, *flags, "-c", str(CSRC / "cpu" / source), "-o", objects[-1]])
 
-        for source in ("token_logps.cpp", "logits_grad.cpp"):
+        for source in ("token_logps.cpp", "logits_grad.cpp", "filtered_grad.cpp"):
             for isa, march, width in isas:
                 flags = [f"-DDPO_ISA={isa}", f"-DDPO_VECTOR_BYTES={width}"]
                 flags += [f"-march={march}"] if march else []
@@ -94,6 +95,72 @@ def build_cpu(target: Path) -> None:
         run_all(commands)
         library = f"{scratch}/library.so"
         run_all([[cxx, "-shared", *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]])
+        os.replace(library, target)
+
+
+# token_logps.cu is compiled once per dtype of the policy's logits, side by side.
+CUDA_UNITS = (
+    *(("token_logps.cu", [f"-DDPO_POLICY={dtype}"]) for dtype in range(3)),
+    ("logits_grad.cu", []),
+    ("preference_loss.cu", []),
+)
+#: Compiled for by default, as far as nvcc knows them; PTX of the newest serves what comes later.
+CUDA_ARCHS = ("80", "90a", "100")
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def nvcc_compiler() -> str:
+    """nvcc ($CUDA_HOME/bin, else PATH, else /usr/local/cuda). Raises BuildError where there is none."""
+    for folder in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
+        if found := shutil.which("nvcc", path=str(Path(folder) / "bin")):
+            return found
+    if found := shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"):
+        return found
+    raise BuildError("no CUDA compiler found (install the CUDA toolkit, or set CUDA_HOME)")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Architectures to compile for ("80", "90a"): $DPO_KERNELS_CUDA_ARCHS, else $TORCH_CUDA_ARCH_LIST, else ours.
+
+    Both variables take "9.0a" or "90a", separated by blanks, commas or semicolons. Raises BuildError for one that nvcc
+    does not know.
+    """
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    known = {line.strip().removeprefix("compute_") for line in listed.splitlines()}
+    wish = os.environ.get("DPO_KERNELS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or ""
+    named = [item.removesuffix("+PTX").replace(".", "") for item in re.split(r"[;,\s]+", wish) if item]
+    if not named:
+        return [arch for arch in CUDA_ARCHS if arch.rstrip("af") in known]
+    for arch in named:
+        if arch.rstrip("af") not in known:
+            raise BuildError(f"nvcc does not know architecture {arch!r}; it knows {' '.join(sorted(known, key=int))}")
+    return named
+
+
+def build_cuda(target: Path, archs: Sequence[str] | None = None) -> None:
+    """Compile csrc/cuda into the shared library `target`; needs nvcc, but no GPU and no CUDA build of torch.
+
+    archs: as `cuda_archs` returns them. The runtime is linked statically and torch_cuda is looked up when first needed,
+    so the library loads wherever torch does.
+    """
+    nvcc, cxx, torch_dir = nvcc_compiler(), cxx_compiler(), torch_folder()
+    archs = list(archs or cuda_archs(nvcc))
+    newest = max(archs, key=lambda arch: int(arch.rstrip("af")))
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        commands, objects = [], []
+        for index, (source, flags) in enumerate(CUDA_UNITS):
+            objects.append(f"{scratch}/{index}.o")
+            commands.append([nvcc, *NVCC_FLAGS, *targets, *flags, "-c", str(CSRC / "cuda" / source), "-o", objects[-1]])
+        objects.append(f"{scratch}/ops.o")
+        toolkit = Path(nvcc).parent.parent / "include"
+        ops_flags = [*CXX_FLAGS, *ABI_FLAGS, *include_flags(torch_dir), f"-I{toolkit}"]
+        commands.append([cxx, *ops_flags, "-c", str(CSRC / "cuda" / "ops.cpp"), "-o", objects[-1]])
+        run_all(commands)
+        library = f"{scratch}/library.so"
+        run_all([[nvcc, "-shared", *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ldl"]])
         os.replace(library, target)
 
 
@@ -117,9 +184,12 @@ def library_path(name: str) -> Path:
     return PACKAGE / f"_{name}.{source_hash(name)}.so"
 
 
-def find_or_build(name: str, build: Callable[[Path], None], announce: Callable[[str], None]) -> Path:
-    """The library built at installation, else the cached one, else (unless DPO_KERNELS_JIT=0) compile it now."""
-    cached = cache_folder() / library_path(name).name
+def find_or_build(name: str, build: Callable[[Path], None], announce: Callable[[str], None], variant: str = "") -> Path:
+    """The library built at installation, else the cached one, else (unless DPO_KERNELS_JIT=0) compile it now.
+
+    variant: what else a cached library is named after, such as the architecture it was compiled for.
+    """
+    cached = cache_folder() / f"{library_path(name).stem}{variant}.so"
     for path in (library_path(name), cached):
         if path.is_file():
             return path
@@ -134,4 +204,4 @@ def find_or_build(name: str, build: Callable[[Path], None], announce: Callable[[
 
 
 #: Every native library and its recipe; setup.py builds them all.
-LIBRARIES: dict[str, Callable[[Path], None]] = {"cpu": build_cpu}
+LIBRARIES: dict[str, Callable[[Path], None]] = {"cpu": build_cpu, "cuda": build_cuda}

@@ -20,14 +20,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, objectives, ops, planner
+from . import backends, filtered, objectives, ops, planner
 from .backends.eager import check_labels, small_dtype
 from .objectives import Objective, Pairs
 
@@ -239,6 +239,25 @@ class Projection:
         )
         return logits
 
+    def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:
+        """The entries of a chunk that `eps` keeps, its dropped mass joining `found`; None if they are too many."""
+        call = self.call
+        result = filtered.keep(
+            logits,
+            self.labels[tokens],
+            found["logps"].contiguous(),
+            found["lse"].contiguous(),
+            eps=call.eps,
+            logit_scale=call.logit_scale,
+            logit_softcap=call.logit_softcap,
+        )
+        if result is None:
+            return None
+        kept, dropped = result
+        if "grad_dropped_mass" in call.statistics:
+            found["grad_dropped_mass"] = dropped
+        return kept
+
     def hidden_gradient(self, dz: Tensor) -> Tensor:
         """dH rows [c, H] of a chunk, in the compute dtype."""
         return torch.mm(dz, self.weight)
@@ -294,13 +313,24 @@ def _check_labels(call: Call, vocab: int) -> None:
 # --- log-probabilities per token, for any upstream gradient -------------------------------------------------------
 
 
-def _forward_tokens(
-    call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[_TokenTable, planner.Plan, Tensor, Tensor | None]:
-    """Stage 1 over all scored tokens, chunk by chunk: (results, plan, tokens [N], saved).
+@dataclass
+class _TokenRun:
+    """What a forward leaves behind.
 
-    saved is, by strategy: frozen_head: d logp_t / d hidden_t [N, H]; kept_logits: the logits [N, V]; else None.
+    Attributes:
+        tokens: [N], flat indices of the scored tokens.
+        saved: frozen_head: d logp_t / d hidden_t [N, H]; kept_logits: the logits [N, V]; filtered: index, value, row_ptr
+            and tail of `filtered.Kept`; otherwise nothing.
     """
+
+    table: _TokenTable
+    plan: planner.Plan
+    tokens: Tensor
+    saved: tuple[Tensor, ...]
+
+
+def _forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _TokenRun:
+    """Stage 1 over all scored tokens, chunk by chunk, and what the strategy saves for the backward."""
     _check_labels(call, weight.shape[0])
     tokens = _scored(call)
     head = call.sizes(hidden.shape[-1], weight.shape[0])
@@ -308,24 +338,65 @@ def _forward_tokens(
     plan = planner.plan_tokens(head, call.strategy, tokens.shape[0], call.budget, call.reason, may_keep=may_keep)
     table = _TokenTable(call)
     projection = Projection(call, hidden, weight, bias, plan.rows)
-    units = []
+    units: list[Tensor] = []
+    lists: list[filtered.Kept] = []
     for begin, end in plan.groups[0].chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] == 0:
             continue
         logits, found = projection.measure(chunk, projection.rows(chunk))
+        if plan.strategy == "filtered":
+            kept = projection.keep(logits, chunk, found)
+            if kept is None:
+                # The softmax is too flat for lists to pay: the whole call turns exact, and projects again.
+                reason = f"more than {filtered.DENSEST:g} of the entries exceed {call.eps:g}, so the gradient is exact"
+                plan, lists = replace(plan, strategy="two_pass", reason=reason), []
+                table.values["grad_dropped_mass"].zero_()
+            else:
+                lists.append(kept)
         table.put(chunk, found)
         if plan.strategy == "frozen_head":
             # d logp / dh = W[y] - E_p[W], whatever the loss is: its coefficient multiplies this row in the backward.
             ones = torch.ones_like(found["logps"])
-            dz = projection.differentiate(logits, chunk, found["logps"], found["lse"], ones)
-            units.append(projection.hidden_gradient(dz))
-    saved = None
+            kept = projection.keep(logits, chunk, found) if call.eps else None
+            if kept is not None:
+                units.append(filtered.grad_hidden(kept, ones, projection.weight))
+                table.put(chunk, found)
+            else:
+                dz = projection.differentiate(logits, chunk, found["logps"], found["lse"], ones)
+                units.append(projection.hidden_gradient(dz))
+    saved: tuple[Tensor, ...] = ()
     if plan.strategy == "frozen_head":
-        saved = torch.cat(units) if units else hidden.new_zeros(0, hidden.shape[-1])
+        saved = (torch.cat(units) if units else hidden.new_zeros(0, hidden.shape[-1]),)
     elif plan.strategy == "kept_logits":
-        saved = projection.buffer
-    return table, plan, tokens, saved
+        saved = (projection.buffer,)
+    elif plan.strategy == "filtered":
+        all_kept = filtered.Kept.join(lists, projection.buffer)
+        saved = (all_kept.index, all_kept.value, all_kept.row_ptr, all_kept.tail)
+    return _TokenRun(table, plan, tokens, saved)
+
+
+def _backward_filtered(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    kept: filtered.Kept,
+    grad_logps: Tensor,
+    into: Tensor | None,
+) -> tuple[Tensor | None, HeadGradient]:
+    """(dH [B, T, H], head gradient) from the kept entries."""
+    grad = grad_logps.reshape(-1)[tokens].double()
+    gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
+    grad_hidden = None
+    if call.needs_hidden:
+        grad_hidden = _scatter(hidden, tokens, filtered.grad_hidden(kept, grad, weight.to(call.compute_dtype)))
+    if gradient.weight is not None:
+        rows = _gather(hidden, tokens, call.compute_dtype)
+        filtered.grad_weight(kept, grad, rows, gradient.weight, accumulate=into is not None)
+    if gradient.bias is not None:
+        gradient.bias += filtered.grad_bias(kept, grad, weight.shape[0])
+    return grad_hidden, gradient
 
 
 def _backward_tokens(
@@ -375,7 +446,12 @@ def _take_weight(gradient: HeadGradient, weight: Tensor, into: Tensor | None) ->
 def main_grad(weight: Tensor) -> Tensor | None:
     """The float32 buffer `weight.main_grad`, where there is one of the weight's shape (Megatron's convention)."""
     buffer = getattr(weight, "main_grad", None)
-    fits = isinstance(buffer, Tensor) and buffer.dtype == torch.float32 and buffer.shape == weight.shape
+    fits = (
+        isinstance(buffer, Tensor)
+        and buffer.dtype == torch.float32
+        and buffer.shape == weight.shape
+        and buffer.is_contiguous()
+    )
     return buffer if fits and weight.dtype != torch.float64 else None
 
 
@@ -385,11 +461,11 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
         with _no_autocast(hidden.device):
-            table, plan, tokens, saved = _forward_tokens(call, hidden, weight, bias)
-        logger.debug("%s", plan.describe())
-        outputs = table.tuple()
-        ctx.call, ctx.strategy, ctx.used = call, plan.strategy, False
-        ctx.save_for_backward(hidden, weight, bias, outputs[0], outputs[1], tokens, saved)
+            run = _forward_tokens(call, hidden, weight, bias)
+        logger.debug("%s", run.plan.describe())
+        outputs = run.table.tuple()
+        ctx.call, ctx.strategy, ctx.used = call, run.plan.strategy, False
+        ctx.save_for_backward(hidden, weight, bias, outputs[0], outputs[1], run.tokens, *run.saved)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
@@ -399,12 +475,12 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_logps is None:
             return (None,) * 4
-        hidden, weight, bias, logps, lse, tokens, saved = ctx.saved_tensors
+        hidden, weight, bias, logps, lse, tokens, *saved = ctx.saved_tensors
         call: Call = ctx.call
         with _no_autocast(hidden.device):
             if ctx.strategy == "frozen_head":
                 scale = grad_logps.reshape(-1)[tokens].unsqueeze(-1)
-                rows = saved * scale.to(accumulator_dtype(saved.dtype))
+                rows = saved[0] * scale.to(accumulator_dtype(saved[0].dtype))
                 # 0 * inf: a token without gradient gets an exact 0 whatever its log-probability's slope.
                 rows = torch.where(scale == 0, torch.zeros_like(rows), rows)
                 return _scatter(hidden, tokens, rows), None, None, None
@@ -413,10 +489,14 @@ class _LinearLogps(torch.autograd.Function):
             if ctx.strategy == "kept_logits" and not ctx.used:
                 # dz goes over the kept logits; a second backward of the same graph projects again. `.data` keeps the
                 # version counter, so that autograd does not take this for a caller's mistake.
-                kept, ctx.used = saved.data, True
-            grad_hidden, gradient = _backward_tokens(
-                call, hidden, weight, bias, logps, lse, grad_logps, kept_logits=kept, into=into
-            )
+                kept, ctx.used = saved[0].data, True
+            if ctx.strategy == "filtered":
+                lists = filtered.Kept(*saved)
+                grad_hidden, gradient = _backward_filtered(call, hidden, weight, tokens, lists, grad_logps, into)
+            else:
+                grad_hidden, gradient = _backward_tokens(
+                    call, hidden, weight, bias, logps, lse, grad_logps, kept_logits=kept, into=into
+                )
         grad_bias = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
         return grad_hidden, _take_weight(gradient, weight, into), grad_bias, None
 
@@ -723,8 +803,8 @@ def _call_of(arguments: Sequence[Any], **needs: bool) -> tuple[Call, Tensor, Ten
 def _linear_logps(*arguments: Any) -> tuple[Tensor, ...]:
     call, hidden, weight, bias = _call_of(arguments)
     with _no_autocast(hidden.device):
-        table, *_ = _forward_tokens(call, hidden, weight, bias)
-    return table.tuple()
+        run = _forward_tokens(call, hidden, weight, bias)
+    return run.table.tuple()
 
 
 def _linear_logps_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

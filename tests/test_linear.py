@@ -268,7 +268,8 @@ def test_gradcheck_in_float64(name):
         )
         return linear_dpo_loss(hidden, weight, inputs.labels, bias=bias, **inputs.keywords).loss
 
-    assert torch.autograd.gradcheck(loss, inputs.trained)
+    # A second backward of the same graph cuts its chunks otherwise, which changes the last bits.
+    assert torch.autograd.gradcheck(loss, inputs.trained, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [None, 4])

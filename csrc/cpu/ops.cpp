@@ -8,12 +8,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "filtered_grad.h"
 #include "preference_loss.h"
 #include "stages.h"
 
@@ -194,6 +196,86 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   torch::stable::parallel_for(0, p.pairs, 32, [&](int64_t begin, int64_t end) { preference_loss(p, begin, end); });
 }
 
+Logits matrix_of(const Tensor& t) {
+  return {t.const_data_ptr(), dtype_of(t), 0, t.stride(0)};
+}
+
+int64_t* int64_of(const Tensor& t) {
+  return static_cast<int64_t*>(t.mutable_data_ptr());
+}
+
+FilterParams filter_of(const Tensor& logits, const Tensor& labels, const Tensor& lse, double eps, double logit_scale,
+                       double logit_softcap) {
+  FilterParams p{};
+  p.logits = matrix_of(logits);
+  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  p.lse = in_of(lse);
+  p.log_eps = std::log(eps);
+  p.vocab = logits.size(1);
+  p.logit_scale = logit_scale;
+  p.logit_softcap = logit_softcap;
+  return p;
+}
+
+void filter_count_op(Tensor logits, Tensor labels, Tensor lse, double eps, double logit_scale, double logit_softcap,
+                     Tensor counts) {
+  FilterParams p = filter_of(logits, labels, lse, eps, logit_scale, logit_softcap);
+  p.counts = int64_of(counts);
+  [[maybe_unused]] const bool wide = p.logits.dtype == DType::float64;
+  torch::stable::parallel_for(0, logits.size(0), 1,
+                              [&](int64_t begin, int64_t end) { DPO_RUN(filter_count, wide, p, begin, end); });
+}
+
+void filter_fill_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, double eps, double logit_scale,
+                    double logit_softcap, Tensor row_ptr, Tensor index, Tensor value, Tensor tail, Tensor dropped) {
+  FilterParams p = filter_of(logits, labels, lse, eps, logit_scale, logit_softcap);
+  p.logps = in_of(logps);
+  p.row_ptr = int64_of(row_ptr);
+  p.index = static_cast<int32_t*>(index.mutable_data_ptr());
+  p.value = value.mutable_data_ptr();
+  p.tail = static_cast<double*>(tail.mutable_data_ptr());
+  p.dropped = static_cast<double*>(dropped.mutable_data_ptr());
+  [[maybe_unused]] const bool wide = p.logits.dtype == DType::float64;
+  torch::stable::parallel_for(0, logits.size(0), 1,
+                              [&](int64_t begin, int64_t end) { DPO_RUN(filter_fill, wide, p, begin, end); });
+}
+
+void filtered_grad_hidden_op(Tensor index, Tensor value, Tensor row_ptr, Tensor tail, Tensor grad, Tensor weight,
+                             Tensor mean_row, Tensor out) {
+  FilteredHiddenParams p{};
+  p.index = static_cast<const int32_t*>(index.const_data_ptr());
+  p.value = value.const_data_ptr();
+  p.row_ptr = static_cast<const int64_t*>(row_ptr.const_data_ptr());
+  p.tail = in_of(tail);
+  p.grad = in_of(grad);
+  p.weight = matrix_of(weight);
+  p.mean_row = in_of(mean_row);
+  p.vocab = weight.size(0);
+  p.hidden_size = weight.size(1);
+  p.out = out.mutable_data_ptr();
+  [[maybe_unused]] const bool wide = p.weight.dtype == DType::float64;
+  torch::stable::parallel_for(0, out.size(0), 1,
+                              [&](int64_t begin, int64_t end) { DPO_RUN(filtered_grad_hidden, wide, p, begin, end); });
+}
+
+void filtered_grad_weight_op(Tensor index, Tensor value, Tensor row_ptr, Tensor grad, Tensor hidden, Tensor tail_row,
+                             bool accumulate, Tensor out) {
+  FilteredWeightParams p{};
+  p.index = static_cast<const int32_t*>(index.const_data_ptr());
+  p.value = value.const_data_ptr();
+  p.row_ptr = static_cast<const int64_t*>(row_ptr.const_data_ptr());
+  p.grad = in_of(grad);
+  p.rows = hidden.size(0);
+  p.hidden = matrix_of(hidden);
+  p.tail_row = in_of(tail_row);
+  p.hidden_size = hidden.size(1);
+  p.accumulate = accumulate;
+  p.out = out.mutable_data_ptr();
+  [[maybe_unused]] const bool wide = p.hidden.dtype == DType::float64;
+  torch::stable::parallel_for(0, out.size(0), 1024,
+                              [&](int64_t begin, int64_t end) { DPO_RUN(filtered_grad_weight, wide, p, begin, end); });
+}
+
 }  // namespace
 }  // namespace dpo::cpu
 
@@ -210,6 +292,19 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
       "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
       "Tensor beta, Tensor label_smoothing, bool robust, Tensor(a!) losses, Tensor(b!) sums, Tensor(c!) ref_sums_out, "
       "Tensor(d!) coef) -> ()");
+  m.def(
+      "filter_count(Tensor logits, Tensor labels, Tensor lse, float eps, float logit_scale, float logit_softcap, "
+      "Tensor(a!) counts) -> ()");
+  m.def(
+      "filter_fill(Tensor logits, Tensor labels, Tensor logps, Tensor lse, float eps, float logit_scale, "
+      "float logit_softcap, Tensor row_ptr, Tensor(a!) index, Tensor(b!) value, Tensor(c!) tail, Tensor(d!) dropped) "
+      "-> ()");
+  m.def(
+      "filtered_grad_hidden(Tensor index, Tensor value, Tensor row_ptr, Tensor tail, Tensor grad, Tensor weight, "
+      "Tensor mean_row, Tensor(a!) out) -> ()");
+  m.def(
+      "filtered_grad_weight(Tensor index, Tensor value, Tensor row_ptr, Tensor grad, Tensor hidden, Tensor tail_row, "
+      "bool accumulate, Tensor(a!) out) -> ()");
   m.def("isa() -> int");
 }
 
@@ -218,6 +313,10 @@ STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CPU, m) {
   m.impl("logits_grad", TORCH_BOX(&dpo::cpu::logits_grad_op));
   m.impl("sequence_sums", TORCH_BOX(&dpo::cpu::sequence_sums_op));
   m.impl("preference_loss", TORCH_BOX(&dpo::cpu::preference_loss_op));
+  m.impl("filter_count", TORCH_BOX(&dpo::cpu::filter_count_op));
+  m.impl("filter_fill", TORCH_BOX(&dpo::cpu::filter_fill_op));
+  m.impl("filtered_grad_hidden", TORCH_BOX(&dpo::cpu::filtered_grad_hidden_op));
+  m.impl("filtered_grad_weight", TORCH_BOX(&dpo::cpu::filtered_grad_weight_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&dpo::cpu::isa)); }

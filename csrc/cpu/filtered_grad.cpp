@@ -1,0 +1,314 @@
+// The filtered gradient on CPU: keep the entries of each softmax row that exceed eps, and multiply only those.
+//
+// Data flow
+//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds lse + log(eps), so
+//                               only kept entries meet an exponential. They leave as (index, value) lists, a few KB a token.
+//   filtered_grad_hidden        dH[t] = g_t (sum_v d_tv W[v] - tail_t mean(W)), threads own tokens.
+//   filtered_grad_weight        dW[v] = sum_t g_t d_tv h_t + tail row, threads own ranges of the vocabulary: no atomics, and
+//                               every sum runs in a fixed order.
+//
+// Both products are cut into tiles of 1,024 source rows by 8 vectors: 512 KB with AVX-512, which stays in the second-level
+// cache while all destination rows pass by. Without tiles each kept entry would fetch its row of W from memory.
+#include "filtered_grad.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "blocks.h"
+
+#ifndef DPO_ISA
+#define DPO_ISA baseline
+#endif
+
+namespace {
+
+constexpr int64_t kTileRows = 1024;
+constexpr int kStripVectors = 8;
+
+template <typename A>
+A cut_of(double lse, double log_eps) {
+  return static_cast<A>(lse + log_eps);
+}
+
+template <typename A>
+int64_t count_row(const Row<A>& row, int64_t vocab, int64_t label, A cut) {
+  constexpr int lanes = Vec<A>::lanes;
+  alignas(64) A buffer[kBlock];
+  int64_t count = 0;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t n = std::min(kBlock, vocab - start);
+    const A* z = row.block(start, n, buffer);
+    typename Vec<A>::integer kept = {};
+    for (int64_t i = 0; i < n; i += lanes) kept -= load<A>(z + i) > cut;  // true is -1; the padding is -inf
+    for (int i = 0; i < lanes; ++i) count += kept[i];
+    if (label >= start && label < start + n && !(z[label - start] > cut)) ++count;
+  }
+  return count;
+}
+
+// exp(z - m) summed over the dropped entries of a block, times the softcap's slope.
+template <typename A>
+double dropped_slopes(const A* z, int64_t n, int64_t label, A cut, A m, A cap) {
+  constexpr int lanes = Vec<A>::lanes;
+  typename Vec<A>::type sum = {};
+  double label_part = 0.0;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const auto logit = load<A>(z + i);
+    const auto t = logit * (A(1) / cap);
+    const auto term = exp_nonpositive(logit - m) * (A(1) - t * t);
+    const auto part = logit > cut ? splat<A>(A(0)) : (logit > splat<A>(-INFINITY) ? term : splat<A>(A(0)));
+    sum += part;
+    if (label >= i && label < i + lanes) label_part = static_cast<double>(part[label - i]);
+  }
+  double total = -label_part;
+  for (int i = 0; i < lanes; ++i) total += static_cast<double>(sum[i]);
+  return total;
+}
+
+template <typename A>
+void fill_row(const dpo::cpu::FilterParams& p, int64_t r, LogitTransform transform) {
+  constexpr int lanes = Vec<A>::lanes;
+  const auto row = Row<A>::of(p.logits, r, INT64_MAX, transform);
+  const int64_t label = p.labels[r];
+  const double lse = p.lse[r], logp = p.logps[r];
+  const A cut = cut_of<A>(lse, p.log_eps), m = static_cast<A>(lse), cap = static_cast<A>(transform.softcap);
+  const double factor = std::exp(static_cast<double>(m) - lse);
+  int32_t* index = p.index + p.row_ptr[r];
+  A* value = static_cast<A*>(p.value) + p.row_ptr[r];
+  alignas(64) A buffer[kBlock];
+  alignas(64) A found[kBlock + lanes];
+  int32_t place[kBlock + 1];
+  double kept_mass = 0.0, slopes = 0.0;
+  for (int64_t start = 0; start < p.vocab; start += kBlock) {
+    const int64_t n = std::min(kBlock, p.vocab - start);
+    const A* z = row.block(start, n, buffer);
+    const int64_t label_at = label >= start && label < start + n ? label - start : -1;
+    // Branch-free compaction: kept entries are a few per cent, in no pattern that a predictor could learn.
+    int64_t k = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      place[k] = static_cast<int32_t>(start + i);
+      found[k] = z[i];
+      k += (z[i] > cut) | (i == label_at);
+    }
+    for (int64_t i = 0; i < k; i += lanes) store<A>(found + i, exp_nonpositive(load<A>(found + i) - m));
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t v = place[i];
+      double slope = transform.scale;
+      if (cap != A(0)) {
+        const double t = static_cast<double>(z[v - start]) / transform.softcap;
+        slope *= 1.0 - t * t;
+      }
+      const double prob = static_cast<double>(found[i]) * factor;
+      // The label's own 1 - p must not come from a difference (see logits_grad.cpp).
+      if (v != label) kept_mass += prob;
+      index[i] = static_cast<int32_t>(v);
+      value[i] = static_cast<A>((v == label ? -std::expm1(logp) : -prob) * slope);
+    }
+    index += k;
+    value += k;
+    if (cap != A(0)) slopes += dropped_slopes<A>(z, n, label_at, cut, m, cap);
+  }
+  // All but the label is 1 - p(label); what of that was not kept was dropped. Rounding may leave a hair below 0.
+  const double dropped = std::max(0.0, -std::expm1(logp) - kept_mass);
+  p.dropped[r] = dropped;
+  p.tail[r] = transform.scale * (cap != A(0) ? slopes * factor : dropped);
+}
+
+// out[strip] += sum_e coefficient[e] * source[index[e]][strip], the strip held in registers.
+template <int kVectors, typename A, typename T>
+DPO_INLINE void add_rows(A* out, const T* source, int64_t stride, const int32_t* index, const A* coefficient, int64_t n) {
+  constexpr int lanes = Vec<A>::lanes;
+  typename Vec<A>::type sum[kVectors];
+  for (int i = 0; i < kVectors; ++i) sum[i] = load<A>(out + i * lanes);
+  for (int64_t e = 0; e < n; ++e) {
+    const T* from = source + static_cast<int64_t>(index[e]) * stride;
+    const auto c = splat<A>(coefficient[e]);
+    for (int i = 0; i < kVectors; ++i) sum[i] += c * Convert<A, T>::vector(from + i * lanes);
+  }
+  for (int i = 0; i < kVectors; ++i) store<A>(out + i * lanes, sum[i]);
+}
+
+// A strip of any width up to kStripVectors vectors.
+template <typename A, typename T>
+void add_strip(A* out, const T* source, int64_t stride, int64_t width, const int32_t* index, const A* coefficient,
+               int64_t n) {
+  constexpr int lanes = Vec<A>::lanes;
+  if (width == kStripVectors * lanes) return add_rows<kStripVectors>(out, source, stride, index, coefficient, n);
+  int64_t at = 0;
+  for (; at + 4 * lanes <= width; at += 4 * lanes) add_rows<4>(out + at, source + at, stride, index, coefficient, n);
+  for (; at + lanes <= width; at += lanes) add_rows<1>(out + at, source + at, stride, index, coefficient, n);
+  for (; at < width; ++at) {
+    A sum = out[at];
+    for (int64_t e = 0; e < n; ++e) {
+      sum += coefficient[e] * Convert<A, T>::scalar(source + static_cast<int64_t>(index[e]) * stride + at);
+    }
+    out[at] = sum;
+  }
+}
+
+template <typename A, typename T>
+void grad_hidden(const dpo::cpu::FilteredHiddenParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t strip = kStripVectors * Vec<A>::lanes;
+  const int64_t width = p.hidden_size;
+  const T* weight = static_cast<const T*>(p.weight.data);
+  const A* value = static_cast<const A*>(p.value);
+  A* out = static_cast<A*>(p.out);
+  std::fill(out + begin * width, out + end * width, A(0));
+  std::vector<int64_t> first(end - begin), last(end - begin);
+  for (int64_t t = begin; t < end; ++t) last[t - begin] = p.row_ptr[t];
+  for (int64_t tile = 0; tile < p.vocab; tile += kTileRows) {
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t e = first[t - begin] = last[t - begin];
+      while (e < p.row_ptr[t + 1] && p.index[e] < tile + kTileRows) ++e;
+      last[t - begin] = e;
+    }
+    for (int64_t column = 0; column < width; column += strip) {
+      const int64_t wide = std::min(strip, width - column);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t e = first[t - begin], n = last[t - begin] - e;
+        if (n == 0 || p.grad[t] == 0.0) continue;
+        add_strip<A, T>(out + t * width + column, weight + column, width, wide, p.index + e, value + e, n);
+      }
+    }
+  }
+  for (int64_t t = begin; t < end; ++t) {
+    if (p.grad[t] == 0.0) continue;
+    const A g = static_cast<A>(p.grad[t]), tail = static_cast<A>(p.grad[t] * p.tail[t]);
+    for (int64_t i = 0; i < width; ++i) {
+      out[t * width + i] = g * out[t * width + i] - tail * static_cast<A>(p.mean_row[i]);
+    }
+  }
+}
+
+// Vocabulary rows begin .. end of dW.
+template <typename A, typename T>
+void grad_weight(const dpo::cpu::FilteredWeightParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t strip = kStripVectors * Vec<A>::lanes;
+  const int64_t width = p.hidden_size;
+  const T* hidden = static_cast<const T*>(p.hidden.data);
+  const A* value = static_cast<const A*>(p.value);
+  A* out = static_cast<A*>(p.out);
+  std::vector<A> tail_row(p.tail_row, p.tail_row + width);
+  std::vector<int64_t> cursor(p.rows), starts, place;
+  std::vector<int32_t> token;
+  std::vector<A> coefficient;
+  for (int64_t t = 0; t < p.rows; ++t) {
+    const int32_t* row = p.index + p.row_ptr[t];
+    const int64_t n = p.row_ptr[t + 1] - p.row_ptr[t];
+    cursor[t] = p.row_ptr[t] + (std::lower_bound(row, row + n, static_cast<int32_t>(begin)) - row);
+  }
+  for (int64_t low = begin; low < end; low += kTileRows) {
+    const int64_t high = std::min(low + kTileRows, end), rows = high - low;
+    for (int64_t v = low; v < high; ++v) {
+      A* to = out + v * width;
+      if (p.accumulate) {
+        for (int64_t i = 0; i < width; ++i) to[i] += tail_row[i];
+      } else {
+        std::copy(tail_row.begin(), tail_row.end(), to);
+      }
+    }
+    // Source tiles: the hidden states of 1,024 tokens.
+    for (int64_t t0 = 0; t0 < p.rows; t0 += kTileRows) {
+      const int64_t t1 = std::min(t0 + kTileRows, p.rows);
+      // The tile's entries, sorted by vocabulary row and then by token.
+      starts.assign(rows + 1, 0);
+      for (int64_t t = t0; t < t1; ++t) {
+        for (int64_t e = cursor[t]; e < p.row_ptr[t + 1] && p.index[e] < high; ++e) {
+          if (p.grad[t] != 0.0) ++starts[p.index[e] - low + 1];
+        }
+      }
+      for (int64_t v = 0; v < rows; ++v) starts[v + 1] += starts[v];
+      place.assign(starts.begin(), starts.end() - 1);
+      token.resize(starts[rows]);
+      coefficient.resize(starts[rows]);
+      for (int64_t t = t0; t < t1; ++t) {
+        const A g = static_cast<A>(p.grad[t]);
+        int64_t e = cursor[t];
+        for (; e < p.row_ptr[t + 1] && p.index[e] < high; ++e) {
+          if (p.grad[t] == 0.0) continue;
+          const int64_t at = place[p.index[e] - low]++;
+          token[at] = static_cast<int32_t>(t - t0);
+          coefficient[at] = g * value[e];
+        }
+        cursor[t] = e;
+      }
+      for (int64_t column = 0; column < width; column += strip) {
+        const int64_t wide = std::min(strip, width - column);
+        const T* source = hidden + t0 * width + column;
+        for (int64_t v = 0; v < rows; ++v) {
+          const int64_t e = starts[v], n = starts[v + 1] - e;
+          if (n == 0) continue;
+          add_strip<A, T>(out + (low + v) * width + column, source, width, wide, token.data() + e, coefficient.data() + e,
+                          n);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+namespace dpo::cpu::DPO_ISA {
+
+template <typename A>
+static void count_rows(const FilterParams& p, int64_t begin, int64_t end) {
+  const LogitTransform transform{p.logit_scale, p.logit_softcap};
+  for (int64_t r = begin; r < end; ++r) {
+    const auto row = Row<A>::of(p.logits, r, INT64_MAX, transform);
+    p.counts[r] = count_row<A>(row, p.vocab, p.labels[r], cut_of<A>(p.lse[r], p.log_eps));
+  }
+}
+
+void filter_count(const FilterParams& p, int64_t begin, int64_t end) {
+#ifdef DPO_FLOAT64
+  if (p.logits.dtype == DType::float64) return count_rows<double>(p, begin, end);
+#endif
+  count_rows<float>(p, begin, end);
+}
+
+void filter_fill(const FilterParams& p, int64_t begin, int64_t end) {
+  const LogitTransform transform{p.logit_scale, p.logit_softcap};
+#ifdef DPO_FLOAT64
+  if (p.logits.dtype == DType::float64) {
+    for (int64_t r = begin; r < end; ++r) fill_row<double>(p, r, transform);
+    return;
+  }
+#endif
+  for (int64_t r = begin; r < end; ++r) fill_row<float>(p, r, transform);
+}
+
+void filtered_grad_hidden(const FilteredHiddenParams& p, int64_t begin, int64_t end) {
+  switch (p.weight.dtype) {
+    case DType::float32:
+      return grad_hidden<float, float>(p, begin, end);
+    case DType::float64:
+#ifdef DPO_FLOAT64
+      grad_hidden<double, double>(p, begin, end);
+#endif
+      return;
+    case DType::bfloat16:
+      return grad_hidden<float, BFloat16>(p, begin, end);
+    case DType::float16:
+      return grad_hidden<float, Half>(p, begin, end);
+  }
+}
+
+void filtered_grad_weight(const FilteredWeightParams& p, int64_t begin, int64_t end) {
+  switch (p.hidden.dtype) {
+    case DType::float32:
+      return grad_weight<float, float>(p, begin, end);
+    case DType::float64:
+#ifdef DPO_FLOAT64
+      grad_weight<double, double>(p, begin, end);
+#endif
+      return;
+    case DType::bfloat16:
+      return grad_weight<float, BFloat16>(p, begin, end);
+    case DType::float16:
+      return grad_weight<float, Half>(p, begin, end);
+  }
+}
+
+}  // namespace dpo::cpu::DPO_ISA

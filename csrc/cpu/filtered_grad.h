@@ -1,0 +1,69 @@
+// Parameters of the filtered gradient on CPU (see filtered_grad.cpp for the data flow).
+#pragma once
+
+#include <cstdint>
+
+#include "stages.h"
+
+namespace dpo::cpu {
+
+// Which entries of each row of logits are kept: p > eps, and the label. Two passes: count, then fill.
+struct FilterParams {
+  Logits logits;  // [1, rows, V]
+  const int64_t* labels;
+  const double* logps;  // nullptr while counting
+  const double* lse;
+  double log_eps;
+  int64_t vocab;
+  double logit_scale;
+  double logit_softcap;
+  int64_t* counts;         // [rows], written by filter_count
+  const int64_t* row_ptr;  // [rows + 1], where each row's entries go
+  int32_t* index;          // [kept], ascending within a row
+  void* value;             // [kept] float (double for float64 logits): (onehot - p) dz/dx, for grad_logps = 1
+  double* tail;            // [rows], sum of p dz/dx over the dropped entries
+  double* dropped;         // [rows], sum of p over the dropped entries
+};
+
+// out[r] += sum over row r's entries of coefficient * source[index]: both sparse products are this.
+struct FilteredHiddenParams {
+  const int32_t* index;
+  const void* value;
+  const int64_t* row_ptr;  // [rows + 1]
+  const double* tail;      // [rows]
+  const double* grad;      // [rows] upstream gradient of each token's log-probability
+  Logits weight;           // [1, V, H], contiguous
+  const double* mean_row;  // [H], mean of the weight's rows
+  int64_t vocab;
+  int64_t hidden_size;
+  void* out;  // [rows, H] float or double
+};
+
+struct FilteredWeightParams {
+  const int32_t* index;
+  const void* value;
+  const int64_t* row_ptr;
+  const double* grad;
+  int64_t rows;
+  Logits hidden;           // [1, rows, H], contiguous
+  const double* tail_row;  // [H], what every row of dW gets
+  int64_t hidden_size;
+  bool accumulate;  // add to out, which otherwise is overwritten
+  void* out;        // [V, H] float or double
+};
+
+#define DPO_DECLARE_ISA(isa)                                                                         \
+  namespace isa {                                                                                    \
+  void filter_count(const FilterParams& params, int64_t begin, int64_t end);                         \
+  void filter_fill(const FilterParams& params, int64_t begin, int64_t end);                          \
+  void filtered_grad_hidden(const FilteredHiddenParams& params, int64_t begin, int64_t end);         \
+  void filtered_grad_weight(const FilteredWeightParams& params, int64_t begin, int64_t end);         \
+  }
+
+DPO_DECLARE_ISA(baseline)
+DPO_DECLARE_ISA(avx2)
+DPO_DECLARE_ISA(avx512)
+
+#undef DPO_DECLARE_ISA
+
+}  // namespace dpo::cpu
