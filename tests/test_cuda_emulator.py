@@ -598,6 +598,60 @@ def test_label_gradient_when_the_label_is_almost_certain(library):
     assert max(split_errors(out, truth, labels)) < 4e-6
 
 
+# ---- The whole backend: dpo_kernels.backends.cuda and csrc/cuda/ops.cpp over the emulated kernels ----
+
+
+@pytest.fixture(scope="module")
+def emulated_operators() -> None:
+    torch.ops.load_library(str(build_operators()))
+
+
+@pytest.fixture
+def cuda_backend(emulated_operators, monkeypatch) -> str:
+    """`use_backend("cuda")` with CPU tensors reaches the emulated kernels."""
+    monkeypatch.setattr(cuda, "_kernels", torch.ops.dpo_kernels_cuda_emulated)
+    original = backends._attempt
+    monkeypatch.setattr(backends, "_attempt", lambda name, kind: cuda if name == "cuda" else original(name, kind))
+    return "cuda"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator_table(cuda_backend, case):
+    device = torch.device("cpu")
+    test_operators.test_loss_and_gradient_equal_the_float64_reference(cuda_backend, case, device)
+    if case.reference == "logits":
+        test_operators.test_statistics_and_logps_equal_the_float64_reference(cuda_backend, case, device)
+
+
+def test_the_other_operator_tests(cuda_backend):
+    device = torch.device("cpu")
+    test_operators.test_policy_equal_to_reference_is_exactly_log_two(cuda_backend, device)
+    test_operators.test_in_place_gradient_is_bitwise_the_other_one(cuda_backend, device)
+    test_operators.test_two_runs_are_bitwise_equal(cuda_backend, device)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fused_forward_of_the_backend(cuda_backend, packed):
+    logits, ref, labels, weights, cu = fused_case(torch.bfloat16, [3, 1, 4, 2, 4, 4], 300, packed)
+    beta, smoothing = pairs(3)
+    for options in (NO_STATISTICS, EVERYTHING):
+        for _ in range(2):  # the second call finds its counters as the first left them
+            tokens, fused = cuda.fused_forward(logits, labels, ref, weights, cu, None, beta, smoothing, False, **options)
+            separate = cuda.token_logps(logits, labels, ref, **options)
+            stage2 = cuda.preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
+            assert all(torch.equal(a, b) for a, b in zip(tokens + fused, separate + stage2, strict=True))
+
+
+def test_the_backend_refuses_what_its_kernels_cannot_read(cuda_backend):
+    labels = torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="float64"):
+        cuda.token_logps(torch.zeros(2, 2, 5, dtype=torch.float64), labels, None, **NO_STATISTICS)
+    with pytest.raises(RuntimeError, match="positive logit_scale"):
+        cuda.token_logps(torch.zeros(2, 2, 5), labels, None, **dict(NO_STATISTICS, logit_scale=-1.0))
+    with pytest.raises(RuntimeError, match="unit stride"):
+        cuda.token_logps(torch.zeros(2, 5, 2).transpose(1, 2), labels, None, **NO_STATISTICS)
+
+
 # ---- Can these tests fail? ----
 
 

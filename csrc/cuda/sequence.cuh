@@ -81,7 +81,7 @@ DPO_DEVICE SequenceSums sum_sequence(const double* values, const double* refs, c
 }
 
 // One thread. The sums of both sequences of pair p are known.
-DPO_DEVICE void finish_pair(const PreferenceParams& p, int64_t pair, SequenceSums chosen, SequenceSums rejected) {
+static __device__ __noinline__ void finish_pair(const PreferenceParams& p, int64_t pair, SequenceSums chosen, SequenceSums rejected) {
   const double x = p.beta[pair] * ((chosen.policy - chosen.reference) - (rejected.policy - rejected.reference));
   const PairLoss loss = sigmoid_family(x, p.label_smoothing[pair], p.robust != 0);
   p.losses[pair] = loss.loss;

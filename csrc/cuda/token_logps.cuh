@@ -318,33 +318,46 @@ struct TokenValues {
 
 DPO_DEVICE TokenValues all_tokens(double value) { return {value, value, value, value, value, value, value}; }
 
-template <typename Tr>
-DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const MergedState& s, float label_x, float label_ref,
-                                    bool earlier_tie) {
+// A row on its way from the templated kernel to finish_row_of_batch, in shared memory.
+struct RowSummary {
+  MergedState state;
+  float label_x, label_ref;
+  bool legal, earlier_tie;
+  bool pair;  // the row's reference was read with it
+};
+
+DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary& summary) {
+  const MergedState& s = summary.state;
+  const float label_x = summary.label_x;
   // The loops scale by log2(e) rounded to float32, which stretches every z by 1 + 1.3e-8. The label and the moments are
   // stretched alike here, so that they meet the sums on one scale; a log-probability is then brought back.
+  const bool capped = p.logit_softcap != 0.0f;
   const double scale = static_cast<double>(p.logit_scale), cap = static_cast<double>(p.logit_softcap);
-  const float log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
-  const double unit = Tr::kSoftcap ? 1.0 : scale;  // of drift and total
+  const float log2_scale = capped ? kLog2E : kLog2E * p.logit_scale;
+  const double unit = capped ? 1.0 : scale;  // of drift and total
   const double stretch = static_cast<double>(log2_scale) * kLn2 / unit;
-  const auto exact = [&](double x) { return Tr::kSoftcap ? cap * tanh(x * scale / cap) : x * scale; };
-  const double z = exact(label_x), ref_z = exact(label_ref);
+  double z = label_x * scale, ref_z = summary.label_ref * scale;
+  if (capped) {
+    z = cap * tanh(z / cap);
+    if (summary.pair) ref_z = cap * tanh(ref_z / cap);
+  }
   const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch), z * stretch,
                                      (z - ref_z) * stretch);
   TokenValues out{};
   out.logps = row.logp / stretch;
   out.lse = label_x == -INFINITY ? row.lse / stretch : z - out.logps;
   const bool nan = row.logp != row.logp;
-  if constexpr (Tr::kEntropy) out.entropy = nan ? NAN : row.entropy;
-  if constexpr (Tr::kMean) out.mean_logits = (s.total + (Tr::kSoftcap ? z : label_x)) * unit / static_cast<double>(p.vocab);
-  if constexpr (Tr::kKl) {
+  out.entropy = nan ? NAN : row.entropy;
+  out.mean_logits = (s.total + (capped ? z : label_x)) * unit / static_cast<double>(p.vocab);
+  if (summary.pair) {
     const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0), ref_z * stretch, 0.0);
     out.ref_logps = ref.logp / stretch;
     out.kl = row.kl_mean - row.lse + ref.lse;
     // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
     if (out.kl != out.kl && !nan && ref.lse == ref.lse) out.kl = INFINITY;
   }
-  out.accuracy = nan ? NAN : (static_cast<double>(label_x) > s.top || (static_cast<double>(label_x) == s.top && !earlier_tie));
+  const double top = static_cast<double>(label_x);
+  out.accuracy = nan ? NAN : (top > s.top || (top == s.top && !summary.earlier_tie));
   return out;
 }
 
@@ -406,7 +419,7 @@ DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t t
 }
 
 // Pairs of two empty sequences have no rows. The launch holds one more block for them when sequences are packed.
-DPO_DEVICE void finish_empty_pairs(const TokenLogpsParams& params) {
+__device__ __noinline__ void finish_empty_pairs(const TokenLogpsParams& params) {
   const PreferenceParams& p = params.preference;
   for (int64_t pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
     SequenceSums sums[2] = {};
@@ -423,6 +436,23 @@ DPO_DEVICE void finish_empty_pairs(const TokenLogpsParams& params) {
     }
     finish_pair(p, pair, sums[0], sums[1]);
   }
+}
+
+// One warp: everything that follows the merge of a row, in float64. Not inlined: a few hundred rare instructions that would
+// otherwise be compiled into each of the kernels.
+__device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, const RowSummary& row, int64_t token,
+                                                 bool is_reference, int sides, SequenceScratch& scratch) {
+  if (threadIdx.x == 0) {
+    const bool scored = p.labels[token] != p.ignore_index;
+    const TokenValues values = row.legal && scored ? finish_token(p, row) : all_tokens(scored ? NAN : 0.0);
+    if (is_reference) {
+      p.ref_logps[token] = values.logps;
+    } else {
+      store_token(p, token, values);
+      if (row.pair) p.ref_logps[token] = values.ref_logps;
+    }
+  }
+  if (p.preference.losses != nullptr) finish_row_of_sequence(p, token, sides, scratch);
 }
 
 // ---- The kernel ----
@@ -444,15 +474,17 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel
   using States = double[kRowThreads / kWarp][kStateFields];
   DPO_SHARED(States, states);
   DPO_SHARED(SequenceScratch, scratch);
+  DPO_SHARED(RowSummary, summary);
   DPO_SHARED(int, tied);
 
   const int blocks_per_row = cluster_size();
   const int rank = cluster_rank();
   const int64_t token = blockIdx.x / blocks_per_row;
-  const bool fused = p.preference.losses != nullptr;
   const int threads = static_cast<int>(blockDim.x) * blocks_per_row;
   const int thread = rank * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const bool leader_warp = threadIdx.x < kWarp;
   // Without kl the reference's rows are rows like the policy's, in the second half of the grid.
   const bool is_reference = blockIdx.y == 1;
   const int sides = Tr::kKl ? 1 : static_cast<int>(gridDim.y);
@@ -464,11 +496,13 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel
     return;
   }
   const int64_t label64 = p.labels[token];
-  const bool scored = label64 != p.ignore_index;
-  const bool legal = label64 >= 0 && label64 < p.vocab;
-  TokenValues values = all_tokens(scored ? NAN : 0.0);
+  const bool legal = label64 != p.ignore_index && label64 >= 0 && label64 < p.vocab;
+  if (threadIdx.x == 0) {
+    summary.legal = legal;
+    summary.pair = Tr::kKl;
+  }
 
-  if (scored && legal) {
+  if (legal) {
     const int label = static_cast<int>(label64), vocab = static_cast<int>(p.vocab);
     const int64_t b = token / p.tokens, t = token % p.tokens;
     const Logits& own = is_reference ? p.reference : p.policy;
@@ -504,7 +538,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel
 
     MergedState merged = merge_warp<Tr>(widen_state(state));
     if (blocks_per_row > 1) cluster_wait();  // block 0 has started: its shared memory is there
-    if (threadIdx.x % kWarp == 0) {
+    if (lane == 0) {
       store_to_leader(&states[warp][0], merged.origin);
       store_to_leader(&states[warp][1], merged.top);
       store_to_leader(&states[warp][2], merged.sum);
@@ -524,12 +558,8 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel
     }
     if (rank != 0) return;
 
-    merged = no_state();
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const bool leader_warp = threadIdx.x < kWarp;
-    const bool wants_accuracy = p.accuracy != nullptr && !is_reference;
-    if (!leader_warp && !wants_accuracy) return;
     if (leader_warp) {
+      merged = no_state();
       if (lane < threads / kWarp) {
         merged.origin = states[lane][0];
         merged.top = states[lane][1];
@@ -543,31 +573,26 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel
         }
       }
       merged = merge_warp<Tr>(merged);
+      if (lane == 0) {
+        summary.state = merged;
+        summary.label_x = label_x;
+        summary.label_ref = label_ref;
+        summary.earlier_tie = false;
+      }
     }
-    bool earlier_tie = false;
-    if (wants_accuracy) {
+    if (p.accuracy != nullptr && !is_reference) {
       // argmax takes the first of equals: only a tie with the maximum sends the block over the row's start again.
       if (threadIdx.x == 0) tied = merged.top == static_cast<double>(label_x);
       __syncthreads();
-      if (tied) earlier_tie = appears_before(x, label, label_x);
-      if (!leader_warp) return;
+      if (tied) {
+        const bool found = appears_before(x, label, label_x);
+        if (threadIdx.x == 0) summary.earlier_tie = found;
+      }
     }
-    if (lane == 0) values = finish_token<Tr>(p, merged, label_x, label_ref, earlier_tie);
-  } else {
-    if (blocks_per_row > 1) cluster_wait();
-    if (rank != 0 || threadIdx.x >= kWarp) return;
+  } else if (blocks_per_row > 1) {
+    cluster_wait();
   }
-
-  // One warp is left.
-  if (threadIdx.x == 0) {
-    if (is_reference) {
-      p.ref_logps[token] = values.logps;
-    } else {
-      store_token(p, token, values);
-      if (Tr::kKl) p.ref_logps[token] = values.ref_logps;
-    }
-  }
-  if (fused) finish_row_of_sequence(p, token, sides, scratch);
+  if (rank == 0 && leader_warp) finish_row_of_batch(p, summary, token, is_reference, sides, scratch);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from dpo_kernels import _build
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -55,6 +56,32 @@ UNITS = (
 )
 
 
+def build_operators() -> Path:
+    """Compile csrc/cuda/ops.cpp over the emulator: `torch.ops.dpo_kernels_cuda_emulated`, for CPU tensors.
+
+    With it in place of the real library, `dpo_kernels.backends.cuda` runs from its Python down to the kernels.
+    """
+    emulator = build()
+    target = emulator.with_name(emulator.stem.replace("emulator", "operators") + ".so")
+    if not target.exists():
+        torch_dir = _build.torch_folder()
+        command = [
+            _build.cxx_compiler(), "-std=c++17", "-fPIC", "-O1", "-shared", "-DDPO_EMULATOR", *_build.ABI_FLAGS,
+            *_build.include_flags(torch_dir), f"-I{HERE}", "-isystem", str(cuda_include()), str(CSRC / "cuda" / "ops.cpp"),
+            str(emulator), f"-Wl,-rpath,{emulator.parent}", f"-L{torch_dir / 'lib'}", "-ltorch_cpu",
+            "-o", f"{target}.{os.getpid()}",
+        ]  # fmt: skip
+        _run(*command)
+        os.replace(f"{target}.{os.getpid()}", target)
+    return target
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulator does not compile:\n{done.stderr[-4000:]}")
+
+
 def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
     """Compile the emulator library and return its path; instant when nothing changed."""
     sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.cpp")])
@@ -73,22 +100,17 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
         return target
     cxx = os.environ.get("CXX", "g++")
 
-    def run(*command: str) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"the emulator does not compile:\n{done.stderr[-4000:]}")
-
     with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [f"{scratch}/{i}.o" for i in range(len(UNITS))]
 
         def compile_unit(i: int) -> None:
             source, own = UNITS[i]
-            run(cxx, *flags, *filter(None, [own]), "-x", "c++", "-c", str(source), "-o", objects[i])
+            _run(cxx, *flags, *filter(None, [own]), "-x", "c++", "-c", str(source), "-o", objects[i])
 
         list(pool.map(compile_unit, range(len(UNITS))))
         library = f"{scratch}/library.so"
         sanitizers = [f"-fsanitize={SANITIZERS}"] if sanitize else []
-        run(cxx, "-shared", *sanitizers, *objects, "-o", library)
+        _run(cxx, "-shared", *sanitizers, *objects, "-o", library)
         os.replace(library, target)
     return target
 

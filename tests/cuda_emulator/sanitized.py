@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, for cuda_emulator
 from cuda_emulator import Emulator, Order
 
 PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}

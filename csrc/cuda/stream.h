@@ -1,0 +1,84 @@
+// Where a call runs: device guard, current stream and what the launch heuristics know of the device. In the emulator build
+// this is the one place that differs: there is no stream, and operators are registered for CPU tensors.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+
+#include "params.h"
+
+#if defined(DPO_EMULATOR)
+
+#define DPO_LIBRARY dpo_kernels_cuda_emulated
+#define DPO_DISPATCH_KEY CPU
+
+namespace dpo::cuda {
+
+inline const char* error_text(cudaError_t) { return emu::settings().error.c_str(); }
+
+class OnDevice {
+ public:
+  explicit OnDevice(const torch::stable::Tensor&) {}
+  Device device() const { return {132, 1}; }  // an H100, as far as the heuristics care
+  cudaStream_t stream() const { return nullptr; }
+};
+
+}  // namespace dpo::cuda
+
+#else
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#define DPO_LIBRARY dpo_kernels_cuda
+#define DPO_DISPATCH_KEY CUDA
+
+namespace dpo::cuda {
+
+inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
+
+// aoti_torch_get_current_cuda_stream of the torch in this process. Looked up when first called, so that the library links
+// against, and loads beside, a torch without CUDA.
+inline cudaStream_t current_stream(int32_t device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda ? reinterpret_cast<Getter>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  if (getter == nullptr || getter(device, &stream) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("dpo_kernels: this torch has no CUDA stream to run on");
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Attributes are asked for once per device: the query costs more than a launch.
+inline Device describe(int device) {
+  constexpr int kKept = 64;
+  static Device kept[kKept] = {};
+  if (device < kKept && kept[device].sm_count > 0) return kept[device];
+  int sm_count = 1, major = 0;
+  cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  const Device found{sm_count, major >= 9};
+  if (device < kKept) kept[device] = found;
+  return found;
+}
+
+class OnDevice {
+ public:
+  explicit OnDevice(const torch::stable::Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+  Device device() const { return describe(index_); }
+  cudaStream_t stream() const { return current_stream(index_); }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+}  // namespace dpo::cuda
+
+#endif

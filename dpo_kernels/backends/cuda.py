@@ -1,0 +1,183 @@
+"""The stages in CUDA C++ (csrc/cuda): loads the library, or compiles it on first use, and allocates the outputs.
+
+Beside the four stages there is `fused_forward`: stages 1 and 2 in one launch, for the sigmoid family.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import _build
+from . import BackendUnavailable
+from .eager import TokenOutputs
+
+logger = logging.getLogger(__name__)
+
+PairOutputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# The library's operators. (Tests put those of the emulator here.)
+_kernels = torch.ops.dpo_kernels_cuda
+
+# Zeroed counters of fused_forward for each device and stream; every launch leaves them as zeros.
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _load() -> None:
+    try:
+        # A prebuilt library serves any GPU; one compiled on first use is for the GPU at hand and takes a third of the time.
+        arch = "{}{}".format(*torch.cuda.get_device_capability())
+        arch += "a" if arch == "90" else ""
+        build = functools.partial(_build.build_cuda, archs=[arch])
+        path = _build.find_or_build("cuda", build, lambda line: print(line, file=sys.stderr), variant=f".sm_{arch}")
+        torch.ops.load_library(str(path))
+    except (_build.BuildError, OSError) as error:
+        raise BackendUnavailable(str(error)) from error
+    logger.debug("loaded %s", path)
+
+
+def check_available(device_type: str) -> None:
+    """Raise BackendUnavailable unless the tensors are on a CUDA device and the library loads."""
+    if device_type != "cuda":
+        raise BackendUnavailable("the CUDA kernels serve CUDA tensors only")
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise BackendUnavailable("this torch sees no CUDA device")
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise BackendUnavailable("the CUDA kernels need compute capability 8.0 or later")
+    if not hasattr(_kernels, "token_logps"):
+        _load()
+
+
+def _check_logits(logits: Tensor, ref_logits: Tensor | None) -> None:
+    for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"the CUDA kernels take float32, bfloat16 or float16 {name}, not {str(tensor.dtype).removeprefix('torch.')}; "
+                'use_backend("eager") computes in float64'
+            )
+
+
+def _token_outputs(labels: Tensor, wanted: tuple[bool, ...]) -> TokenOutputs:
+    # The kernels write every token, scored or not.
+    like = functools.partial(torch.empty, dtype=torch.float64, device=labels.device)
+    return tuple(like(labels.shape if want else 0) for want in wanted)  # type: ignore[return-value]
+
+
+def _pair_outputs(beta: Tensor) -> PairOutputs:
+    pairs = beta.shape[0]
+    like = functools.partial(torch.empty, dtype=torch.float64, device=beta.device)
+    return like(pairs), like(2 * pairs), like(2 * pairs), like(2 * pairs)
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+) -> TokenOutputs:
+    """Stage 1. See dpo_kernels/ops.py for the contract. A label outside [0, V) gives NaN for its token."""
+    _check_logits(logits, ref_logits)
+    outputs = _token_outputs(labels, (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits))
+    _kernels.token_logps(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *outputs)
+    return outputs
+
+
+def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Weighted sums over each sequence's tokens, [2P] float64."""
+    count = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums = torch.empty(count, dtype=torch.float64, device=values.device)
+    _kernels.sequence_sums(values, weights, cu_seqlens, sums)
+    return sums
+
+
+def preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+) -> PairOutputs:
+    """Stage 2: (losses [P], sums [2P], ref_sums [2P], coef [2P]); the formulas of csrc/common/sigmoid_family.h."""
+    outputs = _pair_outputs(beta)
+    _kernels.preference_loss(logps, ref_logps, weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, *outputs)
+    return outputs
+
+
+def logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    out: Tensor,
+) -> None:
+    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself."""
+    _check_logits(logits, None)
+    _kernels.logits_grad(logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, out)
+
+
+def _zeroed_counters(device: torch.device, count: int) -> Tensor:
+    """int32 zeros that a launch returns as zeros: kept per stream, so that only the first call pays for clearing them."""
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            # A graph may be replayed beside other work: its counters are its own, cleared by a node of the graph.
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    held = _counters.get((device, stream))
+    if held is None or held.numel() < count:
+        held = _counters[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return held
+
+
+def fused_forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+) -> tuple[TokenOutputs, PairOutputs]:
+    """Stages 1 and 2 in a single launch, bit for bit what `token_logps` and then `preference_loss` give.
+
+    Arguments as theirs: weights [B, T] float64 contiguous, 0 on unscored tokens; ref_sums only without ref_logits.
+    cu_seqlens must rise; bounds that do not would leave the stream's counters, and later calls, in disorder.
+    """
+    _check_logits(logits, ref_logits)
+    tokens = _token_outputs(labels, (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits))
+    pairs = _pair_outputs(beta)
+    counters = _zeroed_counters(logits.device, 3 * beta.shape[0])
+    _kernels.fused_forward(
+        logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *tokens,
+        weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, *pairs, counters,
+    )  # fmt: skip
+    return tokens, pairs
