@@ -89,11 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--peers", default="all", metavar="NAMES", help=f"all, or some of: {','.join(PEERS)}")
     group.addoption("--dtype", default="all", metavar="NAMES", help=f"all, or some of: {','.join(DTYPES)}")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.addoption(
-        "--report",
-        metavar="DIR",
-        help='write JSON, markdown and SVG there; "auto" is benchmarks/results/<machine name>',
-    )
+    group.addoption("--report", metavar="DIR", help="write JSON, markdown and SVG into DIR/<machine name>")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -118,6 +114,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("shape", shapes, indirect=True, scope="module", ids=ids)
     if "peer" in metafunc.fixturenames:
         metafunc.parametrize("peer", settings.peers)
+    if "forward_peer" in metafunc.fixturenames:
+        names = [name for name in settings.peers if PEERS[name].forward_passes is not None]
+        metafunc.parametrize("forward_peer", names)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +176,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for note in result.notes:
             write(note)
     if target := config.getoption("--report"):
-        folder = report.RESULTS / about["name"] if target == "auto" else Path(target)
+        folder = Path(target) / about["name"]
         for result in _RESULTS.values():
             report.write(result, folder, about)
         write(f"written to {folder}")

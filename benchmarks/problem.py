@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpo_kernels import dpo_loss
 from dpo_kernels.objectives import Pairs, sigmoid
 
 from .machine import cache_bytes
@@ -61,6 +63,18 @@ class LogitsProblem:
         with torch.no_grad():
             self.logits.copy_(self._pristine)
         self._slot = (self._slot + 1) % len(self._logits)
+
+
+def step(problem: LogitsProblem, *, reference: bool = True, **keywords: Any) -> Tensor:
+    """Our loss and its gradient over the logits, with any keywords of `dpo_loss`: what the smaller questions vary."""
+    out = dpo_loss(
+        problem.logits,
+        problem.labels,
+        ref_logits=problem.ref_logits if reference else None,
+        inplace_backward=True,
+        **{"beta": BETA, **keywords},
+    )
+    return torch.autograd.grad(out.loss, problem.logits)[0]
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,10 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) ->
 def machine_line(machine: dict[str, Any]) -> str:
     """One sentence that says on what, with what and when."""
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
-    return f"{where}; torch {machine['torch']}, dpo-kernels {machine['dpo_kernels']}, {machine['date']}"
+    return (
+        f"{where}; backend {machine['backend']}, "
+        f"torch {machine['torch']}, dpo-kernels {machine['dpo_kernels']}, {machine['date']}"
+    )
 
 
 def markdown(result: Result, machine: dict[str, Any]) -> str:

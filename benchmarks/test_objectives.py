@@ -1,0 +1,74 @@
+"""What does each objective of the registry cost, relative to the default that lives inside the kernels?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+
+from dpo_kernels import OBJECTIVES
+from dpo_kernels.objectives import objective
+
+from . import method
+from .conftest import DTYPES, Settings
+from .method import Contender, Samples
+from .problem import LogitsProblem, step
+from .report import Column, Result
+
+#: A quarter of the logits path's default: the passes over the logits are the same, the rest is [P] vectors.
+SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 32, 49152)], "full": [(8, 64, 49152)]}
+
+COLUMNS = [
+    Column("title", "objective"),
+    Column("median_s", "time", "time"),
+    Column("spread", "spread", "percent"),
+    Column("times_floor", "x floor", "ratio"),
+    Column("vs_sigmoid", "vs sigmoid", "ratio"),
+    Column("reads", "reads"),
+]
+
+
+@pytest.fixture(scope="module")
+def samples(shape: tuple[int, int, int], settings: Settings, publish: Callable[[Result], Result]) -> dict[str, Samples]:
+    dtype = settings.dtypes[0]
+    problem = LogitsProblem(shape, DTYPES[dtype], settings.device)
+
+    def contender(name: str) -> Contender:
+        # A reference-free objective is given no reference, as a user would: it reads one tensor less.
+        info = OBJECTIVES[name]
+        smoothing = 0.0 if info.smoothing_range is None or info.smoothing_range.holds(0.0, 0.0) else 0.1
+        # An objective with a running mean is made once, so that it can keep it.
+        loss_type = objective(name) if info.observe else name
+        keywords = {"loss_type": loss_type, "label_smoothing": smoothing, "reference": info.needs_reference}
+        return Contender(name, lambda: step(problem, **keywords), problem.next)
+
+    floors = method.floor_contenders(problem.ref_logits, problem.ref_logits.clone())
+    with warnings.catch_warnings():
+        # Some objectives warn that the benchmark's beta is far from their usual one; it costs nothing.
+        warnings.simplefilter("ignore")
+        found = method.interleave([*floors, *map(contender, OBJECTIVES)], settings.rounds, device=settings.device)
+    rows = [
+        {
+            "case": f"{dtype} {list(shape)}",
+            "title": name,
+            "ours": info.kernel is not None,
+            "dtype": dtype,
+            "shape": list(shape),
+            "median_s": found[name].median,
+            "spread": found[name].spread,
+            "times_floor": method.passes_over_copy(found, name, passes=4 if info.needs_reference else 3),
+            "vs_sigmoid": method.ratio(found[name], found["sigmoid"]),
+            "reads": "policy, reference" if info.needs_reference else "policy",
+        }
+        for name, info in OBJECTIVES.items()
+    ]
+    worst = max(rows, key=lambda row: row["vs_sigmoid"])
+    note = f"{dtype}: the dearest objective is {worst['title']}, {worst['vs_sigmoid']:.2f} times sigmoid."
+    publish(Result("objectives", "Objectives: loss and gradient in place", COLUMNS, rows, notes=[note]))
+    return found
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:
+    replay(samples[name])

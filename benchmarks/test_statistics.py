@@ -1,0 +1,69 @@
+"""What does it cost to ask for each statistic, and for all of them, in the pass that computes the loss anyway?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from dpo_kernels import STATISTICS
+
+from . import method
+from .conftest import DTYPES, Settings
+from .method import Contender, Samples
+from .problem import LogitsProblem, step
+from .report import Column, Result
+
+#: Half of the logits path's default: a cost relative to none needs no more.
+SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 64, 49152)], "full": [(8, 128, 49152)]}
+
+#: What is asked for, by its name in the table.
+REQUESTS: dict[str, tuple[str, ...]] = {"none": (), **{name: (name,) for name in STATISTICS}, "all": STATISTICS}
+
+COLUMNS = [
+    Column("title", "statistics"),
+    Column("median_s", "time", "time"),
+    Column("spread", "spread", "percent"),
+    Column("times_floor", "x floor", "ratio"),
+    Column("vs_none", "vs none", "ratio"),
+]
+
+
+@pytest.fixture(scope="module")
+def samples(
+    shape: tuple[int, int, int], dtype: str, settings: Settings, publish: Callable[[Result], Result]
+) -> dict[str, Samples]:
+    problem = LogitsProblem(shape, DTYPES[dtype], settings.device)
+    contenders = [
+        Contender(title, lambda asked=asked: step(problem, statistics=asked), problem.next)
+        for title, asked in REQUESTS.items()
+    ]
+    floors = method.floor_contenders(problem.ref_logits, problem.ref_logits.clone())
+    found = method.interleave([*floors, *contenders], settings.rounds, device=settings.device)
+    rows = [
+        {
+            "case": f"{dtype} {list(shape)}",
+            "title": title,
+            "ours": title == "all",
+            "dtype": dtype,
+            "shape": list(shape),
+            "median_s": found[title].median,
+            "spread": found[title].spread,
+            "times_floor": method.passes_over_copy(found, title, passes=4),
+            "vs_none": method.ratio(found[title], found["none"]),
+        }
+        for title in REQUESTS
+    ]
+    worst = rows[-1]["vs_none"]
+    note = f"{dtype}: all statistics together make loss and gradient {100 * (worst - 1):.0f} % longer."
+    publish(
+        Result(
+            "statistics", "Statistics: loss and gradient in place, with what is asked for", COLUMNS, rows, notes=[note]
+        )
+    )
+    return found
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_statistics(samples: dict[str, Samples], request_: str, replay: Callable[[Samples], None]) -> None:
+    replay(samples[request_])
