@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,13 @@ def _unsupported() -> str | None:
     return None
 
 
+def _undo_last() -> None:
+    utils = sys.modules.get(_UTILS)
+    undo = getattr(getattr(utils, _NAME, None), "undo", None)
+    if undo is not None:
+        undo()
+
+
 def apply_to_trl(
     *, grad_filter: float | str | None = "auto", memory_budget: int | str | None = None
 ) -> Callable[[], None]:
@@ -163,6 +171,7 @@ def apply_to_trl(
         ImportError: TRL is not installed. A TRL whose fused head is not the one known here is left alone, with a
             RuntimeWarning that says what differs.
     """
+    _undo_last()
     reason = _unsupported()
     if reason is not None:
         if "cannot be imported" in reason:
@@ -170,9 +179,6 @@ def apply_to_trl(
         warnings.warn(f"dpo_kernels: {reason}. TRL keeps working, unpatched.", RuntimeWarning, stacklevel=2)
         return lambda: None
     utils = importlib.import_module(_UTILS)
-    undo_last = getattr(getattr(utils, _NAME), "undo", None)
-    if undo_last is not None:
-        undo_last()
     theirs, compact = getattr(utils, _NAME), getattr(utils, "_use_triton", None)
     patched = _replacement(theirs, grad_filter, memory_budget)
 
