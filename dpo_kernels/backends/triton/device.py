@@ -29,7 +29,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 #: Start of a running maximum: below every logit that can carry mass, and finite, so that no -inf meets a -inf.
-FLOOR = tl.constexpr(-1.0e30)
+FLOOR = tl.constexpr(-1.0e25)
+#: Stands in for an entry that a masked tile leaves out: far enough below FLOOR to have no mass, and finite, so that it
+#: needs no guard in the moments. As float32, and as two bfloat16 in one int32.
+HIDDEN = tl.constexpr(-1.0e30)
+HIDDEN_PAIR = tl.constexpr(0xF14AF14A - (1 << 32))
 
 #: How a logit x becomes z: folded into the exponential's FFMA, multiplied first (scale <= 0), or softcapped.
 FOLDED, SCALED, SOFTCAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -258,10 +262,20 @@ def store_groups(
 
 
 @device_function
+def hide_in_pairs(pairs, tile, groups, label, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The bfloat16 pairs of a tile with HIDDEN at the label and in the groups from `groups` on."""
+    group = tile * (UNROLL * LANES) + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    half = tl.where(label % 2 == 0, 0xFFFF, -65536)
+    without = (pairs & (-1 - half)) | (half & HIDDEN_PAIR)
+    pair = group[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    return tl.where((group < groups)[:, :, None], tl.where(pair == label // 2, without, pairs), HIDDEN_PAIR)
+
+
+@device_function
 def columns(tile, head, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
     """[UNROLL, LANES, GROUP] int32: vocabulary index of each entry of a tile."""
-    lane = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    return head + (tile * (UNROLL * LANES) + lane) * GROUP + tl.arange(0, GROUP)[None, None, :]
+    group = tile * (UNROLL * LANES) + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return head + (group[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :])
 
 
 @device_function

@@ -13,6 +13,7 @@ from torch import Tensor
 from .device import (
     FLOOR,
     FOLDED,
+    HIDDEN,
     LN2,
     SOFTCAPPED,
     columns,
@@ -20,6 +21,7 @@ from .device import (
     exp2_fast,
     fragments,
     fused,
+    hide_in_pairs,
     lane_max,
     lane_sum,
     load_fragments,
@@ -47,7 +49,7 @@ def _variable(x, inner, MAP: tl.constexpr):
 
 
 @device_function
-def _raise_max(m, c, s, top, log2_scale):
+def _raise_max(m, c, top, log2_scale):
     """Move each lane's origin up to include `top`: (m, c, shift, rescale), c = m * log2_scale as rounded."""
     m = tl.maximum(m, top)
     c_new = m * log2_scale
@@ -63,54 +65,63 @@ def _terms(x, c, log2_scale):
 
 
 @device_function
+def _whole_tile(raw, inner, element: tl.constexpr, MAP: tl.constexpr):
+    """(x, lane maxima) of a loaded tile, all of which counts."""
+    x = _variable(to_float(raw, element), inner, MAP)
+    if MAP == FOLDED:
+        return x, lane_max(raw, x, element)
+    else:
+        return x, tl.max(tl.max(x, 2), 0)
+
+
+@device_function
+def _masked_tile(
+    raw, tile, groups, label, inner, element: tl.constexpr, MAP: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(x, lane maxima) of a loaded tile with HIDDEN at the label and past the last group."""
+    if MAP == FOLDED and element == tl.bfloat16 and raw.dtype == tl.int32:
+        # Masking the pairs costs half of what masking the floats does, in instructions and in registers.
+        return _whole_tile(hide_in_pairs(raw, tile, groups, label, UNROLL, LANES, GROUP // 2), inner, element, MAP)
+    else:
+        column = columns(tile, 0, UNROLL, LANES, GROUP)
+        x = _variable(to_float(raw, element), inner, MAP)
+        x = tl.where((column < groups * GROUP) & (column != label), x, HIDDEN)
+        return x, tl.max(tl.max(x, 2), 0)
+
+
+@device_function
+def _masked_ends(x, keep):
+    """(x, lane maxima) of a row's fragments with HIDDEN where not `keep`."""
+    x = tl.where(keep, x, HIDDEN)
+    return x, tl.max(tl.max(x, 2), 0)
+
+
+@device_function
 def _fold(
-    state, x, top, ref_state, ref_x, ref_top, log2_scale,
-    ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, GUARDED: tl.constexpr,
+    state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr
 ):  # fmt: skip
     """Fold a tile [UNROLL, LANES, GROUP] of logits (and of the reference's) into the running state of every lane.
 
     state: m maximum, c = m * log2_scale as rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), total = sum x.
-    One rescale for a whole tile keeps it off the critical path. GUARDED: entries of no mass may be -inf.
+    One rescale for a whole tile keeps it off the critical path. A logit of -inf makes t and k NaN (0 * inf): finding that
+    out once per row is cheaper than guarding every product.
     """
     m, c, s, t, k, total = state
     ref_m, ref_c, ref_s = ref_state
-    m, c, shift, rescale = _raise_max(m, c, s, top, log2_scale)
+    m, c, shift, rescale = _raise_max(m, c, top, log2_scale)
     e, y = _terms(x, c, log2_scale)
     if ENTROPY:
-        moment = e * y
-        if GUARDED:
-            moment = tl.where(e > 0, moment, 0.0)
-        t = rescale * (t + shift * s) + lane_sum(moment)
+        t = rescale * (t + shift * s) + lane_sum(e * y)
     if MEAN:
         total += lane_sum(x)
     if KL:
-        drift = e * (x - ref_x)
-        if GUARDED:
-            drift = tl.where(e > 0, drift, 0.0)
-        k = rescale * k + lane_sum(drift)
-        ref_m, ref_c, _, ref_rescale = _raise_max(ref_m, ref_c, ref_s, ref_top, log2_scale)
+        k = rescale * k + lane_sum(e * (x - ref_x))
+        ref_m, ref_c, _, ref_rescale = _raise_max(ref_m, ref_c, ref_top, log2_scale)
         ref_e, _ = _terms(ref_x, ref_c, log2_scale)
         ref_s = ref_rescale * ref_s + lane_sum(ref_e)
     s = rescale * s + lane_sum(e)
     return (m, c, s, t, k, total), (ref_m, ref_c, ref_s)
-
-
-@device_function
-def _fold_masked(
-    state, x, ref_state, ref_x, keep, log2_scale, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr
-):  # fmt: skip
-    """Fold the entries of a tile that `keep` selects: a tile [.., LANES, GROUP] with the label or the row's end in it."""
-    m, c, s, t, k, total = state
-    if MEAN:
-        total += lane_sum(tl.where(keep, x, 0.0))
-    x = tl.where(keep, x, float("-inf"))
-    top = tl.max(tl.max(x, 2), 0)
-    ref_top = top
-    if KL:
-        ref_x = tl.where(keep, ref_x, float("-inf"))
-        ref_top = tl.max(tl.max(ref_x, 2), 0)
-    state = (m, c, s, t, k, total)
-    return _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, False, True)
 
 
 @device_function
@@ -228,16 +239,22 @@ def token_logps_kernel(
         zero = tl.zeros([LANES], tl.float32)
         state = (m, m * log2_scale, zero, zero, zero, zero)
         ref_state = (m, m * log2_scale, zero)
+        total = zero
 
         if TAIL:
-            begin, limit, edge, valid = fragments(0, groups, vocab, LANES, GROUP)
-            ends = _variable(load_fragments(logits, start, begin, limit, GROUP), inner, MAP)
-            ref_ends = ends
+            begin, limit, ends, valid = fragments(0, groups, vocab, LANES, GROUP)
+            keep = valid & (ends != label)
+            loaded = _variable(load_fragments(logits, start, begin, limit, GROUP), inner, MAP)
+            x_ends, top_ends = _masked_ends(loaded, keep)
+            ref_x_ends, ref_top_ends = x_ends, top_ends
             if KL:
-                ref_ends = _variable(load_fragments(ref_logits, ref_start, begin, limit, GROUP), inner, MAP)
-            state, ref_state = _fold_masked(
-                state, ends, ref_state, ref_ends, valid & (edge != label), log2_scale, ENTROPY, KL, MEAN
+                ref_loaded = _variable(load_fragments(ref_logits, ref_start, begin, limit, GROUP), inner, MAP)
+                ref_x_ends, ref_top_ends = _masked_ends(ref_loaded, keep)
+            state, ref_state = _fold(
+                state, x_ends, top_ends, ref_state, ref_x_ends, ref_top_ends, log2_scale, ENTROPY, KL, False
             )
+            if MEAN:
+                total = lane_sum(loaded)
 
         # The label's tile and the last, partial one come first, masked; the main loop runs over all the others.
         full = groups // (UNROLL * LANES)
@@ -246,37 +263,32 @@ def token_logps_kernel(
         partial = ((tiles > full) & (label_tile != full)).to(tl.int32)
         for special in range(tl.where(tiles > 0, 1 + partial, 0)):
             tile = tl.where(special == 0, label_tile, full)
-            column = columns(tile, 0, UNROLL, LANES, GROUP)
-            keep = (column < groups * GROUP) & (column != label)
             raw = load_groups(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, True)
-            x = _variable(to_float(raw, element), inner, MAP)
-            ref_x = x
             if KL:
                 ref_raw = load_groups(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, True)
-                ref_x = _variable(to_float(ref_raw, ref_element), inner, MAP)
-            state, ref_state = _fold_masked(state, x, ref_state, ref_x, keep, log2_scale, ENTROPY, KL, MEAN)
+            if MEAN:
+                # The label counts here, and what was not loaded is 0.
+                total += lane_sum(_variable(to_float(raw, element), inner, MAP))
+            x, top = _masked_tile(raw, tile, groups, label, inner, element, MAP, UNROLL, LANES, GROUP)
+            ref_x, ref_top = x, top
+            if KL:
+                ref_x, ref_top = _masked_tile(
+                    ref_raw, tile, groups, label, inner, ref_element, MAP, UNROLL, LANES, GROUP
+                )
+            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, False)
 
         for index in range(full - (label_tile < full).to(tl.int32)):
             tile = index + (index >= label_tile).to(tl.int32)
             raw = load_groups(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, False)
             if KL:
                 ref_raw = load_groups(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, False)
-            x = _variable(to_float(raw, element), inner, MAP)
-            if MAP == FOLDED:
-                top = lane_max(raw, x, element)
-            else:
-                top = tl.max(tl.max(x, 2), 0)
-            ref_x = x
-            ref_top = top
+            x, top = _whole_tile(raw, inner, element, MAP)
+            ref_x, ref_top = x, top
             if KL:
-                ref_x = _variable(to_float(ref_raw, ref_element), inner, MAP)
-                if MAP == FOLDED:
-                    ref_top = lane_max(ref_raw, ref_x, ref_element)
-                else:
-                    ref_top = tl.max(tl.max(ref_x, 2), 0)
-            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN, False)
+                ref_x, ref_top = _whole_tile(ref_raw, inner, ref_element, MAP)
+            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN)
 
-        m, c, s, t, k, total = state
+        m, c, s, t, k, main_total = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
         logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
@@ -312,7 +324,7 @@ def token_logps_kernel(
                 hit = _equal_before(logits, start, label, x_label, inner, MAP) == 0
             tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
         if MEAN:
-            tl.store(mean_logits + row, unit * (tl.sum(total.to(tl.float64), 0) + x_label) / vocab)
+            tl.store(mean_logits + row, unit * tl.sum((total + main_total).to(tl.float64), 0) / vocab)
     else:
         # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
         fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
