@@ -143,7 +143,7 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None) -> None:
     archs: as `cuda_archs` returns them. The runtime is linked statically and torch_cuda is looked up when first needed,
     so the library loads wherever torch does.
     """
-    nvcc, cxx, torch_dir = nvcc_compiler(), cxx_compiler(), torch_folder()
+    nvcc, torch_dir = nvcc_compiler(), torch_folder()
     archs = list(archs or cuda_archs(nvcc))
     newest = max(archs, key=lambda arch: int(arch.rstrip("af")))
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -155,9 +155,10 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None) -> None:
             objects.append(f"{scratch}/{index}.o")
             commands.append([nvcc, *NVCC_FLAGS, *targets, *flags, "-c", str(CSRC / "cuda" / source), "-o", objects[-1]])
         objects.append(f"{scratch}/ops.o")
-        toolkit = Path(nvcc).parent.parent / "include"
-        ops_flags = [*CXX_FLAGS, *ABI_FLAGS, *include_flags(torch_dir), f"-I{toolkit}"]
-        commands.append([cxx, *ops_flags, "-c", str(CSRC / "cuda" / "ops.cpp"), "-o", objects[-1]])
+        # nvcc knows where its own headers are, even behind a wrapper script.
+        commands.append(
+            [nvcc, *NVCC_FLAGS, *ABI_FLAGS, *include_flags(torch_dir), "-c", str(CSRC / "cuda" / "ops.cpp"), "-o", objects[-1]]
+        )
         run_all(commands)
         library = f"{scratch}/library.so"
         run_all([[nvcc, "-shared", *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ldl"]])

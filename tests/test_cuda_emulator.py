@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_operators
 import torch
-from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build
+from cases import CASES
+from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build, build_operators
+from dpo_kernels import backends
+from dpo_kernels.backends import cuda, eager
 from torch import Tensor
-
-from dpo_kernels.backends import eager
 
 IGNORE = -100
 OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
