@@ -1,0 +1,33 @@
+"""TRL's DPOTrainer on these kernels: one line, and everything else stays as it is.
+
+pip install "trl>=1.15"
+python examples/recipes/trl_trainer.py MODEL PAIRS.jsonl OUTPUT_DIR
+"""
+
+import sys
+
+import torch
+from datasets import load_dataset
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from dpo_kernels.integrations.trl import apply_to_trl
+
+apply_to_trl()
+
+name, data, folder = sys.argv[1:4]
+trainer = DPOTrainer(
+    model=name,
+    args=DPOConfig(
+        folder,
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        logging_steps=1,
+        report_to="none",
+        bf16=torch.cuda.is_available(),
+    ),
+    train_dataset=load_dataset("json", data_files=data, split="train"),
+    processing_class=AutoTokenizer.from_pretrained(name),
+)
+trainer.train()
