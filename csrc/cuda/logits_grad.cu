@@ -15,7 +15,6 @@
 #include "vectors.cuh"
 
 namespace dpo::cuda {
-namespace {
 
 constexpr int kGradThreads = 256;
 constexpr int kUnroll = 4;
@@ -169,6 +168,8 @@ __global__ void __launch_bounds__(kGradThreads, 4) logits_grad_kernel(const __gr
     out[label] = Vector<T>::narrow(static_cast<float>(-g * expm1(p.logps[token]) * slope));
   }
 }
+
+namespace {
 
 template <typename T>
 cudaError_t run(const LogitsGradParams& p, const Device& device, cudaStream_t stream) {

@@ -5,7 +5,6 @@
 #include "sequence.cuh"
 
 namespace dpo::cuda {
-namespace {
 
 __global__ void __launch_bounds__(2 * kWarp) preference_loss_kernel(const __grid_constant__ PreferenceLossParams params) {
   using Scratch = SequenceScratch[2];
@@ -30,8 +29,6 @@ __global__ void __launch_bounds__(kWarp) sequence_sums_kernel(const __grid_const
   const SequenceSums sums = sum_sequence(params.values, nullptr, params.weights, range, scratch);
   if (threadIdx.x == 0) params.sums[sequence] = sums.policy;
 }
-
-}  // namespace
 
 cudaError_t preference_loss(const PreferenceLossParams& params, cudaStream_t stream) {
   if (params.preference.pairs == 0) return cudaSuccess;

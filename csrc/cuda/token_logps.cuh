@@ -36,7 +36,6 @@
 #include "vectors.cuh"
 
 namespace dpo::cuda {
-namespace {
 
 struct NoReference {};
 
@@ -419,7 +418,7 @@ DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t t
 }
 
 // Pairs of two empty sequences have no rows. The launch holds one more block for them when sequences are packed.
-__device__ __noinline__ void finish_empty_pairs(const TokenLogpsParams& params) {
+static __device__ __noinline__ void finish_empty_pairs(const TokenLogpsParams& params) {
   const PreferenceParams& p = params.preference;
   for (int64_t pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
     SequenceSums sums[2] = {};
@@ -440,7 +439,7 @@ __device__ __noinline__ void finish_empty_pairs(const TokenLogpsParams& params) 
 
 // One warp: everything that follows the merge of a row, in float64. Not inlined: a few hundred rare instructions that would
 // otherwise be compiled into each of the kernels.
-__device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, const RowSummary& row, int64_t token,
+static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, const RowSummary& row, int64_t token,
                                                  bool is_reference, int sides, SequenceScratch& scratch) {
   if (threadIdx.x == 0) {
     const bool scored = p.labels[token] != p.ignore_index;
@@ -595,5 +594,4 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel
   if (rank == 0 && leader_warp) finish_row_of_batch(p, summary, token, is_reference, sides, scratch);
 }
 
-}  // namespace
 }  // namespace dpo::cuda

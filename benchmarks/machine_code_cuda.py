@@ -1,0 +1,131 @@
+"""The CUDA library's rows of the machine-code registry: which kernels, compiled how, and what a thread of them handles.
+
+One call of nvcc per source and architecture gives all rows (no GPU is needed); a row is found in its cubin by its symbol.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_kernels import _build
+
+from .machine_code import Binary, Kernel
+
+#: Threads of a block: kRowThreads of token_logps.cuh, kGradThreads of logits_grad.cu.
+ROW_THREADS = 256
+GRAD_THREADS = 256
+
+_NAMES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
+_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# name, policy, reference, entropy, mean, softcap. Logits of a main-loop iteration follow from its loads.
+FORWARD = (
+    ("alone", "bf16", None, False, False, False),
+    ("entropy", "bf16", None, True, False, False),
+    ("entropy+accuracy+mean", "bf16", None, True, True, False),
+    ("reference+kl", "bf16", "bf16", False, False, False),
+    ("reference, all statistics", "bf16", "bf16", True, True, False),
+    ("all statistics, softcap", "bf16", None, True, True, True),
+    ("alone", "fp16", None, False, False, False),
+    ("alone", "fp32", None, False, False, False),
+    ("reference, all statistics", "fp32", "fp32", True, True, False),
+)
+
+
+def _mangled(name: str) -> str:
+    plain = _NAMES[name]
+    return "f" if plain == "float" else f"{len(plain)}{plain}"
+
+
+def _traits(policy: str, reference: str | None, *flags: bool) -> tuple[str, str]:
+    """A kernel's template argument in C++, and its symbol (Itanium C++ ABI)."""
+    other = "NoReference" if reference is None else _NAMES[reference]
+    source = f"Traits<{_NAMES[policy]}, {other}, {', '.join(str(f).lower() for f in flags)}>"
+    if reference is None:
+        second = "NS0_11NoReferenceE"
+    elif reference == policy and policy != "fp32":
+        second = "S3_"  # the same class type again
+    else:
+        second = _mangled(reference)
+    booleans = "".join(f"Lb{int(f)}E" for f in flags)
+    symbol = (
+        f"_ZN3dpo4cuda18token_logps_kernelINS0_6TraitsI{_mangled(policy)}{second}{booleans}EEEEvNS0_16TokenLogpsParamsE"
+    )
+    return source, symbol
+
+
+def _forward_source() -> str:
+    lines = ['#include "token_logps.cuh"', "namespace dpo::cuda {"]
+    for _, *arguments in FORWARD:
+        traits, _symbol = _traits(*arguments)
+        lines.append(
+            f"template __global__ void token_logps_kernel<{traits}>(const __grid_constant__ TokenLogpsParams);"
+        )
+    return "\n".join([*lines, "}", ""])
+
+
+@functools.lru_cache(maxsize=None)
+def _compile(source: str, arch: int) -> bytes:
+    """The cubin of a file of csrc/cuda, or of all forward kernels of the table ("forward")."""
+    nvcc = _build.nvcc_compiler()
+    target = {90: "90a"}.get(arch, str(arch))
+    folder = _build.CSRC / "cuda"
+    with tempfile.TemporaryDirectory() as scratch:
+        path = folder / source
+        if source == "forward":
+            path = Path(scratch) / "forward.cu"
+            path.write_text(_forward_source())
+        cubin = Path(scratch) / "kernels.cubin"
+        command = [
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            f"-arch=sm_{target}",
+            f"-I{folder}",
+            "-cubin",
+            "-o",
+            str(cubin),
+            str(path),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc could not compile {source} for sm_{target}:\n{done.stderr[-2000:]}")
+        return cubin.read_bytes()
+
+
+@dataclass(frozen=True)
+class _Cubin:
+    source: str
+    arch: int
+
+    def __call__(self) -> Binary:
+        return Binary(_compile(self.source, self.arch))
+
+
+def cuda_kernels(arch: int) -> Iterator[Kernel]:
+    """The CUDA library's kernels for an architecture."""
+    for name, policy, reference, *flags in FORWARD:
+        size = _SIZES[policy]
+        yield Kernel(
+            f"cuda token_logps {policy} {name}", arch, _Cubin("forward", arch), ROW_THREADS, size, moved_bytes=size,
+            function=_traits(policy, reference, *flags)[1],
+        )  # fmt: skip
+    for name, dtype, softcap in (("", "bf16", 0), ("softcap", "bf16", 1), ("", "fp16", 0), ("", "fp32", 0)):
+        size = _SIZES[dtype]
+        symbol = f"_ZN3dpo4cuda18logits_grad_kernelI{_mangled(dtype)}Lb{softcap}EEEvNS0_16LogitsGradParamsE"
+        yield Kernel(
+            f"cuda logits_grad {dtype} {name}".strip(), arch, _Cubin("logits_grad.cu", arch), GRAD_THREADS, size,
+            moved_bytes=2 * size, function=symbol,
+        )  # fmt: skip
+    for stage, threads, params in (
+        ("preference_loss", 64, "PreferenceLossParams"),
+        ("sequence_sums", 32, "SequenceSumsParams"),
+    ):
+        kernel = f"{stage}_kernel"
+        symbol = f"_ZN3dpo4cuda{len(kernel)}{kernel}ENS0_{len(params)}{params}E"
+        yield Kernel(f"cuda {stage}", arch, _Cubin("preference_loss.cu", arch), threads, function=symbol, streams=False)
