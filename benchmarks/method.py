@@ -7,6 +7,7 @@ common noise cancels. Absolute times on a shared machine mean nothing.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import statistics
@@ -132,6 +133,15 @@ def _status_kib(key: str) -> int:
     raise KeyError(key)
 
 
+def _trim() -> None:
+    """Give freed heap pages back to the system: memory that malloc kept would hide what a call allocates."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        # Not glibc: its mapped blocks, which are all large ones, are still seen.
+        return
+
+
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[int | None, int]:
     """(bytes above what was held before the call, minor page faults). None where the system cannot tell.
 
@@ -147,6 +157,7 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[int | 
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before, 0
+    _trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_kib("VmRSS")

@@ -129,9 +129,12 @@ def test_ratio_is_taken_within_rounds() -> None:
 
 
 def test_peak_memory_sees_what_is_allocated_and_freed_inside() -> None:
-    extra, faults = method.peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8).sum().item())
+    kept = [torch.ones(1 << 16) for _ in range(1024)]
+    del kept  # 256 MiB that malloc keeps and could hand out again
+    extra, faults = method.peak_memory(lambda: torch.ones(16 << 20).sum().item())
     assert extra is not None
-    assert 64 << 20 <= extra < 96 << 20
+    # The system counts resident pages in batches per thread.
+    assert 60 << 20 <= extra <= 72 << 20
     assert faults > 0
 
 
