@@ -189,6 +189,14 @@ dpo_loss(..., pair_weights=confidence_weights(p))                            # (
 
 Answers of different length: `token_weights=length_desensitized_weights(labels, ld_alpha)` counts the longer answer's
 surplus tokens at weight `ld_alpha` (Liu et al. 2024, Length Desensitization in Direct Preference Optimization).
+
+`use_weighting=True` weighs each pair by how likely the policy is to have written both answers itself (Zhou et al. 2024, WPO:
+Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data count less.
+
+## Staying near the reference
+
+`kl_coef` adds that multiple of the mean per-token KL(policy || reference), exact over the vocabulary and differentiable. It
+needs the reference's logits, as `tdpo` and `tdpo2` do; log-probabilities of the labels do not determine a KL.
 """
 
 

@@ -152,6 +152,7 @@ def dpo_loss(
     logit_softcap: float | None = None,
     statistics: Sequence[str] = (),
     kl_coef: float = 0.0,
+    use_weighting: bool = False,
     inplace_backward: bool = False,
     reduction: str = "mean",
 ) -> DPOOutput:
@@ -181,6 +182,9 @@ def dpo_loss(
         statistics: any of "entropy", "kl", "accuracy", "mean_logits", from the same pass. "kl" needs `ref_logits`.
         kl_coef: adds kl_coef times the mean over all scored tokens of KL(policy || reference), differentiable; needs
             `ref_logits`. Each pair's loss gets its tokens' share, unweighted by `pair_weights`.
+        use_weighting: multiply each pair's loss by how likely the policy is to have written both answers (WPO, Zhou et
+            al. 2024, equation 2): exp of the mean over tokens of log p(label) - log sum_v p_v^2, chosen times rejected,
+            without gradient. One more read of the logits.
         inplace_backward: let the backward write the gradient over `logits`. Saves a [2P, T, V] tensor and its page
             faults; then no one else may need the logits, nor this graph a second backward. Ignored under
             torch.compile, which plans memory itself, and where a KL term is differentiated.
@@ -232,11 +236,26 @@ def dpo_loss(
     losses, sums, ref_sums, rewards = _pair_losses(
         batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
     )
+    if use_weighting:
+        losses = losses * _wpo_weights(batch, tokens, stage)
     if pair_weights is not None:
         losses = losses * _per_pair("pair_weights", pair_weights, pairs, batch)
     if kl_coef:
         losses = losses + kl_coef * _kl_shares(batch, tokens["kl"])
     return _output(batch, tokens, _reduce(losses, reduction), losses, sums, ref_sums, rewards, wanted, ignore_index)
+
+
+@torch.no_grad()
+def _wpo_weights(batch: _Batch, tokens: dict[str, Tensor], stage: dict[str, Any]) -> Tensor:
+    """[P]; log sum p^2 = lse(2 z) - 2 lse(z), and lse(2 z) is stage 1 at twice the scale and the cap."""
+    doubled = {"logit_scale": 2 * stage["logit_scale"], "logit_softcap": 2 * stage["logit_softcap"], "statistics": ()}
+    logits = batch.logits.detach()
+    lse = ops.token_logps(logits, batch.labels, None, inplace_backward=False, **{**stage, **doubled})["lse"]
+    aligned = tokens["logps"].detach() - (lse - 2 * tokens["lse"])
+    scored = (batch.weights != 0).to(batch.weights.dtype)
+    counts = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend).clamp(min=1)
+    chosen, rejected = (ops.sequence_sums(aligned, scored, batch.cu_seqlens, batch.backend) / counts).chunk(2)
+    return (chosen + rejected).exp()
 
 
 def _kl_shares(batch: _Batch, kl: Tensor) -> Tensor:
@@ -288,9 +307,7 @@ def _output(
 
     counts = sum_of(scored)
     rewards = rewards.to(dtype)
-    means = {
-        name: (sum_of(tokens[name].detach()) / counts.clamp(min=1)).to(dtype) for name in statistics
-    }
+    means = {name: (sum_of(tokens[name].detach()) / counts.clamp(min=1)).to(dtype) for name in statistics}
     sums, ref_sums = sums.detach().to(dtype), ref_sums.to(dtype)
     pairs = losses.shape[0]
     return DPOOutput(

@@ -73,6 +73,7 @@ class DPOLoss(_PairLoss):
         logit_softcap: float | None = None,
         statistics: Sequence[str] = (),
         kl_coef: float = 0.0,
+        use_weighting: bool = False,
         inplace_backward: bool = False,
         reduction: str = "mean",
     ) -> None:
@@ -88,6 +89,7 @@ class DPOLoss(_PairLoss):
             reduction=reduction,
         )
         self.kl_coef = kl_coef
+        self.use_weighting = use_weighting
         self.inplace_backward = inplace_backward
 
     def forward(
@@ -121,6 +123,7 @@ class DPOLoss(_PairLoss):
             logit_softcap=self.logit_softcap,
             statistics=statistics,
             kl_coef=self.kl_coef,
+            use_weighting=self.use_weighting,
             inplace_backward=self.inplace_backward,
             reduction=self.reduction,
         )

@@ -97,6 +97,7 @@ def dpo_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     kl_coef: float = 0.0,
+    use_weighting: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
     """The loss of `dpo_kernels.dpo_loss` (same arguments), in the dtype of `logits`; differentiable by autograd.
@@ -133,6 +134,13 @@ def dpo_loss(
         kl_sums=kl_sums,
     )
     losses = mix(pairs, loss_type, loss_weights)
+    if use_weighting:
+        log_p = transform_logits(logits.detach(), logit_scale, logit_softcap or 0.0).log_softmax(-1)
+        scored = (weights != 0).to(weights.dtype)
+        aligned = tokens["logps"].detach() - log_p.exp().square().sum(-1).log()
+        counts = sequence_sums(scored, torch.ones_like(scored), cu_seqlens).clamp(min=1)
+        chosen, rejected = (sequence_sums(aligned, scored, cu_seqlens) / counts).chunk(2)
+        losses = losses * (chosen + rejected).exp()
     if pair_weights is not None:
         losses = losses * pair_weights.to(losses.dtype)
     if kl_coef:

@@ -1,4 +1,4 @@
-"""KL as a term of the loss: kl_coef and TDPO equal the float64 reference, whose gradient comes from autograd."""
+"""What reads more than the label's logit (kl_coef, TDPO, WPO's weights) equals the float64 reference, whose gradient is autograd's."""
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ TERMS = [
     {"loss_type": "tdpo"},
     {"loss_type": "tdpo2(alpha=0.7)", "kl_coef": 0.2},
     {"loss_type": "tdpo", "logit_scale": 0.7, "logit_softcap": 5.0, "kl_coef": 0.1},
+    {"use_weighting": True, "logit_scale": 0.7, "logit_softcap": 5.0, "loss_type": ["sigmoid", "ipo"]},
 ]
 
 

@@ -264,16 +264,17 @@ def from_logits(inputs, logits, ref_logits):
         "entropy": torch.where(mask, entropy, 0.0),
         "mean_logits": torch.where(mask, logits[:, :-1].mean(-1), 0.0),
         "is_top1": mask & (log_p.argmax(-1) == index.squeeze(-1)),
+        "log_sum_sq_probs": torch.where(mask, log_p.exp().square().sum(-1).log(), 0.0).detach(),
     }
     ref = ref_logits.log_softmax(-1)[:, :-1].gather(-1, index).squeeze(-1)
     return outputs, torch.where(mask, ref, 0.0)
 
 
-def compare_from_logits(inputs, logits, ref_logits, name, rtol):
+def compare_from_logits(inputs, logits, ref_logits, name, rtol, use_weighting=False):
     smoothing = SMOOTHING.get(name, 0.0)
     leaf = logits.double().requires_grad_()
     policy, ref = from_logits(inputs, leaf, ref_logits.double())
-    theirs, metrics = trl_call(inputs, policy, ref, name, smoothing=smoothing)
+    theirs, metrics = trl_call(inputs, policy, ref, name, smoothing=smoothing, use_weighting=use_weighting)
     (their_grad,) = torch.autograd.grad(theirs, leaf)
     ours_leaf = logits.clone().requires_grad_()
     out = dpo_loss(
@@ -284,6 +285,7 @@ def compare_from_logits(inputs, logits, ref_logits, name, rtol):
         loss_type=name,
         label_smoothing=smoothing,
         statistics=("entropy", "accuracy", "mean_logits"),
+        use_weighting=use_weighting,
     )
     out.loss.backward()
     assert out.loss.item() == pytest.approx(theirs.item(), rel=rtol)
@@ -302,6 +304,13 @@ def test_from_logits_to_metrics_all_is_trls(name):
     shape = (2 * PAIRS, LENGTH, VOCAB)
     logits, ref_logits = (torch.randn(shape, generator=g) * 2 for _ in range(2))
     compare_from_logits(inputs, logits, ref_logits, name, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "robust"])
+def test_wpo_weighting_is_trls(name):
+    inputs, g = make_batch(9)
+    logits, ref_logits = (torch.randn((2 * PAIRS, LENGTH, VOCAB), generator=g) * 2 for _ in range(2))
+    compare_from_logits(inputs, logits, ref_logits, name, rtol=5e-6, use_weighting=True)
 
 
 @pytest.mark.slow
