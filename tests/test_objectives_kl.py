@@ -1,4 +1,4 @@
-"""What reads more than the label's logit (kl_coef, TDPO, WPO's weights) equals the float64 reference, whose gradient is autograd's."""
+"""Terms that read the whole distribution (kl_coef, TDPO, WPO weights) equal the float64 reference and its autograd gradient."""
 
 import pytest
 import torch
