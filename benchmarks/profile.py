@@ -1,0 +1,143 @@
+"""Profiles one stage, or the whole loss: a trace with the stages' own names, bytes over time, and what to type next.
+
+    python -m benchmarks.profile logits_grad --shape 8,128,49152 --dtype bfloat16 --trace out.json
+
+KERNEL is token_logps, preference_loss, logits_grad, or dpo_loss for forward and backward together. The trace opens in
+chrome://tracing or Perfetto and holds a range (record_function, and NVTX on a GPU) for each stage under its name in the
+source, with memory allocations along time. It is followed by the command lines of the tools that look deeper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dpo_kernels import STATISTICS, backends
+
+from . import method
+from .conftest import DTYPES
+from .problem import LogitsProblem, step
+
+#: Stage -> reads and writes of a [2P, T, V] tensor.
+STAGES = {"token_logps": 2, "preference_loss": 0, "logits_grad": 2}
+KERNELS = {**STAGES, "dpo_loss": 4}
+
+
+def _with_range(name: str, function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as ranges:
+            ranges.enter_context(record_function(name))
+            if device == "cuda":
+                ranges.enter_context(torch.cuda.nvtx.range(name))
+            return function(*args, **kwargs)
+
+    return inside
+
+
+@contextmanager
+def stage_ranges(stages: ModuleType, device: str) -> Iterator[None]:
+    """Every call of a backend's stage runs inside a range of the stage's name."""
+    with ExitStack() as patches:
+        for name in STAGES:
+            wrapped = _with_range(name, getattr(stages, name), device)
+            patches.enter_context(mock.patch.object(stages, name, wrapped))
+        yield
+
+
+def make_call(
+    kernel: str, problem: LogitsProblem, stages: ModuleType, statistics: tuple[str, ...]
+) -> Callable[[], Any]:
+    """A call of the kernel alone, on inputs that the stages before it have made."""
+    logits, ref, labels = problem.logits.detach(), problem.ref_logits, problem.labels
+    shared = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
+    flags = {name: name in statistics for name in STATISTICS}
+
+    def token_logps() -> Any:
+        return stages.token_logps(logits, labels, ref, **shared, **flags)
+
+    if kernel == "token_logps":
+        return token_logps
+    if kernel == "dpo_loss":
+        return lambda: step(problem, statistics=statistics)
+    logps, lse, ref_logps, *_ = token_logps()
+    ones = torch.ones_like(logps)
+    if kernel == "preference_loss":
+        pairs = torch.full((labels.shape[0] // 2,), 0.1, dtype=logps.dtype, device=logps.device)
+        return lambda: stages.preference_loss(logps, ref_logps, ones, None, None, pairs, 0 * pairs, False)
+    # Into the reference's memory, which is not needed any more: the logits stay what they were.
+    return lambda: stages.logits_grad(logits, labels, logps, lse, 0.05 * ones, **shared, out=ref)
+
+
+def deeper(arguments: argparse.Namespace) -> list[str]:
+    """Command lines of the profilers that see inside a kernel."""
+    again = f"{sys.executable} -m benchmarks.profile {arguments.kernel} --shape {','.join(map(str, arguments.shape))}"
+    again += f" --dtype {arguments.dtype} --device {arguments.device} --calls 3"
+    if arguments.device == "cuda":
+        # The kernels are named after their stage; the range is pushed by the stage's name.
+        return [
+            f"ncu --set full --nvtx --nvtx-include '{arguments.kernel}/' -o {arguments.kernel} {again}",
+            f"nsys profile --trace cuda,nvtx --cuda-memory-usage true -o {arguments.kernel} {again}",
+        ]
+    return [
+        f"perf record -g -o perf.data {again} && perf report -i perf.data",
+        f"perf stat -e cycles,instructions,cache-misses,page-faults {again}",
+        f"{sys.executable} -m benchmarks.instructions",
+    ]
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    shape = tuple(int(part) for part in text.split(","))
+    if len(shape) != 3 or shape[0] % 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 2P,T,V with an even first number")
+    return shape
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kernel", choices=KERNELS)
+    parser.add_argument("--shape", type=_shape, default=(8, 128, 49152), metavar="2P,T,V")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--statistics", default="", metavar="NAMES", help=f"some of {','.join(STATISTICS)}, or all")
+    parser.add_argument("--calls", type=int, default=10, help="calls inside the trace")
+    parser.add_argument("--trace", metavar="FILE", help="write the trace here")
+    arguments = parser.parse_args()
+    asked = arguments.statistics
+    statistics = STATISTICS if asked == "all" else tuple(filter(None, asked.split(",")))
+    dtype = DTYPES[arguments.dtype]
+    problem = LogitsProblem(arguments.shape, dtype, arguments.device)
+    name = backends.resolve(arguments.device, dtype)
+    stages = backends.load(name, arguments.device)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if arguments.device == "cuda" else [])
+    with stage_ranges(stages, arguments.device):
+        call = make_call(arguments.kernel, problem, stages, statistics)
+        call()
+        clock = method.Clock(arguments.device)
+        with profile(activities=activities, profile_memory=True, record_shapes=True) as trace:
+            seconds = []
+            for _ in range(arguments.calls):
+                problem.next()
+                seconds.append(clock.time(call))
+    print(trace.key_averages().table(sort_by=f"self_{arguments.device}_time_total", row_limit=15))
+    median = sorted(seconds)[len(seconds) // 2]
+    moved = KERNELS[arguments.kernel] * problem.nbytes
+    print(f"{arguments.kernel} ({name} backend): median {median * 1e3:.3f} ms", end="")
+    print(f", {moved / 2**20:,.0f} MiB moved at least, {moved / median / 1e9:.1f} GB/s" if moved else "")
+    if arguments.trace:
+        trace.export_chrome_trace(arguments.trace)
+        print(f"trace: {arguments.trace}")
+    print("\nDeeper:")
+    for line in deeper(arguments):
+        print("  " + line)
+
+
+if __name__ == "__main__":
+    main()
