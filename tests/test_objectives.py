@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_kernels import DPOLoss, dpo_loss, length_desensitized_weights, objective, reference
+from dpo_kernels import DPOLoss, dpo_loss, length_desensitized_weights, linear_dpo_loss, objective, reference
 from dpo_kernels.objectives import (
     DIVERGENCES,
     OBJECTIVES,
@@ -254,6 +254,35 @@ def test_dpo_loss_equals_the_float64_reference(name):
     assert ours.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", [row.name for row in OBJECTIVES.values() if not row.needs_token_kl])
+def test_from_hidden_states_it_is_the_same(name):
+    """The linear path takes whole pairs in chunks where it may; objectives that couple pairs must not notice."""
+    _, _, labels = logits_batch()
+    g = torch.Generator().manual_seed(3)
+    hidden, ref_hidden = (torch.randn(*labels.shape, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    weight, ref_weight = (torch.randn(7, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    smoothing = 0.1 if OBJECTIVES[name].smoothing_range else 0.0
+    grads = []
+    for linear in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        keywords = {"beta": 0.3, "label_smoothing": smoothing, "loss_type": objective(name)}
+        if linear:
+            out = linear_dpo_loss(h, w, labels, ref_hidden=ref_hidden, ref_weight=ref_weight, **keywords)
+        else:
+            out = dpo_loss(h @ w.T, labels, ref_logits=ref_hidden @ ref_weight.T, **keywords)
+        out.loss.backward()
+        grads.append((out.losses, out.chosen_rewards, h.grad, w.grad))
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+
+
+def test_token_kl_objectives_say_where_they_run():
+    _, _, labels = logits_batch()
+    hidden, weight = torch.randn(*labels.shape, 5), torch.randn(7, 5)
+    with pytest.raises(ValueError, match="call dpo_loss with ref_logits"):
+        linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden, loss_type="tdpo")
+
+
 MIXES = [
     (["sigmoid", "sft"], [1.0, 0.2]),
     (["apo_zero", "bco_pair", "ipo"], None),
@@ -353,6 +382,17 @@ def test_a_loss_module_keeps_its_running_objectives():
     assert "running.0.mean" in module.state_dict()
     assert module.state_dict()["running.0.count"].item() == 3
     assert module.running[0].mean.item() != 0
+
+
+def test_a_running_mean_is_over_all_processes(monkeypatch):
+    """As if a second process had seen the same batch: the sums double, and so does the count, not the mean."""
+    alone, together = objective("bco_running"), objective("bco_running")
+    alone(random_pairs(seed=12))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    together(random_pairs(seed=12))
+    assert together.count.item() == 2 * alone.count.item() == 4 * BATCH
+    assert together.mean.item() == pytest.approx(alone.mean.item())
 
 
 def test_an_empty_batch_leaves_a_running_mean_alone():
