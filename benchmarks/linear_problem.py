@@ -1,0 +1,187 @@
+"""The inputs of the linear path's contenders: hidden states of a real model on real text where it is at hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_kernels.objectives import Pairs, sigmoid
+
+from .problem import BETA
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / ".cache"
+TEXT = ROOT / "examples" / "sentiment" / "train.jsonl"
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One table of the benchmark.
+
+    Attributes:
+        name: its heading.
+        pairs, length: P and T.
+        prompt: share of each sequence that carries no label.
+        hidden_size, vocab: H and V.
+        frozen: the head needs no gradient.
+        precomputed: the reference is given as sums, not projected.
+        source: "text" for a real model's hidden states, "random" otherwise.
+    """
+
+    name: str
+    pairs: int = 4
+    length: int = 256
+    prompt: float = 0.5
+    hidden_size: int = 576
+    vocab: int = 49152
+    frozen: bool = False
+    precomputed: bool = False
+    source: str = "text"
+
+    @property
+    def scored(self) -> int:
+        """Tokens that count."""
+        return 2 * self.pairs * (self.length - int(self.length * self.prompt))
+
+    @property
+    def products(self) -> int:
+        """Dense products [tokens, H] x [H, V] that exact gradients cannot do without."""
+        return 2 + (not self.frozen) + (not self.precomputed)
+
+
+def model_folder() -> Path | None:
+    """The converted SmolLM2 (see examples/smollm2.py), if it has been converted."""
+    found = sorted(path.parent for path in MODELS.glob("SmolLM2-135M*/config.json"))
+    return found[0] if found else None
+
+
+def _text_states(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden, head, labels) of the model on the sentiment pairs' text, sequences filled up with the following pairs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_folder()
+    assert folder is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    rows = [json.loads(line) for line in TEXT.read_text().splitlines()]
+    need = case.pairs * case.length + 1
+    sequences = []
+    for side in ("chosen", "rejected"):
+        stream: list[int] = []
+        for row in rows:
+            stream += tokenizer(row["prompt"] + row[side] + tokenizer.eos_token)["input_ids"]
+            if len(stream) >= need:
+                break
+        tokens = torch.tensor(stream[:need])
+        sequences += [tokens[i * case.length : (i + 1) * case.length + 1] for i in range(case.pairs)]
+    tokens = torch.stack(sequences)
+    with torch.no_grad():
+        hidden = model.model(tokens[:, :-1]).last_hidden_state
+    return hidden.clone(), model.lm_head.weight.detach().clone(), tokens[:, 1:].clone()
+
+
+class LinearProblem:
+    """Hidden states of policy and reference, one head, and labels.
+
+    Attributes:
+        hidden: [2P, T, H], a leaf that requires grad.
+        weight: [V, H], a leaf; requires grad unless the case freezes it.
+        ref_hidden: [2P, T, H]; ref_weight: the head, detached; ref_logps: [2P] in float32.
+        labels: [2P, T], -100 on prompts.
+    """
+
+    def __init__(self, case: LinearCase, device: str = "cpu") -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(0)
+        shape = (2 * case.pairs, case.length)
+        self.real = case.source == "text" and model_folder() is not None
+        if self.real:
+            hidden, weight, labels = _text_states(case)
+        else:
+            hidden = torch.randn(*shape, case.hidden_size, generator=generator)
+            weight = torch.randn(case.vocab, case.hidden_size, generator=generator) * 3 / case.hidden_size**0.5
+            labels = torch.randint(case.vocab, shape, generator=generator)
+        labels[:, : int(case.length * case.prompt)] = -100
+        # A reference close to the policy, as in training.
+        ref = hidden + 0.02 * hidden.std() * torch.randn(hidden.shape, generator=generator)
+        self.labels = labels.to(device)
+        self.hidden = hidden.to(device).requires_grad_()
+        self.weight = weight.to(device).requires_grad_(not case.frozen)
+        self.ref_hidden, self.ref_weight = ref.to(device), self.weight.detach()
+        with torch.no_grad():
+            self.ref_logps = torch.stack([self._sum(h, y) for h, y in zip(self.ref_hidden, self.labels, strict=True)])
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad]
+
+    def _sum(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        keep = labels != -100
+        logits = F.linear(hidden[keep].to(dtype), self.weight.detach().to(dtype))
+        return logits.log_softmax(-1).gather(-1, labels[keep].unsqueeze(-1)).sum()
+
+
+@dataclass(frozen=True)
+class LinearError:
+    """Distance from the float64 truth: the worst scored row of dH, and dW as a whole; relative norms."""
+
+    hidden: float
+    weight: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.hidden, self.weight)
+
+
+class LinearTruth:
+    """Gradients in float64, a sequence at a time."""
+
+    def __init__(self, problem: LinearProblem) -> None:
+        self.problem = problem
+        head = problem.weight.detach().double()
+        sums, parts = [], []
+        for hidden, labels in zip(problem.hidden.detach(), problem.labels, strict=True):
+            keep = labels != -100
+            rows = hidden[keep].double()
+            log_p = F.linear(rows, head).log_softmax(-1)
+            sums.append(log_p.gather(-1, labels[keep].unsqueeze(-1)).sum())
+            dz = -log_p.exp_()
+            dz.scatter_add_(-1, labels[keep].unsqueeze(-1), torch.ones_like(rows[:, :1]))
+            parts.append((keep, dz @ head, dz.t() @ rows if problem.weight.requires_grad else None))
+        policy = torch.stack(sums).requires_grad_()
+        if problem.case.precomputed:
+            reference = problem.ref_logps.double()
+        else:
+            pairs = zip(problem.ref_hidden, problem.labels, strict=True)
+            reference = torch.stack([problem._sum(h, y, torch.float64) for h, y in pairs])
+        lengths = torch.ones_like(reference)
+        loss = sigmoid(
+            Pairs.from_sums(policy, reference, lengths, policy.new_tensor(BETA), policy.new_tensor(0.0))
+        ).mean()
+        self.loss = loss.item()
+        (coefficients,) = torch.autograd.grad(loss, policy)
+        self.hidden = torch.zeros(problem.hidden.shape, dtype=torch.float64)
+        self.weight = torch.zeros(problem.weight.shape, dtype=torch.float64) if problem.weight.requires_grad else None
+        for s, (keep, rows, head_part) in enumerate(parts):
+            self.hidden[s, keep] = coefficients[s] * rows
+            if self.weight is not None:
+                self.weight += coefficients[s] * head_part
+
+    def error_of(self, gradients: tuple[Tensor, ...]) -> LinearError:
+        """Errors of (dH, dW); infinite for NaN, a wrong shape, or a prompt that received gradient."""
+        hidden = gradients[0].double()
+        if hidden.shape != self.hidden.shape or not all(bool(g.isfinite().all()) for g in gradients):
+            return LinearError(math.inf, math.inf)
+        scored = self.problem.labels != -100
+        if bool(hidden[~scored].any()):
+            return LinearError(math.inf, math.inf)
+        rows = (hidden - self.hidden)[scored].norm(dim=-1) / self.hidden[scored].norm(dim=-1)
+        if self.weight is None:
+            return LinearError(float(rows.max()), 0.0)
+        return LinearError(float(rows.max()), float((gradients[1].double() - self.weight).norm() / self.weight.norm()))

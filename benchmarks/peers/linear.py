@@ -1,0 +1,232 @@
+"""Everyone who computes DPO from hidden states and the LM head, behind one small interface; a new peer is one class."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_kernels import linear_dpo_loss
+
+from ..linear_problem import LinearProblem
+from ..problem import BETA
+from .eager import dpo_from_sums
+
+PEERS_EXTRA = 'pip install "dpo-kernels[peers]"'
+
+
+class LinearPeer(ABC):
+    """One way from hidden states to DPO's loss and the gradients of hidden states and head.
+
+    Attributes:
+        name, title: for files and for tables.
+        ours: whether it is this package.
+        needs: the module that it comes from; None where torch is enough.
+        allowed: the largest relative error of a right gradient (worst row of dH; dW as a whole).
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    ours: ClassVar[bool] = False
+    needs: ClassVar[str | None] = None
+    allowed: ClassVar[float] = 1e-3
+
+    def __init__(self, problem: LinearProblem) -> None:
+        self.problem = problem
+
+    @classmethod
+    def why_missing(cls) -> str | None:
+        """None if the peer can run here, else the reason and what mends it."""
+        if cls.needs is None or importlib.util.find_spec(cls.needs) is not None:
+            return None
+        return f"{cls.needs} is not installed ({PEERS_EXTRA})"
+
+    @abstractmethod
+    def loss(self) -> Tensor:
+        """The mean loss over the pairs, with a graph."""
+
+    def step(self) -> tuple[Tensor, ...]:
+        """Forward and backward: the gradients of the problem's leaves."""
+        return torch.autograd.grad(self.loss(), self.problem.leaves)
+
+
+class _FromTokens(LinearPeer):
+    """Peers that give log-probabilities per token; sums, reference and loss are the textbook's."""
+
+    @abstractmethod
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Sequence sums [2P]."""
+
+    def loss(self) -> Tensor:
+        problem = self.problem
+        if problem.case.precomputed:
+            reference = problem.ref_logps
+        else:
+            with torch.no_grad():
+                reference = self.sums(problem.ref_hidden, problem.ref_weight)
+        return dpo_from_sums(self.sums(problem.hidden, problem.weight), reference)
+
+    def _spread(self, values: Tensor, mask: Tensor) -> Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1)
+
+
+def _textbook_sums(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    log_p = F.linear(hidden, weight).float().log_softmax(-1)
+    logps = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(labels != -100, logps, 0.0).sum(-1)
+
+
+class Eager(_FromTokens):
+    name = "eager"
+    title = "eager PyTorch"
+
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return _textbook_sums(hidden, weight, self.problem.labels)
+
+
+class Compiled(Eager):
+    name = "compiled"
+    title = "torch.compile"
+
+    def __init__(self, problem: LinearProblem) -> None:
+        super().__init__(problem)
+        self._sums = torch.compile(_textbook_sums, fullgraph=True, dynamic=False)
+
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return self._sums(hidden, weight, self.problem.labels)
+
+
+class TRL(_FromTokens):
+    """As its fused head calls it where there is no Triton device: every position, prompts included."""
+
+    name = "trl"
+    title = "TRL 1.16 ChunkedLogProbFunction"
+    needs = "trl"
+
+    def _logps(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+        outputs = ChunkedLogProbFunction.apply(
+            hidden, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
+        )
+        return outputs[0]
+
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        labels = self.problem.labels
+        logps = self._logps(hidden.reshape(-1, hidden.shape[-1]), weight, labels.clamp(min=0).reshape(-1))
+        return logps.view(labels.shape).masked_fill(labels == -100, 0.0).sum(-1)
+
+
+class TRLCompact(TRL):
+    """The same function on the scored positions only, as TRL calls it on GPUs."""
+
+    name = "trl_compact"
+    title = "TRL 1.16, compaction given to it"
+
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        mask = self.problem.labels != -100
+        return self._spread(self._logps(hidden[mask], weight, self.problem.labels[mask]), mask)
+
+
+class Liger(LinearPeer):
+    name = "liger"
+    title = "Liger LigerFusedLinearDPOLoss"
+    needs = "liger_kernel"
+    compiled: ClassVar[bool] = False
+
+    def __init__(self, problem: LinearProblem) -> None:
+        super().__init__(problem)
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        self._loss = LigerFusedLinearDPOLoss(beta=BETA, compiled=self.compiled, use_ref_model=True)
+
+    def loss(self) -> Tensor:
+        problem = self.problem
+        found = self._loss(
+            problem.weight, problem.hidden, problem.labels, ref_input=problem.ref_hidden, ref_weight=problem.ref_weight
+        )
+        return found[0]
+
+
+class LigerCompiled(Liger):
+    name = "liger_compiled"
+    title = "Liger, compiled"
+    compiled = True
+
+
+class TorchLinearCrossEntropy(_FromTokens):
+    """PyTorch's own function, given the scored positions."""
+
+    name = "torch_lce"
+    title = "F.linear_cross_entropy"
+
+    @classmethod
+    def why_missing(cls) -> str | None:
+        return None if hasattr(F, "linear_cross_entropy") else "this torch has no F.linear_cross_entropy"
+
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        mask = self.problem.labels != -100
+        losses = F.linear_cross_entropy(hidden[mask], weight, self.problem.labels[mask], reduction="none")
+        return self._spread(-losses, mask)
+
+
+class CutCrossEntropy(_FromTokens):
+    """Apple's package, its torch_compile implementation (the Triton one needs a GPU)."""
+
+    name = "cce"
+    title = "Cut Cross-Entropy, torch_compile"
+    needs = "cut_cross_entropy"
+
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        mask = self.problem.labels != -100
+        losses = linear_cross_entropy(
+            hidden[mask], weight, self.problem.labels[mask], reduction="none", impl="torch_compile"
+        )
+        return self._spread(-losses, mask)
+
+
+class Ours(LinearPeer):
+    name = "ours"
+    title = "dpo_kernels, exact"
+    ours = True
+    grad_filter: ClassVar[float | None] = None
+
+    def loss(self) -> Tensor:
+        problem = self.problem
+        reference = {"ref_logps": problem.ref_logps} if problem.case.precomputed else {"ref_hidden": problem.ref_hidden}
+        return linear_dpo_loss(
+            problem.hidden, problem.weight, problem.labels, beta=BETA, grad_filter=self.grad_filter, **reference
+        ).loss
+
+
+class OursFiltered(Ours):
+    name = "ours_filtered"
+    title = "dpo_kernels, filtered at 2^-20"
+    grad_filter = 2.0**-20
+    # The filter's own error; bfloat16 rounds at 4e-3.
+    allowed = 2e-2
+
+
+#: In the order of the tables.
+LINEAR_PEERS: dict[str, type[LinearPeer]] = {
+    peer.name: peer
+    for peer in (
+        Eager,
+        Compiled,
+        TRL,
+        TRLCompact,
+        Liger,
+        LigerCompiled,
+        TorchLinearCrossEntropy,
+        CutCrossEntropy,
+        Ours,
+        OursFiltered,
+    )
+}
