@@ -16,15 +16,15 @@
 // sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the loss. The
 // last arrival resets its counter, so no launch or memset prepares the next call.
 //
-// Little's law for [8192, 128256] bf16, forward without statistics, one pass over HBM (2.10 GB):
-//   blocks of 512 threads, 2 resident per SM at <= 64 registers (1,024 of 2,048 threads), each thread 4 x 16 B in flight:
-//   64 KB in flight per SM, where H100 needs 3.35 TB/s x 700 ns / 132 = 18 KB, H200 25 KB, B200 (148 SMs) 38 KB. A thread
-//   waits for its loads in at least 1 - slots/budget of the time; the measured slots a logit stand in
-//   benchmarks/machine_code.py's table (5.3 of 17.7 on H100, of 12.4 on H200), so on average at least
-//   64 KB x (1 - 5.3/17.7) = 45 KB are in flight: 2.5 times what H100 needs, 1.5 times H200's. The row's ends (label, first
-//   loads, merge: about 2 us) fall in the shadow of the other block: one block alone keeps 32 KB in flight. Rounds:
-//   8,192 rows / 264 resident blocks = 31.03, and blocks run free of one another, so the last, nearly empty round costs at
-//   most half a row time of 31 (1.6 %). Together >= 0.9 of bandwidth.
+// Little's law for [8192, 128256] bf16, forward without statistics, one pass over HBM (2.10 GB; 0.63 ms at 3.35 TB/s):
+//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM. Each thread has 4 x 16 B in flight:
+//   64 KB per SM while all wait. Needed at full bandwidth (700 ns): H100 3.35 TB/s x 700 ns / 132 = 18 KB, H200 25 KB, B200 38 KB.
+//   A warp computes instead of waiting for slots / budget of the time (5.5 of 17.7 slots a logit on H100, of 12.4 on H200, of 8.8
+//   on B200; tests/test_cuda_machine_code.py holds the 5.5), so on average 64 KB x (1 - 5.5 / 17.7) = 44 KB are in flight on an
+//   H100, 36 KB on an H200, 24 KB on a B200: 2.5, 1.4 and 0.6 times what is needed.
+//   A row's ends (label, first loads, merge, finish: about 2 us of the 46 us that 256 KB take at a quarter of an SM's share of
+//   3.0 TB/s) empty one block of four for 4 % of the time: 42 KB are left. 8,192 rows over 528 resident blocks are 15.5
+//   rounds, but blocks run free of one another, so the end costs about half a row time: 3 %. min(1, 42 / 18) x 0.97 >= 0.9.
 #pragma once
 
 #include <cmath>

@@ -1,0 +1,176 @@
+"""The CUDA kernels' machine code keeps what their speed rests on; compiled here, no GPU needed.
+
+`python tests/test_cuda_machine_code.py` rewrites the committed figures (benchmarks/results/machine_code_cuda.json).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import machine_code
+from dpo_kernels import _build
+
+COMMITTED = ROOT / "benchmarks" / "results" / "machine_code_cuda.json"
+
+# Instructions in the main loop per logit read. They include the raise of the running maximum (2 x 9 instructions of a loop over
+# 32 logits, twice that for a pair), which stands in the loop and is jumped over but for the row's first tiles.
+SLOTS = {
+    "alone": 7.0,
+    "entropy": 8.5,
+    "entropy+accuracy+mean": 9.25,
+    "reference+kl": 8.0,
+    "reference, all statistics": 9.75,
+    "logits_grad": 7.0,
+    "softcap": 30.0,  # an accurate tanh costs 15 to 20
+}
+# Bytes in flight per SM at full bandwidth and 700 ns, of the newest card of an architecture.
+NEEDED = {80: 13 << 10, 90: 25 << 10, 100: 38 << 10}
+THREADS = {"alone": 1024, "logits_grad": 1024}  # resident; the others 768
+
+
+def nvcc_release() -> str | None:
+    try:
+        nvcc = _build.nvcc_compiler()
+    except _build.BuildError:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text).group(1)
+
+
+RELEASE = nvcc_release()
+if RELEASE is None and os.environ.get("CI"):
+    raise RuntimeError("CI must have nvcc: the machine-code checks may not be skipped there")
+needs_nvcc = pytest.mark.skipif(RELEASE is None, reason="no nvcc on this machine: the CUDA kernels cannot be compiled")
+
+
+def figures(arch: int) -> list[machine_code.Figures]:
+    return [machine_code.inspect(kernel) for kernel in machine_code.cuda_kernels(arch)]
+
+
+@pytest.fixture(scope="module", params=machine_code.ARCHITECTURES)
+def rows(request) -> list[machine_code.Figures]:
+    return figures(request.param)
+
+
+def variant(name: str) -> str:
+    """The key of SLOTS for a row's name."""
+    if "softcap" in name:
+        return "softcap"
+    return "logits_grad" if "logits_grad" in name else name.split(maxsplit=3)[-1]
+
+
+@needs_nvcc
+def test_nothing_spills_and_nothing_lives_in_local_memory(rows):
+    assert {row.name for row in rows if row.spills or row.local_bytes} == set()
+
+
+@needs_nvcc
+def test_main_loops_stream(rows):
+    """128-bit accesses only, no barrier, no shuffle, no float64."""
+    streaming = [row for row in rows if row.loop_instructions is not None]
+    assert len(streaming) == 13
+    for row in streaming:
+        assert row.loads_128 in (4, 8), row.name  # a thread has 4 in flight; the compiler may unroll once more
+        assert row.stores_128 == (row.loads_128 if "logits_grad" in row.name else 0), row.name
+        rest = row.loads_narrower, row.stores_narrower, row.loop_barriers, row.loop_shuffles, row.loop_doubles
+        assert rest == (0,) * 5, row.name
+
+
+@needs_nvcc
+def test_issue_slots_occupancy_and_bytes_in_flight(rows):
+    for row in rows:
+        if row.loop_instructions is None:
+            continue
+        kind = variant(row.name)
+        # A float32 logit brings four bytes of time; its variants may take the statistics' slots all the same.
+        assert row.slots_per_logit <= SLOTS[kind], f"{row.name}: {row.slots_per_logit}"
+        assert row.resident_threads >= THREADS.get(kind, 768), row.name
+        if kind != "softcap":
+            assert row.bytes_in_flight >= NEEDED[row.arch], row.name
+
+
+@needs_nvcc
+def test_plan_for_the_large_forward_reaches_ninety_per_cent():
+    """[8192, 128256] bf16: the arithmetic at the head of csrc/cuda/token_logps.cuh, from the compiled kernel's figures."""
+    row = next(r for r in figures(90) if r.name == "cuda token_logps bf16 alone")
+    for card in (machine_code.CARDS["H100"], machine_code.CARDS["H200"]):
+        budget = card.sms * card.clock * 128 * 2 / card.bandwidth
+        computing = row.slots_per_logit / budget
+        row_bytes, blocks = 2 * 128256, row.resident_threads // row.threads
+        row_time = row_bytes * blocks * card.sms / card.bandwidth
+        ends = min(1.0, 2e-6 / row_time)  # a block that starts or ends a row has nothing in flight
+        in_flight = row.bytes_in_flight * (1 - computing) * (1 - ends)
+        needed = card.bandwidth * 700e-9 / card.sms
+        rounds = 8192 / (blocks * card.sms)
+        share = min(1.0, in_flight / needed) * rounds / (rounds + 0.5)
+        assert share >= 0.9
+
+
+@needs_nvcc
+def test_figures_are_the_committed_ones(rows):
+    committed = json.loads(COMMITTED.read_text())
+    held = {(row["name"], row["arch"]): row for row in committed["kernels"]}
+    for row in rows:
+        before = held[row.name, row.arch]
+        now = json.loads(json.dumps(asdict(row)))
+        if committed["nvcc"] == RELEASE:
+            assert now == before, f"{row.name}, sm_{row.arch}: run python tests/test_cuda_machine_code.py if this is meant"
+        else:  # another compiler may differ a little
+            assert (now["slots_per_logit"] or 0) <= 1.1 * (before["slots_per_logit"] or 0), row.name
+
+
+@needs_nvcc
+def test_library_builds_and_loads_without_a_gpu(tmp_path):
+    """For one architecture and the PTX of it; the symbols show, import is unaffected, and CPU tensors are refused."""
+    library = tmp_path / "_cuda.so"
+    _build.build_cuda(library, archs=["90a"])
+    listing = subprocess.run(
+        [machine_code.tool("cuobjdump"), "-lelf", "-lptx", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "sm_90a.cubin" in listing
+    assert "sm_90a.ptx" in listing
+    script = (
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        "try:\n    torch.ops.dpo_kernels_cuda.sequence_sums(*[torch.zeros(1, 1, dtype=torch.float64)] * 2, None, torch.zeros(1))\n"
+        "except NotImplementedError as error:\n    print('refused', 'CPU' in str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "refused True", done.stderr
+
+
+def test_architectures_follow_the_environment(monkeypatch, tmp_path):
+    fake = tmp_path / "nvcc"
+    fake.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\ncompute_100\\n'\n")
+    fake.chmod(0o755)
+    for name in ("DPO_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    assert _build.cuda_archs(str(fake)) == ["80", "90a", "100"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+    assert _build.cuda_archs(str(fake)) == ["80", "90a"]
+    monkeypatch.setenv("DPO_KERNELS_CUDA_ARCHS", "100")
+    assert _build.cuda_archs(str(fake)) == ["100"]
+    monkeypatch.setenv("DPO_KERNELS_CUDA_ARCHS", "7.0")
+    with pytest.raises(_build.BuildError, match="70"):
+        _build.cuda_archs(str(fake))
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(_build.BuildError, match="CUDA_HOME"):
+        _build.nvcc_compiler()
+
+
+if __name__ == "__main__":
+    found = [asdict(row) for arch in machine_code.ARCHITECTURES for row in figures(arch)]
+    COMMITTED.parent.mkdir(parents=True, exist_ok=True)
+    COMMITTED.write_text(json.dumps({"nvcc": RELEASE, "kernels": found}, indent=1) + "\n")
