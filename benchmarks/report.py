@@ -159,7 +159,7 @@ def draw(result: Result, path: Path) -> Path | None:
         return None
     matplotlib.use("Agg")
     # Same figures, same file: no random ids, no date inside.
-    matplotlib.rcParams.update({"svg.hashsalt": result.name, "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": result.name, "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
     figure = _bars(result, pyplot) if result.chart == "bars" else _lines(result, pyplot)
@@ -195,13 +195,13 @@ def _bars(result: Result, pyplot: Any) -> Any:
             bars = axis.barh(titles, values, color=colours)
             axis.bar_label(bars, [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in values], padding=3)
             axis.invert_yaxis()
-            axis.margins(x=0.15)
+            axis.set_xlim(0, 1.18 * max(values) or 1)
             axis.set_xlabel(unit)
             axis.spines[["top", "right"]].set_visible(False)
         line[0].set_title(name, loc="left", fontweight="bold")
         if floor := rows[0].get("floor_s"):
             line[0].axvline(floor * 1e3, color="black", linestyle=":", linewidth=1)
-            line[0].annotate("floor", (floor * 1e3, -0.6), fontsize=7, annotation_clip=False)
+            line[0].annotate(" floor", (floor * 1e3, len(rows) - 0.55), fontsize=7, annotation_clip=False)
         for axis in line[1:]:
             axis.set_yticklabels([])
     return figure
@@ -221,6 +221,11 @@ def _lines(result: Result, pyplot: Any) -> Any:
                 [row["x"] for row in line], [row["median_s"] * 1e3 for row in line], "o-", color=colour, label=series
             )
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms")
+        sizes = sorted({row["x"] for row in rows})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        axis.xaxis.set_minor_locator(pyplot.NullLocator())
+        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
