@@ -256,7 +256,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = {"lora", "precomputed reference", "wpo weights"}
+
+
+@pytest.mark.parametrize("variant", [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
 def test_dpo_training_is_the_same_in_every_mode(tmp_path, variant):
     dpo(tmp_path, **VARIANTS[variant])
 
