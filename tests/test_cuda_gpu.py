@@ -1,0 +1,144 @@
+"""The compiled CUDA library on a real GPU: the operator table, the fused forward, streams, graphs, sizes no CPU test reaches."""
+
+from __future__ import annotations
+
+import pytest
+import test_operators
+import torch
+from cases import CASES
+from dpo_kernels import dpo_loss, use_backend
+from dpo_kernels.backends import eager
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; tests/test_cuda_emulator.py runs the same kernels"),
+]
+
+PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
+NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False)
+EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True)
+
+
+@pytest.fixture
+def stages():
+    """The backend's module; a machine that runs `pytest -m gpu` must be able to load it."""
+    from dpo_kernels.backends import cuda
+
+    cuda.check_available("cuda")
+    return cuda
+
+
+def batch(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0):
+    g = torch.Generator("cuda").manual_seed(seed)
+    logits = (torch.randn(shape, generator=g, device="cuda") * 3).to(dtype)
+    ref = (logits.float() + torch.randn(shape, generator=g, device="cuda") * 0.3).to(dtype)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=g, device="cuda")
+    labels[:, 0] = -100
+    return logits, ref, labels
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.float64], ids=str)
+def test_operator_table(stages, case):
+    device = torch.device("cuda")
+    test_operators.test_loss_and_gradient_equal_the_float64_reference("cuda", case, device)
+    if case.reference == "logits":
+        test_operators.test_statistics_and_logps_equal_the_float64_reference("cuda", case, device)
+
+
+# Real vocabularies: SmolLM2, GPT-2 (odd), Llama 3, Qwen 3 (odd), Gemma.
+@pytest.mark.parametrize("vocab", [49152, 50257, 128256, 151669, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_real_vocabularies(stages, dtype, vocab):
+    # 4 rows run in clusters on sm_90 and later, 4,096 do not: same bits.
+    logits, ref, labels = batch((4, 8, vocab), dtype)
+    for options in (NO_STATISTICS, EVERYTHING):
+        ours = stages.token_logps(logits, labels, ref, **options)
+        truth = eager.token_logps(logits.double(), labels, ref.double(), **options)
+        lost = eager.token_logps(logits, labels, ref, **options)
+        for mine, true, theirs in zip(ours, truth, lost, strict=True):
+            if true.numel():
+                budget = (theirs - true).abs().max() + 4 * 2**-24 * true.abs().clamp(min=1.0)
+                assert ((mine - true).abs() <= budget).all()
+        many = stages.token_logps(*(t.repeat(32, 1, *[1] * (t.dim() - 2)) for t in (logits, labels, ref)), **options)
+        assert all(torch.equal(m[:4], o) for m, o in zip(many, ours, strict=True) if o.numel())
+
+
+def test_fused_forward_equals_the_stages_every_time(stages):
+    logits, ref, labels = batch((16, 64, 4096), torch.bfloat16)
+    weights = (labels >= 0).double()
+    beta, smoothing = torch.full((8,), 0.1, dtype=torch.float64, device="cuda"), torch.zeros(8, dtype=torch.float64, device="cuda")
+    for options in (NO_STATISTICS, EVERYTHING):
+        separate = stages.token_logps(logits, labels, ref, **options)
+        stage2 = stages.preference_loss(separate[0], separate[2], weights, None, None, beta, smoothing, False)
+        for _ in range(50):  # the order in which blocks finish changes from run to run, the bits must not
+            tokens, pairs = stages.fused_forward(logits, labels, ref, weights, None, None, beta, smoothing, False, **options)
+            assert all(torch.equal(a, b) for a, b in zip(tokens + pairs, separate + stage2, strict=True))
+
+
+def test_current_stream_is_used(stages):
+    """On a stream that waits for the logits' writer; on the default stream the kernel would read zeros."""
+    logits, ref, labels = batch((2, 16, 32000), torch.bfloat16)
+    expected = stages.token_logps(logits, labels, ref, **EVERYTHING)
+    late = torch.zeros_like(logits)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(logits)
+        found = stages.token_logps(late, labels, ref, **EVERYTHING)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_cuda_graph_replays(stages):
+    logits, ref, labels = batch((4, 16, 32000), torch.bfloat16)
+    weights = (labels >= 0).double()
+    beta, smoothing = torch.full((2,), 0.1, dtype=torch.float64, device="cuda"), torch.zeros(2, dtype=torch.float64, device="cuda")
+
+    def step():
+        tokens, pairs = stages.fused_forward(
+            logits, labels, ref, weights, None, None, beta, smoothing, False, **EVERYTHING
+        )
+        out = torch.empty_like(logits)
+        stages.logits_grad(logits, labels, tokens[0], tokens[1], weights, **PLAIN, out=out)
+        return (*tokens, *pairs, out)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        fresh, fresh_ref, _ = batch((4, 16, 32000), torch.bfloat16, seed)
+        logits.copy_(fresh)
+        ref.copy_(fresh_ref)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_more_than_two_to_the_thirty_one_logits(stages):
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free GPU memory")
+    vocab, tokens = 128256, 17000  # 2.18e9 logits, 4.4 GB
+    logits = torch.zeros(1, tokens, vocab, dtype=torch.bfloat16, device="cuda")
+    logits[0, -1, 7] = 20.0
+    labels = torch.full((1, tokens), 7, device="cuda")
+    logps, lse, *_ = stages.token_logps(logits, labels, None, **NO_STATISTICS)
+    assert logps[0, 0].item() == pytest.approx(-torch.tensor(float(vocab)).log().item(), rel=1e-6)
+    assert logps[0, -1].item() > -1e-3
+    g = torch.ones_like(logps)
+    stages.logits_grad(logits, labels, logps, lse, g, **PLAIN, out=logits)
+    torch.testing.assert_close(logits[0, 0].float().sum().item(), 0.0, atol=2e-2, rtol=0)
+    assert logits[0, -1, 7].item() == pytest.approx(-torch.expm1(logps[0, -1]).item(), rel=1e-2)
+
+
+def test_no_synchronisation(stages):
+    logits, ref, labels = batch((4, 16, 32000), torch.bfloat16)
+    x = logits.requires_grad_()
+    with use_backend("cuda"):
+        dpo_loss(x, labels, ref_logits=ref).loss.backward()  # loads and warms
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            dpo_loss(x, labels, ref_logits=ref).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
