@@ -196,9 +196,10 @@ def _is_load(instruction: str) -> bool:
 def main_loop(listing: Listing) -> list[str]:
     """The loop that streams logits: the one that reads most bytes from global memory without a predicate on the load."""
 
-    def unguarded_bytes(loop: list[str]) -> tuple[int, int]:
+    def unguarded_bytes(loop: list[str]) -> tuple[int, int, int]:
         loads = [instruction for instruction in loop if _is_load(instruction)]
-        return sum(_width(i) for i in loads if not i.startswith("@")), sum(map(_width, loads))
+        # Of two loops over the same bytes the one with wider loads counts: the other serves misaligned references.
+        return sum(_width(i) for i in loads if not i.startswith("@")), sum(map(_width, loads)), -len(loads)
 
     return max(listing.loops(), key=unguarded_bytes, default=[])
 
@@ -417,8 +418,35 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
         yield Kernel(f"triton {name}", arch, _TritonCubin(launch, arch), LANES, streams=False)
 
 
+def cuda_kernels(arch: int) -> Iterator[Kernel]:
+    """The CUDA library's kernels; none where nvcc is missing."""
+    from dpo_kernels import _build
+
+    try:
+        _build.nvcc_compiler()
+    except _build.BuildError:
+        return
+    from . import machine_code_cuda
+
+    yield from machine_code_cuda.cuda_kernels(arch)
+
+
+def yardstick(arch: int) -> Iterator[Kernel]:
+    """What the same inspection says of the usual form of such a kernel; not ours, and nothing is asked of it."""
+    import torch
+
+    from benchmarks.usual_form import lse_kernel
+    from dpo_kernels.backends.triton.launch import LANES, Launch
+
+    logits = torch.empty(8192, 128256, dtype=torch.bfloat16, device="meta")
+    lse = torch.empty(8192, device="meta")
+    arguments = {"logits": logits, "lse": lse, "stride": 128256, "vocab": 128256, "BLOCK": 8 * LANES}
+    launch = Launch(lse_kernel, (8192,), arguments)
+    yield Kernel("yardstick lse bf16", arch, _TritonCubin(launch, arch), LANES, logits_per_iteration=8)
+
+
 #: The registry: each source yields the kernels it has for an architecture.
-SOURCES: list[Callable[[int], Iterable[Kernel]]] = [triton_kernels]
+SOURCES: list[Callable[[int], Iterable[Kernel]]] = [triton_kernels, cuda_kernels, yardstick]
 
 
 def kernels(architectures: Iterable[int] = ARCHITECTURES) -> list[Kernel]:
@@ -456,11 +484,23 @@ def _inspect_numbered(job: tuple[int, int]) -> Figures:
     return inspect(kernels([arch])[index])
 
 
+def write_json(path: Path, rows: Iterable[Figures]) -> None:
+    """Write the figures, in the place of what the file says of the same kernels; its other rows stay."""
+    import triton
+
+    report = json.loads(path.read_text()) if path.exists() else {"tools": {}, "kernels": []}
+    found = {(row["name"], row["arch"]): row for row in report["kernels"]}
+    found.update({(row.name, row.arch): asdict(row) for row in rows})
+    report["tools"]["triton"] = triton.__version__
+    report["kernels"] = [found[key] for key in sorted(found)]
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name contains this text")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures here; rows of kernels not inspected now are kept")
     parser.add_argument("--jobs", type=int, default=min(4, len(os.sched_getaffinity(0))))
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -475,7 +515,7 @@ def main() -> None:
         rows = list(pool.map(_inspect_numbered, jobs))
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ The backward adds nothing up, so there groups are counted from an aligned addres
 and the conversion to float32 is a shift or a mask.
 """
 
+# mypy: disable-error-code="assignment"
+# (A tuple that grows is one type to Triton's compiler and many to mypy.)
+
 import triton
 import triton.language as tl
 
@@ -197,12 +200,8 @@ def load_groups(
     mask = group < groups
     # 64-bit arithmetic stays outside the loop: within a row, offsets fit in 32 bits.
     if ALIGNED:
-        if PACKED:
-            WIDTH: tl.constexpr = GROUP // 2
-            typed = pointer.to(tl.pointer_type(tl.int32))
-        else:
-            WIDTH: tl.constexpr = GROUP
-            typed = pointer
+        WIDTH: tl.constexpr = GROUP // 2 if PACKED else GROUP
+        typed = pointer.to(tl.pointer_type(tl.int32)) if PACKED else pointer
         offsets = group[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
         return _load(typed + start // GROUP * WIDTH + offsets, mask[:, :, None], MASKED)
     elif PACKED:

@@ -60,6 +60,8 @@ class Launch:
                     attributes[(index,)] = [["tt.divisibility", 16]]
             else:
                 types[name] = parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
+                if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
         return types, constants, attributes
 
 

@@ -1,6 +1,18 @@
 """Stage 3 in Triton: the gradient with respect to the logits, one read and one write of each, in place or not.
 
-placeholder
+Data flow, one program (4 warps) a token:
+    read     labels, logps, lse and grad_logps once; the row's logits once, or not at all if its gradient is zero
+    on chip  nothing but the tile in hand: c = float32(lse log2(e)) and the factor -grad_logps 2^(c - lse log2(e)) are two
+             numbers a row, from float64
+    write    the row's gradient once, as aligned 128-bit stores; in place, every thread writes what it has just read
+The label's entry is grad_logps (1 - p) with 1 - p = -expm1(logp) in float64. As in the forward its tile and the last,
+partial one come first, and the main loop has no mask.
+
+Issue slots per logit of the main loop, bfloat16, of which one thread handles 32 per iteration:
+    convert 1, FFMA 1, ex2 1, FMUL 1, pack 1/2                                     4.5
+    per iteration 4 loads, 4 stores and about 25 of loop and addresses, / 32       1
+For 4 bytes moved a logit, twice the forward's. softcap: 8 more for 16-bit gradients, 20 for float32 ones.
+What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
 """
 
 from __future__ import annotations
@@ -58,7 +70,12 @@ def _entries(x, c, factor, inner, log2_scale, MAP: tl.constexpr, SHORT: tl.const
         return exp2_fast(fused(x, log2_scale, c)) * factor
 
 
-@triton.jit(do_not_specialize=["tokens", "vocab", "base", "out_base"])
+# Nothing that varies from call to call may cause a new compilation.
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "out_stride_b", "out_stride_t", "out_base"
+    ]
+)  # fmt: skip
 def logits_grad_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
     out,  # like logits; may be the same memory
@@ -201,5 +218,14 @@ def logits_grad(
     out: Tensor,
 ) -> None:
     """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out` [B, T, V], which may be `logits` itself."""
-    settings = {"ignore_index": ignore_index, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
-    logits_grad_launch(logits, labels, logps, lse, grad_logps, out, **settings).run(logits)
+    logits_grad_launch(
+        logits,
+        labels,
+        logps,
+        lse,
+        grad_logps,
+        out,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+    ).run(logits)

@@ -1,6 +1,13 @@
 """Stage 2 in Triton: weighted sequence sums and the sigmoid family of pair losses with their coefficients, in float64.
 
-placeholder
+Data flow, one program (4 warps) a pair, one launch for everything:
+    read     weights, logps and ref_logps of the pair's two sequences once
+    scratch  the products w logp of the weighted tokens, written without gaps and read back (they stay in L1 and L2)
+    write    losses, sums, ref_sums and coef: a few numbers a pair
+
+Why the scratch: a sum must not change by a bit when padding is added on the left, on the right or inside. The place of a
+term in the sum is its rank among the weighted tokens, found by a running count, and never its position.
+All of it is 8 bytes a token where the logits are hundreds of kilobytes: nothing here is worth a faster, looser form.
 """
 
 from __future__ import annotations
@@ -188,11 +195,12 @@ def preference_loss(
     is given; neither means reference-free.
     """
     sequences = _sequences(logps, cu_seqlens)
-    outputs = tuple(
-        torch.empty(size, dtype=torch.float64, device=logps.device)
-        for size in (sequences // 2, sequences, sequences, sequences)
-    )
+
+    def output(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float64, device=logps.device)
+
+    outputs = (output(sequences // 2), output(sequences), output(sequences), output(sequences))
     preference_loss_launch(
         logps, ref_logps, weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, outputs
     ).run(logps)  # fmt: skip
-    return outputs  # type: ignore[return-value]
+    return outputs

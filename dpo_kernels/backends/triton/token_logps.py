@@ -1,9 +1,35 @@
 """Stage 1 in Triton: log-probability of the label, lse and the statistics of every token, in one read of its logits.
 
-placeholder
+Data flow, one program (4 warps) a token:
+    read     labels once; nothing else if the token is ignored
+             the label's logit, then the row's logits, once, and with kl the reference's row, once, in the same loop
+    on chip  per lane (thread): maximum m, c = m log2(e), sum of 2^(x log2(e) - c), and where asked the two moments and the
+             sum of x. No lane looks at another before the loop is over; then one merge in a fixed order.
+    write    8 bytes per token and output
+
+The label's own term stays out of the sum: with d = log(sum of the others) - z_label, logp = -softplus(d), which keeps
+full relative precision when p(label) is near 1. So the tile that holds the label and the last, partial tile are handled
+first, masked, and the main loop runs over all the others without a mask (index + (index >= label_tile)).
+A second look at a row happens in two rare cases: -inf among its logits while a moment is asked (the loop's 0 * inf is
+NaN, and then the moments are computed again with a guard, m being known), and a logit equal to the label's where
+accuracy is asked and no logit is larger (an earlier one would win the argmax).
+
+Issue slots per logit of the main loop, bfloat16, of which one thread handles 32 per iteration:
+    convert 1, maximum 1/2 (packed pairs, 3-operand on sm_90 and later less), FFMA 1, ex2 1, add 1      4.5
+    per iteration 4 loads, one rescale (FMUL, FADD, ex2, FFMA) and about 10 of loop and addresses, / 32  0.5
+    entropy: FFMA 1 for the product and its sum (ptxas keeps FMUL + FADD of every other pair)            1 to 1.5
+    mean: add 1.  accuracy: nothing in the loop.
+    kl, per pair of logits: FADD 1, FFMA 1, on top of the same 5 for each of the two
+An unaligned row costs 5 loads and 4 shifts for 8 logits instead of 1 load: 1 more. softcap: about 17 more, for a tanh to
+float32 rounding. What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
+
+A row is one program's, so fewer rows than about 8 per SM leave a GPU partly idle; splitting rows would need a second
+launch or counters, and the shapes of preference training (thousands of tokens) do not ask for it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -196,7 +222,12 @@ def _put(pointer, row, value):
         tl.store(pointer + row, value)
 
 
-@triton.jit(do_not_specialize=["tokens", "vocab", "base", "ref_base"])
+# Nothing that varies from call to call may cause a new compilation.
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "ref_stride_b", "ref_stride_t", "ref_base"
+    ]
+)  # fmt: skip
 def token_logps_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
     ref_logits,  # like logits, or None
@@ -419,7 +450,11 @@ def token_logps(
 
     asked = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
     outputs = tuple(output(one) for one in asked)
-    settings = {"ignore_index": ignore_index, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
+    settings: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+    }
     wanted = [tensor if one else None for tensor, one in zip(outputs, asked, strict=True)]
     if ref_logits is not None and not kl:
         wanted[2] = None
