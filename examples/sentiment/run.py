@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import measure
 import smollm2
-from dpo_trainer import DPOConfig, DPOTrainer, load_model, load_tokenizer
-from dpo_trainer.data import tokenize_pair
 from make_pairs import TEMPERATURE, TOKENS
 from vader import score
 
 from dpo_kernels import dpo_loss
+from dpo_trainer import DPOConfig, DPOTrainer, load_model, load_tokenizer
+from dpo_trainer.data import tokenize_pair
 
 HERE = Path(__file__).resolve().parent
-STEPS = 64
-LEARNING_RATE = 5e-5
+STEPS = 60
+LEARNING_RATE = 2e-5
 PAIRS_PER_STEP = 8
 PAIRS_PER_BATCH = 16  # when measuring
 SAMPLES_PER_PROMPT = 8  # fresh continuations of every held-out prompt, before and after
