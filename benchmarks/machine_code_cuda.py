@@ -1,20 +1,26 @@
 """The CUDA library's rows of the machine-code registry: which kernels, compiled how, and what a thread of them handles.
 
+    python -m benchmarks.machine_code_cuda     rewrites the committed figures, which tests/test_cuda_machine_code.py holds
+
 One call of nvcc per source and architecture gives all rows (no GPU is needed); a row is found in its cubin by its symbol.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dpo_kernels import _build
 
-from .machine_code import Binary, Kernel
+from .machine_code import ARCHITECTURES, Binary, Kernel, inspect
+
+COMMITTED = Path(__file__).parent / "results" / "machine_code_cuda.json"
 
 #: Threads of a block: kRowThreads of token_logps.cuh, kGradThreads of logits_grad.cu.
 ROW_THREADS = 256
@@ -69,7 +75,7 @@ def _forward_source() -> str:
     return "\n".join([*lines, "}", ""])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compile(source: str, arch: int) -> bytes:
     """The cubin of a file of csrc/cuda, or of all forward kernels of the table ("forward")."""
     nvcc = _build.nvcc_compiler()
@@ -129,3 +135,23 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
         kernel = f"{stage}_kernel"
         symbol = f"_ZN3dpo4cuda{len(kernel)}{kernel}ENS0_{len(params)}{params}E"
         yield Kernel(f"cuda {stage}", arch, _Cubin("preference_loss.cu", arch), threads, function=symbol, streams=False)
+
+
+def nvcc_release() -> str | None:
+    """Release of the CUDA compiler ("13.0"), or None where there is none."""
+    try:
+        nvcc = _build.nvcc_compiler()
+    except _build.BuildError:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", text)
+    return found.group(1) if found else "unknown"
+
+
+def main() -> None:
+    rows = [asdict(inspect(kernel)) for arch in ARCHITECTURES for kernel in cuda_kernels(arch)]
+    COMMITTED.write_text(json.dumps({"nvcc": nvcc_release(), "kernels": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -92,7 +92,11 @@ def works(dtype_bytes: int = 2) -> Iterator[Work]:
 def table(rows: list[Work], measured: dict[str, float]) -> str:
     """The rows as markdown; measured maps Work.key to seconds."""
     names = list(CEILINGS)
-    lines = ["| path | tokens x vocabulary (x hidden) | bytes | flops |" + "".join(f" floor {n} |" for n in names) + " measured |"]
+    lines = [
+        "| path | tokens x vocabulary (x hidden) | bytes | flops |"
+        + "".join(f" floor {n} |" for n in names)
+        + " measured |"
+    ]
     lines.append("|---|---|---:|---:|" + "---:|" * (len(names) + 1))
     for row in rows:
         shape = " x ".join(f"{n:,}" for n in (row.tokens, row.vocab, row.hidden) if n is not None)

@@ -15,23 +15,25 @@ from pathlib import Path
 import pytest
 import test_operators
 import torch
-from cases import CASES
 from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build, build_operators
+from torch import Tensor
+
 from dpo_kernels import backends
 from dpo_kernels.backends import cuda, eager
-from torch import Tensor
+
+from cases import CASES
 
 IGNORE = -100
 OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
-PLAIN = dict(ignore_index=IGNORE, logit_scale=1.0, logit_softcap=0.0)
+PLAIN = {"ignore_index": IGNORE, "logit_scale": 1.0, "logit_softcap": 0.0}
 NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False)
 EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = [
-    dict(order=Order.FORWARD),
-    dict(order=Order.REVERSE, clusters=False),
-    dict(order=Order.RANDOM, seed=1, resident=5),
-    dict(order=Order.RANDOM, seed=2, sm_count=1),
+    {"order": Order.FORWARD},
+    {"order": Order.REVERSE, "clusters": False},
+    {"order": Order.RANDOM, "seed": 1, "resident": 5},
+    {"order": Order.RANDOM, "seed": 2, "sm_count": 1},
 ]
 # 1: no other logit. 7: no whole 16-byte group. 8, 16: groups only. 33: head, groups and tail. 1000: one partial tile.
 # 5003: odd, so every row starts at another alignment. 16384, 20000: several tiles, a row shared by 256 threads.
@@ -54,7 +56,9 @@ def make(seed: int, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 3
     return logits, ref, labels
 
 
-def assert_within_eager(ours: tuple[Tensor, ...], logits: Tensor, labels: Tensor, ref: Tensor | None, options: dict) -> None:
+def assert_within_eager(
+    ours: tuple[Tensor, ...], logits: Tensor, labels: Tensor, ref: Tensor | None, options: dict
+) -> None:
     truth = eager.token_logps(logits.double(), labels, None if ref is None else ref.double(), **options)
     lost = eager.token_logps(logits, labels, ref, **options)
     for name, mine, true, theirs in zip(OUTPUTS, ours, truth, lost, strict=True):
@@ -96,7 +100,7 @@ def test_shuffles_barriers_static_and_dynamic_shared_memory(library, schedule):
 
 def test_a_missing_barrier_gives_wrong_sums(library):
     wrong = 0
-    for schedule in [dict(order=Order.FORWARD), dict(order=Order.RANDOM, seed=0), dict(order=Order.RANDOM, seed=1)]:
+    for schedule in [{"order": Order.FORWARD}, {"order": Order.RANDOM, "seed": 0}, {"order": Order.RANDOM, "seed": 1}]:
         out = self_test(library, 1, 5, **schedule)
         expected = torch.arange(5 * 256, dtype=torch.float64).reshape(5, 256).sum(1)
         wrong += not torch.equal(out[:5].double(), expected)
@@ -171,12 +175,16 @@ def test_strided_views_and_misaligned_references_are_read_in_place(library, dtyp
     vocab = 1003
     logits, ref, labels = make(7, (2, 4, vocab), dtype)
     options = dict(EVERYTHING, kl=kl)
-    plain = Emulator(library).token_logps(logits[:, :-1].contiguous(), labels[:, :-1].contiguous(), ref[:, 1:].contiguous(), **options)
+    plain = Emulator(library).token_logps(
+        logits[:, :-1].contiguous(), labels[:, :-1].contiguous(), ref[:, 1:].contiguous(), **options
+    )
     views = Emulator(library).token_logps(logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], **options)
     assert_within_eager(views, logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], options)
     wide = torch.full((2, 4, vocab + 5), float("nan"), dtype=dtype)
     wide[..., 3 : vocab + 3] = logits  # neighbours are NaN: reading one too many would show
-    inside = Emulator(library).token_logps(wide[:, :-1, 3 : vocab + 3], labels[:, :-1].contiguous(), ref[:, 1:], **options)
+    inside = Emulator(library).token_logps(
+        wide[:, :-1, 3 : vocab + 3], labels[:, :-1].contiguous(), ref[:, 1:], **options
+    )
     assert_within_eager(inside, logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], options)
     assert all(a.shape == b.shape for a, b in zip(plain, views, strict=True))
 
@@ -408,7 +416,7 @@ def fused_case(dtype: torch.dtype, lengths: list[int], vocab: int, packed: bool)
     if not packed:
         return logits, ref, labels, weights, None
     cu = torch.tensor([0, *lengths]).cumsum(0)
-    return tuple(pack(t, lengths) for t in (logits, ref, labels, weights)) + (cu,)
+    return (*tuple(pack(t, lengths) for t in (logits, ref, labels, weights)), cu)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -432,9 +440,7 @@ def test_single_launch_equals_the_separate_stages(library, kl, packed, schedule)
         assert (counters == 0).all()
         separate = Emulator(library).token_logps(logits, labels, ref, **options)
         assert all(torch.equal(a, b) for a, b in zip(tokens, separate, strict=True))
-        stage2 = Emulator(library).preference_loss(
-            separate[0], separate[2], weights, cu, None, beta, smoothing, False
-        )
+        stage2 = Emulator(library).preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
         assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
 
 
@@ -536,7 +542,7 @@ def test_gradient_of_scaled_and_capped_logits(library, dtype):
     logits, _, labels = make(30, (2, 2, 777), dtype, scale=10.0)
     g = torch.ones(2, 2, dtype=torch.float64)
     for scale, cap in [(0.5, 0.0), (1.0, 20.0), (2.0, 30.0)]:
-        transform = dict(logit_scale=scale, logit_softcap=cap)
+        transform = {"logit_scale": scale, "logit_softcap": cap}
         truth = torch.empty(logits.shape, dtype=torch.float64)
         gradient(_EAGER, logits.double(), labels, g, truth, **transform)
         eager32 = torch.empty_like(logits)
@@ -638,7 +644,9 @@ def test_fused_forward_of_the_backend(cuda_backend, packed):
     beta, smoothing = pairs(3)
     for options in (NO_STATISTICS, EVERYTHING):
         for _ in range(2):  # the second call finds its counters as the first left them
-            tokens, fused = cuda.fused_forward(logits, labels, ref, weights, cu, None, beta, smoothing, False, **options)
+            tokens, fused = cuda.fused_forward(
+                logits, labels, ref, weights, cu, None, beta, smoothing, False, **options
+            )
             separate = cuda.token_logps(logits, labels, ref, **options)
             stage2 = cuda.preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
             assert all(torch.equal(a, b) for a, b in zip(tokens + fused, separate + stage2, strict=True))
@@ -662,7 +670,7 @@ def test_a_removed_barrier_in_the_row_kernel_is_noticed():
     logits, _, labels = make(40, (2, 3, 5000), torch.bfloat16)
     right = Emulator().token_logps(logits, labels, None, **NO_STATISTICS)[0]
     noticed = 0
-    for schedule in (dict(order=Order.FORWARD), dict(order=Order.RANDOM, seed=3), dict(order=Order.RANDOM, seed=4)):
+    for schedule in ({"order": Order.FORWARD}, {"order": Order.RANDOM, "seed": 3}, {"order": Order.RANDOM, "seed": 4}):
         wrong = Emulator(broken, clusters=False, **schedule).token_logps(logits, labels, None, **NO_STATISTICS)[0]
         noticed += not torch.equal(right, wrong)
     assert noticed == 3
@@ -672,15 +680,23 @@ def test_clean_under_address_and_undefined_behaviour_sanitizers():
     """A reduced table in a process of its own, since AddressSanitizer must be loaded first."""
     library = build(sanitize=True)
     runtimes = [
-        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("asan", "ubsan")
     ]
-    env = dict(os.environ, LD_PRELOAD=" ".join(runtimes), ASAN_OPTIONS="detect_leaks=0:abort_on_error=0", OMP_NUM_THREADS="1")
+    env = dict(
+        os.environ, LD_PRELOAD=" ".join(runtimes), ASAN_OPTIONS="detect_leaks=0:abort_on_error=0", OMP_NUM_THREADS="1"
+    )
     script = Path(__file__).parent / "cuda_emulator" / "sanitized.py"
-    done = subprocess.run([sys.executable, str(script), str(library)], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), str(library)], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{SANITIZERS}:\n{done.stdout}\n{done.stderr[-4000:]}"
     assert "sanitized table done" in done.stdout
     # And the sanitizer is awake: one element too few is an error.
-    caught = subprocess.run([sys.executable, str(script), str(library), "overrun"], env=env, capture_output=True, text=True, check=False)
+    caught = subprocess.run(
+        [sys.executable, str(script), str(library), "overrun"], env=env, capture_output=True, text=True, check=False
+    )
     assert caught.returncode != 0
     assert "heap-buffer-overflow" in caught.stderr

@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import test_operators
 import torch
-from cases import CASES
+
 from dpo_kernels import dpo_loss, use_backend
 from dpo_kernels.backends import eager
 
+from cases import CASES
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; tests/test_cuda_emulator.py runs the same kernels"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device; tests/test_cuda_emulator.py runs the same kernels"
+    ),
 ]
 
 PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
@@ -66,12 +70,17 @@ def test_real_vocabularies(stages, dtype, vocab):
 def test_fused_forward_equals_the_stages_every_time(stages):
     logits, ref, labels = batch((16, 64, 4096), torch.bfloat16)
     weights = (labels >= 0).double()
-    beta, smoothing = torch.full((8,), 0.1, dtype=torch.float64, device="cuda"), torch.zeros(8, dtype=torch.float64, device="cuda")
+    beta, smoothing = (
+        torch.full((8,), 0.1, dtype=torch.float64, device="cuda"),
+        torch.zeros(8, dtype=torch.float64, device="cuda"),
+    )
     for options in (NO_STATISTICS, EVERYTHING):
         separate = stages.token_logps(logits, labels, ref, **options)
         stage2 = stages.preference_loss(separate[0], separate[2], weights, None, None, beta, smoothing, False)
         for _ in range(50):  # the order in which blocks finish changes from run to run, the bits must not
-            tokens, pairs = stages.fused_forward(logits, labels, ref, weights, None, None, beta, smoothing, False, **options)
+            tokens, pairs = stages.fused_forward(
+                logits, labels, ref, weights, None, None, beta, smoothing, False, **options
+            )
             assert all(torch.equal(a, b) for a, b in zip(tokens + pairs, separate + stage2, strict=True))
 
 
@@ -93,7 +102,10 @@ def test_current_stream_is_used(stages):
 def test_cuda_graph_replays(stages):
     logits, ref, labels = batch((4, 16, 32000), torch.bfloat16)
     weights = (labels >= 0).double()
-    beta, smoothing = torch.full((2,), 0.1, dtype=torch.float64, device="cuda"), torch.zeros(2, dtype=torch.float64, device="cuda")
+    beta, smoothing = (
+        torch.full((2,), 0.1, dtype=torch.float64, device="cuda"),
+        torch.zeros(2, dtype=torch.float64, device="cuda"),
+    )
 
     def step():
         tokens, pairs = stages.fused_forward(

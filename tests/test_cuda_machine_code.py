@@ -1,29 +1,22 @@
 """The CUDA kernels' machine code keeps what their speed rests on; compiled here, no GPU needed.
 
-`python tests/test_cuda_machine_code.py` rewrites the committed figures (benchmarks/results/machine_code_cuda.json).
+`python -m benchmarks.machine_code_cuda` rewrites the committed figures (benchmarks/results/machine_code_cuda.json).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks import machine_code
+from benchmarks import machine_code, machine_code_cuda
 from dpo_kernels import _build
-
-COMMITTED = ROOT / "benchmarks" / "results" / "machine_code_cuda.json"
 
 # Instructions in the main loop per logit read. They include the raise of the running maximum (2 x 9 instructions of a loop over
 # 32 logits, twice that for a pair), which stands in the loop and is jumped over but for the row's first tiles.
@@ -41,21 +34,13 @@ NEEDED = {80: 13 << 10, 90: 25 << 10, 100: 38 << 10}
 THREADS = {"alone": 1024, "logits_grad": 1024}  # resident; the others 768
 
 
-def nvcc_release() -> str | None:
-    try:
-        nvcc = _build.nvcc_compiler()
-    except _build.BuildError:
-        return None
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release ([\d.]+)", text).group(1)
-
-
-RELEASE = nvcc_release()
+RELEASE = machine_code_cuda.nvcc_release()
 if RELEASE is None and os.environ.get("CI"):
     raise RuntimeError("CI must have nvcc: the machine-code checks may not be skipped there")
 needs_nvcc = pytest.mark.skipif(RELEASE is None, reason="no nvcc on this machine: the CUDA kernels cannot be compiled")
 
 
+@functools.cache
 def figures(arch: int) -> list[machine_code.Figures]:
     return [machine_code.inspect(kernel) for kernel in machine_code.cuda_kernels(arch)]
 
@@ -121,13 +106,13 @@ def test_plan_for_the_large_forward_reaches_ninety_per_cent():
 
 @needs_nvcc
 def test_figures_are_the_committed_ones(rows):
-    committed = json.loads(COMMITTED.read_text())
+    committed = json.loads(machine_code_cuda.COMMITTED.read_text())
     held = {(row["name"], row["arch"]): row for row in committed["kernels"]}
     for row in rows:
         before = held[row.name, row.arch]
         now = json.loads(json.dumps(asdict(row)))
         if committed["nvcc"] == RELEASE:
-            assert now == before, f"{row.name}, sm_{row.arch}: run python tests/test_cuda_machine_code.py if this is meant"
+            assert now == before, f"{row.name}, sm_{row.arch}: python -m benchmarks.machine_code_cuda, if this is meant"
         else:  # another compiler may differ a little
             assert (now["slots_per_logit"] or 0) <= 1.1 * (before["slots_per_logit"] or 0), row.name
 
@@ -144,7 +129,8 @@ def test_library_builds_and_loads_without_a_gpu(tmp_path):
     assert "sm_90a.ptx" in listing
     script = (
         f"import torch; torch.ops.load_library({str(library)!r})\n"
-        "try:\n    torch.ops.dpo_kernels_cuda.sequence_sums(*[torch.zeros(1, 1, dtype=torch.float64)] * 2, None, torch.zeros(1))\n"
+        "x = torch.zeros(1, 1, dtype=torch.float64)\n"
+        "try:\n    torch.ops.dpo_kernels_cuda.sequence_sums(x, x, None, x[0])\n"
         "except NotImplementedError as error:\n    print('refused', 'CPU' in str(error))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -168,9 +154,3 @@ def test_architectures_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(_build.BuildError, match="CUDA_HOME"):
         _build.nvcc_compiler()
-
-
-if __name__ == "__main__":
-    found = [asdict(row) for arch in machine_code.ARCHITECTURES for row in figures(arch)]
-    COMMITTED.parent.mkdir(parents=True, exist_ok=True)
-    COMMITTED.write_text(json.dumps({"nvcc": RELEASE, "kernels": found}, indent=1) + "\n")

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from dpo_kernels import _build
 from torch import Tensor
+
+from dpo_kernels import _build
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -86,7 +87,15 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
     """Compile the emulator library and return its path; instant when nothing changed."""
     sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.cpp")])
     sources += sorted([*(CSRC / "cuda").glob("*.*"), *(CSRC / "common").glob("*.h")])
-    flags = ["-std=c++17", "-fPIC", "-DDPO_EMULATOR", "-Wno-unknown-pragmas", f"-I{HERE}", "-isystem", str(cuda_include())]
+    flags = [
+        "-std=c++17",
+        "-fPIC",
+        "-DDPO_EMULATOR",
+        "-Wno-unknown-pragmas",
+        f"-I{HERE}",
+        "-isystem",
+        str(cuda_include()),
+    ]
     # Sanitized code is not optimised: it compiles three times faster, and its table is small.
     flags += ["-O0", "-g1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O1"]
     flags += [f"-D{d}" for d in defines]
@@ -136,9 +145,7 @@ TokenLogpsParams = _struct(
     "Logits policy, reference; ptr labels, logps, lse, ref_logps, entropy, kl, accuracy, mean_logits;"
     "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap; PreferenceParams preference",
 )
-PreferenceLossParams = _struct(
-    "PreferenceLossParams", "ptr logps, ref_logps; i64 tokens; PreferenceParams preference"
-)
+PreferenceLossParams = _struct("PreferenceLossParams", "ptr logps, ref_logps; i64 tokens; PreferenceParams preference")
 SequenceSumsParams = _struct("SequenceSumsParams", "ptr values, weights, cu_seqlens, sums; i64 sequences, tokens")
 LogitsGradParams = _struct(
     "LogitsGradParams",
@@ -203,7 +210,9 @@ class Emulator:
     def plan_rows(self, rows: int, vocab: int, logits_per_thread: int, max_threads: int = 256) -> tuple[int, int]:
         """(threads, blocks) that share a row."""
         out = (ctypes.c_int * 2)()
-        self.lib.emu_plan_rows(ctypes.c_int64(rows), ctypes.c_int64(vocab), logits_per_thread, max_threads, *self.device, out)
+        self.lib.emu_plan_rows(
+            ctypes.c_int64(rows), ctypes.c_int64(vocab), logits_per_thread, max_threads, *self.device, out
+        )
         return out[0], out[1]
 
     def _token_params(

@@ -47,7 +47,9 @@ def table(library: Path) -> None:
                 )
         em = Emulator(library, order=order)
         logits = torch.randn(1, 2, 300)
-        em.token_logps(logits, torch.zeros(1, 2, dtype=torch.int64), logits, **{**PLAIN, "logit_softcap": 5.0}, **EVERYTHING)
+        em.token_logps(
+            logits, torch.zeros(1, 2, dtype=torch.int64), logits, **{**PLAIN, "logit_softcap": 5.0}, **EVERYTHING
+        )
     print("sanitized table done")
 
 
