@@ -1,7 +1,7 @@
 // Everything the kernels ask of the machine, each with a device body (PTX or intrinsic) and an emulator body.
 //
-// Kernels call these and standard CUDA (__syncthreads, __shfl_xor_sync, ...), so the same sources compile with nvcc and,
-// with DPO_EMULATOR defined, with a host compiler against tests/cuda_emulator.
+// Kernels call these and standard CUDA (__syncthreads, __shfl_xor_sync, ...), so the same sources compile with nvcc
+// and, with DPO_EMULATOR defined, with a host compiler against tests/cuda_emulator.
 #pragma once
 
 #include <cstdint>
@@ -181,15 +181,15 @@ DPO_DEVICE void store_to_leader(double* own_copy, double value) {
 
 // Statically sized shared memory. The emulator keeps one copy per block, so that blocks of a cluster do not alias.
 #if defined(DPO_EMULATOR)
-#define DPO_SHARED(type, name) \
+#define DPO_SHARED(type, name)      \
   static const char name##_key = 0; \
   type& name = *emu::shared_variable<type>(&name##_key)
 #else
 #define DPO_SHARED(type, name) __shared__ type name
 #endif
 
-// The barrier between the warps' partial results and the warp that merges them. The emulator's negative test compiles the
-// kernel without it and must see wrong results.
+// The barrier between the warps' partial results and the warp that merges them. The emulator's negative test compiles
+// the kernel without it and must see wrong results.
 #if !defined(DPO_BARRIER_BEFORE_MERGE)
 #define DPO_BARRIER_BEFORE_MERGE() __syncthreads()
 #endif

@@ -1,8 +1,9 @@
-// Stage 3 on CUDA: dz = g (onehot(label) - softmax(z)) times dz/dx, one read and one write of each logit, in place or not.
+// Stage 3 on CUDA: dz = g (onehot(label) - softmax(z)) times dz/dx, one read and one write of each logit, in place or
+// not.
 //
-// Data flow. A row is cut into tiles of 256 threads x 4 groups of 16 bytes; a block walks the row's tiles, or every n-th of
-// them when few rows would leave SMs idle (no reduction, so the split changes no bit). Rows whose gradient is zero are
-// written without being read.
+// Data flow. A row is cut into tiles of 256 threads x 4 groups of 16 bytes; a block walks the row's tiles, or every
+// n-th of them when few rows would leave SMs idle (no reduction, so the split changes no bit). Rows whose gradient is
+// zero are written without being read.
 //
 // softmax(z) = 2^(z log2(e) - m) * f with m = float32(lse log2(e)), f = 2^(m - lse log2(e)) in float64: f joins the row
 // factor, so rounding lse to float32 costs nothing. The label's entry is -g expm1(logp), which does not cancel when the
@@ -176,8 +177,8 @@ cudaError_t run(const LogitsGradParams& p, const Device& device, cudaStream_t st
   const int64_t rows = p.batch * p.tokens;
   const int tile = kGradThreads * kUnroll * Vector<T>::kElements;
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(rows),
-                    static_cast<unsigned>(plan_gradient_blocks(rows, p.vocab, tile, device)));
+  shape.grid =
+      dim3(static_cast<unsigned>(rows), static_cast<unsigned>(plan_gradient_blocks(rows, p.vocab, tile, device)));
   shape.threads = kGradThreads;
   shape.cluster = 1;
   return p.logit_softcap != 0.0f ? launch(logits_grad_kernel<T, true>, shape, stream, p)

@@ -1,5 +1,6 @@
-// The CUDA library's torch-facing side: fills the parameter structs from tensors, sets the device, finds the stream, and
-// registers the operators through PyTorch's stable ABI. No kernel is here and no synchronisation: a call costs its launch.
+// The CUDA library's torch-facing side: fills the parameter structs from tensors, sets the device, finds the stream,
+// and registers the operators through PyTorch's stable ABI. No kernel is here and no synchronisation: a call costs its
+// launch.
 //
 // Outputs are allocated by the caller (dpo_kernels/backends/cuda.py); an empty output means "not asked for".
 #include <torch/csrc/stable/library.h>
@@ -113,23 +114,25 @@ TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const 
 }
 
 void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
-                    double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy,
-                    Tensor kl, Tensor accuracy, Tensor mean_logits) {
+                    double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
+                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits) {
   const OnDevice here(logits);
-  const TokenLogpsParams p = token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, logps, lse,
-                                          ref_logps, entropy, kl, accuracy, mean_logits);
+  const TokenLogpsParams p = token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, logps,
+                                          lse, ref_logps, entropy, kl, accuracy, mean_logits);
   check(token_logps(p, here.device(), here.stream()), "token_logps");
 }
 
 void fused_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
-                      double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy,
-                      Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor weights, std::optional<Tensor> cu_seqlens,
-                      std::optional<Tensor> ref_sums, Tensor beta, Tensor label_smoothing, bool robust, Tensor losses,
-                      Tensor sums, Tensor ref_sums_out, Tensor coef, Tensor counters) {
+                      double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
+                      Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor weights,
+                      std::optional<Tensor> cu_seqlens, std::optional<Tensor> ref_sums, Tensor beta,
+                      Tensor label_smoothing, bool robust, Tensor losses, Tensor sums, Tensor ref_sums_out, Tensor coef,
+                      Tensor counters) {
   const OnDevice here(logits);
   TokenLogpsParams p = token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, logps, lse,
                                     ref_logps, entropy, kl, accuracy, mean_logits);
-  p.preference = preference_of(weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef);
+  p.preference =
+      preference_of(weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef);
   require(counters.scalar_type() == ScalarType::Int && counters.numel() >= 3 * p.preference.pairs,
           "counters must be int32, three for each pair");
   p.preference.counters = static_cast<int*>(counters.mutable_data_ptr());
@@ -156,7 +159,8 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   p.logps = in_of(logps);
   p.ref_logps = in_of(ref_logps);
   p.tokens = logps.size(1);
-  p.preference = preference_of(weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef);
+  p.preference =
+      preference_of(weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef);
   check(preference_loss(p, here.stream()), "preference_loss");
 }
 
@@ -194,7 +198,8 @@ STABLE_TORCH_LIBRARY(DPO_LIBRARY, m) {
       "fused_forward(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
       "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
       "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, Tensor beta, "
-      "Tensor label_smoothing, bool robust, Tensor(h!) losses, Tensor(i!) sums, Tensor(j!) ref_sums_out, Tensor(k!) coef, "
+      "Tensor label_smoothing, bool robust, Tensor(h!) losses, Tensor(i!) sums, Tensor(j!) ref_sums_out, Tensor(k!) "
+      "coef, "
       "Tensor(l!) counters) -> ()");
   m.def("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, Tensor(a!) sums) -> ()");
   m.def(

@@ -23,19 +23,19 @@ struct Logits {
   DType dtype;
 };
 
-// Weighted sums of sequences and the sigmoid-family loss of each pair. Sequences 0..pairs-1 are chosen, the next `pairs`
-// rejected. Sequence s is row s of [B, T], or tokens cu_seqlens[s] .. cu_seqlens[s + 1] of the flattened batch.
+// Weighted sums of sequences and the sigmoid-family loss of each pair. Sequences 0..pairs-1 are chosen, the next
+// `pairs` rejected. Sequence s is row s of [B, T], or tokens cu_seqlens[s] .. cu_seqlens[s + 1] of the flattened batch.
 struct PreferenceParams {
-  const double* weights;         // [B, T]; tokens of weight 0 are skipped, whatever they hold
-  const int64_t* cu_seqlens;     // [2 * pairs + 1] or nullptr
-  const double* given_ref_sums;  // [2 * pairs] or nullptr
-  const double* beta;            // [pairs]
+  const double* weights;          // [B, T]; tokens of weight 0 are skipped, whatever they hold
+  const int64_t* cu_seqlens;      // [2 * pairs + 1] or nullptr
+  const double* given_ref_sums;   // [2 * pairs] or nullptr
+  const double* beta;             // [pairs]
   const double* label_smoothing;  // [pairs]
-  double* losses;                // [pairs]
-  double* sums;                  // [2 * pairs]
-  double* ref_sums;              // [2 * pairs]
-  double* coef;                  // [2 * pairs]: d losses[p] / d sums[s]
-  int* counters;                 // [3 * pairs] zeros, left as zeros: rows done per sequence, sequences done per pair
+  double* losses;                 // [pairs]
+  double* sums;                   // [2 * pairs]
+  double* ref_sums;               // [2 * pairs]
+  double* coef;                   // [2 * pairs]: d losses[p] / d sums[s]
+  int* counters;                  // [3 * pairs] zeros, left as zeros: rows done per sequence, sequences done per pair
   int64_t pairs;
   int robust;
 };
@@ -57,7 +57,7 @@ struct TokenLogpsParams {
   int64_t vocab;
   int64_t ignore_index;
   float logit_scale;
-  float logit_softcap;  // 0: none
+  float logit_softcap;          // 0: none
   PreferenceParams preference;  // losses == nullptr: token statistics only
 };
 

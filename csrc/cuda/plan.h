@@ -1,8 +1,8 @@
 // How many threads and blocks share a row. Pure functions, so that tests can enumerate them.
 //
 // The number of threads of a row follows from its length alone: that fixes which thread adds which logits, and so the
-// rounding, whatever the batch. Only how those threads are spread over blocks depends on the number of rows: with few rows
-// a cluster of small blocks brings more SMs to each row, and gives the same bits.
+// rounding, whatever the batch. Only how those threads are spread over blocks depends on the number of rows: with few
+// rows a cluster of small blocks brings more SMs to each row, and gives the same bits.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,8 @@
 
 namespace dpo::cuda {
 
-__global__ void __launch_bounds__(2 * kWarp) preference_loss_kernel(const __grid_constant__ PreferenceLossParams params) {
+__global__ void __launch_bounds__(2 * kWarp)
+    preference_loss_kernel(const __grid_constant__ PreferenceLossParams params) {
   using Scratch = SequenceScratch[2];
   using Sums = SequenceSums[2];
   DPO_SHARED(Scratch, scratch);

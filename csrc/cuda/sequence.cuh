@@ -1,8 +1,8 @@
 // One warp sums a sequence and, for the last sequence of a pair, computes the pair's loss. Used by the single-launch
 // forward (token_logps.cu) and by the separate stage (preference_loss.cu), so both give the same bits.
 //
-// Padding never shows: weighted tokens are ranked in token order, token of rank k is added by lane k % 32 in order of k,
-// and the 32 lanes are summed by a fixed tree. Tokens of weight 0 take part in nothing.
+// Padding never shows: weighted tokens are ranked in token order, token of rank k is added by lane k % 32 in order of
+// k, and the 32 lanes are summed by a fixed tree. Tokens of weight 0 take part in nothing.
 #pragma once
 
 #include "../common/sigmoid_family.h"
@@ -81,7 +81,8 @@ DPO_DEVICE SequenceSums sum_sequence(const double* values, const double* refs, c
 }
 
 // One thread. The sums of both sequences of pair p are known.
-static __device__ __noinline__ void finish_pair(const PreferenceParams& p, int64_t pair, SequenceSums chosen, SequenceSums rejected) {
+static __device__ __noinline__ void finish_pair(const PreferenceParams& p, int64_t pair, SequenceSums chosen,
+                                                SequenceSums rejected) {
   const double x = p.beta[pair] * ((chosen.policy - chosen.reference) - (rejected.policy - rejected.reference));
   const PairLoss loss = sigmoid_family(x, p.label_smoothing[pair], p.robust != 0);
   p.losses[pair] = loss.loss;

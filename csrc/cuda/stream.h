@@ -1,5 +1,5 @@
-// Where a call runs: device guard, current stream and what the launch heuristics know of the device. In the emulator build
-// this is the one place that differs: there is no stream, and operators are registered for CPU tensors.
+// Where a call runs: device guard, current stream and what the launch heuristics know of the device. In the emulator
+// build this is the one place that differs: there is no stream, and operators are registered for CPU tensors.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -40,8 +40,8 @@ namespace dpo::cuda {
 
 inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
 
-// aoti_torch_get_current_cuda_stream of the torch in this process. Looked up when first called, so that the library links
-// against, and loads beside, a torch without CUDA.
+// aoti_torch_get_current_cuda_stream of the torch in this process. Looked up when first called, so that the library
+// links against, and loads beside, a torch without CUDA.
 inline cudaStream_t current_stream(int32_t device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const Getter getter = [] {

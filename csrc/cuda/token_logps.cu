@@ -25,11 +25,14 @@ template <typename T, typename R>
 cudaError_t with_statistics(const TokenLogpsParams& p, const Device& device, cudaStream_t stream) {
   if (p.logit_softcap != 0.0f) return run<Traits<T, R, true, true, true>>(p, device, stream);
   if constexpr (std::is_same_v<R, NoReference>) {
-    if (p.entropy != nullptr && p.mean_logits == nullptr) return run<Traits<T, R, true, false, false>>(p, device, stream);
-    if (p.entropy == nullptr && p.mean_logits != nullptr) return run<Traits<T, R, false, true, false>>(p, device, stream);
+    if (p.entropy != nullptr && p.mean_logits == nullptr)
+      return run<Traits<T, R, true, false, false>>(p, device, stream);
+    if (p.entropy == nullptr && p.mean_logits != nullptr)
+      return run<Traits<T, R, false, true, false>>(p, device, stream);
   }
   if constexpr (std::is_same_v<R, NoReference> || std::is_same_v<R, T>) {
-    if (p.entropy == nullptr && p.mean_logits == nullptr) return run<Traits<T, R, false, false, false>>(p, device, stream);
+    if (p.entropy == nullptr && p.mean_logits == nullptr)
+      return run<Traits<T, R, false, false, false>>(p, device, stream);
   }
   return run<Traits<T, R, true, true, false>>(p, device, stream);
 }
@@ -53,9 +56,9 @@ cudaError_t with_reference(const TokenLogpsParams& p, const Device& device, cuda
 
 }  // namespace
 
-#define DPO_FOR_POLICY(name, type)                                                                             \
-  cudaError_t token_logps_##name(const TokenLogpsParams& params, const Device& device, cudaStream_t stream) {  \
-    return with_reference<type>(params, device, stream);                                                       \
+#define DPO_FOR_POLICY(name, type)                                                                            \
+  cudaError_t token_logps_##name(const TokenLogpsParams& params, const Device& device, cudaStream_t stream) { \
+    return with_reference<type>(params, device, stream);                                                      \
   }
 #if !defined(DPO_POLICY) || DPO_POLICY == 0
 DPO_FOR_POLICY(float32, float)

@@ -1,4 +1,5 @@
-// The kernel of stage 1 on CUDA: log-softmax gather with its statistics, and, in the same launch, stage 2 (sequence sums and loss).
+// The kernel of stage 1 on CUDA: log-softmax gather with its statistics, and, in the same launch, stage 2 (sequence
+// sums and loss).
 //
 // Data flow. A row of V logits is shared by `threads` threads of a block, or of a cluster of blocks when there are few
 // rows. Every logit is read from HBM once, 16 bytes at a time, four loads in flight per thread. Each thread keeps its
@@ -7,24 +8,27 @@
 // distributed shared memory) between warps, always in the same order. Only a few float64 numbers per row are written.
 //
 // The label stays out of the running sum (common/online_softmax.h). The 16-byte group that holds it is skipped by the
-// loops; its other logits are taken one by one, one per thread, together with the unaligned head and tail of the row. So
-// every group loop is mask-free except for two tiles: the one with the label and the last, partial one.
+// loops; its other logits are taken one by one, one per thread, together with the unaligned head and tail of the row.
+// So every group loop is mask-free except for two tiles: the one with the label and the last, partial one.
 //
-// Rounding does not depend on how many blocks share a row: which thread of the row takes which logit follows from V alone.
+// Rounding does not depend on how many blocks share a row, nor on the statistics asked for: which thread of the row takes
+// which logit follows from V and from the row's alignment. (Where V times the logit's size is no multiple of 16 bytes, rows
+// of a batch differ in alignment, so there the last bits of a row may change with its place in memory.)
 //
-// Single launch. A block that finished a row counts one arrival for the row's sequence; the block that brings the last one
-// sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the loss. The
-// last arrival resets its counter, so no launch or memset prepares the next call.
+// Single launch. A block that finished a row counts one arrival for the row's sequence; the block that brings the last
+// one sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the
+// loss. The last arrival resets its counter, so no launch or memset prepares the next call.
 //
 // Little's law for [8192, 128256] bf16, forward without statistics, one pass over HBM (2.10 GB; 0.63 ms at 3.35 TB/s):
-//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM. Each thread has 4 x 16 B in flight:
-//   64 KB per SM while all wait. Needed at full bandwidth (700 ns): H100 3.35 TB/s x 700 ns / 132 = 18 KB, H200 25 KB, B200 38 KB.
-//   A warp computes instead of waiting for slots / budget of the time (5.5 of 17.7 slots a logit on H100, of 12.4 on H200, of 8.8
-//   on B200; tests/test_cuda_machine_code.py holds the 5.5), so on average 64 KB x (1 - 5.5 / 17.7) = 44 KB are in flight on an
-//   H100, 36 KB on an H200, 24 KB on a B200: 2.5, 1.4 and 0.6 times what is needed.
-//   A row's ends (label, first loads, merge, finish: about 2 us of the 46 us that 256 KB take at a quarter of an SM's share of
-//   3.0 TB/s) empty one block of four for 4 % of the time: 42 KB are left. 8,192 rows over 528 resident blocks are 15.5
-//   rounds, but blocks run free of one another, so the end costs about half a row time: 3 %. min(1, 42 / 18) x 0.97 >= 0.9.
+//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM. Each thread has 4 x 16 B in
+//   flight: 64 KB per SM while all wait. Needed at full bandwidth (700 ns): H100 3.35 TB/s x 700 ns / 132 = 18 KB, H200
+//   25 KB, B200 38 KB. A warp computes instead of waiting for slots / budget of the time (5.5 of 17.7 slots a logit on
+//   H100, of 12.4 on H200, of 8.8 on B200; tests/test_cuda_machine_code.py holds the 5.5), so on average
+//   64 KB x (1 - 5.5 / 17.7) = 44 KB are in flight on an H100, 36 KB on an H200, 24 KB on a B200: 2.5, 1.4 and 0.6 times what is
+//   needed. A row's ends (label, first loads, merge, finish: about 2 us of the 46 us that 256 KB take at a quarter of
+//   an SM's share of 3.0 TB/s) empty one block of four for 4 % of the time: 42 KB are left. 8,192 rows over 528
+//   resident blocks are 15.5 rounds, but blocks run free of one another, so the end costs about half a row time: 3 %.
+//   min(1, 42 / 18) x 0.97 >= 0.9.
 #pragma once
 
 #include <cmath>
@@ -47,15 +51,17 @@ struct Traits {
   static constexpr bool kEntropy = kEntropy_;
   static constexpr bool kMean = kMean_;
   static constexpr bool kSoftcap = kSoftcap_;
-  static constexpr int kSize = Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
+  static constexpr int kSize =
+      Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
   // Groups of each tensor that a thread loads before it uses the first: 64 bytes in flight, pair or not.
   static constexpr int kUnroll = kKl ? 2 : 4;
-  // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a reference.
+  // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a
+  // reference.
   static constexpr int kResident = kKl || kEntropy || kMean ? 3 : 4;
 };
 
-// How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of logps:
-// threads of a row, groups of a thread in a tile, and groups between two looks at the maximum.
+// How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of
+// logps: threads of a row, groups of a thread in a tile, and groups between two looks at the maximum.
 constexpr int kRowThreads = 256;
 constexpr int kTileGroups = 4;
 constexpr int kStep = 2;
@@ -170,8 +176,9 @@ struct RowLayout {
   int label_group;  // INT32_MAX when the label is in the head or the tail
 };
 
-// Tile t of the row is threads * kTileGroups consecutive groups. A warp takes kTileGroups times 512 bytes in a row of it, so
-// that a thread's loads differ by constant offsets from one address. A tile is walked in kTileGroups / kUnroll phases.
+// Tile t of the row is threads * kTileGroups consecutive groups. A warp takes kTileGroups times 512 bytes in a row of
+// it, so that a thread's loads differ by constant offsets from one address. A tile is walked in kTileGroups / kUnroll
+// phases.
 template <typename Tr, bool kRefAligned>
 DPO_DEVICE void add_row(ThreadState<Tr>& s, const Transform<Tr>& f, const typename Tr::T* x, const typename Tr::R* ref,
                         const RowLayout& row, int thread, int threads) {
@@ -282,9 +289,7 @@ DPO_DEVICE MergedState merge_warp(MergedState s) {
   return out;
 }
 
-DPO_DEVICE double add_chains(const float (&chains)[kChains]) {
-  return static_cast<double>(chains[0]) + chains[1];
-}
+DPO_DEVICE double add_chains(const float (&chains)[kChains]) { return static_cast<double>(chains[0]) + chains[1]; }
 
 template <typename Tr>
 DPO_DEVICE MergedState widen_state(const ThreadState<Tr>& s) {
@@ -340,8 +345,8 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary&
     z = cap * tanh(z / cap);
     if (summary.pair) ref_z = cap * tanh(ref_z / cap);
   }
-  const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch), z * stretch,
-                                     (z - ref_z) * stretch);
+  const FinishedRow row =
+      finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch), z * stretch, (z - ref_z) * stretch);
   TokenValues out{};
   out.logps = row.logp / stretch;
   out.lse = label_x == -INFINITY ? row.lse / stretch : z - out.logps;
@@ -385,7 +390,8 @@ DPO_DEVICE int64_t sequence_of(const PreferenceParams& p, int64_t tokens, int64_
 }
 
 // One warp, in which lane 0 has just stored a row's results. `sides` rows (policy, reference) make a token.
-DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides, SequenceScratch& scratch) {
+DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides,
+                                       SequenceScratch& scratch) {
   const PreferenceParams& p = params.preference;
   const bool first_lane = threadIdx.x % kWarp == 0;
   const int64_t sequence = sequence_of(p, params.tokens, token);
@@ -393,6 +399,7 @@ DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t t
   const TokenRange range = sequence_range(p.cu_seqlens, params.tokens, sequence);
   int arrived = first_lane ? count_arrival(&p.counters[sequence]) + 1 : 0;
   arrived = __shfl_sync(kAllLanes, arrived, 0);
+  __syncwarp();  // what lane 0 acquired is visible to the lanes that now read: a shuffle alone orders no memory
   if (arrived < range.size() * sides) return;
   if (first_lane) p.counters[sequence] = 0;
 
@@ -437,10 +444,10 @@ static __device__ __noinline__ void finish_empty_pairs(const TokenLogpsParams& p
   }
 }
 
-// One warp: everything that follows the merge of a row, in float64. Not inlined: a few hundred rare instructions that would
-// otherwise be compiled into each of the kernels.
+// One warp: everything that follows the merge of a row, in float64. Not inlined: a few hundred rare instructions that
+// would otherwise be compiled into each of the kernels.
 static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, const RowSummary& row, int64_t token,
-                                                 bool is_reference, int sides, SequenceScratch& scratch) {
+                                                        bool is_reference, int sides, SequenceScratch& scratch) {
   if (threadIdx.x == 0) {
     const bool scored = p.labels[token] != p.ignore_index;
     const TokenValues values = row.legal && scored ? finish_token(p, row) : all_tokens(scored ? NAN : 0.0);
@@ -467,7 +474,8 @@ DPO_DEVICE bool appears_before(const T* x, int label, float value) {
 }
 
 template <typename Tr>
-__global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel(const __grid_constant__ TokenLogpsParams p) {
+__global__ void __launch_bounds__(kRowThreads, Tr::kResident)
+    token_logps_kernel(const __grid_constant__ TokenLogpsParams p) {
   using T = typename Tr::T;
   using R = typename Tr::R;
   using States = double[kRowThreads / kWarp][kStateFields];
@@ -513,9 +521,8 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident) token_logps_kernel
     RowLayout row;
     row.head = elements_to_boundary(x, vocab);
     row.groups = (vocab - row.head) / Tr::kSize;
-    row.label_group = label >= row.head && label < row.head + row.groups * Tr::kSize
-                          ? (label - row.head) / Tr::kSize
-                          : INT32_MAX;
+    row.label_group =
+        label >= row.head && label < row.head + row.groups * Tr::kSize ? (label - row.head) / Tr::kSize : INT32_MAX;
     Transform<Tr> f;
     f.log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
     f.cap = p.logit_softcap;

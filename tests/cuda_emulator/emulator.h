@@ -1,10 +1,10 @@
 // A CUDA device in a header: the kernels of csrc/cuda, compiled by a host compiler, run here on one CPU thread.
 //
-// Every CUDA thread is a fibre (ucontext) that yields at barriers, shuffles, votes and atomics. A scheduler resumes fibres
-// forwards, backwards or in seeded random order, several clusters of the grid at a time, so code that leans on an order
-// CUDA does not promise gives different results. Shared memory is one allocation per block, filled with a NaN pattern
-// before the block starts; under AddressSanitizer its ends are guarded. A launch fails with cudaErrorLaunchFailure, and
-// says why, when fibres wait for each other for ever or disagree on a warp operation.
+// Every CUDA thread is a fibre (ucontext) that yields at barriers, shuffles, votes and atomics. A scheduler resumes
+// fibres forwards, backwards or in seeded random order, several clusters of the grid at a time, so code that leans on
+// an order CUDA does not promise gives different results. Shared memory is one allocation per block, filled with a NaN
+// pattern before the block starts; under AddressSanitizer its ends are guarded. A launch fails with
+// cudaErrorLaunchFailure, and says why, when fibres wait for each other for ever or disagree on a warp operation.
 //
 // What it does not model: time, caches, weak memory ordering and concurrency inside one instruction.
 #pragma once
@@ -141,7 +141,7 @@ struct Fibre {
   uint3 thread{};
   int lane = 0;
   Warp* warp = nullptr;
-  int64_t cluster_phase = 0;  // cluster barriers this thread has arrived at
+  int64_t cluster_phase = 0;      // cluster barriers this thread has arrived at
   std::function<bool()> blocked;  // empty: can run
   bool done = false;
 #if defined(__SANITIZE_ADDRESS__)
@@ -313,8 +313,8 @@ struct Resident {
   std::vector<std::unique_ptr<Fibre>> fibres;
 };
 
-inline cudaError_t launch(const std::function<void()>& body, dim3 grid, int threads, int cluster_blocks, size_t shared_bytes,
-                          cudaStream_t) {
+inline cudaError_t launch(const std::function<void()>& body, dim3 grid, int threads, int cluster_blocks,
+                          size_t shared_bytes, cudaStream_t) {
   Settings& s = settings();
   Machine& m = machine();
   ++s.launches;
@@ -385,7 +385,8 @@ inline cudaError_t launch(const std::function<void()>& body, dim3 grid, int thre
     bool any = false;
     for (size_t slot = 0; slot < residents.size(); ++slot) {
       Resident& r = residents[slot];
-      if (r.cluster && std::all_of(r.fibres.begin(), r.fibres.end(), [](const auto& f) { return f->done; })) place(slot);
+      if (r.cluster && std::all_of(r.fibres.begin(), r.fibres.end(), [](const auto& f) { return f->done; }))
+        place(slot);
       for (auto& f : r.fibres) {
         if (f->done) continue;
         any = true;

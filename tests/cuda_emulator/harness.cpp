@@ -22,15 +22,17 @@ int emu_preference_loss(const dpo::cuda::PreferenceLossParams* params) {
   return dpo::cuda::preference_loss(*params, nullptr);
 }
 
-int emu_sequence_sums(const dpo::cuda::SequenceSumsParams* params) { return dpo::cuda::sequence_sums(*params, nullptr); }
+int emu_sequence_sums(const dpo::cuda::SequenceSumsParams* params) {
+  return dpo::cuda::sequence_sums(*params, nullptr);
+}
 
 int emu_logits_grad(const dpo::cuda::LogitsGradParams* params, int sm_count, int has_clusters) {
   return dpo::cuda::logits_grad(*params, {sm_count, has_clusters}, nullptr);
 }
 
 // [threads, blocks] of a row.
-void emu_plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int max_threads, int sm_count,
-                   int has_clusters, int* out) {
+void emu_plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int max_threads, int sm_count, int has_clusters,
+                   int* out) {
   const auto plan = dpo::cuda::plan_rows(rows, vocab, logits_per_thread, max_threads, {sm_count, has_clusters});
   out[0] = plan.threads;
   out[1] = plan.blocks;

@@ -1,5 +1,5 @@
-// Small kernels that exercise the emulator itself: one for each thing the real kernels rely on, and some that are wrong on
-// purpose.
+// Small kernels that exercise the emulator itself: one for each thing the real kernels rely on, and some that are wrong
+// on purpose.
 #pragma once
 
 #include "../../csrc/cuda/device.cuh"
