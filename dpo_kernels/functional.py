@@ -588,6 +588,11 @@ def linear_dpo_loss(
     functions = objectives.resolve(loss_type)
     has_reference = ref_hidden is not None or ref_logps is not None
     objectives.check(functions, loss_weights, label_smoothing, has_reference=has_reference)
+    if objectives.needs_token_kl(functions):
+        raise ValueError(
+            "an objective of loss_type needs the KL divergence of every token, differentiable, which the linear path does "
+            "not give: use dpo_loss on logits"
+        )
     wanted = _check_statistics(statistics, LINEAR_STATISTICS)
     autocast = _compute_dtype(hidden) != hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
     _check_head("weight", weight, bias, hidden, None, not autocast)

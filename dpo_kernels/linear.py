@@ -765,7 +765,9 @@ _ops = torch.ops.dpo_kernels
 _COUNT = 14  # tensors and options of _ARGUMENTS
 
 
-def _call_of(arguments: Sequence[Any], **needs: bool) -> tuple[Call, Tensor, Tensor, Tensor | None]:
+def _call_of(
+    arguments: Sequence[Any], needs_hidden: bool = False, needs_weight: bool = False, needs_bias: bool = False
+) -> tuple[Call, Tensor, Tensor, Tensor | None]:
     (
         hidden,
         weight,
@@ -795,7 +797,9 @@ def _call_of(arguments: Sequence[Any], **needs: bool) -> tuple[Call, Tensor, Ten
         budget,
         backend,
         "forward",
-        **needs,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+        needs_bias=needs_bias,
     )
     return call, hidden, weight, bias
 

@@ -166,9 +166,7 @@ def linear_dpo_loss(
 ) -> Tensor:
     """The loss of `dpo_kernels.linear_dpo_loss`: all logits, then `dpo_loss`; `keywords` are those of `dpo_loss` above."""
     if ref_hidden is not None:
-        own = ref_weight is not None
-        ref_logits = F.linear(
-            ref_hidden, ref_weight if own else weight, ref_bias if own or ref_bias is not None else bias
-        )
+        head, head_bias = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+        ref_logits = F.linear(ref_hidden, head, head_bias if ref_bias is None else ref_bias)
         keywords["ref_logits"] = ref_logits.detach()
     return dpo_loss(F.linear(hidden, weight, bias), labels, **keywords)

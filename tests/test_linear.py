@@ -548,6 +548,7 @@ def test_the_module_equals_the_function_and_follows_its_hyper_parameters():
         ({"grad_filter": 2.0}, "grad_filter"),
         ({"memory_budget": 100}, "at least"),
         ({"reduction": "median"}, "reduction"),
+        ({"loss_type": "tdpo"}, r"token|use dpo_loss"),
         ({"hidden": torch.zeros(5, 6, 16)}, "hidden|labels"),
     ],
 )
