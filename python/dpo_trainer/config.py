@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 
 from dpo_kernels import STATISTICS
 from dpo_kernels.backends import NAMES as BACKENDS
-from dpo_kernels.objectives import OBJECTIVES, check_smoothing
+from dpo_kernels import objectives
+from dpo_kernels.objectives import OBJECTIVES
 
 from .errors import ConfigError, did_you_mean
 
@@ -62,7 +63,8 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Strength of the pull towards the reference: rewards are beta * (log-prob - reference)."},
     )
     loss_type: str | list[str] = field(
-        default="sigmoid", metadata={"help": "The objective, or a list of objectives to mix. 'sigmoid' is DPO."}
+        default="sigmoid",
+        metadata={"help": "The objective, or a list of them to mix; 'sigmoid' is DPO. Own settings: 'simpo(gamma=1)'."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each objective of loss_type; equal weights of 1 if not given."}
@@ -134,19 +136,25 @@ class DPOConfig(TrainingArguments):
         if not names:
             raise ConfigError("loss_type: at least one objective is needed")
         for name in names:
-            if name not in OBJECTIVES:
+            # "simpo(gamma=1)" names simpo, with a hyper-parameter of its own.
+            plain = name.partition("(")[0].strip()
+            if plain not in OBJECTIVES:
                 raise ConfigError(
-                    f"loss_type: unknown objective '{name}'{did_you_mean(name, OBJECTIVES)}; "
+                    f"loss_type: unknown objective '{plain}'{did_you_mean(plain, OBJECTIVES)}; "
                     f"known are {', '.join(OBJECTIVES)}"
                 )
-            try:
-                check_smoothing(name, self.label_smoothing)
-            except ValueError as error:
-                raise ConfigError(f"label_smoothing: {error}") from error
         if self.loss_weights is not None and len(self.loss_weights) != len(names):
             raise ConfigError(
                 f"loss_weights: {len(self.loss_weights)} weights for {len(names)} objectives in loss_type"
             )
+        try:
+            built = objectives.build(self.loss_type)
+        except ValueError as error:
+            raise ConfigError(f"loss_type: {error}") from error
+        try:
+            objectives.check(built, self.loss_weights, self.label_smoothing)
+        except ValueError as error:
+            raise ConfigError(f"label_smoothing: {error}") from error
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ConfigError(
                 f"truncation_mode: unknown '{self.truncation_mode}'; known are {', '.join(TRUNCATION_MODES)}"

@@ -68,12 +68,12 @@ def initial_loss(args: DPOConfig) -> float:
     """The objective's value where policy and reference agree (log 2 for DPO)."""
     import torch
 
-    from dpo_kernels.objectives import Pairs, mix
+    from dpo_kernels.objectives import Pairs, build, mix
 
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     settings = (torch.tensor(value, dtype=torch.float64) for value in (args.beta, args.label_smoothing))
-    pairs = Pairs.from_sums(zero.repeat(2), zero.repeat(2), one.repeat(2), *settings)
-    return mix(pairs, args.loss_type, args.loss_weights).item()
+    pairs = Pairs.from_sums(zero.repeat(2), zero.repeat(2), one.repeat(2), *settings, kl_sums=zero.repeat(2))
+    return mix(pairs, build(args.loss_type), args.loss_weights).item()
 
 
 def write_report(trainer: DPOTrainer, *, finished: bool) -> Path | None:

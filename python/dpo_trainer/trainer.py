@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dpo_kernels import DPOOutput, dpo_loss, use_backend
+from dpo_kernels import DPOOutput, dpo_loss, objectives, use_backend
 
 from . import report
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
@@ -145,6 +145,8 @@ class DPOTrainer(Trainer):
         self.args: DPOConfig
         # Makes transformers hand the accumulated batch's size to training_step in every version.
         self.model_accepts_loss_kwargs = True
+        # Made once: some objectives keep a running mean between steps.
+        self._objectives = objectives.build(args.loss_type)
         self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
         self._started_at, self._paused_for = time.perf_counter(), 0.0
 
@@ -288,7 +290,7 @@ class DPOTrainer(Trainer):
             ref_logits=reference,
             ref_logps=batch.get("ref_logps"),
             beta=self.args.beta,
-            loss_type=self.args.loss_type,
+            loss_type=self._objectives,
             loss_weights=self.args.loss_weights,
             label_smoothing=self.args.label_smoothing,
             cu_seqlens=batch["cu_seqlens"],
