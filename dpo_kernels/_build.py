@@ -157,7 +157,16 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None) -> None:
         objects.append(f"{scratch}/ops.o")
         # nvcc knows where its own headers are, even behind a wrapper script.
         commands.append(
-            [nvcc, *NVCC_FLAGS, *ABI_FLAGS, *include_flags(torch_dir), "-c", str(CSRC / "cuda" / "ops.cpp"), "-o", objects[-1]]
+            [
+                nvcc,
+                *NVCC_FLAGS,
+                *ABI_FLAGS,
+                *include_flags(torch_dir),
+                "-c",
+                str(CSRC / "cuda" / "ops.cpp"),
+                "-o",
+                objects[-1],
+            ]
         )
         run_all(commands)
         library = f"{scratch}/library.so"

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from checks import check_gradient
 
 from dpo_kernels import dpo_loss, reference
+
+from checks import check_gradient
 
 # GPT-2 and Qwen are odd sizes whose rows start unaligned; Llama 3 is the common large one; Gemma the largest in use.
 VOCABULARIES = [50_257, 128_256, 151_669, 262_144]

@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dpo_kernels import STATISTICS
+from dpo_kernels import STATISTICS, objectives
 from dpo_kernels.backends import NAMES as BACKENDS
-from dpo_kernels import objectives
 from dpo_kernels.objectives import OBJECTIVES
 
 from .errors import ConfigError, did_you_mean

@@ -71,8 +71,9 @@ def initial_loss(args: DPOConfig) -> float:
     from dpo_kernels.objectives import Pairs, build, mix
 
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    settings = (torch.tensor(value, dtype=torch.float64) for value in (args.beta, args.label_smoothing))
-    pairs = Pairs.from_sums(zero.repeat(2), zero.repeat(2), one.repeat(2), *settings, kl_sums=zero.repeat(2))
+    beta, smoothing = (torch.tensor(value, dtype=torch.float64) for value in (args.beta, args.label_smoothing))
+    nothing = zero.repeat(2)
+    pairs = Pairs.from_sums(nothing, nothing, one.repeat(2), beta, smoothing, kl_sums=nothing)
     return mix(pairs, build(args.loss_type), args.loss_weights).item()
 
 
