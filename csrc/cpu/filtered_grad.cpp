@@ -1,14 +1,18 @@
 // The filtered gradient on CPU: keep the entries of each softmax row that exceed eps, and multiply only those.
 //
 // Data flow
-//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds lse + log(eps), so
-//                               only kept entries meet an exponential. They leave as (index, value) lists, a few KB a token.
+//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds lse + log(eps),
+//   so
+//                               only kept entries meet an exponential. They leave as (index, value) lists, a few KB a
+//                               token.
 //   filtered_grad_hidden        dH[t] = g_t (sum_v d_tv W[v] - tail_t mean(W)), threads own tokens.
-//   filtered_grad_weight        dW[v] = sum_t g_t d_tv h_t + tail row, threads own ranges of the vocabulary: no atomics, and
+//   filtered_grad_weight        dW[v] = sum_t g_t d_tv h_t + tail row, threads own ranges of the vocabulary: no
+//   atomics, and
 //                               every sum runs in a fixed order.
 //
-// Both products are cut into tiles of 1,024 source rows by 8 vectors: 512 KB with AVX-512, which stays in the second-level
-// cache while all destination rows pass by. Without tiles each kept entry would fetch its row of W from memory.
+// Both products are cut into tiles of 1,024 source rows by 8 vectors: 512 KB with AVX-512, which stays in the
+// second-level cache while all destination rows pass by. Without tiles each kept entry would fetch its row of W from
+// memory.
 #include "filtered_grad.h"
 
 #include <algorithm>
@@ -118,7 +122,8 @@ void fill_row(const dpo::cpu::FilterParams& p, int64_t r, LogitTransform transfo
 
 // out[strip] += sum_e coefficient[e] * source[index[e]][strip], the strip held in registers.
 template <int kVectors, typename A, typename T>
-DPO_INLINE void add_rows(A* out, const T* source, int64_t stride, const int32_t* index, const A* coefficient, int64_t n) {
+DPO_INLINE void add_rows(A* out, const T* source, int64_t stride, const int32_t* index, const A* coefficient,
+                         int64_t n) {
   constexpr int lanes = Vec<A>::lanes;
   typename Vec<A>::type sum[kVectors];
   for (int i = 0; i < kVectors; ++i) sum[i] = load<A>(out + i * lanes);
@@ -240,8 +245,8 @@ void grad_weight(const dpo::cpu::FilteredWeightParams& p, int64_t begin, int64_t
         for (int64_t v = 0; v < rows; ++v) {
           const int64_t e = starts[v], n = starts[v + 1] - e;
           if (n == 0) continue;
-          add_strip<A, T>(out + (low + v) * width + column, source, width, wide, token.data() + e, coefficient.data() + e,
-                          n);
+          add_strip<A, T>(out + (low + v) * width + column, source, width, wide, token.data() + e,
+                          coefficient.data() + e, n);
         }
       }
     }

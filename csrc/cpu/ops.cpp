@@ -196,13 +196,9 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   torch::stable::parallel_for(0, p.pairs, 32, [&](int64_t begin, int64_t end) { preference_loss(p, begin, end); });
 }
 
-Logits matrix_of(const Tensor& t) {
-  return {t.const_data_ptr(), dtype_of(t), 0, t.stride(0)};
-}
+Logits matrix_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), 0, t.stride(0)}; }
 
-int64_t* int64_of(const Tensor& t) {
-  return static_cast<int64_t*>(t.mutable_data_ptr());
-}
+int64_t* int64_of(const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); }
 
 FilterParams filter_of(const Tensor& logits, const Tensor& labels, const Tensor& lse, double eps, double logit_scale,
                        double logit_softcap) {
