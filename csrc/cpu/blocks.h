@@ -88,6 +88,12 @@ DPO_INLINE void convert_block(const T* p, int64_t n, LogitTransform t, A* buffer
   }
 }
 
+// Where the row goes on in memory after the block at hand, and how many bytes a vocabulary entry takes there.
+struct Ahead {
+  const char* data;
+  int64_t entry_bytes;
+};
+
 // One row of a [B, T, V] tensor, handed out block by block.
 template <typename A>
 struct Row {
@@ -120,6 +126,12 @@ struct Row {
       convert_block<A, float>(reinterpret_cast<const float*>(data) + start, n, transform, buffer);
     }
     return buffer;
+  }
+
+  // The row's memory from logit `start` on (perhaps past its end), for prefetching only.
+  DPO_INLINE Ahead ahead(int64_t start) const {
+    const int64_t bytes = dtype == dpo::cpu::DType::float64 ? 8 : dtype == dpo::cpu::DType::float32 ? 4 : 2;
+    return {data + start * bytes, bytes};
   }
 
   DPO_INLINE A at(int64_t v) const {
