@@ -16,7 +16,7 @@ from benchmarks.machine_code import RESULTS, Listing, loads_before_use, main_loo
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
 
-#: Most issue slots a logit that a streaming kernel's main loop may take (the aims of shared/GPU.md or tighter, on sm_80,
+#: Most issue slots a logit that a streaming kernel's main loop may take (held for all three; they are tight on sm_80,
 #: the oldest; a B200 has 8.8 slots a bfloat16 logit). Unaligned rows load word by word; a softcap adds a tanh.
 LIMITS = {
     "triton token_logps bf16 alone": 5.5,
@@ -29,12 +29,12 @@ LIMITS = {
     "triton token_logps fp16 alone": 5.5,
     "triton token_logps fp32 alone": 5.6,
     "triton token_logps fp32 reference, all statistics": 7.7,
-    "triton logits_grad bf16": 6.3,
-    "triton logits_grad bf16 V odd": 6.3,
-    "triton logits_grad bf16 V odd, shifted rows": 7.5,
-    "triton logits_grad bf16 softcap": 14.6,
-    "triton logits_grad fp16": 6.3,
-    "triton logits_grad fp32": 4.6,
+    "triton logits_grad bf16": 5.7,
+    "triton logits_grad bf16 V odd": 5.7,
+    "triton logits_grad bf16 V odd, shifted rows": 6.9,
+    "triton logits_grad bf16 softcap": 14.1,
+    "triton logits_grad fp16": 5.7,
+    "triton logits_grad fp32": 5.0,
 }
 
 #: What a kernel reads that is not 16-byte aligned, or computes that has no cheap form, is allowed less than the rest.

@@ -251,11 +251,14 @@ def store_groups(
 
     Values are rounded to the tensor's dtype. MASKED: groups from `groups` on are left alone.
     """
-    group = tile * (UNROLL * LANES) + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    pointers = pointer + start // GROUP * GROUP + (group[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :])
+    # Unlike the loads' offsets (half as wide, being pairs) these cost least with the tile's place as a scalar of its own.
+    first = tile * (UNROLL * LANES)
+    lane = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    base = pointer + (start // GROUP + first) * GROUP
+    pointers = base + (lane[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :])
     values = rounded(values, pointer.dtype.element_ty)
     if MASKED:
-        tl.store(pointers, values, mask=(group < groups)[:, :, None])
+        tl.store(pointers, values, mask=(first + lane < groups)[:, :, None])
     else:
         tl.store(pointers, values)
 

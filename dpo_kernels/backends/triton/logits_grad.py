@@ -10,7 +10,7 @@ partial one come first, and the main loop has no mask.
 
 Issue slots per logit of the main loop, bfloat16, of which one thread handles 32 per iteration:
     convert 1, FFMA 1, ex2 1, FMUL 1, pack 1/2                                     4.5
-    per iteration 4 loads, 4 stores and about 25 of loop and addresses, / 32       1
+    per iteration 4 loads, 4 stores and about 20 of loop and addresses, / 32       0.9
 For 4 bytes moved a logit, twice the forward's. softcap: 8 more for 16-bit gradients, 20 for float32 ones.
 What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
 """
