@@ -330,8 +330,9 @@ def test_large_logits_do_not_bias_lse():
     labels = torch.tensor([[1, 2, 3, 4]], device=DEVICE)
     moved = (logits + 4096.0).contiguous()
     found, truth = forward(moved, labels), truth_of(moved, labels)
-    assert float((found["lse"] - truth["lse"]).abs().max()) < 1e-7
-    assert float((found["logps"] - truth["logps"]).abs().max()) < 1e-7
+    # 2^-22, the error of one hardware exponential; float32 numbers around 4,096 are 5e-4 apart.
+    assert float((found["lse"] - truth["lse"]).abs().max()) < 2**-22
+    assert float((found["logps"] - truth["logps"]).abs().max()) < 2**-22
     eager = moved.logsumexp(-1).double()
     assert float((eager - truth["lse"]).abs().max()) > 100 * float((found["lse"] - truth["lse"]).abs().max())
 
