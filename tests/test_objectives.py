@@ -291,7 +291,8 @@ MIXES = [
 ]
 
 
-@pytest.mark.parametrize(("loss_type", "weights"), MIXES, ids=lambda value: str(value))
+# Plain ids: a bound objective's repr holds an address, which parallel test processes must agree on.
+@pytest.mark.parametrize(("loss_type", "weights"), MIXES, ids=["sigmoid+sft", "three", "bound+hinge", "text"])
 def test_a_mix_is_the_weighted_sum_of_its_parts(loss_type, weights):
     logits, ref, labels = logits_batch(seed=5)
     total = 0.0
