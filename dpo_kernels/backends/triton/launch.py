@@ -22,6 +22,8 @@ from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED
 #: is 8 KB (4,096 16-bit logits): small enough that a vocabulary of 32,000 still has 7 of them, so that the masked tile of
 #: the label stays a small part. More warps per row would lengthen the merge at the end of every row; fewer would need more
 #: rows to fill the machine.
+NUM_WARPS = 4
+LANES = 32 * NUM_WARPS
 #: The interpreter takes a quarter of that tile, so that small vocabularies reach every loop.
 UNROLL = 1 if INTERPRETED.value else 4
 
