@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("vaderSentiment")
-
 from dpo_trainer import PairCollator
 from dpo_trainer.model import SplitModel
 from dpo_trainer.reference import FrozenReference
@@ -160,6 +157,39 @@ def test_results_are_kept_apart_by_name_and_without_settings(tmp_path):
     measure.save_result(path, "demo", {"kl": 1.0, "training": {"settings": {}}})
     measure.save_result(path, "control", measure.rounded({"kl": math.nan, "inner": {"x": 0.123456}}))
     assert json.loads(path.read_text()) == {"demo": {"kl": 1.0}, "control": {"kl": None, "inner": {"x": 0.1235}}}
+
+
+RESULTS = {
+    name: json.loads((EXAMPLES / name / "results.json").read_text(encoding="utf-8")) for name in ("sentiment", "piqa")
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_readme_shows_the_committed_results(name):
+    readme = (EXAMPLES / name / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(measure.RESULTS_START)[2].partition(measure.RESULTS_END)[0]
+    assert shown.strip() == measure.results_table(RESULTS[name]).strip()
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_in_the_committed_results_preferences_are_learnt_and_flipped_labels_teach_nothing(name):
+    control = RESULTS[name]["control"]
+    (run,) = (result for label, result in RESULTS[name].items() if label != "control")
+    assert control["labels_flipped"]
+    assert not run["labels_flipped"]
+    assert control["steps"] == run["steps"]
+    assert control["learning_rate"] == run["learning_rate"]
+    assert abs(control["held_out_accuracy"] - 0.5) <= 2 * control["held_out_accuracy_error"]
+    assert run["held_out_accuracy"] - 2 * run["held_out_accuracy_error"] > 0.5
+    assert run["held_out_loss"] + 2 * run["held_out_loss_error"] < math.log(2)
+
+
+def test_the_committed_demo_reaches_its_bars():
+    demo = RESULTS["sentiment"]["demo"]
+    assert demo["held_out_accuracy"] > 0.68
+    assert demo["held_out_loss"] < 0.65
+    assert demo["sentiment_change"] >= 0.1
+    assert demo["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 # --- PIQA ----------------------------------------------------------------------------------------------------------
