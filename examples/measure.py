@@ -213,8 +213,9 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, run in results.items():
         machine, versions = run["machine"], run["versions"]
         lines.append(
-            f"{name}: {run['date']}, {machine['cores']} cores of {machine['cpu']} ({machine['instructions']}), "
-            f"torch {versions['torch']}, transformers {versions['transformers']}, seed {run['seed']}.  "
+            f"{name}: {run['date']}, {machine['threads']} threads on {machine['cores']} cores of {machine['cpu']} "
+            f"({machine['instructions']}), torch {versions['torch']}, transformers {versions['transformers']}, "
+            f"seed {run['seed']}.  "
         )
     return "\n".join(lines)
 

@@ -159,9 +159,7 @@ def test_results_are_kept_apart_by_name_and_without_settings(tmp_path):
     assert json.loads(path.read_text()) == {"demo": {"kl": 1.0}, "control": {"kl": None, "inner": {"x": 0.1235}}}
 
 
-RESULTS = {
-    name: json.loads((EXAMPLES / name / "results.json").read_text(encoding="utf-8")) for name in ("sentiment", "piqa")
-}
+RESULTS = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in EXAMPLES.glob("*/results.json")}
 
 
 @pytest.mark.parametrize("name", RESULTS)
