@@ -152,11 +152,22 @@ def test_held_out_figures_follow_the_margins():
     assert figures["held_out_loss"] == pytest.approx(np.mean(-np.log(1 / (1 + np.exp(-margins)))))
 
 
-def test_results_are_kept_apart_by_name_and_without_settings(tmp_path):
-    path = tmp_path / "results.json"
-    measure.save_result(path, "demo", {"kl": 1.0, "training": {"settings": {}}})
-    measure.save_result(path, "control", measure.rounded({"kl": math.nan, "inner": {"x": 0.123456}}))
-    assert json.loads(path.read_text()) == {"demo": {"kl": 1.0}, "control": {"kl": None, "inner": {"x": 0.1235}}}
+def test_results_are_kept_apart_by_name_and_shown_in_the_readme(tmp_path):
+    path, readme = tmp_path / "results.json", tmp_path / "README.md"
+    readme.write_text(f"# Title\n{measure.RESULTS_START}\nold\n{measure.RESULTS_END}\nlast line\n", encoding="utf-8")
+    common = {"held_out_loss_error": 0.01, "seed": 3, **measure.environment()}
+    demo = measure.rounded({"held_out_loss": 0.512345, "kl": math.nan, "training": {"settings": {}}, **common})
+    control = measure.rounded({"held_out_loss": 0.7, **common})
+    measure.save_result(path, "demo", demo)
+    measure.save_result(path, "control", control)
+    del demo["training"]
+    assert json.loads(path.read_text(encoding="utf-8")) == {"demo": demo, "control": control}
+    assert demo["kl"] is None
+    shown = readme.read_text(encoding="utf-8")
+    assert "| 0.5123 ± 0.0100 | 0.7000 ± 0.0100 |" in shown
+    assert "old" not in shown
+    assert shown.startswith("# Title\n")
+    assert shown.endswith("last line\n")
 
 
 RESULTS = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in EXAMPLES.glob("*/results.json")}
