@@ -203,7 +203,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown table of the runs in a results file, one column each, and where they were made."""
     lines = [f"| | {' | '.join(results)} |", "|---|" + "---:|" * len(results)]
     for title, key, form in FIGURES:
-        if all(key in run for run in results.values()):
+        if all(run.get(key) is not None for run in results.values()):
             cells = []
             for run in results.values():
                 error = f" ± {run[key + '_error']:{form.lstrip('+')}}" if key + "_error" in run else ""
