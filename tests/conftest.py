@@ -22,6 +22,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", BACKENDS)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers_every_time() -> None:
+    """A test that draws without a generator of its own draws the same in every run and order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where the operator tests run: the GPU if there is one."""

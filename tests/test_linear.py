@@ -297,7 +297,8 @@ def test_linear_logps_keep_the_shape_of_the_labels_and_give_statistics_on_reques
     assert torch.equal(found["accuracy"], truth["accuracy"].float())
     assert logps.shape == found["grad_dropped_mass"].shape == labels.shape
     assert logps[0, 0, 0] == 0
-    assert torch.equal(linear_logps(hidden[0, 0], weight, labels[0, 0]), logps[0, 0])
+    # Another chunk shape: the GEMM library may round differently, and nothing else may.
+    torch.testing.assert_close(linear_logps(hidden[0, 0], weight, labels[0, 0]), logps[0, 0], rtol=1e-6, atol=1e-6)
 
 
 def test_strided_hidden_states_are_read_in_place():

@@ -279,7 +279,7 @@ def test_from_hidden_states_it_is_the_same(name):
 def test_token_kl_objectives_say_where_they_run():
     _, _, labels = logits_batch()
     hidden, weight = torch.randn(*labels.shape, 5), torch.randn(7, 5)
-    with pytest.raises(ValueError, match="call dpo_loss with ref_logits"):
+    with pytest.raises(ValueError, match="use dpo_loss on logits"):
         linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden, loss_type="tdpo")
 
 
