@@ -11,9 +11,9 @@
 // loops; its other logits are taken one by one, one per thread, together with the unaligned head and tail of the row.
 // So every group loop is mask-free except for two tiles: the one with the label and the last, partial one.
 //
-// Rounding does not depend on how many blocks share a row, nor on the statistics asked for: which thread of the row takes
-// which logit follows from V and from the row's alignment. (Where V times the logit's size is no multiple of 16 bytes, rows
-// of a batch differ in alignment, so there the last bits of a row may change with its place in memory.)
+// Rounding does not depend on how many blocks share a row, nor on the statistics asked for: which thread of the row
+// takes which logit follows from V and from the row's alignment. (Where V times the logit's size is no multiple of 16
+// bytes, rows of a batch differ in alignment, so there the last bits of a row may change with its place in memory.)
 //
 // Single launch. A block that finished a row counts one arrival for the row's sequence; the block that brings the last
 // one sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the
@@ -24,11 +24,11 @@
 //   flight: 64 KB per SM while all wait. Needed at full bandwidth (700 ns): H100 3.35 TB/s x 700 ns / 132 = 18 KB, H200
 //   25 KB, B200 38 KB. A warp computes instead of waiting for slots / budget of the time (5.5 of 17.7 slots a logit on
 //   H100, of 12.4 on H200, of 8.8 on B200; tests/test_cuda_machine_code.py holds the 5.5), so on average
-//   64 KB x (1 - 5.5 / 17.7) = 44 KB are in flight on an H100, 36 KB on an H200, 24 KB on a B200: 2.5, 1.4 and 0.6 times what is
-//   needed. A row's ends (label, first loads, merge, finish: about 2 us of the 46 us that 256 KB take at a quarter of
-//   an SM's share of 3.0 TB/s) empty one block of four for 4 % of the time: 42 KB are left. 8,192 rows over 528
-//   resident blocks are 15.5 rounds, but blocks run free of one another, so the end costs about half a row time: 3 %.
-//   min(1, 42 / 18) x 0.97 >= 0.9.
+//   64 KB x (1 - 5.5 / 17.7) = 44 KB are in flight on an H100, 36 KB on an H200, 24 KB on a B200: 2.5, 1.4 and 0.6
+//   times what is needed. A row's ends (label, first loads, merge, finish: about 2 us of the 46 us that 256 KB take at
+//   a quarter of an SM's share of 3.0 TB/s) empty one block of four for 4 % of the time: 42 KB are left. 8,192 rows
+//   over 528 resident blocks are 15.5 rounds, but blocks run free of one another, so the end costs about half a row
+//   time: 3 %. min(1, 42 / 18) x 0.97 >= 0.9.
 #pragma once
 
 #include <cmath>
