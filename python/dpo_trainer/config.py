@@ -83,6 +83,13 @@ class DPOConfig(TrainingArguments):
         default="keep_end",
         metadata={"help": "'keep_end' drops the start of a too long prompt, 'keep_start' the end of the completion."},
     )
+    append_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "End text completions with the end-of-sequence token. Turn off for completions cut at a length "
+            "limit, which do not show where to stop. Chat templates end turns themselves."
+        },
+    )
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Round the padded length of a batch up to a multiple of this."}
     )

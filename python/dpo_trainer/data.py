@@ -206,6 +206,7 @@ def tokenize_pair(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     truncation_mode: str = "keep_end",
+    append_eos: bool = True,
     where: str = "row",
 ) -> dict[str, list[int]]:
     """Token ids of one pair: `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`.
@@ -215,8 +216,9 @@ def tokenize_pair(
     its own tokenisation shares with *both* joined ones. Usually these are all of them; where a token straddles the
     boundary, it belongs to the completions. Both completions of a pair so answer the same prompt, to the token.
 
-    Text completions get the end-of-sequence token unless they end in it. Chat rows are rendered by the tokenizer's
-    chat template, which also decides how a turn ends.
+    Text completions get the end-of-sequence token unless they end in it, or `append_eos` is false: then they end as
+    the tokenizer leaves them, for completions that were cut off and do not teach where to stop. Chat rows are rendered
+    by the tokenizer's chat template, which also decides how a turn ends.
 
     Truncation to `max_length` (see `truncate`) comes last.
     """
@@ -224,7 +226,7 @@ def tokenize_pair(
         prompt = tokenizer(row["prompt"])["input_ids"]
         sides = [tokenizer(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")]
         end = tokenizer.eos_token_id
-        if end is not None:
+        if append_eos and end is not None:
             sides = [ids if ids and ids[-1] == end else [*ids, end] for ids in sides]
     else:
         texts = [render_chat(tokenizer, row["prompt"], row[side], where) for side in ("chosen", "rejected")]
@@ -374,6 +376,7 @@ def prepare_dataset(
     max_length: int | None,
     max_prompt_length: int | None,
     truncation_mode: str,
+    append_eos: bool = True,
     num_proc: int | None = None,
 ) -> tuple[Any, Account]:
     """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
@@ -408,6 +411,7 @@ def prepare_dataset(
                 "max_length": max_length,
                 "max_prompt_length": max_prompt_length,
                 "truncation_mode": truncation_mode,
+                "append_eos": append_eos,
             },
             remove_columns=[column for column in dataset.column_names if column not in keep],
             num_proc=num_proc,

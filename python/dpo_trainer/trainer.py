@@ -172,6 +172,7 @@ class DPOTrainer(Trainer):
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
+            append_eos=args.append_eos,
             num_proc=args.dataset_num_proc,
         )
         self.accounts.append(account)

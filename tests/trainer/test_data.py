@@ -47,6 +47,16 @@ def test_tokens_are_those_of_the_joined_text_with_one_end(
         assert len(ids[f"{side}_input_ids"]) > 0
 
 
+@pytest.mark.parametrize("kind", ["plain", "bos", "eos", "bos+eos"])
+def test_without_append_eos_a_text_ends_as_the_tokenizer_leaves_it(tokenizers: dict[str, Any], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    ids = tokenize_pair(ROW, tokenizer, append_eos=False)
+    for side in ("chosen", "rejected"):
+        joined = ids["prompt_input_ids"] + ids[f"{side}_input_ids"]
+        assert joined == tokenizer(ROW["prompt"] + ROW[side])["input_ids"]
+        assert (joined[-1] == tokenizer.eos_token_id) == ("eos" in kind)
+
+
 def test_clean_boundary_keeps_the_whole_prompt(tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["plain"]
     assert tokenize_pair(ROW, tokenizer)["prompt_input_ids"] == tokenizer(ROW["prompt"])["input_ids"]
