@@ -238,11 +238,11 @@ def dpo_loss(
     )
     if use_weighting:
         losses = losses * _wpo_weights(batch, tokens, stage)
-    if pair_weights is not None:
-        losses = losses * _per_pair("pair_weights", pair_weights, pairs, batch)
+    weighted = losses if pair_weights is None else losses * _per_pair("pair_weights", pair_weights, pairs, batch)
     if kl_coef:
-        losses = losses + kl_coef * _kl_shares(batch, tokens["kl"])
-    return _output(batch, tokens, _reduce(losses, reduction), losses, sums, ref_sums, rewards, wanted, ignore_index)
+        shares = kl_coef * _kl_shares(batch, tokens["kl"])
+        losses, weighted = losses + shares, weighted + shares
+    return _output(batch, tokens, _reduce(weighted, reduction), losses, sums, ref_sums, rewards, wanted, ignore_index)
 
 
 @torch.no_grad()
@@ -659,14 +659,12 @@ def linear_dpo_loss(
         )
         loss, losses, sums, ref_sums, tokens = linear.whole_pairs(batch.logits, weight, bias, call, pair)
         rewards = _rewards(batch, functions, kernel, sums, ref_sums, beta_each, smoothing_each)
-        losses = losses if scale is None else losses * scale
     else:
         tokens = linear.linear_logps(batch.logits, weight, bias, call)
         losses, sums, ref_sums, rewards = _pair_losses(
             batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
         )
-        losses = losses if scale is None else losses * scale
-        loss = _reduce(losses, reduction)
+        loss = _reduce(losses if scale is None else losses * scale, reduction)
     return _output(batch, tokens, loss, losses, sums, ref_sums, rewards, wanted, ignore_index)
 
 

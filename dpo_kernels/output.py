@@ -18,7 +18,7 @@ class DPOOutput:
 
     Attributes:
         loss: scalar, or [P] with reduction="none".
-        losses: [P], after pair_weights.
+        losses: [P], each pair's loss before pair_weights, so that a weighted and a plain mean can both be logged.
         chosen_logps, rejected_logps: [P], weighted sums of token log-probabilities under the policy.
         ref_chosen_logps, ref_rejected_logps: [P], under the reference (0 when reference-free).
         chosen_rewards, rejected_rewards: [P], beta * (log pi - log pi_ref), the implicit reward (DPO paper, section 5).

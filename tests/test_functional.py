@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_kernels import DPOLoss, Pairs, dpo_loss, reference, sequence_logps, shift_labels, use_backend
+from dpo_kernels import DPOLoss, Pairs, dpo_loss, linear_dpo_loss, reference, sequence_logps, shift_labels, use_backend
 
 from cases import Case, loss_of, make_inputs
 
@@ -317,3 +317,18 @@ def test_gradcheck_in_float64(backend):
     logits = inputs.logits.requires_grad_()
     with use_backend(backend):
         assert torch.autograd.gradcheck(lambda x: loss_of(x, inputs.labels, **inputs.keywords).loss, (logits,))
+
+
+def test_losses_are_each_pairs_own_before_pair_weights():
+    g = torch.Generator().manual_seed(3)
+    logits, labels = torch.randn(4, 5, 11, generator=g), torch.randint(11, (4, 5), generator=g)
+    weights = torch.tensor([0.25, 3.0])
+    plain = dpo_loss(logits, labels, ref_logits=logits.flip(2))
+    weighted = dpo_loss(logits, labels, ref_logits=logits.flip(2), pair_weights=weights, reduction="sum")
+    assert torch.equal(weighted.losses, plain.losses)
+    torch.testing.assert_close(weighted.loss, (plain.losses * weights).sum())
+    hidden, head = torch.randn(4, 5, 3, generator=g, requires_grad=True), torch.randn(11, 3, generator=g)
+    linear = linear_dpo_loss(hidden, head, labels, ref_logps=torch.zeros(4), pair_weights=weights, reduction="sum")
+    unweighted = linear_dpo_loss(hidden, head, labels, ref_logps=torch.zeros(4))
+    assert torch.equal(linear.losses, unweighted.losses)
+    torch.testing.assert_close(linear.loss, (unweighted.losses * weights).sum())
