@@ -10,9 +10,11 @@ from transformers import TrainingArguments
 from dpo_kernels import STATISTICS, objectives
 from dpo_kernels.backends import NAMES as BACKENDS
 from dpo_kernels.objectives import OBJECTIVES
+from dpo_kernels.planner import parse_budget
 
 from .errors import ConfigError, did_you_mean
 
+LOSS_PATHS = ("auto", "linear", "logits")
 TRUNCATION_MODES = ("keep_end", "keep_start")
 
 
@@ -122,6 +124,26 @@ class DPOConfig(TrainingArguments):
             "logits in the step), accuracy (as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected)."
         },
     )
+    loss_path: str = field(
+        default="auto",
+        metadata={
+            "help": "'linear': loss from hidden states and LM head, logits exist a chunk at a time; 'logits': all at once; "
+            "'auto': linear wherever model and objective allow it."
+        },
+    )
+    memory_budget: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Working memory of the linear path, e.g. '256MB'. None: half of the head's gradient, or 64 MB."
+        },
+    )
+    grad_filter: float | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Linear path: leave probabilities up to this out of the gradient's products. 'auto': exact in float32, "
+            "below the rounding in 16 bits; None: exact."
+        },
+    )
     backend: str | None = field(
         default=None, metadata={"help": "Kernels to use: eager, cpu, triton or cuda. None: the best for the device."}
     )
@@ -189,6 +211,19 @@ class DPOConfig(TrainingArguments):
                 raise ConfigError(
                     f"statistics: unknown '{name}'{did_you_mean(name, STATISTICS)}; known are {', '.join(STATISTICS)}"
                 )
+        if self.loss_path not in LOSS_PATHS:
+            raise ConfigError(
+                f"loss_path: unknown '{self.loss_path}'{did_you_mean(self.loss_path, LOSS_PATHS)}; "
+                f"known are {', '.join(LOSS_PATHS)}"
+            )
+        try:
+            parse_budget(self.memory_budget, 1, 1)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"memory_budget: {error}") from error
+        if isinstance(self.grad_filter, str) and self.grad_filter != "auto":
+            raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{self.grad_filter}'")
+        if isinstance(self.grad_filter, float | int) and not 0 < self.grad_filter < 1:
+            raise ConfigError(f"grad_filter: a probability lies in (0, 1), got {self.grad_filter}")
         if self.backend is not None and self.backend not in BACKENDS:
             raise ConfigError(
                 f"backend: unknown '{self.backend}'{did_you_mean(self.backend, BACKENDS)}; "

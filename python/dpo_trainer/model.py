@@ -68,6 +68,25 @@ class SplitModel:
         )
         return output.logits.flatten(0, 1).index_select(0, batch["positions"])
 
+    @property
+    def obstacle_to_linear(self) -> str | None:
+        """Why the loss cannot be computed from hidden states and the head's weight; None if it can."""
+        if not self.split:
+            return "the model's logits are not head(backbone(x))"
+        head: Any = self.head
+        # An adapter on the head, a quantised head or an offloading hook make of it more than one matrix product.
+        if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+            return f"the head is not a plain nn.Linear but {type(head).__name__}"
+        return None
+
+    def through_head(self, function: Callable[..., Any], hidden: Tensor) -> Any:
+        """`function(hidden, weight, bias)` of the head, run as the head's forward.
+
+        So hooks around the head, such as those that gather a shard of its weight, fire as they do for logits.
+        """
+        head: Any = self.head
+        return call_through(head, head, lambda hidden: function(hidden, head.weight, head.bias), hidden)
+
     def finish(self, logits: Tensor) -> Tensor:
         """Apply the remaining scale and softcap to `packed_logits`, where the kernels do not do it."""
         if self.logit_scale != 1.0:

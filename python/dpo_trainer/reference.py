@@ -36,6 +36,11 @@ class FrozenReference:
         """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
         return self.split.packed_logits(batch)
 
+    @torch.no_grad()
+    def packed_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states `[N, H]` of the batch's scored tokens, without gradient."""
+        return self.split.packed_hidden(batch)
+
 
 class AdapterOffReference:
     """The policy with its peft adapter switched off: no second copy of the weights.
@@ -50,12 +55,23 @@ class AdapterOffReference:
     @torch.no_grad()
     def packed_logits(self, batch: Batch) -> Tensor:
         """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
+        with self._adapter_off():
+            return self.split.packed_logits(batch)
+
+    @torch.no_grad()
+    def packed_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states `[N, H]` of the batch's scored tokens, without gradient."""
+        with self._adapter_off():
+            return self.split.packed_hidden(batch)
+
+    @contextlib.contextmanager
+    def _adapter_off(self) -> Any:
         model: Any = self.split.model
         was_training = model.training
         model.eval()
         try:
             with model.disable_adapter():
-                return self.split.packed_logits(batch)
+                yield
         finally:
             model.train(was_training)
 

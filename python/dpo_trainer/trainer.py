@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dpo_kernels import DPOOutput, dpo_loss, objectives, use_backend
+from dpo_kernels import DPOOutput, dpo_loss, linear_dpo_loss, objectives, use_backend
 
 from . import report
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
@@ -158,6 +158,7 @@ class DPOTrainer(Trainer):
             with self.accelerator.autocast():
                 self.policy.verify(example)
         self.reference = self._make_reference(ref_model, example)
+        self.loss_path = self._choose_loss_path()
         if args.precompute_ref_log_probs:
             self._precompute_all()
         self._add_callbacks()
@@ -269,14 +270,53 @@ class DPOTrainer(Trainer):
                 stack.enter_context(use_backend(self.args.backend))
             yield
 
-    def pair_loss(self, batch: Batch) -> DPOOutput:
-        """Policy, reference and losses [P] of one batch. The one place where hidden states become a loss.
+    def pair_loss(self, batch: Batch, pair_weights: Tensor) -> DPOOutput:
+        """Policy, reference and loss of one batch: `loss` is the sum over pairs of `pair_weights` [P] times their losses.
 
-        Logits exist for completion tokens only; in training their memory is reused for their gradient.
+        The one place where hidden states become a loss. Only completion tokens meet the head. On the linear path their
+        logits exist a chunk at a time and meet their gradient there; on the logits path they all exist, and in training
+        their memory is reused for their gradient.
         """
-        reference = None
-        if "ref_logps" not in batch and self.reference is not None:
-            reference = self.reference.packed_logits(batch)
+        has_reference = "ref_logps" not in batch and self.reference is not None
+        options: dict[str, Any] = {
+            "ref_logps": batch.get("ref_logps"),
+            "beta": self.args.beta,
+            "loss_type": self._objectives,
+            "loss_weights": self.args.loss_weights,
+            "label_smoothing": self.args.label_smoothing,
+            "cu_seqlens": batch["cu_seqlens"],
+            "pair_weights": pair_weights,
+            "statistics": tuple(name for name in self.args.statistics if name != "kl" or has_reference),
+            "reduction": "sum",
+        }
+        if self.loss_path == "linear":
+            return self._linear_loss(batch, options, has_reference)
+        return self._logits_loss(batch, options, has_reference)
+
+    def _linear_loss(self, batch: Batch, options: dict[str, Any], has_reference: bool) -> DPOOutput:
+        if has_reference:
+            head: Any = self.reference.split.head  # type: ignore[union-attr]
+            options["ref_hidden"] = self.reference.packed_hidden(batch)  # type: ignore[union-attr]
+            options["ref_weight"], options["ref_bias"] = head.weight, head.bias
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, DPOOutput]:
+            output = linear_dpo_loss(
+                hidden,
+                weight,
+                batch["labels"],
+                bias=bias,
+                logit_scale=self.policy.logit_scale,
+                logit_softcap=self.policy.logit_softcap,
+                memory_budget=self.args.memory_budget,
+                grad_filter=self.args.grad_filter,
+                **options,
+            )
+            return output.loss, output  # hooks around a module look for tensors among what it returns
+
+        return self.policy.through_head(loss, self.policy.packed_hidden(batch))[1]
+
+    def _logits_loss(self, batch: Batch, options: dict[str, Any], has_reference: bool) -> DPOOutput:
+        reference = self.reference.packed_logits(batch) if has_reference else None  # type: ignore[union-attr]
         logits = self.policy.packed_logits(batch)
         scale, softcap = self.policy.logit_scale, self.policy.logit_softcap
         if reference is not None:
@@ -289,18 +329,34 @@ class DPOTrainer(Trainer):
             logits,
             batch["labels"],
             ref_logits=reference,
-            ref_logps=batch.get("ref_logps"),
-            beta=self.args.beta,
-            loss_type=self._objectives,
-            loss_weights=self.args.loss_weights,
-            label_smoothing=self.args.label_smoothing,
-            cu_seqlens=batch["cu_seqlens"],
             logit_scale=scale,
             logit_softcap=softcap,
-            statistics=tuple(name for name in self.args.statistics if name != "kl" or reference is not None),
             inplace_backward=True,
-            reduction="none",
+            **options,
         )
+
+    def _choose_loss_path(self) -> str:
+        """ "linear" unless the settings or the models stand against it; what does is logged, or raised if it was asked."""
+        obstacle = self._obstacle_to_linear()
+        if self.args.loss_path == "linear" and obstacle:
+            raise ConfigError(f"loss_path: 'linear' is not possible here: {obstacle}")
+        if self.args.loss_path == "auto" and obstacle:
+            logger.info("loss path: logits, because %s", obstacle)
+        return "logits" if obstacle or self.args.loss_path == "logits" else "linear"
+
+    def _obstacle_to_linear(self) -> str | None:
+        if objectives.needs_token_kl(self._objectives):
+            return "the objective differentiates the KL divergence of every token"
+        if obstacle := self.policy.obstacle_to_linear:
+            return obstacle
+        if self.reference is None:
+            return None
+        other = self.reference.split
+        if obstacle := other.obstacle_to_linear:
+            return f"in the reference, {obstacle}"
+        if (other.logit_scale, other.logit_softcap) != (self.policy.logit_scale, self.policy.logit_softcap):
+            return "policy and reference scale or cap their logits differently"
+        return None
 
     def compute_loss(
         self,
@@ -315,20 +371,20 @@ class DPOTrainer(Trainer):
         without it, the mean is over the batch. Dividing by weights, not by the number of pairs, makes their unit
         irrelevant and log 2 the start whatever they are.
         """
+        weights = _weights(inputs)
+        if num_items_in_batch is None:
+            share = weights / weights.sum().clamp(min=TINY)
+        else:
+            # DDP averages gradients over processes; undo that, the divisor sums over all of them.
+            share = weights * (self.accelerator.num_processes / num_items_in_batch)
         with self._kernels():
             if self.accelerator.num_processes > 1 and model.training:
                 wrapper = getattr(model, "_orig_mod", model)
-                output = call_through(wrapper, self.policy.model, self.pair_loss, inputs)
+                output = call_through(wrapper, self.policy.model, self.pair_loss, inputs, share)
             else:
-                output = self.pair_loss(inputs)
-        weights = _weights(inputs)
+                output = self.pair_loss(inputs, share)
         self._window["train" if model.training else "eval"].add(output, weights, inputs["attention_mask"].sum())
-        loss = (output.loss * weights).sum()
-        if num_items_in_batch is None:
-            loss = loss / weights.sum().clamp(min=TINY)
-        else:
-            # DDP averages gradients over processes; undo that, the divisor sums over all of them.
-            loss = loss * (self.accelerator.num_processes / num_items_in_batch)
+        loss = output.loss
         return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:

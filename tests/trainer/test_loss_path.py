@@ -1,0 +1,144 @@
+"""The fused LM head inside the trainer: same loss and gradients as on logits, and the logits path where it cannot be."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
+
+Make = Callable[..., DPOTrainer]
+
+
+def loss_and_gradients(trainer: DPOTrainer, rows: int = 4) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(rows)]))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gemma2-softcap", "cohere-scale"])
+def test_both_paths_give_the_same_loss_gradients_and_metrics(
+    kind: str, weighted: bool, make_trainer: Make, make_model: Any, pairs: Any
+) -> None:
+    rows = [{**row, "weight": 0.3 + index} for index, row in enumerate(pairs(8))] if weighted else pairs(8)
+    results = []
+    for path in ("linear", "logits"):
+        trainer = make_trainer(
+            model=make_model(kind), ref_model=make_model(kind, seed=1), train_dataset=rows, beta=0.3, loss_path=path
+        )
+        assert trainer.loss_path == path
+        loss, gradients = loss_and_gradients(trainer)
+        results.append((loss, gradients, trainer._drain("train")))
+    (loss, gradients, metrics), (other_loss, other_gradients, other_metrics) = results
+    torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == other_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - other_gradients[name]).norm() <= 1e-4 * other_gradients[name].norm(), name
+    assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-5)
+    assert metrics["kl"] > 0
+
+
+def test_an_adapter_shares_its_head_with_its_reference(make_trainer: Make, make_model: Any) -> None:
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    found = []
+    for path in ("auto", "logits"):
+        torch.manual_seed(0)
+        trainer = make_trainer(model=make_model(), peft_config=lora, loss_path=path)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        found.append((trainer.loss_path, *loss_and_gradients(trainer)))
+    (path, loss, gradients), (_, other_loss, other_gradients) = found
+    assert path == "linear"
+    torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
+    assert loss.item() != pytest.approx(0.6931472)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_hooks_around_the_head_fire_and_it_stays_as_it_was(make_trainer: Make, make_model: Any) -> None:
+    """Sharded training gathers a weight in such hooks."""
+    trainer = make_trainer(model=make_model("llama-untied"), loss_path="linear")
+    seen = []
+    trainer.policy.head.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    trainer.policy.head.register_forward_hook(lambda module, args, output: seen.append(output[0].requires_grad))
+    loss_and_gradients(trainer)
+    assert seen == ["before", True]
+    assert "forward" not in trainer.policy.head.__dict__
+
+
+def test_all_logits_are_never_held(make_trainer: Make, make_model: Any) -> None:
+    """With a budget of a few tokens, no tensor of the step is as large as the logits of all completion tokens."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == vocabulary:
+                    largest = max(largest, tensor[..., 0].numel())
+            return out
+
+    trainer = make_trainer(model=make_model("llama-untied"), loss_path="linear", memory_budget="20KB")
+    vocabulary = trainer.policy.head.weight.shape[0]
+    rows = len(trainer.train_dataset)
+    scored = len(trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])["labels"])
+    with Watch():
+        loss_and_gradients(trainer, rows)
+    # The transposed weight [H, V] is among what is seen.
+    assert 0 < largest <= max(trainer.policy.head.weight.shape[1], scored / 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"loss_type": "tdpo2"}, "differentiates the KL"),
+        (
+            {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")},
+            "not a plain nn.Linear",
+        ),
+    ],
+)
+def test_what_the_linear_path_cannot_do_runs_on_logits_and_says_so(
+    settings: dict[str, Any], why: str, make_trainer: Make, make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="dpo_trainer"):
+        trainer = make_trainer(model=make_model("llama-untied"), **settings)
+    assert trainer.loss_path == "logits"
+    assert why in caplog.text
+    loss, _ = loss_and_gradients(trainer)
+    assert loss.isfinite()
+    with pytest.raises(ConfigError, match=f"loss_path: 'linear' is not possible here: .*{why}"):
+        make_trainer(model=make_model("llama-untied"), loss_path="linear", **settings)
+
+
+def test_a_reference_of_another_vocabulary_width_is_a_clear_error(make_trainer: Make, make_model: Any) -> None:
+    """Chosen and rejected share a tokenizer, but a padded embedding may be wider; the loss compares label by label."""
+    wide = make_model("llama-untied", seed=1)
+    wide.resize_token_embeddings(wide.config.vocab_size + 8)
+    trainer = make_trainer(model=make_model("llama-untied"), ref_model=wide)
+    with pytest.raises(ValueError, match=r"ref_weight|ref_logits"):
+        loss_and_gradients(trainer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss_path": "linera"}, r"did you mean 'linear'\?"),
+        ({"memory_budget": "much"}, "memory_budget: .*256MB"),
+        ({"grad_filter": "fine"}, "grad_filter: must be 'auto'"),
+        ({"grad_filter": 1.5}, r"lies in \(0, 1\)"),
+    ],
+)
+def test_bad_settings_are_explained(settings: dict[str, Any], said: str, tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=said):
+        DPOConfig(output_dir=str(tmp_path), **settings)
