@@ -98,6 +98,8 @@ def main() -> None:
             learning_rate=options.learning_rate,
             warmup_steps=max(options.steps // 10, 1),
             beta=0.1,
+            # Both answers would end the same way, in a token of tiny probability: noise in every reward.
+            append_eos=False,
             seed=options.seed,
             logging_steps=2,
             save_strategy="no",

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 
@@ -28,7 +27,6 @@ from vader import score
 
 from dpo_kernels import dpo_loss
 from dpo_trainer import DPOConfig, DPOTrainer, load_model, load_tokenizer
-from dpo_trainer.data import tokenize_pair
 
 HERE = Path(__file__).resolve().parent
 STEPS = 60
@@ -36,21 +34,6 @@ LEARNING_RATE = 2e-5
 PAIRS_PER_STEP = 8
 PAIRS_PER_BATCH = 16  # when measuring
 SAMPLES_PER_PROMPT = 8  # fresh continuations of every held-out prompt, before and after
-
-
-def tokenised(rows: list[measure.Row], tokenizer: Any, *, weighted: bool) -> datasets.Dataset:
-    """The pairs as token ids, without the end token that text completions usually get.
-
-    The continuations were cut at a length, they did not end; a model trained to end there would learn just that.
-    """
-    data = []
-    for row in rows:
-        ids = tokenize_pair(row, tokenizer)
-        for side in ("chosen_input_ids", "rejected_input_ids"):
-            if ids[side][-1] == tokenizer.eos_token_id:
-                ids[side].pop()
-        data.append({**ids, **({"weight": row["weight"]} if weighted else {})})
-    return datasets.Dataset.from_list(data)
 
 
 def fresh_samples(
@@ -128,13 +111,15 @@ def main() -> None:
             learning_rate=options.learning_rate,
             warmup_steps=max(options.steps // 10, 1),
             beta=0.1,
+            # The continuations were cut at a length, they did not end; a model trained to end there would learn just that.
+            append_eos=False,
             seed=options.seed,
             logging_steps=4,
             save_strategy="no",
             log_level="error",
         ),
-        train_dataset=tokenised(train_rows, tokenizer, weighted=True),
-        eval_dataset=tokenised(held_out_rows, tokenizer, weighted=False),
+        train_dataset=train_rows,
+        eval_dataset=[{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in held_out_rows],
         processing_class=tokenizer,
         compute_metrics=rewards,
     )
