@@ -9,6 +9,7 @@ same, but no model, in runs/sentiment-control.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -34,6 +35,31 @@ LEARNING_RATE = 2e-5
 PAIRS_PER_STEP = 8
 PAIRS_PER_BATCH = 16  # when measuring
 SAMPLES_PER_PROMPT = 8  # fresh continuations of every held-out prompt, before and after
+
+
+def settings(folder: Path, options: argparse.Namespace, **others: Any) -> DPOConfig:
+    """What the demo trains with; `others` are further fields of DPOConfig, or other values."""
+    fields = {
+        "output_dir": str(folder),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": PAIRS_PER_STEP,
+        "per_device_eval_batch_size": PAIRS_PER_BATCH,
+        "learning_rate": options.learning_rate,
+        "warmup_steps": max(options.steps // 10, 1),
+        "beta": 0.1,
+        # The continuations were cut at a length, they did not end; a model trained to end there would learn just that.
+        "append_eos": False,
+        "seed": options.seed,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "log_level": "error",
+    }
+    return DPOConfig(**{**fields, **others})
+
+
+def pairs_only(rows: list[measure.Row]) -> list[measure.Row]:
+    """Rows without their weights: held-out pairs all count the same."""
+    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
 
 
 def fresh_samples(
@@ -103,23 +129,9 @@ def main() -> None:
     rewards = measure.Rewards()
     trainer = DPOTrainer(
         model,
-        args=DPOConfig(
-            output_dir=str(folder),
-            max_steps=options.steps,
-            per_device_train_batch_size=PAIRS_PER_STEP,
-            per_device_eval_batch_size=PAIRS_PER_BATCH,
-            learning_rate=options.learning_rate,
-            warmup_steps=max(options.steps // 10, 1),
-            beta=0.1,
-            # The continuations were cut at a length, they did not end; a model trained to end there would learn just that.
-            append_eos=False,
-            seed=options.seed,
-            logging_steps=4,
-            save_strategy="no",
-            log_level="error",
-        ),
+        args=settings(folder, options),
         train_dataset=train_rows,
-        eval_dataset=[{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in held_out_rows],
+        eval_dataset=pairs_only(held_out_rows),
         processing_class=tokenizer,
         compute_metrics=rewards,
     )

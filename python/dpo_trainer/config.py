@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dpo_kernels import STATISTICS, objectives
+from dpo_kernels import objectives
 from dpo_kernels.backends import NAMES as BACKENDS
+from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
 from dpo_kernels.objectives import OBJECTIVES
 from dpo_kernels.planner import parse_budget
 
@@ -121,7 +122,8 @@ class DPOConfig(TrainingArguments):
         default_factory=lambda: ["entropy", "kl", "accuracy"],
         metadata={
             "help": "Statistics of the completion tokens to log: entropy, kl (exact; needs the reference's "
-            "logits in the step), accuracy (as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected)."
+            "logits in the step), accuracy (as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected), "
+            "grad_dropped_mass (linear path: what grad_filter left out)."
         },
     )
     loss_path: str = field(

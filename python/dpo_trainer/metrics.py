@@ -23,7 +23,7 @@ _PER_PAIR = (
     "chosen_rewards",
     "rejected_rewards",
 )
-_PER_SEQUENCE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits")
+_PER_SEQUENCE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass")
 
 
 class MetricWindow:

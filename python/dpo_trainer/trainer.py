@@ -278,6 +278,9 @@ class DPOTrainer(Trainer):
         their memory is reused for their gradient.
         """
         has_reference = "ref_logps" not in batch and self.reference is not None
+        absent = {"kl"} if not has_reference else set()
+        if self.loss_path == "logits":
+            absent.add("grad_dropped_mass")  # nothing is left out
         options: dict[str, Any] = {
             "ref_logps": batch.get("ref_logps"),
             "beta": self.args.beta,
@@ -286,7 +289,7 @@ class DPOTrainer(Trainer):
             "label_smoothing": self.args.label_smoothing,
             "cu_seqlens": batch["cu_seqlens"],
             "pair_weights": pair_weights,
-            "statistics": tuple(name for name in self.args.statistics if name != "kl" or has_reference),
+            "statistics": tuple(name for name in self.args.statistics if name not in absent),
             "reduction": "sum",
         }
         if self.loss_path == "linear":
