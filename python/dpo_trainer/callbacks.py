@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import IO, TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from .records import METRICS, append_record, keep_records
+
 if TYPE_CHECKING:
     from .trainer import DPOTrainer
-
-METRICS = "metrics.jsonl"
 
 
 class LogAtTheEnd(TrainerCallback):
@@ -37,14 +35,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        path = Path(str(args.output_dir)) / METRICS
-        kept = (
-            [record for record in read_metrics(path) if record["step"] <= state.global_step]
-            if state.global_step
-            else []
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        keep_records(Path(str(args.output_dir)) / METRICS, state.global_step)
 
     def on_log(
         self,
@@ -56,23 +47,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        with (Path(str(args.output_dir)) / METRICS).open("a", encoding="utf-8") as file:
-            file.write(_line({"step": state.global_step, **logs}))
-
-
-def _line(record: dict[str, Any]) -> str:
-    # JSON knows no NaN; null keeps the file readable everywhere and still shows that something happened.
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(finite) + "\n"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; none if there is no file. A line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        append_record(Path(str(args.output_dir)) / METRICS, {"step": state.global_step, **logs})
 
 
 class ReportFile(TrainerCallback):

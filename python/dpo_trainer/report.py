@@ -13,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .callbacks import METRICS, read_metrics, without_ties
+from .callbacks import without_ties
 from .model import unwrap_adapter
+from .records import METRICS, read_records, write_aside
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ REPORT = "report.html"
 
 def summarize(trainer: DPOTrainer, *, finished: bool) -> dict[str, Any]:
     """Facts of a run: data, first and last figures, throughput, settings, versions. Plain JSON values."""
-    records = read_metrics(Path(str(trainer.args.output_dir)) / METRICS)
+    records = read_records(Path(str(trainer.args.output_dir)) / METRICS)
     train, evals = training_records(records), evaluation_records(records)
     seconds = sum(r["tokens"] / r["tokens_per_second"] for r in train if r.get("tokens_per_second"))
     tokens = sum(r.get("tokens") or 0 for r in train)
@@ -83,18 +84,11 @@ def write_report(trainer: DPOTrainer, *, finished: bool) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(trainer, finished=finished)
     if finished:
-        _write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_aside(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if not trainer.args.write_report:
         return None
-    _write(folder / REPORT, render_report(summary, read_metrics(folder / METRICS), name=folder.resolve().name))
+    write_aside(folder / REPORT, render_report(summary, read_records(folder / METRICS), name=folder.resolve().name))
     return folder / REPORT
-
-
-def _write(path: Path, text: str) -> None:
-    # Aside and renamed: a reader, or a kill, never meets half a file.
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def training_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

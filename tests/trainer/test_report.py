@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.callbacks import ProgressLine, read_metrics
+from dpo_trainer.callbacks import ProgressLine
+from dpo_trainer.records import read_records
 from dpo_trainer.report import CHARTS, draw, render_report
 
 from .tiny import build_pairs, build_trainer
@@ -123,7 +124,7 @@ def test_text_from_the_run_is_escaped(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     summary["model"] = "<script>alert(1)</script>"
     summary["data"] = ["a & b <i>"]
-    page = render_report(summary, read_metrics(run / "metrics.jsonl"), name="<b>run</b>")
+    page = render_report(summary, read_records(run / "metrics.jsonl"), name="<b>run</b>")
     assert "<script>" not in page
     assert "<b>run</b>" not in page
     assert "a &amp; b &lt;i&gt;" in page
@@ -133,7 +134,7 @@ def test_text_from_the_run_is_escaped(run: Path) -> None:
 def test_a_run_with_almost_no_records_still_has_a_page(run: Path, keep: int) -> None:
     summary = json.loads((run / "summary.json").read_text())
     summary.update(first={}, last={}, tokens_per_second=None, finished=False)
-    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record][:keep]
+    records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record][:keep]
     page = render_report(summary, records, name="run")
     assert "not finished" in page
 
