@@ -193,10 +193,14 @@ def save_result(path: Path, name: str, summary: Mapping[str, Any]) -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results[name] = {key: value for key, value in summary.items() if key != "training"}
     write_json(path, results)
-    readme = path.with_name("README.md")
-    before, start, rest = readme.read_text(encoding="utf-8").partition(RESULTS_START)
+    put_between_marks(path.with_name("README.md"), results_table(results))
+
+
+def put_between_marks(page: Path, table: str) -> None:
+    """Replace what stands between a page's two marks, so that no figure on it is typed."""
+    before, start, rest = page.read_text(encoding="utf-8").partition(RESULTS_START)
     _, end, after = rest.partition(RESULTS_END)
-    readme.write_text(f"{before}{start}\n{results_table(results)}\n{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:

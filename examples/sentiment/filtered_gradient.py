@@ -2,8 +2,8 @@
 
     python examples/sentiment/filtered_gradient.py --save-results    # four trainings of about three minutes each
 
-Writes filtered_gradient.json (losses of every step, held-out figures, dropped mass) and the plot that docs/linear.md
-shows, docs/filtered_gradient.svg; without --save-results it only prints. `--plot` redraws the plot from the JSON.
+Writes filtered_gradient.json (losses of every step, held-out figures, dropped mass), and from it the plot and the table
+in docs/linear.md; without --save-results it only prints. `--page` makes plot and table anew from the JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from dpo_trainer import DPOTrainer, load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "filtered_gradient.json"
-PLOT = HERE.parent.parent / "docs" / "filtered_gradient.svg"
+PAGE = HERE.parent.parent / "docs" / "linear.md"
+PLOT = PAGE.with_name("filtered_gradient.svg")
 
 # What differs between the runs. bf16: autocast on float32 weights; its "auto" is 2^-16.
 RUNS: dict[str, dict[str, Any]] = {
@@ -96,29 +97,37 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def table(results: dict[str, Any]) -> str:
+    """Markdown table of the runs, and where they were made."""
+    lines = ["| gradient | held-out loss | held-out accuracy | dropped mass |", "|---|---:|---:|---:|"]
+    for name, result in results["runs"].items():
+        loss, accuracy = result["held_out_loss"], result["held_out_accuracy"]
+        lines.append(f"| {name} | {loss:.4f} | {accuracy:.1%} | {result['grad_dropped_mass']:.2%} |")
+    machine, versions = results["machine"], results["versions"]
+    where = f"{results['date']}, {machine['cores']} cores of {machine['cpu']} ({machine['instructions']})"
+    return "\n".join([*lines, "", f"{results['steps']} steps of the demo; {where}, torch {versions['torch']}."])
+
+
 def main() -> None:
-    if "--plot" in sys.argv[1:]:
-        draw(json.loads(RESULTS.read_text(encoding="utf-8")), PLOT)
+    if "--page" in sys.argv[1:]:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        draw(results, PLOT)
+        measure.put_between_marks(PAGE, table(results))
         return
     options = measure.read_options(
         __doc__.splitlines()[0], steps=run.STEPS, learning_rate=run.LEARNING_RATE, folder=Path("runs/filtered-gradient")
     )
     measure.keep_quiet()
-    runs = {name: train(name, options) for name in RUNS}
-    results = {"steps": options.steps, "seed": options.seed, "runs": runs, **measure.environment()}
-    rows = [
-        (
-            name,
-            f"{result['held_out_loss']:.4f}",
-            f"{result['held_out_accuracy']:.1%}",
-            f"{100 * result['grad_dropped_mass']:.2f} %",
-        )
-        for name, result in runs.items()
-    ]
-    print("\n" + measure.table(("gradient", "held-out loss", "accuracy", "dropped mass"), rows))
+    runs = {}
+    for name in RUNS:
+        print(f"training: {name} ...", flush=True)
+        runs[name] = train(name, options)
+    results = measure.rounded({"steps": options.steps, "seed": options.seed, "runs": runs, **measure.environment()}, 6)
+    print(table(results))
     if options.save_results:
-        measure.write_json(RESULTS, measure.rounded(results, 6))
+        measure.write_json(RESULTS, results)
         draw(results, PLOT)
+        measure.put_between_marks(PAGE, table(results))
 
 
 if __name__ == "__main__":
