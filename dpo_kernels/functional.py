@@ -187,7 +187,7 @@ def dpo_loss(
             without gradient. One more read of the logits.
         inplace_backward: let the backward write the gradient over `logits`. Saves a [2P, T, V] tensor and its page
             faults; then no one else may need the logits, nor this graph a second backward. Ignored under
-            torch.compile, which plans memory itself, and where a KL term is differentiated.
+            torch.compile, which plans memory itself.
         reduction: "mean" over the pairs, "sum", or "none".
 
     Returns:
@@ -228,7 +228,9 @@ def dpo_loss(
     }
     forward_kl = objectives.needs_token_kl(functions)
     if ref_logits is not None and (kl_coef or forward_kl):
-        tokens = token_kl.token_logps(batch.logits, batch.labels, ref_logits, forward_kl=forward_kl, **stage)
+        tokens = token_kl.token_logps(
+            batch.logits, batch.labels, ref_logits, forward_kl=forward_kl, inplace_backward=inplace_backward, **stage
+        )
     else:
         tokens = ops.token_logps(batch.logits, batch.labels, ref_logits, inplace_backward=inplace_backward, **stage)
     beta_each = _per_pair("beta", beta, pairs, batch)

@@ -265,7 +265,8 @@ def _(
 
 # --- autograd rules -----------------------------------------------------------------------------------------------
 
-_TWICE = (
+#: What a second backward of a graph that overwrote its logits says.
+OVERWRITTEN = (
     "the logits were overwritten by the first backward (inplace_backward=True), so this graph cannot be run backward "
     "again; call with inplace_backward=False to use retain_graph"
 )
@@ -279,7 +280,7 @@ def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.overwritten = False
 
 
-def _may_overwrite(logits: Tensor) -> bool:
+def may_overwrite(logits: Tensor) -> bool:
     """Whether the gradient can take the logits' memory: eager tensors of unit stride whose elements do not overlap."""
     overlapping = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     plain = type(logits) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
@@ -291,10 +292,10 @@ def _token_logps_backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple
     if grad_logps is None or not ctx.needs_input_grad[0]:
         return (None,) * 12
     if ctx.overwritten:
-        raise RuntimeError(_TWICE)
+        raise RuntimeError(OVERWRITTEN)
     logits, labels, logps, lse = ctx.saved_tensors
     arguments = (logits, labels, logps, lse, grad_logps, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.backend)
-    if ctx.inplace and _may_overwrite(logits):
+    if ctx.inplace and may_overwrite(logits):
         ctx.overwritten = True
         logits = logits.detach()
         _ops.logits_grad_(logits, *arguments[1:])

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from dpo_kernels import DPOLoss, dpo_loss, reference
+from dpo_kernels import DPOLoss, backends, dpo_loss, reference, use_backend
+from dpo_kernels.backends.eager import TokenKL
+from dpo_kernels.reference import transform_logits
 
-from checks import check_gradient
+from checks import check_gradient, row_errors
 
 P, T, V = 2, 4, 23
 
@@ -102,7 +104,7 @@ def test_packed_layout_and_module_agree_with_the_padded_function():
 
 def test_operators_are_sound():
     logits, ref, labels = make()
-    arguments = (logits.clone().requires_grad_(), labels, ref, -100, 1.0, 0.0, True, False, True, True, "eager")
+    arguments = (logits.clone().requires_grad_(), labels, ref, -100, 1.0, 0.0, True, False, True, True, False, "eager")
     torch.library.opcheck(torch.ops.dpo_kernels.token_kl.default, arguments)
 
 
@@ -122,3 +124,136 @@ def test_sums_do_not_determine_a_kl():
         dpo_loss(logits, labels, ref_logps=torch.zeros(2 * P), kl_coef=0.1)
     with pytest.raises(ValueError, match="kl_coef must not be negative"):
         dpo_loss(logits, labels, ref_logps=torch.zeros(2 * P), kl_coef=-0.1)
+
+
+# --- the stage itself, on every backend ---------------------------------------------------------------------------
+
+#: gradients of (logps, reverse KL, forward KL); None leaves the divergence out.
+UPSTREAM = {
+    "both": (0.7, -0.4, 0.3),
+    "reverse": (0.7, 0.5, None),
+    "forward": (-0.2, None, 0.6),
+    "kl alone": (0.0, 0.5, None),
+}
+
+
+def divergences(logits, ref, labels, upstream, scale=1.0, cap=0.0):
+    """The stage's gradient by autograd, in the dtype of the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    log_p, log_q = (transform_logits(x, scale, cap).log_softmax(-1) for x in (leaf, ref))
+    p, q = log_p.exp(), log_q.exp()
+    index = labels.clamp(min=0).unsqueeze(-1)
+    terms = (
+        log_p.gather(-1, index).squeeze(-1),
+        torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1),
+        torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1),
+    )
+    total = sum(g * term for g, term in zip(upstream, terms, strict=True) if g)
+    (gradient,) = torch.autograd.grad(torch.where(labels == -100, 0.0, total).sum(), leaf)
+    return gradient
+
+
+def staged(backend, logits, ref, labels, upstream, scale=1.0, cap=0.0, out=None):
+    """The same by a backend's stages 1 and 3."""
+    stages = backends.load(backend, logits.device.type)
+    settings = {"ignore_index": -100, "logit_scale": scale, "logit_softcap": cap}
+    off = {"entropy": False, "accuracy": False, "mean_logits": False}
+    logps, lse, ref_logps, _, kl, *_ = stages.token_logps(logits, labels, ref, kl=True, **off, **settings)
+    by = [None if g is None else torch.full_like(logps, g) for g in upstream]
+    out = torch.empty_like(logits) if out is None else out
+    stages.logits_grad(
+        logits, labels, logps, lse, by[0], out=out, token_kl=TokenKL(ref, ref_logps, kl, by[1], by[2]), **settings
+    )
+    return out
+
+
+def stage_inputs(dtype, vocab, device, spread=3.0):
+    g = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(1, 4, vocab, generator=g, dtype=torch.float64) * spread
+    ref = logits + torch.randn(1, 4, vocab, generator=g, dtype=torch.float64)
+    labels = torch.tensor([[0, vocab // 2, -100, vocab - 1]])
+    return logits.to(dtype).to(device), ref.to(dtype).to(device), labels.to(device)
+
+
+# Below a vector; odd and past a block of the CPU kernels and a tile of the Triton kernels, with fragments.
+@pytest.mark.parametrize("vocab", [7, 2101])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_the_stage_equals_the_float64_truth(name, dtype, vocab, backend, device):
+    # float16 has nothing below 6e-8, and an unlikely label's entry would be that small.
+    logits, ref, labels = stage_inputs(dtype, vocab, device, spread=1.0 if dtype == torch.float16 else 3.0)
+    upstream = UPSTREAM[name]
+    truth = divergences(logits.double(), ref.double(), labels, upstream)
+    eager = divergences(logits.float(), ref.float(), labels, upstream).to(dtype)
+    check_gradient(staged(backend, logits, ref, labels, upstream), truth, eager, labels)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(0.6, 0.0), (-0.5, 0.0), (1.0, 6.0), (0.7, 9.0)])
+def test_the_stage_scales_and_caps(scale, cap, backend, device):
+    logits, ref, labels = stage_inputs(torch.float32, 1037, device)
+    truth, eager = (
+        divergences(logits.to(d), ref.to(d), labels, UPSTREAM["both"], scale, cap)
+        for d in (torch.float64, torch.float32)
+    )
+    check_gradient(staged(backend, logits, ref, labels, UPSTREAM["both"], scale, cap), truth, eager, labels)
+
+
+@pytest.mark.parametrize("gap", [10.0, 25.0])
+def test_a_nearly_certain_label_keeps_its_relative_precision(gap, backend, device):
+    """There p (d - D) is a product of small numbers that a difference of d and D would lose."""
+    logits, ref, labels = stage_inputs(torch.float32, 1030, device, spread=1.0)
+    for t, label in enumerate(labels[0].tolist()):
+        if label >= 0:
+            logits[0, t, label] += gap
+            ref[0, t, label] += gap - 2
+    upstream = (0.0, 1.0, None)
+    truth = divergences(logits.double(), ref.double(), labels, upstream)
+    errors = row_errors(staged(backend, logits, ref, labels, upstream), truth, labels)
+    assert float(errors.label.max()) < 1e-5
+    assert float(errors.others.max()) < 1e-5
+
+
+def test_the_stage_in_place_is_bitwise_the_same_and_skips_dead_rows(backend, device):
+    logits, ref, labels = stage_inputs(torch.bfloat16, 1031, device)
+    apart = staged(backend, logits, ref, labels, UPSTREAM["both"])
+    logits[0, 2] = float("nan")  # ignored: never read
+    staged(backend, logits, ref, labels, UPSTREAM["both"], out=logits)
+    assert torch.equal(logits, apart)
+    assert bool((logits[0, 2] == 0).all())
+
+
+def test_the_stage_gives_impossible_tokens_nothing(backend, device):
+    """-inf under both models, and under the policy alone."""
+    logits, ref, labels = stage_inputs(torch.float32, 1030, device)
+    logits[..., 3:9] = float("-inf")
+    ref[..., 3:6] = float("-inf")
+    # Leaving these columns out of both softmaxes is the same distribution and the same reverse KL.
+    alive = [v for v in range(1030) if not 3 <= v < 9]
+    renamed = torch.where(labels > 8, labels - 6, labels)
+    ref[..., 6:9] = float("-inf")
+    truth = divergences(logits[..., alive].double(), ref[..., alive].double(), renamed, (0.3, 0.5, None))
+    ref[..., 6:8] = -50.0  # possible to the reference, though not likely enough to move its softmax
+    gradient = staged(backend, logits, ref, labels, (0.3, 0.5, None))
+    assert bool((gradient[..., 3:9] == 0).all())
+    torch.testing.assert_close(gradient[..., alive].double(), truth, rtol=1e-4, atol=1e-7)
+
+
+def test_inplace_backward_overwrites_the_logits_and_says_so_the_second_time():
+    logits, ref, labels = make(torch.float32)
+    plain, taken = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    dpo_loss(plain, labels, ref_logits=ref, loss_type="tdpo").loss.backward()
+    loss = dpo_loss(taken * 1.0, labels, ref_logits=ref, loss_type="tdpo", inplace_backward=True).loss
+    loss.backward(retain_graph=True)
+    assert torch.equal(plain.grad, taken.grad)
+    with pytest.raises(RuntimeError, match="overwritten"):
+        loss.backward()
+
+
+def test_a_float64_reference_of_a_float32_policy_is_served():
+    logits, ref, labels = make(torch.float32)
+    with use_backend("cpu"):
+        leaf = logits.clone().requires_grad_()
+        dpo_loss(leaf, labels, ref_logits=ref.double(), kl_coef=0.5).loss.backward()
+        other = logits.clone().requires_grad_()
+        dpo_loss(other, labels, ref_logits=ref, kl_coef=0.5).loss.backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-7)

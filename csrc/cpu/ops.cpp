@@ -129,9 +129,16 @@ void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logi
 }
 
 void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
-                    double logit_scale, double logit_softcap, Tensor out) {
+                    double logit_scale, double logit_softcap, Tensor out, std::optional<Tensor> ref_logits,
+                    std::optional<Tensor> ref_logps, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
+                    std::optional<Tensor> grad_forward_kl) {
   const int64_t seq_len = logits.size(1), vocab = logits.size(2);
   LogitsGradParams p{};
+  if (ref_logits) p.reference = logits_of(*ref_logits);
+  p.ref_logps = in_of(ref_logps);
+  p.kl = in_of(kl);
+  p.grad_kl = in_of(grad_kl);
+  p.grad_forward_kl = in_of(grad_forward_kl);
   p.logits = logits_of(logits);
   p.out = out.mutable_data_ptr();
   p.out_stride_b = out.stride(0);
@@ -149,7 +156,9 @@ void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tens
   std::vector<int64_t> live, zero;
   live.reserve(labels.numel());
   for (int64_t i = 0; i < labels.numel(); ++i) {
-    (p.labels[i] != ignore_index && p.grad_logps[i] != 0.0 ? live : zero).push_back(i);
+    const bool moves = p.grad_logps[i] != 0.0 || (p.grad_kl && p.grad_kl[i] != 0.0) ||
+                       (p.grad_forward_kl && p.grad_forward_kl[i] != 0.0);
+    (p.labels[i] != ignore_index && moves ? live : zero).push_back(i);
   }
   const int64_t size = p.logits.dtype == DType::float64 ? 8 : p.logits.dtype == DType::float32 ? 4 : 2;
   torch::stable::parallel_for(0, static_cast<int64_t>(zero.size()), 1, [&](int64_t begin, int64_t end) {
@@ -282,7 +291,8 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
       "Tensor(f!) accuracy, Tensor(g!) mean_logits) -> ()");
   m.def(
       "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
-      "float logit_scale, float logit_softcap, Tensor(a!) out) -> ()");
+      "float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, "
+      "Tensor? grad_kl, Tensor? grad_forward_kl) -> ()");
   m.def("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, Tensor(a!) sums) -> ()");
   m.def(
       "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "

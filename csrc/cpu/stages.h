@@ -58,6 +58,12 @@ struct LogitsGradParams {
   int64_t vocab;
   double logit_scale;
   double logit_softcap;
+  // Token-level KL divergences; reference.data == nullptr: none, and the others are not read.
+  Logits reference;
+  const double* ref_logps;
+  const double* kl;               // KL(policy || reference)
+  const double* grad_kl;          // of the loss with respect to it; nullptr: 0
+  const double* grad_forward_kl;  // and to KL(reference || policy); nullptr: 0
 };
 
 // Each function handles tokens[begin .. end).

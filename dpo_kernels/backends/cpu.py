@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from . import BackendUnavailable
-from .eager import TokenOutputs
+from . import BackendUnavailable, eager
+from .eager import TokenKL, TokenOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +99,14 @@ def logits_grad(
     logit_scale: float,
     logit_softcap: float,
     out: Tensor,
+    token_kl: TokenKL | None = None,
 ) -> None:
     """Stage 3, into `out` (may be `logits`)."""
-    torch.ops.dpo_kernels_cpu.logits_grad(
-        logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, out
-    )
+    settings = (ignore_index, logit_scale, logit_softcap)
+    if token_kl is not None and token_kl.ref_logits.dtype == torch.float64 != logits.dtype:
+        # The row kernels compute in float64 only where the gradient is stored in it.
+        arguments = (logits, labels, logps, lse, grad_logps)
+        eager.logits_grad_with_kl(*arguments, token_kl, *settings, out)
+        return
+    reference = (None,) * 5 if token_kl is None else token_kl
+    torch.ops.dpo_kernels_cpu.logits_grad(logits, labels, logps, lse, grad_logps, *settings, out, *reference)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from . import BackendUnavailable
-from .eager import TokenOutputs
+from . import BackendUnavailable, eager
+from .eager import TokenKL, TokenOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +128,14 @@ def logits_grad(
     logit_scale: float,
     logit_softcap: float,
     out: Tensor,
+    token_kl: TokenKL | None = None,
 ) -> None:
     """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself."""
     _check_logits(logits, None)
+    if token_kl is not None:
+        settings = (ignore_index, logit_scale, logit_softcap)
+        eager.logits_grad_with_kl(logits, labels, logps, lse, grad_logps, token_kl, *settings, out)
+        return
     _kernels.logits_grad(logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, out)
 
 

@@ -7,6 +7,7 @@ backend computes the same numbers in one read (forward) and one read and one wri
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,27 @@ from torch import Tensor
 from ..reference import transform_logits
 
 TokenOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+#: Elements of a block of `logits_grad_with_kl`; some ten temporaries of this size exist at a time.
+BLOCK = 1 << 20
+
+
+class TokenKL(NamedTuple):
+    """What stage 3 needs to differentiate token-level KL divergences as well.
+
+    Attributes:
+        ref_logits: [B, T, V], unit stride on V, any floating dtype.
+        ref_logps: [B, T], of stage 1.
+        kl: [B, T], KL(policy || reference), of stage 1; read only where grad_kl is not 0.
+        grad_kl: [B, T], gradient of the loss with respect to it, or None.
+        grad_forward_kl: [B, T], gradient with respect to KL(reference || policy), or None.
+    """
+
+    ref_logits: Tensor
+    ref_logps: Tensor
+    kl: Tensor
+    grad_kl: Tensor | None
+    grad_forward_kl: Tensor | None
 
 
 def check_available(device_type: str) -> None:
@@ -163,8 +185,17 @@ def logits_grad(
     logit_scale: float,
     logit_softcap: float,
     out: Tensor,
+    token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself."""
+    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself.
+
+    With `token_kl` the gradients of the token-level divergences are added: see `logits_grad_with_kl`.
+    """
+    if token_kl is not None:
+        logits_grad_with_kl(
+            logits, labels, logps, lse, grad_logps, token_kl, ignore_index, logit_scale, logit_softcap, out
+        )
+        return
     work = _work_dtype(logits)
     z = transform_logits(logits.to(work), logit_scale, logit_softcap)
     live = (labels != ignore_index) & (grad_logps != 0)
@@ -178,3 +209,63 @@ def logits_grad(
         gradient = gradient * (1 - (z / logit_softcap) ** 2)
     gradient = torch.where(live.unsqueeze(-1), gradient * logit_scale, 0.0)
     out.copy_(gradient)
+
+
+def logits_grad_with_kl(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    token_kl: TokenKL,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    out: Tensor,
+) -> None:
+    """Stage 3 with token-level KL divergences. With d_v = z_v - z'_v and D = sum p d, per row:
+
+    dz_v = grad_logps (1[v = label] - p_v) + grad_kl p_v (d_v - D) + grad_forward_kl (p_v - q_v)
+
+    A few rows at a time, so that the temporaries stay small whatever the batch.
+    """
+    ref_logits, ref_logps, _, grad_kl, grad_forward_kl = token_kl
+    moves = grad_logps != 0
+    for grad in (grad_kl, grad_forward_kl):
+        moves = moves if grad is None else moves | (grad != 0)
+    live = moves & (labels != ignore_index)
+    row, column = live.nonzero(as_tuple=True)
+    work = _work_dtype(logits, ref_logits)
+    for at in torch.arange(row.numel(), device=row.device).split(max(1, BLOCK // logits.shape[-1])):
+        b, t = row[at], column[at]
+        z = transform_logits(logits[b, t].to(work), logit_scale, logit_softcap)
+        ref_z = transform_logits(ref_logits[b, t].to(work), logit_scale, logit_softcap)
+        label = labels[b, t].unsqueeze(-1)
+        # lse' is not an output of stage 1, but the label's logit minus its log-probability.
+        ref_lse = ref_z.gather(-1, label).squeeze(-1).to(lse.dtype) - ref_logps[b, t]
+
+        def column_of(values: Tensor) -> Tensor:
+            return values.to(work).unsqueeze(-1)
+
+        def softmax(values: Tensor, norm: Tensor) -> Tensor:
+            # lse rounded to float32 would tilt the whole row; what rounding took goes into a factor.
+            origin = column_of(norm)
+            return (values - origin).exp() * column_of((origin.squeeze(-1) - norm).exp())
+
+        p = softmax(z, lse[b, t])
+        by_logp = column_of(grad_logps[b, t])
+        gradient = -by_logp * p
+        # 1 - p by cancellation is lost where p is near 1.
+        gradient.scatter_(-1, label, -by_logp * column_of(torch.expm1(logps[b, t])))
+        if grad_kl is not None:
+            # d counted from the most likely token's: where p is near 1 its d and D agree in all leading digits.
+            gap = torch.where(p > 0, z - ref_z, 0.0)
+            gap -= gap.gather(-1, p.argmax(-1, keepdim=True))
+            mean = (p * gap).sum(-1, dtype=lse.dtype) / p.sum(-1, dtype=lse.dtype)
+            gradient += column_of(grad_kl[b, t]) * p * (gap - column_of(mean))
+        if grad_forward_kl is not None:
+            gradient += column_of(grad_forward_kl[b, t]) * (p - softmax(ref_z, ref_lse))
+        if logit_softcap:
+            gradient *= 1 - (z / logit_softcap) ** 2
+        out[b, t] = (gradient * logit_scale).to(out.dtype)
+    out.masked_fill_(~live.unsqueeze(-1), 0.0)

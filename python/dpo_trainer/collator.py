@@ -1,4 +1,4 @@
-"""Turns tokenised pairs into one batch: chosen rows, then rejected, right padded, with the scored tokens listed."""
+"""Turns tokenised pairs into one batch, in the layout that costs least, with the scored tokens listed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from typing import Any
 
 import torch
 
+from .layout import PADDING, arrange, width
+
+SIDES = ("chosen_input_ids", "rejected_input_ids")
+
 
 @dataclass
 class PairCollator:
     """Collate rows of `prompt_input_ids`, `chosen_input_ids` and `rejected_input_ids` (completions without prompt).
 
-    With P rows the batch holds:
+    With P pairs the batch holds, on B rows of T tokens (see `layout` for what stands where):
 
-    * `input_ids`, `attention_mask` [2P, T] int64: rows 0..P-1 are prompt + chosen, rows P..2P-1 prompt + rejected.
-    * `positions` [N] int64: where, in the flattened [2P * T] tokens, the model predicts a completion token.
+    * `input_ids`, `attention_mask` [B, T] int64. In the padded layout B is 2P: rows 0..P-1 are prompt + chosen, rows
+      P..2P-1 prompt + rejected.
+    * `segments`, `position_ids` [B, T] int64 in every other layout: which sequence and side a token belongs to, and its
+      place in the text that it continues.
+    * `positions` [N] int64: where, in the flattened [B * T] tokens, the model predicts a completion token. Where a
+      prompt is shared, its last token predicts the first token of both sides and is listed twice.
     * `labels` [N] int64: what it has to predict there, so the shift by one has been done here and nowhere else.
-    * `cu_seqlens` [2P + 1] int64: sequence s owns `labels[cu_seqlens[s]:cu_seqlens[s + 1]]`.
+    * `cu_seqlens` [2P + 1] int64: sequence s owns `labels[cu_seqlens[s]:cu_seqlens[s + 1]]`; the chosen sequences come
+      first, then the rejected ones, whatever the layout.
+    * `num_tokens` [] int64: tokens of the pairs as text, prompts counted for both sides and padding not at all: the same
+      in every layout.
     * `pair_weights` [P] float32 when every row has `weight`; `ref_logps` [2P] float64 when every row has
       `ref_chosen_logps` and `ref_rejected_logps`.
 
@@ -26,46 +37,68 @@ class PairCollator:
     (SmolLM2 has such a one) is safe. The first token of a sequence without a prompt has nothing to be predicted from
     and is not scored.
 
+    No rows make a batch of no pairs: the share of a process for which a step has none left.
+
     Args:
         pad_token_id: the id written into padding. Any valid id will do.
         pad_to_multiple_of: round T up to a multiple of this.
+        layout: "padded", "prefix_shared" or "auto".
+        attention_cost: what "auto" weighs long rows by, see `layout.cost`.
     """
 
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
+    layout: str = "padded"
+    attention_cost: float = 1e-3
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences = [
-            (list(row["prompt_input_ids"]), list(row[side]))
-            for side in ("chosen_input_ids", "rejected_input_ids")
-            for row in rows
-        ]
-        longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
+        pairs = [[list(row[name]) for name in ("prompt_input_ids", *SIDES)] for row in rows]
+        lengths = [(len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
+        arranged = arrange(lengths, self.layout, self.attention_cost) if pairs else [[]]
+        longest = max(width(arranged), 1)
         if self.pad_to_multiple_of:
             longest += -longest % self.pad_to_multiple_of
 
-        input_ids = torch.full((len(sequences), longest), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        positions, labels, ends = [], [], [0]
-        for index, (prompt, completion) in enumerate(sequences):
-            tokens = torch.tensor(prompt + completion, dtype=torch.int64)
-            input_ids[index, : len(tokens)] = tokens
-            attention_mask[index, : len(tokens)] = 1
-            first = max(len(prompt), 1)
-            positions.append(torch.arange(first - 1, len(tokens) - 1) + index * longest)
-            labels.append(tokens[first:])
-            ends.append(ends[-1] + len(tokens) - first)
+        input_ids = torch.full((len(arranged), longest), self.pad_token_id, dtype=torch.int64)
+        segments = torch.full_like(input_ids, PADDING)
+        position_ids = torch.zeros_like(input_ids)
+        # What each sequence is scored on, at its place in the order of `labels`.
+        positions, labels = ([torch.empty(0, dtype=torch.int64)] * 2 * len(pairs) for _ in range(2))
+        for index, row in enumerate(arranged):
+            end = 0
+            for number, piece in enumerate(row):
+                prompt, *sides = pairs[piece.pair]
+                start, last = end, end + len(prompt) - 1
+                end += len(prompt)
+                input_ids[index, start:end] = torch.tensor(prompt, dtype=torch.int64)
+                segments[index, start:end] = 3 * number
+                position_ids[index, start:end] = torch.arange(len(prompt))
+                for side in piece.sides:
+                    tokens = torch.tensor(sides[side], dtype=torch.int64)
+                    start, end = end, end + len(tokens)
+                    input_ids[index, start:end] = tokens
+                    segments[index, start:end] = 3 * number + 1 + side
+                    position_ids[index, start:end] = torch.arange(len(prompt), len(prompt) + len(tokens))
+                    before = torch.arange(start - 1, end - 1)
+                    before[:1] = last  # of the prompt, which another side may stand behind
+                    scored = slice(0 if prompt else 1, None)
+                    positions[piece.pair + side * len(pairs)] = before[scored] + index * longest
+                    labels[piece.pair + side * len(pairs)] = tokens[scored]
 
+        counts = torch.tensor([0, *map(len, labels)], dtype=torch.int64)
         batch = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "positions": torch.cat(positions),
-            "labels": torch.cat(labels),
-            "cu_seqlens": torch.tensor(ends, dtype=torch.int64),
+            "attention_mask": (segments != PADDING).long(),
+            "positions": torch.cat(positions) if pairs else input_ids.new_empty(0),
+            "labels": torch.cat(labels) if pairs else input_ids.new_empty(0),
+            "cu_seqlens": counts.cumsum(0),
+            "num_tokens": torch.tensor(sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths)),
         }
-        if all(row.get("weight") is not None for row in rows):
+        if any(len(row) > 1 or len(piece.sides) > 1 for row in arranged for piece in row):
+            batch |= {"segments": segments, "position_ids": position_ids}
+        if pairs and all(row.get("weight") is not None for row in rows):
             batch["pair_weights"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
-        if all(row.get("ref_chosen_logps") is not None and row.get("ref_rejected_logps") is not None for row in rows):
+        if pairs and all(row.get(f"ref_{side}_logps") is not None for side in ("chosen", "rejected") for row in rows):
             columns = ("ref_chosen_logps", "ref_rejected_logps")
             batch["ref_logps"] = torch.tensor([row[name] for name in columns for row in rows], dtype=torch.float64)
         return batch

@@ -16,6 +16,7 @@ from dpo_kernels.planner import parse_budget
 from .errors import ConfigError, did_you_mean
 
 LOSS_PATHS = ("auto", "linear", "logits")
+from .layout import LAYOUTS
 TRUNCATION_MODES = ("keep_end", "keep_start")
 
 
@@ -95,6 +96,13 @@ class DPOConfig(TrainingArguments):
     )
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Round the padded length of a batch up to a multiple of this."}
+    )
+    batch_layout: str = field(
+        default="auto",
+        metadata={
+            "help": "'prefix_shared': prompts once per pair, short pairs side by side in a row; 'padded': every sequence in "
+            "a row of its own; 'auto': what costs least, batch by batch. Models that cannot share are noticed and padded."
+        },
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenise with."})
 
@@ -224,6 +232,11 @@ class DPOConfig(TrainingArguments):
             raise ConfigError(f"memory_budget: {error}") from error
         if isinstance(self.grad_filter, str) and self.grad_filter != "auto":
             raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{self.grad_filter}'")
+        if self.batch_layout not in LAYOUTS:
+            raise ConfigError(
+                f"batch_layout: unknown '{self.batch_layout}'{did_you_mean(self.batch_layout, LAYOUTS)}; "
+                f"known are {', '.join(LAYOUTS)}"
+            )
         if isinstance(self.grad_filter, float | int) and not 0 < self.grad_filter < 1:
             raise ConfigError(f"grad_filter: a probability lies in (0, 1), got {self.grad_filter}")
         if self.backend is not None and self.backend not in BACKENDS:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, first_line
+from .layout import attention_cost, attention_inputs
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -38,7 +39,8 @@ class SplitModel:
         self.backbone = _backbone(base)
         self.head: nn.Module | None = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         self.split = self.backbone is not None and self.head is not None
-        self._scale, self._softcap = _after_head(base.config)
+        self._config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+        self._scale, self._softcap = _after_head(self._config)
 
     @property
     def logit_scale(self) -> float:
@@ -53,9 +55,7 @@ class SplitModel:
     def packed_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
         assert self.backbone is not None
-        output = self.backbone(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, return_dict=True
-        )
+        output = self.backbone(**self._inputs(batch))
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch["positions"])
 
     def packed_logits(self, batch: Batch) -> Tensor:
@@ -63,10 +63,13 @@ class SplitModel:
         if self.split:
             assert self.head is not None
             return self.head(self.packed_hidden(batch))
-        output = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, return_dict=True
-        )
+        output = self.model(**self._inputs(batch))
         return output.logits.flatten(0, 1).index_select(0, batch["positions"])
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        dtype = next((value.dtype for value in self.model.parameters() if value.is_floating_point()), torch.float32)
+        attention = attention_inputs(batch, self._config, dtype)
+        return {"input_ids": batch["input_ids"], **attention, "use_cache": False, "return_dict": True}
 
     @property
     def obstacle_to_linear(self) -> str | None:
@@ -133,6 +136,43 @@ class SplitModel:
             )
         return self.split
 
+    @torch.no_grad()
+    def obstacle_to_layout(self, batch: Batch, padded: Batch) -> str | None:
+        """Why the model's answers in a batch's layout are not those in the padded one; None if they are.
+
+        Recurrent layers, positions that the model counts itself and attention that takes no mask of ours all show here.
+        Every scored token's hidden state (or logits, without a split) is compared, relative to its own norm. Rounding
+        moves it by 1e-7 to 1e-5 in float32; what leaks from one sequence into another moves it by more than the limit of
+        1e-4, even in models with random weights (0.05 where weights or matrix products have fewer bits).
+
+        Args:
+            batch: some pairs in the layout to try.
+            padded: the same pairs in the padded layout.
+        """
+        answer = self.packed_hidden if self.split else self.packed_logits
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            expected = answer(padded)
+            found = answer(batch)
+        except Exception as error:  # whatever a model's own code raises when it does not know such inputs
+            return f"it refuses the batch ({type(error).__name__}: {first_line(error)})"
+        finally:
+            self.model.train(was_training)
+        if found.shape != expected.shape:
+            return f"its answers have shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+        exact = torch.finfo(found.dtype).bits >= 32 and torch.get_float32_matmul_precision() == "highest"
+        limit = 1e-4 if exact else 0.05
+        found, expected = found.double(), expected.double()
+        differ = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max().item()
+        return None if differ <= limit else f"its answers differ by {differ:.2g} (limit {limit:.2g})"
+
+    def attention_cost(self) -> float:
+        """See `layout.attention_cost`; parameters are counted without the embeddings."""
+        backbone = self.backbone if self.backbone is not None else self.model
+        embeddings = sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
+        return attention_cost(self._config, sum(value.numel() for value in backbone.parameters()) - embeddings)
+
 
 def unwrap_adapter(model: Any) -> Any:
     """The transformers model inside a peft model, or the model itself."""
@@ -148,7 +188,6 @@ def _backbone(base: Any) -> nn.Module | None:
 
 def _after_head(config: Any) -> tuple[float, float | None]:
     """(scale, softcap) that the model applies to its logits, by the names its config uses for them."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     if isinstance(value := getattr(config, "logit_scale", None), (int, float)):  # Cohere
         scale = float(value)

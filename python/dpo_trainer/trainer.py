@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,9 @@ from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .collator import PairCollator
 from .config import DPOConfig
 from .data import REFERENCE, Account, prepare_dataset
+from .diagnostics import Diagnostics
 from .errors import ConfigError, DataError, ModelError, first_line
-from .metrics import TINY, MetricWindow
+from .metrics import TINY, MetricWindow, memory_mib
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .reference import AdapterOffReference, FrozenReference, reference_logps
 
@@ -125,7 +127,9 @@ class DPOTrainer(Trainer):
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
             data_collator = PairCollator(
-                pad_token_id=pad if pad is not None else 0, pad_to_multiple_of=args.pad_to_multiple_of
+                pad_token_id=pad if pad is not None else 0,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                layout=args.batch_layout,
             )
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
@@ -148,6 +152,7 @@ class DPOTrainer(Trainer):
         # Made once: some objectives keep a running mean between steps.
         self._objectives = objectives.build(args.loss_type)
         self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._grad_norm_max: Tensor | None = None
         self._started_at, self._paused_for = time.perf_counter(), 0.0
 
         self.policy = SplitModel(self.model)  # type: ignore[arg-type]
@@ -158,6 +163,7 @@ class DPOTrainer(Trainer):
             with self.accelerator.autocast():
                 self.policy.verify(example)
         self.reference = self._make_reference(ref_model, example)
+        self._check_layout()
         self.loss_path = self._choose_loss_path()
         if args.precompute_ref_log_probs:
             self._precompute_all()
@@ -186,7 +192,7 @@ class DPOTrainer(Trainer):
         return [dataset for dataset in (self.train_dataset, *evals) if dataset is not None]
 
     def _example_batch(self) -> Batch | None:
-        """Two short pairs on which to check the model's split, or None without data."""
+        """Two short pairs, padded, on which to check the model's split, or None without data."""
         if not self._datasets():
             return None
         dataset = self._datasets()[0]
@@ -195,7 +201,42 @@ class DPOTrainer(Trainer):
             row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
             for side in ("chosen_input_ids", "rejected_input_ids"):
                 row[side] = row[side][:16]
-        return self._prepare_inputs(self.data_collator(rows))  # type: ignore[arg-type]
+        return self._prepare_inputs(self._padded_collator()(rows))  # type: ignore[arg-type]
+
+    def _padded_collator(self) -> Callable[[list[dict[str, Any]]], Batch]:
+        collator: Any = self.data_collator
+        return replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
+
+    def _check_layout(self) -> None:
+        """Try a batch in which the longest pair shares its prompt and its row with another; pad where the answers differ.
+
+        The longest, since a model may attend within a window or switch its position encoding from some length on.
+        Without autocast, because rounding would hide small leaks from one sequence into another.
+        """
+        collator = self.data_collator
+        if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self._datasets():
+            return
+        collator.attention_cost = self.policy.attention_cost()
+        dataset = self._datasets()[0]
+        lengths = dataset["length"]
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        rows = [dict(dataset[index]) for index in {longest, 0 if longest else len(lengths) - 1}]
+        batch, padded = (
+            self._prepare_inputs(replace(collator, layout=layout, attention_cost=0.0)(rows))  # type: ignore[arg-type]
+            for layout in ("prefix_shared", "padded")
+        )
+        splits = [self.policy]
+        if isinstance(self.reference, FrozenReference):
+            splits.append(self.reference.split)
+        for split in splits:
+            if obstacle := split.obstacle_to_layout(batch, padded):
+                logger.warning(
+                    "%s: prompts cannot be shared, %s; using padded batches, slower",
+                    type(split.model).__name__,
+                    obstacle,
+                )
+                collator.layout = "padded"
+                return
 
     def _make_reference(self, ref_model: Any, example: Batch | None) -> FrozenReference | AdapterOffReference | None:
         datasets = self._datasets()
@@ -255,6 +296,8 @@ class DPOTrainer(Trainer):
             self.remove_callback(unwanted)
         self.add_callback(LogAtTheEnd())
         self.add_callback(MetricsFile())
+        self.diagnostics = Diagnostics(self)
+        self.add_callback(self.diagnostics)
         self.add_callback(ReportFile(self))
         if not self.args.disable_tqdm:
             self.add_callback(ProgressLine())
@@ -386,7 +429,7 @@ class DPOTrainer(Trainer):
                 output = call_through(wrapper, self.policy.model, self.pair_loss, inputs, share)
             else:
                 output = self.pair_loss(inputs, share)
-        self._window["train" if model.training else "eval"].add(output, weights, inputs["attention_mask"].sum())
+        self._window["train" if model.training else "eval"].add(output, weights, inputs["num_tokens"])
         loss = output.loss
         return (loss, output) if return_outputs else loss
 
@@ -419,6 +462,15 @@ class DPOTrainer(Trainer):
     def _drain(self, mode: str) -> dict[str, float]:
         return self._window[mode].drain(gather_object if self.accelerator.num_processes > 1 else list)
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the window's largest norm: the log has the last step's only. Waits for no device."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if norm is not None:
+            seen = torch.as_tensor(norm).detach()
+            before = self._grad_norm_max
+            self._grad_norm_max = seen if before is None else torch.maximum(before, seen)
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's means to what transformers logs for training steps."""
         if "loss" in logs and "learning_rate" in logs:
@@ -426,7 +478,11 @@ class DPOTrainer(Trainer):
             seconds = time.perf_counter() - self._started_at - self._paused_for
             self._started_at, self._paused_for = time.perf_counter(), 0.0
             tokens = means.pop("tokens", 0.0)
+            if self._grad_norm_max is not None:
+                means["grad_norm_max"] = float(self._grad_norm_max)
+                self._grad_norm_max = None
             logs = {**logs, **means, "tokens_per_second": tokens / seconds if seconds > 0 else 0.0, "tokens": tokens}
+            logs["memory_mib"] = memory_mib(self.args.device)
         super().log(logs, start_time)
 
     @contextlib.contextmanager
@@ -449,6 +505,11 @@ class DPOTrainer(Trainer):
         return result
 
     # --- the run ---------------------------------------------------------------------------------------------------
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A diagnosis made before the first step may have stopped the run; transformers would take a step all the same.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume; see `transformers.Trainer.train`."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def curve(trainer: DPOTrainer, name: str = "loss") -> list[float]:
     return [record[name] for record in trainer.state.log_history if name in record]
 
 
-def step_batch(trainer: DPOTrainer, rows: int = 4) -> dict[str, Any]:
-    return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(rows)]))
+def step_batch(trainer: DPOTrainer, rows: int = 4, layout: str = "auto") -> dict[str, Any]:
+    collate = replace(trainer.data_collator, layout=layout)
+    return trainer._prepare_inputs(collate([trainer.train_dataset[i] for i in range(rows)]))
 
 
 # --- the start -----------------------------------------------------------------------------------------------------
@@ -89,9 +91,9 @@ def test_flipped_labels_are_learnt_the_other_way(make_trainer: Make, pairs: Any)
     assert trainer.evaluate()["eval_rewards/accuracies"] < 0.1
 
 
-def textbook_loss(trainer: DPOTrainer, batch: dict[str, Any], beta: float) -> torch.Tensor:
-    """Equation 7 of the DPO paper from the model's whole logits, with no code of ours."""
-    sums = []
+def textbook_loss(trainer: DPOTrainer, beta: float) -> torch.Tensor:
+    """Equation 7 of the DPO paper from the model's whole logits, with no code of ours beside the plain batch."""
+    sums, batch = [], step_batch(trainer, layout="padded")
     for model in (trainer.model, trainer.reference.split.model):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         logps = logits.flatten(0, 1)[batch["positions"]].log_softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
@@ -100,11 +102,14 @@ def textbook_loss(trainer: DPOTrainer, batch: dict[str, Any], beta: float) -> to
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared", "auto"])
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gemma2-softcap", "cohere-scale"])
-def test_loss_and_every_gradient_equal_plain_pytorch(kind: str, make_trainer: Make, make_model: Any) -> None:
+def test_loss_and_every_gradient_equal_plain_pytorch(
+    kind: str, layout: str, make_trainer: Make, make_model: Any
+) -> None:
     trainer = make_trainer(model=make_model(kind).double(), ref_model=make_model(kind, seed=1).double(), beta=0.3)
-    batch = step_batch(trainer)
-    expected = textbook_loss(trainer, batch, beta=0.3)
+    batch = step_batch(trainer, layout=layout)
+    expected = textbook_loss(trainer, beta=0.3)
     expected.backward()
     wanted = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
     trainer.model.zero_grad()
@@ -123,7 +128,7 @@ def test_two_models_with_different_logit_scales_are_compared_as_they_are(make_tr
     trainer = make_trainer(model=make_model("cohere-scale").double(), ref_model=make_model("llama-tied").double())
     batch = step_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
-    assert loss.item() == pytest.approx(textbook_loss(trainer, batch, beta=0.1).item(), rel=1e-9)
+    assert loss.item() == pytest.approx(textbook_loss(trainer, beta=0.1).item(), rel=1e-9)
 
 
 # --- averages ------------------------------------------------------------------------------------------------------
@@ -384,6 +389,7 @@ def test_a_nan_is_shown_and_not_hidden(make_trainer: Make, read_jsonl: Any, tmp_
         ({"max_length": 1}, "max_length: must be at least 2"),
         ({"max_length": 8, "max_prompt_length": 8}, "leaves no room for a completion"),
         ({"statistics": ["entropi"]}, "did you mean 'entropy'"),
+        ({"batch_layout": "prefix"}, r"batch_layout: unknown 'prefix'.*; known are auto, padded, prefix_shared"),
         ({"backend": "tritton"}, "did you mean 'triton'"),
     ],
 )

@@ -12,6 +12,11 @@ Issue slots per logit of the main loop, bfloat16, of which one thread handles 32
     convert 1, FFMA 1, ex2 1, FMUL 1, pack 1/2                                     4.5
     per iteration 4 loads, 4 stores and about 20 of loop and addresses, / 32       0.9
 For 4 bytes moved a logit, twice the forward's. softcap: 8 more for 16-bit gradients, 20 for float32 ones.
+
+With token-level KL divergences (REVERSE, FORWARD) the reference's tile is read beside the policy's, 6 bytes a logit in all:
+    dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
+with d and D counted from the label's d (csrc/cpu/logits_grad.cpp says why). REVERSE costs convert 1, subtractions 2, FFMA 1
+and 2 for the guard of -inf logits; FORWARD convert 1 (shared), FFMA 2, ex2 1.
 What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
 """
 
@@ -21,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..eager import TokenKL
 from .device import (
     FOLDED,
     LOG2E,
@@ -59,21 +65,50 @@ def _entries(x, c, factor, inner, log2_scale, MAP: tl.constexpr, SHORT: tl.const
     SHORT: the softcap's tanh by 1 - 2 / (1 + exp(2u)), with an absolute error of 1e-7: enough for 16-bit gradients.
     """
     if MAP == SOFTCAPPED:
-        if SHORT:
-            r = reciprocal(1.0 + exp2_fast(x * (inner * (2.0 * 1.4426950408889634))))
-            tanh = 1.0 - 2.0 * r
-            slope = 4.0 * (r - r * r)
-        else:
-            tanh, slope = tanh_accurate(x * inner)
+        tanh, slope = _tanh(x, inner, SHORT)
         return exp2_fast(fused(tanh, log2_scale, c)) * slope * factor
     else:
         return exp2_fast(fused(x, log2_scale, c)) * factor
 
 
+@device_function
+def _tanh(x, inner, SHORT: tl.constexpr):
+    """(tanh, its derivative) of inner x; SHORT: see _entries."""
+    if SHORT:
+        r = reciprocal(1.0 + exp2_fast(x * (inner * (2.0 * 1.4426950408889634))))
+        return 1.0 - 2.0 * r, 4.0 * (r - r * r)
+    else:
+        return tanh_accurate(x * inner)
+
+
+@device_function
+def _entries_with_kl(
+    x, ref_x, c, ref_c, factor, by_gap, gap_label, by_q, inner, log2_scale,
+    MAP: tl.constexpr, SHORT: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
+):  # fmt: skip
+    """As _entries, with the divergences' terms: p (factor + by_gap (d - d(label))) - by_q q, times dz/dx."""
+    slope = 1.0
+    if MAP == SOFTCAPPED:
+        x, slope = _tanh(x, inner, SHORT)
+        ref_x, _ = _tanh(ref_x, inner, SHORT)
+    e = exp2_fast(fused(x, log2_scale, c))
+    if REVERSE:
+        # Where e is 0 the gap may be infinite; such entries carry no mass.
+        values = tl.where(e > 0, e * (((x - ref_x) - gap_label) * by_gap + factor), e)
+    else:
+        values = e * factor
+    if FORWARD:
+        values -= exp2_fast(fused(ref_x, log2_scale, ref_c)) * by_q
+    if MAP == SOFTCAPPED:
+        values *= slope
+    return values
+
+
 # Nothing that varies from call to call may cause a new compilation.
 @triton.jit(
     do_not_specialize=[
-        "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "out_stride_b", "out_stride_t", "out_base"
+        "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "out_stride_b", "out_stride_t", "out_base",
+        "ref_stride_b", "ref_stride_t", "ref_base",
     ]
 )  # fmt: skip
 def logits_grad_kernel(
@@ -81,11 +116,15 @@ def logits_grad_kernel(
     out,  # like logits; may be the same memory
     labels,  # [B T] int64
     logps, lse, grad_logps,  # [B T] float64
+    ref_logits,  # like logits, or None
+    ref_logps, kl, grad_kl, grad_forward_kl,  # [B T] float64, or None
     tokens, vocab, ignore_index: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, base,
     out_stride_b: tl.int64, out_stride_t: tl.int64, out_base,
+    ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, log2_scale: tl.float32,
-    MAP: tl.constexpr, ALIGNED: tl.constexpr, IN_ALIGNED: tl.constexpr, FRAGMENTS: tl.constexpr,
+    MAP: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
+    ALIGNED: tl.constexpr, IN_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, FRAGMENTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     element: tl.constexpr = logits.dtype.element_ty
@@ -107,7 +146,14 @@ def logits_grad_kernel(
     full = groups // (UNROLL * LANES)
     label64 = tl.load(labels + row)
     grad = tl.load(grad_logps + row)
-    if (label64 == ignore_index) | (grad == 0):
+    moves = grad != 0
+    if REVERSE:
+        by_kl = tl.load(grad_kl + row)
+        moves = moves | (by_kl != 0)
+    if FORWARD:
+        by_forward = tl.load(grad_forward_kl + row)
+        moves = moves | (by_forward != 0)
+    if (label64 == ignore_index) | (moves == 0):
         # No mass: exact zeros, and not one logit is read.
         zeros = tl.zeros([UNROLL, LANES, GROUP], tl.float32)
         if FRAGMENTS:
@@ -128,16 +174,53 @@ def logits_grad_kernel(
         step = tl.full((), log2_scale, tl.float32).to(tl.float64)
         exact = tl.load(lse + row) * tl.where(unit == 0, LOG2E, step / unit)
         c = exact.to(tl.float32)
-        factor = (-grad * scale * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
-        label_slope = scaled_label(tl.load(logits + start + label).to(tl.float32), scale, cap, MAP)[1]
+        x_label = tl.load(logits + start + label).to(tl.float32)
+        label_slope = scaled_label(x_label, scale, cap, MAP)[1]
+        logp = tl.load(logps + row)
         # 1 - p(label) without cancellation.
-        at_label = (grad * -expm1_double(tl.load(logps + row)) * label_slope).to(tl.float32)
+        others = -expm1_double(logp)
+        by_p = -grad
+        label_terms = grad * others
+        if REVERSE or FORWARD:
+            ref_element: tl.constexpr = ref_logits.dtype.element_ty
+            ref_start = b * ref_stride_b + t * ref_stride_t + ref_base
+            ref_x_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
+            ref_logp = tl.load(ref_logps + row)
+            by_gap = 0.0
+            gap_label = 0.0
+            ref_c = 0.0
+            by_q = 0.0
+        if REVERSE:
+            mean = tl.load(kl + row) - logp + ref_logp
+            p_label = tl.exp(logp)
+            by_p -= by_kl * mean
+            label_terms -= tl.where(p_label > 0, by_kl * p_label * mean, 0.0)
+            by_gap = (by_kl * scale * unit * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
+            if MAP == SOFTCAPPED:
+                gap_label = _tanh(x_label, inner, SHORT)[0] - _tanh(ref_x_label, inner, SHORT)[0]
+            else:
+                gap_label = x_label - ref_x_label
+        if FORWARD:
+            by_p += by_forward
+            label_terms += by_forward * (-expm1_double(ref_logp) - others)
+            ref_lse = scaled_label(ref_x_label, scale, cap, MAP)[0] - ref_logp
+            ref_exact = ref_lse * tl.where(unit == 0, LOG2E, step / unit)
+            ref_c = ref_exact.to(tl.float32)
+            by_q = (by_forward * scale * tl.exp2(ref_c.to(tl.float64) - ref_exact)).to(tl.float32)
+        factor = (by_p * scale * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
+        at_label = (label_terms * label_slope).to(tl.float32)
 
         if FRAGMENTS:
             begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
-            ends = _entries(
-                load_fragments(logits, start, begin, limit, GROUP), c, factor, inner, log2_scale, MAP, SHORT
-            )
+            ends = load_fragments(logits, start, begin, limit, GROUP)
+            if REVERSE or FORWARD:
+                ref_ends = load_fragments(ref_logits, ref_start, begin, limit, GROUP)
+                ends = _entries_with_kl(
+                    ends, ref_ends, c, ref_c, factor, by_gap, gap_label, by_q, inner, log2_scale,
+                    MAP, SHORT, REVERSE, FORWARD,
+                )  # fmt: skip
+            else:
+                ends = _entries(ends, c, factor, inner, log2_scale, MAP, SHORT)
             tl.store(out + out_start + edge, rounded(tl.where(edge == label, at_label, ends), element), mask=valid)
 
         # As in token_logps: first the label's tile and the last, partial one, then all the others without a mask.
@@ -146,13 +229,31 @@ def logits_grad_kernel(
         for special in range(tl.where(tiles > 0, 1 + partial, 0)):
             tile = tl.where(special == 0, label_tile, full)
             raw = load_groups(logits, start + head, tile, groups, UNROLL, LANES, GROUP, IN_ALIGNED, True)
-            values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
+            if REVERSE or FORWARD:
+                ref_raw = load_groups(
+                    ref_logits, ref_start + head, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, True
+                )
+                values = _entries_with_kl(
+                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, gap_label, by_q,
+                    inner, log2_scale, MAP, SHORT, REVERSE, FORWARD,
+                )  # fmt: skip
+            else:
+                values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
             values = tl.where(columns(tile, head, UNROLL, LANES, GROUP) == label, at_label, values)
             store_groups(out, out_start + head, tile, groups, values, UNROLL, LANES, GROUP, True)
         for index in range(full - (label_tile < full).to(tl.int32)):
             tile = index + (index >= label_tile).to(tl.int32)
             raw = load_groups(logits, start + head, tile, groups, UNROLL, LANES, GROUP, IN_ALIGNED, False)
-            values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
+            if REVERSE or FORWARD:
+                ref_raw = load_groups(
+                    ref_logits, ref_start + head, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, False
+                )
+                values = _entries_with_kl(
+                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, gap_label, by_q,
+                    inner, log2_scale, MAP, SHORT, REVERSE, FORWARD,
+                )  # fmt: skip
+            else:
+                values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
             store_groups(out, out_start + head, tile, groups, values, UNROLL, LANES, GROUP, False)
 
 
@@ -167,10 +268,13 @@ def logits_grad_launch(
     ignore_index: int,
     logit_scale: float,
     logit_softcap: float,
+    token_kl: TokenKL | None = None,
 ) -> Launch:
     """The kernel call of `logits_grad`."""
-    group = group_size(logits)
+    ref_logits, ref_logps, kl, grad_kl, grad_forward_kl = (None,) * 5 if token_kl is None else token_kl
+    group = group_size(logits, ref_logits)
     pointer, base = aligned_base(logits)
+    ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
     out_pointer, out_base = aligned_base(out)
     # No maximum is taken here, so a negative scale folds into the exponential's FFMA as well.
     mapping, unit = (SOFTCAPPED, logit_softcap) if logit_softcap else (FOLDED, logit_scale)
@@ -181,6 +285,11 @@ def logits_grad_launch(
         "logps": logps,
         "lse": lse,
         "grad_logps": grad_logps,
+        "ref_logits": ref_pointer,
+        "ref_logps": ref_logps,
+        "kl": kl,
+        "grad_kl": grad_kl,
+        "grad_forward_kl": grad_forward_kl,
         "tokens": logits.shape[1],
         "vocab": logits.shape[2],
         "ignore_index": ignore_index,
@@ -190,13 +299,19 @@ def logits_grad_launch(
         "out_stride_b": out.stride(0),
         "out_stride_t": out.stride(1),
         "out_base": out_base,
+        "ref_stride_b": 0 if ref_logits is None else ref_logits.stride(0),
+        "ref_stride_t": 0 if ref_logits is None else ref_logits.stride(1),
+        "ref_base": ref_base,
         "scale": logit_scale,
         "cap": logit_softcap,
         "unit": unit,
         "log2_scale": round_to_float32(unit * LOG2E.value),
         "MAP": mapping.value,
+        "REVERSE": grad_kl is not None,
+        "FORWARD": grad_forward_kl is not None,
         "ALIGNED": rows_aligned(out, group),
         "IN_ALIGNED": shifted_alike(logits, out, group),
+        "REF_ALIGNED": ref_logits is None or shifted_alike(ref_logits, out, group),
         "FRAGMENTS": not rows_aligned(out, group) or out.shape[2] % group != 0,
         "UNROLL": UNROLL,
         "LANES": LANES,
@@ -216,8 +331,12 @@ def logits_grad(
     logit_scale: float,
     logit_softcap: float,
     out: Tensor,
+    token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out` [B, T, V], which may be `logits` itself."""
+    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out` [B, T, V], which may be `logits` itself.
+
+    `token_kl` adds the gradients of token-level divergences; its logits are float32, bfloat16 or float16.
+    """
     logits_grad_launch(
         logits,
         labels,
@@ -228,4 +347,5 @@ def logits_grad(
         ignore_index=ignore_index,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        token_kl=token_kl,
     ).run(logits)
