@@ -78,7 +78,7 @@ class Kernel:
     threads: per block. logit_bytes: size of one logit. moved_bytes: read and written per logit that is read.
     function: the kernel's symbol where the cubin holds several, else None. logits_per_iteration: of the main loop, per
     thread; None to take it from the widths of the loop's loads (every logit loaded once). streams: False for kernels that
-    read no logits, which have no main loop to judge.
+    read no logits, which have no main loop to judge. narrow: judge the loop for rows that 128-bit loads cannot read.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Kernel:
     function: str | None = None
     logits_per_iteration: int | None = None
     streams: bool = True
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,15 +194,21 @@ def _is_load(instruction: str) -> bool:
     return opcode(instruction).split(".")[0] in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG")
 
 
-def main_loop(listing: Listing) -> list[str]:
-    """The loop that streams logits: the one that reads most bytes from global memory without a predicate on the load."""
+def main_loop(listing: Listing, narrow: bool = False) -> list[str]:
+    """The loop that streams logits: the one that reads most bytes from global memory without a predicate on the load.
 
-    def unguarded_bytes(loop: list[str]) -> tuple[int, int, int]:
+    A kernel may hold one for aligned rows and another for all rows; `narrow` asks for the latter, without 128-bit loads.
+    """
+
+    def unguarded_bytes(loop: list[str]) -> tuple[int, int, int, int]:
         loads = [instruction for instruction in loop if _is_load(instruction)]
-        # Of two loops over the same bytes the one with wider loads counts: the other serves misaligned references.
-        return sum(_width(i) for i in loads if not i.startswith("@")), sum(map(_width, loads)), -len(loads)
+        free = [_width(i) for i in loads if not i.startswith("@")]
+        return sum(w for w in free if w == 16), sum(free), sum(map(_width, loads)), -len(loads)
 
-    return max(listing.loops(), key=unguarded_bytes, default=[])
+    def wide(loop: list[str]) -> bool:
+        return any(_is_load(i) and _width(i) == 16 for i in loop)
+
+    return max((loop for loop in listing.loops() if not (narrow and wide(loop))), key=unguarded_bytes, default=[])
 
 
 def _registers_of(instruction: str) -> Iterator[str]:
@@ -289,7 +296,7 @@ def inspect(kernel: Kernel) -> Figures:
     }
     if not kernel.streams:
         return Figures(**figures, **{name: None for name in Figures.__dataclass_fields__ if name not in figures})
-    loop = main_loop(listing)
+    loop = main_loop(listing, kernel.narrow)
     operations = [opcode(i).split(".")[0] for i in loop]
     loads = [_width(i) for i in loop if _is_load(i)]
     stores = [_width(i) for i in loop if opcode(i).split(".")[0] == "STG"]
@@ -347,6 +354,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     """The Triton backend's kernels, built from the launches that a real call would make, on tensors without data."""
     import torch
 
+    from dpo_kernels.backends.eager import TokenKL
     from dpo_kernels.backends.triton.launch import LANES
     from dpo_kernels.backends.triton.logits_grad import logits_grad_launch
     from dpo_kernels.backends.triton.preference_loss import preference_loss_launch, sequence_sums_launch
@@ -361,7 +369,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     capped = dict(plain, logit_softcap=30.0)
 
     def streaming(name: str, launch: Any, logit_bytes: int, moved_bytes: int) -> Kernel:
-        tensors = 2 if launch.arguments.get("KL") else 1
+        tensors = 1 if launch.arguments.get("ref_logits") is None else 2
         logits = launch.arguments["UNROLL"] * launch.arguments["GROUP"] * tensors
         cubin = _TritonCubin(launch, arch)
         return Kernel(name, arch, cubin, LANES, logit_bytes, moved_bytes, logits_per_iteration=logits)
@@ -380,15 +388,16 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
         return streaming(f"triton token_logps {names[dtype]} {name}", launch, dtype.itemsize, dtype.itemsize)
 
     def backward(
-        name: str, dtype: torch.dtype, vocab: int = 128256, shifted: bool = False, **settings: float
+        name: str, dtype: torch.dtype, vocab: int = 128256, shifted: bool = False, kl: bool = False, **settings: float
     ) -> Kernel:
         whole = empty(8, 1025 if shifted else 1024, vocab, dtype=dtype)
         logits = whole[:, :-1] if shifted else whole
         out = empty(8, 1024, vocab, dtype=dtype)
-        launch = logits_grad_launch(logits, labels, small, small, small, out, **(settings or plain))
-        return streaming(
-            f"triton logits_grad {names[dtype]} {name}".strip(), launch, dtype.itemsize, 2 * dtype.itemsize
-        )
+        token_kl = TokenKL(logits, small, small, small, small) if kl else None
+        launch = logits_grad_launch(logits, labels, small, small, small, out, token_kl=token_kl, **(settings or plain))
+        # Per logit that is read: with a KL there are two for each that is written.
+        moved = (3 if kl else 4) * dtype.itemsize // 2
+        return streaming(f"triton logits_grad {names[dtype]} {name}".strip(), launch, dtype.itemsize, moved)
 
     everything = "entropy kl accuracy mean_logits"
     yield forward("alone", torch.bfloat16, "")
@@ -403,6 +412,8 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     yield backward("V odd", torch.bfloat16, vocab=50257)
     yield backward("V odd, shifted rows", torch.bfloat16, vocab=50257, shifted=True)
     yield backward("", torch.float32)
+    yield backward("both KL", torch.bfloat16, kl=True)
+    yield backward("both KL", torch.float32, kl=True)
     if arch == 90:
         # What differs from the above in a conversion or a few operations a logit is inspected for one architecture.
         yield forward("alone", torch.float16, "")
