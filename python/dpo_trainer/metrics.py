@@ -26,6 +26,15 @@ _PER_PAIR = (
 _PER_SEQUENCE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass")
 
 
+def memory_mib(device: torch.device) -> float:
+    """Memory in use, in MiB: the most that the device's tensors have taken, or the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
 class MetricWindow:
     """The outputs of all batches since the last `drain`.
 
@@ -45,7 +54,11 @@ class MetricWindow:
         self._tokens.append(tokens)
 
     def drain(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
-        """`loss` (weighted mean over pairs), the names of `DPOOutput.metrics`, and `tokens` (a sum); then forget all.
+        """The means of all batches, by name; then forget the batches.
+
+        `loss` (weighted mean over pairs), the names of `DPOOutput.metrics`, `rewards/margins_std` (standard deviation over
+        pairs), with a reference `logratios/chosen` and `logratios/rejected` (log-probability gained over the reference, in
+        nats per completion token), and `tokens` (a sum).
 
         Args:
             gather: collects a list of picklable objects from all processes.
@@ -60,7 +73,42 @@ class MetricWindow:
         # float64, and weights after the loss: where policy equals reference, exactly log 2 whatever the weights.
         weight = torch.cat(weights).double()
         loss = (everything.losses.double() * weight).sum() / weight.sum().clamp(min=TINY)
-        return {"loss": loss.item(), **everything.metrics(), "tokens": float(sum(tokens))}
+        return {
+            "loss": loss.item(),
+            **everything.metrics(),
+            "rewards/margins_std": (everything.chosen_rewards - everything.rejected_rewards).std(correction=0).item(),
+            **_log_ratios(everything),
+            "tokens": float(sum(tokens)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is open, in tensors and plain values, so that a checkpoint inside a window loses nothing of it."""
+        for output in self._outputs:
+            if output._check is not None:
+                output._check()
+        outputs = [
+            {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
+            for output in self._outputs
+        ]
+        return {"outputs": outputs, "weights": list(self._weights), "tokens": list(self._tokens)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._outputs = [DPOOutput(**fields) for fields in state["outputs"]]
+        self._weights, self._tokens = list(state["weights"]), list(state["tokens"])
+
+
+def _log_ratios(everything: DPOOutput) -> dict[str, float]:
+    """Log-ratios per token of each side; none without a reference, whose sums then are all 0."""
+    references = (everything.ref_chosen_logps, everything.ref_rejected_logps)
+    if not any(reference.any() for reference in references):
+        return {}
+    found = {}
+    sides = zip(("chosen", "rejected"), (everything.chosen_logps, everything.rejected_logps), references, strict=True)
+    for (side, logps, reference), counts in zip(sides, everything.token_counts.chunk(2), strict=True):
+        gained = (logps.double() - reference.double()).sum() / counts.sum().clamp(min=1)
+        found[f"logratios/{side}"] = gained.item()
+    return found
 
 
 def join(outputs: Sequence[DPOOutput]) -> DPOOutput:

@@ -1,0 +1,565 @@
+"""What goes wrong in preference training, told while it goes wrong: each diagnosis with its figures and a remedy.
+
+A diagnosis is a function of the run's log records, the facts known before the first step (`Facts`) and the thresholds
+(`Limits`). It speaks once a run. Adding one: a row in DIAGNOSES, a check in CHECKS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import ConfigError, did_you_mean
+from .records import EVENTS, append_record, keep_records, read_records
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .trainer import DPOTrainer
+
+logger = logging.getLogger("dpo_trainer")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A condition that is watched for: its name in a sentence, and what to do about it."""
+
+    title: str
+    remedy: str
+
+
+DIAGNOSES: dict[str, Diagnosis] = {
+    "learning_rate_low": Diagnosis(
+        "The loss is stuck where it started and the rewards do not move",
+        "Raise the learning rate tenfold (5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA), and check that the "
+        "parameters you mean to train require gradients.",
+    ),
+    "updates_lost": Diagnosis(
+        "The loss is stuck where it started because updates are lost to rounding",
+        "16-bit weights cannot take updates of this size. Load the model in float32 (the default) and set bf16: true for "
+        "16-bit arithmetic on float32 weights, or train a LoRA adapter in float32.",
+    ),
+    "pairs_random": Diagnosis(
+        "The rewards move, but chosen answers win no more often than by chance",
+        "Read twenty pairs: is the preference visible in the text, and the same kind of preference throughout? Filter "
+        "unclear pairs, give weights, or set label_smoothing. A learning rate that is far too high looks the same.",
+    ),
+    "pairs_equal": Diagnosis(
+        "Chosen and rejected answers are the same to the model",
+        "Look at the batches (dpo-train inspect): a truncation that cuts both answers to the same tokens, a template "
+        "or a collator that puts one text on both sides.",
+    ),
+    "pairs_swapped": Diagnosis(
+        "Rejected answers win: accuracy is well under 50 %",
+        "Check that the columns chosen and rejected are not swapped, in training and in evaluation data, and that both "
+        "were labelled by the same rule.",
+    ),
+    "overfitting": Diagnosis(
+        "The model memorises the training pairs",
+        "Stop here or go back to the best checkpoint; fewer epochs, a lower learning rate, a larger beta, more pairs, "
+        "or label_smoothing.",
+    ),
+    "kl_exploding": Diagnosis(
+        "The policy is running away from the reference",
+        "Lower the learning rate, raise beta, add kl_coef, or stop at an earlier checkpoint.",
+    ),
+    "weak_reference": Diagnosis(
+        "The reference is weak on these pairs",
+        "Fine-tune on the chosen answers first (SFT), and use the chat template the model was trained with: DPO moves "
+        "probability between answers the model can already give. If its accuracy is low, check for swapped columns.",
+    ),
+    "uneven_preferences": Diagnosis(
+        "A few pairs outweigh the rest",
+        "Look at the extreme pairs: filter them, cap the weights, or give a column weight with the confidence of "
+        "each preference.",
+    ),
+    "displacement": Diagnosis(
+        "Likelihood displacement: chosen and rejected answers both become less likely",
+        "The margin grows while good answers are unlearnt. Add the chosen answers' likelihood to the loss "
+        "(loss_type: rpo or dpop, or [sigmoid, sft]), lower the learning rate, or filter pairs whose answers are "
+        "nearly alike.",
+    ),
+    "lengths_differ": Diagnosis(
+        "Chosen and rejected answers differ in length",
+        "The model may learn length for quality. Balance the lengths, set ld_alpha below 1, or use a length-normalised "
+        "objective (loss_type: sigmoid_norm or simpo).",
+    ),
+    "grad_spike": Diagnosis(
+        "A gradient far above the usual",
+        "A lone spike points to odd pairs at this step: very long, garbled or extreme ones. Repeated ones: lower the "
+        "learning rate, lengthen the warm-up, keep max_grad_norm at 1.",
+    ),
+    "not_finite": Diagnosis(
+        "The loss or the gradient is not a number",
+        "Lower the learning rate; use bf16 instead of fp16; check the data's weights and reference columns for "
+        "infinities.",
+    ),
+}
+
+
+#: Thresholds that speak when something is below them; the others speak above.
+_SPEAK_BELOW = (
+    "stuck_tolerance",
+    "stuck_rewards",
+    "changed_share",
+    "random_accuracy",
+    "swapped_accuracy",
+    "chosen_likelihood",
+    "reference_accuracy",
+    "weight_share",
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The thresholds. Given as None, a threshold becomes the infinity that is never passed, which turns its check off."""
+
+    windows: float = 5  # logged records that count as "recent"
+    probe_pairs: float = 32  # training pairs looked at before the first step
+    stuck_steps: float = 20  # steps after the warm-up before the loss may be called stuck, and at least ...
+    stuck_share: float = 0.1  # ... this share of the run
+    stuck_tolerance: float = 0.015  # stuck: less than this share of the first loss below it
+    stuck_rewards: float = 0.02  # rewards below this do not move
+    changed_share: float = 0.5  # of the 16-bit weights with a gradient, that an update must change
+    random_accuracy: float = 0.58  # up to this, accuracy is near 50 %
+    swapped_accuracy: float = 0.4  # below this, it is well under 50 %
+    eval_rise: float = 0.1  # rise of the evaluation loss over its least, as a share of the first loss
+    accuracy_gap: float = 0.25  # training accuracy above evaluation accuracy
+    memorised_accuracy: float = 0.99  # with chosen log-probs falling by more than `displacement`
+    kl_level: float = 1.0  # nats per token
+    kl_growth: float = 4.0  # recent KL over that of the windows before, from a fifth of kl_level on
+    chosen_likelihood: float = -4.0  # mean log-prob per chosen token under the reference, in nats
+    reference_accuracy: float = 0.4  # share of pairs whose chosen answer is likelier per token
+    margin_spread: float = 10.0  # 95th percentile of the reference's |margins| over their median
+    weight_share: float = 0.5  # effective number of pairs, (sum w)^2 / sum w^2, over their number
+    displacement: float = 0.1  # nats per token lost on both sides
+    length_ratio: float = 1.5  # mean completion lengths, either way round
+    grad_spike: float = 10.0  # over the median of the records before
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None) -> Limits:
+        """The defaults with the given ones put over them. Raises ConfigError for unknown names and bad values."""
+        names = [item.name for item in dataclasses.fields(cls)]
+        fitted: dict[str, float] = {}
+        for name, value in (given or {}).items():
+            if name not in names:
+                raise ConfigError(
+                    f"diagnostics: unknown threshold '{name}'{did_you_mean(name, names)}; known are {', '.join(names)}"
+                )
+            try:
+                number = None if value is None else float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if isinstance(value, bool) or (number is not None and not math.isfinite(number)):
+                raise ConfigError(f"diagnostics.{name}: expected a number, or null to turn it off, got {value!r}")
+            if name in ("windows", "probe_pairs") and (number is None or number < 1 or number != int(number)):
+                raise ConfigError(f"diagnostics.{name}: must be a whole number from 1, got {value}")
+            if number is not None and number < 0 and name != "chosen_likelihood":
+                raise ConfigError(f"diagnostics.{name}: must not be negative, got {value}")
+            fitted[name] = number if number is not None else -math.inf if name in _SPEAK_BELOW else math.inf
+        return cls(**fitted)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before the first step. Log-probabilities in nats, of a sample of the training pairs."""
+
+    pairs: int = 0
+    chosen_length: float = 0.0
+    rejected_length: float = 0.0
+    weights: tuple[float, ...] = ()
+    chosen_per_token: float = math.nan
+    accuracy: float = math.nan
+    margins: tuple[float, ...] = ()
+
+
+@dataclass
+class Run:
+    """Everything a check may look at; records have the names of metrics.jsonl without an evaluation's prefix."""
+
+    limits: Limits
+    start_loss: float
+    warmup_steps: int
+    planned_steps: int
+    facts: Facts = field(default_factory=Facts)
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    eval_pairs: int = 0
+    #: Share of the 16-bit weights that updates changed; NaN where the weights have 32 bits.
+    changed: float = math.nan
+
+    def recent(self, metric: str, back: int = 0) -> float:
+        """Mean of the metric over the last `windows` records, or over those `back` times as far back.
+
+        NaN where there are too few or one lacks it: comparisons with NaN are false, so what is not known fires nothing.
+        """
+        count = int(self.limits.windows)
+        stop = len(self.train) - back * count
+        values = [number(record.get(metric)) for record in self.train[max(stop - count, 0) : max(stop, 0)]]
+        return statistics.fmean(values) if len(values) == count else math.nan
+
+    def falling(self, metric: str) -> float:
+        """The recent mean where it is below the mean before, else NaN."""
+        now = self.recent(metric)
+        return now if now < self.recent(metric, back=1) else math.nan
+
+
+def number(value: float | None) -> float:
+    """The value of a record, NaN where there is none."""
+    return math.nan if value is None else float(value)
+
+
+Found = tuple[str, str]  # name in DIAGNOSES, what was seen
+
+
+def _before_training(run: Run) -> Iterator[Found]:
+    facts, limits = run.facts, run.limits
+    lengths = (facts.chosen_length, facts.rejected_length)
+    if max(lengths) > limits.length_ratio * min(lengths):
+        yield (
+            "lengths_differ",
+            f"chosen answers have {lengths[0]:.1f} tokens on average, rejected ones {lengths[1]:.1f}",
+        )
+    if (total := sum(facts.weights)) > 0:
+        effective = total**2 / sum(weight**2 for weight in facts.weights)
+        if effective < limits.weight_share * len(facts.weights):
+            yield (
+                "uneven_preferences",
+                f"the weights are so uneven that {len(facts.weights)} pairs count like {effective:.0f}",
+            )
+    if len(facts.margins) >= 16:
+        sizes = sorted(map(abs, facts.margins))
+        middle, high = statistics.median(sizes), sizes[math.ceil(0.95 * len(sizes)) - 1]
+        if high > limits.margin_spread * middle:
+            yield (
+                "uneven_preferences",
+                f"the reference's log-prob margins are {middle:.1f} nats in the median, but {high:.1f} at the 95th percentile",
+            )
+    if facts.chosen_per_token < limits.chosen_likelihood:
+        yield (
+            "weak_reference",
+            f"chosen answers have {facts.chosen_per_token:.2f} nats per token under the reference "
+            f"(perplexity {math.exp(min(-facts.chosen_per_token, 50)):,.0f})",
+        )
+    if facts.margins and facts.accuracy < min(limits.reference_accuracy, 0.5 - doubt(len(facts.margins))):
+        yield (
+            "weak_reference",
+            f"under the reference the chosen answer is the likelier one, per token, in only {facts.accuracy:.0%} of "
+            f"{len(facts.margins)} pairs",
+        )
+
+
+def doubt(pairs: int) -> float:
+    """Two standard deviations of the share of heads in so many throws of a fair coin."""
+    return 1 / math.sqrt(max(pairs, 1))
+
+
+def _loss_stuck(run: Run) -> Iterator[Found]:
+    """The loss has not left its start; what the rewards, gradients and weights do tells the cause."""
+    limits = run.limits
+    since = run.train[-1]["step"] - run.warmup_steps if run.train else 0
+    loss, spread, accuracy = run.recent("loss"), run.recent("rewards/margins_std"), run.recent("rewards/accuracies")
+    size = max(abs(run.recent("rewards/chosen")), abs(run.recent("rewards/rejected")))
+    stuck = loss >= run.start_loss - limits.stuck_tolerance * abs(run.start_loss)
+    if not stuck or since < max(limits.stuck_steps, limits.stuck_share * run.planned_steps):
+        return
+    seen = f"{since} steps past the warm-up the loss is {loss:.4f}, and it starts at {run.start_loss:.4f}"
+    if spread <= 1e-3 * max(size, 1e-3) and (size > 1e-6 or run.recent("grad_norm") < 1e-4):
+        # Two sides with the same tokens: the gradient cancels but for rounding, which Adam still turns into steps.
+        yield "pairs_equal", f"{seen}; over all pairs, the margin between the two answers varies by {spread:.1e}"
+    elif max(spread, size) < limits.stuck_rewards:
+        if run.changed < limits.changed_share:
+            yield (
+                "updates_lost",
+                f"{seen}; an update changes {run.changed:.1%} of the 16-bit weights that have a gradient",
+            )
+        else:
+            yield "learning_rate_low", f"{seen}; rewards are {size:.1e} in size, and margins vary by {spread:.1e}"
+    elif accuracy < limits.swapped_accuracy:
+        yield "pairs_swapped", f"{seen}; training accuracy is {accuracy:.0%}"
+    elif accuracy < limits.random_accuracy:
+        yield "pairs_random", f"{seen}; margins vary by {spread:.2f}, but accuracy is {accuracy:.0%}"
+
+
+def _swapped_evaluation(run: Run) -> Iterator[Found]:
+    for name, records in run.evals.items():
+        last = records[-1]
+        accuracy = number(last.get("rewards/accuracies"))
+        moved = number(last.get("rewards/margins_std")) > 0  # before that, all pairs are ties
+        if moved and accuracy < min(run.limits.swapped_accuracy, 0.5 - doubt(run.eval_pairs)):
+            yield (
+                "pairs_swapped",
+                f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of the pairs",
+            )
+
+
+def _overfitting(run: Run) -> Iterator[Found]:
+    limits, accuracy, train = run.limits, run.recent("rewards/accuracies"), run.recent("loss")
+    for name, records in run.evals.items():
+        (least, best), last = min((number(record["loss"]), record["step"]) for record in records), records[-1]
+        rise = number(last["loss"]) - least
+        if train < least and rise > limits.eval_rise * abs(run.start_loss):
+            yield (
+                "overfitting",
+                f"the loss on {name} rose from {least:.4f} at step {best} to {least + rise:.4f}; in training it is {train:.4f}",
+            )
+        held_out = number(last.get("rewards/accuracies"))
+        moved = number(last.get("rewards/margins_std")) > 0
+        if moved and accuracy - held_out > max(limits.accuracy_gap, doubt(run.eval_pairs)):
+            yield "overfitting", f"accuracy is {accuracy:.0%} in training and {held_out:.0%} on {name}"
+    falling = run.falling("logratios/chosen")
+    if accuracy >= limits.memorised_accuracy and falling < -limits.displacement:
+        yield (
+            "overfitting",
+            f"training accuracy is {accuracy:.0%} while chosen answers lose {-falling:.2f} nats per token",
+        )
+
+
+def _displacement(run: Run) -> Iterator[Found]:
+    chosen, rejected = run.falling("logratios/chosen"), run.falling("logratios/rejected")
+    if chosen < -run.limits.displacement and rejected < -run.limits.displacement:
+        yield (
+            "displacement",
+            f"against the reference, chosen answers have lost {-chosen:.2f} nats per token and rejected ones {-rejected:.2f}",
+        )
+
+
+def _kl_exploding(run: Run) -> Iterator[Found]:
+    limits = run.limits
+    last = number(run.train[-1].get("kl")) if run.train else math.nan
+    now, before = run.recent("kl"), run.recent("kl", back=1)
+    if last > limits.kl_level:
+        yield "kl_exploding", f"the KL divergence is {last:.2f} nats per token"
+    elif now > limits.kl_level / 5 and now > limits.kl_growth * before:
+        yield "kl_exploding", f"the KL divergence grew from {before:.3f} to {now:.3f} nats per token in a few records"
+
+
+def _grad_spike(run: Run) -> Iterator[Found]:
+    norms = [number(record.get("grad_norm_max")) for record in run.train[-21:]]
+    known = [norm for norm in norms[:-1] if math.isfinite(norm)]
+    if len(known) < 5:
+        return
+    usual = statistics.median(known)
+    if math.inf > norms[-1] > run.limits.grad_spike * usual > 0:
+        yield "grad_spike", f"the gradient norm is {norms[-1]:.3g}; the median of the records before is {usual:.3g}"
+
+
+def _not_finite(run: Run) -> Iterator[Found]:
+    for name in ("loss", "grad_norm"):
+        if run.train and name in run.train[-1]:
+            value = number(run.train[-1][name])
+            if not math.isfinite(value):
+                yield "not_finite", f"{name} is {value}"
+
+
+CHECKS: tuple[Callable[[Run], Iterator[Found]], ...] = (
+    _not_finite,
+    _loss_stuck,
+    _swapped_evaluation,
+    _overfitting,
+    _displacement,
+    _kl_exploding,
+    _grad_spike,
+)
+
+
+@torch.no_grad()
+def examine(trainer: DPOTrainer, probe_pairs: int) -> Facts:
+    """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
+    dataset: Any = trainer.train_dataset
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names") or not len(dataset):
+        return Facts()  # a stream: nothing is known before it flows
+    count = len(dataset)
+    looked_at = [index * count // min(count, 2048) for index in range(min(count, 2048))]
+    sample = dataset.select(looked_at)
+    lengths = [statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in ("chosen", "rejected")]
+    weights = tuple(float(weight) for weight in dataset["weight"]) if "weight" in dataset.column_names else ()
+    rows = [dataset[index * count // min(count, probe_pairs)] for index in range(min(count, probe_pairs))]
+    size = trainer.args.per_device_eval_batch_size
+    outputs = []
+    objectives = [item for item in trainer._objectives if isinstance(item, torch.nn.Module)]
+    modules = [module for module in (trainer.policy.model, *objectives) if module.training]
+    for module in modules:
+        module.eval()  # a running mean of an objective must not move
+    try:
+        for start in range(0, len(rows), size):
+            batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))  # type: ignore[arg-type]
+            with trainer._kernels():
+                pairs = (len(batch["cu_seqlens"]) - 1) // 2
+                outputs.append(trainer.pair_loss(batch, torch.ones(pairs, device=batch["cu_seqlens"].device)))
+    finally:
+        for module in modules:
+            module.train()
+    chosen, rejected = (
+        torch.cat([getattr(output, f"ref_{side}_logps") for output in outputs]).double().cpu()
+        for side in ("chosen", "rejected")
+    )
+    if not chosen.any():  # an objective without a reference: the model as it starts stands for it
+        chosen, rejected = (
+            torch.cat([getattr(output, f"{side}_logps") for output in outputs]).double().cpu()
+            for side in ("chosen", "rejected")
+        )
+    halves = [output.token_counts.cpu().double().chunk(2) for output in outputs]
+    chosen_counts, rejected_counts = (torch.cat([half[side] for half in halves]).clamp(min=1) for side in (0, 1))
+    likelier = chosen / chosen_counts > rejected / rejected_counts
+    return Facts(
+        pairs=count,
+        chosen_length=lengths[0],
+        rejected_length=lengths[1],
+        weights=weights,
+        chosen_per_token=(chosen.sum() / chosen_counts.sum()).item(),
+        accuracy=likelier.double().mean().item(),
+        margins=tuple((chosen - rejected).tolist()),
+    )
+
+
+class ChangedWeights:
+    """The share of 16-bit weights that an optimizer step changes, of those that had a gradient, on a sample."""
+
+    SAMPLE = 4096  # weights of a parameter
+    PARAMETERS = 32  # the largest ones
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        wanted = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+        self.parameters = sorted(wanted, key=lambda p: p.numel(), reverse=True)[: self.PARAMETERS]
+        self.before: list[tuple[Tensor, Tensor]] = []
+        self.changed: Tensor | float = 0.0
+        self.total: Tensor | float = 0.0
+
+    def _sample(self, values: Tensor) -> Tensor:
+        flat = values.detach().reshape(-1)
+        return flat[:: max(flat.numel() // self.SAMPLE, 1)].clone()
+
+    def remember(self) -> None:
+        """Call before an optimizer step."""
+        self.before = [
+            (
+                self._sample(p),
+                self._sample(p.grad) != 0 if p.grad is not None else torch.zeros_like(self._sample(p)).bool(),
+            )
+            for p in self.parameters
+        ]
+
+    def compare(self) -> None:
+        """Call after it. Waits for nothing."""
+        for parameter, (old, had_gradient) in zip(self.parameters, self.before, strict=True):
+            self.changed = self.changed + ((self._sample(parameter) != old) & had_gradient).sum()
+            self.total = self.total + had_gradient.sum()
+        self.before = []
+
+    @property
+    def share(self) -> float:
+        """NaN where no trained weight has 16 bits, or none had a gradient yet."""
+        total = float(self.total)
+        return float(self.changed) / total if total else math.nan
+
+
+class Diagnostics(TrainerCallback):
+    """Runs the checks at every log and evaluation, writes `events.jsonl`, tells, and stops the run where asked to.
+
+    Args:
+        trainer: the trainer watched.
+        announce: prints a line.
+    """
+
+    def __init__(self, trainer: DPOTrainer, announce: Callable[[str], None] = logger.warning) -> None:
+        self.trainer = trainer
+        self.announce = announce
+        self.events: list[dict[str, Any]] = []
+        self.stopped_by: str | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        from .report import initial_loss
+
+        config = self.trainer.args
+        limits = Limits.of(cast("dict[str, Any]", config.diagnostics))
+        self.run = Run(limits, initial_loss(config), args.get_warmup_steps(state.max_steps), state.max_steps)
+        self.run.eval_pairs = sum(account.kept for account in self.trainer.accounts if account.name.startswith("eval"))
+        self.weights = ChangedWeights(self.trainer.policy.model)
+        self.stopped_by = None
+        path = Path(str(args.output_dir)) / EVENTS
+        if state.is_world_process_zero:
+            self.events = keep_records(path, state.global_step)
+        else:  # all processes must agree on what was told, since a diagnosis may stop the run
+            self.events = [event for event in read_records(path) if 0 < state.global_step >= event["step"]]
+        for record in state.log_history:
+            self._take(record)
+        if not state.global_step:
+            # Every process looks, since a sharded model needs them all; the first one speaks.
+            self.run.facts = examine(self.trainer, int(self.run.limits.probe_pairs))
+            self._tell(state, control, _before_training(self.run))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self.weights.parameters:
+            self.weights.remember()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self.weights.parameters:
+            self.weights.compare()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        # An evaluation outside of training is the caller's own.
+        if logs and self.trainer.is_in_train and self._take({"step": state.global_step, **logs}):
+            self.run.changed = self.weights.share
+            for check in CHECKS:
+                self._tell(state, control, check(self.run))
+
+    def _take(self, record: dict[str, Any]) -> bool:
+        """Add a log record to the run; whether it was one of training or evaluation."""
+        if "loss" in record:
+            self.run.train.append(record)
+            return True
+        prefix = evaluation_prefix(record)
+        if prefix is None:
+            return False
+        own = {name[len(prefix) + 1 :]: value for name, value in record.items() if name.startswith(prefix + "_")}
+        self.run.evals.setdefault(prefix, []).append({**own, "step": record["step"]})
+        return True
+
+    def _tell(self, state: TrainerState, control: TrainerControl, found: Iterator[Found]) -> None:
+        for name, seen in found:
+            if any(event["name"] == name for event in self.events):
+                continue
+            diagnosis = DIAGNOSES[name]
+            event = {
+                "step": state.global_step,
+                "name": name,
+                "title": diagnosis.title,
+                "seen": seen,
+                "remedy": diagnosis.remedy,
+            }
+            self.events.append(event)
+            stop = name in self.trainer.args.stop_on
+            if stop:
+                self.stopped_by = self.stopped_by or name
+                control.should_save = state.global_step > 0
+                control.should_training_stop = True
+            if state.is_world_process_zero:
+                append_record(Path(str(self.trainer.args.output_dir)) / EVENTS, event)
+                self.announce(describe(event) + (" Stopping, as stop_on asks." if stop else ""))
+
+
+def evaluation_prefix(record: Mapping[str, Any]) -> str | None:
+    """ "eval", or "eval_" and the dataset's name, for a record of an evaluation."""
+    return next((name[: -len("_loss")] for name in record if name.startswith("eval") and name.endswith("_loss")), None)
+
+
+def describe(event: Mapping[str, Any]) -> str:
+    """The event as a line."""
+    return f"step {event['step']}: {event['title']} ({event['name']}): {event['seen']}. {event['remedy']}"
