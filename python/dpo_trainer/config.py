@@ -1,6 +1,7 @@
 """DPOConfig: every setting of a run, with its help text, its default and the checks that need no data."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,11 @@ from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
 from dpo_kernels.objectives import OBJECTIVES
 from dpo_kernels.planner import parse_budget
 
+from .diagnostics import DIAGNOSES, Limits
 from .errors import ConfigError, did_you_mean
+from .layout import LAYOUTS
 
 LOSS_PATHS = ("auto", "linear", "logits")
-from .layout import LAYOUTS
 TRUNCATION_MODES = ("keep_end", "keep_start")
 
 
@@ -34,6 +36,7 @@ class DPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "diagnostics",
     ]
 
     # Defaults that differ from TrainingArguments.
@@ -94,15 +97,15 @@ class DPOConfig(TrainingArguments):
             "limit, which do not show where to stop. Chat templates end turns themselves."
         },
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Round the padded length of a batch up to a multiple of this."}
-    )
     batch_layout: str = field(
         default="auto",
         metadata={
             "help": "'prefix_shared': prompts once per pair, short pairs side by side in a row; 'padded': every sequence in "
             "a row of its own; 'auto': what costs least, batch by batch. Models that cannot share are noticed and padded."
         },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the padded length of a batch up to a multiple of this."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenise with."})
 
@@ -156,6 +159,14 @@ class DPOConfig(TrainingArguments):
     )
     backend: str | None = field(
         default=None, metadata={"help": "Kernels to use: eager, cpu, triton or cuda. None: the best for the device."}
+    )
+    diagnostics: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Thresholds of the diagnostics, e.g. --diagnostics.kl_level 0.5; null turns one off."},
+    )
+    stop_on: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Diagnoses that stop the run, with a checkpoint, e.g. [kl_exploding, overfitting]."},
     )
     write_report: bool = field(
         default=True, metadata={"help": "Write report.html into output_dir at checkpoints and at the end."}
@@ -221,6 +232,11 @@ class DPOConfig(TrainingArguments):
                 raise ConfigError(
                     f"statistics: unknown '{name}'{did_you_mean(name, STATISTICS)}; known are {', '.join(STATISTICS)}"
                 )
+        if self.batch_layout not in LAYOUTS:
+            raise ConfigError(
+                f"batch_layout: unknown '{self.batch_layout}'{did_you_mean(self.batch_layout, LAYOUTS)}; "
+                f"known are {', '.join(LAYOUTS)}"
+            )
         if self.loss_path not in LOSS_PATHS:
             raise ConfigError(
                 f"loss_path: unknown '{self.loss_path}'{did_you_mean(self.loss_path, LOSS_PATHS)}; "
@@ -232,18 +248,32 @@ class DPOConfig(TrainingArguments):
             raise ConfigError(f"memory_budget: {error}") from error
         if isinstance(self.grad_filter, str) and self.grad_filter != "auto":
             raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{self.grad_filter}'")
-        if self.batch_layout not in LAYOUTS:
-            raise ConfigError(
-                f"batch_layout: unknown '{self.batch_layout}'{did_you_mean(self.batch_layout, LAYOUTS)}; "
-                f"known are {', '.join(LAYOUTS)}"
-            )
         if isinstance(self.grad_filter, float | int) and not 0 < self.grad_filter < 1:
             raise ConfigError(f"grad_filter: a probability lies in (0, 1), got {self.grad_filter}")
+        self.diagnostics = as_mapping("diagnostics", self.diagnostics)
+        Limits.of(self.diagnostics)
+        for name in self.stop_on:
+            if name not in DIAGNOSES:
+                raise ConfigError(
+                    f"stop_on: unknown diagnosis '{name}'{did_you_mean(name, DIAGNOSES)}; known are {', '.join(DIAGNOSES)}"
+                )
         if self.backend is not None and self.backend not in BACKENDS:
             raise ConfigError(
                 f"backend: unknown '{self.backend}'{did_you_mean(self.backend, BACKENDS)}; "
                 f"known are {', '.join(BACKENDS)}"
             )
+
+
+def as_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: expected a mapping, got {value!r}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{name}: expected a mapping, got {value!r}")
+    return value
 
 
 def own_fields() -> list[Any]:
