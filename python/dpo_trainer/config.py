@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from dpo_kernels import objectives
@@ -174,6 +175,8 @@ class DPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_dpo_fields()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader

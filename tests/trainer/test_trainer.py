@@ -431,3 +431,10 @@ def test_objectives_with_settings_of_their_own_and_running_means_reach_the_loss(
     for wrong, words in (("simpo(gama=1)", "gama"), ("sigmoid(", "sigmoid"), ("nope(x=1)", "unknown objective 'nope'")):
         with pytest.raises(ConfigError, match=words):
             DPOConfig(output_dir=str(tmp_path), loss_type=wrong)
+
+
+def test_16_bit_autocast_needs_no_word_about_the_cpu(tmp_path: Path) -> None:
+    """transformers alone refuses `bf16` on a machine without an accelerator unless `use_cpu` is set as well."""
+    config = DPOConfig(output_dir=str(tmp_path), bf16=True)
+    assert config.bf16
+    assert config.use_cpu == (not torch.accelerator.is_available())
