@@ -17,6 +17,10 @@ import torch
 from . import machine, report
 from .method import Samples
 from .peers import PEERS
+from .peers.linear import LINEAR_PEERS
+
+#: What --peers takes; a name may stand for a peer on the logits path, on the linear path, or on both.
+PEER_NAMES = {**PEERS, **LINEAR_PEERS}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,7 +58,7 @@ class Settings:
             raise pytest.UsageError("--device cuda: torch sees no CUDA device")
         return cls(
             sizes=config.getoption("--sizes"),
-            peers=chosen("--peers", PEERS, tuple(PEERS)),
+            peers=chosen("--peers", PEER_NAMES, tuple(PEER_NAMES)),
             dtypes=chosen("--dtype", DTYPES, ("float32", "bfloat16")),
             device=device,
         )
@@ -86,9 +90,11 @@ _RESULTS: dict[str, report.Result] = {}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dpo-kernels benchmarks")
     group.addoption("--sizes", choices=("small", "default", "full"), default="default", help="how large and how often")
-    group.addoption("--peers", default="all", metavar="NAMES", help=f"all, or some of: {','.join(PEERS)}")
+    group.addoption("--peers", default="all", metavar="NAMES", help=f"all, or some of: {','.join(PEER_NAMES)}")
     group.addoption("--dtype", default="all", metavar="NAMES", help=f"all, or some of: {','.join(DTYPES)}")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.addoption("--pairs", metavar="FILE", help="preference pairs of the trainers' benchmark; default: the demo's")
+    group.addoption("--pairs-per-step", type=int, default=8, help="the trainers' batch")
     group.addoption("--report", metavar="DIR", help="write JSON, markdown and SVG into DIR/<machine name>")
 
 
@@ -112,11 +118,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         shapes = metafunc.module.SHAPES[settings.sizes]
         ids = ["x".join(map(str, shape)) for shape in shapes]
         metafunc.parametrize("shape", shapes, indirect=True, scope="module", ids=ids)
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.module.CASES[settings.sizes]
+        ids = [case.key for case in cases]
+        metafunc.parametrize("case", cases, indirect=True, scope="module", ids=ids)
     if "peer" in metafunc.fixturenames:
-        metafunc.parametrize("peer", settings.peers)
+        metafunc.parametrize("peer", [name for name in PEERS if name in settings.peers])
     if "forward_peer" in metafunc.fixturenames:
-        names = [name for name in settings.peers if PEERS[name].forward_passes is not None]
+        names = [name for name in PEERS if name in settings.peers and PEERS[name].forward_passes is not None]
         metafunc.parametrize("forward_peer", names)
+    if "linear_peer" in metafunc.fixturenames:
+        metafunc.parametrize("linear_peer", [name for name in LINEAR_PEERS if name in settings.peers])
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +143,29 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest) -> Any:
+    """The case in turn, from the module's CASES."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings.of(request.config)
+
+
+def wanted(request: pytest.FixtureRequest, test: str, parameter: str, **where: Any) -> list[Any]:
+    """The values of a test's `parameter` that `-k` has left over, in order: only those take part in a race.
+
+    where: other parameters' values that the tests must have.
+    """
+    found = []
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.module is request.module and item.originalname == test:
+            values = item.callspec.params
+            if all(values[name] == value for name, value in where.items()):
+                found.append(values[parameter])
+    return list(dict.fromkeys(found))
 
 
 @pytest.fixture
@@ -143,10 +175,18 @@ def replay(benchmark: Any) -> Callable[[Samples], None]:
 
 
 @pytest.fixture(scope="session")
-def publish() -> Callable[[report.Result], report.Result]:
+def publish(request: pytest.FixtureRequest) -> Callable[[report.Result], report.Result]:
     """Takes a result (or more rows of a known one): the terminal shows it at the end and `--report` writes it."""
+    options = "".join(
+        f" {name} {value}"
+        for name, default in (("--sizes", "default"), ("--dtype", "all"), ("--pairs", None), ("--pairs-per-step", 8))
+        if (value := request.config.getoption(name)) != default
+    )
 
     def take(result: report.Result) -> report.Result:
+        for row in result.rows:
+            if "select" in row:
+                row["command"] = f"pytest {result.file}{options} -k '{row['select']}'"
         known = _RESULTS.setdefault(result.name, result)
         if known is not result:
             known.rows += result.rows
@@ -156,6 +196,10 @@ def publish() -> Callable[[report.Result], report.Result]:
         return known
 
     return take
+
+
+def _quoted(row: dict[str, Any]) -> dict[str, str]:
+    return {"select": f"'{row['select']}'"} if "select" in row else {}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -170,16 +214,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for group, rows in result.groups().items():
             write("")
             write(f"{group}", bold=True)
-            for line in report.text_table(result.columns, rows):
+            columns = [*result.columns, report.Column("select", f"alone: pytest {result.file} -k")]
+            for line in report.text_table(columns, [row | _quoted(row) for row in rows]):
                 write(line)
         write("")
-        for note in result.notes:
+        for note in [*result.notes, *result.below_one()]:
             write(note)
     if target := config.getoption("--report"):
         folder = Path(target) / about["name"]
         for result in _RESULTS.values():
             report.write(result, folder, about)
         write(f"written to {folder}")
-    for result in _RESULTS.values():
-        if line := result.extra.get("headline", {}).get("line"):
-            write(line, bold=True)
+    if line := report.headline(_RESULTS.values()).get("line"):
+        write(line, bold=True)

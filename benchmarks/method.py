@@ -12,7 +12,7 @@ import gc
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,6 +124,11 @@ def interleave(
 def ratio(slow: Samples, fast: Samples) -> float:
     """How many times longer `slow` takes than `fast`: the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+
+
+def best_ratio(samples: Mapping[str, Samples], ours: str, peers: Iterable[str]) -> tuple[float, str] | None:
+    """(ratio, name) of the quickest of the peers that were measured, against `ours`; None if none was."""
+    return min(((ratio(samples[peer], samples[ours]), peer) for peer in peers if peer in samples), default=None)
 
 
 def _status_kib(key: str) -> int:

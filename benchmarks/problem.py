@@ -20,13 +20,24 @@ BETA = 0.1
 class LogitsProblem:
     """Policy logits, reference logits and labels of P pairs, in rotating copies that together exceed the cache.
 
+    Args:
+        rotating_bytes: what the copies take together, at least; four times the largest cache if not given. Several
+            problems that take turns may share it.
+
     Attributes:
         logits: [2P, T, V], the copy in use; a leaf that requires grad.
         ref_logits: [2P, T, V], the copy in use.
         labels: [2P, T] int64; every token is scored, so that all of them owe the same memory traffic.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: str = "cpu",
+        seed: int = 0,
+        rotating_bytes: int | None = None,
+    ) -> None:
         batch, tokens, vocab = shape
         self.shape, self.dtype, self.device = shape, dtype, device
         generator = torch.Generator(device).manual_seed(seed)
@@ -40,7 +51,9 @@ class LogitsProblem:
         self.labels = torch.randint(vocab, (batch, tokens), generator=generator, device=device)
         self._pristine = policy.to(dtype)
         ref = ref.to(dtype)
-        slots = max(1, math.ceil(4 * cache_bytes() / (2 * self.nbytes)))
+        if rotating_bytes is None:
+            rotating_bytes = 4 * cache_bytes()
+        slots = max(1, math.ceil(rotating_bytes / (2 * self.nbytes)))
         self._logits = [self._pristine.clone().requires_grad_() for _ in range(slots)]
         self._ref = [ref, *(ref.clone() for _ in range(slots - 1))]
         self._slot = 0

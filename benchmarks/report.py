@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,14 @@ class Result:
         name: of the benchmark; names its files.
         question: in one sentence.
         columns, rows: the table; rows hold plain JSON values, seconds and bytes.
+            Keys with a meaning here: `select` (the `-k` expression that runs the row alone, with the peer that it is
+            compared with), `vs_best` and `best_peer` (how many times longer the best right peer takes for the same
+            work, and who that is), `explanation` (why, where that is below 1).
         group: the row key whose change starts a new table.
         notes: sentences below the table, made from measured values only.
-        chart: "bars" (one bar per row and group) or "lines" (`x` against median_s, one line per `series`).
+        chart: "bars" (one bar per row and group) or "lines" (`x` against `y`, one line per title).
+        x_label: of a line chart; the group's name if empty.
+        y: the row key of a line chart's vertical axis, one of Y_AXES.
     """
 
     name: str
@@ -69,7 +74,23 @@ class Result:
     group: str = "case"
     notes: list[str] = field(default_factory=list)
     chart: str = "bars"
+    x_label: str = ""
+    y: str = "median_s"
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        """The benchmark's file, as pytest takes it."""
+        return f"benchmarks/test_{self.name}.py"
+
+    def below_one(self) -> list[str]:
+        """A sentence for each row that loses against its best peer; rows without an explanation say so."""
+        return [
+            f"Below 1.0: {row['title']} against {row['best_peer']}, {row['case']}: {row['vs_best']:.2f}x. "
+            f"{row.get('explanation') or 'NOT EXPLAINED'}"
+            for row in self.rows
+            if row.get("vs_best") is not None and row["vs_best"] < 1
+        ]
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """The rows, by the value of their group, in order."""
@@ -122,6 +143,26 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) ->
     ]
 
 
+def headline(results: Iterable[Result]) -> dict[str, Any]:
+    """Our worst ratio against the best peer, over all rows of all results; empty where nothing was compared."""
+    rows = [(row, result.name) for result in results for row in result.rows if row.get("vs_best") is not None]
+    if not rows:
+        return {}
+    row, name = min(rows, key=lambda found: found[0]["vs_best"])
+    below = sum(found["vs_best"] < 1 for found, _ in rows)
+    line = (
+        f"Worst ratio against the best peer, over {len(rows)} rows: {row['vs_best']:.2f}x "
+        f"({name}: {row['title']} against {row['best_peer']}, {row['case']}); {below} below 1.0"
+    )
+    return {
+        "ratio": row["vs_best"],
+        "benchmark": name,
+        "title": row["title"],
+        "best_peer": row["best_peer"],
+        "line": line,
+    }
+
+
 def machine_line(machine: dict[str, Any]) -> str:
     """One sentence that says on what, with what and when."""
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
@@ -135,8 +176,10 @@ def markdown(result: Result, machine: dict[str, Any]) -> str:
     """The result as a page."""
     lines = [f"# {result.question}", "", machine_line(machine), ""]
     for group, rows in result.groups().items():
-        lines += [f"## {group}", "", *markdown_table(result.columns, rows), ""]
-    lines += [f"* {note}" for note in result.notes]
+        quoted = [row | {"command": f"`{row['command']}`"} if row.get("command") else row for row in rows]
+        columns = [*result.columns, Column("command", "the command that makes it alone")]
+        lines += [f"## {group}", "", *markdown_table(columns, quoted), ""]
+    lines += [f"* {note}" for note in [*result.notes, *result.below_one()]]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import method
-from .conftest import DTYPES, Settings
+from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .peers import PEERS, Peer
 from .problem import GradientError, LogitsProblem, Truth, error_budget
@@ -32,6 +32,12 @@ BARS = (
 )
 FLOOR_BAR, FLOOR_AIM = 2.0, 1.5
 
+#: Why a row of ours may lose: (part, peer) -> reason.
+EXPLANATIONS = {
+    ("step", "ours"): "A gradient in memory of its own is paid in page faults, which no kernel can avoid; "
+    "inplace_backward=True writes it over the logits.",
+}
+
 QUESTION = "Logits path: policy and reference logits to loss and gradient"
 
 
@@ -50,15 +56,25 @@ class Race:
         return name in self.errors and not self.errors[name].worst <= self.budget
 
 
-def run(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -> Race:
-    """Check every peer's gradient, then time those that passed, interleaved with the floors."""
+def run(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    settings: Settings,
+    steppers: list[str],
+    forwarders: list[str],
+) -> Race:
+    """Check every peer's gradient, then time those that passed, interleaved with the floors.
+
+    steppers, forwarders: whose step and whose forward to time.
+    """
     problem = LogitsProblem(shape, dtype, settings.device)
     truth = Truth(problem)
-    missing = {name: why for name in settings.peers if (why := PEERS[name].why_missing())}
+    names = [name for name in PEERS if name in steppers or name in forwarders]
+    missing = {name: why for name in names if (why := PEERS[name].why_missing())}
     errors: dict[str, GradientError] = {}
     peers: dict[str, Peer] = {}
     first_call: dict[str, float] = {}
-    for name in settings.peers:
+    for name in names:
         if name in missing:
             continue
         problem.next()
@@ -73,30 +89,28 @@ def run(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -> 
     scratch = torch.zeros_like(problem.ref_logits)
     floors = method.floor_contenders(problem.ref_logits, scratch)
     step = method.interleave(
-        [*floors, *(Contender(name, peer.step, problem.next) for name, peer in peers.items())],
+        [*floors, *(Contender(name, peers[name].step, problem.next) for name in steppers if name in peers)],
         settings.rounds,
         device=settings.device,
     )
     forward = method.interleave(
         [
             *floors,
-            *(
-                Contender(name, p.forward_only, problem.next)
-                for name, p in peers.items()
-                if p.forward_passes is not None
-            ),
+            *(Contender(name, peers[name].forward_only, problem.next) for name in forwarders if name in peers),
         ],
         settings.rounds,
         device=settings.device,
     )
-    for name in peers:
-        step[name].first_call = first_call[name]
+    for name in steppers:
+        if name in step:
+            step[name].first_call = first_call[name]
     return Race(step, forward, errors, missing, error_budget(dtype), method.Floors.of(step, problem.nbytes))
 
 
-def table(race: Race, shape: tuple[int, int, int], dtype: str, settings: Settings) -> Result:
+def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[str], forwarders: list[str]) -> Result:
     """Rows of both parts, with the ratio to the floor and to every peer that is not ours."""
-    others = [name for name in settings.peers if not PEERS[name].ours]
+    names = [name for name in PEERS if name in steppers or name in forwarders]
+    others = [name for name in names if not PEERS[name].ours]
     columns = [
         Column("title", "method"),
         Column("median_s", "time", "time"),
@@ -114,16 +128,15 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, settings: Setting
     nbytes = shape[0] * shape[1] * shape[2] * DTYPES[dtype].itemsize
     for part, samples in (("step", race.step), ("forward", race.forward)):
         case = f"{label}, loss and gradient" if part == "step" else f"{label}, loss alone"
-        for name in settings.peers:
+        test = "test_loss_and_gradient" if part == "step" else "test_loss_alone"
+        for name in steppers if part == "step" else forwarders:
             peer = PEERS[name]
             passes = peer.passes if part == "step" else peer.forward_passes
-            if passes is None:
-                continue
+            assert passes is not None
             row: dict[str, Any] = {"case": case, "part": part, "dtype": dtype, "shape": list(shape), "peer": name}
             row |= {"title": peer.title, "ours": peer.ours, "statistics": list(peer.statistics)}
-            row["command"] = (
-                f"pytest benchmarks/test_logits_path.py --peers {name} --dtype {dtype} --sizes {settings.sizes}"
-            )
+            identity = f"{test}[{dtype}-{'x'.join(map(str, shape))}"
+            row["select"] = f"{identity}-{name}]"
             if name in race.missing:
                 row["verdict"] = f"missing: {race.missing[name]}"
             elif race.wrong(name):
@@ -145,7 +158,12 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, settings: Setting
                         "gradient_error": race.errors[name].worst,
                         "verdict": "right",
                     }
-                row |= {f"vs_{o}": method.ratio(samples[o], one) for o in others if o in samples and peer.ours}
+                if peer.ours and (best := method.best_ratio(samples, name, others)):
+                    row |= {f"vs_{o}": method.ratio(samples[o], one) for o in others if o in samples}
+                    row |= {"vs_best": best[0], "best_peer": PEERS[best[1]].title}
+                    row["select"] += f" or {identity}-{best[1]}]"
+                    if best[0] < 1:
+                        row["explanation"] = EXPLANATIONS.get((part, name))
             result.rows.append(row)
     floors = race.floors
     result.notes.append(
@@ -153,7 +171,7 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, settings: Setting
         f"a floor is the reads and writes of {nbytes / 2**20:,.0f} MiB that nobody can avoid (4 for loss and gradient, "
         f"2 for the loss), at copy bandwidth."
     )
-    for name in settings.peers:
+    for name in names:
         if race.wrong(name):
             error = race.errors[name]
             result.notes.append(
@@ -189,30 +207,19 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def headline(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Our worst ratio against the best right peer, over all rows of ours."""
-    candidates = [
-        (value, row, key.removeprefix("vs_"))
-        for row in rows
-        for key, value in row.items()
-        if key.startswith("vs_") and value is not None
-    ]
-    if not candidates:
-        return {}
-    value, row, peer = min(candidates, key=lambda candidate: candidate[0])
-    line = f"Worst ratio over all rows: {value:.2f}x ({row['title']} against {PEERS[peer].title}, {row['case']})"
-    return {"ratio": value, "peer": peer, "ours": row["peer"], "case": row["case"], "line": line}
-
-
 @pytest.fixture(scope="module")
 def race(
     shape: tuple[int, int, int],
     dtype: str,
     settings: Settings,
     publish: Callable[[Result], Result],
+    request: pytest.FixtureRequest,
 ) -> Race:
-    found = run(shape, DTYPES[dtype], settings)
-    result = publish(table(found, shape, dtype, settings))
+    where = {"dtype": dtype, "shape": shape}
+    steppers = wanted(request, "test_loss_and_gradient", "peer", **where)
+    forwarders = wanted(request, "test_loss_alone", "forward_peer", **where)
+    found = run(shape, DTYPES[dtype], settings, steppers, forwarders)
+    result = publish(table(found, shape, dtype, steppers, forwarders))
     if settings.device == "cpu":
         result.extra["bars"] = bars(result.rows)
         verdicts = [
@@ -221,7 +228,6 @@ def race(
             for bar in result.extra["bars"]
         ]
         result.notes[:] = [note for note in result.notes if not note.startswith("Bar: ")] + verdicts
-    result.extra["headline"] = headline(result.rows)
     return found
 
 

@@ -15,7 +15,6 @@ from benchmarks import machine, method, report
 from benchmarks.method import Contender, Samples
 from benchmarks.peers import PEERS
 from benchmarks.problem import BETA, LogitsProblem, Truth, error_budget
-from benchmarks.test_logits_path import headline
 from benchmarks.test_scaling import exponent
 from dpo_kernels import reference
 
@@ -143,13 +142,24 @@ def test_exponent_of_a_power_is_its_power() -> None:
 
 
 def test_headline_is_the_worst_ratio_of_all_rows() -> None:
-    rows = [
-        {"peer": "ours", "title": "dpo_kernels", "case": "a", "vs_eager": 5.0, "vs_compiled": 3.0},
-        {"peer": "ours_inplace", "title": "dpo_kernels, in place", "case": "b", "vs_eager": 0.8, "vs_compiled": None},
-        {"peer": "eager", "title": "eager PyTorch", "case": "a"},
-    ]
-    found = headline(rows)
-    assert (found["ratio"], found["ours"], found["peer"], found["case"]) == (0.8, "ours_inplace", "eager", "b")
+    columns = [report.Column("title", "method")]
+    fast = {"title": "dpo_kernels", "case": "a", "vs_best": 3.0, "best_peer": "eager PyTorch"}
+    slow = {"title": "dpo_kernels, in place", "case": "b", "vs_best": 0.8, "best_peer": "torch.compile"}
+    peer = {"title": "eager PyTorch", "case": "a"}
+    results = [report.Result("x", "?", columns, [fast, peer]), report.Result("y", "?", columns, [slow])]
+    found = report.headline(results)
+    assert (found["ratio"], found["benchmark"], found["best_peer"]) == (0.8, "y", "torch.compile")
+    assert "over 2 rows: 0.80x" in found["line"]
+    assert "1 below 1.0" in found["line"]
+    assert report.headline([]) == {}
+
+
+def test_a_loss_is_said_with_its_reason_or_the_lack_of_one() -> None:
+    row = {"title": "ours", "case": "a", "vs_best": 0.5, "best_peer": "peer"}
+    result = report.Result("x", "?", [], [row, {"title": "won", "case": "a", "vs_best": 1.5, "best_peer": "peer"}])
+    assert result.below_one() == ["Below 1.0: ours against peer, a: 0.50x. NOT EXPLAINED"]
+    row["explanation"] = "It reads more."
+    assert result.below_one() == ["Below 1.0: ours against peer, a: 0.50x. It reads more."]
 
 
 def test_machine_name_is_a_folder_name() -> None:
@@ -164,12 +174,25 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     # The headline comes last of what the benchmarks print.
-    assert "Worst ratio over all rows" in done.stdout
+    shown = [line for line in done.stdout.splitlines() if line and not line.startswith(("=", "SKIPPED", "XFAIL"))]
+    assert shown[-2].startswith("Worst ratio against the best peer")
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "logits_path.json").read_text())
     by_peer = {row["peer"]: row for row in result["rows"] if row["part"] == "step"}
     assert set(by_peer) == {"eager", "ours_inplace"}
-    assert by_peer["ours_inplace"]["vs_eager"] > 0
+    assert by_peer["ours_inplace"]["vs_best"] == by_peer["ours_inplace"]["vs_eager"] > 0
+    # Its own command runs the row and the peer that it is compared with, and nothing else.
+    expression = by_peer["ours_inplace"]["select"]
+    assert f"-k '{expression}'" in by_peer["ours_inplace"]["command"]
+    listed = subprocess.run(
+        [*command[:4], *options[:2], "-k", expression, "--collect-only", "-q"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    ).stdout
+    names = [line.partition("::")[2] for line in listed.splitlines() if "::" in line]
+    case = "float32-4x32x8192"
+    assert names == [f"test_loss_and_gradient[{case}-{peer}]" for peer in ("eager", "ours_inplace")]
     assert by_peer["ours_inplace"]["verdict"] == "right"
     assert result["machine"]["name"] == folder.name
     names = {path.name for path in folder.iterdir()}

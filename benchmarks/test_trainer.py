@@ -1,0 +1,189 @@
+"""Which trainer gets more real tokens through a training step, and what memory does it take?
+
+SmolLM2-135M learns a few steps from the same pairs, in the same order, with the same optimizer, in each trainer; every
+run is a process of its own, one after the other, in rounds. Tokens are counted from the tokenised pairs, padding left
+out, and must be the same for all; so must the loss curves, up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Settings, wanted
+from .linear_problem import ROOT, TEXT, model_folder
+from .method import Samples
+from .peers.linear import PEERS_EXTRA
+from .report import Column, Result
+
+#: (rounds, steps of each, the first of which is not timed).
+ROUNDS = {"small": (1, 2), "default": (1, 4), "full": (3, 4)}
+MAX_LENGTH = 256
+
+TITLES = {
+    "ours": "dpo_trainer",
+    "ours_padded": "dpo_trainer, padded",
+    "ours_shared": "dpo_trainer, prefix shared",
+    "ours_precomputed": "dpo_trainer, reference precomputed",
+    "trl": "TRL 1.16",
+    "trl_patched": "TRL 1.16 on our kernels",
+}
+BASELINE = "trl"
+#: At least so many times TRL's tokens a second, and at most this share of its memory.
+SPEED_BAR, MEMORY_BAR = 2.5, 0.75
+#: The curves are means of the same float32 numbers, rounded in another order; a missed token or pair moves them by more.
+LOSS_TOLERANCE = 1e-3
+
+QUESTION = "Trainer: SmolLM2-135M, real tokens a second in training, and peak memory of the process"
+#: Why a row of ours may lose, by contender.
+EXPLANATIONS: dict[str, str] = {}
+
+COLUMNS = [
+    Column("title", "trainer"),
+    Column("tokens_per_second", "tokens/s", "count"),
+    Column("median_s", "a step", "time"),
+    Column("spread", "spread", "percent"),
+    Column("vs_best", "vs TRL", "ratio"),
+    Column("peak_bytes", "peak memory", "bytes"),
+    Column("memory_share", "of TRL's", "percent"),
+    Column("first_step_s", "first step", "time"),
+    Column("loss_difference", "loss off TRL's by", "error"),
+    Column("verdict", "losses"),
+]
+
+
+def run(name: str, pairs: Path, batch: int, steps: int) -> dict[str, Any]:
+    """What `benchmarks.trainer_run` says of one run. Raises RuntimeError with its last words if it fails."""
+    model = model_folder()
+    assert model is not None
+    command = [sys.executable, "-m", "benchmarks.trainer_run", name, "--pairs", str(pairs), "--model", str(model)]
+    command += ["--steps", str(steps), "--batch", str(batch), "--max-length", str(MAX_LENGTH)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{name}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def deviation(found: dict[str, Any], baseline: dict[str, Any]) -> float:
+    """Largest difference of the losses, over all steps. Raises ValueError if the runs did not see the same tokens."""
+    if found["tokens"] != baseline["tokens"]:
+        raise ValueError(f"{found['contender']} saw {found['tokens']} tokens, {BASELINE} {baseline['tokens']}")
+    return max(abs(a - b) for a, b in zip(found["losses"], baseline["losses"], strict=True))
+
+
+def table(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], heading: str) -> Result:
+    """One row a trainer; runs: name -> one entry a round."""
+    result = Result("trainer", QUESTION, COLUMNS)
+    rates = {
+        name: [sum(one["tokens"][1:]) / sum(one["step_s"]) for one in rounds] for name, rounds in runs.items() if rounds
+    }
+    for name in [*runs, *missing]:
+        row: dict[str, Any] = {"case": heading, "peer": name, "title": TITLES[name], "ours": name.startswith("ours")}
+        row["select"] = f"test_trainer[{name}]"
+        result.rows.append(row)
+        if name in missing:
+            row["verdict"] = missing[name]
+            continue
+        samples = Samples([seconds for one in runs[name] for seconds in one["step_s"]])
+        row |= {
+            "tokens_per_second": statistics.median(rates[name]),
+            "median_s": samples.median,
+            "samples_s": samples.seconds,
+            "spread": samples.spread,
+            "peak_bytes": statistics.median(one["peak_bytes"] for one in runs[name]),
+            "first_step_s": statistics.median(one["first_step_s"] for one in runs[name]),
+            "losses": runs[name][0]["losses"],
+            "tokens": runs[name][0]["tokens"],
+        }
+        if name == BASELINE or BASELINE not in rates:
+            continue
+        ratio = statistics.median(a / b for a, b in zip(rates[name], rates[BASELINE], strict=True))
+        theirs = statistics.median(one["peak_bytes"] for one in runs[BASELINE])
+        row |= {
+            "vs_best": ratio,
+            "best_peer": TITLES[BASELINE],
+            "memory_share": row["peak_bytes"] / theirs,
+            "loss_difference": deviation(runs[name][0], runs[BASELINE][0]),
+        }
+        row["verdict"] = "agree" if row["loss_difference"] <= LOSS_TOLERANCE else "WRONG"
+        row["select"] += f" or test_trainer[{BASELINE}]"
+        if ratio < 1:
+            row["explanation"] = EXPLANATIONS.get(name)
+    return result
+
+
+def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bars beside what our trainer reached with its defaults, and what sharing prefixes brings by itself."""
+    measured = {row["peer"]: row for row in rows if row.get("vs_best")}
+    if "ours" not in measured:
+        return []
+    speed, memory = measured["ours"]["vs_best"], measured["ours"]["memory_share"]
+    found = [
+        {"what": "tokens a second against TRL's", "bar": SPEED_BAR, "measured": speed, "met": speed >= SPEED_BAR},
+        {"what": "peak memory over TRL's", "bar": MEMORY_BAR, "measured": memory, "met": memory <= MEMORY_BAR},
+    ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(
+    settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
+) -> dict[str, dict[str, Any]]:
+    """The rows, by contender."""
+    if settings.device != "cpu":
+        pytest.skip("the trainers are compared on a CPU")
+    pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[trainer])")
+    if model_folder() is None:
+        pytest.skip("SmolLM2 has not been converted yet (make demo does)")
+    names = wanted(request, "test_trainer", "name")
+    missing: dict[str, str] = {}
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        missing = {name: f"missing: trl is not installed ({PEERS_EXTRA})" for name in names if "trl" in name}
+    pairs = Path(request.config.getoption("--pairs") or TEXT)
+    batch = request.config.getoption("--pairs-per-step")
+    rounds, steps = ROUNDS[settings.sizes]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names if name not in missing}
+    for index in range(rounds):
+        shift = index % max(len(runs), 1)
+        for name in [*list(runs)[shift:], *list(runs)[:shift]]:
+            try:
+                runs[name].append(run(name, pairs, batch, steps))
+            except RuntimeError as error:
+                missing[name] = f"fails: {error}"
+    runs = {name: found for name, found in runs.items() if name not in missing}
+    heading = f"{pairs.name}, {batch} pairs a step, at most {MAX_LENGTH} tokens, float32"
+    found = table(runs, missing, heading)
+    tokens = next((row["tokens"] for row in found.rows if "tokens" in row), None)
+    if tokens:
+        found.notes.append(
+            f"{heading}: {statistics.mean(tokens):.0f} real tokens a step, {rounds} rounds of {steps} steps, the first of each "
+            f"not timed; AdamW, constant learning rate, the same pairs in the same order."
+        )
+    found.extra["bars"] = bars(found.rows)
+    found.notes += [
+        f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}"
+        for bar in found.extra["bars"]
+    ]
+    publish(found)
+    return {row["peer"]: row for row in found.rows}
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_trainer(measured: dict[str, dict[str, Any]], name: str, replay: Callable[[Samples], None]) -> None:
+    row = measured[name]
+    if "samples_s" not in row:
+        (pytest.fail if row["ours"] else pytest.skip)(row["verdict"])
+    assert row.get("verdict") != "WRONG", f"losses differ from TRL's by {row['loss_difference']:.2g}"
+    replay(Samples(row["samples_s"]))

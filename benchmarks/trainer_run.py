@@ -1,0 +1,161 @@
+"""One trainer, a few steps on real pairs, in a process of its own, so that its peak of memory is its own.
+
+    python -m benchmarks.trainer_run ours --pairs pairs.jsonl --model FOLDER --steps 4 --batch 8 --max-length 256
+
+Prints one JSON object: seconds from the end of each step to the end of the next, losses, tokens of each step, bytes.
+`benchmarks/test_trainer.py` starts one such process after the other and compares what they print.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: What every trainer is told, under names that all of them know.
+LEARNING_RATE = 1e-5
+
+
+def pick(path: Path, tokenizer: Any, count: int, max_length: int) -> list[dict[str, Any]]:
+    """The file's first `count` pairs whose prompt leaves room for an answer; both trainers would drop the others.
+
+    Raises:
+        ValueError: the file holds fewer.
+    """
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = {name: value for name, value in json.loads(line).items() if name in ("prompt", "chosen", "rejected")}
+        prompt = row["prompt"]
+        ids = tokenizer(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, return_dict=True)
+        if len(ids["input_ids"]) <= max_length - 16:
+            found.append(row)
+        if len(found) == count:
+            return found
+    raise ValueError(f"{path}: {len(found)} pairs with prompts of at most {max_length - 16} tokens, {count} needed")
+
+
+def token_counts(dataset: Any, batch: int, max_length: int) -> list[int]:
+    """Real tokens of each step: prompts and completions of both sides, cut at max_length, padding not counted."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if names[0] not in dataset.column_names:
+        names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+    prompts, *sides = (dataset[name] for name in names)
+    pairs = [
+        sum(min(len(prompt) + len(side[index]), max_length) for side in sides) for index, prompt in enumerate(prompts)
+    ]
+    return [sum(pairs[begin : begin + batch]) for begin in range(0, len(pairs), batch)]
+
+
+def build_ours(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], **own: Any) -> Any:
+    """Our trainer, with its defaults but for `common` and `own`."""
+    from dpo_trainer import DPOConfig, DPOTrainer
+
+    return DPOTrainer(str(model), args=DPOConfig(**common, **own, log_level="error"), train_dataset=rows)
+
+
+def build_trl(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], *, patched: bool = False) -> Any:
+    """TRL's trainer, in float32 and without checkpointing as ours; `patched` puts our kernels under its head."""
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    if patched:
+        from dpo_kernels.integrations.trl import apply_to_trl
+
+        apply_to_trl()
+    arguments = DPOConfig(
+        **common,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        use_cpu=True,
+        model_init_kwargs={"dtype": "float32"},
+    )
+    return DPOTrainer(str(model), args=arguments, train_dataset=datasets.Dataset.from_list(rows))
+
+
+#: name -> what builds the trainer, from the model's folder, the rows and the arguments that all share.
+CONTENDERS: dict[str, Callable[..., Any]] = {
+    "ours": build_ours,
+    "ours_padded": lambda *a: build_ours(*a, batch_layout="padded"),
+    "ours_shared": lambda *a: build_ours(*a, batch_layout="prefix_shared"),
+    "ours_precomputed": lambda *a: build_ours(*a, precompute_ref_log_probs=True),
+    "trl": build_trl,
+    "trl_patched": lambda *a: build_trl(*a, patched=True),
+}
+
+
+def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
+    """Build the trainer, train, and say what was measured."""
+    from transformers import TrainerCallback
+
+    from dpo_trainer import load_tokenizer
+
+    class Stopwatch(TrainerCallback):
+        ends: list[float] = []  # noqa: RUF012 - one instance a process
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    begin = time.perf_counter()
+    rows = pick(
+        arguments.pairs, load_tokenizer(arguments.model), arguments.steps * arguments.batch, arguments.max_length
+    )
+    common = {
+        "output_dir": scratch,
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": arguments.batch,
+        "max_length": arguments.max_length,
+        "truncation_mode": "keep_start",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = CONTENDERS[arguments.contender](arguments.model, rows, common)
+    watch = Stopwatch()
+    trainer.add_callback(watch)
+    built = time.perf_counter()
+    trainer.train()
+    return {
+        "contender": arguments.contender,
+        "start_s": built - begin,
+        "first_step_s": watch.ends[0] - built,
+        # Optimizer, logging and loading of the next batch included: end to end.
+        "step_s": [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "tokens": token_counts(trainer.train_dataset, arguments.batch, arguments.max_length),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("contender", choices=CONTENDERS)
+    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="pairs a step")
+    parser.add_argument("--max-length", type=int, default=256)
+    arguments = parser.parse_args()
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    # What trainers print is no part of the answer: only the last line goes to the real stdout.
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        found = run(arguments, scratch)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
