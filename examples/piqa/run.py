@@ -26,8 +26,8 @@ import smollm2
 from dpo_trainer import DPOConfig, DPOTrainer, load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
-STEPS = 32
-LEARNING_RATE = 5e-5
+STEPS = 48
+LEARNING_RATE = 2e-5
 PAIRS_PER_STEP = 8
 HELD_OUT_PAIRS = 240
 
