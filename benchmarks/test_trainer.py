@@ -32,6 +32,7 @@ TITLES = {
     "ours": "dpo_trainer",
     "ours_padded": "dpo_trainer, padded",
     "ours_shared": "dpo_trainer, prefix shared",
+    "ours_logits": "dpo_trainer, loss from logits",
     "ours_precomputed": "dpo_trainer, reference precomputed",
     "trl": "TRL 1.16",
     "trl_patched": "TRL 1.16 on our kernels",

@@ -85,6 +85,7 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
     "ours": build_ours,
     "ours_padded": lambda *a: build_ours(*a, batch_layout="padded"),
     "ours_shared": lambda *a: build_ours(*a, batch_layout="prefix_shared"),
+    "ours_logits": lambda *a: build_ours(*a, loss_path="logits"),
     "ours_precomputed": lambda *a: build_ours(*a, precompute_ref_log_probs=True),
     "trl": build_trl,
     "trl_patched": lambda *a: build_trl(*a, patched=True),
