@@ -65,9 +65,17 @@ types: setup
 	$(VENV)/bin/mypy
 
 # Every benchmark against every installed peer; results and the README's table are refreshed from the same run.
-bench: setup
-	$(PY) -m pytest benchmarks/ --report benchmarks/results
+# SIZES=full takes the shapes of the stated bars and more rounds.
+SIZES ?= default
+bench: $(VENV)/.model
+	$(PY) -c "import sys; sys.path.insert(0, 'examples'); import smollm2; smollm2.model_folder()"
+	$(PY) -m pytest benchmarks/ --sizes $(SIZES) --report benchmarks/results
 	$(PY) -m benchmarks.readme_table --write
+
+# `make bench-compare REF=main`: the working tree against a revision, interleaved, with confidence intervals.
+bench-compare: setup
+	@test -n "$(REF)" || { echo "usage: make bench-compare REF=<git revision>"; exit 2; }
+	$(PY) -m benchmarks.compare $(REF)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dpo_kernels/*.so

@@ -212,63 +212,106 @@ def draw(result: Result, path: Path) -> Path | None:
 
 
 _OURS, _OTHERS = "#1b6ca8", "#b8bec6"
+#: Lines need to be told apart: one colour for ours, these for the others, in order.
+_LINES = ("#8a8f98", "#d1873d", "#7a9a5b", "#a06a9e", "#b0564f")
+
+#: What charts can show: row key -> (axis label, factor).
+_SCALES = {
+    "median_s": ("ms", 1e3),
+    "extra_bytes": ("MiB beside the inputs", 2.0**-20),
+    "peak_bytes": ("MiB in all", 2.0**-20),
+}
 
 
 def _bars(result: Result, pyplot: Any) -> Any:
-    """A row of panels for each group: time, and the memory that a call needs beside its inputs."""
+    """A row of panels for each group: time, and memory where it was measured."""
     groups = {name: [row for row in rows if row.get("median_s")] for name, rows in result.groups().items()}
     groups = {name: rows for name, rows in groups.items() if rows}
-    panels = [("median_s", "ms", 1e3)]
-    if any(row.get("extra_bytes") is not None for row in result.rows):
-        panels.append(("extra_bytes", "MiB beside the inputs", 2.0**-20))
-    height = sum(len(rows) * 0.3 + 0.9 for rows in groups.values())
+    panels = [key for key in _SCALES if any(row.get(key) is not None for row in result.rows)]
+    heights = [0.3 * len(rows) + 1.0 for rows in groups.values()]
     figure, axes = pyplot.subplots(
         len(groups),
         len(panels),
-        figsize=(4.5 * len(panels) + 2, height),
+        figsize=(4 * len(panels) + 3, sum(heights)),
         squeeze=False,
         layout="constrained",
-        height_ratios=[len(rows) + 1.5 for rows in groups.values()],
+        height_ratios=heights,
     )
     for line, (name, rows) in zip(axes, groups.items(), strict=True):
         titles = [row["title"] for row in rows]
         colours = [_OURS if row.get("ours") else _OTHERS for row in rows]
-        for axis, (key, unit, scale) in zip(line, panels, strict=True):
+        for axis, key in zip(line, panels, strict=True):
+            unit, scale = _SCALES[key]
             values = [(row.get(key) or 0.0) * scale for row in rows]
-            bars = axis.barh(titles, values, color=colours)
-            axis.bar_label(bars, [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in values], padding=3)
+            bars = axis.barh(range(len(rows)), values, color=colours)
+            labels = ["-" if row.get(key) is None else _short(row[key] * scale) for row in rows]
+            axis.bar_label(bars, labels, padding=3)
             axis.invert_yaxis()
             axis.set_xlim(0, 1.18 * max(values) or 1)
             axis.set_xlabel(unit)
+            axis.set_yticks(range(len(rows)), titles if axis is line[0] else [""] * len(rows))
+            axis.tick_params(axis="y", length=0)
             axis.spines[["top", "right"]].set_visible(False)
-        line[0].set_title(name, loc="left", fontweight="bold")
+        # Over the titles as well: a heading may be longer than a panel is wide.
+        line[0].annotate(
+            name,
+            (0, 1),
+            (0, 6),
+            xycoords=("figure fraction", "axes fraction"),
+            textcoords="offset points",
+            weight="bold",
+        )
         if floor := rows[0].get("floor_s"):
             line[0].axvline(floor * 1e3, color="black", linestyle=":", linewidth=1)
-            line[0].annotate(" floor", (floor * 1e3, len(rows) - 0.55), fontsize=7, annotation_clip=False)
-        for axis in line[1:]:
-            axis.set_yticklabels([])
+            line[0].annotate(
+                "floor",
+                (floor * 1e3, 1),
+                (2, 1),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=7,
+            )
     return figure
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
 def _lines(result: Result, pyplot: Any) -> Any:
-    """A panel for each group: time over `x`, both logarithmic, one line a series."""
+    """A panel for each group: `y` over `x`, one line a title. Times on logarithmic axes, whose slope is the exponent."""
     groups = result.groups()
+    unit, scale = _SCALES[result.y]
+    logarithmic = result.y == "median_s"
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(4.5 * len(groups), 3.2), squeeze=False, layout="constrained"
+        1, len(groups), figsize=(4.8 * len(groups), 3.6), squeeze=False, layout="constrained"
     )
     for axis, (name, rows) in zip(axes[0], groups.items(), strict=True):
+        others = iter(_LINES)
         for series in dict.fromkeys(row["title"] for row in rows):
-            line = [row for row in rows if row["title"] == series]
-            colour = _OURS if line[0].get("ours") else _OTHERS
+            line = [row for row in rows if row["title"] == series and row.get(result.y) is not None]
+            if not line:
+                continue
+            ours = line[0].get("ours")
             axis.plot(
-                [row["x"] for row in line], [row["median_s"] * 1e3 for row in line], "o-", color=colour, label=series
+                [row["x"] for row in line],
+                [row[result.y] * scale for row in line],
+                "s--" if ours and "in place" in series else "o-",
+                color=_OURS if ours else next(others),
+                label=series,
             )
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms")
+        axis.set_title(name, loc="left", fontsize=9, fontweight="bold")
+        axis.set(xlabel=result.x_label or name.partition(":")[0], ylabel=unit)
+        if logarithmic:
+            axis.set(xscale="log", yscale="log")
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            axis.set_ylim(bottom=0)
         sizes = sorted({row["x"] for row in rows})
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
         axis.xaxis.set_minor_locator(pyplot.NullLocator())
-        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.legend(frameon=False)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.legend(frameon=False, fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     return figure

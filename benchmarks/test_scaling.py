@@ -1,41 +1,58 @@
-"""How does the time grow with tokens, with the vocabulary and with threads? (Exponents are fitted: 1 is proportional.)"""
+"""How does the time grow with tokens, with the vocabulary and with the hidden size? (Exponent 1 is proportional.)"""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from . import method
-from .conftest import DTYPES, Settings
+from .conftest import DTYPES, Settings, wanted
+from .linear_problem import LinearCase, LinearProblem
+from .machine import cache_bytes
 from .method import Contender, Samples
 from .peers import PEERS
+from .peers.linear import LINEAR_PEERS
 from .problem import LogitsProblem
 from .report import Column, Result
 
-#: One grid per axis: [2P, T, V] of each point. Four octaves are enough for an exponent.
-AXES = {
+#: One grid per axis, whose first entry is held: (rows 2P, tokens each), vocabulary, hidden size. Five octaves are enough.
+AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
     "small": {
         "tokens": [(4, tokens, 8192) for tokens in (8, 16, 32)],
         "vocabulary": [(4, 8, vocab) for vocab in (8192, 16384, 32768)],
+        "hidden": [(32, 4096, hidden) for hidden in (64, 128, 256)],
     },
     "default": {
         "tokens": [(4, tokens, 49152) for tokens in (8, 16, 32, 64, 128)],
         "vocabulary": [(4, 32, vocab) for vocab in (8192, 16384, 32768, 65536, 131072)],
+        "hidden": [(64, 16384, hidden) for hidden in (128, 256, 512, 1024, 2048)],
     },
     "full": {
         "tokens": [(8, tokens, 49152) for tokens in (16, 32, 64, 128, 256)],
         "vocabulary": [(8, 64, vocab) for vocab in (16384, 32768, 65536, 131072, 262144)],
+        "hidden": [(128, 49152, hidden) for hidden in (128, 256, 512, 1024, 2048)],
     },
 }
-THREADS_SHAPE = {"small": (4, 32, 8192), "default": (8, 32, 49152), "full": (8, 128, 49152)}
+WHAT = {
+    "tokens": "tokens: logits to gradient",
+    "vocabulary": "vocabulary: logits to gradient",
+    "hidden": "hidden size: hidden states and head to gradients",
+}
 
-#: Compiled peers are left out: they would compile anew at every size.
-RUNNERS = ("eager", "ours_inplace")
+#: Compiled peers are left out: they would compile anew at every size. The second is for the axis `hidden`.
+RUNNERS = {"tokens": ("eager", "ours_inplace"), "vocabulary": ("eager", "ours_inplace"), "hidden": ("eager", "ours")}
+
+COLUMNS = [
+    Column("title", "method"),
+    Column("x", "size", "count"),
+    Column("median_s", "time", "time"),
+    Column("spread", "spread", "percent"),
+    Column("per_x", "ns per unit", "number"),
+    Column("vs_best", "vs eager", "ratio"),
+]
 
 
 def exponent(x: Sequence[float], seconds: Sequence[float]) -> float:
@@ -45,89 +62,69 @@ def exponent(x: Sequence[float], seconds: Sequence[float]) -> float:
     return sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True)) / sum((p - mean_a) ** 2 for p in a)
 
 
-def _row(group: str, x: int, name: str, samples: Samples) -> dict[str, Any]:
-    title = PEERS[name].title
-    return {
-        "case": group,
-        "x": x,
-        "title": title,
-        "ours": PEERS[name].ours,
-        "median_s": samples.median,
-        "spread": samples.spread,
-    }
+def contenders(axis: str, settings: Settings, runners: Sequence[str]) -> tuple[list[int], list[Contender]]:
+    """(sizes, "runner size" for each runner and size)."""
+    dtype, grid = DTYPES[settings.dtypes[0]], AXES[settings.sizes][axis]
+    sizes, found = [], []
+    for point in grid:
+        if axis == "hidden":
+            tokens, vocab, size = point
+            # One pair, all tokens scored.
+            case = LinearCase("", 1, tokens, 0.0, hidden_size=size, vocab=vocab, source="random")
+            problem = LinearProblem(case, settings.device, dtype)
+            found += [Contender(f"{name} {size}", LINEAR_PEERS[name](problem).step) for name in runners]
+        else:
+            # The problems take turns, so together they need to exceed the cache, not each.
+            logits = LogitsProblem(point, dtype, settings.device, rotating_bytes=4 * cache_bytes() // len(grid))
+            size = point[0] * point[1] if axis == "tokens" else point[2]
+            found += [Contender(f"{name} {size}", PEERS[name](logits).step, logits.next) for name in runners]
+        sizes.append(size)
+    return sizes, found
 
 
-@pytest.mark.parametrize("axis", ["tokens", "vocabulary"])
-def test_sizes(
-    axis: str, settings: Settings, publish: Callable[[Result], Result], replay: Callable[[Samples], None]
-) -> None:
-    points = []
-    for shape in AXES[settings.sizes][axis]:
-        problem = LogitsProblem(shape, DTYPES[settings.dtypes[0]], settings.device)
-        x = shape[0] * shape[1] if axis == "tokens" else shape[2]
-        points += [(x, name, problem, PEERS[name](problem)) for name in RUNNERS]
-    contenders = [Contender(f"{name} {x}", peer.step, problem.next) for x, name, problem, peer in points]
-    found = method.interleave(contenders, settings.rounds, device=settings.device)
-    result = Result(
-        "scaling",
-        "Scaling: loss and gradient as the sizes grow",
-        [
-            Column("title", "method"),
-            Column("x", "size", "count"),
-            Column("median_s", "time", "time"),
-            Column("spread", "spread", "percent"),
-            Column("per_x", "ns per unit", "number"),
-        ],
-        chart="lines",
-    )
-    sizes = list(dict.fromkeys(x for x, *_ in points))
-    for name in RUNNERS:
-        medians = [found[f"{name} {x}"].median for x in sizes]
-        for x in sizes:
-            row = _row(axis, x, name, found[f"{name} {x}"])
-            result.rows.append(row | {"per_x": row["median_s"] / x * 1e9})
-        result.notes.append(f"{PEERS[name].title}: time grows as {axis} ^ {exponent(sizes, medians):.2f}")
+@pytest.fixture(scope="module")
+def samples(
+    axis: str, settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
+) -> dict[str, list[Samples]]:
+    """By runner, one entry a size."""
+    runners = wanted(request, "test_scaling", "runner", axis=axis)
+    titles = {name: (LINEAR_PEERS if axis == "hidden" else PEERS)[_name(axis, name)] for name in runners}
+    sizes, racers = contenders(axis, settings, [_name(axis, name) for name in runners])
+    found = method.interleave(racers, settings.rounds, device=settings.device)
+    result = Result("scaling", "Scaling: loss and gradient as the sizes grow", COLUMNS, chart="lines")
+    by_runner = {name: [found[f"{_name(axis, name)} {size}"] for size in sizes] for name in runners}
+    for name in runners:
+        for index, size in enumerate(sizes):
+            one = by_runner[name][index]
+            row: dict[str, Any] = {"case": WHAT[axis], "x": size, "title": titles[name].title, "ours": name == "ours"}
+            row |= {"dtype": settings.dtypes[0], "median_s": one.median, "spread": one.spread}
+            row |= {"per_x": one.median / size * 1e9, "select": f"test_scaling[{axis}-{name}]"}
+            if name == "ours" and "eager" in by_runner:
+                row |= {"vs_best": method.ratio(by_runner["eager"][index], one), "best_peer": titles["eager"].title}
+                row["select"] += f" or test_scaling[{axis}-eager]"
+                if row["vs_best"] < 1:
+                    row["explanation"] = EXPLANATIONS.get(axis)
+            result.rows.append(row)
+        slope = exponent(sizes, [one.median for one in by_runner[name]])
+        result.notes.append(f"{titles[name].title}: time grows as {axis} ^ {slope:.2f} ({settings.dtypes[0]})")
     publish(result)
-    replay(found[contenders[-1].name])
+    return by_runner
 
 
-def thread_counts() -> list[int]:
-    """1, 2, 4 ... up to the cores there are."""
-    cores = os.cpu_count() or 1
-    return [*(n for n in (2**k for k in range(12)) if n < cores), cores]
+#: Why rows of ours may lose, by axis.
+EXPLANATIONS: dict[str, str] = {}
 
 
-def test_threads(settings: Settings, publish: Callable[[Result], Result], replay: Callable[[Samples], None]) -> None:
-    if settings.device != "cpu":
-        pytest.skip("threads are a question about CPUs")
-    problem = LogitsProblem(THREADS_SHAPE[settings.sizes], DTYPES[settings.dtypes[0]])
-    before = torch.get_num_threads()
+def _name(axis: str, runner: str) -> str:
+    return dict(zip(("eager", "ours"), RUNNERS[axis], strict=True))[runner]
 
-    def prepare(threads: int) -> None:
-        torch.set_num_threads(threads)
-        problem.next()
 
-    contenders = [
-        Contender(f"{name} {threads}", PEERS[name](problem).step, lambda threads=threads: prepare(threads))
-        for name in RUNNERS
-        for threads in thread_counts()
-    ]
-    try:
-        found = method.interleave(contenders, settings.rounds)
-    finally:
-        torch.set_num_threads(before)
-    columns = [
-        Column("title", "method"),
-        Column("x", "threads", "count"),
-        Column("median_s", "time", "time"),
-        Column("spread", "spread", "percent"),
-        Column("speedup", "vs 1 thread", "ratio"),
-    ]
-    rows = [
-        _row("threads", threads, name, found[f"{name} {threads}"])
-        | {"speedup": method.ratio(found[f"{name} 1"], found[f"{name} {threads}"])}
-        for name in RUNNERS
-        for threads in thread_counts()
-    ]
-    publish(Result("threads", "Threads: loss and gradient on more cores", columns, rows, chart="lines"))
-    replay(found[contenders[-1].name])
+@pytest.fixture(scope="module", params=list(WHAT))
+def axis(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("runner", ["eager", "ours"])
+def test_scaling(samples: dict[str, list[Samples]], runner: str, replay: Callable[[Samples], None]) -> None:
+    # pytest-benchmark is shown the largest size.
+    replay(samples[runner][-1])

@@ -61,8 +61,8 @@ COLUMNS = [
 ]
 
 
-def run(name: str, pairs: Path, batch: int, steps: int) -> dict[str, Any]:
-    """What `benchmarks.trainer_run` says of one run. Raises RuntimeError with its last words if it fails."""
+def run(name: str, pairs: Path, batch: int, steps: int) -> dict[str, Any] | str:
+    """What `benchmarks.trainer_run` says of one run, or its last words if it fails."""
     model = model_folder()
     assert model is not None
     command = [sys.executable, "-m", "benchmarks.trainer_run", name, "--pairs", str(pairs), "--model", str(model)]
@@ -71,7 +71,7 @@ def run(name: str, pairs: Path, batch: int, steps: int) -> dict[str, Any]:
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{name}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        return (done.stderr.strip().splitlines() or ["no output"])[-1]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -159,26 +159,27 @@ def measured(
     for index in range(rounds):
         shift = index % max(len(runs), 1)
         for name in [*list(runs)[shift:], *list(runs)[:shift]]:
-            try:
-                runs[name].append(run(name, pairs, batch, steps))
-            except RuntimeError as error:
-                missing[name] = f"fails: {error}"
+            found = run(name, pairs, batch, steps)
+            if isinstance(found, str):
+                missing[name] = f"fails: {found}"
+            else:
+                runs[name].append(found)
     runs = {name: found for name, found in runs.items() if name not in missing}
     heading = f"{pairs.name}, {batch} pairs a step, at most {MAX_LENGTH} tokens, float32"
-    found = table(runs, missing, heading)
-    tokens = next((row["tokens"] for row in found.rows if "tokens" in row), None)
+    result = table(runs, missing, heading)
+    tokens = next((row["tokens"] for row in result.rows if "tokens" in row), None)
     if tokens:
-        found.notes.append(
+        result.notes.append(
             f"{heading}: {statistics.mean(tokens):.0f} real tokens a step, {rounds} rounds of {steps} steps, the first of each "
             f"not timed; AdamW, constant learning rate, the same pairs in the same order."
         )
-    found.extra["bars"] = bars(found.rows)
-    found.notes += [
+    result.extra["bars"] = bars(result.rows)
+    result.notes += [
         f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}"
-        for bar in found.extra["bars"]
+        for bar in result.extra["bars"]
     ]
-    publish(found)
-    return {row["peer"]: row for row in found.rows}
+    publish(result)
+    return {row["peer"]: row for row in result.rows}
 
 
 @pytest.mark.parametrize("name", TITLES)

@@ -16,6 +16,15 @@ def test_readme_shows_the_committed_results() -> None:
     assert text == wanted, "run: python -m benchmarks.readme_table --write"
 
 
+@pytest.mark.parametrize(
+    "path", sorted(report.RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_committed_loss_against_a_peer_has_its_reason(path: Path) -> None:
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    unexplained = [row["title"] for row in rows if row.get("vs_best", 1) < 1 and not row.get("explanation")]
+    assert unexplained == []
+
+
 def test_readme_table_has_results_to_show() -> None:
     assert readme_table.render(), "no benchmarks/results/<machine>/logits_path.json: run make bench"
 
@@ -46,8 +55,17 @@ def results(tmp_path: Path) -> Path:
     ]
     folder = tmp_path / "m"
     folder.mkdir()
-    content = {"machine": machine, "rows": rows, "notes": ["a note"], "headline": {"line": "worst 8x"}}
+    rows[1] |= {"vs_best": 8.0, "best_peer": "eager PyTorch"}
+    content = {"machine": machine, "question": "Logits path: how", "rows": rows, "notes": ["a note", "Bar: none"]}
     (folder / "logits_path.json").write_text(json.dumps(content))
+    older = tmp_path / "older"
+    older.mkdir()
+    content = content | {"machine": machine | {"cpu": "Another CPU", "date": "2025-12-31"}}
+    (older / "logits_path.json").write_text(json.dumps(content))
+    trained = {"case": "pairs", "title": "dpo_trainer", "peer": "ours", "vs_best": 0.75, "best_peer": "TRL"}
+    trained |= {"tokens_per_second": 1234.0, "memory_share": 0.625}
+    content = {"machine": machine, "question": "Trainer: how", "rows": [trained], "notes": ["another note"]}
+    (folder / "trainer.json").write_text(json.dumps(content))
     return tmp_path
 
 
@@ -62,10 +80,18 @@ def test_every_figure_comes_from_the_json(results: Path) -> None:
         "1 MiB",
         "WRONG",
         "1.7e-01",
-        "a note",
-        "worst 8x",
+        "* a note",
+        "* another note",
+        "1,234",
+        "62.5 %",
+        "over 2 rows: 0.75x (trainer: dpo_trainer against TRL, pairs); 1 below 1.0",
+        "NOT EXPLAINED",
+        "[older](benchmarks/results/older)",
     ):
         assert shown in block
+    assert "Bar: " not in block
+    # One machine, the one measured last.
+    assert "Another CPU" not in block
 
 
 def test_a_changed_figure_is_noticed(results: Path) -> None:

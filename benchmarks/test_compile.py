@@ -1,0 +1,144 @@
+"""Does the loss sit well inside torch.compile: without graph breaks, without recompiling, and is the step as fast?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpo_kernels import dpo_loss, linear_dpo_loss
+
+from . import method
+from .conftest import DTYPES, Settings, wanted
+from .method import Contender, Samples
+from .peers.eager import textbook_loss
+from .problem import BETA
+from .report import Column, Result
+
+#: [2P, T], vocabulary, hidden size of a model of one block.
+SIZES = {"small": ((2, 32), 4096, 64), "default": ((4, 64), 49152, 256), "full": ((8, 128), 49152, 576)}
+
+
+class Model(nn.Module):
+    """A block and a head: enough of a model for the compiler to fuse something besides the loss."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, hidden)
+        self.norm = nn.RMSNorm(hidden)
+        self.up, self.down = nn.Linear(hidden, 4 * hidden, bias=False), nn.Linear(4 * hidden, hidden, bias=False)
+        self.head = nn.Linear(hidden, vocab, bias=False)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+def textbook(model: Model, tokens: Tensor, labels: Tensor, ref_logits: Tensor) -> Tensor:
+    return textbook_loss(model.head(model.hidden(tokens)), ref_logits, labels)
+
+
+def logits_path(model: Model, tokens: Tensor, labels: Tensor, ref_logits: Tensor) -> Tensor:
+    logits = model.head(model.hidden(tokens))
+    return dpo_loss(logits, labels, ref_logits=ref_logits, beta=BETA, inplace_backward=True).loss
+
+
+def linear_path(model: Model, tokens: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+    return linear_dpo_loss(model.hidden(tokens), model.head.weight, labels, ref_logps=ref_logps, beta=BETA).loss
+
+
+LOSSES = {"textbook": textbook, "logits": logits_path, "linear": linear_path}
+TITLES = {"textbook": "eager textbook", "logits": "dpo_loss", "linear": "linear_dpo_loss, reference precomputed"}
+
+COLUMNS = [
+    Column("title", "model and loss"),
+    Column("median_s", "time", "time"),
+    Column("spread", "spread", "percent"),
+    Column("vs_best", "vs textbook compiled", "ratio"),
+    Column("first_call_s", "first call", "time"),
+    Column("other_length_s", "first call, other length", "time"),
+    Column("graphs", "graphs", "count"),
+    Column("breaks", "graph breaks", "count"),
+]
+#: Why rows of ours may lose, by contender.
+EXPLANATIONS: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def samples(
+    settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
+) -> dict[str, Samples]:
+    (batch, length), vocab, hidden = SIZES[settings.sizes]
+    dtype, device = DTYPES[settings.dtypes[0]], settings.device
+    torch.manual_seed(0)
+    model = Model(vocab, hidden).to(device, dtype)
+    parameters = list(model.parameters())
+
+    def inputs(length: int, name: str) -> tuple[Tensor, ...]:
+        tokens, labels = torch.randint(vocab, (2, batch, length), device=device)
+        with torch.no_grad():
+            logits = model.head(model.hidden(tokens))
+            if name == "linear":
+                logps = logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1).sum(-1)
+                return tokens, labels, logps
+        return tokens, labels, logits
+
+    contenders, facts = [], {}
+    names = wanted(request, "test_compile", "name")
+    clock = method.Clock(device)
+    for name in names:
+        loss_name, how = name.split("-")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        plain = LOSSES[loss_name]
+        # fullgraph=True refuses any graph break by raising.
+        call = torch.compile(plain, fullgraph=True) if how == "compiled" else plain
+        here = inputs(length, loss_name)
+
+        def step(call: Callable[..., Tensor] = call, here: tuple[Tensor, ...] = here) -> Any:
+            return torch.autograd.grad(call(model, *here), parameters)
+
+        first = clock.time(step)
+        other = inputs(length + 8, loss_name)
+        again = clock.time(lambda call=call, other=other: torch.autograd.grad(call(model, *other), parameters))
+        facts[name] = {"first_call_s": first}
+        if how == "compiled":
+            counters = torch._dynamo.utils.counters
+            facts[name] |= {
+                "other_length_s": again,
+                "graphs": counters["stats"]["unique_graphs"],
+                "breaks": sum(counters["graph_break"].values()),
+            }
+        contenders.append(Contender(name, step))
+    found = method.interleave(contenders, min(settings.rounds, 7), device=device)
+    heading = f"{settings.dtypes[0]}: {batch} x {length} tokens, H = {hidden}, V = {vocab:,}, loss and all gradients"
+    result = Result("compile", "torch.compile: a small model with the loss inside the compiled graph", COLUMNS)
+    for name in names:
+        loss_name, how = name.split("-")
+        ours = loss_name != "textbook"
+        row: dict[str, Any] = {"case": heading, "title": f"{TITLES[loss_name]}, {how}", "ours": ours, **facts[name]}
+        row |= {"median_s": found[name].median, "spread": found[name].spread, "select": f"test_compile[{name}]"}
+        if ours and (best := method.best_ratio(found, name, ["textbook-plain", "textbook-compiled"])):
+            row |= {"vs_best": best[0], "best_peer": f"eager textbook, {best[1].split('-')[1]}"}
+            row["select"] += f" or test_compile[{best[1]}]"
+            if best[0] < 1:
+                row["explanation"] = EXPLANATIONS.get(name)
+        result.rows.append(row)
+    for loss_name in ("logits", "linear"):
+        if f"{loss_name}-plain" in found and f"{loss_name}-compiled" in found:
+            gain = method.ratio(found[f"{loss_name}-plain"], found[f"{loss_name}-compiled"])
+            result.notes.append(
+                f"{TITLES[loss_name]}: the step is {gain:.2f} times as fast with the loss inside the compiled model as "
+                f"without torch.compile; {facts[f'{loss_name}-compiled']['breaks']} graph breaks."
+            )
+    publish(result)
+    return found
+
+
+@pytest.mark.parametrize("name", [f"{loss}-{how}" for loss in LOSSES for how in ("plain", "compiled")])
+def test_compile(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:
+    replay(samples[name])

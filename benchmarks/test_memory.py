@@ -1,0 +1,131 @@
+"""How much memory do loss and gradients need beside their inputs, as the batch grows?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .conftest import DTYPES, Settings, wanted
+from .linear_problem import LinearCase, LinearProblem
+from .method import peak_memory
+from .peers import PEERS
+from .peers.linear import LINEAR_PEERS
+from .problem import LogitsProblem
+from .report import Column, Result
+
+#: Scored tokens; vocabulary; hidden size of the linear path, whose inputs are no logits.
+SIZES = {
+    "small": ((32, 64), 4096, 64),
+    "default": ((64, 128, 256, 512), 49152, 256),
+    "full": ((128, 256, 512, 1024), 49152, 576),
+}
+WHAT = {"logits": "logits to their gradient", "linear": "hidden states and head to their gradients"}
+#: Nobody who compiles at each size: the first call's memory would be the compiler's.
+RUNNERS = {
+    "logits": ("eager", "trl_old", "ours", "ours_inplace"),
+    "linear": ("eager", "trl_compact", "liger", "torch_lce", "ours"),
+}
+KNOWN: dict[str, Any] = {"logits": PEERS, "linear": LINEAR_PEERS}
+#: Ratios of less than this say nothing: the system counts resident pages in batches.
+LEAST = 1 << 20
+
+COLUMNS = [
+    Column("title", "method"),
+    Column("x", "tokens", "count"),
+    Column("extra_bytes", "memory beside the inputs", "bytes"),
+    Column("per_token", "KiB a token", "number"),
+    Column("vs_best", "vs best peer", "ratio"),
+    Column("best_peer", "which is"),
+]
+#: Why rows of ours may lose, by path and runner.
+EXPLANATIONS = {
+    ("logits", "ours"): "The gradient itself is all that it allocates; a peer can need no less unless it overwrites "
+    "the logits, as inplace_backward=True does.",
+    (
+        "linear",
+        "ours",
+    ): "At this size the float32 sum of the head's gradient, which every method returns, is nearly all.",
+}
+
+
+def measure(path: str, name: str, tokens: int, settings: Settings) -> int | None:
+    """Bytes that one step of the peer needs beside its inputs."""
+    _, vocab, hidden = SIZES[settings.sizes]
+    dtype = DTYPES[settings.dtypes[0]]
+    step: Callable[[], object]
+    if path == "logits":
+        step = PEERS[name](LogitsProblem((2, tokens // 2, vocab), dtype, settings.device, rotating_bytes=0)).step
+    else:
+        case = LinearCase("", 1, tokens // 2, 0.0, hidden_size=hidden, vocab=vocab, source="random")
+        step = LINEAR_PEERS[name](LinearProblem(case, settings.device, dtype)).step
+    step()  # libraries keep what their first call allocates
+    return peak_memory(step, settings.device)[0]
+
+
+@pytest.fixture(scope="module")
+def rows(
+    settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
+) -> dict[str, list[dict[str, Any]]]:
+    """By contender, one row a size."""
+    result = Result(
+        "memory",
+        "Memory: what loss and gradients need beside their inputs",
+        COLUMNS,
+        chart="lines",
+        x_label="tokens",
+        y="extra_bytes",
+    )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in WHAT:
+        names = [name.split("-")[1] for name in wanted(request, "test_memory", "name") if name.startswith(path)]
+        names = [name for name in names if not KNOWN[path][name].why_missing()]
+        found |= {f"{path}-{name}": [] for name in names}
+        for tokens in SIZES[settings.sizes][0]:
+            for row in _rows(path, names, tokens, settings):
+                found[f"{path}-{row['peer']}"].append(row)
+    for mine in found.values():
+        result.rows += mine
+        first, last = mine[0], mine[-1]
+        if last["extra_bytes"] is not None:
+            slope = (last["extra_bytes"] - first["extra_bytes"]) / (last["x"] - first["x"]) / 1024
+            result.notes.append(
+                f"{last['case']}: {last['title']} needs {last['extra_bytes'] / 2**20:,.0f} MiB for {last['x']:,} tokens, "
+                f"and {slope:,.0f} KiB for each one more."
+            )
+    publish(result)
+    return found
+
+
+def _rows(path: str, names: list[str], tokens: int, settings: Settings) -> list[dict[str, Any]]:
+    """One row for each peer, at one size."""
+    peers = KNOWN[path]
+    extra = {name: measure(path, name, tokens, settings) for name in names}
+    known = {name: max(value, LEAST) for name, value in extra.items() if value is not None}
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"case": WHAT[path], "x": tokens, "peer": name, "title": peers[name].title}
+        row |= {"ours": peers[name].ours, "extra_bytes": extra[name], "dtype": settings.dtypes[0]}
+        row["select"] = f"test_memory[{path}-{name}]"
+        if name in known:
+            row["per_token"] = known[name] / tokens / 1024
+        others = [other for other in known if not peers[other].ours]
+        if peers[name].ours and name in known and others:
+            best = min(others, key=known.__getitem__)
+            row |= {"vs_best": known[best] / known[name], "best_peer": peers[best].title}
+            row["select"] += f" or test_memory[{path}-{best}]"
+            if row["vs_best"] < 1:
+                row["explanation"] = EXPLANATIONS.get((path, name))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("name", [f"{path}-{name}" for path, names in RUNNERS.items() for name in names])
+def test_memory(rows: dict[str, list[dict[str, Any]]], name: str) -> None:
+    if name not in rows:
+        path, peer = name.split("-")
+        pytest.skip(str(KNOWN[path][peer].why_missing()))
+    if any(row["extra_bytes"] is None for row in rows[name]):
+        pytest.skip("this system does not tell a process its peak of memory")
+    assert min(row["extra_bytes"] for row in rows[name]) >= 0

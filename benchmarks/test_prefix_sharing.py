@@ -1,0 +1,117 @@
+"""What does it save to run a pair's prompt once, with both answers behind it, through a real backbone?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from . import method
+from .conftest import Settings, wanted
+from .linear_problem import model_folder
+from .method import Contender, Samples
+from .report import Column, Result
+
+#: (pairs, tokens of prompt + answer), by size; the prompt is this percentage of them.
+SIZES = {"small": (1, 32), "default": (2, 128), "full": (4, 256)}
+SHARES = (25, 50, 75)
+LAYOUTS = {"padded": "each side with its own prompt", "shared": "prompt once a pair"}
+#: Sharing alone, where prompts are half of the tokens.
+BAR = 1.2
+#: The same sums in another order: two layouts' hidden states may differ by this share of the largest.
+TOLERANCE = 1e-4
+
+COLUMNS = [
+    Column("title", "layout"),
+    Column("tokens", "tokens in the batch", "count"),
+    Column("median_s", "time", "time"),
+    Column("spread", "spread", "percent"),
+    Column("vs_best", "vs padded", "ratio"),
+    Column("difference", "hidden states differ by", "error"),
+]
+#: Why a row may lose, by prompt share.
+EXPLANATIONS = {
+    25: "The mask of a shared row keeps attention from its causal short cut; short prompts save less than that."
+}
+
+
+@pytest.fixture(scope="module")
+def samples(
+    settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
+) -> dict[str, Samples]:
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (pip install -e .[trainer])"
+    )
+    if (folder := model_folder()) is None:
+        pytest.skip("SmolLM2 has not been converted yet (make demo does)")
+    from dpo_trainer.collator import PairCollator
+    from dpo_trainer.model import SplitModel
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    split = SplitModel(model.to(settings.device))
+    weights = [weight for weight in split.backbone.parameters() if weight.requires_grad]  # type: ignore[union-attr]
+    pairs, length = SIZES[settings.sizes]
+    generator = torch.Generator().manual_seed(0)
+    contenders, facts, answers = [], {}, {}
+    names = wanted(request, "test_prefix_sharing", "name")
+    for name in names:
+        layout, share = name.split("-")
+        prompt = length * int(share) // 100
+        generator.manual_seed(int(share))
+        rows = [
+            {
+                key: torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+                for key, count in (
+                    ("prompt_input_ids", prompt),
+                    ("chosen_input_ids", length - prompt),
+                    ("rejected_input_ids", length - prompt),
+                )
+            }
+            for _ in range(pairs)
+        ]
+        batch = PairCollator(layout="prefix_shared" if layout == "shared" else layout)(rows)
+        batch = {key: value.to(settings.device) for key, value in batch.items()}
+
+        def step(batch: dict[str, torch.Tensor] = batch) -> Any:
+            return torch.autograd.grad(split.packed_hidden(batch).square().mean(), weights)
+
+        with torch.no_grad():
+            answers[name] = split.packed_hidden(batch)
+        facts[name] = {"tokens": batch["input_ids"].numel()}
+        contenders.append(Contender(name, step))
+    rounds = 3 if settings.sizes != "full" else 7
+    found = method.interleave(contenders, rounds, warmup=0, device=settings.device)
+    result = Result("prefix_sharing", "Prefix sharing: forward and backward of SmolLM2-135M's backbone", COLUMNS)
+    for name in names:
+        layout, share = name.split("-")
+        row: dict[str, Any] = {"case": f"float32, {pairs} pairs x {length} tokens a side, {share} % prompt"}
+        row |= {"title": LAYOUTS[layout], "ours": layout == "shared", "share": int(share), **facts[name]}
+        row |= {"median_s": found[name].median, "spread": found[name].spread}
+        row["select"] = f"test_prefix_sharing[{name}]"
+        other = f"padded-{share}"
+        if layout == "shared" and other in found:
+            row |= {"vs_best": method.ratio(found[other], found[name]), "best_peer": LAYOUTS["padded"]}
+            row["select"] += f" or test_prefix_sharing[{other}]"
+            row["difference"] = float((answers[name] - answers[other]).abs().max() / answers[other].abs().max())
+            assert row["difference"] <= TOLERANCE, f"{name}: hidden states differ by {row['difference']:.1e}"
+            if row["vs_best"] < 1:
+                row["explanation"] = EXPLANATIONS.get(int(share))
+        result.rows.append(row)
+    half = next((row for row in result.rows if row["share"] == 50 and "vs_best" in row), None)
+    if half and settings.sizes != "small":
+        met = half["vs_best"] >= BAR
+        bar = {"what": "sharing alone, prompts half", "bar": BAR, "measured": half["vs_best"], "met": met}
+        result.extra["bars"] = [bar]
+        result.notes.append(
+            f"Where prompts are half of the tokens, sharing them makes the backbone {half['vs_best']:.2f} times as fast "
+            f"(bar {BAR:g}: {'met' if met else 'MISSED'})."
+        )
+    publish(result)
+    return found
+
+
+@pytest.mark.parametrize("name", [f"{layout}-{share}" for share in SHARES for layout in LAYOUTS])
+def test_prefix_sharing(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:
+    replay(samples[name])

@@ -1,0 +1,138 @@
+"""What does each way of getting the reference cost: whole logits, hidden states and head, sums computed before, or none?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_kernels import dpo_loss
+
+from . import method
+from .conftest import DTYPES, Settings, wanted
+from .linear_problem import LinearCase, LinearProblem, LinearTruth
+from .method import Contender, Samples
+from .peers.eager import dpo_from_sums
+from .peers.linear import LINEAR_PEERS, LinearPeer
+from .problem import BETA
+from .report import Column, Result
+
+#: (pairs, tokens), half of them prompt; vocabulary; hidden size.
+SIZES = {"small": ((1, 32), 4096, 64), "default": ((2, 128), 49152, 576), "full": ((4, 256), 49152, 576)}
+
+MODES = {
+    "logits": "whole logits of both",
+    "hidden": "hidden states and head",
+    "precomputed": "sums computed before",
+    "none": "no reference",
+}
+
+COLUMNS = [
+    Column("title", "method"),
+    Column("median_s", "time", "time"),
+    Column("spread", "spread", "percent"),
+    Column("over_none", "over none", "ratio"),
+    Column("vs_best", "vs eager", "ratio"),
+    Column("extra_bytes", "extra memory", "bytes"),
+]
+#: Why rows of ours may lose, by mode.
+EXPLANATIONS: dict[str, str] = {}
+
+
+class EagerLogits(LinearPeer):
+    """Both models' logits as tensors, then the textbook: what LinearPeer "eager" does, for all positions."""
+
+    name, title = "eager_logits", "eager PyTorch"
+
+    def loss(self) -> Tensor:
+        problem = self.problem
+        with torch.no_grad():
+            reference = self._sums(F.linear(problem.ref_hidden, problem.ref_weight))
+        return dpo_from_sums(self._sums(F.linear(problem.hidden, problem.weight)), reference)
+
+    def _sums(self, logits: Tensor) -> Tensor:
+        labels = self.problem.labels
+        logps = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(labels != -100, logps, 0.0).sum(-1)
+
+
+class OursLogits(LinearPeer):
+    """Both models' logits as tensors, then `dpo_loss`, which writes the gradient over them."""
+
+    name, title, ours = "ours_logits", "dpo_kernels", True
+
+    def loss(self) -> Tensor:
+        problem = self.problem
+        with torch.no_grad():
+            ref_logits = F.linear(problem.ref_hidden, problem.ref_weight)
+        logits = F.linear(problem.hidden, problem.weight)
+        return dpo_loss(logits, problem.labels, ref_logits=ref_logits, beta=BETA, inplace_backward=True).loss
+
+
+def peer(name: str, problem: LinearProblem) -> LinearPeer:
+    """The contender `runner-mode` on a problem of that mode."""
+    runner, mode = name.split("-")
+    if mode == "logits":
+        return (OursLogits if runner == "ours" else EagerLogits)(problem)
+    return LINEAR_PEERS[runner](problem)
+
+
+@pytest.fixture(scope="module")
+def samples(
+    settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
+) -> dict[str, Samples]:
+    (pairs, length), vocab, hidden = SIZES[settings.sizes]
+    dtype = settings.dtypes[0]
+    names = wanted(request, "test_reference_modes", "name")
+    contenders, leaves = [], 0
+    for mode in MODES:
+        mine = [name for name in names if name.endswith(f"-{mode}")]
+        if not mine:
+            continue
+        reference = "hidden" if mode == "logits" else mode
+        case = LinearCase("", pairs, length, hidden_size=hidden, vocab=vocab, reference=reference, source="random")
+        problem = LinearProblem(case, settings.device, DTYPES[dtype])
+        leaves = sum(leaf.nbytes for leaf in problem.leaves)
+        truth = LinearTruth(problem)
+        yardstick = truth.error_of(LINEAR_PEERS["eager"](problem).step())
+        for name in mine:
+            one = peer(name, problem)
+            error = truth.error_of(one.step())
+            assert error.within(yardstick), f"{name}: gradient off by {error}, eager by {yardstick}"
+            contenders.append(Contender(name, one.step))
+    rounds = 5 if settings.sizes != "small" else 3
+    found = method.interleave(contenders, rounds, warmup=0, device=settings.device)
+    result = Result("reference_modes", "Reference: loss and gradients, by where the reference comes from", COLUMNS)
+    for name in names:
+        runner, mode = name.split("-")
+        row: dict[str, Any] = {"case": f"{dtype} {2 * pairs} x {length} tokens, half prompt", "mode": mode}
+        row |= {"title": f"{LINEAR_PEERS[runner].title.removesuffix(', exact')}, {MODES[mode]}"}
+        row |= {"ours": runner == "ours", "median_s": found[name].median, "spread": found[name].spread}
+        row["select"] = f"test_reference_modes[{name}]"
+        if found[name].extra_bytes is not None:
+            row["extra_bytes"] = max(0, found[name].extra_bytes - leaves)
+        if f"{runner}-none" in found:
+            row["over_none"] = method.ratio(found[name], found[f"{runner}-none"])
+        if runner == "ours" and (best := method.best_ratio(found, name, [f"eager-{mode}"])):
+            row |= {"vs_best": best[0], "best_peer": LINEAR_PEERS["eager"].title}
+            row["select"] += f" or test_reference_modes[{best[1]}]"
+            if best[0] < 1:
+                row["explanation"] = EXPLANATIONS.get(mode)
+        result.rows.append(row)
+    if "ours-hidden" in found and "ours-precomputed" in found:
+        saved = method.ratio(found["ours-hidden"], found["ours-precomputed"])
+        result.notes.append(
+            f"{dtype}: a reference computed before makes the head's step {saved:.2f} times as fast as one whose hidden "
+            f"states are projected in it (the reference's own forward pass is saved besides)."
+        )
+    publish(result)
+    return found
+
+
+@pytest.mark.parametrize("name", [f"{runner}-{mode}" for mode in MODES for runner in ("eager", "ours")])
+def test_reference_modes(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:
+    replay(samples[name])

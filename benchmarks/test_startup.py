@@ -1,0 +1,158 @@
+"""How long until the first gradient: imports, first call, later calls, each in a fresh process, with caches cold or warm?"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Settings, wanted
+from .linear_problem import ROOT
+from .method import Samples
+from .report import Column, Result
+
+#: [2P, T, V]: small, because what is asked is what a call costs before it works.
+SHAPE = {"small": (2, 8, 4096), "default": (4, 32, 49152), "full": (4, 32, 49152)}
+ROUNDS = {"small": 1, "default": 3, "full": 5}
+
+#: Statements that leave `step`, a function of the problem; TRITON compiles ahead of time and needs no GPU.
+STEPS = {
+    "eager": "from benchmarks.peers import PEERS; step = PEERS['eager'](problem).step",
+    "compiled": "from benchmarks.peers import PEERS; step = PEERS['compiled'](problem).step",
+    "ours": "from benchmarks.peers import PEERS; step = PEERS['ours_inplace'](problem).step",
+}
+TITLES = {
+    "eager": "eager PyTorch",
+    "compiled_cold": "torch.compile, cold cache",
+    "compiled_warm": "torch.compile, warm cache",
+    "ours": "dpo_kernels, in place",
+    "triton": "dpo_kernels, Triton kernels compiled for sm_90",
+}
+SCRIPT = """
+import json, sys, time
+begin = time.perf_counter()
+import torch
+torch_s = time.perf_counter() - begin
+begin = time.perf_counter()
+import dpo_kernels
+import_s = time.perf_counter() - begin
+from benchmarks.problem import LogitsProblem
+problem = LogitsProblem({shape}, torch.float32, {device!r}, rotating_bytes=0)
+wait = torch.cuda.synchronize if {device!r} == "cuda" else lambda: None
+begin = time.perf_counter()
+{make}
+step(); wait()
+first_s = time.perf_counter() - begin
+later = []
+for _ in range(3):
+    problem.next(); wait()
+    begin = time.perf_counter()
+    step(); wait()
+    later.append(time.perf_counter() - begin)
+print(json.dumps(dict(torch_s=torch_s, import_s=import_s, first_s=first_s, later_s=min(later))))
+"""
+TRITON_SCRIPT = """
+import json, time
+from benchmarks.machine_code import triton_kernels
+begin = time.perf_counter()
+count = len(list(triton_kernels(90)))
+print(json.dumps(dict(first_s=time.perf_counter() - begin, kernels=count)))
+"""
+
+COLUMNS = [
+    Column("title", "method"),
+    Column("torch_s", "import torch", "time"),
+    Column("import_s", "import dpo_kernels", "time"),
+    Column("median_s", "first call", "time"),
+    Column("spread", "spread", "percent"),
+    Column("later_s", "later calls", "time"),
+    Column("vs_best", "first call, vs quickest peer", "ratio"),
+    Column("best_peer", "which is"),
+]
+#: Why a row may lose, by contender.
+EXPLANATIONS = {
+    "ours": "A first call loads the native library and checks its arguments once; both are paid once a process, and the "
+    "later calls are the quickest.",
+}
+
+
+def run(name: str, settings: Settings, cache: Path) -> dict[str, float]:
+    """Seconds of one fresh process. Raises CalledProcessError."""
+    make = STEPS.get(name.partition("_")[0], "")
+    script = (
+        TRITON_SCRIPT
+        if name == "triton"
+        else SCRIPT.format(shape=SHAPE[settings.sizes], device=settings.device, make=make)
+    )
+    places = {"TORCHINDUCTOR_CACHE_DIR": cache / "inductor", "TRITON_CACHE_DIR": cache / "triton"}
+    environment = {**os.environ, **{key: str(value) for key, value in places.items()}}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def measured(
+    settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
+) -> dict[str, list[dict[str, float]]]:
+    """By contender, one entry a round; every round has caches of its own."""
+    names = wanted(request, "test_startup", "name")
+    if importlib.util.find_spec("triton") is None:
+        names = [name for name in names if name != "triton"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(ROUNDS[settings.sizes]):
+        with tempfile.TemporaryDirectory() as folder:
+            cache = Path(folder)
+            for name in names:
+                if name == "compiled_warm" and "compiled_cold" not in names:
+                    run("compiled_cold", settings, cache)
+                # Compiling all Triton kernels takes long and hardly varies: once is enough.
+                if name != "triton" or not found[name]:
+                    found[name].append(run(name, settings, cache))
+    shape = list(SHAPE[settings.sizes])
+    result = Result("startup", "Start-up: time to the first loss and gradient in a fresh process", COLUMNS)
+    for name in names:
+        rounds = found[name]
+        samples = Samples([one["first_s"] for one in rounds])
+        row: dict[str, Any] = {"case": f"float32 {shape}", "title": TITLES[name], "ours": name in ("ours", "triton")}
+        row |= {"median_s": samples.median, "spread": samples.spread, "select": f"test_startup[{name}]"}
+        for key in ("torch_s", "import_s", "later_s"):
+            if key in rounds[0]:
+                row[key] = statistics.median(one[key] for one in rounds)
+        if name == "triton":
+            row["case"] = "ahead of time, without a GPU"
+            result.notes.append(
+                f"Triton compiles the {rounds[0]['kernels']:.0f} variants of the table of machine code for one architecture in "
+                f"{samples.median:.1f} s, cold; a run needs a few of them, once, and finds them in its cache the next time."
+            )
+        others = [other for other in names if other not in ("ours", "triton")]
+        if name == "ours" and others:
+            ratios = {
+                other: statistics.median(a["first_s"] / b["first_s"] for a, b in zip(found[other], rounds, strict=True))
+                for other in others
+            }
+            best = min(ratios, key=ratios.__getitem__)
+            row |= {"vs_best": ratios[best], "best_peer": TITLES[best]}
+            row["select"] += f" or test_startup[{best}]"
+            if ratios[best] < 1:
+                row["explanation"] = EXPLANATIONS["ours"]
+        result.rows.append(row)
+    publish(result)
+    return found
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_startup(measured: dict[str, list[dict[str, float]]], name: str, replay: Callable[[Samples], None]) -> None:
+    if name not in measured:
+        pytest.skip("triton is not installed (pip install -e .[dev])")
+    replay(Samples([one["first_s"] for one in measured[name]]))
