@@ -393,7 +393,7 @@ def examine(trainer: DPOTrainer, probe_pairs: int) -> Facts:
     try:
         for start in range(0, len(rows), size):
             batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))  # type: ignore[arg-type]
-            with trainer._kernels():
+            with torch.no_grad(), trainer._kernels():
                 pairs = (len(batch["cu_seqlens"]) - 1) // 2
                 outputs.append(trainer.pair_loss(batch, torch.ones(pairs, device=batch["cu_seqlens"].device)))
     finally:
@@ -410,14 +410,18 @@ def examine(trainer: DPOTrainer, probe_pairs: int) -> Facts:
         )
     halves = [output.token_counts.cpu().double().chunk(2) for output in outputs]
     chosen_counts, rejected_counts = (torch.cat([half[side] for half in halves]).clamp(min=1) for side in (0, 1))
-    likelier = chosen / chosen_counts > rejected / rejected_counts
+    known = chosen.isfinite() & rejected.isfinite()
+    chosen, rejected, chosen_counts, rejected_counts = (
+        values[known] for values in (chosen, rejected, chosen_counts, rejected_counts)
+    )
+    lead = chosen / chosen_counts - rejected / rejected_counts
     return Facts(
         pairs=count,
         chosen_length=lengths[0],
         rejected_length=lengths[1],
         weights=weights,
         chosen_per_token=(chosen.sum() / chosen_counts.sum()).item(),
-        accuracy=likelier.double().mean().item(),
+        accuracy=(lead.sign() / 2 + 0.5).mean().item(),  # a tie is half right
         margins=tuple((chosen - rejected).tolist()),
     )
 

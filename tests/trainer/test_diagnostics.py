@@ -1,0 +1,296 @@
+"""Each diagnosis is provoked by real training of a tiny model, and a healthy run stays silent."""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
+from dpo_trainer.collator import PairCollator
+from dpo_trainer.diagnostics import DIAGNOSES, Limits, Run, _grad_spike, _kl_exploding, _overfitting
+from dpo_trainer.records import read_records
+
+from .tiny import build_model, build_pairs, build_tokenizer
+
+Make = Callable[..., DPOTrainer]
+SIDES = ("chosen", "rejected")
+
+
+@cache
+def _taught(sides: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Weights of a tiny model after a little supervised training on answers of these sides."""
+    tokenizer = build_tokenizer()
+    model = build_model("llama-tied", len(tokenizer))
+    texts = [row["prompt"] + row[side] + "<|end|>" for row in build_pairs(48, seed=9) for side in sides]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def taught_model(sides: tuple[str, ...] = SIDES) -> Any:
+    model = build_model("llama-tied", len(build_tokenizer()))
+    model.load_state_dict(_taught(sides))
+    return model
+
+
+@pytest.fixture
+def train(make_trainer: Make, tmp_path: Path) -> Callable[..., dict[str, dict[str, Any]]]:
+    """Train as told, on a model that knows the language; returns what was diagnosed, by name."""
+
+    def train(**settings: Any) -> dict[str, dict[str, Any]]:
+        settings = {"model": taught_model(), "per_device_train_batch_size": 8, "max_steps": 16, **settings}
+        settings.setdefault("train_dataset", build_pairs(128))
+        make_trainer(**settings).train()
+        return {event["name"]: event for event in read_records(tmp_path / "run" / "events.jsonl")}
+
+    return train
+
+
+SOON = {"stuck_steps": 8, "windows": 5}
+
+
+def shuffled(rows: list[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Which answer is preferred decided by a coin."""
+    coin = random.Random(seed)
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if coin.random() < 0.5 else row for row in rows
+    ]
+
+
+def flipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+
+
+def test_a_healthy_run_stays_silent(train: Any) -> None:
+    evaluation = {"eval_dataset": build_pairs(32, seed=1), "eval_strategy": "steps", "eval_steps": 4}
+    assert train(**evaluation, eval_on_start=True, max_steps=32, learning_rate=5e-4, diagnostics=SOON) == {}
+
+
+def test_a_learning_rate_that_is_too_low(train: Any) -> None:
+    found = train(learning_rate=1e-9, diagnostics=SOON)
+    assert set(found) == {"learning_rate_low"}
+    event = found["learning_rate_low"]
+    assert event["step"] >= 8
+    assert "it starts at 0.6931" in event["seen"]
+    assert "Raise the learning rate" in event["remedy"]
+
+
+def test_updates_lost_to_rounding(train: Any) -> None:
+    """16-bit weights without float32 masters: the same learning rate moves float32 weights."""
+    found = train(model=taught_model().bfloat16(), learning_rate=1e-5, diagnostics=SOON)
+    assert set(found) == {"updates_lost"}
+    share = float(found["updates_lost"]["seen"].split("an update changes ")[1].split("%")[0])
+    assert 0 <= share < 20
+
+
+def test_a_warm_up_is_waited_for(train: Any) -> None:
+    assert train(learning_rate=1e-9, warmup_steps=12, diagnostics=SOON) == {}
+
+
+def test_preferences_decided_by_a_coin(train: Any) -> None:
+    found = train(
+        train_dataset=shuffled(build_pairs(256)), max_steps=32, learning_rate=1e-3, diagnostics={**SOON, "windows": 10}
+    )
+    assert "pairs_random" in found
+    # Chasing coins at this rate also unlearns both answers, which is said apart.
+    assert set(found) <= {"pairs_random", "displacement"}
+
+
+class SameOnBothSides(PairCollator):
+    """A collator with a mistake."""
+
+    def __call__(self, rows: Any) -> Any:
+        return super().__call__([{**row, "rejected_input_ids": row["chosen_input_ids"]} for row in rows])
+
+
+def test_answers_that_are_the_same_to_the_model(make_trainer: Make, tmp_path: Path) -> None:
+    trainer = make_trainer(model=taught_model(), train_dataset=build_pairs(128), max_steps=12, diagnostics=SOON)
+    trainer.data_collator = SameOnBothSides()
+    trainer.train()
+    events = read_records(tmp_path / "run" / "events.jsonl")
+    assert [event["name"] for event in events] == ["pairs_equal"]
+
+
+def test_swapped_columns_show_on_the_evaluation_set(train: Any) -> None:
+    evaluation = {"eval_dataset": build_pairs(32, seed=1), "eval_strategy": "steps", "eval_steps": 4}
+    found = train(
+        train_dataset=flipped(build_pairs(128)), **evaluation, learning_rate=3e-4, diagnostics={"accuracy_gap": None}
+    )
+    assert set(found) == {"pairs_swapped"}
+    assert "on eval the rejected answer has the higher reward in" in found["pairs_swapped"]["seen"]
+
+
+def test_memorised_pairs(train: Any) -> None:
+    found = train(
+        train_dataset=shuffled(build_pairs(8)),
+        eval_dataset=shuffled(build_pairs(64, seed=1), seed=2),
+        eval_strategy="steps",
+        eval_steps=4,
+        max_steps=28,
+        learning_rate=3e-3,
+    )
+    assert "overfitting" in found
+    assert "in training and" in found["overfitting"]["seen"] or "rose from" in found["overfitting"]["seen"]
+
+
+def test_a_policy_that_runs_away(train: Any) -> None:
+    assert "kl_exploding" in train(learning_rate=5e-2)
+
+
+def test_a_reference_that_never_saw_such_text(train: Any) -> None:
+    found = train(model=build_model("llama-tied", len(build_tokenizer())), max_steps=1)
+    assert set(found) == {"weak_reference"}
+    assert found["weak_reference"]["step"] == 0
+    assert "nats per token under the reference" in found["weak_reference"]["seen"]
+
+
+def test_a_reference_that_prefers_rejected_answers(train: Any) -> None:
+    found = train(model=taught_model(("rejected",)), max_steps=1, diagnostics={"chosen_likelihood": None})
+    assert "is the likelier one, per token, in only" in found["weak_reference"]["seen"]
+
+
+def test_weights_that_leave_few_pairs(train: Any) -> None:
+    rows = [{**row, "weight": 50.0 if index % 32 == 0 else 0.1} for index, row in enumerate(build_pairs(128))]
+    found = train(train_dataset=rows, max_steps=1)
+    assert set(found) == {"uneven_preferences"}
+    assert "128 pairs count like 5" in found["uneven_preferences"]["seen"]
+
+
+def test_margins_of_the_reference_with_a_heavy_tail(train: Any) -> None:
+    rows = [{**row, "chosen": " good fine", "rejected": " good great"} for row in build_pairs(56)]
+    rows += [{**row, "rejected": " zqx" * 12, "chosen": " good"} for row in build_pairs(8)]
+    found = train(train_dataset=rows, max_steps=1, diagnostics={"probe_pairs": 64, "length_ratio": None})
+    assert set(found) == {"uneven_preferences"}
+    assert "at the 95th percentile" in found["uneven_preferences"]["seen"]
+
+
+def test_likelihood_displacement(train: Any) -> None:
+    """Answers that share all but their last word: pushing one down takes the other along."""
+    rows = [{**row, "chosen": " good great fine", "rejected": " good great good"} for row in build_pairs(128)]
+    assert "displacement" in train(train_dataset=rows, learning_rate=1e-2, max_steps=24, diagnostics={"kl_level": None})
+
+
+def test_answers_of_different_length(train: Any) -> None:
+    rows = [{**row, "chosen": row["chosen"] + " good" * 6} for row in build_pairs(64)]
+    found = train(train_dataset=rows, max_steps=1)
+    assert "lengths_differ" in found
+    assert "tokens on average, rejected ones" in found["lengths_differ"]["seen"]
+
+
+def test_a_gradient_spike(train: Any) -> None:
+    rows = build_pairs(128)
+    for row in rows[72:80]:
+        row["rejected"] = " zqx" * 25
+    found = train(
+        train_dataset=rows, train_sampling_strategy="sequential", max_grad_norm=1.0, diagnostics={"grad_spike": 4}
+    )
+    assert found["grad_spike"]["step"] == 10
+
+
+def test_a_spike_between_two_logs_is_seen(train: Any) -> None:
+    rows = build_pairs(256)
+    for row in rows[-24:-16]:
+        row["rejected"] = " zqx" * 25
+    settings = {"train_sampling_strategy": "sequential", "logging_steps": 4, "logging_first_step": False}
+    found = train(train_dataset=rows, max_steps=32, **settings, diagnostics={"grad_spike": 4})
+    assert found["grad_spike"]["step"] == 32
+
+
+def test_a_loss_that_is_not_a_number(train: Any) -> None:
+    model = taught_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    assert set(train(model=model, max_steps=2)) == {"not_finite"}
+
+
+# --- what happens then ---------------------------------------------------------------------------------------------
+
+
+def test_stop_on_stops_with_a_checkpoint_and_speaks_once(make_trainer: Make, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = {"learning_rate": 1e-9, "max_steps": 40, "diagnostics": SOON, "stop_on": ["learning_rate_low"]}
+    trainer = make_trainer(model=taught_model(), train_dataset=build_pairs(128), **settings)
+    trainer.diagnostics.announce = said.append
+    trainer.train()
+    step = trainer.state.global_step
+    assert 8 <= step < 12
+    assert trainer.diagnostics.stopped_by == "learning_rate_low"
+    assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").exists()
+    assert len(said) == 1
+    assert said[0].endswith("Stopping, as stop_on asks.")
+    # The same again goes on: it has been said.
+    resumed = make_trainer(model=taught_model(), train_dataset=build_pairs(128), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 40
+    assert len(read_records(tmp_path / "run" / "events.jsonl")) == 1
+
+
+def test_a_stop_before_the_first_step_takes_no_step(make_trainer: Make) -> None:
+    trainer = make_trainer(max_steps=4, stop_on=["weak_reference"])
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stop_on": ["kl_explodes"]}, "stop_on: unknown diagnosis 'kl_explodes' .did you mean 'kl_exploding'"),
+        ({"diagnostics": {"kl_levle": 1}}, "unknown threshold 'kl_levle' .did you mean 'kl_level'"),
+        ({"diagnostics": {"kl_level": "high"}}, "diagnostics.kl_level: expected a number, or null"),
+        ({"diagnostics": {"kl_level": -1}}, "diagnostics.kl_level: must not be negative"),
+        ({"diagnostics": {"windows": None}}, "diagnostics.windows: must be a whole number from 1"),
+        ({"diagnostics": "loud"}, "diagnostics: expected a mapping, got 'loud'"),
+    ],
+)
+def test_bad_thresholds_are_explained(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        DPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_null_turns_a_check_off(train: Any) -> None:
+    assert train(learning_rate=1e-9, diagnostics={**SOON, "stuck_steps": None}) == {}
+
+
+def test_every_diagnosis_says_what_to_do() -> None:
+    assert all(diagnosis.title and diagnosis.remedy.endswith(".") for diagnosis in DIAGNOSES.values())
+
+
+# --- trends, on records ----------------------------------------------------------------------------------------------
+
+
+def run_of(train: list[dict[str, Any]], evals: list[dict[str, Any]] | None = None) -> Run:
+    run = Run(Limits(), 0.6931, 0, 100, train=[{"step": step, **record} for step, record in enumerate(train)])
+    run.evals = {"eval": evals} if evals else {}
+    return run
+
+
+def test_a_kl_that_grows_fivefold_is_a_trend_and_one_that_creeps_is_none() -> None:
+    assert list(_kl_exploding(run_of([{"kl": 0.06}] * 5 + [{"kl": 0.3}] * 5)))
+    assert not list(_kl_exploding(run_of([{"kl": 0.2}] * 5 + [{"kl": 0.3}] * 5)))
+    assert not list(_kl_exploding(run_of([{"kl": 0.001}] * 5 + [{"kl": 0.05}] * 5)))
+    assert not list(_kl_exploding(run_of([{"loss": 0.6}] * 20)))  # precomputed references: no KL is known
+
+
+def test_a_held_out_loss_that_turns_up_while_training_falls_is_overfitting() -> None:
+    train = [{"loss": 0.2}] * 5
+    evals = [{"step": step, "loss": loss} for step, loss in ((0, 0.69), (10, 0.5), (20, 0.6))]
+    assert list(_overfitting(run_of(train, evals)))
+    assert not list(_overfitting(run_of([{"loss": 0.55}] * 5, evals)))
+    assert not list(_overfitting(run_of(train, evals[:2])))
+
+
+def test_spikes_need_a_usual_to_be_told_from() -> None:
+    assert not list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 4 + [{"grad_norm_max": 99.0}])))
+    assert list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 5 + [{"grad_norm_max": 99.0}])))
+    assert not list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 5 + [{"grad_norm_max": float("inf")}])))
