@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, method, report
+from benchmarks import compare, machine, method, report
 from benchmarks.method import Contender, Samples
 from benchmarks.peers import PEERS
 from benchmarks.problem import BETA, LogitsProblem, Truth, error_budget
 from benchmarks.test_scaling import exponent
-from dpo_kernels import reference
+from dpo_kernels import _build, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (4, 7, 501)
@@ -197,6 +197,51 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     assert result["machine"]["name"] == folder.name
     names = {path.name for path in folder.iterdir()}
     assert {f"{name}.{kind}" for name in ("logits_path", "statistics") for kind in ("json", "md", "svg")} <= names
+
+
+def test_the_interval_holds_the_change_and_narrows_with_agreement() -> None:
+    median, low, high = compare.interval([0.5] * 9)
+    assert (median, low, high) == (0.5, 0.5, 0.5)
+    median, low, high = compare.interval([0.8, 1.2, 0.9, 1.1, 1.0, 0.7, 1.3])
+    assert low < median < high
+    assert (low, high) != (0.7, 1.3)
+
+
+class _Clockwork:
+    """Stands where a Revision stands; every call takes as long as it is told to."""
+
+    def __init__(self, order: list[str], name: str, seconds: float) -> None:
+        self.order, self.name, self.seconds = order, name, seconds
+
+    def call(self, case: dict | None = None) -> float:
+        self.order.append(self.name)
+        return self.seconds
+
+
+@pytest.mark.parametrize(("after", "verdict"), [(0.5, "faster"), (2.0, "slower"), (1.0, "no change seen")])
+def test_revisions_take_turns_and_the_change_is_named(after: float, verdict: str) -> None:
+    order: list[str] = []
+    sides = _Clockwork(order, "a", 1.0), _Clockwork(order, "b", after)
+    found = compare.compare(*sides, {"case": {}}, rounds=4)["case"]  # type: ignore[arg-type]
+    assert (found["ratio"], found["verdict"]) == (after, verdict)
+    assert "".join(order) == "ab" + "ba" + "ab" + "ba" + "ab"
+
+
+def test_a_revision_runs_the_sources_of_its_own_tree(tmp_path: Path) -> None:
+    side = compare.Revision("here", ROOT, _build.cache_folder())
+    try:
+        assert side.call(compare.SMALL["logits float32"]) > 0
+        assert side.call() > 0
+    finally:
+        side.close()
+    # A tree without the package falls back on the installed one, which would compare a revision with itself.
+    with pytest.raises(RuntimeError, match="was imported from"):
+        compare.Revision("empty", tmp_path, tmp_path)
+
+
+def test_an_unknown_revision_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no-such-revision"):
+        compare.checked_out("no-such-revision", tmp_path / "tree")
 
 
 def test_profile_names_its_ranges_after_the_stages(tmp_path: Path) -> None:
