@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import compare, machine, method, report
+from benchmarks.linear_problem import LinearCase, LinearProblem, LinearTruth
 from benchmarks.method import Contender, Samples
 from benchmarks.peers import PEERS
+from benchmarks.peers.linear import LINEAR_PEERS
 from benchmarks.problem import BETA, LogitsProblem, Truth, error_budget
 from benchmarks.test_scaling import exponent
 from dpo_kernels import _build, reference
@@ -89,6 +91,51 @@ def test_a_faulty_gradient_is_wrong(fault, dtype: torch.dtype, problem: LogitsPr
     right = truth.gradient.to(dtype)
     assert truth.error_of(right).worst <= error_budget(dtype)
     assert not truth.error_of(fault(right, problem.labels)).worst <= error_budget(dtype)
+
+
+@pytest.fixture(scope="module")
+def linear() -> tuple[LinearProblem, LinearTruth]:
+    problem = LinearProblem(LinearCase("", 2, 16, hidden_size=32, vocab=501, source="random"))
+    return problem, LinearTruth(problem)
+
+
+def _scored_row_zeroed(problem: LinearProblem, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    hidden[problem.labels != -100] *= (torch.arange(32) != 5)[:, None]
+    return hidden, weight
+
+
+def _prompt_touched(problem: LinearProblem, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    hidden[0, 0] = 1e-6
+    return hidden, weight
+
+
+LINEAR_FAULTS = (
+    _scored_row_zeroed,
+    _prompt_touched,
+    lambda problem, hidden, weight: (1.05 * hidden, weight),
+    lambda problem, hidden, weight: (hidden, 1.05 * weight),
+    lambda problem, hidden, weight: (-hidden, weight),
+    lambda problem, hidden, weight: (hidden, torch.zeros_like(weight)),
+    lambda problem, hidden, weight: (hidden, weight * float("nan")),
+)
+
+
+def test_linear_truth_is_eager_and_ours_but_for_rounding(linear: tuple[LinearProblem, LinearTruth]) -> None:
+    problem, truth = linear
+    eager = truth.error_of(LINEAR_PEERS["eager"](problem).step())
+    assert max(eager.hidden, eager.weight) < 1e-4
+    assert truth.error_of(LINEAR_PEERS["ours"](problem).step()).within(eager)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("fault", LINEAR_FAULTS)
+def test_a_faulty_linear_gradient_is_wrong(fault, filtered: bool, linear: tuple[LinearProblem, LinearTruth]) -> None:
+    problem, truth = linear
+    assert truth.weight is not None
+    eager = truth.error_of(LINEAR_PEERS["eager"](problem).step())
+    right = truth.hidden.float(), truth.weight.float()
+    assert truth.error_of(right).within(eager, filtered)
+    assert not truth.error_of(fault(problem, *(part.clone() for part in right))).within(eager, filtered)
 
 
 def test_restored_logits_are_what_they_were() -> None:
