@@ -196,7 +196,7 @@ Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data co
 ## Staying near the reference
 
 `kl_coef` adds that multiple of the mean per-token KL(policy || reference), exact over the vocabulary and differentiable. It
-needs the reference's logits, as `tdpo` and `tdpo2` do; log-probabilities of the labels do not determine a KL.
+needs the reference's logits or hidden states, as `tdpo` and `tdpo2` do; log-probabilities of the labels do not determine a KL.
 """
 
 

@@ -253,19 +253,27 @@ def _wpo_weights(batch: _Batch, tokens: dict[str, Tensor], stage: dict[str, Any]
     doubled = {"logit_scale": 2 * stage["logit_scale"], "logit_softcap": 2 * stage["logit_softcap"], "statistics": ()}
     logits = batch.logits.detach()
     lse = ops.token_logps(logits, batch.labels, None, inplace_backward=False, **{**stage, **doubled})["lse"]
-    aligned = tokens["logps"].detach() - (lse - 2 * tokens["lse"])
+    return _weights_from(batch, tokens["logps"], lse - 2 * tokens["lse"])
+
+
+@torch.no_grad()
+def _weights_from(batch: _Batch, logps: Tensor, log_sum_sq: Tensor) -> Tensor:
     scored = (batch.weights != 0).to(batch.weights.dtype)
-    counts = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend).clamp(min=1)
-    chosen, rejected = (ops.sequence_sums(aligned, scored, batch.cu_seqlens, batch.backend) / counts).chunk(2)
-    return (chosen + rejected).exp()
+    aligned = ops.sequence_sums(logps - log_sum_sq, scored, batch.cu_seqlens, batch.backend)
+    return linear.wpo_weights(aligned, ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend))
 
 
 def _kl_shares(batch: _Batch, kl: Tensor) -> Tensor:
     """[P], whose mean over the pairs is the mean of `kl` over all scored tokens."""
     scored = (batch.weights != 0).to(batch.weights.dtype)
     chosen, rejected = ops.sequence_sums(kl, scored, batch.cu_seqlens, batch.backend).chunk(2)
-    count = ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend).sum()
-    return (chosen + rejected) * (chosen.shape[0] / count.clamp(min=1))
+    return (chosen + rejected) * (chosen.shape[0] / _scored_count(batch))
+
+
+def _scored_count(batch: _Batch) -> Tensor:
+    """The number of scored tokens, at least 1."""
+    scored = (batch.weights != 0).to(batch.weights.dtype)
+    return ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend).sum().clamp(min=1)
 
 
 def _count_pairs(batch: _Batch) -> int:
@@ -488,10 +496,13 @@ def _linear_call(
     grad_filter: float | str | None,
     scalar_loss: bool,
     couples_pairs: bool,
+    terms: tuple[str, ...] = (),
 ) -> linear.Call:
     hidden = batch.logits
     dtype = _compute_dtype(hidden)
     eps = _grad_filter(grad_filter, dtype, batch.backend)
+    if any(name in linear.KL_TERMS for name in terms):
+        eps = 0.0  # the lists hold the gradient of a log-probability, not that of a KL
     call = linear.Call(
         batch.labels,
         *reference,
@@ -503,6 +514,7 @@ def _linear_call(
         budget=planner.parse_budget(memory_budget, hidden.shape[-1], batch.vocab),
         backend=batch.backend,
         strategy="",
+        terms=terms,
         eps=eps,
         needs_hidden=_wants_grad(hidden),
         needs_weight=_wants_grad(weight),
@@ -540,6 +552,8 @@ def linear_dpo_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     statistics: Sequence[str] = (),
+    kl_coef: float = 0.0,
+    use_weighting: bool = False,
     reduction: str = "mean",
 ) -> DPOOutput:
     """`dpo_loss` from hidden states and the LM head, without ever holding all logits.
@@ -565,6 +579,9 @@ def linear_dpo_loss(
             products; "auto" for the dtype's own (exact in float32 and float64). The dropped mass goes back as a uniform
             tail. CPU kernels only; elsewhere gradients are exact.
         statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"; "kl" needs `ref_hidden`.
+        kl_coef: as in `dpo_loss`; needs `ref_hidden`. With it, and with TDPO's objectives, gradients are exact, and of a
+            pair beyond the budget the reference is projected twice as well.
+        use_weighting: as in `dpo_loss`; one more read of each chunk's logits.
         beta, loss_type, loss_weights, label_smoothing, cu_seqlens, token_weights, pair_weights, ignore_index, logit_scale,
             logit_softcap, reduction: as in `dpo_loss`.
 
@@ -590,11 +607,14 @@ def linear_dpo_loss(
     functions = objectives.resolve(loss_type)
     has_reference = ref_hidden is not None or ref_logps is not None
     objectives.check(functions, loss_weights, label_smoothing, has_reference=has_reference)
-    if objectives.needs_token_kl(functions):
-        raise ValueError(
-            "an objective of loss_type needs the KL divergence of every token, differentiable, which the linear path does "
-            "not give: use dpo_loss on logits"
-        )
+    forward_kl = objectives.needs_token_kl(functions)
+    if not kl_coef >= 0:
+        raise ValueError(f"kl_coef must not be negative; got {kl_coef}")
+    for what, asked in (("kl_coef", bool(kl_coef)), ("an objective of loss_type", forward_kl)):
+        if asked and ref_hidden is None:
+            raise ValueError(
+                f"{what} needs ref_hidden: the KL divergence of distributions is not determined by ref_logps"
+            )
     wanted = _check_statistics(statistics, LINEAR_STATISTICS)
     autocast = _compute_dtype(hidden) != hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
     _check_head("weight", weight, bias, hidden, None, not autocast)
@@ -637,6 +657,11 @@ def linear_dpo_loss(
         # A compiled graph takes the two-pass operators, whose outputs have static shapes.
         scalar_loss=reduction != "none" and not torch.compiler.is_compiling(),
         couples_pairs=objectives.couples_pairs(functions),
+        terms=tuple(
+            name
+            for name, asked in (("kl", bool(kl_coef)), ("forward_kl", forward_kl), ("log_sum_sq", use_weighting))
+            if asked
+        ),
     )
     ref_sums = _reference_sums(ref_logps, batch)
     beta_each = _per_pair("beta", beta, pairs, batch)
@@ -658,15 +683,25 @@ def linear_dpo_loss(
             functions,
             loss_weights,
             kernel,
+            use_weighting,
+            kl_coef * (1 if reduction == "mean" else pairs) / _scored_count(batch) if kl_coef else None,
         )
         loss, losses, sums, ref_sums, tokens = linear.whole_pairs(batch.logits, weight, bias, call, pair)
-        rewards = _rewards(batch, functions, kernel, sums, ref_sums, beta_each, smoothing_each)
+        rewards = _rewards(batch, functions, kernel, tokens, sums, ref_sums, beta_each, smoothing_each)
+        if kl_coef:
+            losses = losses + kl_coef * _kl_shares(batch, tokens["kl"])
     else:
         tokens = linear.linear_logps(batch.logits, weight, bias, call)
         losses, sums, ref_sums, rewards = _pair_losses(
             batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
         )
-        loss = _reduce(losses if scale is None else losses * scale, reduction)
+        if use_weighting:
+            losses = losses * _weights_from(batch, tokens["logps"], tokens["log_sum_sq"])
+        weighted = losses if scale is None else losses * scale
+        if kl_coef:
+            shares = kl_coef * _kl_shares(batch, tokens["kl"])
+            losses, weighted = losses + shares, weighted + shares
+        loss = _reduce(weighted, reduction)
     return _output(batch, tokens, loss, losses, sums, ref_sums, rewards, wanted, ignore_index)
 
 
@@ -674,6 +709,7 @@ def _rewards(
     batch: _Batch,
     functions: list[Objective],
     kernel: tuple[bool] | None,
+    tokens: dict[str, Tensor],
     sums: Tensor,
     ref_sums: Tensor,
     beta: Tensor,
@@ -683,7 +719,10 @@ def _rewards(
     if kernel is not None:
         return beta.repeat(2) * (sums - ref_sums)
     lengths = ops.sequence_sums(batch.weights, torch.ones_like(batch.weights), batch.cu_seqlens, batch.backend)
-    pairs = Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing)
+    kl_sums = None
+    if "forward_kl" in tokens:
+        kl_sums = ops.sequence_sums(tokens["forward_kl"], batch.weights, batch.cu_seqlens, batch.backend)
+    pairs = Pairs.from_sums(sums, ref_sums, lengths, beta, label_smoothing, kl_sums)
     return torch.cat(objectives.rewards(pairs, functions)).detach()
 
 

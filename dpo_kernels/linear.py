@@ -18,7 +18,7 @@ On an accelerator the number of scored tokens per sequence is read once per call
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -28,14 +28,16 @@ import torch
 from torch import Tensor
 
 from . import backends, filtered, objectives, ops, planner
-from .backends.eager import check_labels, small_dtype
+from .backends.eager import TokenKL, check_labels, small_dtype
 from .objectives import Objective, Pairs
 
 logger = logging.getLogger(__name__)
 
 #: Names of a stage-1 result, in its order, and of what this module adds.
 STAGE_OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
-TOKEN_OUTPUTS = (*STAGE_OUTPUTS, "grad_dropped_mass")
+TOKEN_OUTPUTS = (*STAGE_OUTPUTS, "grad_dropped_mass", "forward_kl", "log_sum_sq")
+#: Those that a loss may be differentiated by: KL(policy || reference) and KL(reference || policy) where a term, and these.
+KL_TERMS = ("kl", "forward_kl")
 
 #: What `grad_filter="auto"` means: the threshold whose error in dH stays below the dtype's own rounding (docs/linear.md).
 AUTO_FILTER = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-20}
@@ -48,6 +50,8 @@ class Call:
     Attributes:
         ref_hidden: [B, T, Hr] or None; with ref_weight [V, Hr] and ref_bias [V] or None.
         statistics: names of stage 1's statistics.
+        terms: what the loss reads of each token beside its log-probability: "kl" and "forward_kl", differentiable, and
+            "log_sum_sq" (log sum p^2).
         compute_dtype: what the products and logits are in.
         eps: filter threshold on probabilities, 0 for exact gradients.
     """
@@ -64,6 +68,7 @@ class Call:
     budget: int
     backend: str
     strategy: str
+    terms: tuple[str, ...] = ()
     reason: str = ""
     eps: float = 0.0
     needs_hidden: bool = False
@@ -75,6 +80,20 @@ class Call:
         """The backend's stage functions."""
         return backends.load(self.backend, self.labels.device.type)
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of everything that is found per token beside logps, lse and ref_logps."""
+        return frozenset((*self.statistics, *self.terms))
+
+    @property
+    def kl_gradient(self) -> bool:
+        """Whether a token-level KL is differentiated."""
+        return any(name in KL_TERMS for name in self.terms)
+
+    def without_reference(self) -> Call:
+        """The call for a backward of log-probabilities alone: the reference needs no second projection."""
+        return replace(self, ref_hidden=None, ref_weight=None, ref_bias=None, statistics=(), terms=())
+
     def sizes(self, hidden_size: int, vocab: int) -> planner.Head:
         """What the planner needs to know."""
         return planner.Head(
@@ -84,9 +103,38 @@ class Call:
             self.needs_hidden,
             self.needs_weight or self.needs_bias,
             self.ref_hidden is not None,
-            "kl" in self.statistics,
+            not self.given.isdisjoint(KL_TERMS),
             self.labels.device.type == "cpu" and self.compute_dtype.itemsize == 2,
+            self.kl_gradient,
         )
+
+
+@dataclass(frozen=True)
+class KLGradients:
+    """What a backward needs to differentiate token-level KL divergences as well; shapes as the log-probabilities'.
+
+    Attributes:
+        ref_logps, kl: of stage 1.
+        grad_kl, grad_forward_kl: gradients of the loss by KL(policy || reference) and KL(reference || policy), or None.
+    """
+
+    ref_logps: Tensor
+    kl: Tensor
+    grad_kl: Tensor | None
+    grad_forward_kl: Tensor | None
+
+    def at(self, tokens: Tensor | slice) -> KLGradients:
+        """Those of the tokens."""
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.reshape(-1)[tokens]
+
+        return KLGradients(*map(part, (self.ref_logps, self.kl, self.grad_kl, self.grad_forward_kl)))  # type: ignore
+
+    def moves(self) -> Tensor:
+        """Where one of the gradients is not 0."""
+        grads = [grad != 0 for grad in (self.grad_kl, self.grad_forward_kl) if grad is not None]
+        return grads[0] if len(grads) == 1 else grads[0] | grads[1]
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -171,11 +219,10 @@ class Projection:
         self.bias = None if bias is None else bias.to(call.compute_dtype)
         self.ref_weight = None if call.ref_weight is None else call.ref_weight.to(call.compute_dtype)
         self.ref_bias = None if call.ref_bias is None else call.ref_bias.to(call.compute_dtype)
-        self.kl = "kl" in call.statistics
+        self.side_by_side = call.ref_hidden is not None and not call.given.isdisjoint(KL_TERMS)
         vocab = weight.shape[0]
         self.buffer = torch.empty(rows, vocab, dtype=call.compute_dtype, device=hidden.device)
-        side_by_side = self.kl and call.ref_hidden is not None
-        self.ref_buffer = torch.empty_like(self.buffer) if side_by_side else self.buffer
+        self.ref_buffer = torch.empty_like(self.buffer) if self.side_by_side else self.buffer
         self.labels = call.labels.reshape(-1)
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -186,26 +233,44 @@ class Projection:
         """The policy's logits [c, V], in the buffer."""
         return _project(rows, self.weight, self.bias, self.buffer)
 
+    def project_reference(self, tokens: Tensor) -> Tensor:
+        """The reference's logits [c, V], in its buffer."""
+        assert self.call.ref_hidden is not None
+        assert self.ref_weight is not None
+        ref_rows = _gather(self.call.ref_hidden, tokens, self.call.compute_dtype)
+        return _project(ref_rows, self.ref_weight, self.ref_bias, self.ref_buffer)
+
     def measure(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(logits [c, V] of the policy, stage 1's results [c] by name) of a chunk."""
         call = self.call
         ref_logits, ref_logps = None, None
         if call.ref_hidden is not None:
-            assert self.ref_weight is not None
-            ref_rows = _gather(call.ref_hidden, tokens, call.compute_dtype)
-            ref_logits = _project(ref_rows, self.ref_weight, self.ref_bias, self.ref_buffer)
-            if not self.kl:
+            ref_logits = self.project_reference(tokens)
+            if not self.side_by_side:
                 # Without a KL the two need not meet: one buffer serves both in turn.
-                ref_logps = self._stage_1(ref_logits, tokens, None, ())["logps"]
+                ref_logps = self._stage_1(ref_logits, tokens, None)["logps"]
                 ref_logits = None
         logits = self.project(rows)
-        found = self._stage_1(logits, tokens, ref_logits, call.statistics)
+        found = self._stage_1(logits, tokens, ref_logits, call.given, kl=self.side_by_side)
         if ref_logps is not None:
             found["ref_logps"] = ref_logps
+        if "forward_kl" in call.terms:
+            assert ref_logits is not None
+            found["forward_kl"] = self._stage_1(ref_logits, tokens, logits, kl=True)["kl"]
+        if "log_sum_sq" in call.terms:
+            # sum p^2 = sum exp(2 z) / (sum exp(z))^2, and 2 z is z at twice the scale and the cap.
+            found["log_sum_sq"] = self._stage_1(logits, tokens, None, stretch=2.0)["lse"] - 2 * found["lse"]
         return logits, found
 
     def _stage_1(
-        self, logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, statistics: Sequence[str]
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        ref_logits: Tensor | None,
+        names: Collection[str] = (),
+        *,
+        kl: bool = False,
+        stretch: float = 1.0,
     ) -> dict[str, Tensor]:
         call = self.call
         outputs = call.stages.token_logps(
@@ -213,29 +278,51 @@ class Projection:
             self.labels[tokens].unsqueeze(0),
             None if ref_logits is None else ref_logits.unsqueeze(0),
             ignore_index=call.ignore_index,
-            logit_scale=call.logit_scale,
-            logit_softcap=call.logit_softcap,
-            entropy="entropy" in statistics,
-            kl="kl" in statistics,
-            accuracy="accuracy" in statistics,
-            mean_logits="mean_logits" in statistics,
+            logit_scale=stretch * call.logit_scale,
+            logit_softcap=stretch * call.logit_softcap,
+            entropy="entropy" in names,
+            kl=kl,
+            accuracy="accuracy" in names,
+            mean_logits="mean_logits" in names,
         )
         found = zip(STAGE_OUTPUTS, outputs, strict=True)
         return {name: value[0] for name, value in found if value.dim() > 1}
 
-    def differentiate(self, logits: Tensor, tokens: Tensor, logps: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-        """dz [c, V] over `logits`; logps, lse and grad_logps are [c]."""
+    def differentiate(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        logps: Tensor,
+        lse: Tensor,
+        grad_logps: Tensor,
+        divergences: KLGradients | None = None,
+    ) -> Tensor:
+        """dz [c, V] over `logits`; all else [c]. With `divergences` the reference's logits are in their buffer."""
         call = self.call
+
+        def row(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.unsqueeze(0).contiguous()
+
+        token_kl = None
+        if divergences is not None:
+            token_kl = TokenKL(
+                self.ref_buffer[: logits.shape[0]].unsqueeze(0),
+                row(divergences.ref_logps),  # type: ignore[arg-type]
+                row(divergences.kl),  # type: ignore[arg-type]
+                row(divergences.grad_kl),
+                row(divergences.grad_forward_kl),
+            )
         call.stages.logits_grad(
             logits.unsqueeze(0),
             self.labels[tokens].unsqueeze(0),
-            logps.unsqueeze(0).contiguous(),
-            lse.unsqueeze(0).contiguous(),
-            grad_logps.unsqueeze(0).contiguous(),
+            row(logps),
+            row(lse),
+            row(grad_logps),
             ignore_index=call.ignore_index,
             logit_scale=call.logit_scale,
             logit_softcap=call.logit_softcap,
             out=logits.unsqueeze(0),
+            token_kl=token_kl,
         )
         return logits
 
@@ -281,8 +368,10 @@ class _TokenTable:
     """Stage 1's results of all tokens, [B, T], filled chunk by chunk; 0 on unscored tokens."""
 
     def __init__(self, call: Call) -> None:
-        given = {"logps", "lse", *call.statistics}
+        given = {"logps", "lse", *call.given}
         given |= {"ref_logps"} if call.ref_hidden is not None else set()
+        # The gradient of either divergence starts from this one's value.
+        given |= {"kl"} if call.kl_gradient else set()
         device = call.labels.device
         shape, dtype = call.labels.shape, small_dtype(device)
         self.values = {
@@ -292,7 +381,8 @@ class _TokenTable:
     def put(self, tokens: Tensor, found: dict[str, Tensor]) -> None:
         """Store a chunk's results."""
         for name, value in found.items():
-            self.values[name].view(-1)[tokens] = value
+            if self.values[name].dim() > 1:
+                self.values[name].view(-1)[tokens] = value
 
     def tuple(self) -> tuple[Tensor, ...]:
         """In stage 1's order."""
@@ -408,14 +498,20 @@ def _backward_tokens(
     lse: Tensor,
     grad_logps: Tensor,
     *,
+    divergences: KLGradients | None = None,
     kept_logits: Tensor | None = None,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, HeadGradient]:
-    """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again."""
+    """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again.
+
+    `divergences` add theirs, and the reference is projected again as well.
+    """
+    call = call.without_reference() if divergences is None else call
     small = grad_logps.reshape(-1)
+    moves = small != 0 if divergences is None else (small != 0) | divergences.moves().reshape(-1)
     live = call.labels.reshape(-1) != call.ignore_index
     # Kept logits are there for every scored token; otherwise tokens without gradient need no second projection.
-    tokens = (live if kept_logits is not None else live & (small != 0)).nonzero().squeeze(-1)
+    tokens = (live if kept_logits is not None else live & moves).nonzero().squeeze(-1)
     head = call.sizes(hidden.shape[-1], weight.shape[0])
     plan = planner.plan_tokens(head, "two_pass", tokens.shape[0], call.budget, may_keep=False)
     gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
@@ -428,7 +524,10 @@ def _backward_tokens(
             continue
         rows = projection.rows(chunk)
         logits = projection.project(rows) if kept_logits is None else kept_logits[begin:end]
-        dz = projection.differentiate(logits, chunk, logps[chunk], lse[chunk], small[chunk])
+        if divergences is not None:
+            projection.project_reference(chunk)
+        by_kl = None if divergences is None else divergences.at(chunk)
+        dz = projection.differentiate(logits, chunk, logps[chunk], lse[chunk], small[chunk], by_kl)
         if grad_hidden is not None:
             grad_hidden.view(-1, hidden.shape[-1])[chunk] = projection.hidden_gradient(dz).to(hidden.dtype)
         gradient.add(dz, rows)
@@ -455,6 +554,25 @@ def main_grad(weight: Tensor) -> Tensor | None:
     return buffer if fits and weight.dtype != torch.float64 else None
 
 
+def _constants(terms: Sequence[str], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those of TOKEN_OUTPUTS that carry no gradient."""
+    moving = {"logps", *(name for name in terms if name in KL_TERMS)}
+    return [value for name, value in zip(TOKEN_OUTPUTS, outputs, strict=True) if name not in moving]
+
+
+def _upstream(
+    grads: Sequence[Tensor | None], logps: Tensor, ref_logps: Tensor, kl: Tensor
+) -> tuple[Tensor | None, KLGradients | None]:
+    """(gradient by the log-probabilities, by the divergences) from those of TOKEN_OUTPUTS; (None, None) if there is none."""
+    by_name = dict(zip(TOKEN_OUTPUTS, grads, strict=True))
+    # A graph compiler may materialise the gradient of an output that is empty because nobody asked for it.
+    by_kl, by_forward = (None if (g := by_name[name]) is None or g.dim() == 1 else g for name in KL_TERMS)
+    if by_kl is None and by_forward is None:
+        return by_name["logps"], None
+    by_logps = torch.zeros_like(logps) if by_name["logps"] is None else by_name["logps"]
+    return by_logps, KLGradients(ref_logps, kl, by_kl, by_forward)
+
+
 class _LinearLogps(torch.autograd.Function):
     """Token log-probabilities from hidden states (eager): every strategy but whole_pairs."""
 
@@ -465,17 +583,18 @@ class _LinearLogps(torch.autograd.Function):
         logger.debug("%s", run.plan.describe())
         outputs = run.table.tuple()
         ctx.call, ctx.strategy, ctx.used = call, run.plan.strategy, False
-        ctx.save_for_backward(hidden, weight, bias, outputs[0], outputs[1], run.tokens, *run.saved)
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(hidden, weight, bias, *outputs[:3], outputs[4], run.tokens, *run.saved)
+        ctx.mark_non_differentiable(*_constants(call.terms, outputs))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, logps, lse, ref_logps, kl, tokens, *saved = ctx.saved_tensors
+        grad_logps, divergences = _upstream(grads, logps, ref_logps, kl)
         if grad_logps is None:
             return (None,) * 4
-        hidden, weight, bias, logps, lse, tokens, *saved = ctx.saved_tensors
         call: Call = ctx.call
         with _no_autocast(hidden.device):
             if ctx.strategy == "frozen_head":
@@ -495,7 +614,16 @@ class _LinearLogps(torch.autograd.Function):
                 grad_hidden, gradient = _backward_filtered(call, hidden, weight, tokens, lists, grad_logps, into)
             else:
                 grad_hidden, gradient = _backward_tokens(
-                    call, hidden, weight, bias, logps, lse, grad_logps, kept_logits=kept, into=into
+                    call,
+                    hidden,
+                    weight,
+                    bias,
+                    logps,
+                    lse,
+                    grad_logps,
+                    divergences=divergences,
+                    kept_logits=kept,
+                    into=into,
                 )
         grad_bias = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
         return grad_hidden, _take_weight(gradient, weight, into), grad_bias, None
@@ -516,6 +644,8 @@ class PairCall:
         scale: [P], d loss / d (pair's loss): pair weights and the reduction.
         functions: the objectives.
         kernel: (robust,) if stage 2 computes the loss itself.
+        use_weighting: multiply each pair's loss by its WPO weight (`wpo_weights`).
+        kl_scale: d loss / d KL(policy || reference) of every scored token, a scalar, or None.
     """
 
     weights: Tensor
@@ -527,6 +657,14 @@ class PairCall:
     functions: list[Objective]
     loss_weights: Sequence[float] | None
     kernel: tuple[bool] | None
+    use_weighting: bool = False
+    kl_scale: Tensor | None = None
+
+
+def wpo_weights(aligned: Tensor, counts: Tensor) -> Tensor:
+    """WPO's weight of each pair [P] (Zhou et al. 2024, equation 2), from sums of log p(label) - log sum p^2 and counts [2P]."""
+    chosen, rejected = (aligned / counts.clamp(min=1)).chunk(2)
+    return (chosen + rejected).exp()
 
 
 def _owners(call: Call, pair: PairCall) -> Tensor:
@@ -542,16 +680,26 @@ def _owners(call: Call, pair: PairCall) -> Tensor:
     return torch.where(labels.reshape(-1) != call.ignore_index, owner, sequences)
 
 
+@dataclass
+class _GroupLoss:
+    """Of a group of p pairs: losses [p]; sums, reference sums, and the loss's derivative by sums and KL sums, [2p] each."""
+
+    losses: Tensor
+    sums: Tensor
+    ref_sums: Tensor
+    coef: Tensor
+    kl_coef: Tensor | None
+
+
 def _group_loss(
     call: Call,
     pair: PairCall,
     group: planner.Group,
-    logps: Tensor,
-    ref_logps: Tensor | None,
+    found: dict[str, Tensor],
     weights: Tensor,
     counts: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses [p], sums, reference sums, d loss / d sums [2p]) of a group whose compacted tokens are given."""
+) -> _GroupLoss:
+    """The loss of a group whose compacted tokens are given: `found` are stage 1's results [n] by name."""
     stages = call.stages
     pairs = pair.beta.shape[0]
     mine = slice(group.first, group.last)
@@ -559,36 +707,49 @@ def _group_loss(
     for offset in (0, pairs):
         for s in range(group.first + offset, group.last + offset):
             bounds.append(bounds[-1] + counts[s])
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device=logps.device)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device=weights.device)
+    weights = weights.unsqueeze(0)
+
+    def sums_of(values: Tensor, by: Tensor = weights) -> Tensor:
+        return stages.sequence_sums(values.view(1, -1), by, cu_seqlens)
+
     beta, smoothing = pair.beta[mine].contiguous(), pair.label_smoothing[mine].contiguous()
     ref_sums = None
-    if ref_logps is None and pair.ref_sums is not None:
+    if "ref_logps" not in found and pair.ref_sums is not None:
         ref_sums = torch.cat([side[mine] for side in pair.ref_sums.chunk(2)])
-    logps, weights = logps.unsqueeze(0), weights.unsqueeze(0)
-    ref_logps = None if ref_logps is None else ref_logps.unsqueeze(0)
+    kl_coef = None
     if pair.kernel is not None:
+        ref_logps = found["ref_logps"].unsqueeze(0) if "ref_logps" in found else None
         losses, sums, ref_sums, coef = stages.preference_loss(
-            logps, ref_logps, weights, cu_seqlens, ref_sums, beta, smoothing, pair.kernel[0]
+            found["logps"].unsqueeze(0), ref_logps, weights, cu_seqlens, ref_sums, beta, smoothing, pair.kernel[0]
         )
     else:
-        sums = stages.sequence_sums(logps, weights, cu_seqlens)
-        if ref_logps is not None:
-            ref_sums = stages.sequence_sums(ref_logps, weights, cu_seqlens)
+        sums = sums_of(found["logps"])
+        if "ref_logps" in found:
+            ref_sums = sums_of(found["ref_logps"])
         elif ref_sums is None:
             ref_sums = torch.zeros_like(sums)
-        lengths = stages.sequence_sums(weights, torch.ones_like(weights), cu_seqlens)
+        lengths = sums_of(torch.ones_like(weights))
         with torch.enable_grad():
-            leaf = sums.detach().requires_grad_()
-            losses = objectives.mix(
-                Pairs.from_sums(leaf, ref_sums, lengths, beta, smoothing), pair.functions, pair.loss_weights
-            )
+            leaves = [sums.detach().requires_grad_()]
+            if "forward_kl" in found:
+                leaves.append(sums_of(found["forward_kl"]).requires_grad_())
+            own = Pairs.from_sums(leaves[0], ref_sums, lengths, beta, smoothing, *leaves[1:])
+            losses = objectives.mix(own, pair.functions, pair.loss_weights)
             if losses.shape != beta.shape:
                 raise ValueError(
                     f"an objective must return one loss per pair, [{beta.shape[0]}]; got {list(losses.shape)}"
                 )
-            (coef,) = torch.autograd.grad(losses.sum(), leaf)
+            coef, *rest = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        kl_coef = rest[0] if rest else None
         losses = losses.detach()
-    return losses, sums, ref_sums, coef * pair.scale[mine].repeat(2)
+    scale = pair.scale[mine]
+    if pair.use_weighting:
+        ones = torch.ones_like(weights)
+        likely = wpo_weights(sums_of(found["logps"] - found["log_sum_sq"], ones), sums_of(ones, ones))
+        losses, scale = losses * likely, scale * likely
+    scale = scale.repeat(2)
+    return _GroupLoss(losses, sums, ref_sums, coef * scale, None if kl_coef is None else kl_coef * scale)
 
 
 @dataclass
@@ -599,6 +760,7 @@ class _PairResult:
     sums: Tensor
     ref_sums: Tensor
     coef: Tensor
+    kl_coef: Tensor
     grad_hidden: Tensor | None
     gradient: HeadGradient
 
@@ -620,7 +782,7 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
     device = hidden.device
     table = _TokenTable(call)
     losses = torch.empty(pairs, dtype=small_dtype(device), device=device)
-    sums, ref_sums, coef = (torch.empty(2, pairs, dtype=losses.dtype, device=device) for _ in range(3))
+    sums, ref_sums, coef, kl_coef = (torch.zeros(2, pairs, dtype=losses.dtype, device=device) for _ in range(4))
     gradient = HeadGradient(call, vocab, hidden_size)
     grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if call.needs_hidden else None
     projection = Projection(call, hidden, weight, bias, plan.rows)
@@ -639,38 +801,50 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
         begin, end = group.bounds[0], group.bounds[-1]
         mine = order_of_tokens[begin:end]
 
-        def joined(name: str, parts: list[dict[str, Tensor]] = parts) -> Tensor:
-            if not parts:
-                return losses.new_zeros(0)
-            return parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
-
-        ref_logps = joined("ref_logps") if call.ref_hidden is not None else None
-        found_losses, found_sums, found_refs, found_coef = _group_loss(
-            call, pair, group, joined("logps"), ref_logps, flat_weights[mine], counts
-        )
-        span = slice(group.first, group.last)
-        losses[span] = found_losses
-        for target, value in ((sums, found_sums), (ref_sums, found_refs), (coef, found_coef)):
-            target[:, span] = value.view(2, -1)
         if not parts:
+            parts = [{name: losses.new_zeros(0) for name, value in table.values.items() if value.dim() > 1}]
+        found = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        done = _group_loss(call, pair, group, found, flat_weights[mine], counts)
+        span = slice(group.first, group.last)
+        losses[span] = done.losses
+        for target, value in ((sums, done.sums), (ref_sums, done.ref_sums), (coef, done.coef), (kl_coef, done.kl_coef)):
+            if value is not None:
+                target[:, span] = value.view(2, -1)
+        if begin == end:
             continue
-        local = torch.tensor([counts[s + side] for side in (0, pairs) for s in range(group.first, group.last)])
-        spread = found_coef.repeat_interleave(local.to(device), output_size=end - begin)
-        grad_logps = flat_weights[mine] * spread
-        logps, lse = joined("logps"), joined("lse")
+        local = torch.tensor([counts[s + side] for side in (0, pairs) for s in range(group.first, group.last)]).to(
+            device
+        )
+
+        def spread(values: Tensor, local: Tensor = local, mine: Tensor = mine, size: int = end - begin) -> Tensor:
+            return flat_weights[mine] * values.repeat_interleave(local, output_size=size)
+
+        grad_logps = spread(done.coef)
+        logps, lse = found["logps"], found["lse"]
+        divergences = None
+        if call.kl_gradient:
+            by_kl = None if pair.kl_scale is None else pair.kl_scale.expand(end - begin)
+            by_forward = None if done.kl_coef is None else spread(done.kl_coef)
+            divergences = KLGradients(found["ref_logps"], found["kl"], by_kl, by_forward)
         # The last chunk's logits are still in the buffer; earlier ones of a pair beyond the budget come back.
         for number, (a, b) in reversed(list(enumerate(group.chunks))):
             chunk, local_part = order_of_tokens[a:b], slice(a - begin, b - begin)
             if number != len(group.chunks) - 1:
                 rows = projection.rows(chunk)
                 logits = projection.project(rows)
-            dz = projection.differentiate(logits, chunk, logps[local_part], lse[local_part], grad_logps[local_part])
+                if divergences is not None:
+                    projection.project_reference(chunk)
+            by_kl_part = None if divergences is None else divergences.at(local_part)
+            dz = projection.differentiate(
+                logits, chunk, logps[local_part], lse[local_part], grad_logps[local_part], by_kl_part
+            )
             if grad_hidden is not None:
                 grad_hidden.view(-1, hidden_size)[chunk] = projection.hidden_gradient(dz).to(hidden.dtype)
             assert rows is not None
             gradient.add(dz, rows)
     gradient.finish()
-    return _PairResult(table, plan, losses, sums.view(-1), ref_sums.view(-1), coef.view(-1), grad_hidden, gradient)
+    sums, ref_sums, coef, kl_coef = (vector.view(-1) for vector in (sums, ref_sums, coef, kl_coef))
+    return _PairResult(table, plan, losses, sums, ref_sums, coef, kl_coef, grad_hidden, gradient)
 
 
 class _WholePairs(torch.autograd.Function):
@@ -690,14 +864,18 @@ class _WholePairs(torch.autograd.Function):
         logger.debug("%s", done.plan.describe())
         outputs = done.table.tuple()
         loss = (done.losses * pair.scale).sum()
+        if pair.kl_scale is not None:
+            # The table is 0 on tokens that are not scored.
+            loss = loss + pair.kl_scale * done.table.values["kl"].sum()
         ctx.call, ctx.pair, ctx.handed_over = call, pair, False
         ctx.save_for_backward(
             hidden,
             weight,
             bias,
-            outputs[0],
-            outputs[1],
+            *outputs[:3],
+            outputs[4],
             done.coef,
+            done.kl_coef,
             done.grad_hidden,
             done.gradient.weight,
             done.gradient.bias,
@@ -712,14 +890,28 @@ class _WholePairs(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 5
-        hidden, weight, bias, logps, lse, coef, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        hidden, weight, bias, logps, lse, ref_logps, kl, coef, kl_coef, *gradients = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = gradients
         call: Call = ctx.call
+        pair: PairCall = ctx.pair
         into = main_grad(weight) if call.needs_weight else None
         if ctx.handed_over:
             # The first backward scaled the gradients in place and gave them away; a retained graph computes them anew.
-            spread = ops._spread(coef * grad_loss, ctx.pair.weights, ctx.pair.cu_seqlens)
+            spread = ops._spread(coef * grad_loss, pair.weights, pair.cu_seqlens)
+            divergences = None
+            if call.kl_gradient:
+                by_kl = None
+                if pair.kl_scale is not None:
+                    every = torch.ones_like(coef)
+                    by_kl = ops._spread(every, (pair.weights != 0).to(coef.dtype), pair.cu_seqlens) * (
+                        pair.kl_scale * grad_loss
+                    )
+                by_forward = ops._spread(kl_coef * grad_loss, pair.weights, pair.cu_seqlens)
+                divergences = KLGradients(ref_logps, kl, by_kl, by_forward if "forward_kl" in call.terms else None)
             with _no_autocast(hidden.device):
-                grad_hidden, gradient = _backward_tokens(call, hidden, weight, bias, logps, lse, spread, into=into)
+                grad_hidden, gradient = _backward_tokens(
+                    call, hidden, weight, bias, logps, lse, spread, divergences=divergences, into=into
+                )
             bias_out = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
             return grad_hidden, _take_weight(gradient, weight, into), bias_out, None, None
         ctx.handed_over = True
@@ -750,19 +942,20 @@ class _WholePairs(torch.autograd.Function):
 _library = torch.library.Library("dpo_kernels", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? ref_hidden, Tensor? ref_weight, "
-    "Tensor? ref_bias, int ignore_index, float logit_scale, float logit_softcap, str[] statistics, "
+    "Tensor? ref_bias, int ignore_index, float logit_scale, float logit_softcap, str[] statistics, str[] terms, "
     "ScalarType compute_dtype, int budget, str backend"
 )
 _library.define(
     f"linear_logps({_ARGUMENTS}) -> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, "
-    "Tensor accuracy, Tensor mean_logits, Tensor grad_dropped_mass)"
+    "Tensor accuracy, Tensor mean_logits, Tensor grad_dropped_mass, Tensor forward_kl, Tensor log_sum_sq)"
 )
 _library.define(
-    f"linear_logps_grad({_ARGUMENTS}, Tensor logps, Tensor lse, Tensor grad_logps, bool needs_hidden, "
-    "bool needs_weight, bool needs_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    f"linear_logps_grad({_ARGUMENTS}, Tensor logps, Tensor lse, Tensor ref_logps, Tensor kl, Tensor grad_logps, "
+    "Tensor? grad_kl, Tensor? grad_forward_kl, bool needs_hidden, bool needs_weight, bool needs_bias) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _ops = torch.ops.dpo_kernels
-_COUNT = 14  # tensors and options of _ARGUMENTS
+_COUNT = 15  # tensors and options of _ARGUMENTS
 
 
 def _call_of(
@@ -780,6 +973,7 @@ def _call_of(
         scale,
         cap,
         names,
+        terms,
         dtype,
         budget,
         backend,
@@ -797,6 +991,7 @@ def _call_of(
         budget,
         backend,
         "forward",
+        tuple(terms),
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         needs_bias=needs_bias,
@@ -812,12 +1007,18 @@ def _linear_logps(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _linear_logps_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    logps, lse, grad_logps, needs_hidden, needs_weight, needs_bias = arguments[_COUNT:]
+    logps, lse, ref_logps, kl, grad_logps, grad_kl, grad_forward_kl, *needs = arguments[_COUNT:]
+    needs_hidden, needs_weight, needs_bias = needs
+    divergences = None
+    if grad_kl is not None or grad_forward_kl is not None:
+        divergences = KLGradients(ref_logps, kl, grad_kl, grad_forward_kl)
     call, hidden, weight, bias = _call_of(
         arguments[:_COUNT], needs_hidden=needs_hidden, needs_weight=needs_weight, needs_bias=needs_bias
     )
     with _no_autocast(hidden.device):
-        grad_hidden, gradient = _backward_tokens(call, hidden, weight, bias, logps, lse, grad_logps)
+        grad_hidden, gradient = _backward_tokens(
+            call, hidden, weight, bias, logps, lse, grad_logps, divergences=divergences
+        )
     nothing = hidden.new_empty(0)
     return (
         nothing if grad_hidden is None else grad_hidden,
@@ -832,8 +1033,9 @@ _library.impl("linear_logps_grad", _linear_logps_grad, "CompositeExplicitAutogra
 
 @torch.library.register_fake("dpo_kernels::linear_logps", lib=_library)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, labels, ref_hidden, statistics = arguments[0], arguments[3], arguments[4], arguments[10]
-    given = {"logps", "lse", *statistics, *(["ref_logps"] if ref_hidden is not None else [])}
+    hidden, labels, ref_hidden, statistics, terms = (arguments[i] for i in (0, 3, 4, 10, 11))
+    given = {"logps", "lse", *statistics, *terms, *(["ref_logps"] if ref_hidden is not None else [])}
+    given |= {"kl"} if any(name in KL_TERMS for name in terms) else set()
     small = small_dtype(hidden.device)
     return tuple(hidden.new_empty(labels.shape if name in given else (0,), dtype=small) for name in TOKEN_OUTPUTS)
 
@@ -841,7 +1043,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("dpo_kernels::linear_logps_grad", lib=_library)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = arguments[:3]
-    needs_hidden, needs_weight, needs_bias = arguments[_COUNT + 3 :]
+    needs_hidden, needs_weight, needs_bias = arguments[_COUNT + 7 :]
     return (
         torch.empty(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
         torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype, device=weight.device),
@@ -852,22 +1054,28 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], output[0], output[1])
+    ctx.save_for_backward(*inputs[:7], *output[:3], output[4])
     ctx.options = inputs[7:]
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*_constants(inputs[11], output))
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, logps, lse, ref_logps, kl = ctx.saved_tensors
+    grad_logps, divergences = _upstream(grads, logps, ref_logps, kl)
     if grad_logps is None:
         return (None,) * _COUNT
-    *tensors, logps, lse = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    # The reference needs no second projection.
-    tensors = [*tensors[:4], None, None, None]
-    statistics_at = 3
-    options = [*ctx.options[:statistics_at], [], *ctx.options[statistics_at + 1 :]]
-    gradients = _ops.linear_logps_grad(*tensors, *options, logps, lse, grad_logps, *needs)
+    by_kl = by_forward = None
+    ignore_index, scale, cap, _, terms, *rest = ctx.options
+    if divergences is None:
+        # The reference needs no second projection.
+        tensors, terms = [*tensors[:4], None, None, None], []
+    else:
+        by_kl, by_forward = divergences.grad_kl, divergences.grad_forward_kl
+    options = [ignore_index, scale, cap, [], terms, *rest]
+    saved = (logps, lse, ref_logps, kl)
+    gradients = _ops.linear_logps_grad(*tensors, *options, *saved, grad_logps, by_kl, by_forward, *needs)
     found = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return (*found, *(None,) * (_COUNT - 3))
 
@@ -880,7 +1088,7 @@ torch.library.register_autograd("dpo_kernels::linear_logps_grad", ops._no_double
 
 
 def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> dict[str, Tensor]:
-    """Stage 1's results by name, [B, T]; "logps" is differentiable."""
+    """Stage 1's results by name, [B, T]; "logps" and the divergences among the terms are differentiable."""
     if torch.compiler.is_compiling():
         outputs = _ops.linear_logps(
             hidden,
@@ -894,6 +1102,7 @@ def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
             call.logit_scale,
             call.logit_softcap,
             list(call.statistics),
+            list(call.terms),
             call.compute_dtype,
             call.budget,
             call.backend,

@@ -153,6 +153,8 @@ class LinearDPOLoss(_PairLoss):
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         statistics: Sequence[str] = (),
+        kl_coef: float = 0.0,
+        use_weighting: bool = False,
         reduction: str = "mean",
         memory_budget: int | str | None = None,
         grad_filter: float | str | None = "auto",
@@ -168,6 +170,8 @@ class LinearDPOLoss(_PairLoss):
             statistics=_check_statistics(statistics, LINEAR_STATISTICS),
             reduction=reduction,
         )
+        self.kl_coef = kl_coef
+        self.use_weighting = use_weighting
         self.memory_budget = memory_budget
         self.grad_filter = grad_filter
 
@@ -211,5 +215,7 @@ class LinearDPOLoss(_PairLoss):
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,
             statistics=statistics,
+            kl_coef=self.kl_coef,
+            use_weighting=self.use_weighting,
             reduction=self.reduction,
         )

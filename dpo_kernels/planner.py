@@ -11,7 +11,8 @@ a label and a weight), H is the hidden size, V the vocabulary. One product of [N
     kept_logits    any gradient; the scored tokens' logits fit in the budget         3
     two_pass       any gradient; the backward projects again                         4
 
-A reference that is projected too (`ref_hidden`) adds one product to each.
+A reference that is projected too (`ref_hidden`) adds one product to each. A differentiated token-level KL (kl_coef, TDPO)
+takes whole_pairs or two_pass, whose recomputation then covers the reference as well.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Head:
         projects_reference: a reference is projected as well.
         kl: policy and reference logits are needed side by side.
         widens: 16-bit products whose dW is accumulated by widening on the CPU.
+        kl_gradient: a token-level KL is differentiated, so a gradient needs both models' logits of a token at once.
     """
 
     hidden_size: int
@@ -79,6 +81,7 @@ class Head:
     projects_reference: bool = False
     kl: bool = False
     widens: bool = False
+    kl_gradient: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -153,6 +156,11 @@ def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filte
     """
     if not (head.needs_hidden or head.needs_weight):
         return "forward", "nothing needs a gradient"
+    if head.kl_gradient:
+        # Neither kept entries nor unscaled rows of dH hold what the KL's gradient needs.
+        if scalar_loss and not couples_pairs:
+            return "whole_pairs", "the KL's gradient joins while the logits of policy and reference are in memory"
+        return "two_pass", "the KL's gradient needs the logits of policy and reference again, in the backward"
     if not head.needs_weight:
         return "frozen_head", "the head is frozen, and d logp / d hidden needs no coefficients"
     if filtered:
@@ -215,7 +223,7 @@ def plan_pairs(head: Head, counts: Sequence[int], budget: int, reason: str = "")
         groups.append(Group(first, last, bounds))
     largest = max((b - a for group in groups for a, b in group.chunks), default=0)
     products = 1 + head.needs_hidden + head.needs_weight + head.projects_reference
-    flops = head.product * (token * products + again)
+    flops = head.product * (token * products + again * (1 + head.kl_gradient))
     if again:
         reason = f"{reason}; {again} tokens of pairs beyond the budget are projected twice"
     return Plan("whole_pairs", tuple(groups), largest, token, largest * head.row_bytes, flops, budget, reason)
@@ -248,5 +256,6 @@ def plan_tokens(
         "kept_logits": 1 + gradients,
         "two_pass": 2 + gradients,
     }[strategy]
-    flops = head.product * tokens * (policy + head.projects_reference)
+    reference = head.projects_reference * (1 + (head.kl_gradient and strategy == "two_pass"))
+    flops = head.product * tokens * (policy + reference)
     return Plan(strategy, (Group(0, 0, bounds),), largest, tokens, largest * head.row_bytes, flops, budget, reason)

@@ -84,6 +84,7 @@ def _run_token_kl_grad(
     logit_scale: float,
     logit_softcap: float,
     backend: str,
+    *,
     out: Tensor,
 ) -> None:
     backends.load(backend, logits.device.type).logits_grad(

@@ -76,6 +76,23 @@ CASES = [
     Case("coupled_two_pass_bfloat16", rows=5, dtype=_BF16, bias=True, options={"loss_type": "aot"}),
     Case("per_pair_losses", rows=5, options={"reduction": "none"}),
     Case("per_pair_losses_kept", bias=True, options={"reduction": "none"}),
+    Case("kl_term", bias=True, rows=9, options={"kl_coef": 0.3}),
+    Case("kl_term_frozen_head", train_head=False, rows=9, options={"kl_coef": 0.1, "reduction": "sum"}),
+    Case("kl_term_coupled", reference="own", rows=9, options={"kl_coef": 0.3, "loss_type": "aot"}),
+    Case("tdpo", reference="own", bias=True, options={"loss_type": "tdpo"}),
+    Case("tdpo_packed_in_groups", packed=True, weighted=True, rows=16, options={"loss_type": "tdpo2", "kl_coef": 0.2}),
+    Case("tdpo_beyond_the_budget", rows=4, options={"loss_type": "tdpo", "kl_coef": 0.2, "logit_softcap": 4.0}),
+    Case("tdpo_per_pair", rows=9, weighted=True, options={"loss_type": "tdpo", "kl_coef": 0.2, "reduction": "none"}),
+    Case("tdpo_bfloat16", dtype=_BF16, options={"loss_type": "tdpo", "kl_coef": 0.2}),
+    Case("wpo", rows=9, weighted=True, options={"use_weighting": True, "logit_softcap": 5.0, "logit_scale": 0.8}),
+    Case("wpo_packed_mix", packed=True, bias=True, options={"use_weighting": True, "loss_type": ["sigmoid", "ipo"]}),
+    Case("wpo_frozen_head", train_head=False, options={"use_weighting": True, "kl_coef": 0.1}),
+    Case(
+        "wpo_reference_free",
+        reference=None,
+        rows=5,
+        options={"use_weighting": True, "loss_type": "simpo", "reduction": "none"},
+    ),
     Case("callable", rows=5, options={"loss_type": lambda pairs: F.softplus(-pairs.margins)}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -114,7 +131,8 @@ class Inputs:
 def row_budget(case: Case, rows: int) -> int:
     """Bytes that hold exactly `rows` rows of logits."""
     widens = case.dtype.itemsize == 2
-    kl = "kl" in case.options.get("statistics", ())
+    named = str(case.options.get("loss_type"))
+    kl = "kl" in case.options.get("statistics", ()) or "kl_coef" in case.options or "tdpo" in named
     head = Head(
         case.hidden_size,
         case.vocab,
@@ -232,18 +250,29 @@ def test_loss_and_gradient_rows_equal_the_float64_reference(case, backend, devic
 
 
 @pytest.mark.parametrize("rows", [None, 9, 2])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "aot"])
-def test_every_statistic_equals_that_of_the_logits_path(loss_type, rows, device):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "sigmoid"},
+        {"loss_type": "ipo"},
+        {"loss_type": "aot"},
+        {"loss_type": "tdpo", "kl_coef": 0.2, "use_weighting": True},
+        {"loss_type": "aot", "kl_coef": 0.2, "use_weighting": True},
+    ],
+    ids=["sigmoid", "ipo", "aot", "tdpo_kl_wpo", "aot_kl_wpo"],
+)
+def test_every_statistic_equals_that_of_the_logits_path(options, rows, device):
     names = ("entropy", "kl", "accuracy", "mean_logits")
-    case = Case(
-        "statistics", rows=rows, bias=True, weighted=False, options={"statistics": names, "loss_type": loss_type}
-    )
+    case = Case("statistics", rows=rows, bias=True, weighted=False, options={"statistics": names, **options})
     inputs = make_inputs(case, device)
-    out = inputs.loss(statistics=(*names, "grad_dropped_mass"))
+    pair_weights = torch.tensor([0.5, 2.0, 1.5], device=device)
+    out = inputs.loss(statistics=(*names, "grad_dropped_mass"), pair_weights=pair_weights)
     exact = inputs.cast(_F64)
     logits, ref_logits = (F.linear(h, exact.weight, exact.bias) for h in (exact.hidden, exact.keywords["ref_hidden"]))
-    truth = dpo_loss(logits, exact.labels, ref_logits=ref_logits, statistics=names, loss_type=loss_type)
-    vectors = ("losses", "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    truth = dpo_loss(
+        logits, exact.labels, ref_logits=ref_logits, statistics=names, pair_weights=pair_weights, **options
+    )
+    vectors = ("loss", "losses", "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     for name in (*names, *vectors, "chosen_rewards", "rejected_rewards", "token_counts"):
         torch.testing.assert_close(getattr(out, name).double(), getattr(truth, name).double(), rtol=2e-5, atol=2e-5)
     assert bool((out.grad_dropped_mass == 0).all())
@@ -251,7 +280,17 @@ def test_every_statistic_equals_that_of_the_logits_path(loss_type, rows, device)
 
 
 @pytest.mark.parametrize(
-    "name", ["float64", "whole_pairs_in_groups", "pairs_beyond_the_budget", "coupled_two_pass", "frozen_head"]
+    "name",
+    [
+        "float64",
+        "whole_pairs_in_groups",
+        "pairs_beyond_the_budget",
+        "coupled_two_pass",
+        "frozen_head",
+        "kl_term",
+        "kl_term_coupled",
+        "tdpo_beyond_the_budget",
+    ],
 )
 def test_gradcheck_in_float64(name):
     case = BY_NAME[name]
@@ -357,7 +396,7 @@ def test_nan_stays_in_its_own_pair():
     torch.testing.assert_close(losses[[0, 2]], plain[[0, 2]])
 
 
-@pytest.mark.parametrize("name", ["whole_pairs", "coupled", "coupled_two_pass", "frozen_head"])
+@pytest.mark.parametrize("name", ["whole_pairs", "coupled", "coupled_two_pass", "frozen_head", "tdpo_packed_in_groups"])
 def test_a_retained_graph_can_run_backward_twice_with_other_factors(name):
     inputs = make_inputs(BY_NAME[name])
     loss = inputs.loss().loss
@@ -486,7 +525,9 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["bias", "own_reference_head_kl", "coupled", "frozen_head", "packed"])
+@pytest.mark.parametrize(
+    "name", ["bias", "own_reference_head_kl", "coupled", "frozen_head", "packed", "tdpo", "wpo_packed_mix"]
+)
 def test_compiled_without_graph_breaks_it_equals_eager(fresh_dynamo, name):
     case = BY_NAME[name]
     inputs, others = make_inputs(case), make_inputs(case)
@@ -505,15 +546,16 @@ def test_compiled_without_graph_breaks_it_equals_eager(fresh_dynamo, name):
 def test_opcheck_passes_for_the_operators():
     inputs = make_inputs(BY_NAME["bias"])
     ref = inputs.keywords["ref_hidden"]
-    shared = (inputs.labels, ref, inputs.weight.detach(), None, -100, 1.0, 0.0, ["kl", "entropy"], _F32, 2**20, "cpu")
+    shared = (inputs.labels, ref, inputs.weight.detach(), None, -100, 1.0, 0.0, ["kl", "entropy"])
+    shared = (*shared, ["kl", "forward_kl", "log_sum_sq"], _F32, 2**20, "cpu")
     ops = torch.ops.dpo_kernels
     torch.library.opcheck(ops.linear_logps.default, (inputs.hidden, inputs.weight, inputs.bias, *shared))
     leaves = tuple(t.detach() for t in (inputs.hidden, inputs.weight, inputs.bias))
-    logps, lse, *_ = ops.linear_logps(*leaves, *shared)
-    for needs in ((True, True, True), (True, False, False)):
-        torch.library.opcheck(
-            ops.linear_logps_grad.default, (*leaves, *shared, logps, lse, torch.rand_like(logps), *needs)
-        )
+    logps, lse, ref_logps, _, kl, *_ = ops.linear_logps(*leaves, *shared)
+    saved = (logps, lse, ref_logps, kl)
+    for needs, divergences in (((True, True, True), 2), ((True, False, False), 0)):
+        upstream = [torch.rand_like(logps) for _ in range(1 + divergences)] + [None] * (2 - divergences)
+        torch.library.opcheck(ops.linear_logps_grad.default, (*leaves, *shared, *saved, *upstream, *needs))
 
 
 def test_the_module_equals_the_function_and_follows_its_hyper_parameters():
@@ -549,7 +591,9 @@ def test_the_module_equals_the_function_and_follows_its_hyper_parameters():
         ({"grad_filter": 2.0}, "grad_filter"),
         ({"memory_budget": 100}, "at least"),
         ({"reduction": "median"}, "reduction"),
-        ({"loss_type": "tdpo"}, r"token|use dpo_loss"),
+        ({"ref_hidden": None, "ref_logps": torch.zeros(6), "loss_type": "tdpo"}, "needs ref_hidden"),
+        ({"ref_hidden": None, "ref_logps": torch.zeros(6), "kl_coef": 0.1}, "needs ref_hidden"),
+        ({"kl_coef": -0.1}, "must not be negative"),
         ({"hidden": torch.zeros(5, 6, 16)}, "hidden|labels"),
     ],
 )

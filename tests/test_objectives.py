@@ -254,7 +254,7 @@ def test_dpo_loss_equals_the_float64_reference(name):
     assert ours.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", [row.name for row in OBJECTIVES.values() if not row.needs_token_kl])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_from_hidden_states_it_is_the_same(name):
     """The linear path takes whole pairs in chunks where it may; objectives that couple pairs must not notice."""
     _, _, labels = logits_batch()
@@ -274,13 +274,6 @@ def test_from_hidden_states_it_is_the_same(name):
         grads.append((out.losses, out.chosen_rewards, h.grad, w.grad))
     for mine, other in zip(*grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
-
-
-def test_token_kl_objectives_say_where_they_run():
-    _, _, labels = logits_batch()
-    hidden, weight = torch.randn(*labels.shape, 5), torch.randn(7, 5)
-    with pytest.raises(ValueError, match="use dpo_loss on logits"):
-        linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden, loss_type="tdpo")
 
 
 MIXES = [

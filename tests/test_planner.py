@@ -45,6 +45,19 @@ def test_the_strategy_follows_from_what_needs_gradients_and_when_they_are_known(
     assert reason
 
 
+@pytest.mark.parametrize(("scalar", "couples"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_differentiated_kl_keeps_both_models_logits_together(scalar, couples, frozen, filtered):
+    head = with_(kl=True, kl_gradient=True, needs_weight=not frozen)
+    strategy, reason = choose_strategy(head, scalar_loss=scalar, couples_pairs=couples, filtered=filtered)
+    assert strategy == ("whole_pairs" if scalar and not couples else "two_pass")
+    assert "KL" in reason
+    unit, rows = head.product * 100, head.row_bytes * 30
+    assert plan_tokens(head, "two_pass", 100, rows).flops == (6 - frozen) * unit  # both models twice, then dH and dW
+    assert plan_pairs(head, [50, 50], rows).flops == (4 - frozen) * unit + 2 * head.product * 70
+
+
 # Pairs that fit together, alone, exactly and not at all; empty sequences and empty pairs among them.
 COUNTS = [
     [],

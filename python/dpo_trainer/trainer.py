@@ -391,8 +391,6 @@ class DPOTrainer(Trainer):
         return "logits" if obstacle or self.args.loss_path == "logits" else "linear"
 
     def _obstacle_to_linear(self) -> str | None:
-        if objectives.needs_token_kl(self._objectives):
-            return "the objective differentiates the KL divergence of every token"
         if obstacle := self.policy.obstacle_to_linear:
             return obstacle
         if self.reference is None:

@@ -23,16 +23,29 @@ def loss_and_gradients(trainer: DPOTrainer, rows: int = 4) -> tuple[torch.Tensor
     return loss.detach(), found
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
-@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gemma2-softcap", "cohere-scale"])
+@pytest.mark.parametrize(
+    ("kind", "weighted", "loss_type"),
+    [
+        *((kind, False, "sigmoid") for kind in ("llama-tied", "llama-untied", "gemma2-softcap", "cohere-scale")),
+        ("llama-tied", True, "sigmoid"),
+        ("gemma2-softcap", True, "sigmoid"),
+        ("llama-untied", True, "tdpo2"),
+        ("gemma2-softcap", False, "tdpo"),
+    ],
+)
 def test_both_paths_give_the_same_loss_gradients_and_metrics(
-    kind: str, weighted: bool, make_trainer: Make, make_model: Any, pairs: Any
+    kind: str, weighted: bool, loss_type: str, make_trainer: Make, make_model: Any, pairs: Any
 ) -> None:
     rows = [{**row, "weight": 0.3 + index} for index, row in enumerate(pairs(8))] if weighted else pairs(8)
     results = []
     for path in ("linear", "logits"):
         trainer = make_trainer(
-            model=make_model(kind), ref_model=make_model(kind, seed=1), train_dataset=rows, beta=0.3, loss_path=path
+            model=make_model(kind),
+            ref_model=make_model(kind, seed=1),
+            train_dataset=rows,
+            beta=0.3,
+            loss_type=loss_type,
+            loss_path=path,
         )
         assert trainer.loss_path == path
         loss, gradients = loss_and_gradients(trainer)
@@ -99,18 +112,20 @@ def test_all_logits_are_never_held(make_trainer: Make, make_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"),
+    ("kind", "why"),
     [
-        ({"loss_type": "tdpo2"}, "differentiates the KL"),
-        (
-            {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")},
-            "not a plain nn.Linear",
-        ),
+        ("adapted head", "not a plain nn.Linear"),
+        ("gemma2-softcap", "policy and reference scale or cap their logits differently"),
     ],
 )
 def test_what_the_linear_path_cannot_do_runs_on_logits_and_says_so(
-    settings: dict[str, Any], why: str, make_trainer: Make, make_model: Any, caplog: pytest.LogCaptureFixture
+    kind: str, why: str, make_trainer: Make, make_model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    settings: dict[str, Any] = (
+        {"ref_model": make_model(kind)}
+        if kind != "adapted head"
+        else {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")}
+    )
     with caplog.at_level(logging.INFO, logger="dpo_trainer"):
         trainer = make_trainer(model=make_model("llama-untied"), **settings)
     assert trainer.loss_path == "logits"
