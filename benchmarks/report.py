@@ -228,7 +228,7 @@ def _bars(result: Result, pyplot: Any) -> Any:
     groups = {name: [row for row in rows if row.get("median_s")] for name, rows in result.groups().items()}
     groups = {name: rows for name, rows in groups.items() if rows}
     panels = [key for key in _SCALES if any(row.get(key) is not None for row in result.rows)]
-    heights = [0.3 * len(rows) + 1.0 for rows in groups.values()]
+    heights = [0.3 * len(rows) + 1.1 for rows in groups.values()]
     figure, axes = pyplot.subplots(
         len(groups),
         len(panels),
@@ -256,7 +256,7 @@ def _bars(result: Result, pyplot: Any) -> Any:
         line[0].annotate(
             name,
             (0, 1),
-            (0, 6),
+            (0, 12),
             xycoords=("figure fraction", "axes fraction"),
             textcoords="offset points",
             weight="bold",
@@ -275,7 +275,7 @@ def _bars(result: Result, pyplot: Any) -> Any:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 or value < 0.01 else f"{value:.2g}"
 
 
 def _lines(result: Result, pyplot: Any) -> Any:

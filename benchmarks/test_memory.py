@@ -43,10 +43,6 @@ COLUMNS = [
 EXPLANATIONS = {
     ("logits", "ours"): "The gradient itself is all that it allocates; a peer can need no less unless it overwrites "
     "the logits, as inplace_backward=True does.",
-    (
-        "linear",
-        "ours",
-    ): "At this size the float32 sum of the head's gradient, which every method returns, is nearly all.",
 }
 
 

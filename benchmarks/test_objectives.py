@@ -11,7 +11,7 @@ from dpo_kernels import OBJECTIVES
 from dpo_kernels.objectives import objective
 
 from . import method
-from .conftest import DTYPES, Settings
+from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .problem import LogitsProblem, step
 from .report import Column, Result
@@ -30,9 +30,17 @@ COLUMNS = [
 
 
 @pytest.fixture(scope="module")
-def samples(shape: tuple[int, int, int], settings: Settings, publish: Callable[[Result], Result]) -> dict[str, Samples]:
+def samples(
+    shape: tuple[int, int, int],
+    settings: Settings,
+    publish: Callable[[Result], Result],
+    request: pytest.FixtureRequest,
+) -> dict[str, Samples]:
     dtype = settings.dtypes[0]
     problem = LogitsProblem(shape, DTYPES[dtype], settings.device)
+
+    # What the others are compared with takes part in any case.
+    names = list(dict.fromkeys(["sigmoid", *wanted(request, "test_objectives", "name", shape=shape)]))
 
     def contender(name: str) -> Contender:
         # A reference-free objective is given no reference, as a user would: it reads one tensor less.
@@ -47,7 +55,7 @@ def samples(shape: tuple[int, int, int], settings: Settings, publish: Callable[[
     with warnings.catch_warnings():
         # Some objectives warn that the benchmark's beta is far from their usual one; it costs nothing.
         warnings.simplefilter("ignore")
-        found = method.interleave([*floors, *map(contender, OBJECTIVES)], settings.rounds, device=settings.device)
+        found = method.interleave([*floors, *map(contender, names)], settings.rounds, device=settings.device)
     rows = [
         {
             "case": f"{dtype} {list(shape)}",
@@ -60,8 +68,10 @@ def samples(shape: tuple[int, int, int], settings: Settings, publish: Callable[[
             "times_floor": method.passes_over_copy(found, name, passes=4 if info.needs_reference else 3),
             "vs_sigmoid": method.ratio(found[name], found["sigmoid"]),
             "reads": "policy, reference" if info.needs_reference else "policy",
+            "select": f"test_objectives[{'x'.join(map(str, shape))}-{name}]",
         }
         for name, info in OBJECTIVES.items()
+        if name in names
     ]
     worst = max(rows, key=lambda row: row["vs_sigmoid"])
     note = f"{dtype}: the dearest objective is {worst['title']}, {worst['vs_sigmoid']:.2f} times sigmoid."

@@ -33,7 +33,7 @@ COLUMNS = [
 ]
 #: Why a row may lose, by prompt share.
 EXPLANATIONS = {
-    25: "The mask of a shared row keeps attention from its causal short cut; short prompts save less than that."
+    25: "A shared row's mask makes attention compute every key of the longer row; a short prompt saves less than that."
 }
 
 

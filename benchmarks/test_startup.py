@@ -83,8 +83,7 @@ COLUMNS = [
 ]
 #: Why a row may lose, by contender.
 EXPLANATIONS = {
-    "ours": "A first call loads the native library and checks its arguments once; both are paid once a process, and the "
-    "later calls are the quickest.",
+    "ours": "The first call loads the native library, which a process does once.",
 }
 
 
