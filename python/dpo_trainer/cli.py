@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
+from .records import EVENTS, METRICS, write_aside
 
+#: The settings of the run that a folder holds, by which the same command is known again.
+SETTINGS = "settings.json"
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 
 # Keys of a run besides the fields of DPOConfig.
@@ -31,7 +34,7 @@ RUN_KEYS = {
 }
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {
-    "--resume": "Go on from the last checkpoint in output_dir.",
+    "--resume": "Go on from the last checkpoint in output_dir, also with other settings than before.",
     "--overwrite": "Throw away the run that output_dir holds.",
     "--quiet": "Print nothing but errors.",
     "--help": "Show this text.",
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dpo-train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ndpo-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ndpo-train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
@@ -69,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
     output_dir = Path(str(settings["output_dir"])).expanduser()
-    checkpoint = check_output(output_dir, resume="--resume" in switches, overwrite="--overwrite" in switches)
+    checkpoint = check_output(output_dir, settings, resume="--resume" in switches, overwrite="--overwrite" in switches)
 
     import datasets
     import transformers
@@ -121,6 +124,10 @@ def run(arguments: Sequence[str]) -> None:
                 print(account.describe(), file=sys.stderr)
     if "--overwrite" in switches:
         clear_run(output_dir)
+    if trainer.is_world_process_zero():
+        write_aside(output_dir / SETTINGS, json.dumps(_plain(settings), indent=2) + "\n")
+    if checkpoint is not None and not quiet:
+        print(f"going on from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model()
     if not quiet:
@@ -322,8 +329,11 @@ def lora_config(values: dict[str, Any]) -> Any:
 # --- the output folder ---------------------------------------------------------------------------------------------
 
 
-def check_output(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """Whether a run may use the folder; returns the checkpoint to resume from, if asked to.
+def check_output(folder: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Whether a run may use the folder; returns the checkpoint to go on from, None to start.
+
+    An unfinished run goes on when the same command is given again: its settings are recorded in the folder. With other
+    settings it goes on only if asked to.
 
     Raises:
         OutputError: it holds a run and neither --resume nor --overwrite was given, or there is nothing to resume.
@@ -341,9 +351,16 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
         return None
     if (folder / "summary.json").exists():
         raise OutputError(f"output_dir '{folder}': holds a finished run; choose another folder, or --overwrite it")
+    recorded = _recorded(folder)
+    if recorded == _plain(settings):
+        return checkpoints[-1] if checkpoints else None
     if checkpoints:
+        others = [
+            key for key in {**(recorded or {}), **settings} if (recorded or {}).get(key) != _plain(settings).get(key)
+        ]
+        with_others = f" with other settings ({', '.join(others)})" if recorded else ""
         raise OutputError(
-            f"output_dir '{folder}': holds an unfinished run (last checkpoint: {checkpoints[-1].name}); "
+            f"output_dir '{folder}': holds an unfinished run{with_others} (last checkpoint: {checkpoints[-1].name}); "
             "--resume or --overwrite it"
         )
     for name in ("config.json", "adapter_config.json"):
@@ -352,11 +369,25 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
     return None
 
 
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that the folder holds."""
+    try:
+        return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def clear_run(folder: Path) -> None:
-    """Remove what a run left: checkpoints, metrics, summary, report. Nothing else is touched."""
-    for checkpoint in _checkpoints(folder):
-        shutil.rmtree(checkpoint)
-    for name in ("metrics.jsonl", "summary.json", "report.html"):
+    """Remove what a run left: checkpoints, settings, metrics, events, summary, report. Nothing else is touched."""
+    from .checkpoints import ASIDE
+
+    for checkpoint in [*_checkpoints(folder), folder / ASIDE]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for name in (SETTINGS, METRICS, EVENTS, "summary.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 

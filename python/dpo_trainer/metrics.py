@@ -53,6 +53,22 @@ class MetricWindow:
         self._weights.append(weights)
         self._tokens.append(tokens)
 
+    def state(self) -> dict[str, Any]:
+        """Everything added so far, as tensors and numbers, for a checkpoint."""
+        if not self._outputs:
+            return {}
+        output = {name: value for name, value in vars(join(self._outputs)).items() if isinstance(value, Tensor)}
+        return {"output": output, "weights": torch.cat(self._weights), "tokens": sum(map(int, self._tokens))}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> MetricWindow:
+        """The window that `state` was taken from."""
+        window = cls()
+        if state:
+            output = DPOOutput(**{name: value.to(device) for name, value in state["output"].items()})
+            window.add(output, state["weights"].to(device), torch.tensor(state["tokens"]))
+        return window
+
     def drain(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
         """The means of all batches, by name; then forget the batches.
 

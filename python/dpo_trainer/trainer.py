@@ -14,12 +14,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_kernels import DPOOutput, dpo_loss, linear_dpo_loss, objectives, use_backend
 
 from . import report
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
+from .checkpoints import load_state, save_state, written_aside
 from .collator import PairCollator
 from .config import DPOConfig
 from .data import REFERENCE, Account, prepare_dataset
@@ -152,6 +155,7 @@ class DPOTrainer(Trainer):
         # Made once: some objectives keep a running mean between steps.
         self._objectives = objectives.build(args.loss_type)
         self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._aside: Path | None = None
         self._grad_norm_max: Tensor | None = None
         self._started_at, self._paused_for = time.perf_counter(), 0.0
 
@@ -421,6 +425,9 @@ class DPOTrainer(Trainer):
         else:
             # DDP averages gradients over processes; undo that, the divisor sums over all of them.
             share = weights * (self.accelerator.num_processes / num_items_in_batch)
+        for item in self._objectives:
+            if isinstance(item, nn.Module):
+                item.train(model.training)  # an evaluation leaves running means alone
         with self._kernels():
             if self.accelerator.num_processes > 1 and model.training:
                 wrapper = getattr(model, "_orig_mod", model)
@@ -556,9 +563,49 @@ class DPOTrainer(Trainer):
         with self._pause():
             return report.write_report(self, finished=finished)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._pause():
-            super()._save_checkpoint(*args, **kwargs)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        with self._pause(), written_aside(run_dir, name, first=self.args.should_save) as folder:
+            self._aside = folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            save_state(folder, self.args.process_index, self._own_state())
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(run_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is being saved, the folder that it is written to first."""
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a resumed run needs to log and to train on as if it had not stopped, beyond what transformers keeps."""
+        running = {
+            str(index): item.state_dict() for index, item in enumerate(self._objectives) if isinstance(item, nn.Module)
+        }
+        norm = self._grad_norm_max
+        return {
+            "window": self._window["train"].state(),
+            "grad_norm_max": None if norm is None else norm.cpu(),
+            "objectives": running,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        state = load_state(Path(checkpoint), self.args.process_index) if checkpoint is not None else None
+        if state is not None:
+            self._window["train"] = MetricWindow.of(state["window"], self.args.device)
+            norm = state["grad_norm_max"]
+            self._grad_norm_max = None if norm is None else norm.to(self.args.device)
+            for index, values in state["objectives"].items():
+                cast(nn.Module, self._objectives[int(index)]).load_state_dict(values)
 
 
 def _weights(batch: Batch) -> Tensor:
