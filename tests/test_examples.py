@@ -389,3 +389,28 @@ def test_the_control_goes_into_a_folder_of_its_own(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "0"])
     with pytest.raises(SystemExit):
         measure.read_options("", **defaults)
+
+
+# --- the filtered gradient -------------------------------------------------------------------------------------------
+
+
+FILTERED = json.loads((EXAMPLES / "sentiment" / "filtered_gradient.json").read_text(encoding="utf-8"))
+
+
+def test_the_filtered_gradient_trains_the_same_model() -> None:
+    """Held-out loss within 1 % of the exact run of the same dtype, and no step's training loss far from its twin's."""
+    runs = FILTERED["runs"]
+    assert FILTERED["steps"] == 60
+    for filtered, exact in (("float32, eps 2^-16", "float32, exact"), ("bfloat16, auto", "bfloat16, exact")):
+        assert runs[filtered]["held_out_loss"] == pytest.approx(runs[exact]["held_out_loss"], rel=0.01)
+        differences = [abs(a - b) for a, b in zip(runs[filtered]["losses"], runs[exact]["losses"], strict=True)]
+        assert len(differences) == 60
+        assert max(differences) < 0.05
+        assert 0 < runs[filtered]["grad_dropped_mass"] < 0.02
+        assert runs[exact]["grad_dropped_mass"] == 0
+
+
+def test_the_page_shows_the_filtered_runs() -> None:
+    page = (EXAMPLES.parent / "docs" / "linear.md").read_text(encoding="utf-8")
+    shown = page.partition(measure.RESULTS_START)[2].partition(measure.RESULTS_END)[0]
+    assert shown.strip() == load(SENTIMENT / "filtered_gradient.py", "filtered_gradient").table(FILTERED)

@@ -92,7 +92,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     below.axhline(0.0, color="grey", linewidth=0.8)
     below.set_ylabel("filtered - exact")
     below.set_xlabel("step")
-    below.legend(frameon=False)
+    below.legend(frameon=False, ncols=2, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
