@@ -48,7 +48,7 @@ def _products(problem: LinearProblem) -> Contender:
     case = problem.case
     rows = problem.hidden.detach()[problem.labels != -100].contiguous()
     head = problem.weight.detach()
-    logits = torch.zeros(min(256, len(rows)), case.vocab, device=rows.device)
+    logits = rows.new_zeros(min(256, len(rows)), case.vocab)
     grad_rows, grad_head = torch.zeros_like(rows[: len(logits)]), torch.zeros_like(head)
 
     def run() -> None:
