@@ -79,6 +79,17 @@ class DPOConfig(TrainingArguments):
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of pairs assumed to be labelled the wrong way round, e.g. 0.1."}
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight, in [0, 1], of the longer answer's tokens beyond the shorter one's length (LD-DPO): below 1, "
+            "length tells less."
+        },
+    )
+    use_weighting: bool = field(
+        default=False,
+        metadata={"help": "Weigh each pair by how likely the policy is to have written both answers (WPO): off-policy data."},
+    )
 
     # The data.
     max_length: int | None = field(
@@ -207,6 +218,8 @@ class DPOConfig(TrainingArguments):
             objectives.check(built, self.loss_weights, self.label_smoothing)
         except ValueError as error:
             raise ConfigError(f"label_smoothing: {error}") from error
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ConfigError(f"ld_alpha: must lie in [0, 1], got {self.ld_alpha}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ConfigError(
                 f"truncation_mode: unknown '{self.truncation_mode}'; known are {', '.join(TRUNCATION_MODES)}"

@@ -70,7 +70,7 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "kl_exploding": Diagnosis(
         "The policy is running away from the reference",
-        "Lower the learning rate, raise beta, add kl_coef, or stop at an earlier checkpoint.",
+        "Lower the learning rate, raise beta, or stop at an earlier checkpoint.",
     ),
     "weak_reference": Diagnosis(
         "The reference is weak on these pairs",

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from dpo_kernels import DPOOutput, dpo_loss, linear_dpo_loss, objectives, use_backend
+from dpo_kernels import DPOOutput, dpo_loss, length_desensitized_weights, linear_dpo_loss, objectives, use_backend
 
 from . import report
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
@@ -169,6 +169,11 @@ class DPOTrainer(Trainer):
         self.reference = self._make_reference(ref_model, example)
         self._check_layout()
         self.loss_path = self._choose_loss_path()
+        given = any(name in dataset.column_names for dataset in self._datasets() for name in REFERENCE)
+        if args.ld_alpha is not None and (given or args.precompute_ref_log_probs):
+            raise ConfigError(
+                "ld_alpha: needs the reference model in every step; log-probabilities computed beforehand are plain sums"
+            )
         if args.precompute_ref_log_probs:
             self._precompute_all()
         self._add_callbacks()
@@ -336,12 +341,19 @@ class DPOTrainer(Trainer):
             "label_smoothing": self.args.label_smoothing,
             "cu_seqlens": batch["cu_seqlens"],
             "pair_weights": pair_weights,
+            "token_weights": self._token_weights(batch),
+            "use_weighting": self.args.use_weighting,
             "statistics": tuple(name for name in self.args.statistics if name not in absent),
             "reduction": "sum",
         }
         if self.loss_path == "linear":
             return self._linear_loss(batch, options, has_reference)
         return self._logits_loss(batch, options, has_reference)
+
+    def _token_weights(self, batch: Batch) -> Tensor | None:
+        if self.args.ld_alpha is None:
+            return None
+        return length_desensitized_weights(batch["labels"], self.args.ld_alpha, cu_seqlens=batch["cu_seqlens"])
 
     def _linear_loss(self, batch: Batch, options: dict[str, Any], has_reference: bool) -> DPOOutput:
         if has_reference:

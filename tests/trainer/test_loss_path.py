@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from dpo_kernels import reference
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
 
 Make = Callable[..., DPOTrainer]
@@ -157,3 +158,42 @@ def test_a_reference_of_another_vocabulary_width_is_a_clear_error(make_trainer: 
 def test_bad_settings_are_explained(settings: dict[str, Any], said: str, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=said):
         DPOConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("path", ["linear", "logits"])
+@pytest.mark.parametrize("settings", [{"ld_alpha": 0.25}, {"use_weighting": True}], ids=lambda found: next(iter(found)))
+def test_lengths_and_likelihoods_may_weigh(
+    settings: dict[str, Any], path: str, make_trainer: Make, make_model: Any
+) -> None:
+    """Against the reference implementation on the whole logits, in float64."""
+    models = {"model": make_model().double(), "ref_model": make_model(seed=1).double()}
+    trainer = make_trainer(**models, loss_path=path, batch_layout="padded", **settings)
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    weights = None
+    if "ld_alpha" in settings:
+        counts = batch["cu_seqlens"].diff().tolist()
+        shorter = [min(pair) for pair in zip(counts[:4], counts[4:], strict=True)] * 2
+        weights = torch.cat(
+            [torch.tensor([1.0] * s + [0.25] * (n - s)) for n, s in zip(counts, shorter, strict=True)]
+        ).double()
+        assert weights.min() == 0.25
+    with torch.no_grad():
+        expected = reference.dpo_loss(
+            trainer.policy.packed_logits(batch),
+            batch["labels"],
+            ref_logits=trainer.reference.packed_logits(batch),
+            cu_seqlens=batch["cu_seqlens"],
+            token_weights=weights,
+            use_weighting=settings.get("use_weighting", False),
+        )
+    loss = trainer.compute_loss(trainer.model.train(), batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    plain = make_trainer(**models, loss_path=path, batch_layout="padded")
+    assert loss.item() != pytest.approx(plain.compute_loss(trainer.model, batch).item(), rel=1e-4)
+
+
+def test_length_weights_need_the_reference_in_the_step(make_trainer: Make) -> None:
+    with pytest.raises(ConfigError, match="ld_alpha: needs the reference model in every step"):
+        make_trainer(ld_alpha=0.5, precompute_ref_log_probs=True)
+    with pytest.raises(ConfigError, match=r"ld_alpha: must lie in \[0, 1\], got 2"):
+        make_trainer(ld_alpha=2.0)
