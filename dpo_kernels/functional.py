@@ -511,7 +511,7 @@ def _linear_call(
         logit_softcap=_check_softcap(logit_softcap),
         statistics=statistics,
         compute_dtype=dtype,
-        budget=planner.parse_budget(memory_budget, hidden.shape[-1], batch.vocab),
+        budget=0,
         backend=batch.backend,
         strategy="",
         terms=terms,
@@ -520,13 +520,12 @@ def _linear_call(
         needs_weight=_wants_grad(weight),
         needs_bias=_wants_grad(bias),
     )
+    head = call.sizes(hidden.shape[-1], batch.vocab)
     strategy, reason = planner.choose_strategy(
-        call.sizes(hidden.shape[-1], batch.vocab),
-        scalar_loss=scalar_loss,
-        couples_pairs=couples_pairs,
-        filtered=eps > 0.0,
+        head, scalar_loss=scalar_loss, couples_pairs=couples_pairs, filtered=eps > 0.0
     )
-    return replace(call, strategy=strategy, reason=reason)
+    budget = planner.budget_of(memory_budget, head, strategy)
+    return replace(call, budget=budget, strategy=strategy, reason=reason)
 
 
 def linear_dpo_loss(
@@ -574,7 +573,8 @@ def linear_dpo_loss(
         ref_weight, ref_bias: the reference's head [V, Hr] and bias; by default the policy's own head and bias, detached.
         ref_logps: or the reference's sequence sums [2P].
         memory_budget: bytes, or a text such as "256MB", for what is held beside the tensors, their gradients and the
-            kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB.
+            kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB; where that
+            gradient does not exist meanwhile (frozen head, filter), room for 512 tokens, at most all of it.
         grad_filter: None for exact gradients; a probability eps to leave entries with p <= eps out of the backward's
             products; "auto" for the dtype's own (exact in float32 and float64). The dropped mass goes back as a uniform
             tail. CPU kernels only; elsewhere gradients are exact.

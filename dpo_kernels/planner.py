@@ -28,14 +28,27 @@ WIDENED_COLUMNS = 2048
 _SMALL_BYTES = 16 * 8
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _FLOOR = 64 * 2**20
+#: Rows of a chunk beyond which a CPU's products gain little; half as many cost 10%, as each product packs the whole head.
+_WIDE_ROWS = 512
+#: Strategies whose chunks are gone before a gradient of the head is made, if one ever is.
+_CHUNKS_ALONE = ("forward", "frozen_head", "filtered")
 
 
-def default_budget(hidden_size: int, vocab: int) -> int:
+def default_budget(hidden_size: int, vocab: int, wide_bytes: int = 0) -> int:
     """Half of what a float32 gradient of the head takes, at least 64 MiB, in bytes.
 
-    A step that trains the head holds that gradient anyway, so the chunks never decide whether a batch fits.
+    A step that trains the head holds that gradient anyway, so the chunks never decide whether a batch fits. Chunks that
+    never meet it may take `wide_bytes`, but no more than it would.
     """
-    return max(_FLOOR, 2 * hidden_size * vocab)
+    gradient = 4 * hidden_size * vocab
+    return max(_FLOOR, gradient // 2, min(gradient, wide_bytes))
+
+
+def budget_of(memory_budget: int | str | None, head: Head, strategy: str) -> int:
+    """The bytes that a call may use: as given, or the strategy's default. Raises as `parse_budget`."""
+    if memory_budget is None:
+        return default_budget(head.hidden_size, head.vocab, _WIDE_ROWS * head.row_bytes * (strategy in _CHUNKS_ALONE))
+    return parse_budget(memory_budget, head.hidden_size, head.vocab)
 
 
 def parse_budget(memory_budget: int | str | None, hidden_size: int, vocab: int) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from dpo_kernels.planner import (
     Head,
+    budget_of,
     choose_strategy,
     default_budget,
     parse_budget,
@@ -164,6 +165,19 @@ def test_the_default_budget_is_half_a_head_gradient_and_at_least_64_mib():
     assert default_budget(576, 49152) == 64 * 2**20
     assert default_budget(4096, 128256) == 2 * 4096 * 128256
     assert parse_budget(None, 4096, 128256) == 2 * 4096 * 128256
+
+
+def test_chunks_without_a_head_gradient_beside_them_default_to_its_room():
+    head = with_(hidden_size=576, vocab=49152, needs_weight=False)
+    gradient = 4 * 576 * 49152
+    for strategy in ("whole_pairs", "kept_logits", "two_pass"):
+        assert budget_of(None, head, strategy) == 64 * 2**20 > gradient // 2
+    for strategy in ("forward", "frozen_head", "filtered"):
+        assert budget_of(None, head, strategy) == 512 * head.row_bytes < gradient
+        # No more than a small head's gradient, no less than half of a large one's; what is asked for is what is used.
+        assert budget_of(None, with_(hidden_size=200, vocab=150_000), strategy) == 4 * 200 * 150_000
+        assert budget_of(None, with_(hidden_size=4096, vocab=128256), strategy) == 2 * 4096 * 128256
+        assert budget_of("64MB", head, strategy) == 64 * 2**20
 
 
 def test_a_plan_explains_itself():
