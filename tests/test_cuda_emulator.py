@@ -189,6 +189,56 @@ def test_strided_views_and_misaligned_references_are_read_in_place(library, dtyp
     assert all(a.shape == b.shape for a, b in zip(plain, views, strict=True))
 
 
+def at_every_offset(row: Tensor, step: int) -> Tensor:
+    """[1, 16, V]: one row sixteen times, the t-th copy beginning step * t elements after a 16-byte boundary."""
+    stride = -(-row.numel() // 16) * 16 + 16 + step
+    flat = torch.full((16 * stride,), float("nan"), dtype=row.dtype)  # neighbours are NaN: reading one would show
+    copies = flat.as_strided((1, 16, row.numel()), (0, stride, 1))
+    copies.copy_(row)
+    return copies
+
+
+# 33, 1000: a partial tile. 4097, 5003: a last group of one and of three logits. 16391: full tiles and an odd end.
+@pytest.mark.parametrize("vocab", [5, 33, 1000, 4097, 5003, 16391])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_rows_address(library, dtype, vocab):
+    logits, ref, _ = make(vocab, (1, 1, vocab), dtype)
+    policy, reference = at_every_offset(logits[0, 0], 1), at_every_offset(ref[0, 0], 3)
+    assert len({policy[0, t].data_ptr() % 32 for t in range(16)}) == 32 // policy.itemsize
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    mixed = at_every_offset(ref[0, 0].to(other), 5)
+    for label in (0, vocab // 2, vocab - 1):
+        labels = torch.full((1, 16), label)
+        for second, options in [
+            (None, NO_STATISTICS),
+            (None, dict(EVERYTHING, kl=False)),
+            (reference, EVERYTHING),
+            (reference, dict(EVERYTHING, kl=False)),
+            (mixed, EVERYTHING),
+        ]:
+            ours = Emulator(library).token_logps(policy, labels, second, **options)
+            for name, values in zip(OUTPUTS, ours, strict=True):
+                if values.numel():
+                    assert values.isfinite().all(), name
+                    assert (values == values[0, 0]).all(), f"{name}, label {label}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minus_infinity_costs_no_bit_of_the_log_probabilities(library, dtype):
+    """Moments of such rows come from a second look, which must not touch what the first has found."""
+    logits, ref, labels = make(17, (2, 3, 9001), dtype)
+    for masked in (slice(8900, None), slice(2000, 7000), slice(0, None, 2)):
+        x, y = logits.clone(), ref.clone()
+        x[..., masked] = y[..., masked] = float("-inf")
+        x.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), 1.0)
+        y.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), 0.5)
+        plain = Emulator(library).token_logps(x, labels, y, **NO_STATISTICS)
+        for schedule in SCHEDULES[:3]:
+            ours = Emulator(library, **schedule).token_logps(x, labels, y, **EVERYTHING)
+            assert all(torch.equal(a, b) for a, b in zip(ours[:3], plain[:3], strict=True))
+        assert_within_eager(ours, x, labels, y, EVERYTHING)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_schedule_cluster_neighbours_or_statistics(library, dtype):
     logits, ref, labels = make(8, (3, 2, 9000), dtype)

@@ -83,6 +83,31 @@ DPO_DEVICE uint4 load16(const void* address) {
 #endif
 }
 
+// An aligned word of logits, through L1: neighbouring words of a line are asked for one by one.
+template <bool kReadOnly>
+DPO_DEVICE uint32_t load4(const void* address) {
+#if defined(DPO_EMULATOR)
+  return emu::load4(address);
+#else
+  uint32_t v;
+  if constexpr (kReadOnly) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(address));
+  } else {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  }
+  return v;
+#endif
+}
+
+// The 32 bits of high:low that start at bit `shift` < 32.
+DPO_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, unsigned shift) {
+#if defined(DPO_EMULATOR)
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
+#else
+  return __funnelshift_r(low, high, shift);
+#endif
+}
+
 DPO_DEVICE void store16(void* address, uint4 v) {
 #if defined(DPO_EMULATOR)
   emu::store16(address, v);

@@ -53,10 +53,7 @@ template <typename T, bool kAligned, typename F>
 DPO_DEVICE void write_row(const F& f, const T* x, T* out, int groups) {
   constexpr int kSize = Vector<T>::kElements;
   constexpr int kTile = kGradThreads * kUnroll;
-  const auto load = [](const T* address) {
-    if constexpr (kAligned) return load_group<T, kSize, false>(address);
-    return load_group_unaligned<T, kSize>(address);
-  };
+  const RowReader<T, kSize, kAligned, false> row(x);
   const auto store = [&](T* address, const Group<T, kSize>& g) {
     float values[kSize];
 #pragma unroll
@@ -70,7 +67,7 @@ DPO_DEVICE void write_row(const F& f, const T* x, T* out, int groups) {
   for (; tile < full; tile += stride) {
     const int64_t g = static_cast<int64_t>(tile) * kTile + threadIdx.x;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) a[u] = load(x + (g + u * kGradThreads) * kSize);
+    for (int u = 0; u < kUnroll; ++u) a[u] = row.load((g + u * kGradThreads) * kSize);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) store(out + (g + u * kGradThreads) * kSize, a[u]);
   }
@@ -78,7 +75,7 @@ DPO_DEVICE void write_row(const F& f, const T* x, T* out, int groups) {
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t g = static_cast<int64_t>(full) * kTile + u * kGradThreads + threadIdx.x;
-    a[u] = g < groups ? load(x + g * kSize) : empty_group<T, kSize>();
+    a[u] = g < groups ? row.load(g * kSize) : empty_group<T, kSize>();
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -104,7 +101,7 @@ __global__ void __launch_bounds__(kGradThreads, 4) logits_grad_kernel(const __gr
   T* out = static_cast<T*>(p.out) + b * p.out_stride_b + t * p.out_stride_t;
   const int vocab = static_cast<int>(p.vocab);
   const int head = elements_to_boundary(out, vocab);
-  const int groups = (vocab - head) / kSize;
+  const int groups = (vocab - head - 1) / kSize;  // a logit is left at least: RowReader may look one past a group
   const int tail = head + groups * kSize;
 
   // The logit outside whole groups that this thread owns, if any.

@@ -7,13 +7,17 @@
 // merged once, at the end of the row: shuffles within a warp, shared memory (of the cluster's first block, through
 // distributed shared memory) between warps, always in the same order. Only a few float64 numbers per row are written.
 //
-// The label stays out of the running sum (common/online_softmax.h). The 16-byte group that holds it is skipped by the
-// loops; its other logits are taken one by one, one per thread, together with the unaligned head and tail of the row.
-// So every group loop is mask-free except for two tiles: the one with the label and the last, partial one.
+// The label stays out of the running sum (common/online_softmax.h). The group that holds it is skipped by the loops;
+// its other logits are taken one by one, one per thread, together with those after the last whole group. So every group
+// loop is mask-free except for two tiles: the one with the label and the last, partial one.
 //
-// Rounding does not depend on how many blocks share a row, nor on the statistics asked for: which thread of the row
-// takes which logit follows from V and from the row's alignment. (Where V times the logit's size is no multiple of 16
-// bytes, rows of a batch differ in alignment, so there the last bits of a row may change with its place in memory.)
+// Rounding does not depend on where a row lies, on how many blocks share it, nor on the statistics asked for: groups
+// are counted from the row's first logit, so which thread takes which logit, and when, follows from the column and V
+// alone. A row that begins at no multiple of 16 bytes has its groups put together from narrower loads (RowReader).
+//
+// The loops let -inf meet a probability of 0 in the moments (entropy, KL), which makes a NaN: finding that at the end
+// and going over the thread's share again, guarded, costs rare rows time; guarding each logit would cost each row a
+// slot.
 //
 // Single launch. A block that finished a row counts one arrival for the row's sequence; the block that brings the last
 // one sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the
@@ -116,23 +120,37 @@ DPO_DEVICE void raise_ref_origin(ThreadState<Tr>& s, float origin) {
   s.ref_origin = origin;
 }
 
-// Adds one logit (and its reference) under the current origins.
-template <typename Tr>
+// Adds one logit (and its reference) under the current origins. kGuarded: -inf, whose probability is 0, leaves the
+// moments alone instead of making them NaN by 0 * inf.
+template <typename Tr, bool kGuarded>
 DPO_DEVICE void add_logit(ThreadState<Tr>& s, const Transform<Tr>& f, float x, float ref, int chain, bool in_mean) {
   const float z = f.value(x);
   const float t = fmaf(z, f.log2_scale, -s.origin);
   const float e = fast_exp2(t);
   s.sum[chain] += e;
-  // -inf has e = 0; the floor keeps 0 * -inf from making a NaN. A NaN logit has already spoiled `sum`.
-  if constexpr (Tr::kEntropy) s.shifted[chain] = fmaf(e, fmaxf(t, kFloor), s.shifted[chain]);
+  if constexpr (Tr::kEntropy) s.shifted[chain] = fmaf(e, kGuarded ? fmaxf(t, kFloor) : t, s.shifted[chain]);
   if constexpr (Tr::kMean) {
     if (in_mean) s.total[chain] += z;
   }
   if constexpr (Tr::kKl) {
     const float ref_z = f.value(ref);
+    const float gap = z - ref_z;
     s.ref_sum[chain] += fast_exp2(fmaf(ref_z, f.log2_scale, -s.ref_origin));
-    s.drift[chain] = fmaf(e, fmaxf(z - ref_z, kFloor), s.drift[chain]);
+    s.drift[chain] = fmaf(e, kGuarded ? fmaxf(gap, kFloor) : gap, s.drift[chain]);
   }
+}
+
+// Did the unguarded loop meet 0 * inf? A NaN among the logits has spoiled `sum` as well, and is there to stay.
+template <typename Tr>
+DPO_DEVICE bool lost_moments(const ThreadState<Tr>& s) {
+  float moments = 0.0f, sums = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kChains; ++k) {
+    if constexpr (Tr::kEntropy) moments += s.shifted[k];
+    if constexpr (Tr::kKl) moments += s.drift[k];
+    sums += s.sum[k];
+  }
+  return moments != moments && sums == sums;
 }
 
 template <typename T, int kSize>
@@ -146,7 +164,7 @@ DPO_DEVICE float maximum(const Group<T, kSize>* groups) {
   return Vector<T>::widest(top);
 }
 
-// Adds kStep groups. Groups whose bit in `present` is clear hold -inf: neutral for everything but the mean.
+// Adds kStep groups. Groups whose bit in `present` is clear hold -inf: neutral, guarded, for everything but the mean.
 template <typename Tr, bool kMasked>
 DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f, const Group<typename Tr::T, Tr::kSize>* x,
                            const Group<typename Tr::R, Tr::kSize>* ref, unsigned present) {
@@ -164,86 +182,29 @@ DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f, const Gro
     if (Tr::kSoftcap && !in_mean) continue;  // a softcap makes -inf finite, so absent groups are not neutral
 #pragma unroll
     for (int i = 0; i < Tr::kSize; ++i) {
-      add_logit(s, f, x[u].get(i), Tr::kKl ? ref[u].get(i) : 0.0f, i % kChains, in_mean);
+      add_logit<Tr, kMasked>(s, f, x[u].get(i), Tr::kKl ? ref[u].get(i) : 0.0f, i % kChains, in_mean);
     }
   }
 }
 
-// How a row is cut: `head` single logits up to a 16-byte boundary, `groups` groups, then single logits to the end.
+// How a row is cut: `groups` groups from its first logit on, then single logits to the end.
 struct RowLayout {
-  int head;
   int groups;
-  int label_group;  // INT32_MAX when the label is in the head or the tail
+  int label_group;  // INT32_MAX when the label comes after the groups
 };
 
-// Tile t of the row is threads * kTileGroups consecutive groups. A warp takes kTileGroups times 512 bytes in a row of
-// it, so that a thread's loads differ by constant offsets from one address. A tile is walked in kTileGroups / kUnroll
-// phases.
-template <typename Tr, bool kRefAligned>
-DPO_DEVICE void add_row(ThreadState<Tr>& s, const Transform<Tr>& f, const typename Tr::T* x, const typename Tr::R* ref,
-                        const RowLayout& row, int thread, int threads) {
-  using T = typename Tr::T;
-  using R = typename Tr::R;
-  constexpr int kSize = Tr::kSize, kUnroll = Tr::kUnroll, kPhases = kTileGroups / kUnroll;
-  const int tile = threads * kTileGroups;
-  const int first = thread / kWarp * (kWarp * kTileGroups) + thread % kWarp;
-  const int full = row.groups / tile;
-  const int label_tile = row.label_group == INT32_MAX ? INT32_MAX : row.label_group / tile;
-  Group<T, kSize> a[kUnroll];
-  Group<R, kSize> b[kUnroll];
-  const auto load_ref = [](const R* address) {
-    if constexpr (kRefAligned) return load_group<R, kSize, true>(address);
-    return load_group_unaligned<R, kSize>(address);
-  };
-
-  // The tile that holds the label, and the partial last tile.
-  for (int k = 0; k < 2 * kPhases; ++k) {
-    const int t = k < kPhases ? label_tile : full;
-    if (k < kPhases && label_tile >= full) continue;
-    const int g = t * tile + first + k % kPhases * (kUnroll * kWarp);
-    const int64_t offset = static_cast<int64_t>(g) * kSize;
-    unsigned present = 0;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int group = g + u * kWarp;
-      const bool take = group < row.groups && group != row.label_group;
-      a[u] = take ? load_group<T, kSize, true>(x + offset + u * kWarp * kSize) : empty_group<T, kSize>();
-      if constexpr (Tr::kKl) b[u] = take ? load_ref(ref + offset + u * kWarp * kSize) : empty_group<R, kSize>();
-      present |= static_cast<unsigned>(take) << u;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; u += kStep) add_groups<Tr, true>(s, f, a + u, b + u, present >> u);
-  }
-
-  const int others = full - (label_tile < full);
-  for (int k = 0; k < others * kPhases; ++k) {
-    const int j = k / kPhases;
-    const int g = (j + (j >= label_tile)) * tile + first + k % kPhases * (kUnroll * kWarp);
-    const int64_t offset = static_cast<int64_t>(g) * kSize;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      a[u] = load_group<T, kSize, true>(x + offset + u * kWarp * kSize);
-      if constexpr (Tr::kKl) b[u] = load_ref(ref + offset + u * kWarp * kSize);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; u += kStep) add_groups<Tr, false>(s, f, a + u, b + u, 0);
-  }
-}
-
-// The logits that belong to no group the loops visit: head, tail, and the label's neighbours; at most one per thread.
+// The logits that belong to no group the loops visit: the row's end and the label's neighbours; at most one per thread.
 template <typename Tr>
 DPO_DEVICE void add_single(ThreadState<Tr>& s, const Transform<Tr>& f, const typename Tr::T* x,
                            const typename Tr::R* ref, const RowLayout& row, int label, int vocab, int thread) {
   constexpr int kSize = Tr::kSize;
-  const int tail = row.head + row.groups * kSize;
-  const int ends = row.head + (vocab - tail);
+  const int grouped = row.groups * kSize;
+  const int rest = vocab - grouped;
   int i = -1;
-  if (thread < row.head) {
-    i = thread;
-  } else if (thread < ends) {
-    i = tail + thread - row.head;
-  } else if (row.label_group != INT32_MAX && thread < ends + kSize) {
-    i = row.head + row.label_group * kSize + thread - ends;
+  if (thread < rest) {
+    i = grouped + thread;
+  } else if (row.label_group != INT32_MAX && thread < rest + kSize) {
+    i = row.label_group * kSize + thread - rest;
   }
   if (i < 0 || i == label) return;
   const float value = Vector<typename Tr::T>::widen(x[i]);
@@ -251,7 +212,68 @@ DPO_DEVICE void add_single(ThreadState<Tr>& s, const Transform<Tr>& f, const typ
   s.top = value;
   s.origin = fmaxf(multiply(f.value(value), f.log2_scale), kFloor);
   if constexpr (Tr::kKl) s.ref_origin = fmaxf(multiply(f.value(ref_value), f.log2_scale), kFloor);
-  add_logit(s, f, value, ref_value, 0, true);
+  add_logit<Tr, true>(s, f, value, ref_value, 0, true);
+}
+
+// Tile t of the row is threads * kTileGroups consecutive groups. A warp takes kTileGroups times 512 bytes in a row of
+// it, so that a thread's loads differ by constant offsets from one address. A tile is walked in kTileGroups / kUnroll
+// phases. First come the tiles that need masks, that of the label and the partial last one, then all the others.
+// kAligned: so are the row and the reference's.
+template <typename Tr, bool kAligned>
+DPO_DEVICE ThreadState<Tr> add_row(const Transform<Tr>& f, const typename Tr::T* x, const typename Tr::R* ref,
+                                   const RowLayout& row, int label, int vocab, int thread, int threads) {
+  using T = typename Tr::T;
+  using R = typename Tr::R;
+  constexpr int kSize = Tr::kSize, kUnroll = Tr::kUnroll, kPhases = kTileGroups / kUnroll;
+  const int tile = threads * kTileGroups;
+  const int first = thread / kWarp * (kWarp * kTileGroups) + thread % kWarp;
+  const int full = row.groups / tile;
+  const int label_tile = row.label_group == INT32_MAX ? INT32_MAX : row.label_group / tile;
+  const int others = full - (label_tile < full);
+  const RowReader<T, kSize, kAligned, true> policy(x);
+  const RowReader<R, kSize, kAligned, true> reference(ref);
+  Group<T, kSize> a[kUnroll];
+  Group<R, kSize> b[kUnroll];
+
+  for (bool again = false;; again = true) {
+    ThreadState<Tr> s;
+    add_single(s, f, x, ref, row, label, vocab, thread);
+    // Guarded: the two tiles that need it, or, the second time, all of them, in the order of the first time.
+    const int guarded = (2 + (again ? others : 0)) * kPhases;
+    for (int k = 0; k < guarded; ++k) {
+      const int j = k / kPhases - 2;
+      const int t = j >= 0 ? j + (j >= label_tile) : j == -2 ? label_tile : full;
+      if (j == -2 && label_tile >= full) continue;
+      const int g = t * tile + first + k % kPhases * (kUnroll * kWarp);
+      const int64_t column = static_cast<int64_t>(g) * kSize;
+      unsigned present = 0;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int group = g + u * kWarp;
+        const bool take = group < row.groups && group != row.label_group;
+        a[u] = take ? policy.load(column + u * kWarp * kSize) : empty_group<T, kSize>();
+        if constexpr (Tr::kKl) b[u] = take ? reference.load(column + u * kWarp * kSize) : empty_group<R, kSize>();
+        present |= static_cast<unsigned>(take) << u;
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; u += kStep) add_groups<Tr, true>(s, f, a + u, b + u, present >> u);
+    }
+    if (again) return s;
+
+    for (int k = 0; k < others * kPhases; ++k) {
+      const int j = k / kPhases;
+      const int g = (j + (j >= label_tile)) * tile + first + k % kPhases * (kUnroll * kWarp);
+      const int64_t column = static_cast<int64_t>(g) * kSize;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        a[u] = policy.load(column + u * kWarp * kSize);
+        if constexpr (Tr::kKl) b[u] = reference.load(column + u * kWarp * kSize);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; u += kStep) add_groups<Tr, false>(s, f, a + u, b + u, 0);
+    }
+    if (!lost_moments(s)) return s;
+  }
 }
 
 // A state on its way through the merge. Sums are float64: the merge adds no rounding of its own.
@@ -519,10 +541,8 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
       ref = static_cast<const R*>(p.reference.data) + b * p.reference.stride_b + t * p.reference.stride_t;
     }
     RowLayout row;
-    row.head = elements_to_boundary(x, vocab);
-    row.groups = (vocab - row.head) / Tr::kSize;
-    row.label_group =
-        label >= row.head && label < row.head + row.groups * Tr::kSize ? (label - row.head) / Tr::kSize : INT32_MAX;
+    row.groups = (vocab - 1) / Tr::kSize;  // a logit is left at least, so that no group's words pass the row's end
+    row.label_group = label < row.groups * Tr::kSize ? label / Tr::kSize : INT32_MAX;
     Transform<Tr> f;
     f.log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
     f.cap = p.logit_softcap;
@@ -530,17 +550,9 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
 
     const float label_x = Vector<T>::widen(x[label]);
     const float label_ref = Tr::kKl ? Vector<R>::widen(ref[label]) : 0.0f;
-    ThreadState<Tr> state;
-    add_single(state, f, x, ref, row, label, vocab, thread);
-    if constexpr (Tr::kKl) {
-      if (is_aligned16(ref + row.head)) {
-        add_row<Tr, true>(state, f, x + row.head, ref + row.head, row, thread, threads);
-      } else {
-        add_row<Tr, false>(state, f, x + row.head, ref + row.head, row, thread, threads);
-      }
-    } else {
-      add_row<Tr, true>(state, f, x + row.head, nullptr, row, thread, threads);
-    }
+    const bool aligned = is_aligned16(x) && (!Tr::kKl || is_aligned16(ref));
+    const ThreadState<Tr> state = aligned ? add_row<Tr, true>(f, x, ref, row, label, vocab, thread, threads)
+                                          : add_row<Tr, false>(f, x, ref, row, label, vocab, thread, threads);
 
     MergedState merged = merge_warp<Tr>(widen_state(state));
     if (blocks_per_row > 1) cluster_wait();  // block 0 has started: its shared memory is there

@@ -110,37 +110,55 @@ struct Group {
   }
 };
 
-template <typename T, int kSize, bool kReadOnly>
-DPO_DEVICE Group<T, kSize> load_group(const T* address) {
-  Group<T, kSize> g;
-#pragma unroll
-  for (int k = 0; k < g.kLoads; ++k) {
-    const uint4 v = load16<kReadOnly>(address + k * Vector<T>::kElements);
-    g.words[4 * k] = v.x;
-    g.words[4 * k + 1] = v.y;
-    g.words[4 * k + 2] = v.z;
-    g.words[4 * k + 3] = v.w;
-  }
-  return g;
-}
+// A row of logits, read kSize of them at a time from columns that are multiples of kSize.
+//
+// kAligned: the row begins at a multiple of 16 bytes, and 128-bit loads serve. Otherwise a group is made of aligned
+// words, of which all but the first are found in L1, so the traffic to HBM is unchanged; a funnel shift each puts them
+// in place where a row of 16-bit logits begins in the middle of a word. A word is read whole if it holds a logit of the
+// group, so one neighbouring logit on either side may come with it, unused. What comes before a row's first logit
+// shares a word with it, so it is readable; the caller leaves a logit after the last group.
+template <typename T, int kSize, bool kAligned, bool kReadOnly>
+struct RowReader {
+  const char* words;  // the row's first logit, rounded down to a word
+  int last;           // bytes from a group's first word to its last one
+  unsigned shift;     // bits of that word before the group
 
-// The same from an address that is aligned to T only, by element loads. The first of them brings the cache line, so the
-// traffic to HBM is unchanged.
-template <typename T, int kSize>
-DPO_DEVICE Group<T, kSize> load_group_unaligned(const T* address) {
-  Group<T, kSize> g;
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) g.words[i] = as_bits(address[i]);
-  } else {
-    const unsigned short* p = reinterpret_cast<const unsigned short*>(address);
-#pragma unroll
-    for (int i = 0; i < kSize / 2; ++i) {
-      g.words[i] = static_cast<uint32_t>(p[2 * i]) | static_cast<uint32_t>(p[2 * i + 1]) << 16;
-    }
+  DPO_DEVICE explicit RowReader(const T* row) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(row);
+    const bool halfway = !kAligned && address % 4 != 0;
+    words = reinterpret_cast<const char*>(address - (halfway ? 2 : 0));
+    shift = halfway ? 16 : 0;
+    last = 4 * (Group<T, kSize>::kWords - (halfway ? 0 : 1));
   }
-  return g;
-}
+
+  DPO_DEVICE Group<T, kSize> load(int64_t column) const {
+    constexpr int kWords = Group<T, kSize>::kWords;
+    const char* address = words + column * static_cast<int64_t>(sizeof(T));
+    Group<T, kSize> g;
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int k = 0; k < kWords; k += 4) {
+        const uint4 v = load16<kReadOnly>(address + 4 * k);
+        g.words[k] = v.x;
+        g.words[k + 1] = v.y;
+        g.words[k + 2] = v.z;
+        g.words[k + 3] = v.w;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) g.words[k] = load4<kReadOnly>(address + 4 * k);
+      if constexpr (sizeof(T) == 2) {
+        // Without a shift the last word is one that has been read already.
+        const uint32_t end = load4<kReadOnly>(address + last);
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) {
+          g.words[k] = funnel_right(g.words[k], k + 1 < kWords ? g.words[k + 1] : end, shift);
+        }
+      }
+    }
+    return g;
+  }
+};
 
 template <typename T, int kSize>
 DPO_DEVICE Group<T, kSize> empty_group() {

@@ -486,6 +486,13 @@ inline uint4 load16(const void* address) {
   return v;
 }
 
+inline uint32_t load4(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 4 != 0) fail("misaligned 4-byte load");
+  uint32_t v;
+  std::memcpy(&v, address, 4);
+  return v;
+}
+
 inline void store16(void* address, uint4 v) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail("misaligned 16-byte store");
   std::memcpy(address, &v, 16);
