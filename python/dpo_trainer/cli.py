@@ -22,6 +22,7 @@ from .records import EVENTS, METRICS, write_aside
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
+COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
 
 # Keys of a run besides the fields of DPOConfig.
 RUN_KEYS = {
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(everything="--help-all" in arguments))
         return 0
     try:
-        run(arguments)
+        if arguments[0] == "compare":
+            compare_runs(arguments[1:])
+        else:
+            run(arguments)
     except UsageError as error:
         print(f"dpo-train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -57,6 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ndpo-train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def compare_runs(arguments: Sequence[str]) -> None:
+    """`dpo-train compare RUN RUN ... [--output FILE]`: print a table and write a page that overlays the runs.
+
+    Raises:
+        UsageError: an unknown word, or a folder without a run.
+    """
+    from .compare import OUTPUT, compare
+
+    folders, output = list(arguments), Path(OUTPUT)
+    if "--output" in folders:
+        place = folders.index("--output")
+        if place + 1 == len(folders):
+            raise ConfigError("--output: a value is missing")
+        output = Path(folders.pop(place + 1)).expanduser()
+        folders.pop(place)
+    for word in folders:
+        if word.startswith("-"):
+            raise ConfigError(f"compare: unknown option '{word}'; usage: {COMPARE}")
+    print(compare(folders, output))
+    print(f"\n{output}")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -452,7 +478,7 @@ def help_text(*, everything: bool = False) -> str:
         if item.init and item.name not in {own_item.name for own_item in own}
     ]
     parts = [
-        f"usage: {USAGE}",
+        f"usage: {USAGE}\n       {COMPARE}",
         "Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML\n"
         "file and from the command line, which wins; nested ones are written with dots. Example:",
         "  dpo-train --model ./my-model --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6",

@@ -53,6 +53,10 @@ class MetricWindow:
         self._weights.append(weights)
         self._tokens.append(tokens)
 
+    def joined(self) -> DPOOutput | None:
+        """This process's batches as one; None before the first."""
+        return join(self._outputs) if self._outputs else None
+
     def state(self) -> dict[str, Any]:
         """Everything added so far, as tensors and numbers, for a checkpoint."""
         if not self._outputs:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -28,6 +29,7 @@ from .config import DPOConfig
 from .data import REFERENCE, Account, prepare_dataset
 from .diagnostics import Diagnostics
 from .errors import ConfigError, DataError, ModelError, first_line
+from .evaluated import EvaluatedPairs, look_at
 from .metrics import TINY, MetricWindow, memory_mib
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .reference import AdapterOffReference, FrozenReference, reference_logps
@@ -156,6 +158,8 @@ class DPOTrainer(Trainer):
         self._objectives = objectives.build(args.loss_type)
         self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
         self._aside: Path | None = None
+        #: Single pairs of the last evaluations, by the prefix of their metrics, for the report.
+        self.evaluated: dict[str, EvaluatedPairs] = {}
         self._grad_norm_max: Tensor | None = None
         self._started_at, self._paused_for = time.perf_counter(), 0.0
 
@@ -511,11 +515,20 @@ class DPOTrainer(Trainer):
         finally:  # set, not added to: pauses nest when there are several evaluation datasets
             self._paused_for = before + time.perf_counter() - start
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        # transformers would order evaluations as it orders training; predictions belong to rows, in the rows' order.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; the metrics are means over all pairs, and over all completion tokens, of the dataset."""
         self._window["eval"] = MetricWindow()
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        output = self._window["eval"].joined()
+        if output is not None and self.accelerator.num_processes == 1 and self.args.write_report:
+            dataset = getattr(args[0] if args else kwargs["dataloader"], "dataset", None)
+            if (pairs := look_at(output, dataset, self.processing_class)) is not None:
+                self.evaluated[prefix] = pairs
         means = self._drain("eval")
         means.pop("tokens", None)
         cast(dict[str, float], result.metrics).update({f"{prefix}_{name}": value for name, value in means.items()})

@@ -11,8 +11,9 @@ import pytest
 
 from dpo_trainer import DPOTrainer
 from dpo_trainer.callbacks import ProgressLine
+from dpo_trainer.charts import CHARTS, Curve, curves_of, draw
 from dpo_trainer.records import read_records
-from dpo_trainer.report import CHARTS, draw, render_report
+from dpo_trainer.report import render_report
 
 from .tiny import build_pairs, build_trainer
 
@@ -86,7 +87,7 @@ def test_the_page_shows_every_curve_with_its_caption(run: Path) -> None:
         "train_dataset: 24 of 24",
     ):
         assert text in page
-    assert page.count("<svg") == len(CHARTS)
+    assert page.count("<svg") == len(CHARTS) + 1  # and the margins of the held-out pairs
 
 
 def test_colours_come_from_the_page_in_light_and_dark(run: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_run_with_almost_no_records_still_has_a_page(run: Path, keep: int) -> 
 
 
 def test_tiny_values_are_written_in_full_at_each_tick() -> None:
-    drawing = draw(CHARTS[0], [{"step": step, "loss": step * 1e-8} for step in (1, 2, 3)], [])
+    drawing = draw(CHARTS[0], [Curve([(step, step * 1e-8) for step in (1, 2, 3)], "training", 1)])
     assert drawing is not None
     ticks = re.findall(r">([^<>]*)</text>", drawing)
     assert "1e\N{MINUS SIGN}08" in ticks
@@ -149,10 +150,11 @@ def test_tiny_values_are_written_in_full_at_each_tick() -> None:
 
 def test_missing_and_nan_values_leave_gaps(run: Path) -> None:
     records = [{"step": 1, "loss": 0.69}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.6}]
-    drawing = draw(CHARTS[0], records, [])
+    drawing = draw(CHARTS[0], curves_of(CHARTS[0], records, []))
     assert drawing is not None
     assert "nan" not in drawing.lower().replace("nance", "")
-    assert draw(next(chart for chart in CHARTS if chart.key == "kl"), records, []) is None
+    kl = next(chart for chart in CHARTS if chart.key == "kl")
+    assert draw(kl, curves_of(kl, records, [])) is None
 
 
 def test_the_start_line_follows_the_objective(make_trainer: Make, tmp_path: Path) -> None:

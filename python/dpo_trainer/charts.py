@@ -1,0 +1,273 @@
+"""The charts of the report and of the comparison: what each shows, and drawing them as SVG that a page can colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: metric name, label, the records it comes from ("train" or "eval") and the number of its colour."""
+
+    metric: str
+    label: str
+    source: str
+    colour: int
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the report: what it shows and what a healthy one looks like."""
+
+    key: str
+    title: str
+    healthy: str
+    lines: tuple[Line, ...]
+    level: float | None = None
+    level_label: str = ""
+    percent: bool = False
+
+
+def _both(metric: str) -> tuple[Line, ...]:
+    return Line(metric, "training", "train", 1), Line(metric, "held out", "eval", 2)
+
+
+CHARTS = (
+    Chart(
+        "loss",
+        "Loss",
+        "Starts at log 2 = 0.6931, where policy and reference agree, and falls. Judge by the held-out curve: "
+        "training loss that keeps falling while held-out loss turns up is memorising. Stuck at log 2 means that "
+        "nothing moves: raise the learning rate.",
+        _both("loss"),
+    ),
+    Chart(
+        "accuracy",
+        "Accuracy",
+        "Share of pairs whose chosen answer gained more over the reference than the rejected one. Around 50 % is "
+        "guessing; held out, 60 to 80 % is usual on human data. 100 % in training with a flat held-out curve is "
+        "overfitting; well below 50 % suggests swapped columns.",
+        _both("rewards/accuracies"),
+        level=0.5,
+        level_label="guessing",
+        percent=True,
+    ),
+    Chart(
+        "rewards",
+        "Rewards",
+        "Beta times (log-prob under the policy minus under the reference). Both start at 0 and part: chosen above"
+        " rejected. Often both fall; if chosen falls far, the model unlearns good answers too: lower the learning"
+        " rate or raise beta.",
+        (Line("rewards/chosen", "chosen", "train", 3), Line("rewards/rejected", "rejected", "train", 4)),
+        level=0.0,
+    ),
+    Chart(
+        "margins",
+        "Reward margin",
+        "Chosen minus rejected reward. Grows steadily and slows; a held-out margin that lags far behind training "
+        "is overfitting.",
+        _both("rewards/margins"),
+        level=0.0,
+    ),
+    Chart(
+        "kl",
+        "KL from the reference",
+        "Exact, per completion token, in nats. Rises slowly from 0; the price paid for the margin. A sudden climb"
+        " means the policy is running away from the model it started as: lower the learning rate, raise beta, or "
+        "stop earlier.",
+        _both("kl"),
+    ),
+    Chart(
+        "logps",
+        "Log-probabilities",
+        "Summed over a completion. A widening gap is the aim; both falling quickly is likelihood displacement.",
+        (Line("logps/chosen", "chosen", "train", 3), Line("logps/rejected", "rejected", "train", 4)),
+    ),
+    Chart(
+        "entropy",
+        "Entropy",
+        "Of the next token, in nats, over the completions. Roughly level; a collapse towards 0 means one answer "
+        "to everything.",
+        _both("entropy"),
+    ),
+    Chart(
+        "grad_norm",
+        "Gradient norm",
+        "Before clipping. Even, within a factor of a few; lone spikes point to odd pairs, steady growth to a "
+        "learning rate that is too high.",
+        (Line("grad_norm", "training", "train", 1),),
+    ),
+    Chart(
+        "memory",
+        "Memory",
+        "Of the process (resident; on a GPU what the allocator holds), in MiB, at each log. Level after the first steps; a "
+        "steady climb is a leak, jumps are longer batches.",
+        (Line("memory_mib", "MiB", "train", 5),),
+    ),
+    Chart(
+        "throughput",
+        "Throughput",
+        "Real tokens (no padding) per second of training, evaluations and checkpoints left out. Level, apart from"
+        " the first step.",
+        (Line("tokens_per_second", "tokens / s", "train", 5),),
+    ),
+    Chart(
+        "learning_rate",
+        "Learning rate",
+        "The schedule as it was applied.",
+        (Line("learning_rate", "learning rate", "train", 5),),
+    ),
+)
+
+# Colours are drawn as these stand-ins and become CSS variables, so that the page chooses light or dark.
+_INK, _GRID = "#010203", "#010204"
+COLOURS = 8
+_SERIES = {number: f"#0a0b0{number}" for number in range(1, COLOURS + 1)}
+_SERIES_NAMES = {
+    "#010203": "var(--ink)",
+    "#010204": "var(--grid)",
+    **{c: f"var(--series-{n})" for n, c in _SERIES.items()},
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (step, value) with a label and the number of a colour; dashed where it stands beside a solid twin."""
+
+    points: Sequence[tuple[float, float]]
+    label: str
+    colour: int
+    dashed: bool = False
+
+
+def curves_of(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> list[Curve]:
+    """The chart's curves from records of training steps and of evaluations; those without a point are left out."""
+    found = []
+    for line in chart.lines:
+        records = train if line.source == "train" else evals
+        points = [(r["step"], r[line.metric]) for r in records if r.get(line.metric) is not None]
+        if points:
+            found.append(Curve(points, line.label, line.colour))
+    return found
+
+
+def draw(chart: Chart, curves: Sequence[Curve], level: float | None = None, level_label: str = "") -> str | None:
+    """The chart as inline SVG that takes its colours and font from the page; None if there is nothing to draw.
+
+    Args:
+        chart: what to draw.
+        curves: what to draw it from.
+        level, level_label: a horizontal line, where the run and not the chart knows it.
+    """
+    if not curves:
+        return None
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
+
+    with _styled(chart.key):
+        figure, axes = _axes()
+        for curve in curves:
+            steps, values = zip(*curve.points, strict=True)
+            axes.plot(
+                steps,
+                values,
+                color=_SERIES[curve.colour],
+                linewidth=1.8,
+                linestyle=(0, (4, 2)) if curve.dashed else "-",
+                marker="o" if len(steps) <= 30 else None,
+                markersize=3.5,
+                label=curve.label,
+            )
+        level, label = (chart.level, chart.level_label) if level is None else (level, level_label)
+        if level is not None:
+            axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=label or None)
+        _legend(axes)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        # In full at every tick: matplotlib's own formatter would put a common factor where the legend is.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}".replace("-", "\N{MINUS SIGN}")))
+        if chart.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_ylim(-0.03, 1.03)
+        elif chart.key in ("throughput", "memory"):
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.set_ylim(bottom=0)
+        elif chart.key == "learning_rate":
+            axes.set_ylim(bottom=0)
+        axes.margins(x=0.02, y=0.12)
+        return _inline(figure, chart.key, chart.title)
+
+
+def draw_histogram(key: str, title: str, groups: Sequence[tuple[str, Sequence[float], int]], unit: str) -> str:
+    """Distributions over the same bins as inline SVG.
+
+    Args:
+        key: unique on the page.
+        title: for screen readers.
+        groups: (label, values, number of a colour) each.
+        unit: of the values.
+    """
+    values = sorted(value for _, group, _ in groups for value in group)
+    # The middle 98 %: one extreme pair must not flatten all others into one bar; what lies outside joins the outer bins.
+    low, high = values[len(values) // 100], values[-1 - len(values) // 100]
+    width = (high - low) / 24 or 1.0
+    edges = [low + width * index for index in range(25)]
+    with _styled(key):
+        figure, axes = _axes()
+        for label, group, colour in groups:
+            inside = [min(max(value, low), edges[-1]) for value in group]
+            axes.hist(inside, bins=edges, color=_SERIES[colour], alpha=0.55, label=label)
+        axes.axvline(0.0, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        _legend(axes)
+        axes.set_xlabel(unit)
+        axes.set_ylabel("pairs")
+        return _inline(figure, key, title)
+
+
+def _styled(key: str) -> Any:
+    import matplotlib
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9.5, "lines.solid_capstyle": "round"}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    return matplotlib.rc_context(style)
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 2.65), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.tick_params(length=0)
+    return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        # Above the plot: a legend inside hides points wherever it is put.
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.1}
+        axes.legend(ncols=3, frameon=False, handlelength=1.6, **place)
+
+
+def _inline(figure: Any, key: str, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, variable in _SERIES_NAMES.items():
+        svg = svg.replace(colour, variable)
+    # Several drawings share a page: their ids must not meet.
+    svg = re.sub(r'id="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
+    return re.sub(
+        r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1
+    )

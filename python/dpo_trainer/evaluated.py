@@ -1,0 +1,82 @@
+"""What an evaluation says of single pairs: how their margins moved, and which ones are hardest and most improved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpo_kernels import DPOOutput
+
+SHOWN = 4  # pairs of each kind
+LONGEST = 600  # characters of a text
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair as a reader wants it: its texts, and its margins in nats under reference and policy."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class EvaluatedPairs:
+    """The pairs of one evaluation.
+
+    Attributes:
+        before, after: log-probability of the chosen answer minus that of the rejected one, in nats, under the reference
+            and under the policy; in the dataset's order.
+        hardest: the pairs that the policy gets most wrong, or least right, compared with the reference.
+        improved: the pairs whose margin grew most.
+    """
+
+    before: list[float]
+    after: list[float]
+    hardest: list[Example]
+    improved: list[Example]
+
+
+def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs | None:
+    """Pick from an evaluation's output; None without a reference or where rows and outputs do not correspond.
+
+    Args:
+        output: of all pairs, in the dataset's order.
+        dataset: tokenised pairs.
+        tokenizer: to show them with.
+    """
+    columns = getattr(dataset, "column_names", None) or ()
+    if "chosen_input_ids" not in columns or len(dataset) != len(output.chosen_logps):
+        return None
+    if not (output.ref_chosen_logps.any() or output.ref_rejected_logps.any()):
+        return None
+    before = (output.ref_chosen_logps - output.ref_rejected_logps).double().cpu()
+    after = (output.chosen_logps - output.rejected_logps).double().cpu()
+    if not (before.isfinite().all() and after.isfinite().all()):
+        return None
+    order = torch.argsort(after - before).tolist()
+
+    def examples(indices: Sequence[int]) -> list[Example]:
+        return [
+            Example(
+                *(_text(dataset[index][f"{part}_input_ids"], tokenizer) for part in ("prompt", "chosen", "rejected")),
+                before[index].item(),
+                after[index].item(),
+            )
+            for index in indices
+        ]
+
+    few = min(SHOWN, len(order) // 2)
+    return EvaluatedPairs(
+        before.tolist(), after.tolist(), examples(order[:few]), examples(order[::-1][:few] if few else [])
+    )
+
+
+def _text(ids: Sequence[int], tokenizer: Any) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

@@ -1,0 +1,116 @@
+"""`dpo-train compare`, and what the report shows of single pairs and of diagnoses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_trainer.cli import main
+from dpo_trainer.evaluated import look_at
+from dpo_trainer.records import append_record
+
+from .tiny import build_pairs, build_trainer
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs, "slow" and "fast", which the tests only read."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rate in (("slow", 1e-4), ("fast", 1e-3)):
+        evaluation = {"eval_dataset": build_pairs(10, seed=1), "eval_strategy": "steps", "eval_steps": 3}
+        trainer = build_trainer(folder / name, **evaluation, learning_rate=rate, max_steps=6, write_report=True)
+        trainer.train()
+    return folder
+
+
+def test_two_runs_on_one_page_and_in_one_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "both.html"
+    assert main(["compare", str(runs / "slow"), str(runs / "fast"), "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    header, *rows = shown.splitlines()
+    assert header.split() == ["slow", "fast"]
+    records = [json.loads(line) for line in (runs / "fast" / "metrics.jsonl").read_text().splitlines()]
+    last = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
+    (held_out,) = [row for row in rows if row.startswith("held-out loss")]
+    assert held_out.split()[-1] == f"{last:.4f}"
+    page = output.read_text()
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("<svg") >= 5
+    assert "learning_rate" in page
+    assert "0.0001" in page
+    for name in ("slow", "fast"):
+        assert f">{name}</text>" in page, "every curve has its label"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{slow}"], "give 2 to 8 folders of runs, got 1"),
+        (["{slow}", "{slow}"], "the same folder was given twice"),
+        (["{slow}", "nowhere"], "'nowhere': holds no run"),
+        (["{slow}", "{fast}", "--sort"], "unknown option '--sort'"),
+        (["{slow}", "{fast}", "--output"], "--output: a value is missing"),
+    ],
+)
+def test_mistakes_get_one_line(
+    words: list[str], said: str, runs: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"slow": str(runs / "slow"), "fast": str(runs / "fast")}
+    assert main(["compare", *(word.format(**names) for word in words)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_hardest_and_most_improved_pairs_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    pairs = build_pairs(10, seed=1)
+    trainer = build_trainer(tmp_path / "run", eval_dataset=pairs, learning_rate=1e-3, max_steps=6, write_report=True)
+    trainer.train()
+    trainer.evaluate()
+    found = trainer.evaluated["eval"]
+    # One by one, each margin of the policy is what an evaluation of that pair alone gives.
+    for index in (0, 7):
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.eval_dataset[index]]))
+        with torch.no_grad():
+            alone = trainer.pair_loss(batch, torch.ones(1))
+        assert found.after[index] == pytest.approx((alone.chosen_logps - alone.rejected_logps).item(), abs=1e-4)
+        assert found.before[index] == pytest.approx(
+            (alone.ref_chosen_logps - alone.ref_rejected_logps).item(), abs=1e-4
+        )
+    gains = sorted(
+        (after - before, index) for index, (before, after) in enumerate(zip(found.before, found.after, strict=True))
+    )
+    assert [example.chosen for example in found.hardest] == [pairs[index]["chosen"].strip() for _, index in gains[:4]]
+    assert [example.rejected for example in found.improved] == [
+        pairs[index]["rejected"].strip() for _, index in gains[::-1][:4]
+    ]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Most improved pairs" in page
+    assert "Margins before and after" in page
+
+
+def test_texts_are_escaped_and_diagnoses_shown(tmp_path: Path) -> None:
+    rows = [{**row, "chosen": row["chosen"] + " <b>&"} for row in build_pairs(6, seed=1)]
+    trainer = build_trainer(tmp_path / "run", eval_dataset=rows, max_steps=1, write_report=True)
+    trainer.train()
+    event = {"step": 1, "name": "x", "title": "A thing", "seen": "was <seen>", "remedy": "do something"}
+    append_record(tmp_path / "run" / "events.jsonl", event)
+    trainer.evaluate()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>&" not in page
+    assert "was &lt;seen&gt;" in page
+    assert "do something" in page
+
+
+def test_no_pairs_where_rows_and_outputs_do_not_correspond(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path / "run", eval_dataset=build_pairs(6, seed=1), max_steps=1)
+    trainer.evaluate()
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.eval_dataset[0]]))
+    with torch.no_grad():
+        output = trainer.pair_loss(batch, torch.ones(1))
+    assert look_at(output, trainer.eval_dataset, trainer.processing_class) is None
+    assert look_at(output, object(), trainer.processing_class) is None
