@@ -190,15 +190,15 @@ def draw(chart: Chart, curves: Sequence[Curve], level: float | None = None, leve
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         # In full at every tick: matplotlib's own formatter would put a common factor where the legend is.
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}".replace("-", "\N{MINUS SIGN}")))
+        axes.margins(x=0.02, y=0.12)  # before any limit: a limit ends autoscaling
         if chart.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_ylim(-0.03, 1.03)
         elif chart.key in ("throughput", "memory"):
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * max(value for curve in curves for _, value in curve.points) or 1.0)
         elif chart.key == "learning_rate":
             axes.set_ylim(bottom=0)
-        axes.margins(x=0.02, y=0.12)
         return _inline(figure, chart.key, chart.title)
 
 
@@ -211,6 +211,8 @@ def draw_histogram(key: str, title: str, groups: Sequence[tuple[str, Sequence[fl
         groups: (label, values, number of a colour) each.
         unit: of the values.
     """
+    from matplotlib.ticker import MaxNLocator
+
     values = sorted(value for _, group, _ in groups for value in group)
     # The middle 98 %: one extreme pair must not flatten all others into one bar; what lies outside joins the outer bins.
     low, high = values[len(values) // 100], values[-1 - len(values) // 100]
@@ -225,6 +227,7 @@ def draw_histogram(key: str, title: str, groups: Sequence[tuple[str, Sequence[fl
         _legend(axes)
         axes.set_xlabel(unit)
         axes.set_ylabel("pairs")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         return _inline(figure, key, title)
 
 
