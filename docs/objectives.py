@@ -134,7 +134,7 @@ def plot(info: ObjectiveInfo) -> str:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 INTRODUCTION = """\
-<!-- Written by docs/objectives.py from dpo_kernels/objectives.py; edit those. -->
+<!-- Written by docs/objectives.py from dpo_kernels/objectives/; edit those. -->
 # Objectives
 
 Every objective is a function of a few numbers per pair, so all of them run on the same kernels, from logits or from hidden
