@@ -5,6 +5,7 @@ The models are tiny (tests/trainer/tiny.py), the trainers are TRL's own: what is
 
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,18 @@ with warnings.catch_warnings():
     import trl.trainer.utils as utils
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+    from trl import (
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        RLOOConfig,
+        RLOOTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
 
 N, H, V = 11, 24, 67
 EVERYTHING = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -187,15 +199,16 @@ def train(folder, trainer, config, rows, model="llama-untied", extra=None, steps
         "gradient_checkpointing": False,
         "max_length": 64,
     }
+    settings = {**defaults, **settings}
     built = trainer(
-        model=build_model(model, len(tokenizer)),
-        args=config(**{**defaults, **settings}),
+        model=str(model) if isinstance(model, Path) else build_model(model, len(tokenizer)),
+        args=config(**{name: value for name, value in settings.items() if value is not None}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         **(extra or {}),
     )
     built.train()
-    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "step_time"}
     return [{k: v for k, v in row.items() if k not in times} for row in built.state.log_history]
 
 
@@ -213,7 +226,7 @@ def compare_runs(tmp_path, *arguments, **settings):
         ours = train(tmp_path, *arguments, **settings)
         utils._ChunkedLogProbFunction = counted
     assert calls, "the patched head was never called"
-    assert len(ours) == len(theirs) >= 10
+    assert len(ours) == len(theirs) > settings.get("steps", 10)
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.keys() == other.keys()
         for key in other:
@@ -274,6 +287,33 @@ def test_sft_and_kto_training_are_the_same(tmp_path):
     ]
     reference = {"ref_model": build_model("llama-untied", len(build_tokenizer()))}
     compare_runs(tmp_path, KTOTrainer, KTOConfig, kto, extra=reference)
+
+
+def vowels(completions, **_):
+    """A reward that differs between samples: the share of vowels."""
+    return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in completions]
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_reinforcement_learning_is_the_same(tmp_path, trainer, config):
+    """Prompts, samples drawn from the model in training, rewards, a KL to the reference: all that is logged."""
+    folder = tmp_path / "model"  # where the reference is loaded from
+    build_model("llama-untied", len(build_tokenizer())).save_pretrained(folder)
+    compare_runs(
+        tmp_path,
+        trainer,
+        config,
+        [{"prompt": row["prompt"]} for row in build_pairs(24)],
+        model=folder,
+        extra={"reward_funcs": vowels},
+        steps=3,
+        max_length=None,
+        num_generations=4,
+        max_completion_length=8,
+        temperature=0.9,
+        beta=0.1,
+        learning_rate=0.05,
+    )
 
 
 # --- patching and its undoing -------------------------------------------------------------------------------------
