@@ -6,7 +6,7 @@ that `--benchmark-json`, `--benchmark-compare` and the rest of that plugin work 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,5 +225,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for result in _RESULTS.values():
             report.write(result, folder, about)
         write(f"written to {folder}")
-    if line := report.headline(_RESULTS.values()).get("line"):
-        write(line, bold=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
+    """The headline is the last line of all: below pytest's own summaries of warnings, skips and counts."""
+    done = yield
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and (line := report.headline(_RESULTS.values()).get("line")):
+        terminal.write_line(line, bold=True)
+    return done

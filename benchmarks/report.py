@@ -247,7 +247,10 @@ def _bars(result: Result, pyplot: Any) -> Any:
             labels = ["-" if row.get(key) is None else _short(row[key] * scale) for row in rows]
             axis.bar_label(bars, labels, padding=3)
             axis.invert_yaxis()
-            axis.set_xlim(0, 1.18 * max(values) or 1)
+            # A floor beyond the bars (a copy that a neighbour slowed) is shown, not left outside the axis.
+            floors = [(row.get("floor_s") or 0.0) * scale for row in rows] if key == "median_s" else []
+            furthest = max([*values, *floors])
+            axis.set_xlim(0, 1.18 * furthest or 1)
             axis.set_xlabel(unit)
             axis.set_yticks(range(len(rows)), titles if axis is line[0] else [""] * len(rows))
             axis.tick_params(axis="y", length=0)
