@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-#: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear.py).
+#: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear/chunk.py).
 WIDENED_COLUMNS = 2048
 #: Small float64 values per token in flight: log-probabilities, statistics, weights, indices.
 _SMALL_BYTES = 16 * 8

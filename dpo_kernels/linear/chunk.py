@@ -1,0 +1,289 @@
+"""A chunk of tokens: its logits from the hidden states, its way through stages 1 and 3, and its part of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import filtered, planner
+from ..backends.eager import TokenKL, check_labels, small_dtype
+from .call import KL_TERMS, STAGE_OUTPUTS, TOKEN_OUTPUTS, Call, KLGradients
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    # The dtypes of the products are chosen once, in functional.py; autocast must not choose again inside.
+    return torch.autocast(device.type, enabled=False)
+
+
+def gather(values: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a [B, T, H] tensor by flat token index, without copying a strided view first; [c, H] contiguous."""
+    width = values.shape[1]
+    rows = values[0, tokens] if values.shape[0] == 1 else values[tokens // width, tokens % width]
+    return rows.to(dtype)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What dW and dbias are summed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class HeadGradient:
+    """dW [V, H] and dbias [V], accumulated over chunks and cast once by whoever takes them.
+
+    `into` is a float32 buffer to add to (Megatron's `main_grad`); otherwise the first chunk's product initialises fresh
+    memory, so that no page is written twice.
+    """
+
+    def __init__(self, call: Call, vocab: int, hidden_size: int, into: Tensor | None = None) -> None:
+        device = call.labels.device
+        self.dtype = accumulator_dtype(call.compute_dtype)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.started = into is not None
+        if call.needs_weight:
+            self.weight = torch.empty(vocab, hidden_size, dtype=self.dtype, device=device) if into is None else into
+        if call.needs_bias:
+            self.bias = torch.zeros(vocab, dtype=self.dtype, device=device)
+
+    def add(self, dz: Tensor, rows: Tensor) -> None:
+        """Add dz^T rows, and the column sums of dz."""
+        if self.bias is not None:
+            self.bias += dz.sum(0, dtype=self.dtype)
+        if self.weight is None:
+            return
+        if dz.dtype == self.weight.dtype:
+            self._add_block(self.weight, dz, rows)
+        elif dz.device.type == "cuda":
+            torch.addmm(
+                self.weight,
+                dz.t(),
+                rows,
+                out_dtype=self.weight.dtype,
+                beta=1 if self.started else 0,
+                out=self.weight,
+            )
+        else:
+            # CPU products of 16-bit matrices round their result to 16 bits; widened, the sum over chunks stays float32.
+            rows = rows.to(self.dtype)
+            for begin in range(0, dz.shape[1], planner.WIDENED_COLUMNS):
+                part = slice(begin, begin + planner.WIDENED_COLUMNS)
+                self._add_block(self.weight[part], dz[:, part].to(self.dtype), rows)
+        self.started = True
+
+    def _add_block(self, target: Tensor, dz: Tensor, rows: Tensor) -> None:
+        if self.started:
+            target.addmm_(dz.t(), rows)
+        else:
+            torch.mm(dz.t(), rows, out=target)
+
+    def finish(self) -> None:
+        """Make the gradient valid even if no chunk came."""
+        if self.weight is not None and not self.started:
+            self.weight.zero_()
+
+
+class Projection:
+    """The logits buffer, the heads in the compute dtype, and a chunk's way through stages 1 and 3."""
+
+    def __init__(self, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.call = call
+        self.hidden = hidden
+        self.weight = weight.to(call.compute_dtype)
+        self.bias = None if bias is None else bias.to(call.compute_dtype)
+        self.ref_weight = None if call.ref_weight is None else call.ref_weight.to(call.compute_dtype)
+        self.ref_bias = None if call.ref_bias is None else call.ref_bias.to(call.compute_dtype)
+        self.side_by_side = call.ref_hidden is not None and not call.given.isdisjoint(KL_TERMS)
+        vocab = weight.shape[0]
+        self.buffer = torch.empty(rows, vocab, dtype=call.compute_dtype, device=hidden.device)
+        self.ref_buffer = torch.empty_like(self.buffer) if self.side_by_side else self.buffer
+        self.labels = call.labels.reshape(-1)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The tokens' hidden states, [c, H] in the compute dtype."""
+        return gather(self.hidden, tokens, self.call.compute_dtype)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """The policy's logits [c, V], in the buffer."""
+        return _project(rows, self.weight, self.bias, self.buffer)
+
+    def project_reference(self, tokens: Tensor) -> Tensor:
+        """The reference's logits [c, V], in its buffer."""
+        assert self.call.ref_hidden is not None
+        assert self.ref_weight is not None
+        ref_rows = gather(self.call.ref_hidden, tokens, self.call.compute_dtype)
+        return _project(ref_rows, self.ref_weight, self.ref_bias, self.ref_buffer)
+
+    def measure(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(logits [c, V] of the policy, stage 1's results [c] by name) of a chunk."""
+        call = self.call
+        ref_logits, ref_logps = None, None
+        if call.ref_hidden is not None:
+            ref_logits = self.project_reference(tokens)
+            if not self.side_by_side:
+                # Without a KL the two need not meet: one buffer serves both in turn.
+                ref_logps = self._stage_1(ref_logits, tokens, None)["logps"]
+                ref_logits = None
+        logits = self.project(rows)
+        found = self._stage_1(logits, tokens, ref_logits, call.given, kl=self.side_by_side)
+        if ref_logps is not None:
+            found["ref_logps"] = ref_logps
+        if "forward_kl" in call.terms:
+            assert ref_logits is not None
+            found["forward_kl"] = self._stage_1(ref_logits, tokens, logits, kl=True)["kl"]
+        if "log_sum_sq" in call.terms:
+            # sum p^2 = sum exp(2 z) / (sum exp(z))^2, and 2 z is z at twice the scale and the cap.
+            found["log_sum_sq"] = self._stage_1(logits, tokens, None, stretch=2.0)["lse"] - 2 * found["lse"]
+        return logits, found
+
+    def _stage_1(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        ref_logits: Tensor | None,
+        names: Collection[str] = (),
+        *,
+        kl: bool = False,
+        stretch: float = 1.0,
+    ) -> dict[str, Tensor]:
+        call = self.call
+        outputs = call.stages.token_logps(
+            logits.unsqueeze(0),
+            self.labels[tokens].unsqueeze(0),
+            None if ref_logits is None else ref_logits.unsqueeze(0),
+            ignore_index=call.ignore_index,
+            logit_scale=stretch * call.logit_scale,
+            logit_softcap=stretch * call.logit_softcap,
+            entropy="entropy" in names,
+            kl=kl,
+            accuracy="accuracy" in names,
+            mean_logits="mean_logits" in names,
+        )
+        found = zip(STAGE_OUTPUTS, outputs, strict=True)
+        return {name: value[0] for name, value in found if value.dim() > 1}
+
+    def differentiate(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        logps: Tensor,
+        lse: Tensor,
+        grad_logps: Tensor,
+        divergences: KLGradients | None = None,
+    ) -> Tensor:
+        """dz [c, V] over `logits`; all else [c]. With `divergences` the reference's logits are in their buffer."""
+        call = self.call
+
+        def row(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.unsqueeze(0).contiguous()
+
+        token_kl = None
+        if divergences is not None:
+            token_kl = TokenKL(
+                self.ref_buffer[: logits.shape[0]].unsqueeze(0),
+                row(divergences.ref_logps),  # type: ignore[arg-type]
+                row(divergences.kl),  # type: ignore[arg-type]
+                row(divergences.grad_kl),
+                row(divergences.grad_forward_kl),
+            )
+        call.stages.logits_grad(
+            logits.unsqueeze(0),
+            self.labels[tokens].unsqueeze(0),
+            row(logps),
+            row(lse),
+            row(grad_logps),
+            ignore_index=call.ignore_index,
+            logit_scale=call.logit_scale,
+            logit_softcap=call.logit_softcap,
+            out=logits.unsqueeze(0),
+            token_kl=token_kl,
+        )
+        return logits
+
+    def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:
+        """The entries of a chunk that `eps` keeps, its dropped mass joining `found`; None if they are too many."""
+        call = self.call
+        result = filtered.keep(
+            logits,
+            self.labels[tokens],
+            found["logps"].contiguous(),
+            found["lse"].contiguous(),
+            eps=call.eps,
+            logit_scale=call.logit_scale,
+            logit_softcap=call.logit_softcap,
+        )
+        if result is None:
+            return None
+        kept, dropped = result
+        if "grad_dropped_mass" in call.statistics:
+            found["grad_dropped_mass"] = dropped
+        return kept
+
+    def hidden_gradient(self, dz: Tensor) -> Tensor:
+        """dH rows [c, H] of a chunk, in the compute dtype."""
+        return torch.mm(dz, self.weight)
+
+
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    out = buffer[: rows.shape[0]]
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=out)
+    return torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def scatter(like: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """A [B, T, H] tensor that is `rows` at the tokens and exactly 0 elsewhere."""
+    full = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    full.view(-1, like.shape[-1])[tokens] = rows.to(like.dtype)
+    return full
+
+
+class TokenTable:
+    """Stage 1's results of all tokens, [B, T], filled chunk by chunk; 0 on unscored tokens."""
+
+    def __init__(self, call: Call) -> None:
+        given = {"logps", "lse", *call.given}
+        given |= {"ref_logps"} if call.ref_hidden is not None else set()
+        # The gradient of either divergence starts from this one's value.
+        given |= {"kl"} if call.kl_gradient else set()
+        device = call.labels.device
+        shape, dtype = call.labels.shape, small_dtype(device)
+        self.values = {
+            name: torch.zeros(shape if name in given else 0, dtype=dtype, device=device) for name in TOKEN_OUTPUTS
+        }
+
+    def put(self, tokens: Tensor, found: dict[str, Tensor]) -> None:
+        """Store a chunk's results."""
+        for name, value in found.items():
+            if self.values[name].dim() > 1:
+                self.values[name].view(-1)[tokens] = value
+
+    def tuple(self) -> tuple[Tensor, ...]:
+        """In stage 1's order."""
+        return tuple(self.values[name] for name in TOKEN_OUTPUTS)
+
+
+def scored(call: Call) -> Tensor:
+    """Flat indices of the scored tokens, [N]."""
+    return (call.labels.reshape(-1) != call.ignore_index).nonzero().squeeze(-1)
+
+
+def check_all_labels(call: Call, vocab: int) -> None:
+    # Chunks are compacted, so only here can an error name the caller's row and position. Accelerators write NaN instead.
+    if call.labels.device.type == "cpu":
+        check_labels(call.labels, vocab, call.ignore_index)
+
+
+def main_grad(weight: Tensor) -> Tensor | None:
+    """The float32 buffer `weight.main_grad`, where there is one of the weight's shape (Megatron's convention)."""
+    buffer = getattr(weight, "main_grad", None)
+    fits = (
+        isinstance(buffer, Tensor)
+        and buffer.dtype == torch.float32
+        and buffer.shape == weight.shape
+        and buffer.is_contiguous()
+    )
+    return buffer if fits and weight.dtype != torch.float64 else None

@@ -1,0 +1,246 @@
+"""Log-probabilities per token, for any upstream gradient: every strategy but whole_pairs.
+
+The forward projects all scored tokens, chunk by chunk, and saves what its strategy lets the backward spare: unscaled rows of dH
+(frozen_head), the kept entries (filtered), the logits (kept_logits), or nothing (two_pass projects again).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import filtered, planner
+from .call import KL_TERMS, TOKEN_OUTPUTS, Call, KLGradients
+from .chunk import (
+    HeadGradient,
+    Projection,
+    TokenTable,
+    accumulator_dtype,
+    check_all_labels,
+    gather,
+    main_grad,
+    no_autocast,
+    scatter,
+    scored,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TokenRun:
+    """What a forward leaves behind.
+
+    Attributes:
+        tokens: [N], flat indices of the scored tokens.
+        saved: frozen_head: d logp_t / d hidden_t [N, H]; kept_logits: the logits [N, V]; filtered: index, value, row_ptr
+            and tail of `filtered.Kept`; otherwise nothing.
+    """
+
+    table: TokenTable
+    plan: planner.Plan
+    tokens: Tensor
+    saved: tuple[Tensor, ...]
+
+
+def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenRun:
+    """Stage 1 over all scored tokens, chunk by chunk, and what the strategy saves for the backward."""
+    check_all_labels(call, weight.shape[0])
+    tokens = scored(call)
+    head = call.sizes(hidden.shape[-1], weight.shape[0])
+    may_keep = not torch.compiler.is_compiling()
+    plan = planner.plan_tokens(head, call.strategy, tokens.shape[0], call.budget, call.reason, may_keep=may_keep)
+    table = TokenTable(call)
+    projection = Projection(call, hidden, weight, bias, plan.rows)
+    units: list[Tensor] = []
+    lists: list[filtered.Kept] = []
+    for begin, end in plan.groups[0].chunks:
+        chunk = tokens[begin:end]
+        if chunk.shape[0] == 0:
+            continue
+        logits, found = projection.measure(chunk, projection.rows(chunk))
+        if plan.strategy == "filtered":
+            kept = projection.keep(logits, chunk, found)
+            if kept is None:
+                # The softmax is too flat for lists to pay: the whole call turns exact, and projects again.
+                reason = f"more than {filtered.DENSEST:g} of the entries exceed {call.eps:g}, so the gradient is exact"
+                plan, lists = replace(plan, strategy="two_pass", reason=reason), []
+                table.values["grad_dropped_mass"].zero_()
+            else:
+                lists.append(kept)
+        table.put(chunk, found)
+        if plan.strategy == "frozen_head":
+            # d logp / dh = W[y] - E_p[W], whatever the loss is: its coefficient multiplies this row in the backward.
+            ones = torch.ones_like(found["logps"])
+            kept = projection.keep(logits, chunk, found) if call.eps else None
+            if kept is not None:
+                units.append(filtered.grad_hidden(kept, ones, projection.weight))
+                table.put(chunk, found)
+            else:
+                dz = projection.differentiate(logits, chunk, found["logps"], found["lse"], ones)
+                units.append(projection.hidden_gradient(dz))
+    saved: tuple[Tensor, ...] = ()
+    if plan.strategy == "frozen_head":
+        saved = (torch.cat(units) if units else hidden.new_zeros(0, hidden.shape[-1]),)
+    elif plan.strategy == "kept_logits":
+        saved = (projection.buffer,)
+    elif plan.strategy == "filtered":
+        all_kept = filtered.Kept.join(lists, projection.buffer)
+        saved = (all_kept.index, all_kept.value, all_kept.row_ptr, all_kept.tail)
+    return TokenRun(table, plan, tokens, saved)
+
+
+def _backward_filtered(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    kept: filtered.Kept,
+    grad_logps: Tensor,
+    into: Tensor | None,
+) -> tuple[Tensor | None, HeadGradient]:
+    """(dH [B, T, H], head gradient) from the kept entries."""
+    grad = grad_logps.reshape(-1)[tokens].double()
+    gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
+    grad_hidden = None
+    if call.needs_hidden:
+        grad_hidden = scatter(hidden, tokens, filtered.grad_hidden(kept, grad, weight.to(call.compute_dtype)))
+    if gradient.weight is not None:
+        rows = gather(hidden, tokens, call.compute_dtype)
+        filtered.grad_weight(kept, grad, rows, gradient.weight, accumulate=into is not None)
+    if gradient.bias is not None:
+        gradient.bias += filtered.grad_bias(kept, grad, weight.shape[0])
+    return grad_hidden, gradient
+
+
+def backward_tokens(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    *,
+    divergences: KLGradients | None = None,
+    kept_logits: Tensor | None = None,
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, HeadGradient]:
+    """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again.
+
+    `divergences` add theirs, and the reference is projected again as well.
+    """
+    call = call.without_reference() if divergences is None else call
+    small = grad_logps.reshape(-1)
+    moves = small != 0 if divergences is None else (small != 0) | divergences.moves().reshape(-1)
+    live = call.labels.reshape(-1) != call.ignore_index
+    # Kept logits are there for every scored token; otherwise tokens without gradient need no second projection.
+    tokens = (live if kept_logits is not None else live & moves).nonzero().squeeze(-1)
+    head = call.sizes(hidden.shape[-1], weight.shape[0])
+    plan = planner.plan_tokens(head, "two_pass", tokens.shape[0], call.budget, may_keep=False)
+    gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
+    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if call.needs_hidden else None
+    projection = Projection(call, hidden, weight, bias, 0 if kept_logits is not None else plan.rows)
+    logps, lse = logps.reshape(-1), lse.reshape(-1)
+    for begin, end in plan.groups[0].chunks:
+        chunk = tokens[begin:end]
+        if chunk.shape[0] == 0:
+            continue
+        rows = projection.rows(chunk)
+        logits = projection.project(rows) if kept_logits is None else kept_logits[begin:end]
+        if divergences is not None:
+            projection.project_reference(chunk)
+        by_kl = None if divergences is None else divergences.at(chunk)
+        dz = projection.differentiate(logits, chunk, logps[chunk], lse[chunk], small[chunk], by_kl)
+        if grad_hidden is not None:
+            grad_hidden.view(-1, hidden.shape[-1])[chunk] = projection.hidden_gradient(dz).to(hidden.dtype)
+        gradient.add(dz, rows)
+    gradient.finish()
+    return grad_hidden, gradient
+
+
+def take_weight(gradient: HeadGradient, weight: Tensor, into: Tensor | None) -> Tensor | None:
+    """The gradient to return for the weight: none when it went straight into the caller's buffer."""
+    if gradient.weight is None or into is not None:
+        return None
+    return gradient.weight.to(weight.dtype)
+
+
+def constants(terms: Sequence[str], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those of TOKEN_OUTPUTS that carry no gradient."""
+    moving = {"logps", *(name for name in terms if name in KL_TERMS)}
+    return [value for name, value in zip(TOKEN_OUTPUTS, outputs, strict=True) if name not in moving]
+
+
+def upstream(
+    grads: Sequence[Tensor | None], logps: Tensor, ref_logps: Tensor, kl: Tensor
+) -> tuple[Tensor | None, KLGradients | None]:
+    """(gradient by the log-probabilities, by the divergences) from those of TOKEN_OUTPUTS; (None, None) if there is none."""
+    by_name = dict(zip(TOKEN_OUTPUTS, grads, strict=True))
+    # A graph compiler may materialise the gradient of an output that is empty because nobody asked for it.
+    by_kl, by_forward = (None if (g := by_name[name]) is None or g.dim() == 1 else g for name in KL_TERMS)
+    if by_kl is None and by_forward is None:
+        return by_name["logps"], None
+    by_logps = torch.zeros_like(logps) if by_name["logps"] is None else by_name["logps"]
+    return by_logps, KLGradients(ref_logps, kl, by_kl, by_forward)
+
+
+class LinearLogps(torch.autograd.Function):
+    """Token log-probabilities from hidden states (eager): every strategy but whole_pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+        with no_autocast(hidden.device):
+            run = forward_tokens(call, hidden, weight, bias)
+        logger.debug("%s", run.plan.describe())
+        outputs = run.table.tuple()
+        ctx.call, ctx.strategy, ctx.used = call, run.plan.strategy, False
+        ctx.save_for_backward(hidden, weight, bias, *outputs[:3], outputs[4], run.tokens, *run.saved)
+        ctx.mark_non_differentiable(*constants(call.terms, outputs))
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, logps, lse, ref_logps, kl, tokens, *saved = ctx.saved_tensors
+        grad_logps, divergences = upstream(grads, logps, ref_logps, kl)
+        if grad_logps is None:
+            return (None,) * 4
+        call: Call = ctx.call
+        with no_autocast(hidden.device):
+            if ctx.strategy == "frozen_head":
+                scale = grad_logps.reshape(-1)[tokens].unsqueeze(-1)
+                rows = saved[0] * scale.to(accumulator_dtype(saved[0].dtype))
+                # 0 * inf: a token without gradient gets an exact 0 whatever its log-probability's slope.
+                rows = torch.where(scale == 0, torch.zeros_like(rows), rows)
+                return scatter(hidden, tokens, rows), None, None, None
+            into = main_grad(weight) if call.needs_weight else None
+            kept = None
+            if ctx.strategy == "kept_logits" and not ctx.used:
+                # dz goes over the kept logits; a second backward of the same graph projects again. `.data` keeps the
+                # version counter, so that autograd does not take this for a caller's mistake.
+                kept, ctx.used = saved[0].data, True
+            if ctx.strategy == "filtered":
+                lists = filtered.Kept(*saved)
+                grad_hidden, gradient = _backward_filtered(call, hidden, weight, tokens, lists, grad_logps, into)
+            else:
+                grad_hidden, gradient = backward_tokens(
+                    call,
+                    hidden,
+                    weight,
+                    bias,
+                    logps,
+                    lse,
+                    grad_logps,
+                    divergences=divergences,
+                    kept_logits=kept,
+                    into=into,
+                )
+        grad_bias = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
+        return grad_hidden, take_weight(gradient, weight, into), grad_bias, None
