@@ -117,12 +117,18 @@ def test_plan_for_the_large_forward_reaches_ninety_per_cent():
 
 @needs_nvcc
 def test_figures_are_the_committed_ones(rows):
+    """The same compiler gives the same code from any folder, so every figure is held exactly; but for the whole kernel's length.
+
+    That length bounds nothing (the loop does) and moves by an instruction or two with any edit of what stands before and
+    after the loop, even with what other kernels share the file: 1 % is noticed.
+    """
     committed = json.loads(machine_code_cuda.COMMITTED.read_text())
     held = {(row["name"], row["arch"]): row for row in committed["kernels"]}
     for row in rows:
         before = held[row.name, row.arch]
         now = json.loads(json.dumps(asdict(row)))
         if committed["nvcc"] == RELEASE:
+            assert now.pop("instructions") == pytest.approx(before.pop("instructions"), rel=0.01), row.name
             assert now == before, f"{row.name}, sm_{row.arch}: python -m benchmarks.machine_code_cuda, if this is meant"
         else:  # another compiler may differ a little
             assert (now["slots_per_logit"] or 0) <= 1.1 * (before["slots_per_logit"] or 0), row.name
