@@ -49,7 +49,7 @@ from .formulas import (
     token_rewards,
 )
 from .length import length_desensitized_weights
-from .mixing import check, couples_pairs, mix, needs_token_kl, rewards
+from .mixing import check, couples_pairs, mix, needs_reference, needs_token_kl, rewards
 from .named import BoundObjective, Named, RunningObjective, check_smoothing, objective
 from .pairs import Objective, Pairs, Rewards
 from .registry import NON_NEGATIVE, OBJECTIVES, POSITIVE, ObjectiveInfo, Parameter, Range, lookup
@@ -94,6 +94,7 @@ __all__ = [
     "mean_logp_rewards",
     "mix",
     "nca_pair",
+    "needs_reference",
     "needs_token_kl",
     "objective",
     "orpo",

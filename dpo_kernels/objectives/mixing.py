@@ -68,6 +68,11 @@ def needs_token_kl(objectives: Sequence[Objective]) -> bool:
     return any(isinstance(entry, Named) and entry.info.needs_token_kl for entry in objectives)
 
 
+def needs_reference(objectives: Sequence[Objective]) -> bool:
+    """Whether any objective compares with a reference; assumed of user callables."""
+    return any(entry.info.needs_reference if isinstance(entry, Named) else True for entry in objectives)
+
+
 def mix(
     pairs: Pairs,
     loss_type: str | Objective | Sequence[str | Objective],

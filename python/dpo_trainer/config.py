@@ -88,7 +88,9 @@ class DPOConfig(TrainingArguments):
     )
     use_weighting: bool = field(
         default=False,
-        metadata={"help": "Weigh each pair by how likely the policy is to have written both answers (WPO): off-policy data."},
+        metadata={
+            "help": "Weigh each pair by how likely the policy is to have written both answers (WPO): off-policy data."
+        },
     )
 
     # The data.
@@ -132,6 +134,21 @@ class DPOConfig(TrainingArguments):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Pairs a batch while precomputing; the evaluation batch size if not given."}
     )
+    ref_cache_dir: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Folder in which precomputed log-probabilities are kept and found again, by weights and tokens. "
+            "'auto': in the user's cache; null: nowhere."
+        },
+    )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={"help": "Let the reference follow the policy (TR-DPO): less pull back to where training began."},
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "sync_ref_model: share of the policy in the moved reference; 1 replaces it."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "sync_ref_model: optimizer steps between moves."})
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Set all dropout (LoRA's too) to 0, so that policy and reference agree at the start."},
@@ -218,6 +235,7 @@ class DPOConfig(TrainingArguments):
             objectives.check(built, self.loss_weights, self.label_smoothing)
         except ValueError as error:
             raise ConfigError(f"label_smoothing: {error}") from error
+        self._check_reference(objectives.needs_reference(built))
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ConfigError(f"ld_alpha: must lie in [0, 1], got {self.ld_alpha}")
         if self.truncation_mode not in TRUNCATION_MODES:
@@ -230,6 +248,7 @@ class DPOConfig(TrainingArguments):
             ("pad_to_multiple_of", 1),
             ("dataset_num_proc", 1),
             ("precompute_ref_batch_size", 1),
+            ("ref_model_sync_steps", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -277,6 +296,18 @@ class DPOConfig(TrainingArguments):
             raise ConfigError(
                 f"backend: unknown '{self.backend}'{did_you_mean(self.backend, BACKENDS)}; "
                 f"known are {', '.join(BACKENDS)}"
+            )
+
+    def _check_reference(self, needed: bool) -> None:
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(f"ref_model_mixup_alpha: must lie in (0, 1], got {self.ref_model_mixup_alpha}")
+        for name in ("precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(self, name) and not needed:
+                raise ConfigError(f"{name}: loss_type {self.loss_type} compares with no reference; leave it off")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError(
+                "sync_ref_model: the reference moves during training, so its log-probabilities cannot be precomputed; "
+                "leave precompute_ref_log_probs off"
             )
 
 

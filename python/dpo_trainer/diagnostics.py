@@ -187,7 +187,7 @@ class Run:
     """Everything a check may look at; records have the names of metrics.jsonl without an evaluation's prefix."""
 
     limits: Limits
-    start_loss: float
+    start_loss: float  # NaN until the first record, for objectives whose start depends on the model
     warmup_steps: int
     planned_steps: int
     facts: Facts = field(default_factory=Facts)
@@ -486,7 +486,8 @@ class Diagnostics(TrainerCallback):
 
         config = self.trainer.args
         limits = Limits.of(cast("dict[str, Any]", config.diagnostics))
-        self.run = Run(limits, initial_loss(config), args.get_warmup_steps(state.max_steps), state.max_steps)
+        start = number(initial_loss(config))
+        self.run = Run(limits, start, args.get_warmup_steps(state.max_steps), state.max_steps)
         self.run.eval_pairs = sum(account.kept for account in self.trainer.accounts if account.name.startswith("eval"))
         self.weights = ChangedWeights(self.trainer.policy.model)
         self.stopped_by = None
@@ -528,6 +529,8 @@ class Diagnostics(TrainerCallback):
         """Add a log record to the run; whether it was one of training or evaluation."""
         if "loss" in record:
             self.run.train.append(record)
+            if math.isnan(self.run.start_loss):
+                self.run.start_loss = number(record["loss"])
             return True
         prefix = evaluation_prefix(record)
         if prefix is None:

@@ -64,7 +64,9 @@ def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs |
     def examples(indices: Sequence[int]) -> list[Example]:
         return [
             Example(
-                *(_text(dataset[index][f"{part}_input_ids"], tokenizer) for part in ("prompt", "chosen", "rejected")),
+                _text(dataset[index]["prompt_input_ids"], tokenizer),
+                _text(dataset[index]["chosen_input_ids"], tokenizer),
+                _text(dataset[index]["rejected_input_ids"], tokenizer),
                 before[index].item(),
                 after[index].item(),
             )

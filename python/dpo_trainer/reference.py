@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dpo_kernels import linear_dpo_loss, sequence_logps
 
 from .model import Batch, SplitModel
 
@@ -77,7 +79,7 @@ class AdapterOffReference:
 
 
 def reference_logps(
-    packed_logits: Callable[[Batch], Tensor],
+    source: SplitModel | FrozenReference | AdapterOffReference,
     split: SplitModel,
     dataset: Any,
     collate: Callable[[list[dict[str, Any]]], Batch],
@@ -85,29 +87,38 @@ def reference_logps(
     batch_size: int,
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> tuple[list[float], list[float]]:
     """Summed log-probabilities of all chosen and all rejected completions, in the dataset's order.
 
     Rows are visited sorted by length, so that batches carry little padding; a row's result does not depend on its
-    neighbours beyond the rounding of matrix products.
+    neighbours beyond the rounding of matrix products. Logits exist a chunk at a time where the head allows it.
     """
-    from dpo_kernels import sequence_logps
-
     lengths = dataset["length"]
     order = sorted(range(len(dataset)), key=lambda index: lengths[index])
     chosen, rejected = [0.0] * len(dataset), [0.0] * len(dataset)
-    for start in progress(range(0, len(order), batch_size)):
+    for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = {name: value.to(device) for name, value in collate([dataset[index] for index in indices]).items()}
         with torch.no_grad(), context():
-            sums = sequence_logps(
-                packed_logits(batch),
-                batch["labels"],
-                cu_seqlens=batch["cu_seqlens"],
-                logit_scale=split.logit_scale,
-                logit_softcap=split.logit_softcap,
-            ).tolist()
+            sums = _sums(source, split, batch).tolist()
         for row, index in enumerate(indices):
             chosen[index], rejected[index] = sums[row], sums[row + len(indices)]
     return chosen, rejected
+
+
+def _sums(source: Any, split: SplitModel, batch: Batch) -> Tensor:
+    """Log-probabilities [2P] of a batch's completions."""
+    options: dict[str, Any] = {
+        "cu_seqlens": batch["cu_seqlens"],
+        "logit_scale": split.logit_scale,
+        "logit_softcap": split.logit_softcap,
+    }
+    if split.obstacle_to_linear:
+        return sequence_logps(source.packed_logits(batch), batch["labels"], **options)
+
+    def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # Any objective without a reference: the sums, made as training makes the policy's, are what is wanted.
+        output = linear_dpo_loss(hidden, weight, batch["labels"], bias=bias, loss_type="cpo", **options)
+        return torch.cat([output.chosen_logps, output.rejected_logps])
+
+    return split.through_head(sums, source.packed_hidden(batch))

@@ -65,17 +65,19 @@ def summarize(trainer: DPOTrainer, *, finished: bool) -> dict[str, Any]:
     }
 
 
-def initial_loss(args: DPOConfig) -> float:
-    """The objective's value where policy and reference agree (log 2 for DPO)."""
+def initial_loss(args: DPOConfig) -> float | None:
+    """The objective's value where policy and reference agree (log 2 for DPO); None where it depends on the model."""
     import torch
 
     from dpo_kernels.objectives import Pairs, build, mix
 
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     beta, smoothing = (torch.tensor(value, dtype=torch.float64) for value in (args.beta, args.label_smoothing))
-    nothing = zero.repeat(2)
-    pairs = Pairs.from_sums(nothing, nothing, one.repeat(2), beta, smoothing, kl_sums=nothing)
-    return mix(pairs, build(args.loss_type), args.loss_weights).item()
+    values = []
+    for sums in (zero.repeat(2), torch.tensor([-3.0, -7.0], dtype=torch.float64)):
+        pairs = Pairs.from_sums(sums, sums, 2 * one.repeat(2), beta, smoothing, kl_sums=zero.repeat(2))
+        values.append(mix(pairs, build(args.loss_type), args.loss_weights).item())
+    return values[0] if math.isclose(*values, abs_tol=1e-12) else None
 
 
 def write_report(trainer: DPOTrainer, *, finished: bool) -> Path | None:
@@ -197,7 +199,8 @@ def render_report(
     prefixes = evaluation_prefixes(records)
     evals = evaluation_records(records, prefixes[0]) if prefixes else []
     start = summary["initial_loss"]
-    levels = {"loss": (start, "log 2" if math.isclose(start, math.log(2)) else f"start ({start:.4g})")}
+    log2 = start is not None and math.isclose(start, math.log(2))
+    levels = {} if start is None else {"loss": (start, "log 2" if log2 else f"start ({start:.4g})")}
     charts = [(chart, draw(chart, curves_of(chart, train, evals), *levels.get(chart.key, ()))) for chart in CHARTS]
     return template("report.html.j2").render(
         name=name,

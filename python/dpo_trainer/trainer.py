@@ -32,7 +32,9 @@ from .errors import ConfigError, DataError, ModelError, first_line
 from .evaluated import EvaluatedPairs, look_at
 from .metrics import TINY, MetricWindow, memory_mib
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
+from .moving_reference import MovingReference
 from .reference import AdapterOffReference, FrozenReference, reference_logps
+from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -47,7 +49,8 @@ class DPOTrainer(Trainer):
     Args:
         model: a causal language model, a peft model, or a path for `load_model`.
         ref_model: the reference: a model or a path. None: the model as it is now (a frozen copy, or nothing at all with
-            `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off.
+            `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off. An objective
+            that needs no reference gets none, unless one is given: then for the KL in the log.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
             messages), optional `weight` (confidence: losses are weighted means), optional
@@ -171,6 +174,7 @@ class DPOTrainer(Trainer):
             with self.accelerator.autocast():
                 self.policy.verify(example)
         self.reference = self._make_reference(ref_model, example)
+        self.moving = self._make_moving() if args.sync_ref_model else None
         self._check_layout()
         self.loss_path = self._choose_loss_path()
         given = any(name in dataset.column_names for dataset in self._datasets() for name in REFERENCE)
@@ -261,6 +265,8 @@ class DPOTrainer(Trainer):
                 with self.accelerator.autocast():
                     reference.split.verify(example)
             return reference
+        if not objectives.needs_reference(self._objectives):
+            return None
         if hasattr(self.model, "disable_adapter"):
             return AdapterOffReference(self.policy)
         if self.args.precompute_ref_log_probs:
@@ -268,6 +274,24 @@ class DPOTrainer(Trainer):
         reference = FrozenReference.copy_of(self.model)  # type: ignore[arg-type]
         reference.split.split = self.policy.split
         return reference
+
+    def _make_moving(self) -> MovingReference:
+        if not isinstance(self.reference, FrozenReference) or hasattr(self.model, "disable_adapter"):
+            raise ConfigError(
+                "sync_ref_model: moves a whole model's weights; it cannot move "
+                + (
+                    "reference log-probabilities in the data"
+                    if self.reference is None
+                    else "the reference of an adapter"
+                )
+            )
+        args = self.args
+        return MovingReference(
+            self.policy.model,
+            self.reference.split.model,
+            alpha=args.ref_model_mixup_alpha,
+            every=args.ref_model_sync_steps,
+        )
 
     def _precompute_all(self) -> None:
         if self.train_dataset is not None:
@@ -285,29 +309,57 @@ class DPOTrainer(Trainer):
         if all(column in dataset.column_names for column in REFERENCE):
             return dataset
         source = self.reference if self.reference is not None else self.policy
-        was_training = self.model.training  # type: ignore[union-attr]
-        self.model.eval()  # type: ignore[union-attr]
-        try:
-            columns = reference_logps(
-                source.packed_logits,
-                source.split if isinstance(source, (FrozenReference, AdapterOffReference)) else source,
-                dataset,
+        split = source.split if isinstance(source, (FrozenReference, AdapterOffReference)) else source
+
+        def compute(rows: Any) -> tuple[list[float], list[float]]:
+            return reference_logps(
+                source,
+                split,
+                rows,
                 self.data_collator,  # type: ignore[arg-type]
                 batch_size=self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
                 device=self.args.device,
                 context=self._kernels,
             )
+
+        was_training = self.model.training  # type: ignore[union-attr]
+        self.model.eval()  # type: ignore[union-attr]
+        try:
+            if (cache := self.reference_cache(dataset)) is None:
+                columns = compute(dataset)
+            else:
+                columns = cache.fill(
+                    lambda rows: compute(dataset.select(rows)),
+                    name=name,
+                    process_index=self.args.process_index,
+                    num_processes=self.args.world_size,
+                    wait=self.accelerator.wait_for_everyone,
+                )
         finally:
             self.model.train(was_training)  # type: ignore[union-attr]
-        logger.info("reference log-probabilities of %d %s pairs computed", len(dataset), name)
         for column, values in zip(REFERENCE, columns, strict=True):
             dataset = dataset.add_column(column, values)
         return dataset
+
+    def reference_cache(self, dataset: Any) -> ReferenceCache | None:
+        """Where the reference's log-probabilities of a tokenised dataset lie; None if they are not kept."""
+        root = folder_of(self.args.ref_cache_dir)
+        if root is None:
+            return None
+        precision = self.accelerator.mixed_precision  # autocast changes what the same weights answer
+        facts = {
+            "model": model_fingerprint(self.policy.model if self.reference is None else self.reference.split.model),
+            "data": data_fingerprint(dataset),
+            "precision": precision,
+        }
+        return ReferenceCache(root, facts, dataset["length"])
 
     def _add_callbacks(self) -> None:
         for unwanted in (ProgressCallback, PrinterCallback):
             self.remove_callback(unwanted)
         self.add_callback(LogAtTheEnd())
+        if self.moving is not None:
+            self.add_callback(self.moving)
         self.add_callback(MetricsFile())
         self.diagnostics = Diagnostics(self)
         self.add_callback(self.diagnostics)
@@ -565,7 +617,8 @@ class DPOTrainer(Trainer):
         if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
             dataset = self._tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run
-        if self.reference is None and any(column not in dataset.column_names for column in REFERENCE):
+        needed = objectives.needs_reference(self._objectives)
+        if needed and self.reference is None and any(column not in dataset.column_names for column in REFERENCE):
             if self.state.global_step > 0:
                 raise DataError(
                     f"{name}: the reference was dropped after precomputing and the model has moved since; "
@@ -577,10 +630,14 @@ class DPOTrainer(Trainer):
     @property
     def reference_kind(self) -> str:
         """Where the reference's log-probabilities come from, in words."""
+        if self.moving is not None:
+            return self.moving.describe()
         if isinstance(self.reference, AdapterOffReference):
             return "the model without its adapter"
         if isinstance(self.reference, FrozenReference):
             return "a frozen model"
+        if not objectives.needs_reference(self._objectives):
+            return "none"
         return "log-probabilities computed beforehand"
 
     def write_report(self, *, finished: bool) -> Path | None:
@@ -598,6 +655,8 @@ class DPOTrainer(Trainer):
             finally:
                 self._aside = None
             save_state(folder, self.args.process_index, self._own_state())
+            if self.moving is not None and self.args.should_save:
+                self.moving.save(folder)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(run_dir / name)
             if self.args.should_save:
@@ -631,6 +690,8 @@ class DPOTrainer(Trainer):
             self._grad_norm_max = None if norm is None else norm.to(self.args.device)
             for index, values in state["objectives"].items():
                 cast(nn.Module, self._objectives[int(index)]).load_state_dict(values)
+        if self.moving is not None and checkpoint is not None:
+            self.moving.load(Path(checkpoint))
 
 
 def _weights(batch: Batch) -> Tensor:

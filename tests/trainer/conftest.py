@@ -32,6 +32,13 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Reference log-probabilities are kept beside the test's files, not in the user's cache."""
+    monkeypatch.setenv("DPO_TRAINER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
     return lambda kind="llama-tied", seed=0: build_model(kind, len(tokenizer), seed)

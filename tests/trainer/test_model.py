@@ -114,7 +114,7 @@ def test_reference_log_probabilities_come_in_row_order(
     dataset = tokenized(pairs(8), tokenizer)
     collate = PairCollator(pad_token_id=0)
     chosen, rejected = reference_logps(
-        split.packed_logits, split, dataset, collate, batch_size=batch_size, device=torch.device("cpu")
+        split, split, dataset, collate, batch_size=batch_size, device=torch.device("cpu")
     )
     for index, row in enumerate(dataset):
         alone = collate([row])

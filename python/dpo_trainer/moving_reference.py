@@ -1,0 +1,81 @@
+"""A reference that follows the policy (TR-DPO): every so many steps its weights move towards the policy's.
+
+Gorbatovski et al. 2024, Learn Your Reference Model for Real Good Alignment (arXiv:2404.09656), eq. 4 and 5: the soft
+update ref <- alpha policy + (1 - alpha) ref every tau steps; alpha = 1 is the hard update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import ModelError, OutputError
+
+FILE = "reference.safetensors"
+
+
+class MovingReference(TrainerCallback):
+    """Moves the reference at the end of a step, before that step's evaluation and checkpoint.
+
+    Args:
+        policy: the trained model, not wrapped.
+        reference: a model of the same architecture.
+        alpha: share of the policy in the new reference, in (0, 1].
+        every: steps between updates (the paper's tau).
+
+    Raises:
+        ModelError: the models' parameters do not correspond.
+    """
+
+    def __init__(self, policy: nn.Module, reference: nn.Module, *, alpha: float, every: int) -> None:
+        self.alpha, self.every = alpha, every
+        self.policy, self.reference = policy, reference
+        shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (policy, reference)]
+        if shapes[0] != shapes[1]:
+            odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})[0]
+            raise ModelError(
+                f"ref_model: sync_ref_model moves it towards the policy, so both must be of one architecture; they differ "
+                f"in '{odd}'"
+            )
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One update. In 16 bits a small alpha is lost to rounding, as small learning rates are."""
+        pairs = zip(self.policy.parameters(), self.reference.parameters(), strict=True)
+        for moved, still in pairs:
+            target = _whole(moved).to(device=still.device, dtype=torch.promote_types(moved.dtype, torch.float32))
+            still.copy_(torch.lerp(still.to(target.dtype), target, self.alpha))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % self.every == 0:
+            self.update()
+
+    def save(self, folder: Path) -> None:
+        """Write the reference's weights into a checkpoint."""
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.reference.named_parameters()}
+        save_file(weights, folder / FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read them back. Raises OutputError for a checkpoint of a run whose reference stood still."""
+        if not (folder / FILE).exists():
+            raise OutputError(f"{folder}: holds no {FILE}; sync_ref_model was off when it was written")
+        weights = load_file(folder / FILE)
+        for name, value in self.reference.named_parameters():
+            value.copy_(weights[name])
+
+    def describe(self) -> str:
+        """The reference in words."""
+        how = "replaced by the policy" if self.alpha == 1 else f"moved towards the policy by {self.alpha:g}"
+        return f"a model {how} every {self.every} steps (TR-DPO)"
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The parameter, gathered where FSDP2 shards it."""
+    gather = getattr(parameter, "full_tensor", None)
+    return gather() if gather is not None else parameter

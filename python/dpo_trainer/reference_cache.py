@@ -1,0 +1,218 @@
+"""Reference log-probabilities on disk: computed once, shard by shard, and found again by what they were computed from.
+
+A folder a key, and the key is a hash of everything that the numbers depend on: the reference's weights and config, the
+precision it runs in, and the token ids of every pair (in which template, truncation and end tokens show). A file a shard,
+written aside and renamed, so that a kill loses the shard at work and nothing else. Each file repeats its key and its rows
+and carries checksums: what is cut short, damaged or from elsewhere is computed again, never believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import first_line
+from .model import unwrap_adapter
+
+logger = logging.getLogger("dpo_trainer")
+
+#: Pairs a file: what a kill may cost.
+SHARD = 256
+FORMAT = 1
+TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+#: Entries of a model's config that say where it lies and how it is run, not what it computes.
+_INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
+
+Logps = tuple[list[float], list[float]]
+
+
+def default_folder() -> Path:
+    """Where references are kept: `DPO_TRAINER_CACHE`, or dpo_trainer in the user's cache."""
+    if given := os.environ.get("DPO_TRAINER_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_trainer"
+
+
+def folder_of(setting: str | None) -> Path | None:
+    """The folder that `ref_cache_dir` means: "auto" is the default one, None is none."""
+    return None if setting is None else default_folder() if setting == "auto" else Path(setting).expanduser()
+
+
+# --- what the numbers depend on ------------------------------------------------------------------------------------
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of a model's class, config and weights; of a peft model, without its adapter."""
+    base: Any = unwrap_adapter(model)
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if base is not model else None
+    config = base.config.to_dict() if hasattr(base, "config") else {}
+    said = {name: value for name, value in config.items() if name not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps([type(base).__name__, said], sort_keys=True, default=str).encode())
+    for name, value in sorted(base.state_dict().items()):
+        if not isinstance(value, torch.Tensor) or (prefix and prefix in name):
+            continue
+        # peft moves what it wraps one level down; the weight is the same.
+        digest.update(f"{name.replace('.base_layer', '')} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """A hash of all token ids, pair by pair, in order."""
+    digest = hashlib.sha256()
+    for rows in dataset.select_columns(list(TOKENS)).iter(1000):
+        for name in TOKENS:
+            digest.update(np.array([len(ids) for ids in rows[name]], dtype=np.int64).tobytes())
+            digest.update(np.array([token for ids in rows[name] for token in ids], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+# --- the files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """The shards of one dataset under one reference.
+
+    Attributes:
+        root: folder of all references.
+        facts: what the numbers depend on, as JSON values; its hash is the key.
+        lengths: tokens of each pair. Shards follow it, so that batches of neighbours carry little padding.
+    """
+
+    root: Path
+    facts: dict[str, Any]
+    lengths: Sequence[int]
+    order: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", sorted(range(len(self.lengths)), key=self.lengths.__getitem__))
+
+    @property
+    def key(self) -> str:
+        """The folder's name."""
+        return hashlib.sha256(json.dumps([FORMAT, self.facts], sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "reference_logps" / self.key
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.order) // SHARD)
+
+    def rows(self, shard: int) -> list[int]:
+        """The dataset's rows that a shard holds."""
+        return self.order[shard * SHARD : (shard + 1) * SHARD]
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05}-of-{self.shards:05}.parquet"
+
+    def read(self, shard: int) -> Logps | None:
+        """The shard's log-probabilities; None where there is no file, or one that is not to be trusted (a line says why)."""
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.path(shard)
+        if not path.exists():
+            return None
+        try:
+            table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+            stamp = (table.schema.metadata or {}).get(b"dpo_trainer", b"").decode()
+            if stamp != self._stamp(shard):
+                raise ValueError("it belongs to another reference or other data")
+            if table["row"].to_pylist() != self.rows(shard):
+                raise ValueError("it holds other rows")
+            return table["ref_chosen_logps"].to_pylist(), table["ref_rejected_logps"].to_pylist()
+        except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+            logger.warning(
+                "reference log-probabilities: %s is not used, %s; computing it again", path, first_line(error)
+            )
+            return None
+
+    def write(self, shard: int, logps: Logps) -> None:
+        """Write a shard beside its place and rename it there. Raises OSError."""
+        import pyarrow
+        import pyarrow.parquet
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = pyarrow.table(
+            {"row": self.rows(shard), "ref_chosen_logps": logps[0], "ref_rejected_logps": logps[1]},
+            metadata={"dpo_trainer": self._stamp(shard)},
+        )
+        path = self.path(shard)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
+        aside.replace(path)
+
+    def _stamp(self, shard: int) -> str:
+        return json.dumps({"key": self.key, "shard": shard, "shards": self.shards, **self.facts}, sort_keys=True)
+
+    def complete(self) -> Logps | None:
+        """All log-probabilities in the dataset's order if every shard is there, else None. Computes nothing."""
+        if not all(self.path(shard).exists() for shard in range(self.shards)):
+            return None
+        found = [self.read(shard) for shard in range(self.shards)]
+        return self._joined([part for part in found if part is not None]) if None not in found else None
+
+    def _joined(self, parts: Sequence[Logps]) -> Logps:
+        columns = []
+        for side in (0, 1):
+            values = [0.0] * len(self.order)
+            for row, value in zip(self.order, (value for part in parts for value in part[side]), strict=True):
+                values[row] = value
+            columns.append(values)
+        return columns[0], columns[1]
+
+    def fill(
+        self,
+        compute: Callable[[list[int]], Logps],
+        *,
+        name: str,
+        process_index: int = 0,
+        num_processes: int = 1,
+        wait: Callable[[], Any] = lambda: None,
+    ) -> Logps:
+        """All log-probabilities in the dataset's order: read where they are, computed and written where not.
+
+        Args:
+            compute: the log-probabilities (chosen, rejected) of given rows.
+            name: of the dataset, for messages.
+            process_index, num_processes: processes share the missing shards out among themselves, ...
+            wait: ... and meet here before they read one another's.
+        """
+        parts = [self.read(shard) for shard in range(self.shards)]
+        missing = [shard for shard, part in enumerate(parts) if part is None]
+        what = f"reference log-probabilities of {len(self.order)} {name} pairs"
+        if missing:
+            kept = self.shards - len(missing)
+            rest = f" the rest ({kept} of {self.shards} files are there)" if kept else ""
+            logger.info("%s: computing%s into %s", what, rest, self.folder)
+        else:
+            logger.info("%s: read from %s", what, self.folder)
+        wait()  # nobody writes before everybody has looked; also where nothing is missing, since others may see it otherwise
+        writable = True
+        for shard in missing[process_index::num_processes]:
+            found = parts[shard] = compute(self.rows(shard))
+            try:
+                self.write(shard, found)
+            except OSError as error:
+                if writable:
+                    logger.warning("%s: cannot be kept (%s)", what, first_line(error))
+                writable = False
+        wait()
+        for shard, part in enumerate(parts):
+            if part is None:  # another process's, or on a disk that is not shared
+                other = self.read(shard)
+                parts[shard] = other if other is not None else compute(self.rows(shard))
+        return self._joined([part for part in parts if part is not None])
