@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import machine, report
+from . import machine, reasons, report
 from .method import Samples
 from .peers import PEERS
 from .peers.linear import LINEAR_PEERS
@@ -177,16 +177,16 @@ def replay(benchmark: Any) -> Callable[[Samples], None]:
 @pytest.fixture(scope="session")
 def publish(request: pytest.FixtureRequest) -> Callable[[report.Result], report.Result]:
     """Takes a result (or more rows of a known one): the terminal shows it at the end and `--report` writes it."""
-    options = "".join(
-        f" {name} {value}"
-        for name, default in (("--sizes", "default"), ("--dtype", "all"), ("--pairs", None), ("--pairs-per-step", 8))
-        if (value := request.config.getoption(name)) != default
-    )
+    defaults = {"--sizes": "default", "--dtype": "all", "--device": "auto", "--pairs": None, "--pairs-per-step": 8}
+    asked = {name: request.config.getoption(name) for name in defaults}
+    options = "".join(f" {name} {value}" for name, value in asked.items() if value != defaults[name])
 
     def take(result: report.Result) -> report.Result:
         for row in result.rows:
             if "select" in row:
                 row["command"] = f"pytest {result.file}{options} -k '{row['select']}'"
+            if reason := reasons.explain(result.name, row):
+                row["explanation"] = reason
         known = _RESULTS.setdefault(result.name, result)
         if known is not result:
             known.rows += result.rows
@@ -198,8 +198,8 @@ def publish(request: pytest.FixtureRequest) -> Callable[[report.Result], report.
     return take
 
 
-def _quoted(row: dict[str, Any]) -> dict[str, str]:
-    return {"select": f"'{row['select']}'"} if "select" in row else {}
+def _compared() -> list[report.Compared]:
+    return report.compared((result.name, result.rows) for result in _RESULTS.values())
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -214,17 +214,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for group, rows in result.groups().items():
             write("")
             write(f"{group}", bold=True)
-            columns = [*result.columns, report.Column("select", f"alone: pytest {result.file} -k")]
-            for line in report.text_table(columns, [row | _quoted(row) for row in rows]):
+            for line in report.text_table(result.columns, rows):
                 write(line)
+            if config.getoption("verbose") > 0:
+                write("each alone:")
+                for command in dict.fromkeys(row["command"] for row in rows if "command" in row):
+                    write(f"  {command}")
         write("")
-        for note in [*result.notes, *result.below_one()]:
+        for note in result.notes:
             write(note)
     if target := config.getoption("--report"):
         folder = Path(target) / about["name"]
         for result in _RESULTS.values():
             report.write(result, folder, about)
-        write(f"written to {folder}")
+        report.write_index(folder)
+    terminalreporter.write_sep("=", "What to make of it")
+    for result in _RESULTS.values():
+        if summary := result.summary(result.rows):
+            write(f"{result.name}: {summary}")
+    for line in report.below_one(_compared()):
+        write(line)
+    write("The command that makes a row alone: -v prints it, --report DIR writes it.")
+    if target:
+        write(f"Written to {folder}: start with {folder / 'README.md'}")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -232,6 +244,6 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
     """The headline is the last line of all: below pytest's own summaries of warnings, skips and counts."""
     done = yield
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None and (line := report.headline(_RESULTS.values()).get("line")):
+    if terminal is not None and (line := report.headline(_compared()).get("line")):
         terminal.write_line(line, bold=True)
     return done

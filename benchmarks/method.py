@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,14 +122,36 @@ def interleave(
     return found
 
 
+def ratios(slow: Samples, fast: Samples) -> list[float]:
+    """How many times longer `slow` takes than `fast`, within each round."""
+    return [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+
+
 def ratio(slow: Samples, fast: Samples) -> float:
     """How many times longer `slow` takes than `fast`: the median over rounds of the ratio within a round."""
-    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+    return statistics.median(ratios(slow, fast))
 
 
-def best_ratio(samples: Mapping[str, Samples], ours: str, peers: Iterable[str]) -> tuple[float, str] | None:
-    """(ratio, name) of the quickest of the peers that were measured, against `ours`; None if none was."""
-    return min(((ratio(samples[peer], samples[ours]), peer) for peer in peers if peer in samples), default=None)
+class Best(NamedTuple):
+    """The quickest peer beside ours: how many times longer it takes (median of the rounds), its name, least and most."""
+
+    ratio: float
+    peer: str
+    low: float
+    high: float
+
+    def row(self, title: str) -> dict[str, Any]:
+        """What a result's row says of it, with the peer's title."""
+        return {"vs_best": self.ratio, "best_peer": title, "vs_range": [self.low, self.high]}
+
+
+def best_ratio(samples: Mapping[str, Samples], ours: str, peers: Iterable[str]) -> Best | None:
+    """The quickest of the peers that were measured, against `ours`; None if none was."""
+    found = {peer: ratios(samples[peer], samples[ours]) for peer in peers if peer in samples}
+    if not found:
+        return None
+    peer = min(found, key=lambda name: statistics.median(found[name]))
+    return Best(statistics.median(found[peer]), peer, min(found[peer]), max(found[peer]))
 
 
 def _status_kib(key: str) -> int:

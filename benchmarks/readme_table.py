@@ -15,38 +15,50 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import RESULTS, Column, Result, headline, markdown_table
+from .report import FASTER, RESULTS, Column, below_one, compared, headline, markdown_table, read
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
-#: Columns of the tables that the README shows, by benchmark; the logits path's follow from its peers.
-COLUMNS = {
+#: The tables that settle arguments, by benchmark: the first case of each, these columns.
+TABLES = {
+    "logits_path": [
+        Column("title", "method"),
+        Column("median_s", "time", "time"),
+        Column("times_floor", "x floor", "ratio"),
+        Column("extra_bytes", "memory beside the inputs", "bytes"),
+        FASTER,
+        Column("verdict", "gradient"),
+    ],
     "linear_path": [
         Column("title", "method"),
         Column("median_s", "time", "time"),
-        Column("times_floor", "over the products alone", "ratio"),
-        Column("vs_best", "faster than the best peer", "ratio"),
+        Column("times_floor", "x products", "ratio"),
         Column("extra_bytes", "memory beside the gradients", "bytes"),
+        Column("ours_faster", "exact is faster by", "ratio"),
+        Column("filtered_faster", "filtered is faster by", "ratio"),
         Column("verdict", "gradient"),
     ],
     "trainer": [
         Column("title", "trainer"),
         Column("tokens_per_second", "tokens/s", "count"),
         Column("median_s", "a step", "time"),
-        Column("vs_best", "faster than TRL", "ratio"),
         Column("peak_bytes", "peak memory", "bytes"),
-        Column("memory_share", "of TRL's", "percent"),
+        Column("ours_faster", "dpo_trainer is faster by", "ratio"),
         Column("verdict", "losses"),
     ],
 }
 
-#: Results of a few sentences each, in this order, below the tables.
+#: What the others found, a sentence each, in this order; and the tables' other cases.
 SENTENCES = (
+    "logits_path",
+    "linear_path",
+    "trl_patch",
     "statistics",
     "objectives",
     "reference_modes",
     "prefix_sharing",
+    "memory",
     "scaling",
     "threads",
     "compile",
@@ -54,35 +66,13 @@ SENTENCES = (
 )
 
 
-def _logits_columns(rows: list[dict[str, Any]]) -> list[Column]:
-    """The README's columns, with one ratio for each peer that the rows were compared with."""
-    titles = {row["peer"]: row["title"] for row in rows}
-    compared = dict.fromkeys(key for row in rows for key in row if key.removeprefix("vs_") in titles)
-    return [
-        Column("title", "method"),
-        Column("median_s", "time", "time"),
-        Column("times_floor", "over the floor", "ratio"),
-        *(Column(key, f"faster than {titles[key.removeprefix('vs_')]}", "ratio") for key in compared),
-        Column("extra_bytes", "memory beside the inputs", "bytes"),
-        Column("gradient_error", "gradient error", "error"),
-        Column("verdict", "gradient"),
-    ]
-
-
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of one machine, by benchmark."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-
-
-def _tables(name: str, found: dict[str, Any]) -> list[str]:
-    """A benchmark's tables, one for each case."""
-    rows = [row for row in found["rows"] if row.get("part", "step") == "step"]
-    lines = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        here = [row for row in rows if row["case"] == case]
-        columns = COLUMNS.get(name) or _logits_columns(here)
-        lines += [f"**{found['question'].partition(':')[0]}: {case}**", "", *markdown_table(columns, here), ""]
-    return lines
+def _table(name: str, found: dict[str, Any]) -> list[str]:
+    """A benchmark's first case; a peer that is missing here is left to the machine's own page."""
+    first = found["rows"][0]["case"]
+    rows = [row for row in found["rows"] if row["case"] == first and not row.get("verdict", "").startswith("missing")]
+    if not rows:
+        return []
+    return [f"**{found['question'].partition(':')[0]}: {first}**", "", *markdown_table(TABLES[name], rows), ""]
 
 
 def machine_block(folder: Path) -> list[str]:
@@ -92,22 +82,20 @@ def machine_block(folder: Path) -> list[str]:
         return []
     machine = results["logits_path"]["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
+    files = folder.relative_to(README.parent) if folder.is_relative_to(README.parent) else folder
     lines = [
         f"Measured {machine['date']} on {where} with torch {machine['torch']}; "
         "in each table all methods took turns in one run:",
         "",
     ]
-    for name in ("logits_path", *COLUMNS):
+    for name in TABLES:
         if name in results:
-            lines += _tables(name, results[name])
-    plain = [Result(name, found["question"], [], found["rows"]) for name, found in results.items() if "rows" in found]
-    if line := headline(plain).get("line"):
+            lines += _table(name, results[name])
+    everything = compared((name, found.get("rows", ())) for name, found in results.items())
+    if line := headline(everything).get("line"):
         lines.append(f"* **{line}.**")
-    lines += [f"* {sentence}" for result in plain for sentence in result.below_one()]
-    for name in ("logits_path", *COLUMNS, *SENTENCES):
-        notes = results.get(name, {}).get("notes", [])
-        lines += [f"* {note}" for note in notes if not note.startswith("Bar: ")]
-    files = folder.relative_to(README.parent) if folder.is_relative_to(README.parent) else folder
+    lines += [f"* {sentence}" for sentence in below_one(everything)]
+    lines += [f"* {results[name]['summary']}" for name in SENTENCES if results.get(name, {}).get("summary")]
     lines += ["", f"Every row, its spread, charts, and the command that makes it alone: [{files}]({files})."]
     return lines
 

@@ -1,4 +1,9 @@
-"""Turns results into a terminal table, JSON, markdown and SVG charts; one column list drives all of them."""
+"""Turns results into terminal tables, JSON and markdown pages; one list of columns drives all of them.
+
+`--report DIR` leaves in DIR/<machine>: three files for each question (JSON, a page, a chart), a roofline of all, and
+README.md, which answers every question in a sentence and links to the rest. The project's README is filled from the same
+JSON (readme_table.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import charts, reasons
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -49,6 +56,20 @@ class Column:
         return "-" if value is None else FORMATS[self.kind](value)
 
 
+#: Columns that most tables share.
+TIME, SPREAD = Column("median_s", "time", "time"), Column("spread", "spread", "percent")
+TIMES_FLOOR = Column("times_floor", "x floor", "ratio")
+EXTRA = Column("extra_bytes", "extra memory", "bytes")
+VS_BEST, BEST_PEER = Column("vs_best", "vs best peer", "ratio"), Column("best_peer", "which is")
+#: In rows of others: how many times longer they take than the method of ours that does the same work.
+FASTER = Column("ours_faster", "dpo_kernels is faster by", "ratio")
+
+
+def no_summary(rows: list[dict[str, Any]]) -> str:
+    """For a result that has nothing to say in one sentence."""
+    return ""
+
+
 @dataclass
 class Result:
     """The answer of one benchmark file.
@@ -59,12 +80,15 @@ class Result:
         columns, rows: the table; rows hold plain JSON values, seconds and bytes.
             Keys with a meaning here: `select` (the `-k` expression that runs the row alone, with the peer that it is
             compared with), `vs_best` and `best_peer` (how many times longer the best right peer takes for the same
-            work, and who that is), `explanation` (why, where that is below 1).
+            work, and who that is), `explanation` (why, where that is below 1; see reasons.py), `flops` and `bytes` (what
+            the work cannot do without: a place on the roofline).
         group: the row key whose change starts a new table.
         notes: sentences below the table, made from measured values only.
+        summary: the answer in a sentence, from the rows of all cases.
         chart: "bars" (one bar per row and group) or "lines" (`x` against `y`, one line per title).
         x_label: of a line chart; the group's name if empty.
-        y: the row key of a line chart's vertical axis, one of Y_AXES.
+        y: the row key of a line chart's vertical axis, one of charts.SCALES.
+        extra: more of the JSON file; `roofs` are what the machine was seen to reach, by dtype (see charts.py).
     """
 
     name: str
@@ -73,6 +97,7 @@ class Result:
     rows: list[dict[str, Any]] = field(default_factory=list)
     group: str = "case"
     notes: list[str] = field(default_factory=list)
+    summary: Callable[[list[dict[str, Any]]], str] = no_summary
     chart: str = "bars"
     x_label: str = ""
     y: str = "median_s"
@@ -82,15 +107,6 @@ class Result:
     def file(self) -> str:
         """The benchmark's file, as pytest takes it."""
         return f"benchmarks/test_{self.name}.py"
-
-    def below_one(self) -> list[str]:
-        """A sentence for each row that loses against its best peer; rows without an explanation say so."""
-        return [
-            f"Below 1.0: {row['title']} against {row['best_peer']}, {row['case']}: {row['vs_best']:.2f}x. "
-            f"{row.get('explanation') or 'NOT EXPLAINED'}"
-            for row in self.rows
-            if row.get("vs_best") is not None and row["vs_best"] < 1
-        ]
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """The rows, by the value of their group, in order."""
@@ -103,6 +119,7 @@ class Result:
         return {
             "benchmark": self.name,
             "question": self.question,
+            "summary": self.summary(self.rows),
             "machine": machine,
             "rows": self.rows,
             "notes": self.notes,
@@ -133,9 +150,12 @@ def text_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> lis
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The same as a markdown table."""
+    """The same as a markdown table; ours in bold."""
     used, body = cells(columns, rows)
     ruler = "|" + "|".join(" :--- " if i == 0 else " ---: " for i in range(len(used))) + "|"
+    for row, line in zip(rows, body, strict=True):
+        if row.get("ours"):
+            line[0] = f"**{line[0]}**"
     return [
         "| " + " | ".join(column.heading for column in used) + " |",
         ruler,
@@ -143,24 +163,41 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) ->
     ]
 
 
-def headline(results: Iterable[Result]) -> dict[str, Any]:
+#: What is compared with the best peer: benchmark and row.
+Compared = tuple[str, dict[str, Any]]
+
+
+def compared(rows_by_benchmark: Iterable[tuple[str, Iterable[dict[str, Any]]]]) -> list[Compared]:
+    """Every row of ours that had a peer."""
+    return [(name, row) for name, rows in rows_by_benchmark for row in rows if row.get("vs_best") is not None]
+
+
+def headline(rows: Sequence[Compared]) -> dict[str, Any]:
     """Our worst ratio against the best peer, over all rows of all results; empty where nothing was compared."""
-    rows = [(row, result.name) for result in results for row in result.rows if row.get("vs_best") is not None]
     if not rows:
         return {}
-    row, name = min(rows, key=lambda found: found[0]["vs_best"])
-    below = sum(found["vs_best"] < 1 for found, _ in rows)
+    name, row = min(rows, key=lambda found: found[1]["vs_best"])
+    below = sum(found["vs_best"] < 1 for _, found in rows)
+    count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
     line = (
-        f"Worst ratio against the best peer, over {len(rows)} rows: {row['vs_best']:.2f}x "
+        f"Worst ratio against the best peer, over {count}: {row['vs_best']:.2f}x "
         f"({name}: {row['title']} against {row['best_peer']}, {row['case']}); {below} below 1.0"
     )
-    return {
-        "ratio": row["vs_best"],
-        "benchmark": name,
-        "title": row["title"],
-        "best_peer": row["best_peer"],
-        "line": line,
-    }
+    return {"ratio": row["vs_best"], "benchmark": name, "line": line}
+
+
+def below_one(rows: Sequence[Compared]) -> list[str]:
+    """A sentence for each method of ours that loses to its best peer somewhere, with its reason or the lack of one."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for name, row in rows:
+        if row["vs_best"] < 1:
+            reason = reasons.explain(name, row) or "NOT EXPLAINED"
+            found.setdefault((name, row["title"], row["best_peer"], row["case"], reason), []).append(row["vs_best"])
+    return [
+        f"Below 1.0 ({name}): {title} against {peer}, {case}: "
+        f"{' to '.join(f'{ratio:.2f}x' for ratio in sorted({min(ratios), max(ratios)}))}. {reason}"
+        for (name, title, peer, case, reason), ratios in found.items()
+    ]
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -172,14 +209,25 @@ def machine_line(machine: dict[str, Any]) -> str:
     )
 
 
-def markdown(result: Result, machine: dict[str, Any]) -> str:
-    """The result as a page."""
+def markdown(result: Result, machine: dict[str, Any], chart: str | None = None) -> str:
+    """The result as a page; chart: its picture's file name."""
     lines = [f"# {result.question}", "", machine_line(machine), ""]
+    if summary := result.summary(result.rows):
+        lines += [f"**{summary}**", ""]
+    if chart:
+        lines += [f"![{result.question}]({chart})", ""]
     for group, rows in result.groups().items():
-        quoted = [row | {"command": f"`{row['command']}`"} if row.get("command") else row for row in rows]
-        columns = [*result.columns, Column("command", "the command that makes it alone")]
-        lines += [f"## {group}", "", *markdown_table(columns, quoted), ""]
-    lines += [f"* {note}" for note in [*result.notes, *result.below_one()]]
+        lines += [f"## {group}", "", *markdown_table(result.columns, rows), ""]
+    lines += [f"* {note}" for note in [*result.notes, *below_one(compared([(result.name, result.rows)]))]]
+    if commands := [(row["title"], row["command"]) for row in result.rows if row.get("command")]:
+        lines += [
+            "",
+            "## The command that makes each row alone",
+            "",
+            "```",
+            *dict.fromkeys(c for _, c in commands),
+            "```",
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -188,133 +236,28 @@ def write(result: Result, folder: Path, machine: dict[str, Any]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{result.name}.json", folder / f"{result.name}.md"]
     paths[0].write_text(json.dumps(result.as_json(machine), indent=1) + "\n")
-    paths[1].write_text(markdown(result, machine))
-    if chart := draw(result, folder / f"{result.name}.svg"):
-        paths.append(chart)
-    return paths
+    chart = charts.draw(result, folder / f"{result.name}.svg")
+    paths[1].write_text(markdown(result, machine, chart.name if chart else None))
+    return paths + ([chart] if chart else [])
 
 
-def draw(result: Result, path: Path) -> Path | None:
-    """The chart as SVG; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    # Same figures, same file: no random ids, no date inside.
-    matplotlib.rcParams.update({"svg.hashsalt": result.name, "svg.fonttype": "none", "font.size": 9})
-    from matplotlib import pyplot
-
-    figure = _bars(result, pyplot) if result.chart == "bars" else _lines(result, pyplot)
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of one machine, by benchmark."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-_OURS, _OTHERS = "#1b6ca8", "#b8bec6"
-#: Lines need to be told apart: one colour for ours, these for the others, in order.
-_LINES = ("#8a8f98", "#d1873d", "#7a9a5b", "#a06a9e", "#b0564f")
-
-#: What charts can show: row key -> (axis label, factor).
-_SCALES = {
-    "median_s": ("ms", 1e3),
-    "extra_bytes": ("MiB beside the inputs", 2.0**-20),
-    "peak_bytes": ("MiB in all", 2.0**-20),
-}
-
-
-def _bars(result: Result, pyplot: Any) -> Any:
-    """A row of panels for each group: time, and memory where it was measured."""
-    groups = {name: [row for row in rows if row.get("median_s")] for name, rows in result.groups().items()}
-    groups = {name: rows for name, rows in groups.items() if rows}
-    panels = [key for key in _SCALES if any(row.get(key) is not None for row in result.rows)]
-    heights = [0.3 * len(rows) + 1.1 for rows in groups.values()]
-    figure, axes = pyplot.subplots(
-        len(groups),
-        len(panels),
-        figsize=(4 * len(panels) + 3, sum(heights)),
-        squeeze=False,
-        layout="constrained",
-        height_ratios=heights,
-    )
-    for line, (name, rows) in zip(axes, groups.items(), strict=True):
-        titles = [row["title"] for row in rows]
-        colours = [_OURS if row.get("ours") else _OTHERS for row in rows]
-        for axis, key in zip(line, panels, strict=True):
-            unit, scale = _SCALES[key]
-            values = [(row.get(key) or 0.0) * scale for row in rows]
-            bars = axis.barh(range(len(rows)), values, color=colours)
-            labels = ["-" if row.get(key) is None else _short(row[key] * scale) for row in rows]
-            axis.bar_label(bars, labels, padding=3)
-            axis.invert_yaxis()
-            # A floor beyond the bars (a copy that a neighbour slowed) is shown, not left outside the axis.
-            floors = [(row.get("floor_s") or 0.0) * scale for row in rows] if key == "median_s" else []
-            furthest = max([*values, *floors])
-            axis.set_xlim(0, 1.18 * furthest or 1)
-            axis.set_xlabel(unit)
-            axis.set_yticks(range(len(rows)), titles if axis is line[0] else [""] * len(rows))
-            axis.tick_params(axis="y", length=0)
-            axis.spines[["top", "right"]].set_visible(False)
-        # Over the titles as well: a heading may be longer than a panel is wide.
-        line[0].annotate(
-            name,
-            (0, 1),
-            (0, 12),
-            xycoords=("figure fraction", "axes fraction"),
-            textcoords="offset points",
-            weight="bold",
-        )
-        if floor := rows[0].get("floor_s"):
-            line[0].axvline(floor * 1e3, color="black", linestyle=":", linewidth=1)
-            line[0].annotate(
-                "floor",
-                (floor * 1e3, 1),
-                (2, 1),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                fontsize=7,
-            )
-    return figure
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 or value < 0.01 else f"{value:.2g}"
-
-
-def _lines(result: Result, pyplot: Any) -> Any:
-    """A panel for each group: `y` over `x`, one line a title. Times on logarithmic axes, whose slope is the exponent."""
-    groups = result.groups()
-    unit, scale = _SCALES[result.y]
-    logarithmic = result.y == "median_s"
-    figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(4.8 * len(groups), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, (name, rows) in zip(axes[0], groups.items(), strict=True):
-        others = iter(_LINES)
-        for series in dict.fromkeys(row["title"] for row in rows):
-            line = [row for row in rows if row["title"] == series and row.get(result.y) is not None]
-            if not line:
-                continue
-            ours = line[0].get("ours")
-            axis.plot(
-                [row["x"] for row in line],
-                [row[result.y] * scale for row in line],
-                "s--" if ours and "in place" in series else "o-",
-                color=_OURS if ours else next(others),
-                label=series,
-            )
-        axis.set_title(name, loc="left", fontsize=9, fontweight="bold")
-        axis.set(xlabel=result.x_label or name.partition(":")[0], ylabel=unit)
-        if logarithmic:
-            axis.set(xscale="log", yscale="log")
-            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
-        else:
-            axis.set_ylim(bottom=0)
-        sizes = sorted({row["x"] for row in rows})
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
-        axis.xaxis.set_minor_locator(pyplot.NullLocator())
-        axis.tick_params(axis="x", labelsize=8)
-        axis.legend(frameon=False, fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
+def write_index(folder: Path) -> None:
+    """README.md of a machine's folder, and its roofline, from all the JSON files there, those of earlier runs included."""
+    results = read(folder)
+    everything = compared((name, found["rows"]) for name, found in results.items())
+    machine = next(iter(results.values()))["machine"]
+    lines = [f"# {machine.get('gpu') or machine['cpu']}", "", machine_line(machine), ""]
+    if line := headline(everything).get("line"):
+        lines += [f"**{line}.**", ""]
+    for name, found in results.items():
+        day = "" if found["machine"]["date"] == machine["date"] else f" ({found['machine']['date']})"
+        lines.append(f"* [{found['question']}]({name}.md){day} {found.get('summary', '')}".rstrip())
+    lines += [f"* {sentence}" for sentence in below_one(everything)]
+    if chart := charts.roofline(results, folder / "roofline.svg"):
+        lines += ["", f"![Roofline]({chart.name})"]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")

@@ -17,7 +17,7 @@ from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .peers.eager import textbook_loss
 from .problem import BETA
-from .report import Column, Result
+from .report import SPREAD, TIME, Column, Result
 
 #: [2P, T], vocabulary, hidden size of a model of one block.
 SIZES = {"small": ((2, 32), 4096, 64), "default": ((4, 64), 49152, 256), "full": ((8, 128), 49152, 576)}
@@ -56,21 +56,28 @@ TITLES = {"textbook": "eager textbook", "logits": "dpo_loss", "linear": "linear_
 
 COLUMNS = [
     Column("title", "model and loss"),
-    Column("median_s", "time", "time"),
-    Column("spread", "spread", "percent"),
-    Column("vs_best", "vs textbook compiled", "ratio"),
+    TIME,
+    SPREAD,
+    Column("vs_best", "vs textbook", "ratio"),
+    Column("best_peer", "which is"),
     Column("first_call_s", "first call", "time"),
     Column("other_length_s", "first call, other length", "time"),
     Column("graphs", "graphs", "count"),
     Column("breaks", "graph breaks", "count"),
 ]
-#: Why rows of ours may lose, by contender.
-EXPLANATIONS = {
-    "logits-compiled": "A compiled graph owns its tensors, so the gradient cannot take the logits' memory: it is written "
-    "into fresh pages, as the textbook's is.",
-    "linear-compiled": "Inside a compiled graph forward and backward are two operators, and the backward projects the logits "
-    "again: a product more than eager code needs. Compile the backbone and leave the loss outside, as the trainer does.",
-}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Breaks and ratios of the compiled rows of ours."""
+    mine = [row for row in rows if row["ours"] and row.get("breaks") is not None]
+    if not mine:
+        return ""
+    against = [f"{row['title'].partition(',')[0]} {row['vs_best']:.2f}" for row in mine if row.get("vs_best")]
+    return (
+        f"Inside torch.compile: {sum(row['breaks'] for row in mine)} graph breaks"
+        + (f"; the better textbook's step, times ours: {', '.join(against)}" if against else "")
+        + "."
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +128,16 @@ def samples(
         contenders.append(Contender(name, step))
     found = method.interleave(contenders, min(settings.rounds, 7), device=device)
     heading = f"{settings.dtypes[0]}: {batch} x {length} tokens, H = {hidden}, V = {vocab:,}, loss and all gradients"
-    result = Result("compile", "torch.compile: a small model with the loss inside the compiled graph", COLUMNS)
+    question = "torch.compile: a small model with the loss inside the compiled graph"
+    result = Result("compile", question, COLUMNS, summary=summary)
     for name in names:
         loss_name, how = name.split("-")
         ours = loss_name != "textbook"
         row: dict[str, Any] = {"case": heading, "title": f"{TITLES[loss_name]}, {how}", "ours": ours, **facts[name]}
         row |= {"median_s": found[name].median, "spread": found[name].spread, "select": f"test_compile[{name}]"}
         if ours and (best := method.best_ratio(found, name, ["textbook-plain", "textbook-compiled"])):
-            row |= {"vs_best": best[0], "best_peer": f"eager textbook, {best[1].split('-')[1]}"}
-            row["select"] += f" or test_compile[{best[1]}]"
-            if best[0] < 1:
-                row["explanation"] = EXPLANATIONS.get(name)
+            row |= best.row(f"eager textbook, {best.peer.partition('-')[2]}")
+            row["select"] += f" or test_compile[{best.peer}]"
         result.rows.append(row)
     for loss_name in ("logits", "linear"):
         if f"{loss_name}-plain" in found and f"{loss_name}-compiled" in found:

@@ -13,7 +13,7 @@ from .conftest import DTYPES, Settings, wanted
 from .linear_problem import LinearCase, LinearProblem, LinearTruth
 from .method import Contender, Samples
 from .peers.linear import LINEAR_PEERS, LinearPeer
-from .report import Column, Result
+from .report import BEST_PEER, EXTRA, SPREAD, TIME, VS_BEST, Column, Result
 
 
 def _cases(pairs: int, length: int) -> list[LinearCase]:
@@ -39,6 +39,22 @@ ROUNDS = {"small": 3, "default": 3, "full": 5}
 QUESTION = "Linear path: hidden states and LM head to loss and gradients"
 FLOOR = "the products alone"
 
+COLUMNS = [
+    Column("title", "method"),
+    TIME,
+    SPREAD,
+    Column("times_floor", "x products", "ratio"),
+    VS_BEST,
+    BEST_PEER,
+    Column("ours_faster", "exact is faster by", "ratio"),
+    Column("filtered_faster", "filtered is faster by", "ratio"),
+    EXTRA,
+    Column("first_call_s", "first call", "time"),
+    Column("hidden_error", "dH error", "error"),
+    Column("weight_error", "dW error", "error"),
+    Column("verdict", "gradient"),
+]
+
 #: What a CPU must reach in float32 on the first case of default and full: against the best peer; multiple of the products; MiB.
 EXACT_BAR, FILTERED_BAR, FLOOR_BAR, MEMORY_BAR, FROZEN_BAR = 2.2, 3.5, 1.15, 64, 1.3
 
@@ -63,8 +79,17 @@ def _products(problem: LinearProblem) -> Contender:
     return Contender(FLOOR, run)
 
 
-#: Why a row of ours may lose, by peer.
-EXPLANATIONS: dict[str, str] = {}
+def summary(rows: list[dict[str, Any]]) -> str:
+    """For the first case: multiple of the products, and the best peer's time over ours."""
+    here = {row["peer"]: row for row in rows if row["case"] == rows[0]["case"] and row.get("vs_best")}
+    if "ours" not in here:
+        return ""
+    exact, filtered = here["ours"], here.get("ours_filtered")
+    sentence = (
+        f"{exact['case']}: the exact gradient takes {exact['times_floor']:.2f} times the products that nobody can avoid; "
+        f"the best peer ({exact['best_peer']}) takes {exact['vs_best']:.2f} times as long"
+    )
+    return sentence + (f", and {filtered['vs_best']:.2f} times as long as the filtered one." if filtered else ".")
 
 
 def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
@@ -73,7 +98,7 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
     problem = LinearProblem(case, settings.device, DTYPES[dtype])
     truth = LinearTruth(problem)
     yardstick = truth.error_of(LINEAR_PEERS["eager"](problem).step())
-    result = Result("linear_path", QUESTION, _columns())
+    result = Result("linear_path", QUESTION, COLUMNS, summary=summary)
     heading = f"{dtype}: {case.name}"
     peers: dict[str, LinearPeer] = {}
     first_call: dict[str, float] = {}
@@ -111,6 +136,8 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
     # The check was everyone's first call, and compilers ran there.
     samples = method.interleave(contenders, ROUNDS[settings.sizes], warmup=0, device=settings.device)
     gradients = sum(leaf.nbytes for leaf in problem.leaves)
+    flops = 2 * case.products * case.scored * case.hidden_size * case.vocab
+    result.extra["roofs"] = {dtype: {"gemm": flops / samples[FLOOR].median}}
     for name in peers:
         one = samples[name]
         rows[name] |= {
@@ -121,38 +148,26 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
             "times_floor": method.ratio(one, samples[FLOOR]),
             "extra_bytes": None if one.extra_bytes is None else max(0, one.extra_bytes - gradients),
             "first_call_s": first_call[name],
+            "flops": flops,
+            "bytes": 2 * gradients
+            + problem.ref_hidden.nbytes * (case.reference == "hidden")
+            + (problem.weight.nbytes if case.frozen else 0),
         }
+        for key, ours in (("ours_faster", "ours"), ("filtered_faster", "ours_filtered")):
+            if not LINEAR_PEERS[name].ours and ours in samples:
+                rows[name][key] = method.ratio(one, samples[ours])
         others = [other for other in peers if not LINEAR_PEERS[other].ours]
         if LINEAR_PEERS[name].ours and (best := method.best_ratio(samples, name, others)):
             rows[name] |= {"vs": {other: method.ratio(samples[other], one) for other in others}}
-            rows[name] |= {"vs_best": best[0], "best_peer": LINEAR_PEERS[best[1]].title}
-            rows[name]["select"] += f" or test_linear_path[{case.key}-{best[1]}]"
-            if best[0] < 1:
-                rows[name]["explanation"] = EXPLANATIONS.get(name)
+            rows[name] |= best.row(LINEAR_PEERS[best.peer].title)
+            rows[name]["select"] += f" or test_linear_path[{case.key}-{best.peer}]"
     source = "a real model's hidden states on real text" if problem.real else "random hidden states"
-    flops = 2 * case.products * case.scored * case.hidden_size * case.vocab
     result.notes.append(
         f"{heading}: {case.scored} scored tokens, {source}; the floor is {case.products} dense products, "
         f"{flops / 1e9:.0f} GFLOP at {flops / samples[FLOOR].median / 1e9:.0f} GFLOP/s. "
         f"Extra memory is beside the gradients. A dH error is the worst row's, over that row's own norm."
     )
     return result
-
-
-def _columns() -> list[Column]:
-    return [
-        Column("title", "method"),
-        Column("median_s", "time", "time"),
-        Column("spread", "spread", "percent"),
-        Column("times_floor", "x products", "ratio"),
-        Column("vs_best", "vs best peer", "ratio"),
-        Column("best_peer", "which is"),
-        Column("extra_bytes", "extra memory", "bytes"),
-        Column("first_call_s", "first call", "time"),
-        Column("hidden_error", "dH error", "error"),
-        Column("weight_error", "dW error", "error"),
-        Column("verdict", "gradient"),
-    ]
 
 
 def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:

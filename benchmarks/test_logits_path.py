@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .peers import PEERS, Peer
 from .problem import GradientError, LogitsProblem, Truth, error_budget
-from .report import Column, Result
+from .report import BEST_PEER, EXTRA, FASTER, SPREAD, TIME, TIMES_FLOOR, VS_BEST, Column, Result
 
 #: [2P, T, V], all tokens scored. The default has SmolLM2's vocabulary, full adds Llama 3's; both exceed any cache.
 SHAPES = {
@@ -32,13 +32,48 @@ BARS = (
 )
 FLOOR_BAR, FLOOR_AIM = 2.0, 1.5
 
-#: Why a row of ours may lose: (part, peer) -> reason.
-EXPLANATIONS = {
-    ("step", "ours"): "A gradient in memory of its own is paid in page faults, which no kernel can avoid; "
-    "inplace_backward=True writes it over the logits.",
-}
-
 QUESTION = "Logits path: policy and reference logits to loss and gradient"
+#: Arithmetic on a logit, an exponential counted as one: three operations to add it to a log-sum-exp, in policy and in
+#: reference, and three for its gradient.
+FLOPS_PER_LOGIT = 9
+
+COLUMNS = [
+    Column("title", "method"),
+    TIME,
+    SPREAD,
+    TIMES_FLOOR,
+    VS_BEST,
+    BEST_PEER,
+    FASTER,
+    EXTRA,
+    Column("page_faults", "page faults", "count"),
+    Column("first_call_s", "first call", "time"),
+    Column("gradient_error", "gradient error", "error"),
+    Column("verdict", "gradient"),
+]
+
+
+def counterpart(name: str, present: Collection[str]) -> str | None:
+    """Our method that does the same work as a peer, statistics included, over the logits where that is present."""
+    same = [ours for ours in PEERS if PEERS[ours].ours and PEERS[ours].statistics == PEERS[name].statistics]
+    return next((ours for ours in reversed(same) if ours in present), None)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """For each case of loss and gradient: multiple of the floor, and how much longer each peer takes."""
+    sentences = []
+    for case in dict.fromkeys(row["case"] for row in rows if row["part"] == "step"):
+        here = {row["peer"]: row for row in rows if row["case"] == case}
+        best = here.get("ours_inplace") or here.get("ours")
+        if best is None or not best.get("times_floor"):
+            continue
+        peers = [f"{row['title']} {row['ours_faster']:.1f}" for row in here.values() if row.get("ours_faster")]
+        wrong = [row["title"] for row in here.values() if row.get("verdict") == "WRONG"]
+        sentence = f"{case.removesuffix(', loss and gradient')}: {best['title']} takes {best['times_floor']:.2f} times the floor"
+        if peers:
+            sentence += f"; the others, times ours: {', '.join(peers)}"
+        sentences.append(sentence + (f"; the gradient of {', '.join(wrong)} is wrong" if wrong else "") + ".")
+    return " ".join(sentences)
 
 
 @dataclass
@@ -51,6 +86,7 @@ class Race:
     missing: dict[str, str]
     budget: float
     floors: method.Floors
+    gemm: float
 
     def wrong(self, name: str) -> bool:
         return name in self.errors and not self.errors[name].worst <= self.budget
@@ -104,26 +140,15 @@ def run(
     for name in steppers:
         if name in step:
             step[name].first_call = first_call[name]
-    return Race(step, forward, errors, missing, error_budget(dtype), method.Floors.of(step, problem.nbytes))
+    floor = method.Floors.of(step, problem.nbytes)
+    return Race(step, forward, errors, missing, error_budget(dtype), floor, method.gemm_rate(settings.device, dtype))
 
 
 def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[str], forwarders: list[str]) -> Result:
     """Rows of both parts, with the ratio to the floor and to every peer that is not ours."""
     names = [name for name in PEERS if name in steppers or name in forwarders]
     others = [name for name in names if not PEERS[name].ours]
-    columns = [
-        Column("title", "method"),
-        Column("median_s", "time", "time"),
-        Column("spread", "spread", "percent"),
-        Column("times_floor", "x floor", "ratio"),
-        *(Column(f"vs_{name}", f"vs {PEERS[name].title}", "ratio") for name in others),
-        Column("extra_bytes", "extra memory", "bytes"),
-        Column("page_faults", "page faults", "count"),
-        Column("first_call_s", "first call", "time"),
-        Column("gradient_error", "gradient error", "error"),
-        Column("verdict", "gradient"),
-    ]
-    result = Result("logits_path", QUESTION, columns)
+    result = Result("logits_path", QUESTION, COLUMNS, summary=summary)
     label = f"{dtype} {list(shape)}"
     nbytes = shape[0] * shape[1] * shape[2] * DTYPES[dtype].itemsize
     for part, samples in (("step", race.step), ("forward", race.forward)):
@@ -154,16 +179,18 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
                 }
                 if part == "step":
                     row |= {
+                        "flops": FLOPS_PER_LOGIT * (nbytes // DTYPES[dtype].itemsize),
+                        "bytes": passes * nbytes,
                         "first_call_s": one.first_call,
                         "gradient_error": race.errors[name].worst,
                         "verdict": "right",
                     }
+                if not peer.ours and (ours := counterpart(name, samples)):
+                    row["ours_faster"] = method.ratio(one, samples[ours])
                 if peer.ours and (best := method.best_ratio(samples, name, others)):
                     row |= {f"vs_{o}": method.ratio(samples[o], one) for o in others if o in samples}
-                    row |= {"vs_best": best[0], "best_peer": PEERS[best[1]].title}
-                    row["select"] += f" or {identity}-{best[1]}]"
-                    if best[0] < 1:
-                        row["explanation"] = EXPLANATIONS.get((part, name))
+                    row |= best.row(PEERS[best.peer].title)
+                    row["select"] += f" or {identity}-{best.peer}]"
             result.rows.append(row)
     floors = race.floors
     result.notes.append(
@@ -186,6 +213,7 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
             f"over the logits: {fresh.page_faults:,} page faults against {inplace.page_faults:,}."
         )
     result.extra["floors"] = {dtype: asdict(floors)}
+    result.extra["roofs"] = {dtype: {"copy": floors.copy, "gemm": race.gemm}}
     return result
 
 

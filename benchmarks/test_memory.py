@@ -39,11 +39,17 @@ COLUMNS = [
     Column("vs_best", "vs best peer", "ratio"),
     Column("best_peer", "which is"),
 ]
-#: Why rows of ours may lose, by path and runner.
-EXPLANATIONS = {
-    ("logits", "ours"): "The gradient itself is all that it allocates; a peer can need no less unless it overwrites "
-    "the logits, as inplace_backward=True does.",
-}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """What the largest size needs, by path and method."""
+    parts = []
+    for what in WHAT.values():
+        here = [row for row in rows if row["case"] == what and row["extra_bytes"] is not None]
+        most = max((row["x"] for row in here), default=0)
+        needs = [f"{row['title']} {row['extra_bytes'] / 2**20:,.0f}" for row in here if row["x"] == most]
+        parts += [f"{most:,} tokens, {what}: {', '.join(needs)}"] if needs else []
+    return f"MiB beside the inputs: {'; '.join(parts)}." if parts else ""
 
 
 def measure(path: str, name: str, tokens: int, settings: Settings) -> int | None:
@@ -69,6 +75,7 @@ def rows(
         "memory",
         "Memory: what loss and gradients need beside their inputs",
         COLUMNS,
+        summary=summary,
         chart="lines",
         x_label="tokens",
         y="extra_bytes",
@@ -111,8 +118,6 @@ def _rows(path: str, names: list[str], tokens: int, settings: Settings) -> list[
             best = min(others, key=known.__getitem__)
             row |= {"vs_best": known[best] / known[name], "best_peer": peers[best].title}
             row["select"] += f" or test_memory[{path}-{best}]"
-            if row["vs_best"] < 1:
-                row["explanation"] = EXPLANATIONS.get((path, name))
         rows.append(row)
     return rows
 

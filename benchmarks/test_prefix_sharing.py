@@ -12,7 +12,7 @@ from . import method
 from .conftest import Settings, wanted
 from .linear_problem import model_folder
 from .method import Contender, Samples
-from .report import Column, Result
+from .report import SPREAD, TIME, Column, Result
 
 #: (pairs, tokens of prompt + answer), by size; the prompt is this percentage of them.
 SIZES = {"small": (1, 32), "default": (2, 128), "full": (4, 256)}
@@ -26,15 +26,17 @@ TOLERANCE = 1e-4
 COLUMNS = [
     Column("title", "layout"),
     Column("tokens", "tokens in the batch", "count"),
-    Column("median_s", "time", "time"),
-    Column("spread", "spread", "percent"),
+    TIME,
+    SPREAD,
     Column("vs_best", "vs padded", "ratio"),
     Column("difference", "hidden states differ by", "error"),
 ]
-#: Why a row may lose, by prompt share.
-EXPLANATIONS = {
-    25: "A shared row's mask makes attention compute every key of the longer row; a short prompt saves less than that."
-}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """What sharing brings, by the prompt's share."""
+    gains = [f"{row['vs_best']:.2f} at {row['share']} %" for row in rows if row.get("vs_best")]
+    return f"Running prompts once makes the backbone so many times as fast, by the prompt's share: {', '.join(gains)}."
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +98,6 @@ def samples(
             row["select"] += f" or test_prefix_sharing[{other}]"
             row["difference"] = float((answers[name] - answers[other]).abs().max() / answers[other].abs().max())
             assert row["difference"] <= TOLERANCE, f"{name}: hidden states differ by {row['difference']:.1e}"
-            if row["vs_best"] < 1:
-                row["explanation"] = EXPLANATIONS.get(int(share))
         result.rows.append(row)
     half = next((row for row in result.rows if row["share"] == 50 and "vs_best" in row), None)
     if half and settings.sizes != "small":

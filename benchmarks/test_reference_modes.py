@@ -19,7 +19,7 @@ from .method import Contender, Samples
 from .peers.eager import dpo_from_sums
 from .peers.linear import LINEAR_PEERS, LinearPeer
 from .problem import BETA
-from .report import Column, Result
+from .report import EXTRA, SPREAD, TIME, Column, Result
 
 #: (pairs, tokens), half of them prompt; vocabulary; hidden size.
 SIZES = {"small": ((1, 32), 4096, 64), "default": ((1, 128), 49152, 576), "full": ((4, 256), 49152, 576)}
@@ -33,14 +33,18 @@ MODES = {
 
 COLUMNS = [
     Column("title", "method"),
-    Column("median_s", "time", "time"),
-    Column("spread", "spread", "percent"),
+    TIME,
+    SPREAD,
     Column("over_none", "over none", "ratio"),
     Column("vs_best", "vs eager", "ratio"),
-    Column("extra_bytes", "extra memory", "bytes"),
+    EXTRA,
 ]
-#: Why rows of ours may lose, by mode.
-EXPLANATIONS: dict[str, str] = {}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """What the ways cost, over no reference at all."""
+    costs = [f"{MODES[row['mode']]} {row['over_none']:.2f}" for row in rows if row["ours"] and row.get("over_none")]
+    return f"Loss and gradients, times what they take without a reference: {', '.join(costs)}." if costs else ""
 
 
 class EagerLogits(LinearPeer):
@@ -106,7 +110,8 @@ def samples(
             contenders.append(Contender(name, one.step))
     rounds = 5 if settings.sizes != "small" else 3
     found = method.interleave(contenders, rounds, warmup=0, device=settings.device)
-    result = Result("reference_modes", "Reference: loss and gradients, by where the reference comes from", COLUMNS)
+    question = "Reference: loss and gradients, by where the reference comes from"
+    result = Result("reference_modes", question, COLUMNS, summary=summary)
     for name in names:
         runner, mode = name.split("-")
         row: dict[str, Any] = {"case": f"{dtype} {2 * pairs} x {length} tokens, half prompt", "mode": mode}
@@ -118,10 +123,8 @@ def samples(
         if f"{runner}-none" in found:
             row["over_none"] = method.ratio(found[name], found[f"{runner}-none"])
         if runner == "ours" and (best := method.best_ratio(found, name, [f"eager-{mode}"])):
-            row |= {"vs_best": best[0], "best_peer": LINEAR_PEERS["eager"].title}
-            row["select"] += f" or test_reference_modes[{best[1]}]"
-            if best[0] < 1:
-                row["explanation"] = EXPLANATIONS.get(mode)
+            row |= best.row(LINEAR_PEERS["eager"].title)
+            row["select"] += f" or test_reference_modes[{best.peer}]"
         result.rows.append(row)
     if "ours-hidden" in found and "ours-precomputed" in found:
         saved = method.ratio(found["ours-hidden"], found["ours-precomputed"])

@@ -16,7 +16,7 @@ from .method import Contender, Samples
 from .peers import PEERS
 from .peers.linear import LINEAR_PEERS
 from .problem import LogitsProblem
-from .report import Column, Result
+from .report import SPREAD, TIME, Column, Result
 
 #: One grid per axis, whose first entry is held: (rows 2P, tokens each), vocabulary, hidden size. Five octaves are enough.
 AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
@@ -48,8 +48,8 @@ RUNNERS = {"tokens": ("eager", "ours_inplace"), "vocabulary": ("eager", "ours_in
 COLUMNS = [
     Column("title", "method"),
     Column("x", "size", "count"),
-    Column("median_s", "time", "time"),
-    Column("spread", "spread", "percent"),
+    TIME,
+    SPREAD,
     Column("per_x", "ns per unit", "number"),
     Column("vs_best", "vs eager", "ratio"),
 ]
@@ -60,6 +60,26 @@ def exponent(x: Sequence[float], seconds: Sequence[float]) -> float:
     a, b = [math.log(value) for value in x], [math.log(value) for value in seconds]
     mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
     return sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True)) / sum((p - mean_a) ** 2 for p in a)
+
+
+def exponents(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """(axis, method) -> the power of the size that the time grows with."""
+    found = {}
+    for axis, case in WHAT.items():
+        for title in dict.fromkeys(row["title"] for row in rows if row["case"] == case):
+            line = [row for row in rows if row["case"] == case and row["title"] == title]
+            found[axis, title] = exponent([row["x"] for row in line], [row["median_s"] for row in line])
+    return found
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The exponents, by axis."""
+    found = exponents(rows)
+    parts = [
+        f"{axis} " + ", ".join(f"{power:.2f} ({title})" for (a, title), power in found.items() if a == axis)
+        for axis in dict.fromkeys(axis for axis, _ in found)
+    ]
+    return f"Time grows as a power of the size: {'; '.join(parts)}."
 
 
 def contenders(axis: str, settings: Settings, runners: Sequence[str]) -> tuple[list[int], list[Contender]]:
@@ -91,7 +111,8 @@ def samples(
     titles = {name: (LINEAR_PEERS if axis == "hidden" else PEERS)[_name(axis, name)] for name in runners}
     sizes, racers = contenders(axis, settings, [_name(axis, name) for name in runners])
     found = method.interleave(racers, settings.rounds, device=settings.device)
-    result = Result("scaling", "Scaling: loss and gradient as the sizes grow", COLUMNS, chart="lines")
+    question = "Scaling: loss and gradient as the sizes grow"
+    result = Result("scaling", question, COLUMNS, summary=summary, chart="lines")
     by_runner = {name: [found[f"{_name(axis, name)} {size}"] for size in sizes] for name in runners}
     for name in runners:
         for index, size in enumerate(sizes):
@@ -100,19 +121,17 @@ def samples(
             row |= {"dtype": settings.dtypes[0], "median_s": one.median, "spread": one.spread}
             row |= {"per_x": one.median / size * 1e9, "select": f"test_scaling[{axis}-{name}]"}
             if name == "ours" and "eager" in by_runner:
-                row |= {"vs_best": method.ratio(by_runner["eager"][index], one), "best_peer": titles["eager"].title}
+                best = method.best_ratio({"eager": by_runner["eager"][index], "ours": one}, "ours", ["eager"])
+                assert best is not None
+                row |= best.row(titles["eager"].title)
                 row["select"] += f" or test_scaling[{axis}-eager]"
-                if row["vs_best"] < 1:
-                    row["explanation"] = EXPLANATIONS.get(axis)
             result.rows.append(row)
-        slope = exponent(sizes, [one.median for one in by_runner[name]])
-        result.notes.append(f"{titles[name].title}: time grows as {axis} ^ {slope:.2f} ({settings.dtypes[0]})")
+    result.notes += [
+        f"{title}: time grows as {axis} ^ {power:.2f} ({settings.dtypes[0]})"
+        for (axis, title), power in exponents(result.rows).items()
+    ]
     publish(result)
     return by_runner
-
-
-#: Why rows of ours may lose, by axis.
-EXPLANATIONS: dict[str, str] = {}
 
 
 def _name(axis: str, runner: str) -> str:

@@ -17,8 +17,8 @@ import pytest
 
 from .conftest import Settings, wanted
 from .linear_problem import ROOT
-from .method import Samples
-from .report import Column, Result
+from .method import Samples, best_ratio
+from .report import SPREAD, Column, Result
 
 #: [2P, T, V]: small, because what is asked is what a call costs before it works.
 SHAPE = {"small": (2, 8, 4096), "default": (4, 32, 49152), "full": (4, 32, 49152)}
@@ -76,15 +76,17 @@ COLUMNS = [
     Column("torch_s", "import torch", "time"),
     Column("import_s", "import dpo_kernels", "time"),
     Column("median_s", "first call", "time"),
-    Column("spread", "spread", "percent"),
+    SPREAD,
     Column("later_s", "later calls", "time"),
     Column("vs_best", "first call, vs quickest peer", "ratio"),
     Column("best_peer", "which is"),
 ]
-#: Why a row may lose, by contender.
-EXPLANATIONS = {
-    "ours": "The first call loads the native library, which a process does once.",
-}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Seconds of the first call, by method."""
+    first = [f"{row['title']} {row['median_s']:.1f} s" for row in rows]
+    return f"Until the first gradient in a fresh process, imports aside: {', '.join(first)}."
 
 
 def run(name: str, settings: Settings, cache: Path) -> dict[str, float]:
@@ -120,7 +122,8 @@ def measured(
                     run("compiled_cold", settings, cache)
                 found[name].append(run(name, settings, cache))
     shape = list(SHAPE[settings.sizes])
-    result = Result("startup", "Start-up: time to the first loss and gradient in a fresh process", COLUMNS)
+    question = "Start-up: time to the first loss and gradient in a fresh process"
+    result = Result("startup", question, COLUMNS, summary=summary)
     for name in names:
         rounds = found[name]
         samples = Samples([one["first_s"] for one in rounds])
@@ -137,15 +140,11 @@ def measured(
             )
         others = [other for other in names if other not in ("ours", "triton")]
         if name == "ours" and others:
-            ratios = {
-                other: statistics.median(a["first_s"] / b["first_s"] for a, b in zip(found[other], rounds, strict=True))
-                for other in others
-            }
-            best = min(ratios, key=ratios.__getitem__)
-            row |= {"vs_best": ratios[best], "best_peer": TITLES[best]}
-            row["select"] += f" or test_startup[{best}]"
-            if ratios[best] < 1:
-                row["explanation"] = EXPLANATIONS["ours"]
+            first = {other: Samples([one["first_s"] for one in found[other]]) for other in names}
+            best = best_ratio(first, name, others)
+            assert best is not None
+            row |= best.row(TITLES[best.peer])
+            row["select"] += f" or test_startup[{best.peer}]"
         result.rows.append(row)
     publish(result)
     return found

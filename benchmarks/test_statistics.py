@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from . import method
 from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .problem import LogitsProblem, step
-from .report import Column, Result
+from .report import SPREAD, TIME, TIMES_FLOOR, Column, Result
 
 #: Half of the logits path's default: a cost relative to none needs no more.
 SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 64, 49152)], "full": [(8, 128, 49152)]}
@@ -22,11 +23,17 @@ REQUESTS: dict[str, tuple[str, ...]] = {"none": (), **{name: (name,) for name in
 
 COLUMNS = [
     Column("title", "statistics"),
-    Column("median_s", "time", "time"),
-    Column("spread", "spread", "percent"),
-    Column("times_floor", "x floor", "ratio"),
+    TIME,
+    SPREAD,
+    TIMES_FLOOR,
     Column("vs_none", "vs none", "ratio"),
 ]
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """What all of them cost, in each dtype."""
+    costs = [f"{100 * (row['vs_none'] - 1):.0f} % in {row['dtype']}" for row in rows if row["title"] == "all"]
+    return f"All statistics together ({', '.join(STATISTICS)}) make loss and gradient longer by {', '.join(costs)}."
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +69,8 @@ def samples(
         }
         for title in asked_for
     ]
-    notes = [
-        f"{dtype}: all statistics together make loss and gradient {100 * (row['vs_none'] - 1):.0f} % longer."
-        for row in rows
-        if row["title"] == "all"
-    ]
-    publish(
-        Result(
-            "statistics", "Statistics: loss and gradient in place, with what is asked for", COLUMNS, rows, notes=notes
-        )
-    )
+    question = "Statistics: loss and gradient in place, with what is asked for"
+    publish(Result("statistics", question, COLUMNS, rows, summary=summary))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .peers import PEERS
 from .problem import LogitsProblem
-from .report import Column, Result
+from .report import SPREAD, TIME, Column, Result
 
 SHAPE = {"small": (4, 32, 8192), "default": (8, 32, 49152), "full": (8, 128, 49152)}
 #: Compiled peers are left out: they would compile anew for every number of threads.
@@ -30,11 +31,18 @@ CONTENDERS = [f"{name}-{threads}" for name in RUNNERS for threads in thread_coun
 COLUMNS = [
     Column("title", "method"),
     Column("x", "threads", "count"),
-    Column("median_s", "time", "time"),
-    Column("spread", "spread", "percent"),
+    TIME,
+    SPREAD,
     Column("speedup", "vs 1 thread", "ratio"),
     Column("vs_best", "vs eager", "ratio"),
 ]
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """What all cores bring over one."""
+    most = max(row["x"] for row in rows)
+    gains = [f"{row['title']} {row['speedup']:.2f}" for row in rows if row["x"] == most and row.get("speedup")]
+    return f"On {most} threads instead of one, times as fast: {', '.join(gains)}." if gains and most > 1 else ""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,8 @@ def samples(
         found = method.interleave([contender(name) for name in names], settings.rounds)
     finally:
         torch.set_num_threads(before)
-    result = Result("threads", "Threads: loss and gradient on more cores", COLUMNS, chart="lines", x_label="threads")
+    question = "Threads: loss and gradient on more cores"
+    result = Result("threads", question, COLUMNS, summary=summary, chart="lines", x_label="threads")
     for name in names:
         runner, threads = name.split("-")
         row = {"case": f"{dtype} {list(shape)}", "x": int(threads), "title": PEERS[runner].title}
@@ -71,14 +80,9 @@ def samples(
         if f"{runner}-1" in found:
             row["speedup"] = method.ratio(found[f"{runner}-1"], found[name])
         if PEERS[runner].ours and (best := method.best_ratio(found, name, [f"eager-{threads}"])):
-            row |= {"vs_best": best[0], "best_peer": PEERS["eager"].title}
-            row["select"] += f" or test_threads[{best[1]}]"
+            row |= best.row(PEERS["eager"].title)
+            row["select"] += f" or test_threads[{best.peer}]"
         result.rows.append(row)
-    result.notes += [
-        f"{row['title']}: {row['speedup']:.2f} times as fast on {row['x']} threads as on one."
-        for row in result.rows
-        if row["x"] == thread_counts()[-1] and row.get("speedup")
-    ]
     publish(result)
     return found
 

@@ -53,6 +53,24 @@ def token_counts(dataset: Any, batch: int, max_length: int) -> list[int]:
     return [sum(pairs[begin : begin + batch]) for begin in range(0, len(pairs), batch)]
 
 
+def common_arguments(scratch: str, steps: int, batch: int, max_length: int, device: str = "cpu") -> dict[str, Any]:
+    """The configuration that all trainers share."""
+    return {
+        "output_dir": scratch,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "max_length": max_length,
+        "truncation_mode": "keep_start",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": device == "cpu",
+    }
+
+
 def build_ours(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], **own: Any) -> Any:
     """Our trainer, with its defaults but for `common` and `own`."""
     from dpo_trainer import DPOConfig, DPOTrainer
@@ -60,24 +78,15 @@ def build_ours(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], 
     return DPOTrainer(str(model), args=DPOConfig(**common, **own, log_level="error"), train_dataset=rows)
 
 
-def build_trl(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], *, patched: bool = False) -> Any:
-    """TRL's trainer, in float32 and without checkpointing as ours; `patched` puts our kernels under its head."""
+def build_trl(model: Any, rows: list[dict[str, Any]], common: dict[str, Any], **own: Any) -> Any:
+    """TRL's trainer, in float32 and without checkpointing as ours; model: a folder, or a model that is loaded already."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
-    if patched:
-        from dpo_kernels.integrations.trl import apply_to_trl
-
-        apply_to_trl()
-    arguments = DPOConfig(
-        **common,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        use_cpu=True,
-        model_init_kwargs={"dtype": "float32"},
-    )
-    return DPOTrainer(str(model), args=arguments, train_dataset=datasets.Dataset.from_list(rows))
+    if isinstance(model, Path):
+        common, model = {**common, "model_init_kwargs": {"dtype": "float32"}}, str(model)
+    arguments = DPOConfig(**common, bf16=False, gradient_checkpointing=False, report_to="none")
+    return DPOTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), **own)
 
 
 #: name -> what builds the trainer, from the model's folder, the rows and the arguments that all share.
@@ -88,7 +97,6 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
     "ours_logits": lambda *a: build_ours(*a, loss_path="logits"),
     "ours_precomputed": lambda *a: build_ours(*a, precompute_ref_log_probs=True),
     "trl": build_trl,
-    "trl_patched": lambda *a: build_trl(*a, patched=True),
 }
 
 
@@ -108,19 +116,7 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
     rows = pick(
         arguments.pairs, load_tokenizer(arguments.model), arguments.steps * arguments.batch, arguments.max_length
     )
-    common = {
-        "output_dir": scratch,
-        "max_steps": arguments.steps,
-        "per_device_train_batch_size": arguments.batch,
-        "max_length": arguments.max_length,
-        "truncation_mode": "keep_start",
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    common = common_arguments(scratch, arguments.steps, arguments.batch, arguments.max_length)
     trainer = CONTENDERS[arguments.contender](arguments.model, rows, common)
     watch = Stopwatch()
     trainer.add_callback(watch)

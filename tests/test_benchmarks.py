@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, machine, method, report
+from benchmarks import charts, compare, machine, method, readme_table, reasons, report
 from benchmarks.linear_problem import LinearCase, LinearProblem, LinearTruth
 from benchmarks.method import Contender, Samples
 from benchmarks.peers import PEERS
@@ -189,25 +189,59 @@ def test_exponent_of_a_power_is_its_power() -> None:
     assert exponent([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
 
 
+def _row(title: str, ratio: float, peer: str = "eager PyTorch", case: str = "a", test: str = "test_x[a]") -> dict:
+    return {"title": title, "case": case, "vs_best": ratio, "best_peer": peer, "select": test}
+
+
 def test_headline_is_the_worst_ratio_of_all_rows() -> None:
-    columns = [report.Column("title", "method")]
-    fast = {"title": "dpo_kernels", "case": "a", "vs_best": 3.0, "best_peer": "eager PyTorch"}
-    slow = {"title": "dpo_kernels, in place", "case": "b", "vs_best": 0.8, "best_peer": "torch.compile"}
+    fast, slow = _row("dpo_kernels", 3.0), _row("dpo_kernels, in place", 0.8, "torch.compile", "b")
     peer = {"title": "eager PyTorch", "case": "a"}
-    results = [report.Result("x", "?", columns, [fast, peer]), report.Result("y", "?", columns, [slow])]
-    found = report.headline(results)
-    assert (found["ratio"], found["benchmark"], found["best_peer"]) == (0.8, "y", "torch.compile")
-    assert "over 2 rows: 0.80x" in found["line"]
-    assert "1 below 1.0" in found["line"]
+    found = report.headline(report.compared([("x", [fast, peer]), ("y", [slow])]))
+    assert (found["ratio"], found["benchmark"]) == (0.8, "y")
+    assert "over 2 rows: 0.80x (y: dpo_kernels, in place against torch.compile, b); 1 below 1.0" in found["line"]
     assert report.headline([]) == {}
 
 
-def test_a_loss_is_said_with_its_reason_or_the_lack_of_one() -> None:
-    row = {"title": "ours", "case": "a", "vs_best": 0.5, "best_peer": "peer"}
-    result = report.Result("x", "?", [], [row, {"title": "won", "case": "a", "vs_best": 1.5, "best_peer": "peer"}])
-    assert result.below_one() == ["Below 1.0: ours against peer, a: 0.50x. NOT EXPLAINED"]
-    row["explanation"] = "It reads more."
-    assert result.below_one() == ["Below 1.0: ours against peer, a: 0.50x. It reads more."]
+def test_losses_are_said_once_with_their_reason_or_the_lack_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [_row("ours", 0.5), _row("ours", 0.75), _row("won", 1.5)]
+    lost = report.compared([("x", rows)])
+    assert report.below_one(lost) == ["Below 1.0 (x): ours against eager PyTorch, a: 0.50x to 0.75x. NOT EXPLAINED"]
+    monkeypatch.setattr(reasons, "REASONS", (reasons.Reason("x", "test_x[*]", "It reads more."),))
+    assert report.below_one(lost) == ["Below 1.0 (x): ours against eager PyTorch, a: 0.50x to 0.75x. It reads more."]
+    assert reasons.explain("another", rows[0]) is None
+    assert reasons.explain("x", rows[2]) is None
+
+
+def test_rounds_that_disagree_are_no_loss() -> None:
+    row = _row("ours", 0.97) | {"vs_range": [0.9, 1.1]}
+    assert reasons.explain("x", row) == "The rounds disagree (0.90x to 1.10x): no difference was seen."
+    assert reasons.explain("x", row | {"vs_range": [0.9, 0.99]}) is None
+
+
+@pytest.fixture(scope="module")
+def collected() -> dict[str, list[str]]:
+    """Benchmark -> its tests, at all sizes."""
+    found: dict[str, list[str]] = {}
+    for sizes in ("small", "full"):
+        command = [sys.executable, "-m", "pytest", "benchmarks/", "--collect-only", "-q", "--sizes", sizes]
+        done = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for line in done.stdout.splitlines():
+            path, _, test = line.partition("::")
+            if test:
+                found.setdefault(Path(path).stem.removeprefix("test_"), []).append(test)
+    return found
+
+
+def test_every_reason_is_about_a_test_that_exists(collected: dict[str, list[str]]) -> None:
+    for reason in reasons.REASONS:
+        fitting = [test for test in collected[reason.benchmark] if reason.fits(reason.benchmark, test)]
+        assert fitting, f"{reason.benchmark}: no test is called {reason.pattern}"
+
+
+def test_every_question_has_its_place_in_the_readme(collected: dict[str, list[str]]) -> None:
+    shown = {*readme_table.TABLES, *readme_table.SENTENCES}
+    assert shown == set(collected)
 
 
 @pytest.mark.parametrize("chart", ["bars", "lines"])
@@ -225,7 +259,7 @@ def test_every_result_can_be_drawn(chart: str, scale: float, extra: int | None, 
     result = report.Result("x", "?", [report.Column("title", "method")], rows, chart=chart)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = report.draw(result, tmp_path / "x.svg")
+        path = charts.draw(result, tmp_path / "x.svg")
     assert path is not None
     assert "method b" in path.read_text()
 
@@ -248,6 +282,7 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     by_peer = {row["peer"]: row for row in result["rows"] if row["part"] == "step"}
     assert set(by_peer) == {"eager", "ours_inplace"}
     assert by_peer["ours_inplace"]["vs_best"] == by_peer["ours_inplace"]["vs_eager"] > 0
+    assert by_peer["eager"]["ours_faster"] == by_peer["ours_inplace"]["vs_eager"]
     # Its own command runs the row and the peer that it is compared with, and nothing else.
     expression = by_peer["ours_inplace"]["select"]
     assert f"-k '{expression}'" in by_peer["ours_inplace"]["command"]
@@ -264,6 +299,13 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     assert result["machine"]["name"] == folder.name
     names = {path.name for path in folder.iterdir()}
     assert {f"{name}.{kind}" for name in ("logits_path", "statistics") for kind in ("json", "md", "svg")} <= names
+    # The folder's first page answers each question and draws the roofline of both.
+    assert {"README.md", "roofline.svg"} <= names
+    index = (folder / "README.md").read_text()
+    for name in ("logits_path", "statistics"):
+        found = json.loads((folder / f"{name}.json").read_text())
+        assert found["summary"]
+        assert f"({name}.md) {found['summary']}" in index
 
 
 def test_the_interval_holds_the_change_and_narrows_with_agreement() -> None:
@@ -336,3 +378,5 @@ def test_markdown_and_terminal_hold_the_same_cells() -> None:
     text, marked = report.text_table(columns, rows), report.markdown_table(columns, rows)
     assert [line.split() for line in text[2:]] == [["x", "1.50x"], ["y", "-"]]
     assert marked[2:] == ["| x | 1.50x |", "| y | - |"]
+    # Ours stand out.
+    assert report.markdown_table(columns, [rows[0] | {"ours": True}])[2:] == ["| **x** | 1.50x |"]

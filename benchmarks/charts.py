@@ -1,0 +1,213 @@
+"""Draws results as SVG: bars by peer, lines over sizes, and where every method stands under the machine's roofs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .report import Result
+
+_OURS, _OTHERS, _INK, _FAINT = "#1b6ca8", "#b8bec6", "#333a42", "#e3e6ea"
+#: Lines need to be told apart: these for ours and for the others, in order.
+_OUR_LINES, _OTHER_LINES = ("#1b6ca8", "#57a3d9"), ("#8a8f98", "#d1873d", "#7a9a5b", "#a06a9e", "#b0564f")
+
+#: What charts can show: row key -> (axis label, factor).
+SCALES = {
+    "median_s": ("ms", 1e3),
+    "extra_bytes": ("MiB beside the inputs", 2.0**-20),
+    "peak_bytes": ("MiB in all", 2.0**-20),
+}
+
+
+def _label(key: str, row: Mapping[str, Any]) -> str:
+    """A bar's figure: whole MiB (the system counts pages in batches), milliseconds to two digits."""
+    if row.get(key) is None:
+        return "-"
+    value = row[key] * SCALES[key][1]
+    return f"{value:,.0f}" if value >= 10 or key != "median_s" else f"{value:.2g}"
+
+
+def _pyplot(salt: str) -> Any:
+    """matplotlib.pyplot, set up; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    # Same figures, same file: no random ids, no date inside.
+    matplotlib.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK})
+    matplotlib.rcParams.update({"xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 9})
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path, pyplot: Any) -> Path:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
+    pyplot.close(figure)
+    return path
+
+
+def draw(result: Result, path: Path) -> Path | None:
+    """The result's chart; None where matplotlib is not installed or nothing was measured."""
+    pyplot = _pyplot(result.name)
+    if pyplot is None:
+        return None
+    figure = _bars(result, pyplot) if result.chart == "bars" else _lines(result, pyplot)
+    return None if figure is None else _save(figure, path, pyplot)
+
+
+def _bars(result: Result, pyplot: Any) -> Any:
+    """A row of panels for each group: time, and memory where it was measured."""
+    groups = {name: [row for row in rows if row.get("median_s")] for name, rows in result.groups().items()}
+    groups = {name: rows for name, rows in groups.items() if rows}
+    if not groups:
+        return None
+    panels = [key for key in SCALES if any(row.get(key) is not None for row in result.rows)]
+    # Inches: a bar's, and for each group its heading, its axis and the space between.
+    heights = [0.24 * len(rows) + 0.95 for rows in groups.values()]
+    figure, axes = pyplot.subplots(
+        len(groups),
+        len(panels),
+        figsize=(3.6 * len(panels) + 3, sum(heights)),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=heights,
+    )
+    for line, (name, rows) in zip(axes, groups.items(), strict=True):
+        for axis, key in zip(line, panels, strict=True):
+            _bar_panel(axis, rows, key)
+            if axis is line[0]:
+                axis.set_yticks(range(len(rows)), [row["title"] for row in rows])
+                _floor(axis, rows)
+            else:
+                axis.set_yticks([])
+        # Over the titles as well: a heading may be longer than a panel is wide.
+        line[0].annotate(
+            name,
+            (0, 1),
+            (4, 16),
+            xycoords=("figure fraction", "axes fraction"),
+            textcoords="offset points",
+            weight="bold",
+        )
+    return figure
+
+
+def _bar_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    unit, scale = SCALES[key]
+    values = [(row.get(key) or 0.0) * scale for row in rows]
+    bars = axis.barh(
+        range(len(rows)), values, height=0.72, color=[_OURS if row.get("ours") else _OTHERS for row in rows]
+    )
+    axis.bar_label(bars, [_label(key, row) for row in rows], padding=3)
+    # A floor beyond the bars (a copy that a neighbour slowed) is shown, not left outside the axis.
+    floors = [(row.get("floor_s") or 0.0) * scale for row in rows] if key == "median_s" else []
+    axis.set_xlim(0, 1.18 * max([*values, *floors]) or 1)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlabel(unit)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _floor(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Each row's floor as a tick across its bar; rows may differ in what they cannot do without."""
+    marked = [(index, row["floor_s"] * 1e3) for index, row in enumerate(rows) if row.get("floor_s")]
+    for index, floor in marked:
+        axis.plot([floor, floor], [index - 0.45, index + 0.45], color="black", linestyle=":", linewidth=1)
+    if marked:
+        axis.annotate("floor", (marked[0][1], -0.5), (0, 2), textcoords="offset points", fontsize=7, ha="center")
+
+
+def _lines(result: Result, pyplot: Any) -> Any:
+    """A panel for each group: `y` over `x`, one line a title. Times on logarithmic axes, whose slope is the exponent."""
+    groups = {name: [row for row in rows if row.get(result.y) is not None] for name, rows in result.groups().items()}
+    groups = {name: rows for name, rows in groups.items() if rows}
+    if not groups:
+        return None
+    unit, scale = SCALES[result.y]
+    logarithmic = result.y == "median_s"
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(4.4 * len(groups), 3.4), squeeze=False, layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes[0], groups.items(), strict=True):
+        ours, others = iter(_OUR_LINES), iter(_OTHER_LINES)
+        for series in dict.fromkeys(row["title"] for row in rows):
+            line = [row for row in rows if row["title"] == series]
+            mine = line[0].get("ours")
+            x, y = [row["x"] for row in line], [row[result.y] * scale for row in line]
+            style = {"marker": "s" if mine else "o", "markersize": 4.5, "linewidth": 2 if mine else 1.4}
+            axis.plot(x, y, color=next(ours if mine else others), label=series, zorder=3 if mine else 2, **style)
+        axis.set_title(name, loc="left", fontweight="bold")
+        axis.set(xlabel=result.x_label or name.partition(":")[0], ylabel=unit)
+        if logarithmic:
+            axis.set(xscale="log", yscale="log")
+            # Ticks at 1, 2 and 5: one decade alone would leave an axis almost bare.
+            axis.yaxis.set_major_locator(pyplot.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(pyplot.NullLocator())
+            axis.yaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            axis.set_ylim(bottom=-0.02 * max(row[result.y] * scale for row in rows))
+        sizes = sorted({row["x"] for row in rows})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        axis.xaxis.set_minor_locator(pyplot.NullLocator())
+        axis.grid(color=_FAINT, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.legend(frameon=False, fontsize=7.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def roofline(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
+    """Every row with `flops`, `bytes` and a time, under what the machine was seen to reach; results: from JSON, by name.
+
+    Horizontal: operations a byte of the work itself, so that all methods for one work stand in one column. Vertical:
+    operations a second. A method at the roof does nothing but what it must; the distance to it is the factor lost (a
+    filtered gradient leaves products out, and may stand above). The roofs are
+    `roofs` of the results: {dtype: {"copy": bytes/s, "gemm": operations/s}}.
+
+    Returns None without matplotlib, without points or without both roofs.
+    """
+    points = [
+        (row["case"], bool(row.get("ours")), row["flops"] / row["bytes"], row["flops"] / row["median_s"])
+        for found in results.values()
+        for row in found.get("rows", ())
+        if row.get("flops") and row.get("bytes") and row.get("median_s")
+    ]
+    roofs = [roof for found in results.values() for roof in found.get("roofs", {}).values()]
+    copy = max((roof["copy"] for roof in roofs if "copy" in roof), default=None)
+    gemm = max((roof["gemm"] for roof in roofs if "gemm" in roof), default=None)
+    pyplot = _pyplot("roofline")
+    if pyplot is None or not points or copy is None or gemm is None:
+        return None
+    figure, axis = pyplot.subplots(figsize=(8.4, 4.6), layout="constrained")
+    ridge = gemm / copy
+    intensities = [ridge, *(point[2] for point in points)]
+    left, right = min(intensities) / 6, max(intensities) * 6
+    axis.plot([left, ridge, right], [left * copy / 1e9, gemm / 1e9, gemm / 1e9], color=_INK, linewidth=1.4)
+    axis.annotate(f"matrix product {gemm / 1e9:,.0f} GFLOP/s", (ridge, gemm / 1e9), (4, 4), textcoords="offset points")
+    axis.annotate(f"copy {copy / 1e9:.0f} GB/s", (ridge, gemm / 1e9), (-8, 4), textcoords="offset points", ha="right")
+    for case in dict.fromkeys(point[0] for point in points):
+        here = [point for point in points if point[0] == case]
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (-5, 4), "textcoords": "offset points"}
+        axis.axvline(here[0][2], color=_INK, linewidth=0.6, linestyle=":", zorder=0)
+        title = case.removesuffix(", loss and gradient")
+        axis.annotate(title, (here[0][2], 0), fontsize=7, rotation=90, ha="right", va="bottom", **place)
+    for mine, marker, colour, label in ((False, "o", "#8a8f98", "others"), (True, "s", _OURS, "dpo_kernels")):
+        here = [point for point in points if point[1] == mine]
+        x, y = [point[2] for point in here], [point[3] / 1e9 for point in here]
+        axis.plot(x, y, marker, color=colour, markersize=5.5, label=label)
+    axis.legend(frameon=False, loc="lower right", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axis.set_xlim(left, right)
+    axis.set_title("Roofline: each method's work over its time; one column a case", loc="left", fontweight="bold")
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:,g}"))
+        each.set_minor_formatter(pyplot.NullFormatter())
+    axis.grid(color=_FAINT, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path, pyplot)
