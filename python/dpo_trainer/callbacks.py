@@ -161,6 +161,7 @@ def _figures(logs: dict[str, Any]) -> str:
         ("rewards/accuracies", "acc {:.0%}"),
         ("rewards/margins", "margin {:.3f}"),
         ("kl", "kl {:.4f}"),
+        ("win_rate", "wins {:.0%}"),
         ("tokens_per_second", "{:,.0f} tok/s"),
     )
     return "  ".join(text.format(logs[name]) for name, text in shown if logs.get(name) is not None)

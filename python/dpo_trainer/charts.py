@@ -88,6 +88,16 @@ CHARTS = (
         (Line("logps/chosen", "chosen", "train", 3), Line("logps/rejected", "rejected", "train", 4)),
     ),
     Chart(
+        "win_rate",
+        "Win rate",
+        "Share of held-out prompts on which the scorer prefers what the policy writes. Against the answers before training "
+        "it starts at 50 %. Margins that grow while this does not are learnt about the data's answers only.",
+        (Line("win_rate", "held out", "eval", 2),),
+        level=0.5,
+        level_label="even",
+        percent=True,
+    ),
+    Chart(
         "entropy",
         "Entropy",
         "Of the next token, in nats, over the completions. Roughly level; a collapse towards 0 means one answer "

@@ -413,7 +413,7 @@ def clear_run(folder: Path) -> None:
 
     for checkpoint in [*_checkpoints(folder), folder / ASIDE]:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for name in (SETTINGS, METRICS, EVENTS, "summary.json", "report.html"):
+    for name in (SETTINGS, METRICS, EVENTS, "samples.jsonl", "summary.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 

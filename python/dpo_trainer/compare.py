@@ -19,6 +19,7 @@ _METRICS = {
     "accuracy": "rewards/accuracies",
     "margins": "rewards/margins",
     "kl": "kl",
+    "win_rate": "win_rate",
     "entropy": "entropy",
     "throughput": "tokens_per_second",
     "learning_rate": "learning_rate",
@@ -28,6 +29,7 @@ _FIGURES = (
     ("held-out accuracy", "eval", "rewards/accuracies"),
     ("held-out margin", "eval", "rewards/margins"),
     ("held-out KL", "eval", "kl"),
+    ("win rate", "eval", "win_rate"),
     ("training loss", "train", "loss"),
     ("tokens/s", "train", "tokens_per_second"),
     ("steps", "train", "step"),
@@ -131,7 +133,7 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _figure(metric: str, value: float) -> str:
-    if metric == "rewards/accuracies":
+    if metric in ("rewards/accuracies", "win_rate"):
         return f"{value:.1%}"
     return f"{value:,.0f}" if metric in ("tokens_per_second", "step") else f"{value:.4f}"
 

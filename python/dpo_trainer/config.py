@@ -20,6 +20,7 @@ from .errors import ConfigError, did_you_mean
 from .layout import LAYOUTS
 
 LOSS_PATHS = ("auto", "linear", "logits")
+OPPONENTS = ("reference", "chosen")
 TRUNCATION_MODES = ("keep_end", "keep_start")
 
 
@@ -189,6 +190,30 @@ class DPOConfig(TrainingArguments):
     backend: str | None = field(
         default=None, metadata={"help": "Kernels to use: eager, cpu, triton or cuda. None: the best for the device."}
     )
+    sample_prompts: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out prompts that the policy answers at every evaluation, the same ones each time, beside the "
+            "answers it began with: in samples.jsonl and the report. 0: none."
+        },
+    )
+    sample_max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of such an answer."})
+    sample_temperature: float = field(
+        default=0.0, metadata={"help": "0: the likeliest token each time; else sampled, with the run's seed."}
+    )
+    win_rate_scorer: str | None = field(
+        default=None,
+        metadata={
+            "help": "'module:function' with (prompts, completions) -> a number each, higher is better: logs how often the "
+            "policy's answers win, as eval_win_rate."
+        },
+    )
+    win_rate_against: str = field(
+        default="reference",
+        metadata={
+            "help": "Whom they must beat: 'reference', the answers before training; or 'chosen', those of the data."
+        },
+    )
     diagnostics: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Thresholds of the diagnostics, e.g. --diagnostics.kl_level 0.5; null turns one off."},
@@ -249,6 +274,9 @@ class DPOConfig(TrainingArguments):
             ("dataset_num_proc", 1),
             ("precompute_ref_batch_size", 1),
             ("ref_model_sync_steps", 1),
+            ("sample_prompts", 0),
+            ("sample_max_new_tokens", 1),
+            ("sample_temperature", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -272,6 +300,13 @@ class DPOConfig(TrainingArguments):
                 f"batch_layout: unknown '{self.batch_layout}'{did_you_mean(self.batch_layout, LAYOUTS)}; "
                 f"known are {', '.join(LAYOUTS)}"
             )
+        if self.win_rate_against not in OPPONENTS:
+            raise ConfigError(
+                f"win_rate_against: unknown '{self.win_rate_against}'"
+                f"{did_you_mean(self.win_rate_against, OPPONENTS)}; known are {', '.join(OPPONENTS)}"
+            )
+        if self.win_rate_scorer is not None and not self.sample_prompts:
+            raise ConfigError("win_rate_scorer: there is nothing to score; set sample_prompts, e.g. to 32")
         if self.loss_path not in LOSS_PATHS:
             raise ConfigError(
                 f"loss_path: unknown '{self.loss_path}'{did_you_mean(self.loss_path, LOSS_PATHS)}; "

@@ -15,6 +15,7 @@ from .callbacks import without_ties
 from .charts import CHARTS, curves_of, draw, draw_histogram
 from .model import unwrap_adapter
 from .records import EVENTS, METRICS, read_records, write_aside
+from .samples import SAMPLES
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,7 @@ def write_report(trainer: DPOTrainer, *, finished: bool) -> Path | None:
         name=folder.resolve().name,
         events=read_records(folder / EVENTS),
         evaluated=trainer.evaluated,
+        samples=read_records(folder / SAMPLES),
     )
     write_aside(folder / REPORT, page)
     return folder / REPORT
@@ -183,6 +185,7 @@ def render_report(
     name: str,
     events: Sequence[dict[str, Any]] = (),
     evaluated: dict[str, EvaluatedPairs] | None = None,
+    samples: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The report as one HTML page that needs nothing else.
 
@@ -192,6 +195,7 @@ def render_report(
         name: title of the run.
         events: the records of events.jsonl, what the diagnostics said.
         evaluated: pairs of the last evaluations by the prefix of their metrics.
+        samples: the records of samples.jsonl.
     """
     from markupsafe import Markup
 
@@ -211,7 +215,12 @@ def render_report(
         events=events,
         pairs=[(prefix, pairs, Markup(_margins(prefix, pairs))) for prefix, pairs in (evaluated or {}).items()],
         evaluations=[(prefix, evaluation_records(records, prefix)) for prefix in prefixes],
-        evaluation_columns=_EVALUATION_COLUMNS,
+        evaluation_columns=[
+            column
+            for column in _EVALUATION_COLUMNS
+            if column[0] != "win_rate" or any("win_rate" in row for row in evals)
+        ],
+        samples=_last_samples(samples),
     )
 
 
@@ -244,7 +253,22 @@ _EVALUATION_COLUMNS = (
     ("rewards/rejected", "rejected reward"),
     ("kl", "KL"),
     ("entropy", "entropy"),
+    ("win_rate", "win rate"),
 )
+#: Samples of each evaluation dataset that the page shows.
+_SAMPLES_SHOWN = 6
+
+
+def _last_samples(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The policy's last answers, by the evaluation's prefix."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in samples:
+        if "policy" in record:
+            kept = found.setdefault(record["evaluation"], [])
+            if kept and kept[-1]["step"] != record["step"]:
+                kept.clear()
+            kept.append(record)
+    return {prefix: records[:_SAMPLES_SHOWN] for prefix, records in found.items()}
 
 
 def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -261,6 +285,10 @@ def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[st
             elif metric == "rewards/accuracies" and not note:
                 note = "guessing is 50 %"
             cards.append({"label": f"{kind} {label}", "value": _figure(last[metric], metric), "note": note})
+    if last.get("win_rate") is not None:
+        error = last.get("win_rate_se")
+        note = "answers the scorer prefers" + (f", ± {error:.1%}" if error is not None else "")
+        cards.append({"label": "win rate", "value": _figure(last["win_rate"], "win_rate"), "note": note})
     if summary["tokens_per_second"]:
         note = f"{summary['tokens']:,} tokens in {_duration(summary['seconds'])}"
         cards.append({"label": "tokens per second", "value": f"{summary['tokens_per_second']:,.0f}", "note": note})
@@ -270,7 +298,7 @@ def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[st
 def _figure(value: Any, metric: str = "") -> str:
     if value is None:
         return "-"
-    if metric.endswith("accuracies"):
+    if metric.endswith(("accuracies", "win_rate")):
         return f"{value:.1%}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)

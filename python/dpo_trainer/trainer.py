@@ -35,6 +35,7 @@ from .model import Batch, SplitModel, call_through, disable_dropout, load_model,
 from .moving_reference import MovingReference
 from .reference import AdapterOffReference, FrozenReference, reference_logps
 from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
+from .samples import Samples, Scorer, load_scorer
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -59,6 +60,8 @@ class DPOTrainer(Trainer):
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.
         peft_config: a peft config; the model is wrapped in an adapter of this kind.
+        scorer: judges answers, (prompts, completions) -> a number each, higher is better: logs the win rate of the
+            policy's answers to `sample_prompts` held-out prompts. Instead of `win_rate_scorer`, which names one.
         compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. `predict` and
             compute_metrics see rewards `[rows, 2]` (chosen, rejected).
 
@@ -83,6 +86,7 @@ class DPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
         peft_config: Any = None,
+        scorer: Scorer | None = None,
     ) -> None:
         args = args if args is not None else DPOConfig(output_dir="dpo_output")
         if not isinstance(args, DPOConfig):
@@ -182,6 +186,7 @@ class DPOTrainer(Trainer):
             raise ConfigError(
                 "ld_alpha: needs the reference model in every step; log-probabilities computed beforehand are plain sums"
             )
+        self.samples = self._make_samples(scorer)
         if args.precompute_ref_log_probs:
             self._precompute_all()
         self._add_callbacks()
@@ -354,6 +359,17 @@ class DPOTrainer(Trainer):
         }
         return ReferenceCache(root, facts, dataset["length"])
 
+    def _make_samples(self, scorer: Scorer | None) -> Samples | None:
+        if scorer is None and self.args.win_rate_scorer is not None:
+            scorer = load_scorer(self.args.win_rate_scorer)
+        if not self.args.sample_prompts:
+            if scorer is not None:
+                raise ConfigError("scorer: there is nothing to score; set sample_prompts, e.g. to 32")
+            return None
+        if self.eval_dataset is None:
+            raise ConfigError("sample_prompts: there is no evaluation dataset to take prompts from")
+        return Samples(self, scorer)
+
     def _add_callbacks(self) -> None:
         for unwanted in (ProgressCallback, PrinterCallback):
             self.remove_callback(unwanted)
@@ -361,6 +377,8 @@ class DPOTrainer(Trainer):
         if self.moving is not None:
             self.add_callback(self.moving)
         self.add_callback(MetricsFile())
+        if self.samples is not None:
+            self.add_callback(self.samples)
         self.diagnostics = Diagnostics(self)
         self.add_callback(self.diagnostics)
         self.add_callback(ReportFile(self))
@@ -583,6 +601,8 @@ class DPOTrainer(Trainer):
                 self.evaluated[prefix] = pairs
         means = self._drain("eval")
         means.pop("tokens", None)
+        if self.samples is not None and prefix.startswith("eval"):
+            means |= self.samples.evaluate(prefix, getattr(args[0] if args else kwargs["dataloader"], "dataset", None))
         cast(dict[str, float], result.metrics).update({f"{prefix}_{name}": value for name, value in means.items()})
         return result
 

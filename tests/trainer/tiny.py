@@ -99,7 +99,16 @@ def build_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def build_trainer(folder: Path, **settings: Any) -> DPOTrainer:
     """A trainer on tiny everything; keywords that DPOTrainer takes go there, the others into DPOConfig."""
-    of_trainer = {"model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "compute_metrics"}
+    of_trainer = {
+        "model",
+        "ref_model",
+        "train_dataset",
+        "eval_dataset",
+        "peft_config",
+        "callbacks",
+        "compute_metrics",
+        "scorer",
+    }
     given = {key: settings.pop(key) for key in list(settings) if key in of_trainer}
     tokenizer = build_tokenizer()
     given.setdefault("model", build_model("llama-tied", len(tokenizer)))
