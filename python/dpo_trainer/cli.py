@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -14,7 +15,7 @@ import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
 from .records import EVENTS, METRICS, write_aside
@@ -38,6 +39,7 @@ SWITCHES = {
     "--resume": "Go on from the last checkpoint in output_dir, also with other settings than before.",
     "--overwrite": "Throw away the run that output_dir holds.",
     "--quiet": "Print nothing but errors.",
+    "--json": "Print one JSON object a line on standard output for every log, diagnosis, sample and the summary.",
     "--help": "Show this text.",
     "--help-all": "Also list the settings inherited from transformers.TrainingArguments.",
 }
@@ -92,6 +94,16 @@ def run(arguments: Sequence[str]) -> None:
         UsageError: in one line, before anything is written.
     """
     settings, switches = read_settings(arguments)
+    if "--json" in switches:
+        # Whatever a library or a scorer prints must not stand between the objects.
+        stream = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            _run(settings, switches, stream)
+    else:
+        _run(settings, switches, None)
+
+
+def _run(settings: dict[str, Any], switches: set[str], json_stream: IO[str] | None) -> None:
     quiet = "--quiet" in switches
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("accelerate", "datasets", "httpx", "huggingface_hub", "matplotlib", "torch"):
@@ -109,6 +121,7 @@ def run(arguments: Sequence[str]) -> None:
     datasets.disable_progress_bars()
     from .config import DPOConfig
     from .data import load_pairs
+    from .json_lines import JsonLines
     from .model import load_model, load_tokenizer
     from .trainer import DPOTrainer
 
@@ -119,7 +132,7 @@ def run(arguments: Sequence[str]) -> None:
             fields["eval_strategy"] = "steps"
             fields.setdefault("eval_steps", 0.25)
         fields.setdefault("eval_on_start", checkpoint is None)
-    fields.setdefault("disable_tqdm", quiet)
+    fields.setdefault("disable_tqdm", quiet or json_stream is not None)
     try:
         config = DPOConfig(**fields)
     except UsageError:
@@ -144,6 +157,8 @@ def run(arguments: Sequence[str]) -> None:
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if json_stream is not None:
+        trainer.add_callback(JsonLines(trainer, json_stream))
     if not quiet:
         for account in trainer.accounts:
             if not account.dropped:  # the trainer has told about the others

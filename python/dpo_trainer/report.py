@@ -230,7 +230,7 @@ def template(name: str) -> Any:
 
     environment = Environment(
         loader=PackageLoader("dpo_trainer", "templates"),
-        autoescape=True,
+        autoescape=not name.endswith(".md.j2"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from .errors import ConfigError, DataError, ModelError, first_line
 from .evaluated import EvaluatedPairs, look_at
 from .metrics import TINY, MetricWindow, memory_mib
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
+from .model_card import write_card
 from .moving_reference import MovingReference
 from .reference import AdapterOffReference, FrozenReference, reference_logps
 from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
@@ -664,6 +666,18 @@ class DPOTrainer(Trainer):
         """Write `summary.json` (once finished) and `report.html` into `output_dir`; returns the report's path."""
         with self._pause():
             return report.write_report(self, finished=finished)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, unless it is for a checkpoint, its card."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.is_world_process_zero():
+            write_card(self, Path(output_dir or str(self.args.output_dir)), {})  # peft writes one of its own
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md` into `output_dir`; takes what `transformers.Trainer.create_model_card` takes."""
+        if self.is_world_process_zero():
+            given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            write_card(self, Path(str(self.args.output_dir)), given)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))

@@ -138,6 +138,43 @@ def test_progress_off_a_terminal_is_a_few_whole_lines(here: Path, capsys: pytest
     assert len(shown.splitlines()) <= 8
 
 
+def test_json_is_all_that_stands_on_standard_output(
+    here: Path, read_jsonl: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "chatty.py").write_text(
+        "def judge(prompts, completions):\n    print('judging')\n    return [len(c) for c in completions]\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = "--json --eval_data eval.jsonl --eval_steps 2 --sample_prompts 2 --sample_max_new_tokens 3"
+    assert main(["config.yaml", *words.split(), "--win_rate_scorer", "chatty:judge"]) == 0
+    shown = capsys.readouterr()
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    kinds = [line.pop("type") for line in lines]
+
+    def of(kind: str) -> list[dict[str, Any]]:
+        return [line for line, its in zip(lines, kinds, strict=True) if its == kind]
+
+    run = here / "run"
+    assert of("log") == read_jsonl(run / "metrics.jsonl")
+    assert of("event") == read_jsonl(run / "events.jsonl") != []
+    assert of("sample") == read_jsonl(run / "samples.jsonl")
+    assert [line["step"] for line in of("sample")] == [0] * 4 + [2] * 2 + [4] * 2
+    assert of("summary") == [json.loads((run / "summary.json").read_text())]
+    assert kinds[-1] == "summary"
+    assert "judging" in shown.err
+    assert "\r" not in shown.err
+
+
+def test_quiet_prints_nothing_and_json_stays(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config.yaml", "--max_steps", "1", "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "")
+    assert main(["config.yaml", "--max_steps", "1", "--quiet", "--json", "--overwrite"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert [json.loads(line)["type"] for line in shown.out.splitlines()][-1] == "summary"
+
+
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 #: (arguments after the config, what the line must say)
@@ -177,6 +214,13 @@ MISTAKES = [
     ("--output_dir saved", "output_dir 'saved': holds a model"),
     ("--resume", "output_dir 'run': holds no checkpoint to resume from"),
     ("--resume --overwrite", "--resume and --overwrite contradict each other"),
+    (
+        "--win_rate_scorer nowhere:judge --sample_prompts 2 --eval_data eval.jsonl",
+        "scorer 'nowhere:judge': cannot be imported",
+    ),
+    ("--sample_prompts 2", "sample_prompts: there is no evaluation dataset"),
+    ("--sync_ref_model --precompute_ref_log_probs", "sync_ref_model: the reference moves during training"),
+    ("--loss_type simpo --precompute_ref_log_probs", "loss_type simpo compares with no reference"),
     ("--resume_from_checkpoint nowhere", "resume_from_checkpoint 'nowhere': not a checkpoint"),
 ]
 

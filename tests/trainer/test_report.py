@@ -53,7 +53,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one finished run, which the tests only read."""
     folder = tmp_path_factory.mktemp("report") / "run"
     evaluation = {"eval_dataset": build_pairs(6, seed=1), "eval_strategy": "steps", "eval_steps": 3}
-    build_trainer(folder, **evaluation, eval_on_start=True, max_steps=6, write_report=True).train()
+    samples = {
+        "sample_prompts": 3,
+        "sample_max_new_tokens": 4,
+        "scorer": lambda prompts, answers: list(map(len, answers)),
+    }
+    build_trainer(folder, **evaluation, **samples, eval_on_start=True, max_steps=6, write_report=True).train()
     return folder
 
 
@@ -190,3 +195,29 @@ def test_the_progress_line_rewrites_itself_on_a_terminal(make_trainer: Make) -> 
     assert "step 2/3  66%  loss 0." in shown
     assert "tok/s" in shown
     assert shown.endswith("\n")
+
+
+def test_samples_stand_beside_the_answers_before_training(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    records = [record for record in read_records(run / "samples.jsonl") if "policy" in record]
+    assert "Answers to held-out prompts at step 6" in page
+    for label in ("before training, score", "policy, score", "chosen in the data"):
+        assert page.count(label) == 3
+    assert records[-1]["step"] == 6
+    hostile = {**records[-1], "policy": "<script>alert(1)</script>", "reference": ""}
+    page = render_report(
+        json.loads((run / "summary.json").read_text()),
+        read_records(run / "metrics.jsonl"),
+        name="run",
+        samples=[hostile],
+    )
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "(nothing)" in page
+
+
+def test_an_objective_without_a_reference_has_no_line_at_its_start(make_trainer: Make, tmp_path: Path) -> None:
+    """Where its loss begins depends on the model."""
+    make_trainer(loss_type="simpo", beta=2.0, max_steps=2, write_report=True).train()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["initial_loss"] is None
+    assert "start (" not in (tmp_path / "run" / "report.html").read_text()

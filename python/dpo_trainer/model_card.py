@@ -1,0 +1,88 @@
+"""README.md of a trained model: what it was trained from, on what, with which objective, and how it does held out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .records import EVENTS, METRICS, read_records, write_aside
+from .report import evaluation_prefixes, evaluation_records, summarize, template
+
+if TYPE_CHECKING:
+    from .trainer import DPOTrainer
+
+CARD = "README.md"
+TAGS = ("dpo", "preference-optimization", "dpo-kernels")
+_FIGURES = (
+    ("loss", "loss"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "reward margin"),
+    ("kl", "KL from the reference, nats per token"),
+    ("win_rate", "win rate"),
+)
+
+
+def write_card(trainer: DPOTrainer, folder: Path, given: dict[str, Any]) -> Path:
+    """Write the card into the folder; returns its path.
+
+    Args:
+        given: what `transformers.Trainer.create_model_card` takes: language, license, tags, model_name, finetuned_from,
+            dataset and so on.
+    """
+    path = folder / CARD
+    write_aside(path, render_card(trainer, given, adapter=hasattr(trainer.policy.model, "peft_config")))
+    return path
+
+
+def render_card(trainer: DPOTrainer, given: dict[str, Any], *, adapter: bool) -> str:
+    """The card's text: metadata that model hubs read, then prose and tables in Markdown."""
+    import yaml
+
+    from dpo_kernels import objectives
+
+    summary = summarize(trainer, finished=True)
+    origin = given.get("finetuned_from") or getattr(getattr(trainer.policy.model, "config", None), "_name_or_path", "")
+    base = origin or summary["architecture"]
+    name = given.get("model_name") or Path(str(trainer.args.output_dir)).resolve().name
+    metadata = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": origin if _is_hub_name(origin) else None,
+        "model_name": name,
+        "language": given.get("language"),
+        "license": given.get("license"),
+        "datasets": given.get("dataset_tags") or given.get("dataset"),
+        "tags": list(dict.fromkeys([*TAGS, *_as_list(given.get("tags")), *_as_list(given.get("tasks"))])),
+    }
+    folder = Path(str(trainer.args.output_dir))
+    records = read_records(folder / METRICS)
+    rows = [getattr(item, "info", None) for item in objectives.build(trainer.args.loss_type)]
+    weights = trainer.args.loss_weights or [1.0] * len(rows)
+    return template("model_card.md.j2").render(
+        metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False).strip(),
+        name=name,
+        base=Path(base).name if Path(base).is_absolute() else base,
+        adapter=adapter,
+        summary=summary,
+        objectives=list(zip([row for row in rows if row is not None], weights, strict=False)),
+        beta=trainer.args.beta,
+        evaluations=[(prefix, _table(evaluation_records(records, prefix))) for prefix in evaluation_prefixes(records)],
+        events=read_records(folder / EVENTS),
+    )
+
+
+def _table(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, Any, Any]]:
+    """(metric, label, first, last) of the figures that the last evaluation has."""
+    first, last = records[0], records[-1]
+    return [(key, label, first.get(key), last[key]) for key, label in _FIGURES if last.get(key) is not None]
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a model hub may know it: a name or owner/name, and no folder of this machine."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
