@@ -43,7 +43,8 @@ def render_card(trainer: DPOTrainer, given: dict[str, Any], *, adapter: bool) ->
     from dpo_kernels import objectives
 
     summary = summarize(trainer, finished=True)
-    origin = given.get("finetuned_from") or getattr(getattr(trainer.policy.model, "config", None), "_name_or_path", "")
+    config = getattr(trainer.policy.model, "config", None)
+    origin = str(given.get("finetuned_from") or getattr(config, "_name_or_path", None) or "")
     base = origin or summary["architecture"]
     name = given.get("model_name") or Path(str(trainer.args.output_dir)).resolve().name
     metadata = {

@@ -162,7 +162,8 @@ class Samples(TrainerCallback):
 
     def _texts(self, dataset: Any, part: str) -> list[str]:
         ids = [dataset[row][f"{part}_input_ids"] for row in self._rows(dataset)]
-        return self.trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+        tokenizer: Any = self.trainer.processing_class
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _begin(self, prefix: str, dataset: Any) -> None:
         """Have the answers written that the policy's will be compared with; score them, to see that the scorer works."""
