@@ -24,6 +24,7 @@ from .records import EVENTS, METRICS, write_aside
 SETTINGS = "settings.json"
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
+INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
 
 # Keys of a run besides the fields of DPOConfig.
 RUN_KEYS = {
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] == "compare":
             compare_runs(arguments[1:])
+        elif arguments[0] == "inspect":
+            inspect_run(arguments[1:])
         else:
             run(arguments)
     except UsageError as error:
@@ -87,6 +90,24 @@ def compare_runs(arguments: Sequence[str]) -> None:
     print(f"\n{output}")
 
 
+def inspect_run(arguments: Sequence[str]) -> None:
+    """`dpo-train inspect CONFIG.yaml --key value ...`: print what a run would see and take; write nothing.
+
+    Raises:
+        UsageError: as `run`.
+    """
+    import tempfile
+
+    settings, switches = read_settings(arguments, required=REQUIRED[:-1])
+    stream = sys.stdout
+    with tempfile.TemporaryDirectory() as nowhere, contextlib.redirect_stdout(sys.stderr):
+        # transformers makes the output folder before anything is known
+        found = _run({**settings, "output_dir": nowhere}, switches, None, inspecting=True)
+    from .inspection import render
+
+    print(json.dumps(found) if "--json" in switches else render(found), file=stream)
+
+
 def run(arguments: Sequence[str]) -> None:
     """Read the settings, check everything that can be checked, then train.
 
@@ -103,7 +124,10 @@ def run(arguments: Sequence[str]) -> None:
         _run(settings, switches, None)
 
 
-def _run(settings: dict[str, Any], switches: set[str], json_stream: IO[str] | None) -> None:
+def _run(
+    settings: dict[str, Any], switches: set[str], json_stream: IO[str] | None, *, inspecting: bool = False
+) -> dict[str, Any]:
+    """Train, and return nothing; or, inspecting, return what was found."""
     quiet = "--quiet" in switches
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("accelerate", "datasets", "httpx", "huggingface_hub", "matplotlib", "torch"):
@@ -121,6 +145,7 @@ def _run(settings: dict[str, Any], switches: set[str], json_stream: IO[str] | No
     datasets.disable_progress_bars()
     from .config import DPOConfig
     from .data import load_pairs
+    from .inspection import Inspector
     from .json_lines import JsonLines
     from .model import load_model, load_tokenizer
     from .trainer import DPOTrainer
@@ -148,7 +173,7 @@ def _run(settings: dict[str, Any], switches: set[str], json_stream: IO[str] | No
     tokenizer = load_tokenizer(settings["model"])
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     model = load_model(settings["model"], **init_kwargs)
-    trainer = DPOTrainer(
+    trainer = (Inspector if inspecting else DPOTrainer)(
         model,
         settings.get("ref_model"),
         args=config,
@@ -157,6 +182,8 @@ def _run(settings: dict[str, Any], switches: set[str], json_stream: IO[str] | No
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if isinstance(trainer, Inspector):
+        return trainer.inspect()
     if json_stream is not None:
         trainer.add_callback(JsonLines(trainer, json_stream))
     if not quiet:
@@ -173,12 +200,13 @@ def _run(settings: dict[str, Any], switches: set[str], json_stream: IO[str] | No
     trainer.save_model()
     if not quiet:
         print(f"model and report.html are in {output_dir}", file=sys.stderr)
+    return {}
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
 
 
-def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) -> tuple[dict[str, Any], set[str]]:
     """Merge the YAML file and the command line into checked settings; also returns the switches given.
 
     Raises:
@@ -209,7 +237,7 @@ def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
         _set(settings, key, _parse(text))
     for key in list(settings):
         settings[key] = check_setting(key, settings[key], hints)
-    for key in REQUIRED:
+    for key in required:
         if settings.get(key) is None:
             raise ConfigError(f"{key}: not given; {RUN_KEYS[key][0].lower()}{RUN_KEYS[key][1:]}")
     return settings, switches
@@ -493,7 +521,7 @@ def help_text(*, everything: bool = False) -> str:
         if item.init and item.name not in {own_item.name for own_item in own}
     ]
     parts = [
-        f"usage: {USAGE}\n       {COMPARE}",
+        f"usage: {USAGE}\n       {INSPECT}\n       {COMPARE}",
         "Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML\n"
         "file and from the command line, which wins; nested ones are written with dots. Example:",
         "  dpo-train --model ./my-model --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6",
