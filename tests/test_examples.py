@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_trainer import PairCollator
+from dpo_trainer import DPOTrainer, PairCollator
 from dpo_trainer.model import SplitModel
 from dpo_trainer.reference import FrozenReference
 
@@ -108,7 +109,7 @@ def test_score_is_zero_without_a_rated_word_and_signed_otherwise():
 
 def test_flip_swaps_exactly_half_by_seed_and_leaves_its_input_alone():
     rows = SPLITS["train"]
-    copy = json.loads(json.dumps(rows))
+    before = json.loads(json.dumps(rows))
     flipped = measure.flip_labels(rows, seed=1)
     swapped = [
         a["chosen"] == b["rejected"] and a["rejected"] == b["chosen"] for a, b in zip(rows, flipped, strict=True)
@@ -116,7 +117,7 @@ def test_flip_swaps_exactly_half_by_seed_and_leaves_its_input_alone():
     kept = [a == b for a, b in zip(rows, flipped, strict=True)]
     assert sum(swapped) == len(rows) // 2
     assert all(s != k for s, k in zip(swapped, kept, strict=True))
-    assert rows == copy
+    assert rows == before
     assert measure.flip_labels(rows, seed=1) == flipped
     assert measure.flip_labels(rows, seed=2) != flipped
 
@@ -287,8 +288,8 @@ def test_sampling_near_temperature_zero_is_greedy_decoding_whatever_the_padding_
                 logits = model(ids).logits[:, -1]
             logits[:, tokenizer.pad_token_id] = -torch.inf
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-        for copy in range(2):
-            assert drawn[2 * index + copy].tolist() == ids[0, -5:].tolist()
+        for number in range(2):
+            assert drawn[2 * index + number].tolist() == ids[0, -5:].tolist()
 
 
 def test_sampling_is_seeded_draws_no_end_and_leaves_the_global_generator_alone(tiny):
@@ -337,14 +338,22 @@ def test_divergence_is_the_kl_of_the_two_samplers_summed_over_the_continuation(t
         assert found[row] > 0.01
 
 
-def test_continuations_cut_at_a_length_get_no_end_token(tiny):
-    _, tokenizer = tiny
+def test_continuations_cut_at_a_length_get_no_end_token(tiny, tmp_path):
+    model, tokenizer = tiny
     rows = [{"prompt": "the movie was", "chosen": " good", "rejected": " very bad", "weight": 1.5}]
-    row = sentiment.tokenised(rows, tokenizer, weighted=True)[0]
+    options = SimpleNamespace(steps=1, learning_rate=1e-3, seed=0)
+    trainer = DPOTrainer(
+        copy.deepcopy(model),
+        args=sentiment.settings(tmp_path, options),
+        train_dataset=rows,
+        eval_dataset=sentiment.pairs_only(rows),
+        processing_class=tokenizer,
+    )
+    row = trainer.train_dataset[0]
     assert tokenizer.decode(row["chosen_input_ids"]) == " good"
     assert tokenizer.eos_token_id not in row["chosen_input_ids"] + row["rejected_input_ids"]
     assert row["weight"] == 1.5
-    assert "weight" not in sentiment.tokenised(rows, tokenizer, weighted=False).column_names
+    assert "weight" not in trainer.eval_dataset.column_names
 
 
 PROMISED = {
@@ -367,7 +376,9 @@ PROMISED = {
 
 def test_the_sentiment_run_leaves_what_it_promises(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "model_folder", lambda: tiny_folder)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "2", "--output-dir", str(tmp_path)])
+    # A rate at which two steps of the tiny model show in the KL's four digits.
+    steps = ["--steps", "2", "--learning-rate", "3e-3"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *steps, "--output-dir", str(tmp_path)])
     sentiment.main()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary.keys() >= PROMISED

@@ -6,8 +6,9 @@
 //
 // With token-level KL divergences the reference's row is read beside it, once, and
 //   dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
-// d and D are counted from the label's d: where the label is nearly certain, d - D is a difference of nearly equal
-// numbers there, but D - d(label) = kl - logp + logp' is small and known in float64.
+// Where one entry is nearly certain, d - D is a small difference of nearly equal numbers there. So D, known in float64, is
+// subtracted in two parts: its float32, which leaves no rounding where d is near it, and the rest, which joins by_p. The
+// label's own D - d = kl - logp + logp' needs no subtraction of logits at all.
 #include <algorithm>
 #include <cmath>
 
@@ -39,18 +40,19 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   const A cap = static_cast<A>(transform.softcap);
   const A z_label = row.at(token.label);
   double by_p = -token.g, at_label = -token.g * std::expm1(token.logp);
-  A gap_label = 0, ref_origin = 0;
+  A mean_gap = 0, ref_origin = 0;
   auto by_gap = splat<A>(A(0)), by_q = by_gap;
   if (kReverse || kForward) {
     const A ref_label = reference.at(token.label);
     const double ref_lse = static_cast<double>(ref_label) - token.ref_logp;
     if (kReverse) {
-      const double mean = token.kl - token.logp + token.ref_logp;
-      gap_label = z_label - ref_label;
-      by_p -= token.g_kl * mean;
+      const double beyond_label = token.kl - token.logp + token.ref_logp;
+      const double mean = static_cast<double>(z_label) - static_cast<double>(ref_label) + beyond_label;
+      mean_gap = static_cast<A>(mean);
+      by_p -= token.g_kl * (mean - static_cast<double>(mean_gap));
       by_gap = splat<A>(static_cast<A>(token.g_kl * f));
       const double p_label = std::exp(token.logp);
-      if (p_label != 0.0) at_label -= token.g_kl * p_label * mean;
+      if (p_label != 0.0) at_label -= token.g_kl * p_label * beyond_label;
     }
     if (kForward) {
       ref_origin = static_cast<A>(ref_lse);
@@ -62,7 +64,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   }
   const auto factor = splat<A>(static_cast<A>(by_p * f));
   const auto ref_m = splat<A>(ref_origin);
-  const auto zero_gap = splat<A>(gap_label);
+  const auto center = splat<A>(mean_gap);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, vocab - start);
     const A* z = row.block(start, n, buffer);
@@ -73,7 +75,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
       const auto e = exp_nonpositive(logit - m);
       auto dz = e * factor;
       if (kReverse) {
-        const auto gap = (logit - load<A>(ref + i)) - zero_gap;
+        const auto gap = (logit - load<A>(ref + i)) - center;
         // Where e is 0 the gap may be infinite; such entries carry no mass.
         dz = e > 0 ? e * (gap * by_gap + factor) : dz;
       }

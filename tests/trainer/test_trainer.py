@@ -116,7 +116,8 @@ def test_loss_and_every_gradient_equal_plain_pytorch(
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    # The models' norms compute in float32 even here, and round differently where the batch has another shape.
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
     assert abs(expected.item() - LOG2) > 1e-3, "a case where policy equals reference would test little"
     for name, parameter in trainer.model.named_parameters():
         # Kernels sum exponentials in float32 whatever the input; a parameter's error stays below 1e-5 of its norm.

@@ -15,7 +15,7 @@ For 4 bytes moved a logit, twice the forward's. softcap: 8 more for 16-bit gradi
 
 With token-level KL divergences (REVERSE, FORWARD) the reference's tile is read beside the policy's, 6 bytes a logit in all:
     dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
-with d and D counted from the label's d (csrc/cpu/logits_grad.cpp says why). REVERSE costs convert 1, subtractions 2, FFMA 1
+with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). REVERSE costs convert 1, subtractions 2, FFMA 1
 and 2 for the guard of -inf logits; FORWARD convert 1 (shared), FFMA 2, ex2 1.
 What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
 """
@@ -83,10 +83,10 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 @device_function
 def _entries_with_kl(
-    x, ref_x, c, ref_c, factor, by_gap, gap_label, by_q, inner, log2_scale,
+    x, ref_x, c, ref_c, factor, by_gap, center, by_q, inner, log2_scale,
     MAP: tl.constexpr, SHORT: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
-    """As _entries, with the divergences' terms: p (factor + by_gap (d - d(label))) - by_q q, times dz/dx."""
+    """As _entries, with the divergences' terms: p (factor + by_gap (d - center)) - by_q q, times dz/dx."""
     slope = 1.0
     if MAP == SOFTCAPPED:
         x, slope = _tanh(x, inner, SHORT)
@@ -94,7 +94,7 @@ def _entries_with_kl(
     e = exp2_fast(fused(x, log2_scale, c))
     if REVERSE:
         # Where e is 0 the gap may be infinite; such entries carry no mass.
-        values = tl.where(e > 0, e * (((x - ref_x) - gap_label) * by_gap + factor), e)
+        values = tl.where(e > 0, e * (((x - ref_x) - center) * by_gap + factor), e)
     else:
         values = e * factor
     if FORWARD:
@@ -187,19 +187,19 @@ def logits_grad_kernel(
             ref_x_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
             ref_logp = tl.load(ref_logps + row)
             by_gap = 0.0
-            gap_label = 0.0
+            center = 0.0
             ref_c = 0.0
             by_q = 0.0
         if REVERSE:
-            mean = tl.load(kl + row) - logp + ref_logp
+            beyond_label = tl.load(kl + row) - logp + ref_logp
             p_label = tl.exp(logp)
-            by_p -= by_kl * mean
-            label_terms -= tl.where(p_label > 0, by_kl * p_label * mean, 0.0)
+            label_terms -= tl.where(p_label > 0, by_kl * p_label * beyond_label, 0.0)
+            # D = unit * center + what joins by_p.
+            gap_label = scaled_label(x_label, scale, cap, MAP)[0] - scaled_label(ref_x_label, scale, cap, MAP)[0]
+            mean = gap_label + beyond_label
+            center = tl.where(unit == 0, 0.0, mean / unit).to(tl.float32)
+            by_p -= by_kl * (mean - unit * center)
             by_gap = (by_kl * scale * unit * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
-            if MAP == SOFTCAPPED:
-                gap_label = _tanh(x_label, inner, SHORT)[0] - _tanh(ref_x_label, inner, SHORT)[0]
-            else:
-                gap_label = x_label - ref_x_label
         if FORWARD:
             by_p += by_forward
             label_terms += by_forward * (-expm1_double(ref_logp) - others)
@@ -216,7 +216,7 @@ def logits_grad_kernel(
             if REVERSE or FORWARD:
                 ref_ends = load_fragments(ref_logits, ref_start, begin, limit, GROUP)
                 ends = _entries_with_kl(
-                    ends, ref_ends, c, ref_c, factor, by_gap, gap_label, by_q, inner, log2_scale,
+                    ends, ref_ends, c, ref_c, factor, by_gap, center, by_q, inner, log2_scale,
                     MAP, SHORT, REVERSE, FORWARD,
                 )  # fmt: skip
             else:
@@ -234,7 +234,7 @@ def logits_grad_kernel(
                     ref_logits, ref_start + head, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, True
                 )
                 values = _entries_with_kl(
-                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, gap_label, by_q,
+                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, center, by_q,
                     inner, log2_scale, MAP, SHORT, REVERSE, FORWARD,
                 )  # fmt: skip
             else:
@@ -249,7 +249,7 @@ def logits_grad_kernel(
                     ref_logits, ref_start + head, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, False
                 )
                 values = _entries_with_kl(
-                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, gap_label, by_q,
+                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, center, by_q,
                     inner, log2_scale, MAP, SHORT, REVERSE, FORWARD,
                 )  # fmt: skip
             else:
