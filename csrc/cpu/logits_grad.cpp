@@ -6,9 +6,9 @@
 //
 // With token-level KL divergences the reference's row is read beside it, once, and
 //   dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
-// Where one entry is nearly certain, d - D is a small difference of nearly equal numbers there. So D, known in float64, is
-// subtracted in two parts: its float32, which leaves no rounding where d is near it, and the rest, which joins by_p. The
-// label's own D - d = kl - logp + logp' needs no subtraction of logits at all.
+// Where one entry is nearly certain, d - D is a small difference of nearly equal numbers there. So D, known in float64,
+// is subtracted in two parts: its float32, which leaves no rounding where d is near it, and the rest, which joins by_p.
+// The label's own D - d = kl - logp + logp' needs no subtraction of logits at all.
 #include <algorithm>
 #include <cmath>
 
