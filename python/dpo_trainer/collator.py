@@ -37,7 +37,7 @@ class PairCollator:
     (SmolLM2 has such a one) is safe. The first token of a sequence without a prompt has nothing to be predicted from
     and is not scored.
 
-    No rows make a batch of no pairs: the share of a process for which a step has none left.
+    No rows make a batch of no pairs and one token: the share of a process for which a step has none left.
 
     Args:
         pad_token_id: the id written into padding. Any valid id will do.
@@ -88,7 +88,7 @@ class PairCollator:
         counts = torch.tensor([0, *map(len, labels)], dtype=torch.int64)
         batch = {
             "input_ids": input_ids,
-            "attention_mask": (segments != PADDING).long(),
+            "attention_mask": (segments != PADDING).long() if pairs else torch.ones_like(segments),
             "positions": torch.cat(positions) if pairs else input_ids.new_empty(0),
             "labels": torch.cat(labels) if pairs else input_ids.new_empty(0),
             "cu_seqlens": counts.cumsum(0),

@@ -15,6 +15,7 @@ from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
 from dpo_kernels.objectives import OBJECTIVES
 from dpo_kernels.planner import parse_budget
 
+from .batches import STRATEGIES
 from .diagnostics import DIAGNOSES, Limits
 from .errors import ConfigError, did_you_mean
 from .layout import LAYOUTS
@@ -60,6 +61,10 @@ class DPOConfig(TrainingArguments):
     )
     report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Trackers to write to besides the run's own files, e.g. 'tensorboard'."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "'group_by_length': pairs of similar length in a step; 'random'; 'sequential'."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the collator chooses its columns."}
@@ -110,6 +115,13 @@ class DPOConfig(TrainingArguments):
         metadata={
             "help": "End text completions with the end-of-sequence token. Turn off for completions cut at a length "
             "limit, which do not show where to stop. Chat templates end turns themselves."
+        },
+    )
+    max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens in a training batch, counted as 2 sides x pairs x the longest. Replaces "
+            "per_device_train_batch_size; every pair still counts the same."
         },
     )
     batch_layout: str = field(
@@ -270,6 +282,7 @@ class DPOConfig(TrainingArguments):
         for name, least in (
             ("max_length", 2),
             ("max_prompt_length", 1),
+            ("max_tokens", 4),
             ("pad_to_multiple_of", 1),
             ("dataset_num_proc", 1),
             ("precompute_ref_batch_size", 1),
@@ -295,6 +308,11 @@ class DPOConfig(TrainingArguments):
                 raise ConfigError(
                     f"statistics: unknown '{name}'{did_you_mean(name, STATISTICS)}; known are {', '.join(STATISTICS)}"
                 )
+        if self.train_sampling_strategy not in STRATEGIES:
+            raise ConfigError(
+                f"train_sampling_strategy: unknown '{self.train_sampling_strategy}'"
+                f"{did_you_mean(self.train_sampling_strategy, STRATEGIES)}; known are {', '.join(STRATEGIES)}"
+            )
         if self.batch_layout not in LAYOUTS:
             raise ConfigError(
                 f"batch_layout: unknown '{self.batch_layout}'{did_you_mean(self.batch_layout, LAYOUTS)}; "

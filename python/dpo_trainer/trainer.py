@@ -8,21 +8,24 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, seed_worker
 
 from dpo_kernels import DPOOutput, dpo_loss, length_desensitized_weights, linear_dpo_loss, objectives, use_backend
 
 from . import report
+from .batches import Batching, PairBatchSampler
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .checkpoints import load_state, save_state, written_aside
 from .collator import PairCollator
@@ -210,6 +213,56 @@ class DPOTrainer(Trainer):
         if account.dropped:
             logger.warning(account.describe())
         return dataset
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of `PairBatchSampler`, which divides them among processes itself."""
+        args, dataset = self.args, cast(Any, self.train_dataset)
+        batching = Batching(
+            pairs=self._train_batch_size,
+            max_tokens=args.max_tokens,
+            strategy=args.train_sampling_strategy,
+            accumulation=args.gradient_accumulation_steps,
+            num_processes=self.accelerator.num_processes,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+        multiple = args.pad_to_multiple_of or 1
+        lengths = [length + -length % multiple for length in dataset["length"]]
+        return self._loader(dataset, lengths, batching, drop_last=args.dataloader_drop_last)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As transformers makes it; on several processes divided such that no pair is evaluated twice."""
+        if self.accelerator.num_processes == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._divided_in_order(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        if self.accelerator.num_processes == 1:
+            return super().get_test_dataloader(test_dataset)
+        return self._divided_in_order(test_dataset)
+
+    def _divided_in_order(self, dataset: Any) -> DataLoader:
+        processes = self.accelerator.num_processes
+        batching = Batching(self.args.per_device_eval_batch_size, strategy="sequential", num_processes=processes)
+        return self._loader(dataset, dataset["length"], batching)
+
+    def _loader(self, dataset: Any, lengths: list[int], batching: Batching, *, drop_last: bool = False) -> DataLoader:
+        args = self.args
+        return DataLoaderShard(
+            dataset,
+            device=self.accelerator.device,
+            batch_sampler=PairBatchSampler(
+                lengths, batching, process_index=self.accelerator.process_index, drop_last=drop_last
+            ),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            _non_blocking=self.accelerator.non_blocking,
+        )
 
     def _datasets(self) -> list[Any]:
         evals = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -534,6 +587,10 @@ class DPOTrainer(Trainer):
         total = self.accelerator.reduce(total, "sum") if self.accelerator.num_processes > 1 else total
         return total.clamp(min=TINY)
 
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """All processes' rows, which need not be as many on each."""
+        return torch.cat(gather_object([rows.cpu()])).to(rows.device)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -594,6 +651,8 @@ class DPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; the metrics are means over all pairs, and over all completion tokens, of the dataset."""
         self._window["eval"] = MetricWindow()
+        if self.accelerator.num_processes > 1:
+            self.gather_function = self._gather_rows  # the loop itself sets it back
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         output = self._window["eval"].joined()

@@ -1,0 +1,94 @@
+"""Two processes under torchrun train as one does: the same loss curve, the same metrics, the same model, to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
+
+#: Settings of two processes; one process accumulates twice as many batches. 27 pairs by 2 x 2 leave an odd rest, which
+#: is 3, 1 or 0 pairs for the second process. Lengths differ from 5 to 30 tokens, and so do weights.
+CASES: dict[str, dict[str, Any]] = {
+    "pairs": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 9},
+    "accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 6},
+    "tokens": {"max_tokens": 90, "gradient_accumulation_steps": 2, "max_steps": 6},
+    "random": {"per_device_train_batch_size": 13, "train_sampling_strategy": "random", "max_steps": 3},
+}
+COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "kl", "entropy", "tokens", "grad_norm")
+
+_WORKER = """
+import sys
+from pathlib import Path
+from tests.trainer.test_distributed import CASES, record, trainer_of
+
+for name, settings in CASES.items():
+    trainer = trainer_of(Path(sys.argv[1]) / name, settings)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    record(trainer, Path(sys.argv[1]) / f"{name}-{trainer.args.process_index}.json")
+"""
+
+
+def trainer_of(folder: Path, settings: dict[str, Any]) -> Any:
+    vocab = len(build_tokenizer())
+    rows = [{**row, "weight": 0.25 + index % 4} for index, row in enumerate(build_pairs(27))]
+    return build_trainer(
+        folder,
+        model=build_model("llama-tied", vocab),
+        ref_model=build_model("llama-tied", vocab, seed=5),
+        train_dataset=rows,
+        eval_dataset=[{**row, "weight": 1.0 + index % 3} for index, row in enumerate(build_pairs(7, seed=1))],
+        per_device_eval_batch_size=2,
+        learning_rate=3e-4,
+        **settings,
+    )
+
+
+def record(trainer: Any, path: Path) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    evaluated = {name: value for name, value in trainer.evaluate().items() if not name.endswith(("time", "second"))}
+    evaluated.pop("epoch")  # counted in batches
+    found = {
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "evaluated": evaluated,
+        "predicted": trainer.predict(build_pairs(9, seed=2)).predictions.tolist(),
+        "norms": {name: value.double().norm().item() for name, value in model.named_parameters()},
+    }
+    path.write_text(json.dumps(found))
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "worker.py").write_text(_WORKER)
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "worker.py"), str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, settings in CASES.items():
+        alone = {**settings, "gradient_accumulation_steps": 2 * settings.get("gradient_accumulation_steps", 1)}
+        trainer = trainer_of(tmp_path / f"{name}-alone", alone)
+        trainer.train()
+        record(trainer, tmp_path / f"{name}-alone.json")
+        expected = json.loads((tmp_path / f"{name}-alone.json").read_text())
+        for process in range(2):
+            found = json.loads((tmp_path / f"{name}-{process}.json").read_text())
+            for one, two in zip(expected["history"], found["history"], strict=True):
+                for key in COMPARED:
+                    assert two[key] == pytest.approx(one[key], rel=2e-5, abs=2e-6), (name, one["step"], key)
+            assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+            assert np.allclose(found["predicted"], expected["predicted"], rtol=2e-4, atol=2e-6), name
+            assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=2e-5, abs=2e-6), name
+        assert len(expected["history"]) == settings["max_steps"]
