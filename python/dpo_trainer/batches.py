@@ -31,6 +31,7 @@ class Batching:
         pairs: pairs per batch. Not used with `max_tokens`.
         max_tokens: most tokens per batch as the padded layout counts them: two rows a pair, as long as the longest. The
             other layouts need fewer.
+        pad_to_multiple_of: what lengths are rounded up to a multiple of.
         strategy: "random"; "group_by_length": random, but with pairs of similar length in a step, and the longest first
             of all, so that what does not fit into memory shows at once; "sequential".
         accumulation: batches that a process accumulates to a step.
@@ -40,6 +41,7 @@ class Batching:
 
     pairs: int
     max_tokens: int | None = None
+    pad_to_multiple_of: int | None = None
     strategy: str = "group_by_length"
     accumulation: int = 1
     num_processes: int = 1
@@ -51,11 +53,15 @@ class Batching:
 
     def check(self, length: int) -> None:
         """Raise ConfigError if a pair whose longer side has `length` tokens exceeds `max_tokens` alone."""
-        if self.max_tokens is not None and 2 * length > self.max_tokens:
+        if self.max_tokens is not None and self.tokens(length) > self.max_tokens:
             raise ConfigError(
-                f"max_tokens: {self.max_tokens} is less than the {2 * length} tokens of a single pair (its longer side, "
-                f"twice: 2 x {length}); raise it, or lower max_length"
+                f"max_tokens: {self.max_tokens} is less than the {self.tokens(length)} tokens of a single pair (2 x {length}, "
+                "its longer side); raise it, or lower max_length"
             )
+
+    def tokens(self, length: int) -> int:
+        """What a pair takes of `max_tokens` when no longer one is in the batch."""
+        return 2 * (length + -length % (self.pad_to_multiple_of or 1))
 
     def steps(self, lengths: Sequence[int], epoch: int, fixed: bool = False) -> tuple[list[Batches], Batches]:
         """The full steps of an epoch in order, and the batches left over, which fill no step.
@@ -86,7 +92,7 @@ class Batching:
             # Sorted within pools of neighbours in the random order, so that every epoch groups other pairs.
             count = self.pairs
             if self.max_tokens is not None:
-                count = max(self.max_tokens * len(order) // max(2 * sum(lengths), 1), 1)
+                count = max(self.max_tokens * len(order) // max(sum(map(self.tokens, lengths)), 1), 1)
             pool = POOL * count * self.batches_per_step
             pools = [order[start : start + pool] for start in range(0, len(order), pool)]
             order = [index for part in pools for index in sorted(part, key=lambda index: -lengths[index])]
@@ -96,7 +102,7 @@ class Batching:
         longest = 0
         for index in order:
             longest = max(longest, lengths[index])
-            if not batches or 2 * longest * (len(batches[-1]) + 1) > self.max_tokens:
+            if not batches or self.tokens(longest) * (len(batches[-1]) + 1) > self.max_tokens:
                 batches.append([])
                 longest = lengths[index]
             batches[-1].append(index)
@@ -190,14 +196,14 @@ class PairStream(IterableDataset):
         for row in self._all():
             rule.check(row["length"])
             waiting.append(row)
-            size += 1 if rule.max_tokens is None else 2 * row["length"]
+            size += 1 if rule.max_tokens is None else rule.tokens(row["length"])
             if size >= enough:
                 steps, rest = rule.steps([row["length"] for row in waiting], pools)
                 for step in steps:
                     for batch in step:
                         yield [waiting[index] for index in batch]
                 waiting = [waiting[index] for batch in rest for index in batch]
-                size = sum(1 if rule.max_tokens is None else 2 * row["length"] for row in waiting)
+                size = sum(1 if rule.max_tokens is None else rule.tokens(row["length"]) for row in waiting)
                 pools += 1
 
     def _all(self) -> Iterator[dict[str, Any]]:

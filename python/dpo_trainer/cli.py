@@ -30,8 +30,10 @@ INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
 RUN_KEYS = {
     "model": "The model to train: a folder, a hub name or a .gguf file.",
     "ref_model": "The reference, where it is not the model as it starts: a folder, a hub name or a .gguf file.",
-    "train_data": "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected.",
+    "train_data": "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected, a folder saved by "
+    "datasets, or a data set of the hub (owner/name:split).",
     "eval_data": "Held-out pairs in the same form; evaluated at the start and after each quarter unless set otherwise.",
+    "streaming": "Read train_data while training, not before; needs max_steps.",
     "output_dir": "Folder for the model, checkpoints, metrics.jsonl, summary.json and report.html.",
     "lora": "Train a LoRA adapter, not the whole model: fields of peft's LoraConfig, e.g. --lora.r 16.",
 }
@@ -144,7 +146,7 @@ def _run(
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     from .config import DPOConfig
-    from .data import load_pairs
+    from .data import load_pairs, stream_pairs
     from .inspection import Inspector
     from .json_lines import JsonLines
     from .model import load_model, load_tokenizer
@@ -168,7 +170,9 @@ def _run(
         checkpoint = _given_checkpoint(config.resume_from_checkpoint)
     peft_config = lora_config(settings["lora"]) if settings.get("lora") is not None else None
 
-    train_data = load_pairs(settings["train_data"])
+    if settings.get("streaming") and config.max_steps <= 0:
+        raise ConfigError("max_steps: must be given with streaming, which does not tell how many pairs there are")
+    train_data = (stream_pairs if settings.get("streaming") else load_pairs)(settings["train_data"])
     eval_data = load_pairs(settings["eval_data"]) if settings.get("eval_data") is not None else None
     tokenizer = load_tokenizer(settings["model"])
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
@@ -186,19 +190,24 @@ def _run(
         return trainer.inspect()
     if json_stream is not None:
         trainer.add_callback(JsonLines(trainer, json_stream))
-    if not quiet:
+    first = trainer.is_world_process_zero()
+    if not quiet and first:
         for account in trainer.accounts:
-            if not account.dropped:  # the trainer has told about the others
+            if not account.dropped and not account.streamed:  # the trainer has told about the others
                 print(account.describe(), file=sys.stderr)
-    if "--overwrite" in switches:
-        clear_run(output_dir)
-    if trainer.is_world_process_zero():
+    if first:
+        if "--overwrite" in switches:
+            clear_run(output_dir)
         write_aside(output_dir / SETTINGS, json.dumps(_plain(settings), indent=2) + "\n")
-    if checkpoint is not None and not quiet:
+    trainer.accelerator.wait_for_everyone()  # before another process writes what this one clears
+    if checkpoint is not None and not quiet and first:
         print(f"going on from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model()
-    if not quiet:
+    if not quiet and first:
+        for account in trainer.accounts:
+            if account.streamed:
+                print(account.describe(), file=sys.stderr)
         print(f"model and report.html are in {output_dir}", file=sys.stderr)
     return {}
 
@@ -290,7 +299,7 @@ def _hints() -> dict[str, Any]:
 
     types_of = typing.get_type_hints(DPOConfig)
     fields = {item.name: types_of[item.name] for item in dataclasses.fields(DPOConfig) if item.init}
-    return {**fields, **dict.fromkeys(RUN_KEYS, str | None), "lora": dict[str, Any] | None}
+    return {**fields, **dict.fromkeys(RUN_KEYS, str | None), "lora": dict[str, Any] | None, "streaming": bool}
 
 
 def check_setting(key: str, value: Any, hints: dict[str, Any]) -> Any:

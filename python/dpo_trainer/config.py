@@ -19,6 +19,7 @@ from .batches import STRATEGIES
 from .diagnostics import DIAGNOSES, Limits
 from .errors import ConfigError, did_you_mean
 from .layout import LAYOUTS
+from .prepare import FILTERS
 
 LOSS_PATHS = ("auto", "linear", "logits")
 OPPONENTS = ("reference", "chosen")
@@ -135,6 +136,16 @@ class DPOConfig(TrainingArguments):
         default=None, metadata={"help": "Round the padded length of a batch up to a multiple of this."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenise with."})
+    filters: list[str] = field(
+        default_factory=lambda: list(FILTERS),
+        metadata={
+            "help": "Pairs to leave out: 'identical' (chosen equals rejected), 'empty' (a blank completion), 'truncated' "
+            "(nothing of a completion is left), 'duplicates' (of an earlier pair). []: keep all."
+        },
+    )
+    min_weight: float | None = field(
+        default=None, metadata={"help": "Leave out pairs whose 'weight' (confidence) is below this."}
+    )
 
     # The models.
     precompute_ref_log_probs: bool = field(
@@ -286,6 +297,9 @@ class DPOConfig(TrainingArguments):
             ("pad_to_multiple_of", 1),
             ("dataset_num_proc", 1),
             ("precompute_ref_batch_size", 1),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
             ("ref_model_sync_steps", 1),
             ("sample_prompts", 0),
             ("sample_max_new_tokens", 1),
@@ -308,6 +322,13 @@ class DPOConfig(TrainingArguments):
                 raise ConfigError(
                     f"statistics: unknown '{name}'{did_you_mean(name, STATISTICS)}; known are {', '.join(STATISTICS)}"
                 )
+        for name in self.filters:
+            if name not in FILTERS:
+                raise ConfigError(
+                    f"filters: unknown '{name}'{did_you_mean(name, FILTERS)}; known are {', '.join(FILTERS)}"
+                )
+        if self.min_weight is not None and not self.min_weight >= 0:
+            raise ConfigError(f"min_weight: must not be negative, got {self.min_weight}")
         if self.train_sampling_strategy not in STRATEGIES:
             raise ConfigError(
                 f"train_sampling_strategy: unknown '{self.train_sampling_strategy}'"

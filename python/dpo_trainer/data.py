@@ -1,95 +1,139 @@
-"""From preference files to tokenised pairs: reading, checking, the prompt boundary, truncation, what was dropped."""
+"""Preference data as people have them: files, folders, hub names and streams, every row checked and named when it is bad."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from .errors import DataError, did_you_mean, first_line
 
-REQUIRED = ("prompt", "chosen", "rejected")
+SIDES = ("chosen", "rejected")
+TEXTS = ("prompt", *SIDES)
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-COLUMNS = (*REQUIRED, "weight", *REFERENCE)
+COLUMNS = (*TEXTS, "tools", "weight", *REFERENCE)
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
+#: What other data sets call the prompt. Where there is one, a missing prompt is not a prompt within the conversations.
+PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "prompts")
 
 Where = Callable[[int], str]
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- whole data sets -----------------------------------------------------------------------------------------------
 
 
 def load_pairs(path: str | Path) -> Any:
-    """Read a preference file into a `datasets.Dataset` with the columns of a pair, every row checked.
+    """Read preference data into a `datasets.Dataset` with the columns of a pair, every row checked.
 
     Args:
-        path: a .jsonl, .json (a list of objects), .parquet or .csv file, or a folder made by `Dataset.save_to_disk`.
+        path: a .jsonl, .json (a list of objects), .parquet or .csv file, a folder made by `Dataset.save_to_disk`, or the
+            name of a data set on the hub, "owner/name" or "owner/name:split".
 
     Raises:
         DataError: naming the file and the line or row.
     """
     import datasets
 
-    path = Path(path).expanduser()
+    name, path = str(path), Path(path).expanduser()
     if not path.exists():
-        raise DataError(f"{path}: no such file")
+        return _checked(_from_hub(name, streaming=False), name)
     if path.is_dir():
-        try:
-            dataset = datasets.load_from_disk(str(path))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a folder saved by datasets ({first_line(error)})") from error
-        if isinstance(dataset, datasets.DatasetDict):
-            raise DataError(
-                f"{path}: holds several splits ({', '.join(dataset)}); name one, e.g. {path / next(iter(dataset))}"
-            )
-        return _checked(dataset, str(path))
-    if path.suffix in (".jsonl", ".json"):
-        rows, lines = _read_jsonl(path) if path.suffix == ".jsonl" else _read_json(path)
-        unit = f"{path}:" if lines else f"{path}: row "
-        _check_rows(rows, lambda index: f"{unit}{lines[index] if lines else index + 1}", str(path))
-        return datasets.Dataset.from_list([{name: row[name] for name in COLUMNS if name in row} for row in rows])
-    if path.suffix in (".parquet", ".csv"):
-        # Read by pyarrow and pandas directly: datasets' own readers would copy the file into a cache first.
-        try:
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
+        return _checked(_saved(path), str(path))
+    if path.suffix == ".parquet":
+        with _readable(path):
+            import pyarrow.parquet
 
-                dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
-            else:
-                import pandas
-
-                frame = pandas.read_csv(path, dtype=dict.fromkeys(REQUIRED, str), keep_default_na=False)
-                dataset = datasets.Dataset.from_pandas(frame, preserve_index=False)
-        except (OSError, ValueError) as error:  # pyarrow's and pandas' parsing errors are ValueErrors
-            raise DataError(f"{path}: not readable as {path.suffix[1:]} ({first_line(error)})") from error
+            # Not by datasets' own reader, which would copy the file into a cache first.
+            dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
         return _checked(dataset, str(path))
-    raise DataError(
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+    if path.suffix not in readers:
+        raise _unknown_format(path)
+    located = list(readers[path.suffix](path))
+    rows, places = [row for _, row in located], [place for place, _ in located]
+    _check_rows(rows, places.__getitem__, str(path))
+    return _named(table_of(rows, places.__getitem__), str(path))
+
+
+def _named(dataset: Any, name: str) -> Any:
+    """The dataset, knowing where it came from: messages about its rows then say so."""
+    dataset.info.dataset_name = name
+    return dataset
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors of pyarrow and pandas while they read a file, as one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # their parsing errors are ValueErrors
+        raise DataError(f"{path}: not readable as {path.suffix[1:]} ({first_line(error)})") from error
+
+
+def _unknown_format(path: Path) -> DataError:
+    return DataError(
         f"{path}: unknown format '{path.suffix}'; known are {', '.join(FORMATS)} and folders saved by datasets"
     )
 
 
-def _read_jsonl(path: Path) -> tuple[list[Any], list[int]]:
-    rows, lines = [], []
+def _saved(path: Path) -> Any:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a folder saved by datasets ({first_line(error)})") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        raise DataError(
+            f"{path}: holds several splits ({', '.join(dataset)}); name one, e.g. {path / next(iter(dataset))}"
+        )
+    return dataset
+
+
+def _from_hub(name: str, *, streaming: bool) -> Any:
+    """A data set on the hub, by "owner/name" or "owner/name:split"; without a split, its only one."""
+    import datasets
+
+    hub_name, _, split = name.partition(":")
+    local = Path(hub_name)
+    if local.is_absolute() or hub_name.startswith((".", "~")) or hub_name.count("/") > 1 or local.suffix in FORMATS:
+        raise DataError(f"{name}: no such file")
+    try:
+        dataset: Any = datasets.load_dataset(hub_name, split=split or None, streaming=streaming)
+    except Exception as error:  # whatever the network, the hub or a data set's own reader raises
+        raise DataError(f"{name}: no such file, and not to be had from the hub ({first_line(error)})") from error
+    if isinstance(dataset, dict):
+        if len(dataset) > 1:
+            first = next(iter(dataset))
+            raise DataError(f"{name}: holds several splits ({', '.join(dataset)}); name one, e.g. {name}:{first}")
+        dataset = next(iter(dataset.values()))
+    return dataset
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every line that is not blank."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
             try:
-                rows.append(json.loads(raw.decode("utf-8")))
+                yield f"{path}:{number}", json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-            lines.append(number)
-    return rows, lines
 
 
-def _read_json(path: Path) -> tuple[list[Any], list[int]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8"))
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -97,79 +141,246 @@ def _read_json(path: Path) -> tuple[list[Any], list[int]]:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of objects, found {_kind(rows)}")
-    return rows, []
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: row {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pandas
+
+    number = 0
+    with _readable(path):
+        # As text: what pandas makes of a column depends on all of its rows, so that a bad one would spoil good ones.
+        for frame in pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=1024):
+            for row in frame.to_dict("records"):
+                number += 1
+                for name in ("weight", *REFERENCE):
+                    if name in row:
+                        with contextlib.suppress(ValueError):
+                            row[name] = float(row[name])
+                yield f"{path}: row {number}", row
+        if number == 0:
+            check_columns(list(frame.columns), str(path))
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    number = 0
+    with _readable(path):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
 
 
 def _checked(dataset: Any, name: str) -> Any:
     check_columns(dataset.column_names, name)
     dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
     _check_rows(dataset, lambda index: f"{name}: row {index + 1}", name)
-    return dataset
+    return _named(dataset, name)
 
 
 def _check_rows(rows: Any, where: Where, name: str) -> None:
     if len(rows) == 0:
         raise DataError(f"{name}: no rows")
-    expected: list[str] | None = None
+    check = RowCheck()
     for index, row in enumerate(rows):
-        check_row(row, where(index), expected)
-        if expected is None:
-            expected = [column for column in COLUMNS if column in row]
+        check(row, where(index))
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], where: Where) -> Any:
+    """Checked rows as a `datasets.Dataset`; `tools` as JSON text, since a table would give all of them the same keys.
+
+    Raises:
+        DataError: naming the first row whose values have other types than those before it.
+    """
+    import datasets
+
+    def table(count: int) -> Any:
+        taken = [_tools_as_text(row) for row in rows[:count]]
+        return datasets.Dataset.from_list([{name: row[name] for name in COLUMNS if name in row} for row in taken])
+
+    mistakes = (ValueError, TypeError, OverflowError)  # pyarrow's errors are of these kinds
+    try:
+        return table(len(rows))
+    except mistakes as error:
+        good, bad = 0, len(rows)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            try:
+                table(middle)
+                good = middle
+            except mistakes:
+                bad = middle
+        raise DataError(
+            f"{where(bad - 1)}: a value has another type than in earlier rows ({first_line(error)})"
+        ) from error
+
+
+def _tools_as_text(row: Any) -> Any:
+    if isinstance(row, Mapping) and not isinstance(row.get("tools", ""), str):
+        return {**row, "tools": json.dumps(row["tools"])}
+    return row
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+
+class RowStream(IterableDataset):
+    """Rows that are read and checked one at a time, each with its place; a pass over them may be made again.
+
+    Args:
+        name: of the file or data set, for messages.
+        located: makes an iterator over (place, row), where the place names the row to a person, for a pass from 0.
+    """
+
+    def __init__(self, name: str, located: Callable[[int], Iterable[tuple[str, Any]]]) -> None:
+        self.name, self._located = name, located
+
+    def located(self, number: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(place, checked row) of every row, in the pass of this number."""
+        check = RowCheck()
+        for place, row in self._located(number):
+            check(row, place)
+            yield place, row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row for _, row in self.located())
+
+
+def stream_pairs(path: str | Path) -> RowStream:
+    """The pairs of `load_pairs`, read while training: for data that are too large to be read beforehand.
+
+    Args:
+        path: a .jsonl, .parquet or .csv file, a folder made by `Dataset.save_to_disk`, or the name of a data set on the
+            hub, "owner/name" or "owner/name:split".
+
+    Raises:
+        DataError: it does not exist or cannot be streamed. Bad rows are found when they are read.
+    """
+    name, path = str(path), Path(path).expanduser()
+    if not path.exists():
+        return stream_of(_from_hub(name, streaming=True), name)
+    if path.is_dir():
+        return stream_of(_saved(path).to_iterable_dataset(), str(path))
+    if path.suffix == ".jsonl":
+        return RowStream(str(path), lambda _: ((place, _tools_as_text(row)) for place, row in _jsonl_rows(path)))
+    if path.suffix in (".parquet", ".csv"):
+        rows = _parquet_rows if path.suffix == ".parquet" else _csv_rows
+        return RowStream(str(path), lambda _: rows(path))
+    if path.suffix == ".json":
+        raise DataError(f"{path}: a .json list is read as a whole; to stream it, write one object a line as .jsonl")
+    raise _unknown_format(path)
+
+
+def stream_of(dataset: Any, name: str) -> RowStream:
+    """A `datasets.IterableDataset`, or any other iterable over rows, as a RowStream."""
+    if isinstance(dataset, RowStream):
+        return dataset
+
+    def located(number: int) -> Iterator[tuple[str, Any]]:
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(number)  # another order, where the dataset shuffles
+        for index, row in enumerate(dataset, 1):
+            yield f"{name}: row {index}", row
+
+    return RowStream(name, located)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
 def check_columns(columns: Sequence[str], where: str) -> None:
-    """Raise DataError when a required column is missing, naming the ones that are there."""
-    for name in REQUIRED:
+    """Raise DataError when a needed column is missing, naming the ones that are there."""
+    for name in SIDES:
         if name not in columns:
             raise DataError(
                 f"{where}: no column '{name}'; it has {', '.join(columns) or 'none'}{did_you_mean(name, columns)}"
             )
+    if "prompt" not in columns:
+        others = [name for name in columns if name not in COLUMNS]
+        like = next((name for name in PROMPT_LIKE if name in others), None)
+        hint = f" (did you mean '{like}'?)" if like is not None else did_you_mean("prompt", others)
+        if hint:
+            raise DataError(f"{where}: no column 'prompt'; it has {', '.join(columns)}{hint}")
     if (REFERENCE[0] in columns) != (REFERENCE[1] in columns):
         missing = REFERENCE[0] if REFERENCE[0] not in columns else REFERENCE[1]
         raise DataError(f"{where}: no column '{missing}'; reference log-probabilities come in pairs")
 
 
-def check_row(row: Any, where: str, expected: Sequence[str] | None = None) -> None:
-    """Raise DataError, starting with `where`, unless the row is a usable pair.
+class RowCheck:
+    """Checks rows one after the other: each a usable pair, and of the same kind as the first."""
+
+    def __init__(self) -> None:
+        self._columns: list[str] | None = None
+        self._kind = ""
+
+    def __call__(self, row: Any, where: str) -> None:
+        """Raise DataError, starting with `where` (for instance "pairs.jsonl:17"), unless the row is like the others."""
+        kind = check_row(row, where)
+        if self._columns is None:
+            self._columns, self._kind = [column for column in COLUMNS if column in row], kind
+        for name in COLUMNS:
+            if name in self._columns and name not in row:
+                raise DataError(f"{where}: no column '{name}', which earlier rows have")
+            if name in row and name not in self._columns:
+                raise DataError(f"{where}: a column '{name}', which earlier rows do not have")
+        if kind != self._kind:
+            raise DataError(f"{where}: {kind}, where earlier rows are {self._kind}; use one of them for all rows")
+
+
+def check_row(row: Any, where: str) -> str:
+    """Raise DataError, starting with `where`, unless the row is a usable pair; returns its kind, "text" or "chat messages".
 
     Args:
-        row: an object with prompt, chosen, rejected: three strings or three lists of messages; optional weight
-            and reference log-probabilities.
+        row: an object with chosen and rejected, and prompt unless they are whole texts or conversations: strings or
+            lists of messages; optional tools, weight and reference log-probabilities.
         where: how to name the row to a person, for instance "pairs.jsonl:17".
-        expected: columns that the first row had and so every row must have.
     """
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object with {', '.join(REQUIRED)}, found {_kind(row)}")
+        raise DataError(f"{where}: expected an object with {', '.join(TEXTS)}, found {_kind(row)}")
     check_columns(list(row), where)
-    for name in expected or ():
-        if name not in row:
-            raise DataError(f"{where}: no column '{name}', which earlier rows have")
     kinds = {}
-    for name in REQUIRED:
+    for name in TEXTS:
+        if name not in row:
+            continue
         value = row[name]
         if isinstance(value, str):
             kinds[name] = "text"
-            if name != "prompt" and not value.strip():
-                raise DataError(f"{where}: empty completion in '{name}'")
         elif isinstance(value, list):
             kinds[name] = "chat"
             _check_messages(value, name, where)
         else:
             raise DataError(f"{where}: '{name}' must be text or a list of messages, found {_kind(value)}")
     if len(set(kinds.values())) > 1:
-        described = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
-        raise DataError(f"{where}: text and chat are mixed ({described}); use one of them for all three")
+        # A prompt as text beside two conversations that begin alike: the conversations say it all.
+        told_twice = kinds["chosen"] == kinds["rejected"] == "chat" and shared_prefix(row["chosen"], row["rejected"])
+        if not told_twice:
+            described = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
+            raise DataError(f"{where}: text and chat are mixed ({described}); use one of them for all three")
+    if "prompt" not in row and not shared_prefix(row["chosen"], row["rejected"]):
+        raise DataError(f"{where}: no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one")
+    _check_tools(row.get("tools"), where)
     for name in ("weight", *REFERENCE):
         if name not in row:
             continue
         value = row[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
             raise DataError(f"{where}: '{name}' must be a finite number, found {_shown(value)}")
         if name == "weight" and value < 0:
             raise DataError(f"{where}: 'weight' must not be negative, found {value}")
+    if kinds["chosen"] == "text":
+        return "text"
+    split_row(row, where)
+    return "chat messages"
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _check_messages(messages: list[Any], name: str, where: str) -> None:
@@ -181,9 +392,18 @@ def _check_messages(messages: list[Any], name: str, where: str) -> None:
         content, calls = message.get("content"), message.get("tool_calls")
         if not isinstance(content, str) and not calls:
             raise DataError(f"{where}: message {number} of '{name}' has no text in 'content' (found {_kind(content)})")
-    last = messages[-1]
-    if name != "prompt" and not (last.get("content") or "").strip() and not last.get("tool_calls"):
-        raise DataError(f"{where}: empty completion in '{name}'")
+
+
+def _check_tools(tools: Any, where: str) -> None:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(
+                f"{where}: 'tools' must be a list of objects or its JSON text, found {_shown(tools)}"
+            ) from error
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise DataError(f"{where}: 'tools' must be a list of objects or its JSON text, found {_kind(tools)}")
 
 
 def _kind(value: Any) -> str:
@@ -196,255 +416,58 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-# --- tokens --------------------------------------------------------------------------------------------------------
+# --- prompt and completions ----------------------------------------------------------------------------------------
 
 
-def tokenize_pair(
-    row: Mapping[str, Any],
-    tokenizer: Any,
-    *,
-    max_length: int | None = None,
-    max_prompt_length: int | None = None,
-    truncation_mode: str = "keep_end",
-    append_eos: bool = True,
-    where: str = "row",
-) -> dict[str, list[int]]:
-    """Token ids of one pair: `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`.
+def split_row(row: Mapping[str, Any], where: str = "row") -> tuple[Any, Any, Any, list[Any] | None]:
+    """(prompt, chosen, rejected, tools) of a checked row, texts or lists of messages.
 
-    Prompt and completion are tokenised together, because that is how the text reads: cutting first would give
-    tokens no generation produces (" great" after a prompt that ends in a space). The prompt then owns the tokens that
-    its own tokenisation shares with *both* joined ones. Usually these are all of them; where a token straddles the
-    boundary, it belongs to the completions. Both completions of a pair so answer the same prompt, to the token.
-
-    Text completions get the end-of-sequence token unless they end in it, or `append_eos` is false: then they end as
-    the tokenizer leaves them, for completions that were cut off and do not teach where to stop. Chat rows are rendered
-    by the tokenizer's chat template, which also decides how a turn ends.
-
-    Truncation to `max_length` (see `truncate`) comes last.
-    """
-    if isinstance(row["prompt"], str):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        sides = [tokenizer(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")]
-        end = tokenizer.eos_token_id
-        if append_eos and end is not None:
-            sides = [ids if ids and ids[-1] == end else [*ids, end] for ids in sides]
-    else:
-        texts = [render_chat(tokenizer, row["prompt"], row[side], where) for side in ("chosen", "rejected")]
-        # The template writes the special tokens itself. A template may treat an answer's start specially: the shorter
-        # prompt of the two is the shared one.
-        prompt_text = min((prompt_text for prompt_text, _ in texts), key=len)
-        prompt = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-        sides = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in texts]
-
-    boundary = min(_shared_prefix(prompt, ids) for ids in sides)
-    chosen, rejected = (ids[boundary:] for ids in sides)
-    prompt, chosen, rejected = truncate(
-        prompt[:boundary],
-        chosen,
-        rejected,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        mode=truncation_mode,
-        bos_token_id=getattr(tokenizer, "bos_token_id", None),
-    )
-    return {"prompt_input_ids": prompt, "chosen_input_ids": chosen, "rejected_input_ids": rejected}
-
-
-def render_chat(tokenizer: Any, prompt: list[Any], completion: list[Any], where: str = "row") -> tuple[str, str]:
-    """Text of the prompt (with the generation prompt) and of prompt + completion, the first a prefix of the second.
-
-    Some templates render the start of an answer in two ways (an empty thinking block, say); then the common part counts
-    as the prompt, as long as it holds all of its messages.
+    Without a prompt of its own, what chosen and rejected have in common at their beginning is the prompt: characters of
+    two texts, messages of two conversations (all but the last, where they are equal). Messages, and tools that are not
+    JSON text, lose the keys that hold nothing: a table gives every object the union of all keys.
 
     Raises:
-        DataError: no chat template, a template that refuses these messages, or one that changes the prompt once an
-            answer follows.
+        DataError: the conversations part at a message that is not an answer.
     """
-    from jinja2 import TemplateError
+    chosen, rejected = row["chosen"], row["rejected"]
+    prompt, tools = row.get("prompt"), row.get("tools")
+    tools = (json.loads(tools) if tools.strip() else None) if isinstance(tools, str) else _without_nothing(tools)
+    if isinstance(chosen, str):
+        if prompt is None:
+            start = shared_prefix(chosen, rejected)
+            prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+        return prompt, chosen, rejected, tools or None
+    chosen, rejected = _without_nothing(chosen), _without_nothing(rejected)
+    if isinstance(prompt, list):
+        prompt = _without_nothing(prompt)
+        if all(side[: len(prompt)] == prompt for side in (chosen, rejected)):  # whole conversations all the same
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    else:
+        start = shared_prefix(chosen, rejected)
+        if chosen == rejected:
+            start -= 1
+        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side and side[0]["role"] in ("user", "system"):
+            raise DataError(
+                f"{where}: the first message of '{name}' after the prompt is of '{side[0]['role']}', not the assistant's"
+            )
+    return prompt, chosen, rejected, tools or None
 
-    # Arrow gives every message the union of all keys, with None where a message had none.
-    prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-    completion = [{key: value for key, value in message.items() if value is not None} for message in completion]
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(f"{where}: rows are chat messages but the tokenizer has no chat template; use text or set one")
-    try:
-        open_turn = prompt[-1]["role"] == "assistant"
-        kind = {"continue_final_message": True} if open_turn else {"add_generation_prompt": True}
-        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, **kind)
-        if open_turn:  # the completion goes on with the assistant's message
-            head, *rest = completion
-            joined = {**prompt[-1], "content": prompt[-1]["content"] + (head.get("content") or "")}
-            full_text = tokenizer.apply_chat_template([*prompt[:-1], joined, *rest], tokenize=False)
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nothing(item) for key, item in value.items() if item is not None}
+    return [_without_nothing(item) for item in value] if isinstance(value, list) else value
+
+
+def shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # halving: slices are compared at C speed
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
         else:
-            full_text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        if not full_text.startswith(prompt_text):
-            bare = prompt_text if open_turn else tokenizer.apply_chat_template(prompt, tokenize=False)
-            if not full_text.startswith(bare):
-                raise DataError(
-                    f"{where}: the chat template renders the prompt differently once an answer follows it, "
-                    "so the answer's tokens cannot be told apart; use another template, or text rows"
-                )
-            prompt_text = full_text[: _shared_prefix(prompt_text, full_text)]
-    except (TemplateError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: the chat template refuses these messages: {first_line(error)}") from error
-    return prompt_text, full_text
-
-
-def truncate(
-    prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
-    *,
-    max_length: int | None,
-    max_prompt_length: int | None,
-    mode: str,
-    bos_token_id: int | None = None,
-) -> tuple[list[int], list[int], list[int]]:
-    """Cut a pair so that prompt + completion has at most `max_length` tokens on either side.
-
-    The prompt is first cut to `max_prompt_length`. Then `keep_end` drops the start of the prompt, by the same amount
-    for both sides, as far as the longer completion asks for and a single token remains; `keep_start` leaves the prompt.
-    What is still too long loses the end of its completion. A leading BOS survives any cut of the prompt.
-    The two sides always keep the same prompt: log-probabilities after different prompts could not be compared.
-    """
-
-    def cut_prompt(length: int) -> list[int]:
-        if len(prompt) <= length:
-            return prompt
-        if mode == "keep_start":
-            return prompt[:length]
-        if length > 1 and bos_token_id is not None and prompt[0] == bos_token_id:
-            return [prompt[0], *prompt[len(prompt) - length + 1 :]]
-        return prompt[len(prompt) - length :]
-
-    if max_prompt_length is not None:
-        prompt = cut_prompt(max_prompt_length)
-    if max_length is not None:
-        if mode == "keep_end":
-            prompt = cut_prompt(max(max_length - max(len(chosen), len(rejected)), 1))
-        room = max(max_length - len(prompt), 0)
-        prompt, chosen, rejected = prompt[:max_length], chosen[:room], rejected[:room]
-    return prompt, chosen, rejected
-
-
-def _shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
-
-
-# --- datasets ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Account:
-    """What became of a dataset's rows on the way to training."""
-
-    name: str
-    rows: int
-    identical: int
-    cut: int
-    tokens: int
-
-    @property
-    def kept(self) -> int:
-        return self.rows - self.identical - self.cut
-
-    @property
-    def dropped(self) -> int:
-        return self.identical + self.cut
-
-    def describe(self) -> str:
-        """One line for people: rows kept, and the reasons for the others."""
-        reasons = []
-        if self.identical:
-            reasons.append(f"{self.identical:,} with chosen equal to rejected")
-        if self.cut:
-            reasons.append(f"{self.cut:,} with nothing of a completion left after truncation")
-        tail = f"; dropped {' and '.join(reasons)}" if reasons else ""
-        return f"{self.name}: {self.kept:,} of {self.rows:,} pairs kept, {self.tokens:,} tokens{tail}"
-
-
-def prepare_dataset(
-    dataset: Any,
-    tokenizer: Any,
-    *,
-    name: str,
-    max_length: int | None,
-    max_prompt_length: int | None,
-    truncation_mode: str,
-    append_eos: bool = True,
-    num_proc: int | None = None,
-) -> tuple[Any, Account]:
-    """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
-
-    Returns the dataset with `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (tokens of the
-    longer side, for `train_sampling_strategy="group_by_length"`) and, where given, `weight` and the reference
-    log-probabilities; and the account of what was dropped: pairs whose sides are equal (before or after truncation,
-    their gradient is zero) and pairs of which a side has no token left to score. Datasets that are tokenised already
-    pass through.
-
-    Raises:
-        DataError: naming the row, or saying that nothing is left.
-    """
-    import datasets
-
-    if isinstance(dataset, (list, tuple)):
-        _check_rows(dataset, lambda index: f"{name} row {index + 1}", name)
-        dataset = datasets.Dataset.from_list([{key: row[key] for key in COLUMNS if key in row} for row in dataset])
-    if not isinstance(dataset, datasets.Dataset):
-        raise DataError(f"{name}: expected a datasets.Dataset or a list of rows, found {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise DataError(f"{name}: no rows")
-    if "prompt_input_ids" not in dataset.column_names:
-        check_columns(dataset.column_names, name)
-        keep = [column for column in ("weight", *REFERENCE) if column in dataset.column_names]
-        dataset = dataset.map(
-            _tokenize_row,
-            with_indices=True,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "name": name,
-                "max_length": max_length,
-                "max_prompt_length": max_prompt_length,
-                "truncation_mode": truncation_mode,
-                "append_eos": append_eos,
-            },
-            remove_columns=[column for column in dataset.column_names if column not in keep],
-            num_proc=num_proc,
-            desc=f"Tokenising {name}",
-        )
-        status = dataset["status"]
-        rows, identical, cut = len(dataset), sum(s == "identical" for s in status), sum(s == "cut" for s in status)
-        if identical or cut:
-            dataset = dataset.select([index for index, s in enumerate(status) if s == "kept"])
-        dataset = dataset.remove_columns("status")
-    else:
-        rows, identical, cut = len(dataset), 0, 0
-    tokens = sum(
-        2 * len(row["prompt_input_ids"]) + len(row["chosen_input_ids"]) + len(row["rejected_input_ids"])
-        for row in dataset.select_columns(["prompt_input_ids", "chosen_input_ids", "rejected_input_ids"])
-    )
-    account = Account(name, rows, identical, cut, tokens)
-    if account.kept == 0:
-        raise DataError(f"{account.describe()}; nothing is left to train on")
-    return dataset, account
-
-
-def _tokenize_row(row: dict[str, Any], index: int, *, tokenizer: Any, name: str, **limits: Any) -> dict[str, Any]:
-    where = f"{name} row {index + 1}"
-    check_row(row, where)
-    ids = tokenize_pair(row, tokenizer, where=where, **limits)
-    scored = min(
-        len(ids["prompt_input_ids"]) + len(ids[side]) - max(len(ids["prompt_input_ids"]), 1)
-        for side in ("chosen_input_ids", "rejected_input_ids")
-    )
-    if ids["chosen_input_ids"] == ids["rejected_input_ids"]:
-        status = "identical" if scored > 0 else "cut"
-    else:
-        status = "kept" if scored > 0 else "cut"
-    longer = max(len(ids["chosen_input_ids"]), len(ids["rejected_input_ids"]))
-    return {**ids, "length": len(ids["prompt_input_ids"]) + longer, "status": status}
+            high = middle - 1
+    return low

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_utils import has_length
 
 from dpo_kernels import objectives, planner
 
@@ -104,7 +105,7 @@ class Inspector(DPOTrainer):
         """Steps and tokens of an epoch, from the batches that training would get; `largest` has most scored tokens."""
         args = self.args
         loader = self.get_train_dataloader()
-        sized = hasattr(loader, "__len__")
+        sized = has_length(loader)
         tokens, held, seen, largest = 0, 0, 0, None
         for batch in loader:
             tokens += int(batch["num_tokens"])

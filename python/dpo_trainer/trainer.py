@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -25,12 +26,12 @@ from transformers.trainer_utils import rotate_checkpoints, seed_worker
 from dpo_kernels import DPOOutput, dpo_loss, length_desensitized_weights, linear_dpo_loss, objectives, use_backend
 
 from . import report
-from .batches import Batching, PairBatchSampler
+from .batches import Batching, PairBatchSampler, PairStream
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .checkpoints import load_state, save_state, written_aside
 from .collator import PairCollator
 from .config import DPOConfig
-from .data import REFERENCE, Account, prepare_dataset
+from .data import REFERENCE
 from .diagnostics import Diagnostics
 from .errors import ConfigError, DataError, ModelError, first_line
 from .evaluated import EvaluatedPairs, look_at
@@ -38,6 +39,7 @@ from .metrics import TINY, MetricWindow, memory_mib
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .model_card import write_card
 from .moving_reference import MovingReference
+from .prepare import Account, Preparation, PreparedStream, is_stream, prepare_dataset
 from .reference import AdapterOffReference, FrozenReference, reference_logps
 from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .samples import Samples, Scorer, load_scorer
@@ -59,9 +61,11 @@ class DPOTrainer(Trainer):
             that needs no reference gets none, unless one is given: then for the KL in the log.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
-            messages), optional `weight` (confidence: losses are weighted means), optional
-            `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference).
-        eval_dataset: the same, or a dict of several.
+            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `tools` (for the chat
+            template), optional `weight` (confidence: losses are weighted means), optional `ref_chosen_logps` and
+            `ref_rejected_logps` (summed log-probabilities under the reference); or, with `max_steps`, a stream of them: a
+            `datasets.IterableDataset`, or one of torch.
+        eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.
         peft_config: a peft config; the model is wrapped in an adapter of this kind.
@@ -168,6 +172,8 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Made once: some objectives keep a running mean between steps.
         self._objectives = objectives.build(args.loss_type)
+        if self.train_dataset is not None:
+            self._batching().check(max(self._datasets()[0]["length"]))
         self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
         self._aside: Path | None = None
         #: Single pairs of the last evaluations, by the prefix of their metrics, for the report.
@@ -199,42 +205,73 @@ class DPOTrainer(Trainer):
     # --- construction ----------------------------------------------------------------------------------------------
 
     def _tokenize(self, dataset: Any, name: str, args: DPOConfig, tokenizer: Any) -> Any:
-        dataset, account = prepare_dataset(
-            dataset,
-            tokenizer,
-            name=name,
+        preparation = Preparation(
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
             append_eos=args.append_eos,
+            filters=tuple(args.filters),
+            min_weight=args.min_weight,
             num_proc=args.dataset_num_proc,
         )
+        if is_stream(dataset):
+            self._check_streamable(name, args)
+            stream = PreparedStream(dataset, tokenizer, preparation, name=name)
+            self.accounts.append(stream.account)
+            return stream
+        dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
         self.accounts.append(account)
         if account.dropped:
             logger.warning(account.describe())
         return dataset
 
+    @staticmethod
+    def _check_streamable(name: str, args: DPOConfig) -> None:
+        if name != "train_dataset":
+            raise DataError(
+                f"{name}: is a stream, but evaluations need the same rows every time; pass a datasets.Dataset, for instance "
+                "Dataset.from_list(list(stream.take(500)))"
+            )
+        if args.max_steps <= 0:
+            raise ConfigError("max_steps: must be given with a stream of pairs, which does not tell its length")
+        if args.precompute_ref_log_probs:
+            raise ConfigError("precompute_ref_log_probs: needs all pairs before training; not possible with a stream")
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches of `PairBatchSampler`, which divides them among processes itself."""
         args, dataset = self.args, cast(Any, self.train_dataset)
-        batching = Batching(
+        if dataset is None:
+            raise DataError("train_dataset: none given, nothing to train on")
+        if isinstance(dataset, PreparedStream):
+            stream = PairStream(dataset.rows, self._batching(), process_index=self.accelerator.process_index)
+            return self._loader(stream, batch_size=None)
+        sampler = PairBatchSampler(
+            dataset["length"],
+            self._batching(),
+            process_index=self.accelerator.process_index,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self._loader(dataset, batch_sampler=sampler)
+
+    def _batching(self) -> Batching:
+        args = self.args
+        return Batching(
             pairs=self._train_batch_size,
             max_tokens=args.max_tokens,
+            pad_to_multiple_of=args.pad_to_multiple_of,
             strategy=args.train_sampling_strategy,
             accumulation=args.gradient_accumulation_steps,
             num_processes=self.accelerator.num_processes,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
-        multiple = args.pad_to_multiple_of or 1
-        lengths = [length + -length % multiple for length in dataset["length"]]
-        return self._loader(dataset, lengths, batching, drop_last=args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As transformers makes it; on several processes divided such that no pair is evaluated twice."""
         if self.accelerator.num_processes == 1:
             return super().get_eval_dataloader(eval_dataset)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._divided_in_order(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
+        everything = cast(Any, self.eval_dataset)
+        dataset = everything if eval_dataset is None else eval_dataset
+        return self._divided_in_order(everything[dataset] if isinstance(dataset, str) else dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As `get_eval_dataloader`."""
@@ -245,16 +282,14 @@ class DPOTrainer(Trainer):
     def _divided_in_order(self, dataset: Any) -> DataLoader:
         processes = self.accelerator.num_processes
         batching = Batching(self.args.per_device_eval_batch_size, strategy="sequential", num_processes=processes)
-        return self._loader(dataset, dataset["length"], batching)
+        sampler = PairBatchSampler(dataset["length"], batching, process_index=self.accelerator.process_index)
+        return self._loader(dataset, batch_sampler=sampler)
 
-    def _loader(self, dataset: Any, lengths: list[int], batching: Batching, *, drop_last: bool = False) -> DataLoader:
+    def _loader(self, dataset: Any, **batches: Any) -> DataLoader:
         args = self.args
         return DataLoaderShard(
             dataset,
             device=self.accelerator.device,
-            batch_sampler=PairBatchSampler(
-                lengths, batching, process_index=self.accelerator.process_index, drop_last=drop_last
-            ),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -262,11 +297,14 @@ class DPOTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
             _non_blocking=self.accelerator.non_blocking,
+            **batches,
         )
 
     def _datasets(self) -> list[Any]:
+        """All datasets that there are; of a stream, its first pairs."""
         evals = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        return [dataset for dataset in (self.train_dataset, *evals) if dataset is not None]
+        found = [dataset for dataset in (self.train_dataset, *evals) if dataset is not None]
+        return [Dataset.from_list(data.sample) if isinstance(data, PreparedStream) else data for data in found]
 
     def _example_batch(self) -> Batch | None:
         """Two short pairs, padded, on which to check the model's split, or None without data."""
@@ -722,7 +760,12 @@ class DPOTrainer(Trainer):
         return "log-probabilities computed beforehand"
 
     def write_report(self, *, finished: bool) -> Path | None:
-        """Write `summary.json` (once finished) and `report.html` into `output_dir`; returns the report's path."""
+        """Write `summary.json` (once finished) and `report.html` into `output_dir`; returns the report's path.
+
+        One process writes; the others have nothing to report.
+        """
+        if not self.is_world_process_zero():
+            return None
         with self._pause():
             return report.write_report(self, finished=finished)
 

@@ -103,7 +103,7 @@ def test_a_step_holds_the_same_pairs_however_it_is_divided(
     if max_tokens is None and larger:
         divisions += [(6 * pairs, 1, 1), (2 * pairs, 1, 3)]
     found = [
-        steps_of(lengths, Batching(size, max_tokens, strategy, accumulation, processes, seed=7), epoch)
+        steps_of(lengths, Batching(size, max_tokens, None, strategy, accumulation, processes, seed=7), epoch)
         for size, accumulation, processes in divisions
     ]
     assert all(steps == found[0] for steps in found)
@@ -172,8 +172,7 @@ def test_no_layout_exceeds_the_budget(shapes: list[tuple[int, int, int]]) -> Non
     ]
     for multiple in (1, 8):
         lengths = [p + max(c, r) for p, c, r in shapes]
-        lengths = [length + -length % multiple for length in lengths]
-        for batch in epoch_of(lengths, Batching(1, max_tokens=100))[0]:
+        for batch in epoch_of(lengths, Batching(1, max_tokens=100, pad_to_multiple_of=multiple))[0]:
             for layout in LAYOUTS:
                 collated = PairCollator(layout=layout, pad_to_multiple_of=multiple)([rows[i] for i in batch])
                 assert collated["input_ids"].numel() <= 100 or not max(lengths[i] for i in batch)
@@ -193,7 +192,7 @@ def stream_of(count: int, rule: Batching) -> list[Any]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_stream_repeats_and_loses_nothing(strategy: str, max_tokens: int | None) -> None:
     """Three processes by two batches: over 5 passes no row is lost or doubled, and all steps are full."""
-    rule = Batching(2, max_tokens, strategy, accumulation=2, num_processes=3)
+    rule = Batching(2, max_tokens, strategy=strategy, accumulation=2, num_processes=3)
     processes = stream_of(700, rule)
     wanted = {(number, row) for number in range(5) for row in range(700)}
     seen: list[tuple[int, int]] = []
@@ -214,7 +213,7 @@ def test_a_stream_repeats_and_loses_nothing(strategy: str, max_tokens: int | Non
 def test_a_step_of_a_stream_is_the_same_on_any_number_of_processes() -> None:
     found = []
     for accumulation, processes in ((6, 1), (3, 2), (1, 6)):
-        streams = stream_of(333, Batching(2, None, "group_by_length", accumulation, processes, seed=1))
+        streams = stream_of(333, Batching(2, accumulation=accumulation, num_processes=processes, seed=1))
         found.append(
             [
                 {(row["pass"], row["row"]) for s in streams for _ in range(accumulation) for row in next(s)}

@@ -1,5 +1,7 @@
 """Reading, checking and tokenising pairs: the boundary is right, truncation keeps one prompt, bad rows are named."""
 
+import copy
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_trainer import DataError, load_pairs
-from dpo_trainer.data import prepare_dataset, tokenize_pair, truncate
+from dpo_trainer import ConfigError, DataError, load_pairs
+from dpo_trainer import prepare as prepare_module
+from dpo_trainer.data import split_row, stream_of, stream_pairs
+from dpo_trainer.prepare import FILTERS, Preparation, PreparedStream, prepare_dataset
+from dpo_trainer.tokens import tokenize_pair, truncate
+
+from .tiny import build_pairs, build_tokenizer
 
 ROW = {"prompt": "review:", "chosen": " great", "rejected": " awful"}
 
@@ -129,8 +136,6 @@ def test_a_generation_prompt_that_answers_lack_is_shortened(tokenizer: Any) -> N
     ],
 )
 def test_unusable_templates_are_explained(tokenizers: dict[str, Any], template: str | None, said: str) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tokenizers["plain"])
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=said) as caught:
@@ -171,26 +176,241 @@ def test_bos_survives_a_cut_prompt() -> None:
     assert (p, c, r) == ([1, 7], [8], [9, 9])
 
 
+# --- prompts within texts and conversations ------------------------------------------------------------------------
+
+
+def test_whole_texts_share_their_beginning_as_the_prompt(tokenizers: dict[str, Any]) -> None:
+    """Also where the texts part inside a token: "good" and "goodness" are one token each."""
+    tokenizer = tokenizers["bos"]
+    for chosen, rejected, prompt in (
+        ("the film: good", "the film: bad", "the film:"),
+        ("the film: good", "the film: goodness", "the film:"),
+        ("the film:\n\ngood", "the film:\n\nbad", "the film:\n\n"),
+    ):
+        ids = tokenize_pair({"chosen": chosen, "rejected": rejected}, tokenizer)
+        assert tokenizer.decode(ids["prompt_input_ids"], skip_special_tokens=True) == prompt
+        for side, text in (("chosen", chosen), ("rejected", rejected)):
+            joined = ids["prompt_input_ids"] + ids[f"{side}_input_ids"]
+            assert joined == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+@given(st.text("ab :", max_size=8), st.text("ab ", max_size=6), st.text("ab ", max_size=6))
+def test_a_shared_beginning_loses_no_character(prompt: str, chosen: str, rejected: str) -> None:
+    start, *sides, _ = split_row({"chosen": prompt + chosen, "rejected": prompt + rejected})
+    assert [start + side for side in sides] == [prompt + chosen, prompt + rejected]
+    assert start.startswith(prompt)
+    assert not (sides[0] and sides[1]) or sides[0][0] != sides[1][0]
+
+
+def conversation(*words: str) -> list[dict[str, str]]:
+    roles = ("system", "user", "assistant", "user", "assistant")
+    return [{"role": role, "content": word} for role, word in zip(roles, words, strict=False)]
+
+
+MULTI_TURN = ("the answer", "the film", "fine", "the review")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": conversation(*MULTI_TURN, "good"), "rejected": conversation(*MULTI_TURN, "bad")},
+        {
+            "prompt": conversation(*MULTI_TURN),
+            "chosen": conversation(*MULTI_TURN, "good"),
+            "rejected": conversation(*MULTI_TURN, "bad"),
+        },
+        {
+            "prompt": "the review",
+            "chosen": conversation(*MULTI_TURN, "good"),
+            "rejected": conversation(*MULTI_TURN, "bad"),
+        },
+    ],
+    ids=["no prompt", "prompt and whole conversations", "prompt as text"],
+)
+def test_whole_conversations_equal_prompt_and_answers(row: dict[str, Any], tokenizer: Any) -> None:
+    """With a system prompt and several turns: the messages in common are the prompt, the last ones the answers."""
+    answers = {
+        side: [{"role": "assistant", "content": word}] for side, word in (("chosen", "good"), ("rejected", "bad"))
+    }
+    explicit = tokenize_pair({"prompt": conversation(*MULTI_TURN), **answers}, tokenizer)
+    stored = datasets.Dataset.from_list([row])[0]
+    assert tokenize_pair(row, tokenizer) == tokenize_pair(stored, tokenizer) == explicit
+    assert tokenizer.decode(explicit["chosen_input_ids"]) == "good<|end|>\n"
+    assert tokenizer.decode(explicit["prompt_input_ids"]).count("<|start|>") == 5
+
+
+def test_conversations_may_part_before_several_turns(tokenizer: Any) -> None:
+    row = {
+        "chosen": conversation("the answer", "the film", "good", "the review", "fine"),
+        "rejected": conversation("the answer", "the film", "bad"),
+    }
+    ids = tokenize_pair(row, tokenizer)
+    assert tokenizer.decode(ids["rejected_input_ids"]) == "bad<|end|>\n"
+    assert tokenizer.decode(ids["chosen_input_ids"]).startswith("good<|end|>\n<|start|>user\nthe review<|end|>\n")
+
+
+# --- tools ---------------------------------------------------------------------------------------------------------
+
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": {"film": {"default": None, "n": 1}}}},
+    {"type": "function", "function": {"name": "ask", "parameters": {"question": {"n": "one"}}}},
+]
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"n": 1}}}]}
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }};{% endif %}{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", ["list", "jsonl", "stream", "text in parquet"])
+def test_tools_reach_the_template_as_they_were_written(source: str, tokenizers: dict[str, Any], tmp_path: Path) -> None:
+    """Two rows whose tools have different keys and types: a table must not fill in what a tool does not have."""
+    tokenizer = copy.deepcopy(tokenizers["plain"])
+    tokenizer.chat_template = TOOL_TEMPLATE
+    rows = [{**CHAT, "tools": [tool], "rejected": [CALL]} for tool in TOOLS]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if source == "list":
+        found = list(prepare(rows, tokenizer)[0])
+    elif source == "jsonl":
+        found = list(prepare(load_pairs(tmp_path / "a.jsonl"), tokenizer)[0])
+    elif source == "stream":
+        found = list(PreparedStream(stream_pairs(tmp_path / "a.jsonl"), tokenizer, Preparation(), name="train_dataset"))
+    else:
+        texts = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
+        datasets.Dataset.from_list(texts).to_parquet(tmp_path / "a.parquet")
+        found = list(prepare(load_pairs(tmp_path / "a.parquet"), tokenizer)[0])
+    for ids, tool in zip(found, TOOLS, strict=True):
+        shown, _, rest = tokenizer.decode(ids["prompt_input_ids"]).partition(";")
+        assert json.loads(shown) == [tool]
+        assert rest == "system:the answer;user:the film;assistant:"
+        assert json.loads(tokenizer.decode(ids["rejected_input_ids"]).strip(";")) == CALL["tool_calls"]
+
+
 # --- the account ---------------------------------------------------------------------------------------------------
 
 
-def prepare(dataset: Any, tokenizer: Any, **limits: Any) -> Any:
-    limits = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end", **limits}
-    return prepare_dataset(dataset, tokenizer, name="train_dataset", **limits)
+def prepare(dataset: Any, tokenizer: Any, **settings: Any) -> Any:
+    return prepare_dataset(dataset, tokenizer, Preparation(**settings), name="train_dataset")
 
 
-def test_identical_and_cut_pairs_are_dropped_and_counted(tokenizer: Any) -> None:
-    rows = [ROW, {**ROW, "rejected": ROW["chosen"]}, {**ROW, "prompt": "the film " * 20}]
-    dataset, account = prepare(rows, tokenizer, max_length=12, truncation_mode="keep_start")
-    assert len(dataset) == 1
-    assert (account.rows, account.kept, account.identical, account.cut) == (3, 1, 1, 1)
-    assert "1 of 3 pairs kept" in account.describe()
-    assert "1 with chosen equal to rejected" in account.describe()
+#: One row for every filter, by its name, and some that are kept.
+REASONS: dict[str, list[dict[str, Any]]] = {
+    "": [ROW, {**ROW, "prompt": "the film:"}, {**ROW, "chosen": " fine"}],
+    "identical": [{**ROW, "rejected": ROW["chosen"]}],
+    "empty": [{**ROW, "rejected": "  "}, {**ROW, "chosen": ""}],
+    "truncated": [{**ROW, "prompt": "the film " * 20}],
+    "duplicates": [dict(ROW), {**ROW, "chosen": " fine"}],
+}
+FILTERED = [{**row, "weight": 1 / (1 + i)} for i, row in enumerate(itertools.chain(*REASONS.values()))]
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("form", ["list", "stream"])
+def test_each_filter_drops_and_counts_its_rows_and_can_be_switched_off(name: str, form: str, tokenizer: Any) -> None:
+    def account(filters: list[str]) -> Any:
+        settings = Preparation(max_length=12, truncation_mode="keep_start", filters=filters)
+        if form == "list":
+            dataset, found = prepare_dataset(FILTERED, tokenizer, settings, name="train_dataset")
+            assert len(dataset) == found.kept
+            return found
+        stream = PreparedStream(
+            datasets.Dataset.from_list(FILTERED).to_iterable_dataset(), tokenizer, settings, name="train_dataset"
+        )
+        assert len(list(stream)) == stream.account.kept
+        return stream.account
+
+    everything = account(list(FILTERS))
+    assert (everything.rows, everything.kept) == (9, 3)
+    assert everything.reasons == {FILTERS[key]: len(rows) for key, rows in REASONS.items() if key}
+    assert account([other for other in FILTERS if other != name]).kept == 3 + len(REASONS[name])
+    only = account([name])
+    assert only.dropped == len(REASONS[name])
+    assert f"{only.kept} of 9 pairs kept" in only.describe()
+    assert f"; dropped {len(REASONS[name])} {FILTERS[name]}" in only.describe()
+    assert account([]).dropped == 0
+
+
+def test_pairs_of_little_confidence_are_dropped_and_counted(tokenizer: Any) -> None:
+    dataset, account = prepare(
+        [{**ROW, "prompt": f"{i}", "weight": i / 4} for i in range(5)], tokenizer, min_weight=0.5
+    )
+    assert dataset["weight"] == [0.5, 0.75, 1.0]
+    assert account.describe().startswith("train_dataset: 3 of 5 pairs kept, ")
+    assert account.describe().endswith("; dropped 2 with a weight below 0.5")
+    with pytest.raises(ConfigError, match="min_weight: the pairs of train_dataset have no column 'weight'"):
+        prepare([ROW], tokenizer, min_weight=0.5)
+
+
+def test_an_account_with_several_reasons_reads_as_a_sentence(tokenizer: Any) -> None:
+    _, account = prepare(FILTERED, tokenizer, max_length=12, truncation_mode="keep_start")
+    assert account.describe().endswith(
+        "; dropped 1 with chosen equal to rejected, 2 with an empty completion, 1 with nothing of a completion left after "
+        "truncation and 2 that repeat an earlier one"
+    )
+
+
+def test_pairs_kept_without_filters_train(make_trainer: Any) -> None:
+    """Equal sides, nothing to score and repeated pairs have a loss of log 2 or a gradient like any other."""
+    trainer = make_trainer(train_dataset=FILTERED, filters=[], max_length=12, truncation_mode="keep_start", max_steps=3)
+    trainer.train()
+    assert all(record["loss"] == record["loss"] for record in trainer.state.log_history if "loss" in record)
+    assert trainer.accounts[0].kept == len(FILTERED)
 
 
 def test_nothing_left_is_an_error(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="nothing is left"):
         prepare([{**ROW, "rejected": ROW["chosen"]}], tokenizer)
+    stream = datasets.Dataset.from_list([{**ROW, "rejected": ROW["chosen"]}]).to_iterable_dataset()
+    with pytest.raises(DataError, match="nothing is left"):
+        PreparedStream(stream, tokenizer, Preparation(), name="train_dataset")
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_made_once_for_the_same_data_tokenizer_and_settings(
+    tokenizers: dict[str, Any], pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    calls: list[Any] = []
+    real = prepare_module.tokenize_pair
+    monkeypatch.setattr(prepare_module, "tokenize_pair", lambda *a, **k: calls.append(1) or real(*a, **k))
+    rows, plain = pairs(7, seed=5), tokenizers["plain"]
+
+    def made(rows: Any, tokenizer: Any, **settings: Any) -> int:
+        calls.clear()
+        prepare(rows, tokenizer, **settings)
+        return len(calls)
+
+    first, _ = prepare(rows, plain)
+    assert made(rows, plain) == 0
+    assert made(rows, build_tokenizer.__wrapped__()) == 0, "the same tokenizer made anew"
+    assert made(rows, plain, filters=[]) == 0, "filters come after"
+    assert made(rows, plain, max_length=9) == 7
+    assert made(rows, tokenizers["bos"]) == 7
+    assert made([*rows[:-1], {**rows[-1], "chosen": " fine"}], plain) == 7
+    other = copy.deepcopy(plain)
+    other.chat_template = TOOL_TEMPLATE
+    assert made(rows, other) == 7
+    assert prepare(rows, plain)[0].to_list() == first.to_list()
+    datasets.disable_caching()
+    try:
+        assert made(rows, plain) == 7
+    finally:
+        datasets.enable_caching()
+
+
+def test_several_processes_make_the_same_tokens(tokenizer: Any, pairs: Callable[..., Any]) -> None:
+    rows = pairs(20, seed=8)
+    one, two = prepare(rows, tokenizer), prepare(rows, tokenizer, num_proc=2)
+    assert two[0].to_list() == one[0].to_list()
+    assert two[1] == one[1]
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0]['content'] == 'film 11' %}{{ raise_exception('no film 11') }}{% endif %}"
+    chats = [{**CHAT, "prompt": [{"role": "user", "content": f"film {i}"}]} for i in range(20)]
+    with pytest.raises(DataError, match=r"train_dataset row 12: the chat template refuses these messages: no film 11"):
+        prepare(chats, strict, num_proc=2)
 
 
 def test_lists_and_datasets_give_the_same_tokens(tokenizer: Any, pairs: Callable[..., Any]) -> None:
@@ -227,74 +447,95 @@ def test_chat_rows_survive_parquet(tmp_path: Path, tokenizer: Any) -> None:
     assert tokenize_pair(load_pairs(tmp_path / "a.parquet")[0], tokenizer) == tokenize_pair(CHAT, tokenizer)
 
 
-GOOD = json.dumps(ROW)
+def test_other_programs_files_are_read(tmp_path: Path) -> None:
+    """A byte-order mark, blank lines, columns in another order and columns of no concern."""
+    row = {"id": 7, "rejected": " awful", "chosen": " great", "prompt": "review:"}
+    (tmp_path / "a.jsonl").write_text(
+        "\ufeff" + json.dumps(row) + "\n\n" + json.dumps({**row, "id": "x"}), encoding="utf-8"
+    )
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps([row, row]), encoding="utf-8")
+    for name in ("a.jsonl", "a.json"):
+        assert load_pairs(tmp_path / name).to_list() == [ROW, ROW]
 
 
-def changed(**changes: Any) -> str:
-    return json.dumps({key: value for key, value in {**ROW, **changes}.items() if value is not ...})
+# --- streams -------------------------------------------------------------------------------------------------------
 
 
-#: (file name, content, what the one line must say)
-BAD_FILES = [
-    ("a.jsonl", f'{GOOD}\n\n{{"prompt": \n', "a.jsonl:3: not JSON"),
-    ("a.jsonl", f"{GOOD}\n[1, 2]\n", "a.jsonl:2: expected an object with prompt, chosen, rejected, found a list"),
-    ("a.jsonl", f"{GOOD}\n{changed(rejected=...)}\n", "a.jsonl:2: no column 'rejected'; it has prompt, chosen"),
-    ("a.jsonl", changed(chosen=..., choosen=" good"), "did you mean 'choosen'?"),
-    ("a.jsonl", f"{GOOD}\n{changed(chosen='  ')}\n", "a.jsonl:2: empty completion in 'chosen'"),
-    ("a.jsonl", changed(chosen=None), "a.jsonl:1: 'chosen' must be text or a list of messages, found nothing (null)"),
-    ("a.jsonl", changed(prompt=7), "'prompt' must be text or a list of messages, found a number"),
-    ("a.jsonl", changed(chosen=[{"role": "assistant", "content": "x"}]), "text and chat are mixed"),
-    ("a.jsonl", json.dumps({**CHAT, "prompt": []}), "empty prompt in 'prompt' (no messages)"),
-    (
-        "a.jsonl",
-        json.dumps({**CHAT, "chosen": [{"content": "x"}]}),
-        "message 1 of 'chosen' must be an object with role",
-    ),
-    ("a.jsonl", json.dumps({**CHAT, "chosen": [{"role": "assistant", "content": ""}]}), "empty completion in 'chosen'"),
-    ("a.jsonl", json.dumps({**CHAT, "chosen": [{"role": "a", "content": 3}]}), "has no text in 'content'"),
-    ("a.jsonl", changed(weight="high"), "a.jsonl:1: 'weight' must be a finite number, found 'high'"),
-    ("a.jsonl", changed(weight=-1), "'weight' must not be negative, found -1"),
-    ("a.jsonl", changed(weight=float("nan")), "'weight' must be a finite number, found nan"),
-    ("a.jsonl", f"{changed(weight=1)}\n{GOOD}\n", "a.jsonl:2: no column 'weight', which earlier rows have"),
-    ("a.jsonl", changed(ref_chosen_logps=-3.0), "no column 'ref_rejected_logps'"),
-    ("a.jsonl", b"\xff\xfe\n", "a.jsonl:1: not UTF-8 text"),
-    ("a.jsonl", "", "a.jsonl: no rows"),
-    ("a.json", "[]", "a.json: no rows"),
-    ("a.json", f"{GOOD}\n{GOOD}", "use the ending .jsonl"),
-    ("a.json", GOOD, "a.json: expected a list of objects, found an object"),
-    ("a.json", f'[{GOOD},\n{{"prompt" 1}}]', "a.json:2: not JSON"),
-    ("a.json", f"[{GOOD}, {changed(chosen='')}]", "a.json: row 2: empty completion in 'chosen'"),
-    ("a.csv", "prompt,chosen\na,b\n", "a.csv: no column 'rejected'; it has prompt, chosen"),
-    ("a.csv", "prompt,chosen,rejected\na,b,\n", "a.csv: row 1: empty completion in 'rejected'"),
-    ("a.csv", "", "a.csv: not readable as csv"),
-    ("a.parquet", "text", "a.parquet: not readable as parquet"),
-    ("a.txt", GOOD, "unknown format '.txt'; known are .jsonl, .json, .parquet, .csv"),
-]
+def test_streams_bring_the_rows_of_their_files(tmp_path: Path, pairs: Callable[..., Any]) -> None:
+    rows = [{**row, "weight": 0.5 + index} for index, row in enumerate(pairs(4))]
+    dataset = datasets.Dataset.from_list(rows)
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.to_csv(tmp_path / "a.csv")
+    dataset.save_to_disk(tmp_path / "folder")
+    for name in ("a.jsonl", "a.parquet", "a.csv", "folder"):
+        stream = stream_pairs(tmp_path / name)
+        assert list(stream) == list(stream) == rows, name
+    assert list(stream_of(dataset.to_iterable_dataset(), "x")) == rows
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD_FILES)
-def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError) as caught:
-        load_pairs(path)
-    message = str(caught.value)
-    assert said in message
-    assert message.startswith(str(path))
-    assert "\n" not in message
+def test_a_stream_of_pairs_trains_and_resumes_as_itself(make_trainer: Any, make_model: Any, tmp_path: Path) -> None:
+    """The pass over 27 rows ends between two steps; what is left joins the next pass."""
+    settings = {
+        "train_dataset": datasets.Dataset.from_list(build_pairs(27)).to_iterable_dataset(),
+        "max_tokens": 100,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
+    whole = make_trainer(model=make_model(), **settings)
+    whole.train()
+    losses = [record["loss"] for record in whole.state.log_history if "loss" in record]
+    assert round(losses[0], 7) == 0.6931472
+    assert losses[-1] < 0.68
+    resumed = make_trainer(model=make_model(), **{**settings, "save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert [record["loss"] for record in resumed.state.log_history if "loss" in record] == losses
+    assert "27 of 27 pairs kept so far (a stream)" in whole.accounts[0].describe()
 
 
-def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        load_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="not a folder saved by datasets"):
-        load_pairs(tmp_path)
+def test_a_stream_in_file_order_equals_the_file_in_order(make_trainer: Any, make_model: Any) -> None:
+    curves = []
+    for data in (build_pairs(24), datasets.Dataset.from_list(build_pairs(24)).to_iterable_dataset()):
+        trainer = make_trainer(
+            model=make_model(),
+            train_dataset=data,
+            train_sampling_strategy="sequential",
+            max_steps=6,
+            num_train_epochs=1,
+        )
+        trainer.train()
+        curves.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert curves[0] == curves[1]
+
+
+def test_a_bad_row_of_a_stream_is_named_when_it_is_reached(tmp_path: Path, make_trainer: Any) -> None:
+    rows = [*build_pairs(70), {"prompt": "a", "chosen": "b"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trainer = make_trainer(train_dataset=stream_pairs(tmp_path / "a.jsonl"), max_steps=200)
+    with pytest.raises(DataError, match=r"a\.jsonl:71: no column 'rejected'"):
+        trainer.train()
+
+
+def test_what_a_stream_cannot_do_is_said(make_trainer: Any) -> None:
+    stream = datasets.Dataset.from_list(build_pairs(8)).to_iterable_dataset()
+    with pytest.raises(ConfigError, match="max_steps: must be given with a stream"):
+        make_trainer(train_dataset=stream)
+    with pytest.raises(ConfigError, match="precompute_ref_log_probs: needs all pairs"):
+        make_trainer(train_dataset=stream, max_steps=1, precompute_ref_log_probs=True)
+    with pytest.raises(DataError, match="eval_dataset: is a stream"):
+        make_trainer(eval_dataset=stream)
+    with pytest.raises(DataError, match="train_dataset: no rows"):
+        make_trainer(train_dataset=stream.take(0), max_steps=1)
 
 
 def test_library_errors_are_value_errors_that_name_the_row(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="train_dataset row 2: empty completion in 'chosen'"):
-        prepare([ROW, {**ROW, "chosen": ""}], tokenizer)
+    with pytest.raises(
+        ValueError, match="train_dataset row 2: 'chosen' must be text or a list of messages, found a number"
+    ):
+        prepare([ROW, {**ROW, "chosen": 3}], tokenizer)
     with pytest.raises(ValueError, match="train_dataset: no column 'chosen'"):
         prepare(datasets.Dataset.from_list([{"prompt": "a", "rejected": "b"}]), tokenizer)
-    with pytest.raises(ValueError, match=r"expected a datasets.Dataset"):
-        prepare(datasets.Dataset.from_list([ROW]).to_iterable_dataset(), tokenizer)
+    with pytest.raises(ValueError, match=r"expected a datasets.Dataset or a list of rows, found dict"):
+        prepare({"prompt": ["a"]}, tokenizer)

@@ -25,6 +25,7 @@ COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "kl
 _WORKER = """
 import sys
 from pathlib import Path
+from dpo_trainer.cli import main
 from tests.trainer.test_distributed import CASES, record, trainer_of
 
 for name, settings in CASES.items():
@@ -32,6 +33,9 @@ for name, settings in CASES.items():
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     record(trainer, Path(sys.argv[1]) / f"{name}-{trainer.args.process_index}.json")
+
+for _ in range(2):
+    assert main([str(Path(sys.argv[1]) / "config.yaml"), "--overwrite"]) == 0
 """
 
 
@@ -63,10 +67,17 @@ def record(trainer: Any, path: Path) -> None:
     path.write_text(json.dumps(found))
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, model_folder: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (tmp_path / "worker.py").write_text(_WORKER)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in build_pairs(9)))
+    config = {
+        "model": str(model_folder),
+        "train_data": str(tmp_path / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps({**config, "logging_steps": 1, "use_cpu": True}))
     done = subprocess.run(
         [*torchrun, str(tmp_path / "worker.py"), str(tmp_path)],
         cwd=root,
@@ -76,7 +87,10 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stderr.count("train_dataset: 9 of 9 pairs kept") == 2, "one process speaks"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     for name, settings in CASES.items():
         alone = {**settings, "gradient_accumulation_steps": 2 * settings.get("gradient_accumulation_steps", 1)}
         trainer = trainer_of(tmp_path / f"{name}-alone", alone)

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dpo_trainer import ModelError, PairCollator, load_model, load_tokenizer
-from dpo_trainer.data import prepare_dataset
 from dpo_trainer.model import SplitModel, disable_dropout
+from dpo_trainer.prepare import Preparation, prepare_dataset
 from dpo_trainer.reference import AdapterOffReference, FrozenReference, reference_logps
 
 from .tiny import MODELS
@@ -22,9 +22,7 @@ def batch(tokenizer: Any, pairs: Callable[..., Any]) -> dict[str, torch.Tensor]:
 
 
 def tokenized(rows: Any, tokenizer: Any) -> Any:
-    return prepare_dataset(
-        rows, tokenizer, name="rows", max_length=None, max_prompt_length=None, truncation_mode="keep_end"
-    )[0]
+    return prepare_dataset(rows, tokenizer, Preparation(), name="rows")[0]
 
 
 def one_by_one(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,273 @@
+"""From rows to what is trained on: tokenised once and cached, without the pairs that teach nothing, and an account of those."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from .data import REFERENCE, RowCheck, RowStream, check_columns, check_row, split_row, stream_of, table_of
+from .errors import ConfigError, DataError
+from .tokens import tokenize_pair
+
+#: Why a pair may be left out, by the name that `filters` takes.
+FILTERS = {
+    "identical": "with chosen equal to rejected",
+    "empty": "with an empty completion",
+    "truncated": "with nothing of a completion left after truncation",
+    "duplicates": "that repeat an earlier one",
+}
+TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+#: Pairs of a stream that are looked at before training.
+SAMPLE = 64
+
+
+@dataclass
+class Account:
+    """What became of a dataset's rows on the way to training.
+
+    Attributes:
+        rows: rows seen; of a stream, in its first pass so far.
+        tokens: of the pairs that were kept, prompts counted for both sides.
+        reasons: rows left out, by reason (the values of FILTERS, and the least weight).
+        streamed: whether more may follow.
+    """
+
+    name: str
+    rows: int = 0
+    tokens: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    streamed: bool = False
+
+    @property
+    def dropped(self) -> int:
+        return sum(self.reasons.values())
+
+    @property
+    def kept(self) -> int:
+        return self.rows - self.dropped
+
+    def describe(self) -> str:
+        """One line for people: rows kept, and the reasons for the others."""
+        parts = [f"{count:,} {reason}" for reason, count in self.reasons.items() if count]
+        tail = f"; dropped {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}" if parts else ""
+        so_far = " so far (a stream)" if self.streamed else ""
+        return f"{self.name}: {self.kept:,} of {self.rows:,} pairs kept{so_far}, {self.tokens:,} tokens{tail}"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How rows become tokens, and which are left out: the settings of DPOConfig by these names.
+
+    Attributes:
+        filters: names of FILTERS.
+        min_weight: leave out pairs whose `weight` is less.
+        num_proc: processes to tokenise with.
+    """
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    truncation_mode: str = "keep_end"
+    append_eos: bool = True
+    filters: Sequence[str] = tuple(FILTERS)
+    min_weight: float | None = None
+    num_proc: int | None = None
+
+    @property
+    def of_tokens(self) -> dict[str, Any]:
+        """The settings that decide the tokens."""
+        names = ("max_length", "max_prompt_length", "truncation_mode", "append_eos")
+        return {name: getattr(self, name) for name in names}
+
+
+class Sieve:
+    """Decides which prepared rows of one pass are kept, and writes it into the account."""
+
+    def __init__(self, preparation: Preparation, account: Account) -> None:
+        self.preparation, self.account = preparation, account
+        self._seen: set[str] = set()
+
+    def __call__(self, status: str, digest: str, tokens: int, weight: float | None) -> bool:
+        """Whether to keep a row, from its `status` (a name of FILTERS, or ""), digest, number of tokens and weight."""
+        filters, least = self.preparation.filters, self.preparation.min_weight
+        reason = FILTERS[status] if status in filters else ""
+        if not reason and "duplicates" in filters:
+            reason = FILTERS["duplicates"] if digest in self._seen else ""
+            self._seen.add(digest)
+        if not reason and least is not None and weight is not None and weight < least:
+            reason = f"with a weight below {least:g}"
+        self.account.rows += 1
+        if reason:
+            self.account.reasons[reason] += 1
+        else:
+            self.account.tokens += tokens
+        return not reason
+
+
+def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
+    """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
+
+    Returns the dataset with `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (tokens of the
+    longer side) and, where given, `weight` and the reference log-probabilities; and the account of what was dropped.
+    Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. Datasets that are
+    tokenised already pass through.
+
+    Raises:
+        DataError: naming the row, or saying that nothing is left.
+        ConfigError: `min_weight` without weights.
+    """
+    import datasets
+
+    if isinstance(dataset, (list, tuple)):
+        check = RowCheck()
+        for index, row in enumerate(dataset, 1):
+            check(row, f"{name} row {index}")
+        dataset = (
+            table_of(dataset, lambda index: f"{name} row {index + 1}") if dataset else datasets.Dataset.from_list([])
+        )
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(f"{name}: expected a datasets.Dataset or a list of rows, found {type(dataset).__name__}")
+    source = dataset.info.dataset_name
+    where = f"{name} ({source})" if source else name
+    if len(dataset) == 0:
+        raise DataError(f"{where}: no rows")
+    account = Account(name)
+    if "prompt_input_ids" in dataset.column_names:
+        lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
+        account.rows, account.tokens = len(dataset), sum(2 * prompt + c + r for prompt, c, r in lengths)
+        return dataset, account
+    check_columns(dataset.column_names, where)
+    _check_weights(dataset.column_names, preparation, where)
+    keep = [column for column in ("weight", *REFERENCE) if column in dataset.column_names]
+    key = _key(dataset, tokenizer, preparation)
+    dataset = dataset.map(
+        _prepare_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "name": where, "settings": preparation.of_tokens},
+        remove_columns=[column for column in dataset.column_names if column not in keep],
+        num_proc=preparation.num_proc,
+        cache_file_name=_cache_file(key),
+        new_fingerprint=key,
+        desc=f"Tokenising {name}",
+    )
+    sieve = Sieve(preparation, account)
+    weights = dataset["weight"] if "weight" in keep else itertools.repeat(None)
+    marks = zip(dataset["status"], dataset["digest"], dataset["tokens"], weights, strict=False)
+    kept = [index for index, mark in enumerate(marks) if sieve(*mark)]
+    if account.dropped:
+        dataset = dataset.select(kept)
+    if account.kept == 0:
+        raise DataError(f"{where}: nothing is left to train on: {account.describe()}")
+    return dataset.remove_columns(["status", "digest", "tokens"]), account
+
+
+class PreparedStream(IterableDataset):
+    """Rows of a stream, tokenised and sifted as they are read.
+
+    Attributes:
+        sample: the first pairs, as prepared.
+        account: of what the first pass has read so far.
+    """
+
+    def __init__(self, dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> None:
+        self._source: RowStream = stream_of(dataset, name)
+        self._tokenizer, self._preparation = tokenizer, preparation
+        self.account = Account(name, streamed=True)
+        self.sample = list(itertools.islice(self.rows(0), SAMPLE))
+        if not self.sample:
+            if self.account.rows == 0:
+                raise DataError(f"{self._source.name}: no rows")
+            raise DataError(f"{self._source.name}: nothing is left to train on: {self.account.describe()}")
+
+    def rows(self, number: int) -> Iterator[dict[str, Any]]:
+        """The pairs of a pass, counted from 0."""
+        account = self.account if number == 0 else Account(self.account.name, streamed=True)
+        account.rows = account.tokens = 0
+        account.reasons.clear()
+        sieve = Sieve(self._preparation, account)
+        for place, row in self._source.located(number):
+            if account.rows == 0:
+                _check_weights(list(row), self._preparation, self._source.name)
+            found = _prepared(row, self._tokenizer, place, self._preparation.of_tokens)
+            marks = (found.pop("status"), found.pop("digest"), found.pop("tokens"))
+            if sieve(*marks, row.get("weight")):
+                yield {**found, **{column: row[column] for column in ("weight", *REFERENCE) if column in row}}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.rows(0)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset is one whose rows come one after the other."""
+    import datasets
+
+    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
+
+
+def _check_weights(columns: Sequence[str], preparation: Preparation, name: str) -> None:
+    if preparation.min_weight is not None and "weight" not in columns:
+        raise ConfigError(f"min_weight: the pairs of {name} have no column 'weight'")
+
+
+def _prepare_row(row: dict[str, Any], index: int, *, tokenizer: Any, name: str, settings: Any) -> dict[str, Any]:
+    where = f"{name} row {index + 1}"
+    check_row(row, where)
+    return _prepared(row, tokenizer, where, settings)
+
+
+def _prepared(row: Mapping[str, Any], tokenizer: Any, where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens of a checked row, with `status`, `digest` and `tokens` for the Sieve."""
+    ids = tokenize_pair(row, tokenizer, where=where, **settings)
+    prompt, chosen, rejected = (ids[name] for name in TOKENS)
+    status = ""
+    # The first token of all has nothing to be predicted from.
+    if min(len(chosen), len(rejected)) <= (0 if prompt else 1):
+        status = "truncated"
+    elif chosen == rejected:
+        status = "identical"
+    if any(map(_is_blank, split_row(row, where)[1:3])):
+        status = "identical" if row["chosen"] == row["rejected"] else "empty"
+    digest = hashlib.blake2b(json.dumps([prompt, chosen, rejected]).encode(), digest_size=16).hexdigest()
+    longer = max(len(chosen), len(rejected))
+    tokens = 2 * len(prompt) + len(chosen) + len(rejected)
+    return {**ids, "length": len(prompt) + longer, "status": status, "digest": digest, "tokens": tokens}
+
+
+def _is_blank(completion: str | list[Any]) -> bool:
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not completion or not ((completion[-1].get("content") or "").strip() or completion[-1].get("tool_calls"))
+
+
+def _key(dataset: Any, tokenizer: Any, preparation: Preparation) -> str:
+    """Name of the tokens: changes with the data, the tokenizer, the settings and the code that makes them."""
+    from datasets.fingerprint import Hasher
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # A fast tokenizer's own description; as an object it would hash differently after its first use.
+    described = backend.to_str() if backend is not None else Hasher.hash(tokenizer)
+    special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
+    folder = Path(__file__).parent
+    code = [(folder / name).read_bytes() for name in ("data.py", "tokens.py", "prepare.py")]
+    return Hasher.hash([dataset._fingerprint, described, special, preparation.of_tokens, code])
+
+
+def _cache_file(key: str) -> str | None:
+    """Where tokens are kept; None where datasets' caching is off or its folder cannot be written."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_trainer"
+    try:
+        if not datasets.is_caching_enabled():
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(folder / f"{key}.arrow")
