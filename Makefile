@@ -68,7 +68,6 @@ types: setup
 # SIZES=full takes the shapes of the stated bars and more rounds.
 SIZES ?= default
 bench: $(VENV)/.model
-	$(PY) -c "import sys; sys.path.insert(0, 'examples'); import smollm2; smollm2.model_folder()"
 	$(PY) -m pytest benchmarks/ --sizes $(SIZES) --report benchmarks/results
 	$(PY) -m benchmarks.readme_table --write
 

@@ -211,3 +211,21 @@ def roofline(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | Non
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, path, pyplot)
+
+
+def memory(points: Sequence[tuple[float, int]], spans: Sequence[tuple[str, float, float]], path: Path) -> Path | None:
+    """Bytes along time, (milliseconds, bytes), with (stage, begin, end) shaded; None where matplotlib is not installed."""
+    pyplot = _pyplot("memory")
+    if pyplot is None:
+        return None
+    figure, axis = pyplot.subplots(figsize=(8.4, 3.2), layout="constrained")
+    axis.step([at for at, _ in points], [held / 2**20 for _, held in points], where="post", color=_INK, linewidth=1.2)
+    colours = dict(zip(dict.fromkeys(name for name, *_ in spans), (_OURS, *_OTHER_LINES[1:], "#57a3d9"), strict=False))
+    for name, colour in colours.items():
+        for index, (_, begin, end) in enumerate(span for span in spans if span[0] == name):
+            axis.axvspan(begin, end, color=colour, alpha=0.25, linewidth=0, label=None if index else name)
+    axis.set(xlabel="ms", ylabel="MiB of tensors, from the start")
+    if colours:
+        axis.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path, pyplot)

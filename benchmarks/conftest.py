@@ -16,7 +16,7 @@ import torch
 
 from . import machine, reasons, report
 from .method import Samples
-from .peers import PEERS
+from .peers import ABSENT, PEERS
 from .peers.linear import LINEAR_PEERS
 
 #: What --peers takes; a name may stand for a peer on the logits path, on the linear path, or on both.
@@ -234,6 +234,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             write(f"{result.name}: {summary}")
     for line in report.below_one(_compared()):
         write(line)
+    for name, why in ABSENT.items():
+        write(f"Takes no part: {name} {why}.")
     write("The command that makes a row alone: -v prints it, --report DIR writes it.")
     if target:
         write(f"Written to {folder}: start with {folder / 'README.md'}")

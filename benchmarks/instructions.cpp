@@ -1,20 +1,22 @@
 // Runs each CPU kernel once per case, so that callgrind can count its instructions: no torch, no threads, no clock.
 //
 // Linked by instructions.py against the kernels' objects of one instruction set (DPO_ISA). Prints one line a case, in
-// the order of callgrind's dumps: stage, case, logits.
+// the order of callgrind's dumps: stage, case, and how many of the stage's units (logits, products, tokens) it handled.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
+#include "../csrc/cpu/filtered_grad.h"
+#include "../csrc/cpu/preference_loss.h"
 #include "../csrc/cpu/stages.h"
 
 using namespace dpo::cpu;
 
 // callgrind writes one dump after each call of this function, found by its name.
-extern "C" __attribute__((noinline)) void case_done(const char* stage, const char* name, long logits) {
-  std::printf("%s\t%s\t%ld\n", stage, name, logits);
+extern "C" __attribute__((noinline)) void case_done(const char* stage, const char* name, long units) {
+  std::printf("%s\t%s\t%ld\n", stage, name, units);
   std::fflush(stdout);
 }
 
@@ -96,10 +98,11 @@ void run_token_logps(const Case& c) {
 }
 
 void run_logits_grad(const Case& c) {
+  const auto reference = draw(c.dtype, kRows * c.vocab, 2);
   auto logits = draw(c.dtype, kRows * c.vocab, 1);
   std::vector<int64_t> labels, tokens;
   for (int64_t i = 0; i < kRows; ++i) labels.push_back((i * 12345) % c.vocab), tokens.push_back(i);
-  const std::vector<double> logps(kRows, -9.0), lse(kRows, 12.8), grad(kRows, 0.05);
+  const std::vector<double> logps(kRows, -9.0), lse(kRows, 12.8), grad(kRows, 0.05), kl(kRows, 0.5);
   LogitsGradParams p{};
   p.logits = {logits.data(), c.dtype, kRows * c.vocab, c.vocab};
   p.out = logits.data();
@@ -114,8 +117,82 @@ void run_logits_grad(const Case& c) {
   p.vocab = c.vocab;
   p.logit_scale = 1.0;
   p.logit_softcap = c.softcap;
+  if (c.kl) {
+    p.reference = {reference.data(), c.dtype, kRows * c.vocab, c.vocab};
+    p.ref_logps = logps.data();
+    p.kl = kl.data();
+    p.grad_kl = grad.data();
+  }
   DPO_ISA::logits_grad(p, 0, kRows);
   case_done("logits_grad", c.name, kRows * c.vocab);
+}
+
+// The filtered gradient of as many rows as give the vocabulary's part something to sum, at a cut that keeps three
+// entries in a hundred, as 2^-20 does in a trained model.
+constexpr int64_t kFilterRows = 32, kFilterVocab = 8192, kHidden = 576;
+constexpr double kLse = 11.0, kLogEps = -7.25;
+
+void run_filtered(const char* name, DType dtype) {
+  const auto logits = draw(dtype, kFilterRows * kFilterVocab, 1), hidden = draw(dtype, kFilterRows * kHidden, 2),
+             weight = draw(dtype, kFilterVocab * kHidden, 3);
+  std::vector<int64_t> labels, counts(kFilterRows), row_ptr(1, 0);
+  for (int64_t i = 0; i < kFilterRows; ++i) labels.push_back((i * 12345) % kFilterVocab);
+  const std::vector<double> logps(kFilterRows, -9.0), lse(kFilterRows, kLse), grad(kFilterRows, 0.05),
+      row(kHidden, 0.01);
+  std::vector<double> tail(kFilterRows), dropped(kFilterRows);
+  FilterParams f{};
+  f.logits = {logits.data(), dtype, 0, kFilterVocab};
+  f.labels = labels.data();
+  f.lse = lse.data();
+  f.log_eps = kLogEps;
+  f.vocab = kFilterVocab;
+  f.logit_scale = 1.0;
+  f.counts = counts.data();
+  DPO_ISA::filter_count(f, 0, kFilterRows);
+  case_done("filter_count", name, kFilterRows * kFilterVocab);
+  for (const int64_t count : counts) row_ptr.push_back(row_ptr.back() + count);
+  const int64_t kept = row_ptr.back();
+  std::vector<int32_t> index(kept);
+  std::vector<float> value(kept), grad_hidden(kFilterRows * kHidden), grad_weight(kFilterVocab * kHidden);
+  f.logps = logps.data();
+  f.row_ptr = row_ptr.data();
+  f.index = index.data();
+  f.value = value.data();
+  f.tail = tail.data();
+  f.dropped = dropped.data();
+  DPO_ISA::filter_fill(f, 0, kFilterRows);
+  case_done("filter_fill", name, kFilterRows * kFilterVocab);
+  const FilteredHiddenParams h{
+      index.data(), value.data(), row_ptr.data(), tail.data(),       grad.data(), {weight.data(), dtype, 0, kHidden},
+      row.data(),   kFilterVocab, kHidden,        grad_hidden.data()};
+  DPO_ISA::filtered_grad_hidden(h, 0, kFilterRows);
+  case_done("filtered_grad_hidden", name, kept * kHidden);
+  const FilteredWeightParams w{
+      index.data(), value.data(), row_ptr.data(), grad.data(),       kFilterRows, {hidden.data(), dtype, 0, kHidden},
+      row.data(),   kHidden,      false,          grad_weight.data()};
+  DPO_ISA::filtered_grad_weight(w, 0, kFilterVocab);
+  case_done("filtered_grad_weight", name, kept * kHidden);
+}
+
+void run_preference_loss() {
+  constexpr int64_t pairs = 4, length = 512, tokens = 2 * pairs * length;
+  const std::vector<double> logps(tokens, -2.0), ref_logps(tokens, -2.1), weights(tokens, 1.0), beta(pairs, 0.1),
+      smoothing(pairs, 0.1);
+  std::vector<double> losses(pairs), sums(2 * pairs), ref_sums(2 * pairs), coef(2 * pairs);
+  PreferenceLossParams p{};
+  p.logps = logps.data();
+  p.ref_logps = ref_logps.data();
+  p.weights = weights.data();
+  p.sequences = {nullptr, length};
+  p.beta = beta.data();
+  p.label_smoothing = smoothing.data();
+  p.pairs = pairs;
+  p.losses = losses.data();
+  p.sums = sums.data();
+  p.ref_sums_out = ref_sums.data();
+  p.coef = coef.data();
+  preference_loss(p, 0, pairs);
+  case_done("preference_loss", "float64", tokens);
 }
 
 Case with(Case c, void (*change)(Case&)) {
@@ -156,7 +233,11 @@ int main() {
            Case{"float16", DType::float16},
            with(plain, [](Case& c) { c.name = "float32, odd vocabulary", c.vocab = kOddVocab; }),
            with(plain, [](Case& c) { c.name = "float32, softcap", c.softcap = 30.0; }),
+           with(plain, [](Case& c) { c.name = "float32, kl", c.kl = true; }),
        }) {
     run_logits_grad(c);
   }
+  run_filtered("float32", DType::float32);
+  run_filtered("bfloat16", DType::bfloat16);
+  run_preference_loss();
 }

@@ -1,12 +1,14 @@
-"""Instructions per logit of each CPU kernel, counted by callgrind: a figure without noise, guarded by a budget.
+"""Instructions of each CPU kernel for a unit of its work, counted by callgrind: figures without noise, guarded by a budget.
 
     python -m benchmarks.instructions            count, and print beside the budget
     python -m benchmarks.instructions --write    make what was counted the budget (benchmarks/instructions.json)
 
-The kernels' objects are compiled as the package compiles them and linked with a small driver (instructions.cpp), because
-torch under callgrind takes minutes to start. Valgrind knows no AVX-512, so the AVX2 and baseline sets are counted: the
-source is the same, the vectors are half or a quarter as wide. Counts depend on the compiler; the budget says which one
-it is for, and another compiler's counts are only held below it with more room.
+A unit is a logit for the kernels that read logits, a product of kept entry and hidden unit for the filtered gradients, a
+token for the preference loss. The kernels' objects are compiled as the package compiles them and linked with a small driver
+(instructions.cpp), because torch under callgrind takes minutes to start. Valgrind knows no AVX-512, so the AVX2 and baseline
+sets are counted: the source is the same, the vectors are half or a quarter as wide, and the count is the same on every
+x86-64 machine with AVX2. Counts depend on the compiler; the budget says which one it is for, and another compiler's counts
+are only held below it with more room.
 """
 
 from __future__ import annotations
@@ -26,6 +28,16 @@ from dpo_kernels import _build
 HERE = Path(__file__).resolve().parent
 BUDGET = HERE / "instructions.json"
 TOLERANCE = 0.03
+#: Stage -> (its source, what is counted a unit).
+STAGES = {
+    "token_logps": ("token_logps.cpp", "logit"),
+    "logits_grad": ("logits_grad.cpp", "logit"),
+    "filter_count": ("filtered_grad.cpp", "logit"),
+    "filter_fill": ("filtered_grad.cpp", "logit"),
+    "filtered_grad_hidden": ("filtered_grad.cpp", "product"),
+    "filtered_grad_weight": ("filtered_grad.cpp", "product"),
+    "preference_loss": ("preference_loss.cpp", "token"),
+}
 #: What another compiler than the budget's may need more.
 OTHER_COMPILER = 0.25
 
@@ -51,14 +63,15 @@ def countable() -> dict[str, tuple[str | None, int]]:
 
 
 def count(isa: str) -> dict[str, float]:
-    """Instructions per logit for each case of instructions.cpp, by "stage, case". Raises CannotCount, BuildError."""
+    """Instructions a unit for each case of instructions.cpp, by "stage, case". Raises CannotCount, BuildError."""
     march, width = countable()[isa]
     flags = [*_build.CXX_FLAGS, f"-DDPO_ISA={isa}", f"-DDPO_VECTOR_BYTES={width}"]
     flags += ["-DDPO_FLOAT64"] if isa == "baseline" else []
     cxx, sources = _build.cxx_compiler(), _build.CSRC / "cpu"
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = [(sources / "token_logps.cpp", [f"-march={march}"]), (sources / "logits_grad.cpp", [f"-march={march}"])]
-        # The driver itself is compiled for the oldest processor: only the kernels differ between the sets.
+        rows = [sources / source for source in dict.fromkeys(source for source, _ in STAGES.values())]
+        # Stage 2 and the driver are compiled for the oldest processor: only the row kernels differ between the sets.
+        jobs = [(source, [] if source.stem == "preference_loss" else [f"-march={march}"]) for source in rows]
         jobs.append((HERE / "instructions.cpp", []))
         objects = [f"{scratch}/{source.stem}.o" for source, _ in jobs]
         _build.run_all(
@@ -75,8 +88,8 @@ def count(isa: str) -> dict[str, float]:
                 "valgrind",
                 "--tool=callgrind",
                 "--collect-atstart=no",
-                f"--toggle-collect=dpo::cpu::{isa}::token_logps*",
-                f"--toggle-collect=dpo::cpu::{isa}::logits_grad*",
+                *(f"--toggle-collect=dpo::cpu::{isa}::{stage}(*" for stage in STAGES if stage != "preference_loss"),
+                "--toggle-collect=dpo::cpu::preference_loss(*",
                 "--dump-after=case_done",
                 f"--callgrind-out-file={scratch}/counts",
                 driver,
@@ -89,17 +102,22 @@ def count(isa: str) -> dict[str, float]:
             raise CannotCount(f"valgrind failed: {done.stderr.strip().splitlines()[-1]}")
         found = {}
         for index, line in enumerate(done.stdout.splitlines(), start=1):
-            stage, case, logits = line.split("\t")
+            stage, case, units = line.split("\t")
             totals = re.search(r"^totals: (\d+)", Path(f"{scratch}/counts.{index}").read_text(), re.MULTILINE)
             if totals is None or int(totals.group(1)) == 0:
                 raise CannotCount(f"callgrind counted nothing for {stage}, {case}")
-            found[f"{stage}, {case}"] = round(int(totals.group(1)) / int(logits), 3)
+            found[f"{stage}, {case}"] = round(int(totals.group(1)) / int(units), 3)
     return found
 
 
 def read_budget() -> dict[str, Any]:
-    """The committed budget: "compiler", and "instructions_per_logit" by instruction set and case."""
+    """The committed budget: "compiler", and "instructions_per_unit" by instruction set and case."""
     return json.loads(BUDGET.read_text())
+
+
+def unit(case: str) -> str:
+    """What the case's instructions are divided by."""
+    return STAGES.get(case.partition(",")[0], ("", "unit"))[1]
 
 
 def deviations(counted: dict[str, float], budget: dict[str, float], same_compiler: bool = True) -> list[str]:
@@ -113,7 +131,7 @@ def deviations(counted: dict[str, float], budget: dict[str, float], same_compile
     for case, limit in budget.items():
         change = counted.get(case, limit) / limit - 1
         if abs(change) > TOLERANCE if same_compiler else change > OTHER_COMPILER:
-            lines.append(f"{case}: {counted[case]:.3f} instructions a logit, budget {limit:.3f}")
+            lines.append(f"{case}: {counted[case]:.3f} instructions a {unit(case)}, budget {limit:.3f}")
     return lines
 
 
@@ -123,14 +141,16 @@ def main() -> None:
     arguments = parser.parse_args()
     counted = {isa: count(isa) for isa in countable()}
     if arguments.write:
-        content = {"compiler": compiler_name(), "instructions_per_logit": counted}
+        content = {"compiler": compiler_name(), "instructions_per_unit": counted}
         BUDGET.write_text(json.dumps(content, indent=1) + "\n")
     budget = read_budget()
-    print(f"instructions per logit; compiler {compiler_name()}, budget by {budget['compiler']}")
+    print(f"instructions a logit, a product or a token; compiler {compiler_name()}, budget by {budget['compiler']}")
     for isa, cases in counted.items():
         for case, value in cases.items():
-            limit = budget["instructions_per_logit"].get(isa, {}).get(case)
-            print(f"{isa:9s} {case:40s} {value:8.3f} {'' if limit is None else f'{value / limit - 1:+.1%}'}")
+            limit = budget["instructions_per_unit"].get(isa, {}).get(case)
+            print(
+                f"{isa:9s} {case:40s} {value:8.3f} a {unit(case):8s}{'' if limit is None else f'{value / limit - 1:+.1%}'}"
+            )
 
 
 if __name__ == "__main__":

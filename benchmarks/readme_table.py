@@ -69,7 +69,11 @@ SENTENCES = (
 def _table(name: str, found: dict[str, Any]) -> list[str]:
     """A benchmark's first case; a peer that is missing here is left to the machine's own page."""
     first = found["rows"][0]["case"]
-    rows = [row for row in found["rows"] if row["case"] == first and not row.get("verdict", "").startswith("missing")]
+    rows = [
+        row
+        for row in found["rows"]
+        if row["case"] == first and not row.get("verdict", "").startswith(("missing", "fails"))
+    ]
     if not rows:
         return []
     return [f"**{found['question'].partition(':')[0]}: {first}**", "", *markdown_table(TABLES[name], rows), ""]

@@ -83,7 +83,7 @@ def rows(
     found: dict[str, list[dict[str, Any]]] = {}
     for path in WHAT:
         names = [name.split("-")[1] for name in wanted(request, "test_memory", "name") if name.startswith(path)]
-        names = [name for name in names if not KNOWN[path][name].why_missing()]
+        names = [name for name in names if name in settings.peers and not KNOWN[path][name].why_missing()]
         found |= {f"{path}-{name}": [] for name in names}
         for tokens in SIZES[settings.sizes][0]:
             for row in _rows(path, names, tokens, settings):
@@ -126,7 +126,7 @@ def _rows(path: str, names: list[str], tokens: int, settings: Settings) -> list[
 def test_memory(rows: dict[str, list[dict[str, Any]]], name: str) -> None:
     if name not in rows:
         path, peer = name.split("-")
-        pytest.skip(str(KNOWN[path][peer].why_missing()))
+        pytest.skip(KNOWN[path][peer].why_missing() or "not among --peers")
     if any(row["extra_bytes"] is None for row in rows[name]):
         pytest.skip("this system does not tell a process its peak of memory")
     assert min(row["extra_bytes"] for row in rows[name]) >= 0

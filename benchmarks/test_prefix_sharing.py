@@ -10,7 +10,7 @@ import torch
 
 from . import method
 from .conftest import Settings, wanted
-from .linear_problem import model_folder
+from .linear_problem import NO_MODEL, model_folder
 from .method import Contender, Samples
 from .report import SPREAD, TIME, Column, Result
 
@@ -47,7 +47,7 @@ def samples(
         "transformers", reason="transformers is not installed (pip install -e .[trainer])"
     )
     if (folder := model_folder()) is None:
-        pytest.skip("SmolLM2 has not been converted yet (make demo does)")
+        pytest.skip(NO_MODEL)
     from dpo_trainer.collator import PairCollator
     from dpo_trainer.model import SplitModel
 

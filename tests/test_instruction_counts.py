@@ -1,6 +1,8 @@
-"""The CPU kernels keep their budget of instructions per logit: a guard of their speed that no noise can blur."""
+"""The CPU kernels keep their budget of instructions: a guard of their speed that no noise can blur."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -18,7 +20,7 @@ except instructions.CannotCount as reason:
 def test_kernels_keep_their_budget(isa: str) -> None:
     budget = instructions.read_budget()
     same = instructions.compiler_name() == budget["compiler"]
-    left = instructions.deviations(instructions.count(isa), budget["instructions_per_logit"][isa], same)
+    left = instructions.deviations(instructions.count(isa), budget["instructions_per_unit"][isa], same)
     assert not left, "\n".join([*left, "if this is meant: python -m benchmarks.instructions --write"])
 
 
@@ -41,4 +43,16 @@ def test_a_count_that_leaves_the_budget_is_named(counted: dict[str, float], same
 
 def test_every_vector_set_that_ships_has_a_budget() -> None:
     shipped = {isa for isa, *_ in instructions._build.X86_ISAS} - {"avx512"}
-    assert set(instructions.read_budget()["instructions_per_logit"]) == shipped
+    assert set(instructions.read_budget()["instructions_per_unit"]) == shipped
+
+
+def test_every_native_kernel_has_a_budget() -> None:
+    declared = set()
+    for header in ("stages.h", "filtered_grad.h", "preference_loss.h"):
+        text = (instructions._build.CSRC / "cpu" / header).read_text()
+        declared |= set(
+            re.findall(r"^ *void (\w+)\(const \w+Params& params, int64_t begin, int64_t end\);", text, re.M)
+        )
+    assert declared == set(instructions.STAGES)
+    for cases in instructions.read_budget()["instructions_per_unit"].values():
+        assert {case.partition(",")[0] for case in cases} == declared

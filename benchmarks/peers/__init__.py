@@ -13,4 +13,10 @@ PEERS: dict[str, type[Peer]] = {
     peer.name: peer for peer in (Eager, TRLOld, Compiled, Ours, OursInPlace, OursInPlaceStatistics)
 }
 
-__all__ = ["PEERS", "Peer"]
+#: Packages for the same purpose that take no part, by their name on the package index, and why.
+ABSENT = {
+    "flash-pref": "shares prefixes inside models of transformers < 4.52; the trainer here needs transformers >= 5.0",
+    "quack-kernels": "runs on NVIDIA GPUs only, and its chunked linear cross-entropy takes no gradient a token, which DPO needs",
+}
+
+__all__ = ["ABSENT", "PEERS", "Peer"]

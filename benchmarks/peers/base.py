@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -9,6 +10,15 @@ import torch
 from torch import Tensor
 
 from ..problem import LogitsProblem
+
+PEERS_EXTRA = "pip install -e .[peers]"
+
+
+def not_installed(module: str | None) -> str | None:
+    """None if the module is there (or None), else the reason and the pip line that mends it."""
+    if module is None or importlib.util.find_spec(module) is not None:
+        return None
+    return f"{module} is not installed ({PEERS_EXTRA})"
 
 
 class Peer(ABC):
@@ -21,7 +31,7 @@ class Peer(ABC):
         ours: whether it is this package.
         passes: reads and writes of a [2P, T, V] tensor that its step cannot do without.
         forward_passes: the same of its forward alone; None if that forward is another row's already.
-        install: the pip line that brings it; None where torch is enough.
+        needs: the module that it comes from; None where torch is enough.
     """
 
     name: ClassVar[str]
@@ -31,7 +41,7 @@ class Peer(ABC):
     # Read policy and reference; read the policy again and write its gradient.
     passes: ClassVar[int] = 4
     forward_passes: ClassVar[int | None] = 2
-    install: ClassVar[str | None] = None
+    needs: ClassVar[str | None] = None
 
     def __init__(self, problem: LogitsProblem) -> None:
         self.problem = problem
@@ -39,7 +49,7 @@ class Peer(ABC):
     @classmethod
     def why_missing(cls) -> str | None:
         """None if the peer can run here, else the reason and the pip line that mends it."""
-        return None
+        return not_installed(cls.needs)
 
     @abstractmethod
     def forward(self) -> Tensor:

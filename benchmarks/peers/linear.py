@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -14,9 +13,8 @@ from dpo_kernels import linear_dpo_loss
 
 from ..linear_problem import LinearProblem
 from ..problem import BETA
+from .base import not_installed
 from .eager import dpo_from_sums
-
-PEERS_EXTRA = "pip install -e .[peers]"
 
 
 class LinearPeer(ABC):
@@ -41,9 +39,7 @@ class LinearPeer(ABC):
     @classmethod
     def why_missing(cls) -> str | None:
         """None if the peer can run here, else the reason and what mends it."""
-        if cls.needs is None or importlib.util.find_spec(cls.needs) is not None:
-            return None
-        return f"{cls.needs} is not installed ({PEERS_EXTRA})"
+        return not_installed(cls.needs)
 
     @abstractmethod
     def loss(self) -> Tensor:
