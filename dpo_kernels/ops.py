@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.eager import small_dtype
+from .memory import fresh
 
 _library = torch.library.Library("dpo_kernels", "DEF")
 
@@ -135,7 +136,7 @@ def _logits_grad(
     backend: str,
 ) -> Tensor:
     logits = _unit_stride(logits)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = fresh(logits.shape, logits.dtype, logits.device)
     _run_logits_grad(logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, backend, out)
     return out
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends.eager import TokenKL, small_dtype
+from .memory import fresh
 from .ops import _library, _unit_stride
 
 _OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "forward_kl")
@@ -109,7 +110,7 @@ def _run_token_kl_grad(
 
 def _token_kl_grad(logits: Tensor, *arguments: Any) -> Tensor:
     logits = _unit_stride(logits)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = fresh(logits.shape, logits.dtype, logits.device)
     _run_token_kl_grad(logits, *arguments, out=out)
     return out
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import filtered, planner
 from ..backends.eager import TokenKL, check_labels, small_dtype
+from ..memory import fresh
 from .call import KL_TERMS, STAGE_OUTPUTS, TOKEN_OUTPUTS, Call, KLGradients
 
 
@@ -45,7 +46,7 @@ class HeadGradient:
         self.bias: Tensor | None = None
         self.started = into is not None
         if call.needs_weight:
-            self.weight = torch.empty(vocab, hidden_size, dtype=self.dtype, device=device) if into is None else into
+            self.weight = fresh((vocab, hidden_size), self.dtype, device) if into is None else into
         if call.needs_bias:
             self.bias = torch.zeros(vocab, dtype=self.dtype, device=device)
 
@@ -98,8 +99,10 @@ class Projection:
         self.ref_bias = None if call.ref_bias is None else call.ref_bias.to(call.compute_dtype)
         self.side_by_side = call.ref_hidden is not None and not call.given.isdisjoint(KL_TERMS)
         vocab = weight.shape[0]
-        self.buffer = torch.empty(rows, vocab, dtype=call.compute_dtype, device=hidden.device)
-        self.ref_buffer = torch.empty_like(self.buffer) if self.side_by_side else self.buffer
+        self.buffer = fresh((rows, vocab), call.compute_dtype, hidden.device)
+        self.ref_buffer = self.buffer
+        if self.side_by_side:
+            self.ref_buffer = fresh(self.buffer.shape, self.buffer.dtype, hidden.device)
         self.labels = call.labels.reshape(-1)
 
     def rows(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""Large fresh tensors ask for large pages; small ones, and backends without the CPU library, are torch's own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_kernels import backends
+from dpo_kernels.memory import LARGE, fresh
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def flags_at(address: int) -> set[str]:
+    """The kernel's flags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            first, last = (int(part, 16) for part in words[0].split("-"))
+            inside = first <= address < last
+        elif inside and words[0] == "VmFlags:":
+            return set(words[1:])
+    raise AssertionError("no mapping holds the address")
+
+
+@pytest.mark.skipif(not THP.exists(), reason="no transparent huge pages here: not Linux, or built without them")
+def test_large_tensors_ask_for_large_pages():
+    if backends.why_not("cpu", "cpu"):
+        pytest.skip(f"the cpu backend does not serve: {backends.why_not('cpu', 'cpu')}")
+    large = fresh((LARGE // 4 + 1, 2), torch.float32, "cpu")
+    assert "hg" in flags_at(large.data_ptr() + large.nbytes // 2)
+    assert large.shape == (LARGE // 4 + 1, 2)
+    assert large.is_contiguous()
+    large.fill_(1.0)
+    assert float(large.sum(dtype=torch.float64)) == large.numel()
+
+
+@pytest.mark.parametrize("size", [0, 1, LARGE - 1])
+def test_small_ones_are_plain(size, monkeypatch):
+    def refuse(_):
+        raise AssertionError("asked for large pages")
+
+    monkeypatch.setattr(torch.ops.dpo_kernels_cpu, "prefer_huge_pages", refuse, raising=False)
+    assert fresh((size,), torch.uint8, "cpu").nbytes == size
