@@ -254,6 +254,8 @@ class DPOConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
         super().__post_init__()
+        if self.device.type == "cpu" and self.fp16:
+            raise ConfigError("fp16: needs an accelerator; on a CPU it would be ignored without a word. Use bf16 there")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
 

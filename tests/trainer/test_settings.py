@@ -1,0 +1,202 @@
+"""The settings that make large models fit, each with the fused head: LoRA, checkpointing, autocast, torch.compile, quantised."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
+from dpo_trainer.cli import main
+
+from .tiny import build_pairs
+
+Make = Callable[..., DPOTrainer]
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+COMPILED = {
+    "torch_compile": True,
+    "torch_compile_backend": "aot_eager",
+}  # traced and partitioned, but not compiled to C++
+
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+def step(trainer: DPOTrainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a run's first step; transformers switches some settings on when it trains."""
+    found: dict[str, torch.Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            for name, parameter in trainer.model.named_parameters():
+                if parameter.grad is not None:
+                    found[name] = parameter.grad.clone()
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], found
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance", "adapter"),
+    [
+        (CHECKPOINTED, 1e-6, None),
+        (CHECKPOINTED, 1e-6, LORA),
+        ({**CHECKPOINTED, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, 1e-6, LORA),
+        (COMPILED, 1e-5, None),
+        ({"bf16": True}, 0.1, LORA),
+        ({"bf16": True, **CHECKPOINTED, **COMPILED}, 0.1, LORA),
+    ],
+    ids=["checkpointing", "checkpointing-lora", "reentrant-lora", "compile", "bf16-lora", "all-lora"],
+)
+def test_the_same_gradients_with_the_fused_head(
+    settings: dict[str, Any], tolerance: float, adapter: Any, make_trainer: Make, make_model: Any
+) -> None:
+    results = []
+    for given in ({}, settings):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        trainer = make_trainer(
+            model=make_model("llama-untied"),
+            ref_model=make_model("llama-untied", seed=1),
+            peft_config=adapter,
+            max_steps=1,
+            max_grad_norm=0.0,
+            diagnostics={"probe_pairs": 1},
+            **given,
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        assert trainer.loss_path == "linear"
+        results.append(step(trainer))
+    (loss, gradients), (other_loss, other_gradients) = results
+    assert other_loss == pytest.approx(loss, rel=tolerance)
+    assert other_gradients.keys() == gradients.keys()
+    assert gradients
+    for name, gradient in gradients.items():
+        assert (other_gradients[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
+
+
+def test_checkpointing_runs_the_backbone_again_and_the_head_once(make_trainer: Make, make_model: Any) -> None:
+    """What is saved is the backbone's; recomputing logits as well would cost what the fused head spares."""
+    counts = {"layer": 0, "head": 0}
+    trainer = make_trainer(model=make_model("llama-untied"), **CHECKPOINTED, loss_type="simpo", max_steps=1)
+    trainer.policy.backbone.layers[0].mlp.register_forward_pre_hook(lambda *_: counts.update(layer=counts["layer"] + 1))
+    trainer.policy.head.register_forward_pre_hook(lambda *_: counts.update(head=counts["head"] + 1))
+    trainer.remove_callback(trainer.diagnostics)  # which looks at the data first
+    trainer.train()
+    assert counts == {"layer": 2, "head": 1}
+
+
+def test_compiling_compiles_the_backbone_and_trains(make_trainer: Make) -> None:
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    trainer = make_trainer(max_steps=4, **COMPILED, train_sampling_strategy="sequential")
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert frames["ok"] > 0
+    assert losses[-1] < losses[0] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_fp16_on_a_cpu_is_either_trained_or_refused_in_a_line(make_trainer: Make, make_model: Any) -> None:
+    """float16 needs loss scaling, which needs an accelerator; where there is none, bf16 is the word."""
+    if torch.cuda.is_available():
+        trainer = make_trainer(model=make_model(), fp16=True, use_cpu=False, max_steps=2)
+        trainer.train()
+        assert trainer.state.global_step == 2
+        return
+    with pytest.raises(ConfigError, match=r"fp16: .*bf16"):
+        make_trainer(model=make_model(), fp16=True)
+
+
+# --- quantised -----------------------------------------------------------------------------------------------------
+
+
+class QuantisedLinear(nn.Linear):
+    """As bitsandbytes makes one: weights of 8 bits and a scale, and a forward of its own, under nn.Linear's name."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((plain.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
+
+
+def quantise(model: Any, *, head: bool) -> Any:
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, QuantisedLinear(getattr(layer.mlp, name)))
+    if head:
+        model.lm_head = QuantisedLinear(model.lm_head)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["16-bit head", "quantised head"])
+def test_an_adapter_on_a_quantised_base_trains_and_a_quantised_head_is_noticed(
+    head: bool, make_trainer: Make, make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = quantise(make_model("llama-untied"), head=head)
+    frozen = {name: value.clone() for name, value in model.state_dict().items()}
+    with caplog.at_level(logging.INFO, "dpo_trainer"):
+        trainer = make_trainer(model=model, peft_config=LORA, learning_rate=2e-2, max_steps=12, bf16=True)
+    assert trainer.loss_path == ("logits" if head else "linear")
+    assert ("the head is not a plain nn.Linear but QuantisedLinear" in caplog.text) == head
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-6)
+    assert sum(losses[-3:]) / 3 < 0.68
+    for name, value in trainer.model.get_base_model().state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
+    trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name in trainable)
+
+
+# --- from the command line -----------------------------------------------------------------------------------------
+
+
+def test_all_of_them_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in build_pairs(24)))
+    settings = {
+        "model": str(model_folder),
+        "train_data": "pairs.jsonl",
+        "output_dir": "run",
+        "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        "gradient_checkpointing": True,
+        "bf16": True,
+        **COMPILED,
+        "precompute_ref_log_probs": True,
+        "learning_rate": 2e-2,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "write_report": False,
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["config.yaml", "--quiet"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # Precomputed sums come from another batch; autocast rounds by batch.
+    assert summary["first"]["loss"] == pytest.approx(0.6931472, abs=5e-3)
+    assert summary["last"]["loss"] < summary["first"]["loss"]
+    assert summary["trainable_parameters"] < summary["parameters"]
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_config_takes_them(tmp_path: Path) -> None:
+    config = DPOConfig(output_dir=str(tmp_path), bf16=True, gradient_checkpointing=True, **COMPILED)
+    assert config.torch_compile
