@@ -27,7 +27,8 @@ if target:
 sys.exit(main(["config.yaml", "--quiet"]))
 """
 
-# Logs and checkpoints at different steps, so that checkpoints fall into logging windows; an objective with a running mean.
+# Logs and checkpoints at different steps, so that checkpoints fall into logging windows; an objective with a running mean,
+# a reference that moves between checkpoints, answers sampled at evaluations.
 _CONFIG = """
 model: {model}
 train_data: pairs.jsonl
@@ -40,6 +41,11 @@ logging_first_step: false
 save_steps: 5
 eval_steps: 6
 loss_type: bco_running
+sync_ref_model: true
+ref_model_sync_steps: 4
+sample_prompts: 3
+sample_max_new_tokens: 4
+sample_temperature: 1.0
 learning_rate: 1.0e-3
 seed: 3
 """
@@ -83,6 +89,12 @@ def test_three_kills_leave_no_trace(tmp_path: Path, model_folder: Path) -> None:
     expected = timeless(whole / "run" / "metrics.jsonl")
     assert [record["step"] for record in expected if "learning_rate" in record] == [4, 8, 12, 14]
     assert timeless(killed / "run" / "metrics.jsonl") == expected
-    for name in ("model.safetensors", "checkpoint-10/model.safetensors", "checkpoint-14/model.safetensors"):
+    files = (
+        "model.safetensors",
+        "samples.jsonl",
+        "checkpoint-10/reference.safetensors",
+        "checkpoint-14/reference.safetensors",
+    )
+    for name in (*files, "checkpoint-10/model.safetensors", "checkpoint-14/model.safetensors"):
         assert (killed / "run" / name).read_bytes() == (whole / "run" / name).read_bytes(), name
     assert not list((killed / "run").glob("*.part"))

@@ -1,0 +1,44 @@
+"""docs/trainer.md says what the code does: its tables of diagnoses are made from it, and the settings it names exist."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from dpo_trainer.cli import RUN_KEYS, SWITCHES
+from dpo_trainer.config import DPOConfig
+from dpo_trainer.diagnostics import DIAGNOSES, Limits
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_diagnostics", DOCS / "diagnostics.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_diagnoses_are_the_code_s() -> None:
+    page = (DOCS / "trainer.md").read_text(encoding="utf-8")
+    assert load().filled(page) == page, "run: python docs/diagnostics.py"
+
+
+def test_every_threshold_belongs_to_a_diagnosis_and_says_what_it_means() -> None:
+    names = {item.name for item in dataclasses.fields(Limits)}
+    used = {limit for diagnosis in DIAGNOSES.values() for limit in diagnosis.limits}
+    assert used <= names
+    assert names - used == {"windows", "probe_pairs"}, "which belong to all of them"
+    assert all(item.metadata["help"] for item in dataclasses.fields(Limits))
+
+
+def test_settings_that_the_page_shows_with_a_value_exist() -> None:
+    page = (DOCS / "trainer.md").read_text(encoding="utf-8")
+    known = {item.name for item in dataclasses.fields(DPOConfig)} | set(RUN_KEYS)
+    shown = {name.partition(".")[0] for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)?): [^`]+`", page)}
+    assert shown <= known, shown - known
+    assert set(re.findall(r"`(--[a-z]+)`", page)) <= set(SWITCHES)
+    assert len(shown) > 10
