@@ -86,16 +86,16 @@ class Clock:
 
 
 def interleave(
-    contenders: Sequence[Contender], rounds: int, *, warmup: int = 1, device: str = "cpu"
+    contenders: Sequence[Contender], rounds: int, *, warmup: int = 1, device: str = "cpu", called: bool = False
 ) -> dict[str, Samples]:
     """Time all contenders in the same loop; round k starts with contender k.
 
-    The first call of each is timed apart (compilers run there), then come `warmup` rounds, then `rounds` timed ones and
-    one more run each for the peak memory.
+    The first call of each is timed apart (compilers run there) unless all have been `called` before, then come `warmup`
+    rounds, then `rounds` timed ones and one more run each for the peak memory.
     """
     clock = Clock(device)
     found = {contender.name: Samples() for contender in contenders}
-    for contender in contenders:
+    for contender in () if called else contenders:
         contender.prepare()
         begin = time.perf_counter()
         contender.run()

@@ -15,7 +15,7 @@ from .method import Contender, Samples
 from .report import SPREAD, TIME, Column, Result
 
 #: (pairs, tokens of prompt + answer), by size; the prompt is this percentage of them.
-SIZES = {"small": (1, 32), "default": (2, 128), "full": (4, 256)}
+SIZES = {"small": (1, 32), "default": (1, 128), "full": (4, 256)}
 SHARES = (25, 50, 75)
 LAYOUTS = {"padded": "each side with its own prompt", "shared": "prompt once a pair"}
 #: Sharing alone, where prompts are half of the tokens.

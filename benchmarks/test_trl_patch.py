@@ -27,7 +27,7 @@ from .test_trainer import LOSS_TOLERANCE, MAX_LENGTH
 from .trainer_run import build_trl, common_arguments, pick, token_counts
 
 #: Pairs a step, timed steps of each.
-SIZES = {"small": (1, 2), "default": (8, 3), "full": (8, 7)}
+SIZES = {"small": (1, 2), "default": (8, 2), "full": (8, 7)}
 TITLES = {"stock": "TRL 1.16's DPOTrainer", "patched": "the same after apply_to_trl()"}
 #: At least so many times as fast.
 BAR = 1.5

@@ -2,7 +2,7 @@
 
 Policy and reference log-probabilities, entropy, mean logits of both sides (over rows picked out by a mask, which copies
 them) and the chosen side's token accuracy, all that its log shows. Its shift of the logits, one more copy, is left out:
-the inputs here are aligned already. On a CPU, and in 16-bit types, its log-probabilities are rounded to 16 bits before
+the inputs here are aligned already. On a CPU, log-probabilities of 16-bit logits are rounded to 16 bits before
 they are summed; the gradient check shows what that costs. On GPUs these functions have had Triton kernels of their own
 since 1.15, and the row is kinder to TRL than 1.14 was.
 """
