@@ -21,7 +21,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,24 @@ double dropped_slopes(const A* z, int64_t n, int64_t label, A cut, A m, A cap) {
   return total;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of lanes out of eight, their numbers moved to the front: AVX2 has no compress, but permutes by numbers.
+struct FrontLanes {
+  uint8_t of[256][8];
+};
+
+constexpr FrontLanes kFront = [] {
+  FrontLanes front{};
+  for (int set = 0; set < 256; ++set) {
+    int k = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      if (set >> lane & 1) front.of[set][k++] = static_cast<uint8_t>(lane);
+    }
+  }
+  return front;
+}();
+#endif
+
 // Logits and vocabulary ids of a block's kept entries, in order; their number. Branch-free: kept entries are a few per
 // cent, in no pattern that a predictor could learn.
 template <typename A>
@@ -92,6 +110,21 @@ DPO_INLINE int64_t compact(const A* z, int64_t n, int64_t start, int64_t label, 
       _mm512_storeu_ps(found + k, _mm512_maskz_compress_ps(kept, logit));
       const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(start + i)), lane);
       _mm512_storeu_si512(place + k, _mm512_maskz_compress_epi32(kept, ids));
+      k += __builtin_popcount(kept);
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    for (; i + 8 <= n; i += 8) {
+      const __m256 logit = _mm256_loadu_ps(z + i);
+      int kept = _mm256_movemask_ps(_mm256_cmp_ps(logit, _mm256_set1_ps(cut), _CMP_GT_OQ));
+      if (label >= i && label < i + 8) kept |= 1 << (label - i);
+      // The numbers of the kept lanes permute the logits, and are themselves the ids.
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.of[kept]));
+      const __m256i lanes = _mm256_cvtepu8_epi32(bytes);
+      _mm256_storeu_ps(found + k, _mm256_permutevar8x32_ps(logit, lanes));
+      const __m256i ids = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(start + i)), lanes);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + k), ids);
       k += __builtin_popcount(kept);
     }
   }
