@@ -75,7 +75,9 @@ def build_ours(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], 
     """Our trainer, with its defaults but for `common` and `own`."""
     from dpo_trainer import DPOConfig, DPOTrainer
 
-    return DPOTrainer(str(model), args=DPOConfig(**common, **own, log_level="error"), train_dataset=rows)
+    # TRL leaves no pair out, whatever it holds.
+    arguments = DPOConfig(**common, filters=[], **own, log_level="error")
+    return DPOTrainer(str(model), args=arguments, train_dataset=rows)
 
 
 def build_trl(model: Any, rows: list[dict[str, Any]], common: dict[str, Any], **own: Any) -> Any:

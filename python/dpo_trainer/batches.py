@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from .errors import ConfigError, DataError
 
@@ -169,7 +169,8 @@ class PairStream(IterableDataset):
     Rows are gathered until they make about POOL steps, and are grouped and shuffled among themselves as `Batching` says;
     those that fill no step wait for the next ones. After the last row the first one follows again, so that a pass over
     the data need not end with a step, and a resumed run finds its place by counting batches.
-    Every process reads all rows and yields its share, every worker reads its process's share.
+    Every process reads all rows and yields its share. One worker may do that in the background; several would each read
+    a part only, as `datasets` divides its streams.
 
     Args:
         rows: makes an iterator over rows with `length` for a pass, counted from 0.
@@ -183,10 +184,7 @@ class PairStream(IterableDataset):
         self.rows, self.batching, self.process_index = rows, batching, process_index
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        worker = get_worker_info()
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        own = itertools.islice(self._batches(), self.process_index, None, self.batching.num_processes)
-        return itertools.islice(own, number, None, count)
+        return itertools.islice(self._batches(), self.process_index, None, self.batching.num_processes)
 
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         rule = self.batching

@@ -7,13 +7,14 @@ import dataclasses
 import enum
 import json
 import logging
+import os
 import re
 import shutil
 import sys
 import types
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -165,7 +166,7 @@ def _run(
     except UsageError:
         raise
     except (ValueError, ImportError) as error:
-        raise ConfigError(first_line(error)) from error
+        raise _setting_error(error, fields) from error
     if checkpoint is None and config.resume_from_checkpoint:
         checkpoint = _given_checkpoint(config.resume_from_checkpoint)
     peft_config = lora_config(settings["lora"]) if settings.get("lora") is not None else None
@@ -177,15 +178,16 @@ def _run(
     tokenizer = load_tokenizer(settings["model"])
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     model = load_model(settings["model"], **init_kwargs)
-    trainer = (Inspector if inspecting else DPOTrainer)(
-        model,
-        settings.get("ref_model"),
-        args=config,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+    with _setting_up(output_dir, fields):
+        trainer = (Inspector if inspecting else DPOTrainer)(
+            model,
+            settings.get("ref_model"),
+            args=config,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
     if isinstance(trainer, Inspector):
         return trainer.inspect()
     if json_stream is not None:
@@ -210,6 +212,34 @@ def _run(
                 print(account.describe(), file=sys.stderr)
         print(f"model and report.html are in {output_dir}", file=sys.stderr)
     return {}
+
+
+@contextlib.contextmanager
+def _setting_up(output_dir: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Where a run cannot be set up, its folder is as it was, and the reason is one line.
+
+    transformers makes the folder before it looks at the rest, and raises ValueErrors of its own.
+    """
+    missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not there, or not empty
+                folder.rmdir()
+        if isinstance(error, UsageError):
+            raise
+        raise _setting_error(error, settings) from error
+
+
+def _setting_error(error: Exception, settings: dict[str, Any]) -> ConfigError:
+    """What a library says of a setting, in one line that names it, with the nearest value that it would take."""
+    text = first_line(error)
+    for key, value in settings.items():
+        if isinstance(value, str) and re.match(rf"'?{re.escape(value)}\b", text, re.IGNORECASE):
+            near = did_you_mean(value, re.findall(r"[\w.-]+", text[len(value) + 1 :]))
+            return ConfigError(f"{key}: {text}{near}")
+    return ConfigError(text)
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -420,6 +450,10 @@ def check_output(folder: Path, settings: dict[str, Any], *, resume: bool, overwr
         raise ConfigError("--resume and --overwrite contradict each other")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir '{folder}': is a file")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        obstacle = "not writable" if parent.is_dir() else "a file"
+        raise OutputError(f"output_dir '{folder}': cannot be made, '{parent}' is {obstacle}")
     checkpoints = _checkpoints(folder)
     if resume:
         if not checkpoints:

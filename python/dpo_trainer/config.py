@@ -16,6 +16,7 @@ from dpo_kernels.objectives import OBJECTIVES
 from dpo_kernels.planner import parse_budget
 
 from .batches import STRATEGIES
+from .checks import check_ranges
 from .diagnostics import DIAGNOSES, Limits
 from .errors import ConfigError, did_you_mean
 from .layout import LAYOUTS
@@ -319,6 +320,7 @@ class DPOConfig(TrainingArguments):
                 f"max_prompt_length: {self.max_prompt_length} leaves no room for a completion "
                 f"within max_length {self.max_length}"
             )
+        check_ranges(self)
         for name in self.statistics:
             if name not in STATISTICS:
                 raise ConfigError(
@@ -362,6 +364,7 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.grad_filter, float | int) and not 0 < self.grad_filter < 1:
             raise ConfigError(f"grad_filter: a probability lies in (0, 1), got {self.grad_filter}")
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
+        self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
         Limits.of(self.diagnostics)
         for name in self.stop_on:
             if name not in DIAGNOSES:

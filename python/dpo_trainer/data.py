@@ -299,11 +299,14 @@ def check_columns(columns: Sequence[str], where: str) -> None:
                 f"{where}: no column '{name}'; it has {', '.join(columns) or 'none'}{did_you_mean(name, columns)}"
             )
     if "prompt" not in columns:
-        others = [name for name in columns if name not in COLUMNS]
+        others = [name for name in columns if name not in COLUMNS and not name.endswith("id")]
         like = next((name for name in PROMPT_LIKE if name in others), None)
         hint = f" (did you mean '{like}'?)" if like is not None else did_you_mean("prompt", others)
         if hint:
-            raise DataError(f"{where}: no column 'prompt'; it has {', '.join(columns)}{hint}")
+            raise DataError(
+                f"{where}: no column 'prompt'; it has {', '.join(columns)}{hint}; rename that, or leave it out where chosen "
+                "and rejected hold the prompt"
+            )
     if (REFERENCE[0] in columns) != (REFERENCE[1] in columns):
         missing = REFERENCE[0] if REFERENCE[0] not in columns else REFERENCE[1]
         raise DataError(f"{where}: no column '{missing}'; reference log-probabilities come in pairs")

@@ -29,6 +29,7 @@ from . import report
 from .batches import Batching, PairBatchSampler, PairStream
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .checkpoints import load_state, save_state, written_aside
+from .checks import check_fit
 from .collator import PairCollator
 from .config import DPOConfig
 from .data import REFERENCE
@@ -152,6 +153,8 @@ class DPOTrainer(Trainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 layout=args.batch_layout,
             )
+        evals = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        check_fit(args, cast(nn.Module, model), ref_model, processing_class, _looked_at([train_dataset, *evals]))
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1
@@ -172,8 +175,6 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Made once: some objectives keep a running mean between steps.
         self._objectives = objectives.build(args.loss_type)
-        if self.train_dataset is not None:
-            self._batching().check(max(self._datasets()[0]["length"]))
         self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
         self._aside: Path | None = None
         #: Single pairs of the last evaluations, by the prefix of their metrics, for the report.
@@ -243,12 +244,12 @@ class DPOTrainer(Trainer):
         if dataset is None:
             raise DataError("train_dataset: none given, nothing to train on")
         if isinstance(dataset, PreparedStream):
-            stream = PairStream(dataset.rows, self._batching(), process_index=self.accelerator.process_index)
-            return self._loader(stream, batch_size=None)
+            stream = PairStream(dataset.rows, self._batching(), process_index=self._data_index)
+            return self._loader(stream, batch_size=None, num_workers=min(args.dataloader_num_workers, 1))
         sampler = PairBatchSampler(
             dataset["length"],
             self._batching(),
-            process_index=self.accelerator.process_index,
+            process_index=self._data_index,
             drop_last=args.dataloader_drop_last,
         )
         return self._loader(dataset, batch_sampler=sampler)
@@ -261,9 +262,14 @@ class DPOTrainer(Trainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
             strategy=args.train_sampling_strategy,
             accumulation=args.gradient_accumulation_steps,
-            num_processes=self.accelerator.num_processes,
+            num_processes=self.accelerator.num_processes // self.get_tp_size(),
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
+
+    @property
+    def _data_index(self) -> int:
+        """Whose share of the pairs is this process's: tensor-parallel neighbours work on the same ones."""
+        return self.accelerator.process_index // self.get_tp_size()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As transformers makes it; on several processes divided such that no pair is evaluated twice."""
@@ -287,11 +293,11 @@ class DPOTrainer(Trainer):
 
     def _loader(self, dataset: Any, **batches: Any) -> DataLoader:
         args = self.args
+        batches.setdefault("num_workers", args.dataloader_num_workers)
         return DataLoaderShard(
             dataset,
             device=self.accelerator.device,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -303,8 +309,7 @@ class DPOTrainer(Trainer):
     def _datasets(self) -> list[Any]:
         """All datasets that there are; of a stream, its first pairs."""
         evals = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        found = [dataset for dataset in (self.train_dataset, *evals) if dataset is not None]
-        return [Dataset.from_list(data.sample) if isinstance(data, PreparedStream) else data for data in found]
+        return _looked_at([self.train_dataset, *evals])
 
     def _example_batch(self) -> Batch | None:
         """Two short pairs, padded, on which to check the model's split, or None without data."""
@@ -705,6 +710,12 @@ class DPOTrainer(Trainer):
         cast(dict[str, float], result.metrics).update({f"{prefix}_{name}": value for name, value in means.items()})
         return result
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._determine_best_metric(*args, **kwargs)
+        except KeyError as error:
+            raise ConfigError(f"metric_for_best_model: {error.args[0]}") from error
+
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -828,6 +839,12 @@ class DPOTrainer(Trainer):
                 cast(nn.Module, self._objectives[int(index)]).load_state_dict(values)
         if self.moving is not None and checkpoint is not None:
             self.moving.load(Path(checkpoint))
+
+
+def _looked_at(datasets: list[Any]) -> list[Any]:
+    """The datasets that there are; of a stream, its first pairs."""
+    found = [dataset for dataset in datasets if dataset is not None]
+    return [Dataset.from_list(data.sample) if isinstance(data, PreparedStream) else data for data in found]
 
 
 def _weights(batch: Batch) -> Tensor:

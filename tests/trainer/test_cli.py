@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,6 +66,27 @@ def test_a_run_leaves_model_metrics_summary_and_report(here: Path, read_jsonl: A
     assert summary["eval_last"]["loss"] < summary["eval_first"]["loss"]
     assert summary["changed_settings"]["learning_rate"] == 1e-3
     assert summary["pairs"] == {"train_dataset": 24, "eval_dataset": 6}
+
+
+def test_the_walk_in_the_readme_works_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    """From one's own file to a trained model and a report, in the four lines that a newcomer reads."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    walk = readme.partition("## The trainer")[2].partition("\n\n    ")[2].partition("\n\n")[0]
+    install, write, train, look = (line.strip() for line in walk.splitlines())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/model").symlink_to(model_folder)
+    assert install == 'pip install ".[trainer]"'
+    subprocess.run(write, shell=True, check=True)
+    command, *arguments = shlex.split(train)
+    assert command == "dpo-train"
+    assert main([*arguments, "--use_cpu"]) == 0
+    verb, report = look.split()
+    assert verb == "open"
+    assert "<svg" in Path(report).read_text()
+    assert (Path(report).parent / "model.safetensors").exists()
 
 
 def test_the_command_line_wins_and_reaches_nested_keys(here: Path) -> None:
@@ -175,105 +197,7 @@ def test_quiet_prints_nothing_and_json_stays(here: Path, capsys: pytest.CaptureF
     assert [json.loads(line)["type"] for line in shown.out.splitlines()][-1] == "summary"
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------------
-
-#: (arguments after the config, what the line must say)
-MISTAKES = [
-    ("--learning_rte 1e-5", "unknown setting 'learning_rte' (did you mean 'learning_rate'?)"),
-    ("--zzz 1", "unknown setting 'zzz'"),
-    ("--lora.rr 4", "unknown setting 'lora.rr' (did you mean 'lora.r'?)"),
-    ("--lora.r four", "lora.r: expected a whole number, got 'four'"),
-    ("--lora.target_modules [nope]", "peft_config: Target modules {'nope'} not found"),
-    ("--lora 3", "lora: expected a mapping or null, got 3"),
-    ("--beta high", "beta: expected a number, got 'high'"),
-    ("--beta -1", "beta: must be a positive number, got -1.0"),
-    ("--max_steps 1.5", "max_steps: expected a whole number, got 1.5"),
-    ("--bf16 maybe", "bf16: expected true or false, got 'maybe'"),
-    ("--statistics.kl 1", "statistics: expected a list of text"),
-    ("--lr_scheduler_type wavy", "wavy"),
-    ("--logging_steps 0", "logging_steps"),
-    ("--loss_type sigmod", "unknown objective 'sigmod' (did you mean 'sigmoid'?); known are sigmoid"),
-    ("--max_length 0", "max_length: must be at least 2, got 0"),
-    ("--learning_rate", "--learning_rate: a value is missing"),
-    ("beta 0.1", "'beta': expected --key value"),
-    ("--model /nowhere/model", "model '/nowhere/model': no such folder"),
-    ("--model some-name-nobody-has", "model 'some-name-nobody-has': its tokenizer cannot be loaded"),
-    ("--model train.jsonl", "model 'train.jsonl': not a folder or .gguf file"),
-    ("--model missing.gguf", "model 'missing.gguf': no such file"),
-    ("--ref_model ./missing", "'./missing': no such folder"),
-    ("--train_data missing.jsonl", "missing.jsonl: no such file"),
-    ("--train_data config.yaml", "unknown format '.yaml'"),
-    ("--train_data null", "train_data: not given"),
-    ("--eval_data bad.jsonl", "bad.jsonl:2: no column 'rejected'; it has prompt, chosen"),
-    ("--train_data broken.jsonl", "broken.jsonl:1: not JSON"),
-    ("--train_data empty.jsonl", "empty.jsonl: no rows"),
-    ("--train_data same.jsonl", "nothing is left to train on"),
-    ("--output_dir train.jsonl", "output_dir 'train.jsonl': is a file"),
-    ("--output_dir finished", "output_dir 'finished': holds a finished run"),
-    ("--output_dir unfinished", "holds an unfinished run (last checkpoint: checkpoint-7)"),
-    ("--output_dir saved", "output_dir 'saved': holds a model"),
-    ("--resume", "output_dir 'run': holds no checkpoint to resume from"),
-    ("--resume --overwrite", "--resume and --overwrite contradict each other"),
-    (
-        "--win_rate_scorer nowhere:judge --sample_prompts 2 --eval_data eval.jsonl",
-        "scorer 'nowhere:judge': cannot be imported",
-    ),
-    ("--sample_prompts 2", "sample_prompts: there is no evaluation dataset"),
-    ("--sync_ref_model --precompute_ref_log_probs", "sync_ref_model: the reference moves during training"),
-    ("--loss_type simpo --precompute_ref_log_probs", "loss_type simpo compares with no reference"),
-    ("--resume_from_checkpoint nowhere", "resume_from_checkpoint 'nowhere': not a checkpoint"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
-def test_a_mistake_gets_one_line_and_changes_nothing(
-    here: Path, capsys: pytest.CaptureFixture[str], arguments: str, said: str
-) -> None:
-    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    (here / "bad.jsonl").write_text(f'{json.dumps(row)}\n{{"prompt": "a", "chosen": "b"}}\n')
-    (here / "broken.jsonl").write_text("{prompt: a}\n")
-    (here / "empty.jsonl").write_text("")
-    write_jsonl(here / "same.jsonl", [{**row, "rejected": "b"}])
-    for folder, name in (
-        ("finished", "summary.json"),
-        ("unfinished/checkpoint-7", "trainer_state.json"),
-        ("saved", "config.json"),
-    ):
-        (here / folder).mkdir(parents=True)
-        (here / folder / name).write_text("{}")
-    before = tree(here)
-    code = main(["config.yaml", *arguments.split()])
-    shown = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    errors = [line for line in shown if line.startswith("dpo-train: ")]
-    assert len(errors) == 1
-    assert said in errors[0]
-    assert "Traceback" not in "".join(shown)
-    assert tree(here) == before
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("beta: 1\nmodel: [", "config.yaml:2: not YAML"),
-        ("model: a\n  beta: 1\n", "config.yaml:2: not YAML"),
-        ("- model\n", "expected 'key: value' lines, found list"),
-        ("", "model: not given"),
-        ("beta: {a: 1}\n", "beta: expected a number, got {'a': 1}"),
-        (b"\xff\xfe\x00", "not UTF-8"),
-    ],
-)
-def test_an_unreadable_config_is_named(
-    here: Path, capsys: pytest.CaptureFixture[str], content: str | bytes, said: str
-) -> None:
-    (here / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert main(["config.yaml"]) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_a_missing_config_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["none.yaml"]) == 2
-    assert "none.yaml: cannot be read (No such file or directory)" in capsys.readouterr().err
+# --- mistakes: the table is test_mistakes.py -----------------------------------------------------------------------
 
 
 def test_the_process_exits_with_2_and_no_traceback(here: Path) -> None:

@@ -442,6 +442,24 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, pairs: Callable[..., A
         assert load_pairs(tmp_path / name).to_list() == rows, name
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_names_and_splits_are_found(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = {"train": datasets.Dataset.from_list([ROW, ROW]), "test": datasets.Dataset.from_list([ROW])}
+
+    def load(name: str, split: str | None, streaming: bool) -> Any:
+        assert name == "owner/pairs"
+        found = {key: data.to_iterable_dataset() if streaming else data for key, data in hub.items()}
+        return found[split] if split else found
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    read = stream_pairs if streaming else load_pairs
+    assert list(read("owner/pairs:train")) == [ROW, ROW]
+    with pytest.raises(DataError, match=r"holds several splits \(train, test\); name one, e.g. owner/pairs:train"):
+        read("owner/pairs")
+    del hub["test"]
+    assert list(read("owner/pairs")) == [ROW, ROW]
+
+
 def test_chat_rows_survive_parquet(tmp_path: Path, tokenizer: Any) -> None:
     datasets.Dataset.from_list([CHAT]).to_parquet(tmp_path / "a.parquet")
     assert tokenize_pair(load_pairs(tmp_path / "a.parquet")[0], tokenizer) == tokenize_pair(CHAT, tokenizer)
@@ -508,6 +526,15 @@ def test_a_stream_in_file_order_equals_the_file_in_order(make_trainer: Any, make
         trainer.train()
         curves.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
     assert curves[0] == curves[1]
+
+
+def test_a_worker_brings_the_batches_of_a_stream_in_order(make_trainer: Any) -> None:
+    stream = datasets.Dataset.from_list(build_pairs(50)).to_iterable_dataset()
+    found = []
+    for workers in (0, 2):
+        loader = make_trainer(train_dataset=stream, max_steps=1, dataloader_num_workers=workers).get_train_dataloader()
+        found.append([batch["labels"].tolist() for batch in itertools.islice(loader, 40)])
+    assert found[0] == found[1]
 
 
 def test_a_bad_row_of_a_stream_is_named_when_it_is_reached(tmp_path: Path, make_trainer: Any) -> None:

@@ -1,0 +1,116 @@
+"""What must fit together before a run is set up: model, reference, tokenizer, data and settings."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dpo_kernels.backends import why_not
+
+from .batches import Batching
+from .errors import ConfigError, ModelError, did_you_mean
+from .prepare import TOKENS
+
+if TYPE_CHECKING:
+    from .config import DPOConfig
+
+logger = logging.getLogger("dpo_trainer")
+
+_NOT_NEGATIVE = ("must not be negative", lambda value: value >= 0)
+_POSITIVE = ("must be positive", lambda value: value > 0)
+_DECAY = ("must lie in [0, 1)", lambda value: 0 <= value < 1)
+_SEED = ("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
+#: Settings of TrainingArguments that it takes without a look, and what they must be.
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _DECAY),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    **dict.fromkeys(("save_steps", "eval_steps"), _POSITIVE),
+    "dataloader_num_workers": _NOT_NEGATIVE,
+}
+#: Figures of an evaluation that are always there, for metric_for_best_model.
+FIGURES = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected", "kl", "entropy", "mean_token_accuracy"),
+)
+
+
+def check_ranges(config: DPOConfig) -> None:
+    """Raise ConfigError for a number that no run can use."""
+    for name, (rule, holds) in RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise ConfigError(f"{name}: {rule}, got {value}")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise ConfigError(f"max_steps: must be at least 1, or -1 for whole epochs, got {config.max_steps}")
+    if config.max_steps == -1 and not 0 < config.num_train_epochs < math.inf:
+        raise ConfigError(f"num_train_epochs: must be positive, got {config.num_train_epochs}")
+    for pair in (config.optim_args or "").replace(" ", "").split(","):
+        if pair and not pair.partition("=")[2]:
+            raise ConfigError(f"optim_args: expected name=value, separated by commas, got '{config.optim_args}'")
+    metric = (config.metric_for_best_model or FIGURES[0]).removeprefix("eval_")
+    if config.load_best_model_at_end and (hint := did_you_mean(metric, FIGURES)) and metric not in FIGURES:
+        raise ConfigError(f"metric_for_best_model: unknown '{metric}'{hint}; known are {', '.join(FIGURES)}")
+
+
+def check_fit(
+    config: DPOConfig, model: nn.Module, ref_model: nn.Module | None, tokenizer: Any, datasets: Sequence[Any]
+) -> None:
+    """Raise ConfigError or ModelError for parts that are sound by themselves and fail together.
+
+    Args:
+        datasets: tokenised, the training data first.
+    """
+    if config.backend is not None and (reason := why_not(config.backend, config.device.type)):
+        raise ConfigError(f"backend: '{config.backend}' cannot be used: {reason}")
+    if ref_model is not None:
+        ours, others = _vocabulary(model), _vocabulary(ref_model)
+        if None not in (ours, others) and ours != others:
+            raise ModelError(
+                f"ref_model: has a vocabulary of {others} tokens, the model one of {ours}; they must share their tokenizer"
+            )
+    if not datasets:
+        return
+    longest = max(datasets[0]["length"])
+    Batching(1, config.max_tokens, config.pad_to_multiple_of).check(longest)
+    embeddings = _embeddings(model)
+    if embeddings is not None and len(tokenizer) > embeddings.num_embeddings:
+        for dataset in datasets:
+            greatest = max(max(ids, default=0) for name in TOKENS for ids in dataset[name])
+            if greatest >= embeddings.num_embeddings:
+                raise ModelError(
+                    f"model: has embeddings for {embeddings.num_embeddings} tokens, but the data need token {greatest} "
+                    f"({tokenizer.decode([greatest])!r}): model and tokenizer do not belong together"
+                )
+    _check_positions(model, max(max(dataset["length"]) for dataset in datasets))
+
+
+def _check_positions(model: Any, longest: int) -> None:
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or not 0 < limit < longest:
+        return
+    # Learned positions end; some models keep a few rows more than they count.
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not _embeddings(model)]
+    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):
+        raise ConfigError(
+            f"max_length: the longest pair has {longest} tokens, but the model has positions for {limit}; "
+            f"set max_length to {limit} or less"
+        )
+    logger.warning("the longest pair has %d tokens, but the model was made for %d (max_length)", longest, limit)
+
+
+def _embeddings(model: Any) -> nn.Embedding | None:
+    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _vocabulary(model: Any) -> int | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    return None if weight is None else len(weight)
