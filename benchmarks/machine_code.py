@@ -78,7 +78,8 @@ class Kernel:
     threads: per block. logit_bytes: size of one logit. moved_bytes: read and written per logit that is read.
     function: the kernel's symbol where the cubin holds several, else None. logits_per_iteration: of the main loop, per
     thread; None to take it from the widths of the loop's loads (every logit loaded once). streams: False for kernels that
-    read no logits, which have no main loop to judge. narrow: judge the loop for rows that 128-bit loads cannot read.
+    read no logits, which have no main loop to judge. multiplies: a product of matrices, judged by its tensor instructions
+    and asynchronous copies. narrow: judge the loop for rows that 128-bit loads cannot read.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Kernel:
     logits_per_iteration: int | None = None
     streams: bool = True
     narrow: bool = False
+    multiplies: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ class Figures:
     loads_before_use: int | None
     bytes_in_flight: int | None
     bandwidth_share: dict[str, float] | None
+    tensor_instructions: int | None = None
+    async_copies: int | None = None
+    async_narrower: int | None = None
 
 
 def tool(name: str) -> str:
@@ -294,6 +299,14 @@ def inspect(kernel: Kernel) -> Figures:
         "resident_threads": resident,
         "instructions": sum(opcode(i) != "NOP" for i in listing.code),
     }
+    if kernel.multiplies:
+        operations = [opcode(i) for i in listing.code]
+        copies = [i for i in listing.code if opcode(i).split(".")[0] == "LDGSTS"]
+        figures |= {
+            "tensor_instructions": sum(o.split(".")[0] in ("HMMA", "HGMMA", "UTCHMMA") for o in operations),
+            "async_copies": sum(_width(i) == 16 for i in copies),
+            "async_narrower": sum(_width(i) < 16 for i in copies),
+        }
     if not kernel.streams:
         return Figures(**figures, **{name: None for name in Figures.__dataclass_fields__ if name not in figures})
     loop = main_loop(listing, kernel.narrow)
@@ -342,11 +355,9 @@ class _TritonCubin:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        from dpo_kernels.backends.triton.launch import OPTIONS
-
         types, constants, attributes = self.launch.signature()
         source = ASTSource(self.launch.kernel, types, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=OPTIONS)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=self.launch.options)
         return Binary(compiled.asm["cubin"], compiled.metadata.shared)
 
 
@@ -427,6 +438,70 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     sums = sequence_sums_launch(small, small, None, sequences)
     for name, launch in (("preference_loss", loss), ("sequence_sums", sums)):
         yield Kernel(f"triton {name}", arch, _TritonCubin(launch, arch), LANES, streams=False)
+    yield from _fused_kernels(arch)
+
+
+def _fused_kernels(arch: int) -> Iterator[Kernel]:
+    """The products of the LM head, at H = 4,096 and V = 128,256."""
+    import torch
+
+    from dpo_kernels.backends.triton import linear_grad
+    from dpo_kernels.backends.triton.linear_logps import Order, linear_logps_launches, segments_of
+
+    tokens, hidden_size, vocab = 4096, 4096, 128256
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def kernel(name: str, launch: Any, multiplies: bool = True) -> Kernel:
+        cubin = _TritonCubin(launch, arch)
+        threads = 32 * launch.options["num_warps"]
+        return Kernel(f"triton {name}", arch, cubin, threads, streams=False, multiplies=multiplies)
+
+    labels = empty(tokens, dtype=torch.int64)
+    order = Order(empty(vocab, dtype=torch.int32), empty(vocab, dtype=torch.int32))
+
+    def forward(dtype: torch.dtype, names: str, stored: bool = False) -> tuple[Any, Any]:
+        hidden, weight = empty(tokens, hidden_size, dtype=dtype), empty(vocab, hidden_size, dtype=dtype)
+        outputs = {name: empty(tokens, dtype=torch.float64) for name in ("logps", "lse", *names.split())}
+        return linear_logps_launches(
+            hidden, weight, None, labels, outputs, empty(len(outputs) + 1, tokens, segments_of(vocab)),
+            order=order if stored else None,
+            logits=empty(tokens, linear_grad.padded(vocab, dtype), dtype=dtype) if stored else None,
+            logit_scale=1.0, logit_softcap=0.0, wide=not (names or stored), arch=arch,
+        )  # fmt: skip
+
+    project, merge = forward(torch.bfloat16, "")
+    yield kernel("linear_logps bf16 alone", project)
+    yield kernel("linear_logps merge", merge, multiplies=False)
+    yield kernel("linear_logps bf16 entropy+accuracy", forward(torch.bfloat16, "entropy accuracy")[0])
+    yield kernel("linear_logps bf16 stored in order", forward(torch.bfloat16, "", stored=True)[0])
+    yield kernel("linear_logps fp32 alone", forward(torch.float32, "")[0], multiplies=False)
+
+    def gradient(dtype: torch.dtype, stored: bool) -> Iterator[tuple[str, Any]]:
+        hidden, weight = empty(tokens, hidden_size, dtype=dtype), empty(vocab, hidden_size, dtype=dtype)
+        call = linear_grad.HeadCall(weight, None, order, 1.0, 0.0, 2.0**-16)
+        dz = empty(tokens, linear_grad.padded(vocab, dtype), dtype=dtype)
+        rows, columns = tokens // 128, dz.shape[1] // 128
+        live, dropped = empty(rows, columns, dtype=torch.int8), empty(tokens, columns)
+        by_row = (empty(tokens), empty(tokens), empty(tokens))
+        logits = dz if stored else None
+        yield (
+            "logits",
+            linear_grad.logits_block_grad_launch(call, hidden, labels, by_row, logits, dz, live, (dropped, None)),
+        )
+        if stored:
+            return
+        lists = (empty(rows, columns, dtype=torch.int32), empty(rows, dtype=torch.int32))
+        out = empty(1, tokens, hidden_size)
+        yield "hidden", linear_grad.hidden_grad_launch(call, dz, lists, empty(tokens), empty(hidden_size), out)
+        lists = (empty(columns, rows, dtype=torch.int32), empty(columns, dtype=torch.int32))
+        yield "weight", linear_grad.weight_grad_launch(call, dz, hidden, lists, None, empty(vocab, hidden_size), True)
+
+    for name, launch in gradient(torch.bfloat16, stored=False):
+        yield kernel(f"linear_grad bf16 {name}", launch)
+    for name, launch in gradient(torch.bfloat16, stored=True):
+        yield kernel(f"linear_grad bf16 {name}, stored", launch, multiplies=False)
 
 
 def cuda_kernels(arch: int) -> Iterator[Kernel]:

@@ -465,17 +465,17 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> float:
-    """The threshold on probabilities, 0 for exact gradients."""
+def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype) -> tuple[float, bool]:
+    """(threshold on probabilities, 0 for exact gradients; whether the caller named it)."""
     if grad_filter is None:
-        return 0.0
+        return 0.0, False
     if isinstance(grad_filter, str):
         if grad_filter != "auto":
             raise ValueError(f'grad_filter must be None (exact), "auto" or a probability; got {grad_filter!r}')
-        return linear.AUTO_FILTER.get(dtype, 0.0) if backend == "cpu" else 0.0
+        return linear.AUTO_FILTER.get(dtype, 0.0), False
     if not 0.0 < grad_filter < 1.0:
         raise ValueError(f"grad_filter must lie in (0, 1), a probability; got {grad_filter}")
-    return float(grad_filter) if backend == "cpu" else 0.0
+    return float(grad_filter), True
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:
@@ -500,7 +500,7 @@ def _linear_call(
 ) -> linear.Call:
     hidden = batch.logits
     dtype = _compute_dtype(hidden)
-    eps = _grad_filter(grad_filter, dtype, batch.backend)
+    eps, asked = _grad_filter(grad_filter, dtype)
     if any(name in linear.KL_TERMS for name in terms):
         eps = 0.0  # the lists hold the gradient of a log-probability, not that of a KL
     call = linear.Call(
@@ -515,17 +515,27 @@ def _linear_call(
         backend=batch.backend,
         strategy="",
         terms=terms,
-        eps=eps,
         needs_hidden=_wants_grad(hidden),
         needs_weight=_wants_grad(weight),
         needs_bias=_wants_grad(bias),
     )
     head = call.sizes(hidden.shape[-1], batch.vocab)
+    # The native CPU kernels filter entry by entry, GPU kernels block by block, and eager PyTorch not at all.
+    entries = eps > 0.0 and batch.backend == "cpu"
     strategy, reason = planner.choose_strategy(
-        head, scalar_loss=scalar_loss, couples_pairs=couples_pairs, filtered=eps > 0.0
+        head, scalar_loss=scalar_loss, couples_pairs=couples_pairs, filtered=entries
     )
-    budget = planner.budget_of(memory_budget, head, strategy)
-    return replace(call, budget=budget, strategy=strategy, reason=reason)
+    device = linear.device_of(batch.backend, hidden.device, dtype)
+    fused, blocks, why = planner.fuse(head, strategy, device, eps=eps, asked=asked)
+    call = replace(
+        call,
+        eps=eps if entries or blocks else 0.0,
+        fused=fused,
+        strategy=strategy,
+        reason=f"{reason}; {why}" if why else reason,
+    )
+    head = call.sizes(hidden.shape[-1], batch.vocab)
+    return replace(call, budget=planner.budget_of(memory_budget, head, strategy))
 
 
 def linear_dpo_loss(
@@ -576,8 +586,8 @@ def linear_dpo_loss(
             kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB; where that
             gradient does not exist meanwhile (frozen head, filter), room for 512 tokens, at most all of it.
         grad_filter: None for exact gradients; a probability eps to leave entries with p <= eps out of the backward's
-            products; "auto" for the dtype's own (exact in float32 and float64). The dropped mass goes back as a uniform
-            tail. CPU kernels only; elsewhere gradients are exact.
+            products, one by one on a CPU, by blocks of 128 tokens and 128 entries on GPUs with Triton; "auto" for the
+            dtype's own (exact in float32 and float64), on GPUs where it pays. The dropped mass goes back as a uniform tail.
         statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"; "kl" needs `ref_hidden`.
         kl_coef: as in `dpo_loss`; needs `ref_hidden`. With it, and with TDPO's objectives, gradients are exact, and of a
             pair beyond the budget the reference is projected twice as well.

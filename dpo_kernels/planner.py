@@ -11,6 +11,9 @@ a label and a weight), H is the hidden size, V the vocabulary. One product of [N
     kept_logits    any gradient; the scored tokens' logits fit in the budget         3
     two_pass       any gradient; the backward projects again                         4
 
+On a GPU the products are the library's, with the stages between them, or those of the fused kernels (backends/triton:
+linear_logps, linear_grad), which keep logits on chip and leave out blocks of the gradient: `fuse` weighs them.
+
 A reference that is projected too (`ref_hidden`) adds one product to each. A differentiated token-level KL (kl_coef, TDPO)
 takes whole_pairs or two_pass, whose recomputation then covers the reference as well.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 #: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear/chunk.py).
@@ -73,6 +76,51 @@ def parse_budget(memory_budget: int | str | None, hidden_size: int, vocab: int) 
 
 
 @dataclass(frozen=True)
+class Device:
+    """What multiplies: the rates that the choice between library and fused kernels rests on.
+
+    Attributes:
+        name: "cpu", or "sm_90" and so on.
+        flops: 16-bit products of the library, per second, at the sizes of a head; 0 where there is nothing to choose.
+        bandwidth: of the memory, bytes per second.
+        issue: instructions of single lanes per second.
+        fused: whether the fused kernels can run.
+    """
+
+    name: str
+    flops: float = 0.0
+    bandwidth: float = 0.0
+    issue: float = 0.0
+    fused: bool = False
+
+
+CPU = Device("cpu")
+#: By compute capability: 0.7 of an A100's, H100's and B200's dense 16-bit peak, and 0.9 of the peak bandwidth.
+GPUS = {
+    80: Device("sm_80", 0.22e15, 1.8e12, 19.5e12, True),
+    90: Device("sm_90", 0.69e15, 3.0e12, 29.7e12, True),
+    100: Device("sm_100", 1.57e15, 7.2e12, 35.0e12, True),
+}
+#: What the fused kernels' products reach of the library's rate. An assumption: no GPU has been at hand to measure it.
+FUSED_SHARE = 0.8
+#: Live blocks of a trained model's softmax with the vocabulary in order (docs/linear.md has the measurement).
+LIVE_SHARE = 0.31
+#: Issue slots of a logit beside its products: in the fused forward, and in the recomputed gradient.
+_FORWARD_SLOTS, _GRADIENT_SLOTS = 9, 11
+#: Bytes per 16-bit logit that a strategy of the library's products moves, beside what the products read again: stage 1 has
+#: 2 written and 2 read, stage 3 reads and writes 2, and each product of a gradient reads 2.
+_STAGE_1, _STAGE_3, _PRODUCT = 4, 4, 2
+_BLOCK = 128
+_SEGMENT, _PARTS, _SPLITS = 2048, 7, 4
+
+
+def gpu(capability: int, *, fused: bool) -> Device:
+    """The device of a compute capability (90 for 9.0): the newest known one that is no newer."""
+    known = max((number for number in GPUS if number <= capability), default=min(GPUS))
+    return replace(GPUS[known], fused=fused)
+
+
+@dataclass(frozen=True)
 class Head:
     """The sizes that a plan depends on.
 
@@ -84,6 +132,8 @@ class Head:
         kl: policy and reference logits are needed side by side.
         widens: 16-bit products whose dW is accumulated by widening on the CPU.
         kl_gradient: a token-level KL is differentiated, so a gradient needs both models' logits of a token at once.
+        fused: the products are the fused kernels'.
+        blocks: the gradient leaves out blocks without probability; only with `fused`.
     """
 
     hidden_size: int
@@ -95,14 +145,29 @@ class Head:
     kl: bool = False
     widens: bool = False
     kl_gradient: bool = False
+    fused: bool = False
+    blocks: bool = False
 
     @property
     def row_bytes(self) -> int:
         """Working bytes per token of a chunk: its logits, and what the stages and products need beside them."""
+        if self.fused:
+            return self._fused_row_bytes
         logits = self.vocab * self.item_size * (2 if self.kl and self.projects_reference else 1)
         gathered = 3 * self.hidden_size * self.item_size
         widened = 4 * (min(self.vocab, WIDENED_COLUMNS) + self.hidden_size) if self.widens and self.needs_weight else 0
         return logits + gathered + widened + _SMALL_BYTES
+
+    @property
+    def _fused_row_bytes(self) -> int:
+        parts = 4 * _PARTS * -(-self.vocab // _SEGMENT)
+        if not self.blocks:
+            return 2 * self.hidden_size * self.item_size + parts + _SMALL_BYTES
+        columns = -(-self.vocab // _BLOCK)
+        dropped = 2 * 4 * columns
+        gradient = 4 * (_SPLITS + 2) * self.hidden_size
+        rows = 2 * self.hidden_size * self.item_size
+        return columns * _BLOCK * self.item_size + rows + parts + dropped + gradient + _SMALL_BYTES
 
     @property
     def product(self) -> int:
@@ -185,6 +250,56 @@ def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filte
     return "two_pass", "the upstream gradient is known only in the backward"
 
 
+def seconds(head: Head, strategy: str, device: Device, *, fused: bool, live: float = 1.0) -> float:
+    """Time per token of a strategy's products and passes by the roofline model: products and memory traffic, one after the
+    other, which is how the library's products and the stages run.
+
+    Args:
+        fused: by the fused kernels; whole_pairs then stores its logits and two_pass projects again.
+        live: share of the gradient's blocks that are multiplied.
+    """
+    gradients = head.needs_hidden + head.needs_weight
+    reference = int(head.projects_reference)
+    again = int(strategy == "two_pass")
+    if strategy == "forward":
+        gradients = 0
+    if fused:
+        products = 1 + reference + again + live * gradients
+        stored = 2 * (1 + reference) if strategy == "whole_pairs" else 0
+        traffic = stored + (live * (2 + _PRODUCT * gradients) + (2 if stored else 0) if gradients else 0)
+        slots = (1 + reference) * _FORWARD_SLOTS + _GRADIENT_SLOTS * bool(gradients)
+        rate = device.flops * FUSED_SHARE
+    else:
+        products = 1 + reference + again + gradients
+        traffic = _STAGE_1 * (1 + reference) + (_STAGE_3 + _PRODUCT * gradients if gradients else 0) + 2 * again
+        slots, rate = 0, device.flops
+    return head.product * products / rate + head.vocab * (traffic / device.bandwidth + slots / device.issue)
+
+
+def fuse(head: Head, strategy: str, device: Device, *, eps: float, asked: bool) -> tuple[bool, bool, str]:
+    """(whether the fused kernels multiply, whether the gradient is filtered by blocks, why or "") on a GPU.
+
+    Args:
+        strategy: from `choose_strategy` without a filter.
+        eps: the filter's threshold, or 0.
+        asked: the caller gave eps; otherwise it is taken only where it pays.
+    """
+    if not device.fused or head.kl or head.kl_gradient:
+        return False, False, ""
+    if strategy == "forward":
+        # float32 products gain nothing: they take so long that the logits' way through memory is nothing beside them.
+        pays = head.item_size == 2 and seconds(head, strategy, device, fused=True) < seconds(
+            head, strategy, device, fused=False
+        )
+        return pays, False, "the logits stay on chip" if pays else ""
+    if eps > 0 and strategy in ("whole_pairs", "two_pass"):
+        filtered = seconds(head, strategy, device, fused=True, live=LIVE_SHARE)
+        pays = head.item_size == 2 and filtered < seconds(head, strategy, device, fused=False)
+        if asked or pays:
+            return True, True, "blocks of the gradient without probability are left out"
+    return False, False, ""
+
+
 def _cut(begin: int, end: int, rows: int) -> tuple[int, ...]:
     """Bounds of the fewest chunks of at most `rows`, as even as possible: a short last chunk wastes the product's blocks."""
     count = max(1, -(-(end - begin) // rows))
@@ -193,6 +308,8 @@ def _cut(begin: int, end: int, rows: int) -> tuple[int, ...]:
 
 def _rows(head: Head, budget: int) -> int:
     rows = budget // head.row_bytes
+    if head.fused and rows > _BLOCK:
+        rows -= rows % _BLOCK
     if rows < 1:
         raise ValueError(
             f"memory_budget of {budget} bytes cannot hold the logits of one token: a vocabulary of {head.vocab} needs at "
@@ -256,7 +373,7 @@ def plan_tokens(
         ValueError: the budget cannot hold one token's logits.
     """
     rows = _rows(head, budget)
-    if strategy == "two_pass" and may_keep and tokens <= rows and not head.kl:
+    if strategy == "two_pass" and may_keep and tokens <= rows and not head.kl and not head.fused:
         strategy = "kept_logits"
         reason = f"{reason}; all scored tokens' logits fit in the budget and wait there"
     bounds = _cut(0, tokens, rows)

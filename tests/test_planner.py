@@ -5,13 +5,19 @@ import dataclasses
 import pytest
 
 from dpo_kernels.planner import (
+    CPU,
+    GPUS,
+    LIVE_SHARE,
     Head,
     budget_of,
     choose_strategy,
     default_budget,
+    fuse,
+    gpu,
     parse_budget,
     plan_pairs,
     plan_tokens,
+    seconds,
 )
 
 HEAD = Head(hidden_size=64, vocab=1000, item_size=4, projects_reference=True)
@@ -185,3 +191,84 @@ def test_a_plan_explains_itself():
     text = plan_pairs(HEAD, [50, 50], HEAD.row_bytes * 60, reason).describe()
     for word in (strategy, "100 scored tokens", "2 chunks", "40 tokens", "projected twice", "MiB", "GFLOP"):
         assert word in text
+
+
+# --- GPUs: library or fused kernels ---------------------------------------------------------------------------------
+
+LARGE = Head(hidden_size=4096, vocab=128256, item_size=2, projects_reference=True)
+SMALL = dataclasses.replace(LARGE, hidden_size=576, vocab=49152)
+STRATEGIES = ("forward", "whole_pairs", "two_pass", "frozen_head")
+
+
+def test_the_roofline_counts_products_and_traffic():
+    device = GPUS[90]
+    product = LARGE.product / device.flops
+    byte = LARGE.vocab / device.bandwidth
+    # Policy and reference, dH and dW; logits written and read once each, read and written by the gradient, and read by two
+    # products: 2 bytes each.
+    exact = seconds(LARGE, "whole_pairs", device, fused=False)
+    assert exact == pytest.approx(4 * product + (4 + 4 + 4 + 2 * 2) * byte)
+    assert seconds(LARGE, "two_pass", device, fused=False) == pytest.approx(exact + product + 2 * byte)
+    assert seconds(LARGE, "forward", device, fused=False) == pytest.approx(2 * product + 8 * byte)
+    # The fused forward moves nothing; the gradient's products shrink with its live blocks.
+    assert seconds(LARGE, "forward", device, fused=True) > 2 * product
+    steps = [seconds(LARGE, "whole_pairs", device, fused=True, live=live) for live in (0.0, 0.5, 1.0)]
+    assert steps[2] - steps[1] == pytest.approx(steps[1] - steps[0])
+    assert steps[2] > exact  # with every block live the library's products win
+
+
+def test_products_on_chip_pay_where_the_head_is_narrow_and_the_filter_pays_everywhere():
+    """What the model says for heads and cards in use; figures are of the model, no GPU has measured them."""
+    # docs/linear.md says where the fused forward stops paying.
+    for capability, pays, not_any_more in ((90, 1376, 1472), (80, 704, 896)):
+        for hidden_size, expected in ((pays, True), (not_any_more, False)):
+            head = dataclasses.replace(LARGE, hidden_size=hidden_size)
+            assert fuse(head, "forward", gpu(capability, fused=True), eps=0.0, asked=False)[0] == expected
+    for capability in GPUS:
+        device = gpu(capability, fused=True)
+        assert fuse(SMALL, "forward", device, eps=0.0, asked=False)[0]
+        assert not fuse(dataclasses.replace(LARGE, hidden_size=8192), "forward", device, eps=0.0, asked=False)[0]
+        for head in (SMALL, LARGE):
+            for strategy in ("whole_pairs", "two_pass"):
+                assert fuse(head, strategy, device, eps=2.0**-16, asked=False)[:2] == (True, True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("eps", [0.0, 2.0**-12])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("item_size", [2, 4])
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("device", [CPU, gpu(90, fused=False), gpu(90, fused=True)], ids=["cpu", "no_triton", "sm_90"])
+def test_the_fused_kernels_serve_where_they_are_there_and_can(strategy, eps, asked, item_size, kl, device):
+    head = dataclasses.replace(SMALL, item_size=item_size, kl=kl)
+    fused, blocks, why = fuse(head, strategy, device, eps=eps, asked=asked and eps > 0)
+    assert bool(why) == fused
+    assert fused or not blocks
+    able = device.fused and not kl  # both models' logits side by side are the library's
+    if strategy == "forward":
+        assert (fused, blocks) == (able and item_size == 2, False)
+    elif strategy == "frozen_head":
+        assert not fused  # 4NHV by the library, 4.3NHV and a recomputation by blocks
+    else:
+        # float32 filters only if it was asked to: its products run on the ordinary cores either way.
+        assert fused == blocks == (able and eps > 0 and (asked or item_size == 2))
+
+
+def test_an_unknown_gpu_is_planned_as_the_newest_older_one():
+    assert [gpu(number, fused=True).name for number in (70, 80, 86, 89, 90, 100, 120)] == [
+        "sm_80", "sm_80", "sm_80", "sm_80", "sm_90", "sm_100", "sm_100",
+    ]  # fmt: skip
+    assert 0 < LIVE_SHARE < 1
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 127, 128, 1000])
+def test_fused_chunks_hold_the_budget_in_whole_blocks(blocks, rows):
+    head = dataclasses.replace(LARGE, fused=True, blocks=blocks)
+    budget = head.row_bytes * rows + 5
+    plan = plan_tokens(head, "two_pass", 10_000, budget)
+    assert plan.strategy == "two_pass"  # its logits are nowhere to be kept
+    assert plan.bytes <= budget
+    assert plan.rows <= (rows if rows <= 128 else rows - rows % 128)
+    # Without a gradient no row of the vocabulary is held at all.
+    assert (head.row_bytes > 2 * head.vocab) == blocks

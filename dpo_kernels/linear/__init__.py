@@ -14,6 +14,7 @@ Unscored tokens are never gathered, so prompts and padding cost nothing.
     chunk.py       the logits buffer, a chunk's way through the stages, the head's gradient
     tokens.py      log-probabilities per token, for any upstream gradient: all strategies but the next
     pairs.py       whole pairs: a scalar loss whose coefficients are known while a pair's logits are in memory
+    fused.py       the same chunks by the fused Triton kernels: logits on chip, and no gradient where there is no probability
     operators.py   two passes as operators, for torch.compile
 
 On an accelerator the number of scored tokens per sequence is read once per call, which waits for the stream once.
@@ -24,12 +25,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backends, planner
 from . import operators  # noqa: F401 (registers what torch.compile calls)
 from .call import AUTO_FILTER, KL_TERMS, TOKEN_OUTPUTS, Call
 from .pairs import PairCall, WholePairs, wpo_weights
 from .tokens import LinearLogps
 
-__all__ = ["AUTO_FILTER", "KL_TERMS", "Call", "PairCall", "linear_logps", "whole_pairs", "wpo_weights"]
+__all__ = ["AUTO_FILTER", "KL_TERMS", "Call", "PairCall", "device_of", "linear_logps", "whole_pairs", "wpo_weights"]
+
+
+def device_of(backend: str, device: torch.device, dtype: torch.dtype) -> planner.Device:
+    """What the planner weighs for this backend's products.
+
+    The fused kernels are Triton's; the cuda backend takes them where Triton is there. Triton's interpreter, which no one
+    runs for speed, plans as an H100 does.
+    """
+    if torch.compiler.is_compiling() or backend not in ("triton", "cuda"):
+        return planner.CPU
+    fused = dtype != torch.float64 and backends.why_not("triton", device.type) is None
+    if device.type != "cuda":
+        return planner.gpu(90, fused=fused)
+    major, minor = torch.cuda.get_device_capability(device)
+    return planner.gpu(10 * major + minor, fused=fused)
 
 
 def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> dict[str, Tensor]:

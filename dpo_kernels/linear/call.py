@@ -31,6 +31,7 @@ class Call:
             "log_sum_sq" (log sum p^2).
         compute_dtype: what the products and logits are in.
         eps: filter threshold on probabilities, 0 for exact gradients.
+        fused: the products are the fused Triton kernels' (fused.py), which filter by blocks.
     """
 
     labels: Tensor
@@ -48,6 +49,7 @@ class Call:
     terms: tuple[str, ...] = ()
     reason: str = ""
     eps: float = 0.0
+    fused: bool = False
     needs_hidden: bool = False
     needs_weight: bool = False
     needs_bias: bool = False
@@ -56,6 +58,11 @@ class Call:
     def stages(self) -> ModuleType:
         """The backend's stage functions."""
         return backends.load(self.backend, self.labels.device.type)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the gradient leaves out blocks without probability."""
+        return self.fused and self.eps > 0
 
     @property
     def given(self) -> frozenset[str]:
@@ -83,6 +90,8 @@ class Call:
             not self.given.isdisjoint(KL_TERMS),
             self.labels.device.type == "cpu" and self.compute_dtype.itemsize == 2,
             self.kl_gradient,
+            self.fused,
+            self.blocks,
         )
 
 

@@ -109,7 +109,7 @@ class Projection:
         """The tokens' hidden states, [c, H] in the compute dtype."""
         return gather(self.hidden, tokens, self.call.compute_dtype)
 
-    def project(self, rows: Tensor) -> Tensor:
+    def project(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The policy's logits [c, V], in the buffer."""
         return _project(rows, self.weight, self.bias, self.buffer)
 
@@ -228,6 +228,25 @@ class Projection:
     def hidden_gradient(self, dz: Tensor) -> Tensor:
         """dH rows [c, H] of a chunk, in the compute dtype."""
         return torch.mm(dz, self.weight)
+
+    def pull_back(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        logps: Tensor,
+        lse: Tensor,
+        grad_logps: Tensor,
+        gradient: HeadGradient,
+        *,
+        divergences: KLGradients | None = None,
+        last: bool = False,
+    ) -> Tensor | None:
+        """dH rows [c, H] of a chunk if the call needs them, its part of the head's gradient joining `gradient`."""
+        dz = self.differentiate(logits, tokens, logps, lse, grad_logps, divergences)
+        grad_hidden = self.hidden_gradient(dz) if self.call.needs_hidden else None
+        gradient.add(dz, rows)
+        return grad_hidden
 
 
 def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..backends.eager import small_dtype
 from ..objectives import Objective, Pairs
 from .call import Call, KLGradients
 from .chunk import HeadGradient, Projection, TokenTable, check_all_labels, main_grad, no_autocast
+from .fused import FusedProjection
 from .tokens import backward_tokens, take_weight
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,13 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
     sums, ref_sums, coef, kl_coef = (torch.zeros(2, pairs, dtype=losses.dtype, device=device) for _ in range(4))
     gradient = HeadGradient(call, vocab, hidden_size)
     grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if call.needs_hidden else None
-    projection = Projection(call, hidden, weight, bias, plan.rows)
+    projection: Any
+    if call.fused:
+        projection = FusedProjection(call, hidden, weight, bias, plan.rows)
+        projection.sort_by(order_of_tokens, [chunk for group in plan.groups for chunk in group.chunks])
+    else:
+        projection = Projection(call, hidden, weight, bias, plan.rows)
+    filled = [group for group in plan.groups if group.bounds[-1] > group.bounds[0]]
     flat_weights = pair.weights.reshape(-1)
 
     for group in plan.groups:
@@ -222,17 +229,26 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
             chunk, local_part = order_of_tokens[a:b], slice(a - begin, b - begin)
             if number != len(group.chunks) - 1:
                 rows = projection.rows(chunk)
-                logits = projection.project(rows)
+                logits = projection.project(rows, chunk)
                 if divergences is not None:
                     projection.project_reference(chunk)
             by_kl_part = None if divergences is None else divergences.at(local_part)
-            dz = projection.differentiate(
-                logits, chunk, logps[local_part], lse[local_part], grad_logps[local_part], by_kl_part
+            assert rows is not None
+            rows_grad = projection.pull_back(
+                logits,
+                chunk,
+                rows,
+                logps[local_part],
+                lse[local_part],
+                grad_logps[local_part],
+                gradient,
+                divergences=by_kl_part,
+                last=group is filled[-1] and number == 0,
             )
             if grad_hidden is not None:
-                grad_hidden.view(-1, hidden_size)[chunk] = projection.hidden_gradient(dz).to(hidden.dtype)
-            assert rows is not None
-            gradient.add(dz, rows)
+                grad_hidden.view(-1, hidden_size)[chunk] = rows_grad.to(hidden.dtype)
+            if call.fused and "grad_dropped_mass" in call.statistics:
+                table.put(chunk, {"grad_dropped_mass": projection.dropped})
     gradient.finish()
     sums, ref_sums, coef, kl_coef = (vector.view(-1) for vector in (sums, ref_sums, coef, kl_coef))
     return _PairResult(table, plan, losses, sums, ref_sums, coef, kl_coef, grad_hidden, gradient)

@@ -28,6 +28,7 @@ from .chunk import (
     scatter,
     scored,
 )
+from .fused import FusedProjection
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,19 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
     may_keep = not torch.compiler.is_compiling()
     plan = planner.plan_tokens(head, call.strategy, tokens.shape[0], call.budget, call.reason, may_keep=may_keep)
     table = TokenTable(call)
-    projection = Projection(call, hidden, weight, bias, plan.rows)
+    kind: Any = FusedProjection if call.fused else Projection
+    projection = kind(call, hidden, weight, bias, plan.rows)
+    total = torch.zeros(hidden.shape[-1], dtype=torch.float32, device=hidden.device) if call.blocks else None
     units: list[Tensor] = []
     lists: list[filtered.Kept] = []
     for begin, end in plan.groups[0].chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] == 0:
             continue
-        logits, found = projection.measure(chunk, projection.rows(chunk))
+        rows = projection.rows(chunk)
+        logits, found = projection.measure(chunk, rows)
+        if total is not None:
+            total += rows.sum(0, dtype=torch.float32)
         if plan.strategy == "filtered":
             kept = projection.keep(logits, chunk, found)
             if kept is None:
@@ -85,6 +91,11 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
                 dz = projection.differentiate(logits, chunk, found["logps"], found["lse"], ones)
                 units.append(projection.hidden_gradient(dz))
     saved: tuple[Tensor, ...] = ()
+    if total is not None:
+        projection.sort(total, tokens.shape[0])
+        saved = (projection.head.order.entries, projection.head.order.places)
+        if "grad_dropped_mass" in call.statistics:
+            _put_dropped_mass(projection, table, tokens, plan)
     if plan.strategy == "frozen_head":
         saved = (torch.cat(units) if units else hidden.new_zeros(0, hidden.shape[-1]),)
     elif plan.strategy == "kept_logits":
@@ -93,6 +104,16 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
         all_kept = filtered.Kept.join(lists, projection.buffer)
         saved = (all_kept.index, all_kept.value, all_kept.row_ptr, all_kept.tail)
     return TokenRun(table, plan, tokens, saved)
+
+
+def _put_dropped_mass(projection: FusedProjection, table: TokenTable, tokens: Tensor, plan: planner.Plan) -> None:
+    # Which blocks are dead is known only when all probabilities are, so the report costs one more projection.
+    logps, lse = (table.values[name].view(-1) for name in ("logps", "lse"))
+    for begin, end in plan.groups[0].chunks:
+        chunk = tokens[begin:end]
+        if chunk.shape[0] > 0:
+            mass = projection.dropped_mass(chunk, projection.rows(chunk), logps[chunk], lse[chunk])
+            table.put(chunk, {"grad_dropped_mass": mass})
 
 
 def _backward_filtered(
@@ -129,6 +150,7 @@ def backward_tokens(
     *,
     divergences: KLGradients | None = None,
     kept_logits: Tensor | None = None,
+    order: Sequence[Tensor] = (),
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, HeadGradient]:
     """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again.
@@ -139,27 +161,41 @@ def backward_tokens(
     small = grad_logps.reshape(-1)
     moves = small != 0 if divergences is None else (small != 0) | divergences.moves().reshape(-1)
     live = call.labels.reshape(-1) != call.ignore_index
-    # Kept logits are there for every scored token; otherwise tokens without gradient need no second projection.
-    tokens = (live if kept_logits is not None else live & moves).nonzero().squeeze(-1)
+    # Kept logits are there for every scored token, and the blocks are those that the forward reported; otherwise tokens
+    # without gradient need no second projection.
+    tokens = (live if kept_logits is not None or call.blocks else live & moves).nonzero().squeeze(-1)
     head = call.sizes(hidden.shape[-1], weight.shape[0])
     plan = planner.plan_tokens(head, "two_pass", tokens.shape[0], call.budget, may_keep=False)
     gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
     grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if call.needs_hidden else None
-    projection = Projection(call, hidden, weight, bias, 0 if kept_logits is not None else plan.rows)
+    projection: Any
+    if call.blocks:
+        projection = FusedProjection(call, hidden, weight, bias, plan.rows)
+        projection.take_order(order, tokens, plan.groups[0].chunks)
+    else:
+        projection = Projection(call, hidden, weight, bias, 0 if kept_logits is not None else plan.rows)
     logps, lse = logps.reshape(-1), lse.reshape(-1)
     for begin, end in plan.groups[0].chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] == 0:
             continue
         rows = projection.rows(chunk)
-        logits = projection.project(rows) if kept_logits is None else kept_logits[begin:end]
+        logits = projection.project(rows, chunk) if kept_logits is None else kept_logits[begin:end]
         if divergences is not None:
             projection.project_reference(chunk)
-        by_kl = None if divergences is None else divergences.at(chunk)
-        dz = projection.differentiate(logits, chunk, logps[chunk], lse[chunk], small[chunk], by_kl)
+        rows_grad = projection.pull_back(
+            logits,
+            chunk,
+            rows,
+            logps[chunk],
+            lse[chunk],
+            small[chunk],
+            gradient,
+            divergences=None if divergences is None else divergences.at(chunk),
+            last=end == tokens.shape[0],
+        )
         if grad_hidden is not None:
-            grad_hidden.view(-1, hidden.shape[-1])[chunk] = projection.hidden_gradient(dz).to(hidden.dtype)
-        gradient.add(dz, rows)
+            grad_hidden.view(-1, hidden.shape[-1])[chunk] = rows_grad.to(hidden.dtype)
     gradient.finish()
     return grad_hidden, gradient
 
@@ -240,6 +276,7 @@ class LinearLogps(torch.autograd.Function):
                     grad_logps,
                     divergences=divergences,
                     kept_logits=kept,
+                    order=saved if call.blocks else (),
                     into=into,
                 )
         grad_bias = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)

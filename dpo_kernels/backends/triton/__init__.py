@@ -1,5 +1,8 @@
 """The stages as Triton kernels, for NVIDIA GPUs from compute capability 8.0 on (and, interpreted, for tests on a CPU).
 
+Beside the four stages: `linear_logps`, the LM head and stage 1 in one kernel, and `linear_grad`, its gradient without the
+blocks of the softmax that hold no probability (dpo_kernels/linear/fused.py puts them together).
+
 Imported only when the backend is asked for, so that `import dpo_kernels` does not load Triton.
 """
 
@@ -8,12 +11,22 @@ from __future__ import annotations
 import torch
 
 from .. import BackendUnavailable
+from . import linear_grad
 from .device import INTERPRETED
+from .linear_logps import linear_logps
 from .logits_grad import logits_grad
 from .preference_loss import preference_loss, sequence_sums
 from .token_logps import token_logps
 
-__all__ = ["check_available", "logits_grad", "preference_loss", "sequence_sums", "token_logps"]
+__all__ = [
+    "check_available",
+    "linear_grad",
+    "linear_logps",
+    "logits_grad",
+    "preference_loss",
+    "sequence_sums",
+    "token_logps",
+]
 
 
 def check_available(device_type: str) -> None:

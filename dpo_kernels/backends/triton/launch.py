@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,17 +33,18 @@ OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: `kernel[grid](**arguments, **OPTIONS)`."""
+    """One kernel call: `kernel[grid](**arguments, **options)`."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=lambda: OPTIONS)
 
     def run(self, device_of: Tensor) -> None:
         """Launch on the current stream of the device that holds `device_of`; nothing to do for an empty grid."""
         if math.prod(self.grid) > 0:
             with torch.cuda.device_of(device_of):
-                self.kernel[self.grid](**self.arguments, **OPTIONS)
+                self.kernel[self.grid](**self.arguments, **self.options)
 
     def signature(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
         """(argument types, constants, attributes) for triton.compiler.ASTSource, specialised as a real call would be."""
@@ -72,7 +73,57 @@ _TRITON_TYPE = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
 }
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product with the head is cut: a program computes [n tokens, v entries], h of the inner dimension at a time.
+
+    A product's threads, not its rows, hide the latency of memory: `stages` steps of the inner dimension are under way.
+    """
+
+    n: int
+    v: int
+    h: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def blocks(self) -> dict[str, int]:
+        """The kernels' constants."""
+        return {"BLOCK_N": self.n, "BLOCK_V": self.v, "BLOCK_H": self.h}
+
+
+#: 16-bit products: [128, 128] logits are 64 float32 registers in each of 256 threads, which leaves room for what happens to
+#: them there; three stages of 64 take 96 KB of shared memory, and every byte from L2 serves 64 flops. Where nothing but lse is
+#: wanted Hopper, whose accumulators the tensor cores write asynchronously, has room for twice the entries: 85 flops a byte.
+#: float32 runs on the ordinary cores, whose 4 x 4 outer products ask for a small tile. The interpreter's is smaller still, so
+#: that small vocabularies reach every loop.
+_TILE, _WIDE = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
+_FLOAT32, _INTERPRETED = Tile(64, 128, 16, 8, 3), Tile(16, 32, 16, 4, 1)
+
+
+def tile_of(dtype: torch.dtype, wide: bool = False) -> Tile:
+    """The tile for products of this dtype; `wide` where a tile's logits meet little arithmetic."""
+    if INTERPRETED.value:
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _WIDE if wide else _TILE
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability as one number, 90 for 9.0; 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,508 @@
+"""The gradient of the LM head in Triton, block by block of the softmax: blocks without probability are not multiplied.
+
+Data flow of a chunk of n tokens (T = 128 tokens, E = 128 vocabulary entries, a block is [T, E]):
+    logits_block_grad   recomputes a block's logits from the hidden states and the head, on chip, as linear_logps does (or
+                        reads the logits that linear_logps has stored); where some p > eps or a label lies in it, the block
+                        is live and its dz is written once, rounded to the hidden states' dtype; a dead block leaves 4 bytes
+                        a token, the mass it drops
+    lists               the live blocks of each block row and of each block column, in order: [n / T, V / E] small tensors
+    hidden_grad         dH [T, 128] += dz W over the live blocks of a block row
+    weight_grad         dW [E, 128] += dz^T H over the live blocks of a block column, in float32, each entry read and written
+                        once, by one program
+No sum is shared between programs, so there are no atomics, and every run adds in the same order.
+
+Work: 2 N H V flops to recompute (none if the logits were stored) and 4 N H V times the live share. On chip the rows of the
+head are visited in an `order` that sorts them by mean logit, which gathers what is likely in few block columns (measured on
+a 135M model and real text, blocks of 128 x 256 at 2^-12: 31% live sorted, 95% unsorted). The head itself is not moved: its
+rows are read through the permutation, each a contiguous run of H. The permutation costs one read of the head (for the mean
+logits) and a sort of V numbers, once a call.
+
+The mass r_t that the dead blocks hold goes back as a uniform tail over the vocabulary, as filtered.py defines it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import FOLDED, INTERPRETED, LOG2E, SOFTCAPPED, exp2_fast, fused, rounded, tanh_accurate
+from .launch import Launch, round_to_float32, tile_of
+from .linear_logps import Order, at_label_of, inner_of, label_entry, multiply, others_of, project_tile
+
+#: Columns of H that a program of the two products computes.
+WIDTH = 32 if INTERPRETED.value else 128
+#: dH is cut into at most this many partial sums where its blocks would leave multiprocessors idle, of which there are about:
+MOST_SPLITS, MULTIPROCESSORS = 4, 132
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks"])
+def logits_block_grad_kernel(
+    hidden,  # [N, H] contiguous
+    weight,  # [V, H] contiguous
+    bias,  # [V], or None
+    order, places,  # [V] int32, or None
+    labels,  # [N] int64
+    origin, factor, at_label,  # [N] float32: the exponential's origin, -grad_logps dz/dx and grad_logps (1 - p) dz/dx
+    logits,  # [N, pitch] stored logits, or None to recompute them; may be dz
+    dz,  # [N, pitch], or None where only the dropped mass is asked
+    live,  # [N / BLOCK_N, blocks] int8
+    dropped, tail,  # [N, blocks] float32: sums of p and of p dz/dx / scale over dead blocks; tail None without a softcap
+    rows, vocab, hidden_size, blocks,
+    inner: tl.float32, log2_scale: tl.float32, eps: tl.float32,
+    MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    block_row = tl.program_id(0)
+    block = tl.program_id(1)
+    # Whole blocks: that rows of dz start at 16 bytes follows.
+    pitch = blocks * BLOCK_V
+    first_row = block_row * BLOCK_N
+    row = first_row + tl.arange(0, BLOCK_N)
+    inside = row < rows
+    row = tl.minimum(row, rows - 1)
+    first = block * BLOCK_V
+    place = first + tl.arange(0, BLOCK_V)
+    label = label_entry(labels, row, vocab)
+    if order is not None:
+        label = tl.where(label >= 0, tl.load(places + tl.maximum(label, 0)), -1)
+    label = tl.where(inside, label, -1)
+    cell = row.to(tl.int64)[:, None] * pitch + place[None, :]
+    if logits is None:
+        x = project_tile(
+            hidden, weight, order, first_row, rows, first, vocab, hidden_size, BLOCK_N, BLOCK_V, BLOCK_H, EVEN
+        )
+        if bias is not None:
+            entry = tl.minimum(place, vocab - 1)
+            if order is not None:
+                entry = tl.load(order + entry)
+            x += tl.load(bias + entry).to(tl.float32)[None, :]
+    else:
+        x = tl.load(logits + cell).to(tl.float32)
+    c = tl.load(origin + row, mask=inside, other=float("inf"))
+    if MAP == SOFTCAPPED:
+        x, slope = tanh_accurate(x * inner)
+    # Rows past the end have no mass: their origin is infinite.
+    e = exp2_fast(fused(x, log2_scale, c[:, None]))
+    others = others_of(e, place[None, :], label[:, None], vocab, 0.0)
+    mass = tl.sum(others, 1)
+    top = tl.max(tl.max(others, 1), 0)
+    has_label = tl.max(((label >= first) & (label < first + BLOCK_V)).to(tl.int32), 0)
+    total = tl.sum(mass, 0)
+    # A NaN must come out: it is not less than eps.
+    alive = (top > eps) | (has_label > 0) | (total != total)
+    tl.store(live + block_row * blocks + block, alive.to(tl.int8))
+    mark = row.to(tl.int64) * blocks + block
+    tl.store(dropped + mark, tl.where(alive, 0.0, mass), mask=inside)
+    if tail is not None:
+        tl.store(tail + mark, tl.where(alive, 0.0, tl.sum(others * slope, 1)), mask=inside)
+    if dz is not None:  # noqa: SIM102 (the first is the compiler's, the second the program's)
+        if alive:
+            by_p = tl.load(factor + row, mask=inside, other=0.0)
+            own = tl.load(at_label + row, mask=inside, other=0.0)
+            own_values = at_label_of(tl.broadcast_to(own[:, None], e.shape), place[None, :], label[:, None])
+            values = others * by_p[:, None] + own_values
+            if MAP == SOFTCAPPED:
+                values *= slope
+            values = tl.where(((by_p != 0) | (own != 0))[:, None], values, 0.0)
+            tl.store(dz + cell, rounded(values, dz.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks"])
+def hidden_grad_kernel(
+    dz,  # [N, pitch]
+    weight,  # [V, H] contiguous
+    order,  # [V] int32, or None
+    lists, counts,  # [N / BLOCK_N, blocks] int32, [N / BLOCK_N] int32: the live blocks of each block row
+    tail,  # [N] float32: grad_logps times the dropped mass
+    mean_row,  # [H] float32, the mean of the head's rows
+    out,  # [splits, N, H] float32
+    rows, vocab, hidden_size, blocks,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    pitch = blocks * BLOCK_V
+    block_row = tl.program_id(0)
+    split = tl.program_id(2)
+    row = block_row * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < rows
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    k = tl.arange(0, STEP)
+    STEPS: tl.constexpr = BLOCK_V // STEP
+    steps = tl.load(counts + block_row) * STEPS
+    each = tl.cdiv(steps, tl.num_programs(2))
+    left = dz + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * pitch + k[None, :]
+    width = tl.full((), hidden_size, tl.int64)
+    total = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    for step in range(split * each, tl.minimum((split + 1) * each, steps)):
+        block = tl.load(lists + block_row * blocks + step // STEPS)
+        first = block * BLOCK_V + step % STEPS * STEP
+        a = tl.load(left + first)
+        entry = tl.minimum(first + k, vocab - 1)
+        if order is not None:
+            entry = tl.load(order + entry)
+        right = weight + entry[:, None] * width + column[None, :]
+        if EVEN:
+            b = tl.load(right)
+        else:
+            b = tl.load(right, mask=(column < hidden_size)[None, :], other=0.0)
+        total = multiply(a, b, total)
+    exists = column < hidden_size
+    if split == 0:
+        share = tl.load(tail + row, mask=inside, other=0.0)
+        total -= share[:, None] * tl.load(mean_row + column, mask=exists, other=0.0)[None, :]
+    target = out + (row + split * rows).to(tl.int64)[:, None] * hidden_size + column[None, :]
+    tl.store(target, total, mask=inside[:, None] & exists[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks", "block_rows"])
+def weight_grad_kernel(
+    dz,  # [N, pitch]
+    hidden,  # [N, H] contiguous
+    order,  # [V] int32, or None
+    lists, counts,  # [blocks, N / BLOCK_N] int32, [blocks] int32: the live blocks of each block column
+    tail_row,  # [H] float32, to be added to every row of the head's gradient, or None
+    out,  # [V, H] contiguous, float32
+    rows, vocab, hidden_size, blocks, block_rows,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    pitch = blocks * BLOCK_V
+    block = tl.program_id(1)
+    place = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    k = tl.arange(0, STEP)
+    STEPS: tl.constexpr = BLOCK_N // STEP
+    steps = tl.load(counts + block) * STEPS
+    width = tl.full((), hidden_size, tl.int64)
+    total = tl.zeros([BLOCK_V, WIDTH], tl.float32)
+    for step in range(steps):
+        row = tl.load(lists + block * block_rows + step // STEPS) * BLOCK_N + step % STEPS * STEP + k
+        near = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
+        # Rows past the end were never written.
+        a = tl.load(dz + near * pitch + place[None, :], mask=(row < rows)[:, None], other=0.0)
+        right = hidden + near * width + column[None, :]
+        if EVEN:
+            b = tl.load(right)
+        else:
+            b = tl.load(right, mask=(column < hidden_size)[None, :], other=0.0)
+        total = multiply(tl.trans(a), b, total)
+    entry = tl.minimum(place, vocab - 1)
+    if order is not None:
+        entry = tl.load(order + entry)
+    target = out + entry[:, None] * width + column[None, :]
+    mask = (place < vocab)[:, None] & (column < hidden_size)[None, :]
+    if tail_row is not None:
+        total += tl.load(tail_row + column, mask=column < hidden_size, other=0.0)[None, :]
+        steps += 1
+    if ACCUMULATE:
+        if steps > 0:
+            tl.store(target, tl.load(target, mask=mask, other=0.0) + total, mask=mask)
+    else:
+        tl.store(target, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks", "block_rows"])
+def bias_grad_kernel(
+    dz,  # [N, pitch]
+    order,  # [V] int32, or None
+    lists, counts,  # as weight_grad_kernel's
+    out,  # [V] float32
+    rows, vocab, blocks, block_rows,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    pitch = blocks * BLOCK_V
+    block = tl.program_id(0)
+    place = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for step in range(tl.load(counts + block)):
+        row = tl.load(lists + block * block_rows + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        cell = row.to(tl.int64)[:, None] * pitch + place[None, :]
+        total += tl.sum(tl.load(dz + cell, mask=(row < rows)[:, None], other=0.0).to(tl.float32), 0)
+    entry = tl.minimum(place, vocab - 1)
+    if order is not None:
+        entry = tl.load(order + entry)
+    tl.store(out + entry, total, mask=place < vocab)
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What the chunks of one call share.
+
+    Attributes:
+        weight: [V, H] contiguous; bias [V] or None; of the hidden states' dtype.
+        order: the order in which the head's rows are visited, or None for their own.
+        eps: a block is dead where no probability exceeds it and no label lies in it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    order: Order | None
+    logit_scale: float
+    logit_softcap: float
+    eps: float
+
+    @property
+    def mapping(self) -> tuple[int, float]:
+        """(MAP, unit): no maximum is taken here, so that a negative scale folds into the exponential's FFMA as well."""
+        return (SOFTCAPPED.value, self.logit_softcap) if self.logit_softcap else (FOLDED.value, self.logit_scale)
+
+    @property
+    def permutation(self) -> tuple[Tensor | None, Tensor | None]:
+        """(entries, places), or two None."""
+        return (None, None) if self.order is None else (self.order.entries, self.order.places)
+
+
+def order_by_mean_logit(weight: Tensor, bias: Tensor | None, mean_hidden: Tensor, scale: float) -> Order:
+    """The vocabulary from the largest mean logit of the tokens, whose mean hidden state is given [H] float32."""
+    keys = torch.mv(weight, mean_hidden.to(weight.dtype)).float()
+    if bias is not None:
+        keys = keys + bias.float()
+    return Order.descending(keys if scale >= 0 else -keys)
+
+
+def with_order(call: HeadCall, order: Order) -> HeadCall:
+    """The same call, its head visited in this order."""
+    return replace(call, order=order)
+
+
+def padded(vocab: int, dtype: torch.dtype) -> int:
+    """Columns of a chunk's dz: the vocabulary rounded up to whole blocks."""
+    block = tile_of(dtype).v
+    return -(-vocab // block) * block
+
+
+@dataclass(frozen=True)
+class BlockGrad:
+    """dz of a chunk's live blocks, and what the dead ones dropped.
+
+    Attributes:
+        dz: [N, pitch] with columns in the call's order; dead blocks hold anything. None where only the mass was asked.
+        live: [N / T, blocks] int8.
+        dropped: [N] float64, probability in dead blocks.
+        tail: [N] float64, sum of p dz/dx over dead blocks.
+    """
+
+    dz: Tensor | None
+    live: Tensor
+    dropped: Tensor
+    tail: Tensor
+
+    def lists(self, axis: int) -> tuple[Tensor, Tensor]:
+        """(indices of the live blocks first, their number), int32, of each block row (axis 1) or block column (axis 0)."""
+        live = self.live if axis == 1 else self.live.t().contiguous()
+        first = live.argsort(dim=1, descending=True, stable=True).to(torch.int32)
+        return first, live.sum(1, dtype=torch.int32)
+
+
+def logits_block_grad_launch(
+    call: HeadCall,
+    hidden: Tensor,
+    labels: Tensor,
+    rows_of: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor | None,
+    dz: Tensor | None,
+    live: Tensor,
+    sums: tuple[Tensor, Tensor | None],
+) -> Launch:
+    """The kernel call of `logits_block_grad`: rows_of are origin, factor, at_label; sums are dropped and tail."""
+    rows, hidden_size = hidden.shape
+    tile = tile_of(hidden.dtype)
+    mapping, unit = call.mapping
+    entries, places = call.permutation
+    dropped, tail = sums
+    arguments = {
+        "hidden": hidden,
+        "weight": call.weight,
+        "bias": call.bias,
+        "order": entries,
+        "places": places,
+        "labels": labels,
+        **dict(zip(("origin", "factor", "at_label"), rows_of, strict=True)),
+        "logits": logits,
+        "dz": dz,
+        "live": live,
+        "dropped": dropped,
+        "tail": tail,
+        "rows": rows,
+        "vocab": call.weight.shape[0],
+        "hidden_size": hidden_size,
+        "blocks": live.shape[1],
+        "inner": inner_of(call.logit_scale, call.logit_softcap),
+        "log2_scale": round_to_float32(unit * LOG2E.value),
+        "eps": call.eps,
+        "MAP": mapping,
+        "EVEN": hidden_size % tile.h == 0,
+        **tile.blocks(),
+    }
+    return Launch(logits_block_grad_kernel, tuple(live.shape), arguments, tile.options)
+
+
+def logits_block_grad(
+    call: HeadCall,
+    hidden: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor | None,
+    *,
+    logits: Tensor | None = None,
+    out: Tensor | None = None,
+) -> BlockGrad:
+    """dz of a chunk where it is worth having.
+
+    Args:
+        hidden: [N, H] contiguous; labels [N] int64; logps, lse [N] float64, of `linear_logps`.
+        grad_logps: [N] float64; None to find the dropped mass alone.
+        logits: [N, pitch] as `linear_logps` stored them, to be overwritten by dz; None to recompute them.
+        out: [N, pitch], memory for dz where there are no stored logits.
+    """
+    rows = hidden.shape[0]
+    device = hidden.device
+    pitch = padded(call.weight.shape[0], hidden.dtype)
+    tile = tile_of(hidden.dtype)
+    shape = (-(-rows // tile.n), pitch // tile.v)
+    grad = torch.ones_like(lse) if grad_logps is None else grad_logps
+    _, unit = call.mapping
+    # p = 2^(x log2_scale - c) 2^(c - lse log2): c is a float32, and what its rounding drops goes into the row's factor.
+    step = round_to_float32(unit * LOG2E.value)
+    exact = lse * (step / unit if unit else LOG2E.value)
+    origin = exact.float()
+    by_p = -grad * call.logit_scale
+    # A token without gradient gives exact zeros, whatever its logits hold.
+    still = by_p == 0
+    factor = torch.where(still, 0.0, by_p * torch.exp2(origin.double() - exact)).float()
+    at_label = torch.where(still, 0.0, by_p * torch.expm1(logps)).float()
+    live = torch.empty(shape, dtype=torch.int8, device=device)
+    dropped = torch.empty(rows, shape[1], dtype=torch.float32, device=device)
+    tail = torch.empty_like(dropped) if call.logit_softcap else None
+    dz = None
+    if grad_logps is not None:
+        dz = logits if logits is not None else out
+    rows_of = (origin, factor, at_label)
+    launch = logits_block_grad_launch(call, hidden, labels, rows_of, logits, dz, live, (dropped, tail))
+    launch.run(hidden)
+    mass = dropped.sum(1, dtype=torch.float64)
+    slopes = mass if tail is None else tail.sum(1, dtype=torch.float64)
+    return BlockGrad(dz, live, mass, call.logit_scale * slopes)
+
+
+def hidden_grad_launch(
+    call: HeadCall, dz: Tensor, lists: tuple[Tensor, Tensor], tail: Tensor, mean_row: Tensor, out: Tensor
+) -> Launch:
+    """The kernel call of `hidden_grad`; out [splits, N, H] float32."""
+    splits, rows, hidden_size = out.shape
+    tile = tile_of(dz.dtype)
+    arguments = {
+        "dz": dz,
+        "weight": call.weight,
+        "order": call.permutation[0],
+        "lists": lists[0],
+        "counts": lists[1],
+        "tail": tail,
+        "mean_row": mean_row,
+        "out": out,
+        "rows": rows,
+        "vocab": call.weight.shape[0],
+        "hidden_size": hidden_size,
+        "blocks": lists[0].shape[1],
+        "BLOCK_N": tile.n,
+        "BLOCK_V": tile.v,
+        "STEP": tile.h,
+        "WIDTH": WIDTH,
+        "EVEN": hidden_size % WIDTH == 0,
+    }
+    grid = (-(-rows // tile.n), -(-hidden_size // WIDTH), splits)
+    return Launch(hidden_grad_kernel, grid, arguments, tile.options)
+
+
+def hidden_grad(call: HeadCall, found: BlockGrad, grad_logps: Tensor, mean_row: Tensor) -> Tensor:
+    """dH [N, H] float32 of a chunk; mean_row [H] float32 is the mean of the head's rows."""
+    dz = found.dz
+    assert dz is not None
+    rows, hidden_size = dz.shape[0], call.weight.shape[1]
+    programs = -(-rows // tile_of(dz.dtype).n) * -(-hidden_size // WIDTH)
+    splits = max(1, min(MOST_SPLITS, 2 * MULTIPROCESSORS // max(programs, 1)))
+    tail = torch.where(grad_logps == 0, 0.0, grad_logps * found.tail).float()
+    out = torch.empty(splits, rows, hidden_size, dtype=torch.float32, device=dz.device)
+    hidden_grad_launch(call, dz, found.lists(1), tail, mean_row, out).run(dz)
+    return out[0] if splits == 1 else out.sum(0)
+
+
+def weight_grad_launch(
+    call: HeadCall,
+    dz: Tensor,
+    hidden: Tensor,
+    lists: tuple[Tensor, Tensor],
+    tail_row: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+) -> Launch:
+    """The kernel call of `weight_grad`."""
+    vocab, hidden_size = call.weight.shape
+    tile = tile_of(dz.dtype)
+    arguments = {
+        "dz": dz,
+        "hidden": hidden,
+        "order": call.permutation[0],
+        "lists": lists[0],
+        "counts": lists[1],
+        "tail_row": tail_row,
+        "out": out,
+        "rows": dz.shape[0],
+        "vocab": vocab,
+        "hidden_size": hidden_size,
+        "blocks": lists[0].shape[0],
+        "block_rows": lists[0].shape[1],
+        "ACCUMULATE": accumulate,
+        "BLOCK_N": tile.n,
+        "BLOCK_V": tile.v,
+        "STEP": tile.h,
+        "WIDTH": WIDTH,
+        "EVEN": hidden_size % WIDTH == 0,
+    }
+    return Launch(weight_grad_kernel, (-(-hidden_size // WIDTH), -(-vocab // tile.v)), arguments, tile.options)
+
+
+def weight_grad(
+    call: HeadCall, found: BlockGrad, hidden: Tensor, out: Tensor, *, accumulate: bool, tail_row: Tensor | None = None
+) -> None:
+    """dW of a chunk's live blocks into (or added to) out [V, H] float32.
+
+    tail_row: what the dropped mass of all chunks adds to every row (`tail_of`), given with the last chunk, so that it
+    joins while a row is written anyway.
+    """
+    assert found.dz is not None
+    weight_grad_launch(call, found.dz, hidden, found.lists(0), tail_row, out, accumulate).run(hidden)
+
+
+def bias_grad(call: HeadCall, found: BlockGrad) -> Tensor:
+    """dbias [V] float32 of a chunk's live blocks. It reads them once more: heads with a bias are rare."""
+    dz = found.dz
+    assert dz is not None
+    lists, counts = found.lists(0)
+    tile = tile_of(dz.dtype)
+    vocab = call.weight.shape[0]
+    out = torch.empty(vocab, dtype=torch.float32, device=dz.device)
+    arguments = {
+        "dz": dz,
+        "order": call.permutation[0],
+        "lists": lists,
+        "counts": counts,
+        "out": out,
+        "rows": dz.shape[0],
+        "vocab": vocab,
+        "blocks": lists.shape[0],
+        "block_rows": lists.shape[1],
+        "BLOCK_N": tile.n,
+        "BLOCK_V": tile.v,
+    }
+    Launch(bias_grad_kernel, (lists.shape[0],), arguments, tile.options).run(dz)
+    return out
+
+
+def tail_of(call: HeadCall, found: BlockGrad, grad_logps: Tensor, hidden: Tensor) -> Tensor:
+    """[H] float32: what the dropped mass adds to every row of dW."""
+    weighted = torch.where(grad_logps == 0, 0.0, grad_logps * found.tail).float()
+    return torch.mv(hidden.t().float(), weighted) / -call.weight.shape[0]

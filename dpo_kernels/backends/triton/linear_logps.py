@@ -1,0 +1,426 @@
+"""The LM head and stage 1 in one Triton kernel: log-probabilities and statistics from hidden states, logits only in registers.
+
+Data flow, one program (8 warps) a block of 128 tokens and a segment of 2,048 vocabulary entries, tile by tile [128, 256]:
+    read     the tokens' hidden states and the segment's rows of the head, once a tile, through shared memory; the bias
+    on chip  the tile of logits, never rounded below float32; per token the running maximum, the sum of 2^(x log2(e) - c),
+             the label's logit, and where asked the moment, the sum of squares, the sum, and the maximum before the label
+    write    4 bytes per token, segment and number (3 to 7 of them): 1% of what 16-bit logits would take
+A second kernel merges a token's segments, in order, in float64, and finishes as token_logps.py does.
+
+Segments are cut by the vocabulary alone, so no bit of a token's result depends on the batch it came in, nor on chunks.
+
+Work: 2 N H V flops. The hidden states and the head stream from L2, (1/256 + 1/128) H items a logit; programs that run at
+the same time differ in their tokens first, so the head comes from memory once per wave of them. What it saves against a
+library product and token_logps is the logits' way to memory and back, 4 bytes a 16-bit logit; what it costs is the distance
+between Triton's products and the library's (planner.py weighs the two). float32 multiplies in full precision on the
+ordinary cores, at a fifteenth of the tensor cores' 16-bit rate on an H100: TF32's 10 bits of mantissa would miss the
+contract by three digits.
+
+Issue slots per logit beside the products: bounds and label 4, maximum 1, FFMA 1, ex2 1, add 1; entropy 3, mean 2, squares 1,
+accuracy 3. A product of H = 1,024 takes an H100's tensor cores as long as 60 slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import FLOOR, HIDDEN, INTERPRETED, LN2, device_function, exp2_fast, fused, rounded, scaled_label
+from .launch import Launch, arch_of, exponent_map, tile_of
+from .token_logps import _finish, _merge, _put, _raise_max, _variable
+
+#: Entries of the vocabulary that one program passes over: 64 segments of 128,256 entries, so that 1,024 tokens make 504
+#: programs, and short enough that a vocabulary of 32,000 still makes 128 of them.
+SEGMENT = 64 if INTERPRETED.value else 2048
+
+#: What a segment leaves of a token, in the order in which they are stored.
+MAXIMUM, MASS, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@device_function
+def at_label_of(x, place, label):
+    """x where place == label, else 0.
+
+    One instruction sequence a logit, as in the next two: a mask of the whole tile, kept for a second use, is 128 registers.
+    """
+    if INTERPRETED:
+        return tl.where(place == label, x, 0.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.eq.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }", "=f,f,r,r", [x, place, label],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@device_function
+def others_of(x, place, label, vocab, other: tl.constexpr):
+    """x with `other` (0 or HIDDEN) at the label and past the vocabulary."""
+    if INTERPRETED:
+        return tl.where((place == label) | (place >= vocab), other, x)
+    else:
+        asm: tl.constexpr = (
+            "{ .reg .pred p, q; setp.ge.s32 q, $2, $4; setp.eq.or.s32 p, $2, $3, q; selp.f32 $0, $5, $1, p; }"
+        )
+        return tl.inline_asm_elementwise(
+            asm, "=f,f,r,r,r,f", [x, place, label, vocab, tl.full((), other, tl.float32)],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@device_function
+def below(x, entry, limit, other: tl.constexpr):
+    """x where entry < limit, else `other` (0 or HIDDEN)."""
+    if INTERPRETED:
+        return tl.where(entry < limit, x, other)
+    else:
+        asm: tl.constexpr = "{ .reg .pred p; setp.lt.s32 p, $2, $3; selp.f32 $0, $1, $4, p; }"
+        return tl.inline_asm_elementwise(
+            asm, "=f,f,r,r,f", [x, entry, limit, tl.full((), other, tl.float32)], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@device_function
+def project_tile(
+    hidden, weight, order, first_row, rows, first_place, vocab, hidden_size,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """float32 products [BLOCK_N, BLOCK_V] of the rows of the hidden states and the head's entries from these places on.
+
+    Rows and entries past the end are the last one once more: loads need no mask, and nobody looks at the result.
+    """
+    k = tl.arange(0, BLOCK_H)
+    row = tl.minimum(tl.arange(0, BLOCK_N), rows - 1 - first_row)
+    place = tl.minimum(tl.arange(0, BLOCK_V), vocab - 1 - first_place)
+    # Places within a tile fit in 32 bits; where rows lie anywhere in the head, they take 64.
+    pitch = tl.full((), hidden_size, tl.int64)
+    left = hidden + first_row * pitch
+    left_place = row[:, None] * hidden_size + k[None, :]
+    if order is None:
+        right = weight + first_place * pitch
+        right_place = place[:, None] * hidden_size + k[None, :]
+    else:
+        right = weight
+        right_place = tl.load(order + first_place + place)[:, None] * pitch + k[None, :]
+    logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for step in range(tl.cdiv(hidden_size, BLOCK_H)):
+        if EVEN:
+            h = tl.load(left + left_place)
+            w = tl.load(right + right_place)
+        else:
+            inside = (k < hidden_size - step * BLOCK_H)[None, :]
+            h = tl.load(left + left_place, mask=inside, other=0.0)
+            w = tl.load(right + right_place, mask=inside, other=0.0)
+        logits = multiply(h, tl.trans(w), logits)
+        left += BLOCK_H
+        right += BLOCK_H
+    return logits
+
+
+@device_function
+def multiply(a, b, total):
+    """total + a b, summed in float32; float32 factors are multiplied in full."""
+    if INTERPRETED:
+        # numpy has no bfloat16.
+        return total + tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")
+
+
+@device_function
+def _put_part(parts, part, row, segment, rows, segments, value, mask):
+    tl.store(parts + (row.to(tl.int64) + part * rows) * segments + segment, value, mask=mask)
+
+
+@device_function
+def label_entry(labels, row, vocab):
+    """int32 labels of these rows, -1 where they are outside the vocabulary."""
+    label = tl.load(labels + row)
+    return tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)
+
+
+# Nothing that varies from call to call may cause a new compilation.
+@triton.jit(do_not_specialize=["rows", "vocab", "segments", "blocks"])
+def linear_logps_kernel(
+    hidden,  # [N, H] contiguous
+    weight,  # [V, H] contiguous, of the same dtype
+    bias,  # [V], or None
+    order, places,  # [V] int32, the entries in the order in which they are visited, and each entry's place in it; or None
+    labels,  # [N] int64
+    logits,  # [N, pitch] of the hidden states' dtype: the logits, columns in that order, or None where nobody needs them
+    parts,  # [parts, N, segments] float32
+    rows, vocab, hidden_size, segments, blocks,
+    inner: tl.float32, log2_scale: tl.float32,
+    MAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(1)
+    first_row = tl.program_id(0) * BLOCK_N
+    row = first_row + tl.arange(0, BLOCK_N)
+    inside = row < rows
+    row = tl.minimum(row, rows - 1)
+    label = label_entry(labels, row, vocab)
+    if order is not None:
+        own = label
+        label = tl.where(label >= 0, tl.load(places + tl.maximum(label, 0)), -1)
+
+    m = tl.full([BLOCK_N], FLOOR, tl.float32)
+    c = m * log2_scale
+    s = tl.zeros([BLOCK_N], tl.float32)
+    at_label = tl.zeros([BLOCK_N], tl.float32)
+    t = tl.zeros([BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    before = tl.full([BLOCK_N], HIDDEN, tl.float32)
+    begin = segment * SEGMENT
+    for first in range(begin, tl.minimum(begin + SEGMENT, vocab), BLOCK_V):
+        place = first + tl.arange(0, BLOCK_V)
+        entry = tl.minimum(place, vocab - 1)
+        if order is not None:
+            entry = tl.load(order + entry)
+        x = project_tile(
+            hidden, weight, order, first_row, rows, first, vocab, hidden_size, BLOCK_N, BLOCK_V, BLOCK_H, EVEN
+        )
+        if bias is not None:
+            x += tl.load(bias + entry).to(tl.float32)[None, :]
+        if logits is not None:
+            # What is stored is what is measured: the gradient's probabilities then sum to 1.
+            stored = rounded(x, logits.dtype.element_ty)
+            pitch = blocks * BLOCK_V
+            target = logits + first_row * tl.full((), pitch, tl.int64) + first
+            near = (row - first_row)[:, None] * pitch + tl.arange(0, BLOCK_V)[None, :]
+            tl.store(target + near, stored, mask=inside[:, None])
+            x = stored.to(tl.float32)
+        at_label += tl.sum(at_label_of(x, place[None, :], label[:, None]), 1)
+        x = _variable(x, inner, MAP)
+        if MEAN:
+            total += tl.sum(below(x, place[None, :], vocab, 0.0), 1)
+        x = others_of(x, place[None, :], label[:, None], vocab, HIDDEN)
+        if ACCURACY:
+            if order is None:
+                before = tl.maximum(before, tl.max(below(x, place[None, :], label[:, None], HIDDEN), 1))
+            else:
+                before = tl.maximum(before, tl.max(below(x, entry[None, :], own[:, None], HIDDEN), 1))
+        m, c, shift, rescale = _raise_max(m, c, tl.max(x, 1), log2_scale)
+        y = fused(x, log2_scale, c[:, None])
+        e = exp2_fast(y)
+        if ENTROPY:
+            # A logit of -inf: 0 * inf.
+            t = rescale * (t + shift * s) + tl.sum(tl.where(e > 0, e * y, e), 1)
+        if SQUARES:
+            squares = rescale * rescale * squares + tl.sum(e * e, 1)
+        s = rescale * s + tl.sum(e, 1)
+
+    _put_part(parts, MAXIMUM, row, segment, rows, segments, m, inside)
+    _put_part(parts, MASS, row, segment, rows, segments, s, inside)
+    _put_part(parts, LABEL, row, segment, rows, segments, at_label, inside)
+    part: tl.constexpr = LABEL + 1
+    if ENTROPY:
+        _put_part(parts, part, row, segment, rows, segments, t, inside)
+    if SQUARES:
+        _put_part(parts, part + ENTROPY, row, segment, rows, segments, squares, inside)
+    if ACCURACY:
+        _put_part(parts, part + ENTROPY + SQUARES, row, segment, rows, segments, before, inside)
+    if MEAN:
+        _put_part(parts, part + ENTROPY + SQUARES + ACCURACY, row, segment, rows, segments, total, inside)
+
+
+@device_function
+def _part(parts, part, row, rows, segments, segment, other):
+    place = (row.to(tl.int64) + part * rows) * segments + segment
+    return tl.load(parts + place, mask=segment < segments, other=other)
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "segments"])
+def merge_kernel(
+    parts,  # [parts, N, segments] float32
+    labels,  # [N] int64
+    logps, lse, entropy, log_sum_sq, accuracy, mean_logits,  # [N] float64, or None where not asked
+    rows, vocab, segments,
+    scale: tl.float64, cap: tl.float64, unit: tl.float64, inner: tl.float32, log2_scale: tl.float32,
+    MAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    scale = tl.full((), scale, tl.float64)
+    cap = tl.full((), cap, tl.float64)
+    unit = tl.full((), unit, tl.float64)
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    if (label >= 0) & (label < vocab):
+        segment = tl.arange(0, LANES)
+        m = _part(parts, MAXIMUM, row, rows, segments, segment, FLOOR)
+        s = _part(parts, MASS, row, rows, segments, segment, 0.0)
+        # One segment holds the label; the others hold 0.
+        raw = tl.sum(_part(parts, LABEL, row, rows, segments, segment, 0.0), 0)
+        c = m * log2_scale
+        top, c_top, shift, rescale = _merge(m, c, log2_scale)
+        s_row = tl.sum(rescale.to(tl.float64) * s, 0)
+        z_label = scaled_label(raw, scale, cap, MAP)[0]
+        logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
+        tl.store(logps + row, logp)
+        tl.store(lse + row, lse_row)
+        p_label = tl.exp(logp)
+        part: tl.constexpr = LABEL + 1
+        if ENTROPY:
+            t = _part(parts, part, row, rows, segments, segment, 0.0)
+            t_row = tl.sum(rescale.to(tl.float64) * (t + shift * s), 0)
+            mean_y = t_row / tl.where(s_row > 0, s_row, 1.0)
+            others = tl.where(s_row == 0, 0.0, p_others * (log_mass - LN2 * mean_y))
+            tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
+        if SQUARES:
+            # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
+            q = _part(parts, part + ENTROPY, row, rows, segments, segment, 0.0)
+            q_row = tl.sum(rescale.to(tl.float64) * rescale * q, 0)
+            share = p_others / tl.where(s_row > 0, s_row, 1.0)
+            tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
+        if ACCURACY:
+            # The first of equals wins: nobody before the label may reach it, nobody at all may exceed it.
+            x_label = _variable(raw, inner, MAP)
+            before = tl.max(_part(parts, part + ENTROPY + SQUARES, row, rows, segments, segment, HIDDEN), 0)
+            hit = (x_label > before) & (x_label >= top)
+            tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
+        if MEAN:
+            total = _part(parts, part + ENTROPY + SQUARES + ACCURACY, row, rows, segments, segment, 0.0)
+            tl.store(mean_logits + row, unit * tl.sum(total.to(tl.float64), 0) / vocab)
+    else:
+        # A label outside the vocabulary is NaN: on a GPU an error would have to wait for the stream.
+        nothing = tl.full((), float("nan"), tl.float64)
+        _put(logps, row, nothing)
+        _put(lse, row, nothing)
+        _put(entropy, row, nothing)
+        _put(log_sum_sq, row, nothing)
+        _put(accuracy, row, nothing)
+        _put(mean_logits, row, nothing)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A permutation of the vocabulary: entries [V] int32 as they are visited, places [V] int32 of each entry among them."""
+
+    entries: Tensor
+    places: Tensor
+
+    @classmethod
+    def descending(cls, keys: Tensor) -> Order:
+        """The order that sorts keys [V] from the largest; equal ones keep their order."""
+        entries = keys.argsort(descending=True, stable=True)
+        places = torch.empty_like(entries)
+        places[entries] = torch.arange(keys.shape[0], device=keys.device)
+        return cls(entries.to(torch.int32), places.to(torch.int32))
+
+
+def segments_of(vocab: int) -> int:
+    """Segments that a vocabulary is cut into."""
+    return -(-vocab // SEGMENT)
+
+
+def inner_of(logit_scale: float, logit_softcap: float) -> float:
+    """What a stored logit is multiplied by before the softcap's tanh, or by SCALED."""
+    return logit_scale / logit_softcap if logit_softcap else logit_scale
+
+
+def linear_logps_launches(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    outputs: dict[str, Tensor],
+    parts: Tensor,
+    *,
+    order: Order | None,
+    logits: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float,
+    wide: bool,
+    arch: int,
+) -> tuple[Launch, Launch]:
+    """The two kernel calls that fill `outputs` (by name, [N] float64 each); arguments as `linear_logps`."""
+    rows, hidden_size = hidden.shape
+    vocab = weight.shape[0]
+    segments = segments_of(vocab)
+    tile = tile_of(hidden.dtype, wide=arch // 10 == 9 and wide)
+    mapping, unit, log2_scale = exponent_map(logit_scale, logit_softcap)
+    names = ("entropy", "log_sum_sq", "accuracy", "mean_logits")
+    entropy, squares, accuracy, mean = (name in outputs for name in names)
+    shared = {
+        "parts": parts,
+        "labels": labels,
+        "rows": rows,
+        "vocab": vocab,
+        "segments": segments,
+        "inner": inner_of(logit_scale, logit_softcap),
+        "log2_scale": log2_scale,
+        "MAP": mapping,
+        "ENTROPY": entropy,
+        "SQUARES": squares,
+        "ACCURACY": accuracy,
+        "MEAN": mean,
+    }
+    project = {
+        **shared,
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "order": None if order is None else order.entries,
+        "places": None if order is None else order.places,
+        "logits": logits,
+        "hidden_size": hidden_size,
+        "blocks": 0 if logits is None else logits.shape[1] // tile.v,
+        "SEGMENT": SEGMENT,
+        "EVEN": hidden_size % tile.h == 0,
+        **tile.blocks(),
+    }
+    merge = {
+        **shared,
+        **{name: outputs.get(name) for name in ("logps", "lse", *names)},
+        "scale": logit_scale,
+        "cap": logit_softcap,
+        "unit": unit,
+        "LANES": triton.next_power_of_2(max(segments, 2)),
+    }
+    return (
+        Launch(linear_logps_kernel, (-(-rows // tile.n), segments), project, tile.options),
+        Launch(merge_kernel, (rows,), merge, {"num_warps": 1}),
+    )
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    names: frozenset[str],
+    *,
+    logit_scale: float,
+    logit_softcap: float,
+    order: Order | None = None,
+    logits: Tensor | None = None,
+    wide: bool = False,
+) -> dict[str, Tensor]:
+    """Stage 1 from hidden states: {"logps", "lse" and `names`: [N] float64}.
+
+    Args:
+        hidden: [N, H] contiguous, float32, bfloat16 or float16.
+        weight: [V, H] contiguous; bias [V] or None; both of hidden's dtype.
+        labels: [N] int64; results are NaN where a label is outside the vocabulary.
+        names: any of "entropy", "log_sum_sq", "accuracy", "mean_logits".
+        order: that of the columns of `logits`; no result but its rounding depends on it.
+        logits: [N, V rounded up to a tile] of hidden's dtype, to be filled with the logits, or None.
+        wide: take a larger tile where the GPU has registers for one: not beside statistics or stored logits. Of two models
+            that are to be compared bit by bit, both or neither.
+    """
+    rows = hidden.shape[0]
+    outputs = {
+        name: torch.empty(rows, dtype=torch.float64, device=hidden.device) for name in ("logps", "lse", *sorted(names))
+    }
+    parts = torch.empty(3 + len(names), rows, segments_of(weight.shape[0]), dtype=torch.float32, device=hidden.device)
+    launches = linear_logps_launches(
+        hidden, weight, bias, labels, outputs, parts,
+        order=order, logits=logits, logit_scale=logit_scale, logit_softcap=logit_softcap, wide=wide, arch=arch_of(hidden.device),
+    )  # fmt: skip
+    for launch in launches:
+        launch.run(hidden)
+    return outputs
