@@ -21,11 +21,17 @@ SCALES = {
 }
 
 
-def _label(key: str, row: Mapping[str, Any]) -> str:
-    """A bar's figure: whole MiB (the system counts pages in batches), milliseconds to two digits."""
-    if row.get(key) is None:
+def _scale(key: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+    """The unit in which these rows are drawn: seconds where they take many of them."""
+    if key == "median_s" and max((row.get(key) or 0.0) for row in rows) >= 2:
+        return "s", 1.0
+    return SCALES[key]
+
+
+def _label(key: str, value: float | None) -> str:
+    """A bar's figure: whole MiB (the system counts pages in batches), times to two digits at least."""
+    if value is None:
         return "-"
-    value = row[key] * SCALES[key][1]
     return f"{value:,.0f}" if value >= 10 or key != "median_s" else f"{value:.2g}"
 
 
@@ -98,24 +104,26 @@ def _bars(result: Result, pyplot: Any) -> Any:
 
 
 def _bar_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    unit, scale = SCALES[key]
+    unit, scale = _scale(key, rows)
     values = [(row.get(key) or 0.0) * scale for row in rows]
     bars = axis.barh(
         range(len(rows)), values, height=0.72, color=[_OURS if row.get("ours") else _OTHERS for row in rows]
     )
-    axis.bar_label(bars, [_label(key, row) for row in rows], padding=3)
+    axis.bar_label(bars, [_label(key, None if row.get(key) is None else row[key] * scale) for row in rows], padding=3)
     # A floor beyond the bars (a copy that a neighbour slowed) is shown, not left outside the axis.
     floors = [(row.get("floor_s") or 0.0) * scale for row in rows] if key == "median_s" else []
     axis.set_xlim(0, 1.18 * max([*values, *floors]) or 1)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel(unit)
+    axis.locator_params(axis="x", nbins=5)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _floor(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Each row's floor as a tick across its bar; rows may differ in what they cannot do without."""
-    marked = [(index, row["floor_s"] * 1e3) for index, row in enumerate(rows) if row.get("floor_s")]
+    scale = _scale("median_s", rows)[1]
+    marked = [(index, row["floor_s"] * scale) for index, row in enumerate(rows) if row.get("floor_s")]
     for index, floor in marked:
         axis.plot([floor, floor], [index - 0.45, index + 0.45], color="black", linestyle=":", linewidth=1)
     if marked:

@@ -96,10 +96,15 @@ def machine_block(folder: Path) -> list[str]:
         if name in results:
             lines += _table(name, results[name])
     everything = compared((name, found.get("rows", ())) for name, found in results.items())
+    lines += [
+        f"* **{found['question'].partition(':')[0]}.** {found['summary']}"
+        for name in SENTENCES
+        if (found := results.get(name)) and found.get("summary")
+    ]
     if line := headline(everything).get("line"):
-        lines.append(f"* **{line}.**")
-    lines += [f"* {sentence}" for sentence in below_one(everything)]
-    lines += [f"* {results[name]['summary']}" for name in SENTENCES if results.get(name, {}).get("summary")]
+        lines += ["", f"**{line}.**"]
+    if lost := below_one(everything):
+        lines += ["", *(f"* {sentence}" for sentence in lost)]
     lines += ["", f"Every row, its spread, charts, and the command that makes it alone: [{files}]({files})."]
     return lines
 

@@ -65,6 +65,11 @@ VS_BEST, BEST_PEER = Column("vs_best", "vs best peer", "ratio"), Column("best_pe
 FASTER = Column("ours_faster", "dpo_kernels is faster by", "ratio")
 
 
+def counted(number: float, noun: str) -> str:
+    """ "1 pair", "4 pairs"."""
+    return f"{number:,.0f} {noun}" if number == 1 else f"{number:,.0f} {noun}s"
+
+
 def no_summary(rows: list[dict[str, Any]]) -> str:
     """For a result that has nothing to say in one sentence."""
     return ""
@@ -178,9 +183,8 @@ def headline(rows: Sequence[Compared]) -> dict[str, Any]:
         return {}
     name, row = min(rows, key=lambda found: found[1]["vs_best"])
     below = sum(found["vs_best"] < 1 for _, found in rows)
-    count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
     line = (
-        f"Worst ratio against the best peer, over {count}: {row['vs_best']:.2f}x "
+        f"Worst ratio against the best peer, over {counted(len(rows), 'row')}: {row['vs_best']:.2f}x "
         f"({name}: {row['title']} against {row['best_peer']}, {row['case']}); {below} below 1.0"
     )
     return {"ratio": row["vs_best"], "benchmark": name, "line": line}

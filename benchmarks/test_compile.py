@@ -72,7 +72,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     mine = [row for row in rows if row["ours"] and row.get("breaks") is not None]
     if not mine:
         return ""
-    against = [f"{row['title'].partition(',')[0]} {row['vs_best']:.2f}" for row in mine if row.get("vs_best")]
+    against = [f"{row['vs_best']:.2f} ({row['title'].partition(',')[0]})" for row in mine if row.get("vs_best")]
     return (
         f"Inside torch.compile: {sum(row['breaks'] for row in mine)} graph breaks"
         + (f"; the better textbook's step, times ours: {', '.join(against)}" if against else "")

@@ -13,11 +13,11 @@ from .conftest import DTYPES, Settings, wanted
 from .linear_problem import LinearCase, LinearProblem, LinearTruth
 from .method import Contender, Samples
 from .peers.linear import LINEAR_PEERS, LinearPeer
-from .report import BEST_PEER, EXTRA, SPREAD, TIME, VS_BEST, Column, Result
+from .report import BEST_PEER, EXTRA, SPREAD, TIME, VS_BEST, Column, Result, counted
 
 
 def _cases(pairs: int, length: int) -> list[LinearCase]:
-    name = f"{pairs} pairs x {length} tokens, half prompt"
+    name = f"{counted(pairs, 'pair')} x {length} tokens, half prompt"
     return [LinearCase(name, pairs, length), LinearCase(f"{name}, frozen head", pairs, length, frozen=True)]
 
 

@@ -67,11 +67,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
         best = here.get("ours_inplace") or here.get("ours")
         if best is None or not best.get("times_floor"):
             continue
-        peers = [f"{row['title']} {row['ours_faster']:.1f}" for row in here.values() if row.get("ours_faster")]
+        peers = [f"{row['ours_faster']:.1f} ({row['title']})" for row in here.values() if row.get("ours_faster")]
         wrong = [row["title"] for row in here.values() if row.get("verdict") == "WRONG"]
         sentence = f"{case.removesuffix(', loss and gradient')}: {best['title']} takes {best['times_floor']:.2f} times the floor"
         if peers:
-            sentence += f"; the others, times ours: {', '.join(peers)}"
+            sentence += f"; the others take, times ours, {', '.join(peers)}"
         sentences.append(sentence + (f"; the gradient of {', '.join(wrong)} is wrong" if wrong else "") + ".")
     return " ".join(sentences)
 

@@ -47,9 +47,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for what in WHAT.values():
         here = [row for row in rows if row["case"] == what and row["extra_bytes"] is not None]
         most = max((row["x"] for row in here), default=0)
-        needs = [f"{row['title']} {row['extra_bytes'] / 2**20:,.0f}" for row in here if row["x"] == most]
-        parts += [f"{most:,} tokens, {what}: {', '.join(needs)}"] if needs else []
-    return f"MiB beside the inputs: {'; '.join(parts)}." if parts else ""
+        needs = [f"{row['extra_bytes'] / 2**20:,.0f} ({row['title']})" for row in here if row["x"] == most]
+        parts += [f"from {what}, {', '.join(needs)}"] if needs else []
+    return f"MiB beside the inputs, {most:,} tokens: {'; '.join(parts)}." if parts else ""
 
 
 def measure(path: str, name: str, tokens: int, settings: Settings) -> int | None:

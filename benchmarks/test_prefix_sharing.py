@@ -12,7 +12,7 @@ from . import method
 from .conftest import Settings, wanted
 from .linear_problem import NO_MODEL, model_folder
 from .method import Contender, Samples
-from .report import SPREAD, TIME, Column, Result
+from .report import SPREAD, TIME, Column, Result, counted
 
 #: (pairs, tokens of prompt + answer), by size; the prompt is this percentage of them.
 SIZES = {"small": (1, 32), "default": (1, 128), "full": (4, 256)}
@@ -88,7 +88,7 @@ def samples(
     result = Result("prefix_sharing", "Prefix sharing: forward and backward of SmolLM2-135M's backbone", COLUMNS)
     for name in names:
         layout, share = name.split("-")
-        row: dict[str, Any] = {"case": f"float32, {pairs} pairs x {length} tokens a side, {share} % prompt"}
+        row: dict[str, Any] = {"case": f"float32, {counted(pairs, 'pair')} x {length} tokens a side, {share} % prompt"}
         row |= {"title": LAYOUTS[layout], "ours": layout == "shared", "share": int(share), **facts[name]}
         row |= {"median_s": found[name].median, "spread": found[name].spread}
         row["select"] = f"test_prefix_sharing[{name}]"

@@ -43,7 +43,7 @@ COLUMNS = [
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """What the ways cost, over no reference at all."""
-    costs = [f"{MODES[row['mode']]} {row['over_none']:.2f}" for row in rows if row["ours"] and row.get("over_none")]
+    costs = [f"{row['over_none']:.2f} ({MODES[row['mode']]})" for row in rows if row["ours"] and row.get("over_none")]
     return f"Loss and gradients, times what they take without a reference: {', '.join(costs)}." if costs else ""
 
 

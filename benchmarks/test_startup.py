@@ -18,7 +18,7 @@ import pytest
 from .conftest import Settings, wanted
 from .linear_problem import ROOT
 from .method import Samples, best_ratio
-from .report import SPREAD, Column, Result
+from .report import FORMATS, SPREAD, Column, Result
 
 #: [2P, T, V]: small, because what is asked is what a call costs before it works.
 SHAPE = {"small": (2, 8, 4096), "default": (4, 32, 49152), "full": (4, 32, 49152)}
@@ -85,7 +85,7 @@ COLUMNS = [
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Seconds of the first call, by method."""
-    first = [f"{row['title']} {row['median_s']:.1f} s" for row in rows]
+    first = [f"{FORMATS['time'](row['median_s'])} ({row['title']})" for row in rows]
     return f"Until the first gradient in a fresh process, imports aside: {', '.join(first)}."
 
 

@@ -41,7 +41,7 @@ COLUMNS = [
 def summary(rows: list[dict[str, Any]]) -> str:
     """What all cores bring over one."""
     most = max(row["x"] for row in rows)
-    gains = [f"{row['title']} {row['speedup']:.2f}" for row in rows if row["x"] == most and row.get("speedup")]
+    gains = [f"{row['speedup']:.2f} ({row['title']})" for row in rows if row["x"] == most and row.get("speedup")]
     return f"On {most} threads instead of one, times as fast: {', '.join(gains)}." if gains and most > 1 else ""
 
 

@@ -22,7 +22,7 @@ from .conftest import Settings, wanted
 from .linear_problem import NO_MODEL, ROOT, TEXT, model_folder
 from .method import Best, Samples
 from .peers.base import PEERS_EXTRA
-from .report import SPREAD, Column, Result
+from .report import SPREAD, Column, Result, counted
 
 #: (rounds, steps of each, the first of which is not timed).
 ROUNDS = {"small": (1, 2), "default": (1, 4), "full": (3, 4)}
@@ -175,13 +175,13 @@ def measured(
             else:
                 runs[name].append(found)
     runs = {name: found for name, found in runs.items() if name not in missing}
-    heading = f"{pairs.name}, {batch} pairs a step, at most {MAX_LENGTH} tokens, float32"
+    heading = f"{pairs.name}, {counted(batch, 'pair')} a step, at most {MAX_LENGTH} tokens, float32"
     result = table(runs, missing, heading)
     tokens = next((row["tokens"] for row in result.rows if "tokens" in row), None)
     if tokens:
         result.notes.append(
-            f"{heading}: {statistics.mean(tokens):.0f} real tokens a step, {rounds} rounds of {steps} steps, the first of each "
-            f"not timed; AdamW, constant learning rate, the same pairs in the same order."
+            f"{heading}: {statistics.mean(tokens):.0f} real tokens a step, {counted(rounds, 'round')} of {steps} steps, the "
+            f"first of each not timed; AdamW, constant learning rate, the same pairs in the same order."
         )
     result.extra["bars"] = bars(result.rows)
     result.notes += [

@@ -22,7 +22,7 @@ from .conftest import Settings, wanted
 from .linear_problem import NO_MODEL, TEXT, model_folder
 from .method import Contender, Samples
 from .peers.base import PEERS_EXTRA
-from .report import BEST_PEER, EXTRA, SPREAD, TIME, Column, Result
+from .report import BEST_PEER, EXTRA, SPREAD, TIME, Column, Result, counted
 from .test_trainer import LOSS_TOLERANCE, MAX_LENGTH
 from .trainer_run import build_trl, common_arguments, pick, token_counts
 
@@ -52,7 +52,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         return ""
     return (
         f"`apply_to_trl()` makes the training step of {row['best_peer']} {row['vs_best']:.2f} times as fast (SmolLM2-135M, "
-        f"{row['pairs']} pairs, {row['tokens']:.0f} tokens), its losses the same to {row['loss_difference']:.0e}."
+        f"{counted(row['pairs'], 'pair')}, {row['tokens']:.0f} tokens), its losses the same to {row['loss_difference']:.0e}."
     )
 
 
@@ -117,9 +117,9 @@ def measured(
         contenders = [Contender(name, side.step, side.prepare) for name, side in sides.items()]
         found = method.interleave(contenders, steps, warmup=0, device=settings.device)
         tokens = statistics.mean(token_counts(next(iter(sides.values())).trainer.train_dataset, pairs, MAX_LENGTH))
-    question = "TRL's own training step, without and with our kernels under its LM head"
+    question = "TRL's training step: without and with our kernels under its LM head"
     result = Result("trl_patch", question, COLUMNS, summary=summary)
-    case = f"float32: {path.name}, {pairs} pairs a step, at most {MAX_LENGTH} tokens"
+    case = f"float32: {path.name}, {counted(pairs, 'pair')} a step, at most {MAX_LENGTH} tokens"
     for name, side in sides.items():
         row: dict[str, Any] = {"case": case, "peer": name, "title": TITLES[name], "ours": name == "patched"}
         row |= {"pairs": pairs, "tokens": tokens, "tokens_per_second": tokens / found[name].median}

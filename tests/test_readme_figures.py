@@ -72,7 +72,7 @@ def test_every_figure_comes_from_the_json(results: Path) -> None:
         "| eager PyTorch | 500 ms | - | 8.00x | right |",
         "| **dpo_kernels** | 62.5 ms | 1 MiB | - | right |",
         "| TRL | - | - | - | WRONG |",
-        "* bfloat16: 2.36 times the floor.",
+        "* **Logits path.** bfloat16: 2.36 times the floor.",
         "| dpo_trainer | 1,234 | 3 MiB |",
         "over 2 rows: 0.75x (trainer: dpo_trainer against TRL, pairs); 1 below 1.0",
         "NOT EXPLAINED",
