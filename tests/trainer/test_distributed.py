@@ -18,6 +18,15 @@ CASES: dict[str, dict[str, Any]] = {
     "pairs": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 9},
     "accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 6},
     "tokens": {"max_tokens": 90, "gradient_accumulation_steps": 2, "max_steps": 6},
+    "moving": {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "sample_prompts": 3,
+        "sample_max_new_tokens": 3,
+        "scorer": lambda prompts, answers: [text.count("e") for text in answers],
+    },
     "random": {"per_device_train_batch_size": 13, "train_sampling_strategy": "random", "max_steps": 3},
 }
 COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "kl", "entropy", "tokens", "grad_norm")

@@ -1,4 +1,4 @@
-"""The fused LM head under FSDP2: two processes that hold half of every weight get the loss and gradients of one."""
+"""FSDP2: two processes that hold half of every weight get the loss, gradients and moving reference of one."""
 
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from dpo_kernels import linear_dpo_loss
 from dpo_trainer import PairCollator
 from dpo_trainer.model import SplitModel, call_through
+from dpo_trainer.moving_reference import MovingReference
 from tests.trainer.tiny import build_model
 
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -54,6 +55,13 @@ for kind in ("llama-tied", "llama-untied"):
         assert isinstance(parameter, DTensor), name
         # FSDP averages gradients over the processes.
         torch.testing.assert_close(parameter.grad.full_tensor(), wanted[name].grad, rtol=1e-4, atol=1e-6)
+
+    # A reference that moves takes the policy's whole weights.
+    reference = build_model(kind, 340, seed=3)
+    moved = {name: 0.25 * wanted[name].detach() + 0.75 * p.detach() for name, p in reference.named_parameters()}
+    MovingReference(model, reference.requires_grad_(False), alpha=0.25, every=1).update()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(parameter, moved[name])
 dist.destroy_process_group()
 """
 
