@@ -20,10 +20,9 @@ from .tiny import build_pairs
 
 Make = Callable[..., DPOTrainer]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-COMPILED = {
-    "torch_compile": True,
-    "torch_compile_backend": "aot_eager",
-}  # traced and partitioned, but not compiled to C++
+#: Traced, which is where a graph could break, but not compiled to C++. A trace takes 10 s whatever the model's size, so
+#: most combinations are marked slow.
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 
@@ -49,11 +48,11 @@ def step(trainer: DPOTrainer) -> tuple[float, dict[str, torch.Tensor]]:
         (CHECKPOINTED, 1e-6, None),
         (CHECKPOINTED, 1e-6, LORA),
         ({**CHECKPOINTED, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, 1e-6, LORA),
-        (COMPILED, 1e-5, None),
         ({"bf16": True}, 0.1, LORA),
-        ({"bf16": True, **CHECKPOINTED, **COMPILED}, 0.1, LORA),
+        pytest.param(COMPILED, 1e-5, None, marks=pytest.mark.slow),
+        pytest.param({"bf16": True, **CHECKPOINTED, **COMPILED}, 0.1, LORA, marks=pytest.mark.slow),
     ],
-    ids=["checkpointing", "checkpointing-lora", "reentrant-lora", "compile", "bf16-lora", "all-lora"],
+    ids=["checkpointing", "checkpointing-lora", "reentrant-lora", "bf16-lora", "compile", "all-lora"],
 )
 def test_the_same_gradients_with_the_fused_head(
     settings: dict[str, Any], tolerance: float, adapter: Any, make_trainer: Make, make_model: Any
@@ -99,11 +98,12 @@ def test_compiling_compiles_the_backbone_and_trains(make_trainer: Make) -> None:
     torch._dynamo.reset()
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()
-    trainer = make_trainer(max_steps=4, **COMPILED, train_sampling_strategy="sequential")
+    trainer = make_trainer(max_steps=2, **COMPILED, loss_type="simpo", train_dataset=build_pairs(4))
+    trainer.remove_callback(trainer.diagnostics)  # which looks at other shapes first
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert frames["ok"] > 0
-    assert losses[-1] < losses[0] == pytest.approx(0.6931472, abs=1e-6)
+    assert losses[1] < losses[0], "the same four pairs twice"
 
 
 def test_fp16_on_a_cpu_is_either_trained_or_refused_in_a_line(make_trainer: Make, make_model: Any) -> None:
@@ -168,7 +168,10 @@ def test_an_adapter_on_a_quantised_base_trains_and_a_quantised_head_is_noticed(
 # --- from the command line -----------------------------------------------------------------------------------------
 
 
-def test_all_of_them_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
+@pytest.mark.parametrize("compiled", [{}, pytest.param(COMPILED, marks=pytest.mark.slow)], ids=["", "compiled"])
+def test_all_of_them_from_a_file(
+    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in build_pairs(24)))
@@ -179,7 +182,7 @@ def test_all_of_them_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
         "gradient_checkpointing": True,
         "bf16": True,
-        **COMPILED,
+        **compiled,
         "precompute_ref_log_probs": True,
         "learning_rate": 2e-2,
         "max_steps": 6,
