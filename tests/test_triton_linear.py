@@ -1,7 +1,8 @@
 """The fused Triton kernels of the LM head against float64 truth: log-probabilities, statistics, and the block-filtered gradient.
 
-Off a GPU they run in Triton's interpreter, with tiles of 16 tokens by 32 entries, segments of 64 entries and 16 columns of H
-at a time; sizes lie around these seams. Logits of standard deviation 4 leave blocks of the softmax empty.
+Off a GPU they run in Triton's interpreter. Tiles are the interpreter's on a GPU too, 16 tokens by 32 entries, segments of 64
+entries and 32 columns of H, and sizes lie around these seams; one test takes the compiled sizes. Logits of standard
+deviation 4 leave blocks of the softmax empty.
 """
 
 import logging
@@ -22,6 +23,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton_backend = backends.load("triton", DEVICE)
 grad = triton_backend.linear_grad
 launch = sys.modules["dpo_kernels.backends.triton.launch"]
+
+forward_module = sys.modules["dpo_kernels.backends.triton.linear_logps"]
+
+
+def cut(monkeypatch, narrow, tile, segment, width):
+    """Tiles of 16-bit types and of float32, entries of a segment and columns of a product."""
+    for name, value in (("_FLOAT32", narrow), ("_TILE", tile), ("_WIDE", tile)):
+        monkeypatch.setattr(launch, name, value)
+    monkeypatch.setattr(forward_module, "SEGMENT", segment)
+    monkeypatch.setattr(grad, "WIDTH", width)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """The interpreter's cut, on a GPU as well."""
+    small = launch.Tile(16, 32, 16, 4, 1)
+    cut(monkeypatch, small, small, 64, 32)
+
 
 # numpy, which the interpreter runs on, announces the NaN that the kernels are made to produce.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -242,6 +261,23 @@ def test_filtered_gradients_equal_their_definition(size, stored, dtype):
     assert float(gradients[0][2].abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+def test_compiled_sizes_agree(dtype, monkeypatch):
+    """The tiles that GPUs run: past a block of tokens, a tile, a segment, a step of the products and a width of H."""
+    compiled = launch.Tile(128, 128, 64, 8, 3)
+    cut(monkeypatch, launch.Tile(64, 128, 16, 8, 3), compiled, 2048, 128)
+    inputs = make(129, 136, 2100, dtype)
+    inputs[3][:] %= 900  # no label where the order puts what is unlikely
+    inputs[2][1000:] -= 12.0
+    hidden, weight, bias, labels, _ = inputs
+    check_forward(forward(hidden, weight, bias, labels), hidden, weight, bias, labels)
+    call, _, block, *gradients = backward(inputs, 2.0**-5)
+    kept = live_entries(call, block, 129, 2100)
+    assert not kept.all()
+    for mine, true in zip(gradients, definition(inputs, kept)[1:4], strict=True):
+        assert float((mine.double() - true).norm() / true.norm()) < (3e-6 if dtype == torch.float32 else 5e-3)
+
+
 def test_a_block_is_dead_only_where_nothing_exceeds_eps_and_no_label_lies():
     inputs = make(40, 16, 250)
     eps = 2.0**-4
@@ -409,3 +445,59 @@ def test_prompts_and_padding_are_never_read_and_get_exact_zeros():
     assert torch.equal(out.loss, plain)
     assert bool((hidden[inputs.labels == -100] == 0).all())
     assert bool(weight.isfinite().all())
+
+
+def test_autocast_multiplies_in_16_bits_and_keeps_the_weights_gradient_in_float32():
+    inputs = make_inputs(Case("autocast", pairs=1, length=3), DEVICE)
+    narrow = inputs.cast(torch.bfloat16)
+    with use_backend("triton"):
+        truth = torch.autograd.grad(narrow.loss(grad_filter=1e-30).loss, narrow.trained)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            out = inputs.loss(grad_filter=1e-30)
+        hidden, weight = torch.autograd.grad(out.loss, inputs.trained)
+    assert hidden.dtype == weight.dtype == torch.float32
+    assert torch.equal(hidden.bfloat16(), truth[0])
+    assert torch.equal(weight.bfloat16(), truth[1])
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def peak_of(run):
+    """Most bytes that were allocated at a time, by the allocator's own events."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what the CPU's allocator hands out")
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="whole_pairs"),
+        pytest.param({"loss_type": "aot"}, id="two_pass", marks=pytest.mark.slow),
+        pytest.param(None, id="forward", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_stays_within_the_budget(options, monkeypatch):
+    compiled = launch.Tile(128, 128, 64, 8, 3)
+    cut(monkeypatch, compiled, compiled, 2048, 128)
+    case = Case("memory", vocab=6000, hidden_size=32, pairs=2, length=40, dtype=torch.bfloat16)
+    inputs = make_inputs(case)
+    inputs.keywords |= options or {}
+    budget = 3 << 18  # of 1.4 MB of logits each
+    gradients = (
+        0 if options is None else 4 * inputs.weight.numel() + 2 * inputs.weight.numel() + 2 * inputs.hidden.numel()
+    )
+
+    def run():
+        with use_backend("triton"), torch.set_grad_enabled(options is not None):
+            out = inputs.loss(grad_filter=2.0**-9, memory_budget=budget)
+            if options is not None:
+                torch.autograd.grad(out.loss, inputs.trained)
+
+    # Beside it: the order of the vocabulary while it is sorted, 40 bytes an entry, and float64 tables of 160 tokens.
+    assert peak_of(run) - gradients <= budget + 40 * case.vocab + (1 << 17)

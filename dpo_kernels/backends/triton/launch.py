@@ -106,13 +106,13 @@ class Tile:
 #: float32 runs on the ordinary cores, whose 4 x 4 outer products ask for a small tile. The interpreter's is smaller still, so
 #: that small vocabularies reach every loop.
 _TILE, _WIDE = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
-_FLOAT32, _INTERPRETED = Tile(64, 128, 16, 8, 3), Tile(16, 32, 16, 4, 1)
+_FLOAT32 = Tile(64, 128, 16, 8, 3)
+if INTERPRETED.value:
+    _TILE = _WIDE = _FLOAT32 = Tile(16, 32, 16, 4, 1)
 
 
 def tile_of(dtype: torch.dtype, wide: bool = False) -> Tile:
     """The tile for products of this dtype; `wide` where a tile's logits meet little arithmetic."""
-    if INTERPRETED.value:
-        return _INTERPRETED
     if dtype == torch.float32:
         return _FLOAT32
     return _WIDE if wide else _TILE
