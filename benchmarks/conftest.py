@@ -25,7 +25,7 @@ PEER_NAMES = {**PEERS, **LINEAR_PEERS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Rounds for each of `--sizes`.
-ROUNDS = {"small": 5, "default": 7, "full": 15}
+ROUNDS = {"small": 5, "default": 5, "full": 15}
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             write(note)
     if target := config.getoption("--report"):
         folder = Path(target) / about["name"]
-        for result in _RESULTS.values():
-            report.write(result, folder, about)
-        report.write_index(folder)
+        report.write(_RESULTS.values(), folder, about)
     terminalreporter.write_sep("=", "What to make of it")
     for result in _RESULTS.values():
         if summary := result.summary(result.rows):

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import FASTER, RESULTS, Column, below_one, compared, headline, markdown_table, read
+from .report import FASTER, RESULTS, Column, below_one, compared, headline, markdown_table, place, read
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -85,10 +85,9 @@ def machine_block(folder: Path) -> list[str]:
     if "logits_path" not in results:
         return []
     machine = results["logits_path"]["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
     files = folder.relative_to(README.parent) if folder.is_relative_to(README.parent) else folder
     lines = [
-        f"Measured {machine['date']} on {where} with torch {machine['torch']}; "
+        f"Measured {machine['date']} on {place(machine)} with torch {machine['torch']}; "
         "in each table all methods took turns in one run:",
         "",
     ]

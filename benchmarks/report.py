@@ -204,11 +204,17 @@ def below_one(rows: Sequence[Compared]) -> list[str]:
     ]
 
 
+def place(machine: dict[str, Any]) -> str:
+    """On what something was measured, in a few words."""
+    return (
+        machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}, {machine['instruction_set']}"
+    )
+
+
 def machine_line(machine: dict[str, Any]) -> str:
     """One sentence that says on what, with what and when."""
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
     return (
-        f"{where}; backend {machine['backend']}, "
+        f"{place(machine)}; backend {machine['backend']}, "
         f"torch {machine['torch']}, dpo-kernels {machine['dpo_kernels']}, {machine['date']}"
     )
 
@@ -235,14 +241,16 @@ def markdown(result: Result, machine: dict[str, Any], chart: str | None = None) 
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(result: Result, folder: Path, machine: dict[str, Any]) -> list[Path]:
-    """Write `<name>.json`, `.md` and, where matplotlib is installed, `.svg` into the folder; returns the paths."""
+def write(results: Iterable[Result], folder: Path, machine: dict[str, Any]) -> None:
+    """Write `<name>.json` and `.md` of each and, where matplotlib is installed, `.svg`; then README.md of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{result.name}.json", folder / f"{result.name}.md"]
-    paths[0].write_text(json.dumps(result.as_json(machine), indent=1) + "\n")
-    chart = charts.draw(result, folder / f"{result.name}.svg")
-    paths[1].write_text(markdown(result, machine, chart.name if chart else None))
-    return paths + ([chart] if chart else [])
+    # All figures are safe before the first picture is drawn.
+    for result in results:
+        (folder / f"{result.name}.json").write_text(json.dumps(result.as_json(machine), indent=1) + "\n")
+    for result in results:
+        chart = charts.draw(result, folder / f"{result.name}.svg")
+        (folder / f"{result.name}.md").write_text(markdown(result, machine, chart.name if chart else None))
+    write_index(folder)
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:

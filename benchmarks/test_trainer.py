@@ -25,7 +25,7 @@ from .peers.base import PEERS_EXTRA
 from .report import SPREAD, Column, Result, counted
 
 #: (rounds, steps of each, the first of which is not timed).
-ROUNDS = {"small": (1, 2), "default": (1, 4), "full": (3, 4)}
+ROUNDS = {"small": (1, 2), "default": (1, 3), "full": (3, 4)}
 MAX_LENGTH = 256
 
 TITLES = {
@@ -183,7 +183,7 @@ def measured(
             f"{heading}: {statistics.mean(tokens):.0f} real tokens a step, {counted(rounds, 'round')} of {steps} steps, the "
             f"first of each not timed; AdamW, constant learning rate, the same pairs in the same order."
         )
-    result.extra["bars"] = bars(result.rows)
+    result.extra["bars"] = bars(result.rows) if settings.sizes == "full" else []
     result.notes += [
         f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}"
         for bar in result.extra["bars"]
