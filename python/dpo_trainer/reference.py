@@ -27,11 +27,15 @@ class FrozenReference:
 
     def __init__(self, model: nn.Module) -> None:
         self.split = SplitModel(model.eval().requires_grad_(False))
+        #: Whether it began as the policy did.
+        self.copied = False
 
     @classmethod
     def copy_of(cls, model: nn.Module) -> FrozenReference:
         """The model as it is now: the usual reference of DPO."""
-        return cls(copy.deepcopy(model))
+        reference = cls(copy.deepcopy(model))
+        reference.copied = True
+        return reference
 
     @torch.no_grad()
     def packed_logits(self, batch: Batch) -> Tensor:

@@ -207,17 +207,22 @@ class Samples(TrainerCallback):
             return {}
         if prefix not in self.initial and not self.trainer.state.global_step:
             self._begin(prefix, dataset)
-        answers = self._answers(dataset, contextlib.nullcontext(self.trainer.policy.model))
         prompts, chosen = self._texts(dataset, "prompt"), self._texts(dataset, "chosen")
         known, initial = self.initial.get(prefix, ([], []))
         if known != prompts:
             initial = []  # another dataset than the run's
+        reference = self.trainer.reference
+        unmoved = not self.trainer.state.global_step and (reference is None or getattr(reference, "copied", False))
+        if unmoved and initial:
+            answers = initial
+        else:
+            answers = self._answers(dataset, contextlib.nullcontext(self.trainer.policy.model))
         records: list[dict[str, Any]] = [
             {"row": row, "prompt": prompt, "chosen": best, "policy": answer}
             for row, prompt, best, answer in zip(self._rows(dataset), prompts, chosen, answers, strict=True)
         ]
-        for record, reference in zip(records, initial, strict=False):
-            record["reference"] = reference
+        for record, answer in zip(records, initial, strict=False):
+            record["reference"] = answer
         metrics = {}
         if self.scorer is not None:
             against = self.trainer.args.win_rate_against
