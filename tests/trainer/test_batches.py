@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,6 +32,10 @@ RULES = st.builds(
 )
 
 
+#: As few steps to a pool as make an epoch of these lengths cross from one pool to the next.
+small_pools = patch("dpo_trainer.batches.POOL", 2)
+
+
 def epoch_of(lengths: list[int], rule: Batching, epoch: int = 0, **options: Any) -> list[list[list[int]]]:
     """The batches of every process."""
     found = []
@@ -56,6 +61,7 @@ def steps_of(lengths: list[int], rule: Batching, epoch: int = 0) -> list[set[int
 # --- the sampler ---------------------------------------------------------------------------------------------------
 
 
+@small_pools
 @given(LENGTHS, RULES, st.integers(0, 3))
 def test_every_pair_is_seen_once_an_epoch_and_every_process_gets_as_many_batches(
     lengths: list[int], rule: Batching, epoch: int
@@ -72,6 +78,7 @@ def test_every_pair_is_seen_once_an_epoch_and_every_process_gets_as_many_batches
                 assert 2 * len(batch) * max(lengths[i] for i in batch) <= rule.max_tokens
 
 
+@small_pools
 @given(LENGTHS, RULES, st.integers(0, 2))
 def test_drop_last_leaves_out_less_than_a_step_and_fills_every_batch(
     lengths: list[int], rule: Batching, epoch: int
@@ -87,6 +94,7 @@ def test_drop_last_leaves_out_less_than_a_step_and_fills_every_batch(
         assert all(batch for batches in processes for batch in batches)
 
 
+@small_pools
 @given(
     LENGTHS,
     st.sampled_from(STRATEGIES),

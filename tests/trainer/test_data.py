@@ -54,6 +54,28 @@ def test_tokens_are_those_of_the_joined_text_with_one_end(
         assert len(ids[f"{side}_input_ids"]) > 0
 
 
+WORDS = st.lists(
+    st.sampled_from([" ", "\n", "good", " good", "ness", "great", "est", "g", " f", "ilm", "é"]), max_size=4
+)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos", "eos", "bos+eos"])
+@given(WORDS, WORDS, WORDS)
+def test_no_text_is_tokenised_otherwise_than_as_a_whole(
+    tokenizers: dict[str, Any], kind: str, prompt: list[str], chosen: list[str], rejected: list[str]
+) -> None:
+    tokenizer = tokenizers[kind]
+    row = {"prompt": "".join(prompt), "chosen": "".join(chosen), "rejected": "".join(rejected)}
+    ids = tokenize_pair(row, tokenizer)
+    for side in ("chosen", "rejected"):
+        text = tokenizer(row["prompt"] + row[side], add_special_tokens=False)["input_ids"]
+        start = [tokenizer.bos_token_id] if "bos" in kind else []
+        assert ids["prompt_input_ids"] + ids[f"{side}_input_ids"] == [*start, *text, tokenizer.eos_token_id]
+    assert row["prompt"].startswith(
+        tokenizer.decode(ids["prompt_input_ids"], skip_special_tokens=True).rstrip("\ufffd")
+    )
+
+
 @pytest.mark.parametrize("kind", ["plain", "bos", "eos", "bos+eos"])
 def test_without_append_eos_a_text_ends_as_the_tokenizer_leaves_it(tokenizers: dict[str, Any], kind: str) -> None:
     tokenizer = tokenizers[kind]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 
@@ -27,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
         "sample_max_new_tokens": 3,
         "scorer": lambda prompts, answers: [text.count("e") for text in answers],
     },
+    "stream": {"per_device_train_batch_size": 3, "max_steps": 6},
     "random": {"per_device_train_batch_size": 13, "train_sampling_strategy": "random", "max_steps": 3},
 }
 COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "kl", "entropy", "tokens", "grad_norm")
@@ -50,12 +52,12 @@ for _ in range(2):
 
 def trainer_of(folder: Path, settings: dict[str, Any]) -> Any:
     vocab = len(build_tokenizer())
-    rows = [{**row, "weight": 0.25 + index % 4} for index, row in enumerate(build_pairs(27))]
+    rows = Dataset.from_list([{**row, "weight": 0.25 + index % 4} for index, row in enumerate(build_pairs(27))])
     return build_trainer(
         folder,
         model=build_model("llama-tied", vocab),
         ref_model=build_model("llama-tied", vocab, seed=5),
-        train_dataset=rows,
+        train_dataset=rows.to_iterable_dataset() if folder.name.startswith("stream") else rows,
         eval_dataset=[{**row, "weight": 1.0 + index % 3} for index, row in enumerate(build_pairs(7, seed=1))],
         per_device_eval_batch_size=2,
         learning_rate=3e-4,
