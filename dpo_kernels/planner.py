@@ -101,7 +101,8 @@ GPUS = {
     90: Device("sm_90", 0.69e15, 3.0e12, 29.7e12, True),
     100: Device("sm_100", 1.57e15, 7.2e12, 35.0e12, True),
 }
-#: What the fused kernels' products reach of the library's rate. An assumption: no GPU has been at hand to measure it.
+#: What the fused kernels' products reach of the library's rate. An assumption: no GPU has been at hand to measure it
+#: (benchmarks/head_rates.py would).
 FUSED_SHARE = 0.8
 #: Live blocks of a trained model's softmax with the vocabulary in order (docs/linear.md has the measurement).
 LIVE_SHARE = 0.31
