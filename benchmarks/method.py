@@ -161,6 +161,18 @@ def _status_kib(key: str) -> int:
     raise KeyError(key)
 
 
+def peak_resident() -> int:
+    """Bytes that this process held at most.
+
+    From VmHWM, which starts anew with the program. `ru_maxrss` does not: a child inherits the peak of the process that
+    started it, so every trainer started from a test that had held more would seem to need the same.
+    """
+    try:
+        return _status_kib("VmHWM") * 1024
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _trim() -> None:
     """Give freed heap pages back to the system: memory that malloc kept would hide what a call allocates."""
     try:

@@ -12,12 +12,13 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .method import peak_resident
 
 #: What every trainer is told, under names that all of them know.
 LEARNING_RATE = 1e-5
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
         "step_s": [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "tokens": token_counts(trainer.train_dataset, arguments.batch, arguments.max_length),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_resident(),
     }
 
 
