@@ -185,30 +185,21 @@ class Inspector(DPOTrainer):
             return torch.is_autocast_enabled(self.args.device.type)
 
     def _time(self, batches: dict[str, Any]) -> dict[str, Any]:
-        """Forward and backward of two pairs of median length, the second of two runs; the weights stay as they are."""
+        """Forward and backward of two pairs of median length, after one of a few tokens; the weights stay as they are."""
         dataset = self._datasets()[0]
         lengths = dataset["length"]
         middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2 :][:2]
         batch = self._prepare_inputs(self.data_collator([dict(dataset[row]) for row in middle]))  # type: ignore[arg-type]
-        pairs = (len(batch["cu_seqlens"]) - 1) // 2
-        if self.reference is None and "ref_logps" not in batch and objectives.needs_reference(self._objectives):
-            batch["ref_logps"] = torch.zeros(2 * pairs, dtype=torch.float64, device=batch["labels"].device)
         model: Any = self.policy.model
-        was_training, seconds = model.training, 0.0
+        was_training, seconds, plans = model.training, 0.0, []
         model.train()
         for item in self._objectives:
             if isinstance(item, nn.Module):
                 item.eval()
         try:
-            for _ in range(2):
+            for timed in (self._example_batch(), batch):
                 with _plans() as plans:
-                    _synchronize(self.args.device)
-                    start = time.perf_counter()
-                    with self._kernels():
-                        output = self.pair_loss(batch, torch.ones(pairs, device=batch["labels"].device))
-                    output.loss.backward()
-                    _synchronize(self.args.device)
-                    seconds = time.perf_counter() - start
+                    seconds = self._seconds(timed)  # type: ignore[arg-type]
                 model.zero_grad(set_to_none=True)
         finally:
             model.train(was_training)
@@ -220,6 +211,19 @@ class Inspector(DPOTrainer):
             "estimated_seconds_per_step": seconds / tokens * per_step,
             "head_of_timed_batch": plans[-1] if plans else None,
         }
+
+    def _seconds(self, batch: Batch) -> float:
+        pairs = (len(batch["cu_seqlens"]) - 1) // 2
+        if self.reference is None and "ref_logps" not in batch and objectives.needs_reference(self._objectives):
+            nothing = torch.zeros(2 * pairs, dtype=torch.float64, device=batch["labels"].device)
+            batch = {**batch, "ref_logps": nothing}
+        _synchronize(self.args.device)
+        start = time.perf_counter()
+        with self._kernels():
+            output = self.pair_loss(batch, torch.ones(pairs, device=batch["labels"].device))
+        output.loss.backward()
+        _synchronize(self.args.device)
+        return time.perf_counter() - start
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------
