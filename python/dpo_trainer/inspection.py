@@ -177,8 +177,8 @@ class Inspector(DPOTrainer):
         budget = planner.budget_of(self.args.memory_budget, sizes, asked)
         counts = batch["cu_seqlens"].diff().tolist()
         if asked == "whole_pairs":
-            return planner.plan_pairs(sizes, counts, budget, "as a short batch was seen to do")
-        return planner.plan_tokens(sizes, asked, sum(counts), budget, "as a short batch was seen to do")
+            return planner.plan_pairs(sizes, counts, budget, "the strategy that the timed batch took")
+        return planner.plan_tokens(sizes, asked, sum(counts), budget, "the strategy that the timed batch took")
 
     def _autocasts(self) -> bool:
         with self.accelerator.autocast():

@@ -53,7 +53,7 @@ class DPOTrainer(Trainer):
 
     Batches, checkpoints, resuming, schedules, trackers and distribution are those of `transformers.Trainer`.
     This class adds the data, the reference, the loss, metrics that weigh every pair the same, and the run's files in
-    `output_dir`: `metrics.jsonl`, `summary.json`, `report.html`.
+    `output_dir`: `metrics.jsonl`, `events.jsonl`, `samples.jsonl`, `summary.json`, `report.html`, the card `README.md`.
 
     Args:
         model: a causal language model, a peft model, or a path for `load_model`.
