@@ -3,7 +3,7 @@
     python -m benchmarks.head_rates [--json FILE]
 
 bfloat16, a tenth of the vocabulary likely. `fused share` is what planner.FUSED_SHARE assumes, `live share` what
-planner.LIVE_SHARE does (of a real model it is another), and the steps say whether the roofline model chose right.
+planner.live_share does (of a real model it is another), and the steps say whether the roofline model chose right.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         rate = 2 * tokens * vocab * hidden_size / times["library product"]
         cells = [f"{name} {value:.3g}" for name, value in times.items()]
         lines.append(f"{shape}: library {rate / 1e12:.3g} TFLOP/s; {', '.join(cells)}")
-    assumed = f"assumed: fused share {planner.FUSED_SHARE}, live share {planner.LIVE_SHARE}"
+    assumed = f"assumed: fused share {planner.FUSED_SHARE}, live share {planner.live_share(EPS)}"
     return "\n".join([*lines, assumed])
 
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dpo_kernels.planner import LIVE_SHARE
+
 
 @dataclass(frozen=True)
 class Ceiling:
@@ -64,8 +66,9 @@ LOGITS_PATHS = {
 #: statistics, read and written for the gradient and read by two products (12), the reference's written and read (4).
 LINEAR_PATHS = {
     "linear exact": (8.0, 16),
-    # 31 % of the gradient's blocks (128 tokens x 256 entries) are alive at 2^-12 in a trained model: 2 + 2 + 0.31 x 4.
-    "linear filtered": (5.24, 16),
+    # Two projections, and the live share of the gradient's blocks at 2^-10 (results/live_blocks.json). The policy's logits are
+    # stored and read once (4), dz is written and read twice where it is live, the reference's logits are stored too (2).
+    "linear filtered": (4 + 4 * LIVE_SHARE[10], 6 + 6 * LIVE_SHARE[10]),
     "linear frozen head": (6.0, 14),
     "linear log-probs only": (2.0, 4),
 }

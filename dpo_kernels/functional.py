@@ -465,14 +465,15 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype) -> tuple[float, bool]:
+def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> tuple[float, bool]:
     """(threshold on probabilities, 0 for exact gradients; whether the caller named it)."""
     if grad_filter is None:
         return 0.0, False
     if isinstance(grad_filter, str):
         if grad_filter != "auto":
             raise ValueError(f'grad_filter must be None (exact), "auto" or a probability; got {grad_filter!r}')
-        return linear.AUTO_FILTER.get(dtype, 0.0), False
+        automatic = linear.AUTO_FILTER if backend == "cpu" else linear.AUTO_BLOCKS
+        return automatic.get(dtype, 0.0), False
     if not 0.0 < grad_filter < 1.0:
         raise ValueError(f"grad_filter must lie in (0, 1), a probability; got {grad_filter}")
     return float(grad_filter), True
@@ -500,7 +501,7 @@ def _linear_call(
 ) -> linear.Call:
     hidden = batch.logits
     dtype = _compute_dtype(hidden)
-    eps, asked = _grad_filter(grad_filter, dtype)
+    eps, asked = _grad_filter(grad_filter, dtype, batch.backend)
     if any(name in linear.KL_TERMS for name in terms):
         eps = 0.0  # the lists hold the gradient of a log-probability, not that of a KL
     call = linear.Call(

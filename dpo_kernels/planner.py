@@ -20,6 +20,7 @@ takes whole_pairs or two_pass, whose recomputation then covers the reference as 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -104,8 +105,10 @@ GPUS = {
 #: What the fused kernels' products reach of the library's rate. An assumption: no GPU has been at hand to measure it
 #: (benchmarks/head_rates.py would).
 FUSED_SHARE = 0.8
-#: Live blocks of a trained model's softmax with the vocabulary in order (docs/linear.md has the measurement).
-LIVE_SHARE = 0.31
+#: What the model must promise before the fused kernels are taken unasked: its rates are assumptions, not measurements.
+MARGIN = 1.1
+#: Live blocks of a trained model's softmax at eps = 2^-k (benchmarks/live_blocks.py; a test holds them together).
+LIVE_SHARE = {8: 0.342, 10: 0.558, 12: 0.751, 16: 0.947, 20: 0.997}
 #: Issue slots of a logit beside its products: in the fused forward, and in the recomputed gradient.
 _FORWARD_SLOTS, _GRADIENT_SLOTS = 9, 11
 #: Bytes per 16-bit logit that a strategy of the library's products moves, beside what the products read again: stage 1 has
@@ -277,6 +280,17 @@ def seconds(head: Head, strategy: str, device: Device, *, fused: bool, live: flo
     return head.product * products / rate + head.vocab * (traffic / device.bandwidth + slots / device.issue)
 
 
+def live_share(eps: float) -> float:
+    """Share of the gradient's blocks that are live at this threshold, between LIVE_SHARE's."""
+    exponent = min(max(-math.log2(eps), min(LIVE_SHARE)), max(LIVE_SHARE))
+    below = max(k for k in LIVE_SHARE if k <= exponent)
+    above = min(k for k in LIVE_SHARE if k >= exponent)
+    if below == above:
+        return LIVE_SHARE[below]
+    weight = (exponent - below) / (above - below)
+    return LIVE_SHARE[below] + weight * (LIVE_SHARE[above] - LIVE_SHARE[below])
+
+
 def fuse(head: Head, strategy: str, device: Device, *, eps: float, asked: bool) -> tuple[bool, bool, str]:
     """(whether the fused kernels multiply, whether the gradient is filtered by blocks, why or "") on a GPU.
 
@@ -289,13 +303,12 @@ def fuse(head: Head, strategy: str, device: Device, *, eps: float, asked: bool) 
         return False, False, ""
     if strategy == "forward":
         # float32 products gain nothing: they take so long that the logits' way through memory is nothing beside them.
-        pays = head.item_size == 2 and seconds(head, strategy, device, fused=True) < seconds(
-            head, strategy, device, fused=False
-        )
+        fused, library = (seconds(head, strategy, device, fused=kind) for kind in (True, False))
+        pays = head.item_size == 2 and MARGIN * fused < library
         return pays, False, "the logits stay on chip" if pays else ""
     if eps > 0 and strategy in ("whole_pairs", "two_pass"):
-        filtered = seconds(head, strategy, device, fused=True, live=LIVE_SHARE)
-        pays = head.item_size == 2 and filtered < seconds(head, strategy, device, fused=False)
+        filtered = seconds(head, strategy, device, fused=True, live=live_share(eps))
+        pays = head.item_size == 2 and MARGIN * filtered < seconds(head, strategy, device, fused=False)
         if asked or pays:
             return True, True, "blocks of the gradient without probability are left out"
     return False, False, ""

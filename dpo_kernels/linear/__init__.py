@@ -27,11 +27,21 @@ from torch import Tensor
 
 from .. import backends, planner
 from . import operators  # noqa: F401 (registers what torch.compile calls)
-from .call import AUTO_FILTER, KL_TERMS, TOKEN_OUTPUTS, Call
+from .call import AUTO_BLOCKS, AUTO_FILTER, KL_TERMS, TOKEN_OUTPUTS, Call
 from .pairs import PairCall, WholePairs, wpo_weights
 from .tokens import LinearLogps
 
-__all__ = ["AUTO_FILTER", "KL_TERMS", "Call", "PairCall", "device_of", "linear_logps", "whole_pairs", "wpo_weights"]
+__all__ = [
+    "AUTO_BLOCKS",
+    "AUTO_FILTER",
+    "KL_TERMS",
+    "Call",
+    "PairCall",
+    "device_of",
+    "linear_logps",
+    "whole_pairs",
+    "wpo_weights",
+]
 
 
 def device_of(backend: str, device: torch.device, dtype: torch.dtype) -> planner.Device:

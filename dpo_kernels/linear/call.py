@@ -18,6 +18,8 @@ KL_TERMS = ("kl", "forward_kl")
 
 #: What `grad_filter="auto"` means: the threshold whose error in dH stays below the dtype's own rounding (docs/linear.md).
 AUTO_FILTER = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-20}
+#: And by blocks, which keep the small entries beside a large one: the threshold that drops no more mass than that one.
+AUTO_BLOCKS = {torch.bfloat16: 2.0**-10, torch.float16: 2.0**-12}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ Data flow of a chunk of n tokens (T = 128 tokens, E = 128 vocabulary entries, a 
 No sum is shared between programs, so there are no atomics, and every run adds in the same order.
 
 Work: 2 N H V flops to recompute (none if the logits were stored) and 4 N H V times the live share. On chip the rows of the
-head are visited in an `order` that sorts them by mean logit, which gathers what is likely in few block columns (measured on
-a 135M model and real text, blocks of 128 x 256 at 2^-12: 31% live sorted, 95% unsorted). The head itself is not moved: its
-rows are read through the permutation, each a contiguous run of H. The permutation costs one read of the head (for the mean
-logits) and a sort of V numbers, once a call.
+head are visited in an `order` that sorts them by mean logit, which gathers what is likely in few block columns (how much:
+docs/linear.md). The head itself is not moved: its rows are read through the permutation, each a contiguous run of H. The
+permutation costs one read of the head (for the mean logits) and a sort of V numbers, once a call.
 
 The mass r_t that the dead blocks hold goes back as a uniform tail over the vocabulary, as filtered.py defines it.
 """
