@@ -55,10 +55,8 @@ def _mangled(name: str) -> str:
     return "f" if plain == "float" else f"{len(plain)}{plain}"
 
 
-def _traits(policy: str, reference: str | None, *flags: bool) -> tuple[str, str]:
-    """A kernel's template argument in C++, and its symbol (Itanium C++ ABI)."""
-    other = "NoReference" if reference is None else _NAMES[reference]
-    source = f"Traits<{_NAMES[policy]}, {other}, {', '.join(str(f).lower() for f in flags)}>"
+def _symbol(stage: str, traits: str, params: str, policy: str, reference: str | None, *flags: bool) -> str:
+    """A row kernel's symbol (Itanium C++ ABI)."""
     if reference is None:
         second = "NS0_11NoReferenceE"
     elif reference == policy and policy != "fp32":
@@ -66,10 +64,28 @@ def _traits(policy: str, reference: str | None, *flags: bool) -> tuple[str, str]
     else:
         second = _mangled(reference)
     booleans = "".join(f"Lb{int(f)}E" for f in flags)
-    symbol = (
-        f"_ZN3dpo4cuda18token_logps_kernelINS0_6TraitsI{_mangled(policy)}{second}{booleans}EEEEvNS0_16TokenLogpsParamsE"
-    )
-    return source, symbol
+    kernel, argument = f"{stage}_kernel", f"{len(params)}{params}"
+    return f"_ZN3dpo4cuda{len(kernel)}{kernel}INS0_{len(traits)}{traits}I{_mangled(policy)}{second}{booleans}EEEEvNS0_{argument}E"
+
+
+def _traits(policy: str, reference: str | None, *flags: bool) -> tuple[str, str]:
+    """A forward kernel's template argument in C++, and its symbol."""
+    other = "NoReference" if reference is None else _NAMES[reference]
+    source = f"Traits<{_NAMES[policy]}, {other}, {', '.join(str(f).lower() for f in flags)}>"
+    return source, _symbol("token_logps", "Traits", "TokenLogpsParams", policy, reference, *flags)
+
+
+# name, dtype, reference, softcap, forward KL. A row's traffic: two reads and a write of a logit with a reference.
+BACKWARD = (
+    ("", "bf16", None, False, False),
+    ("softcap", "bf16", None, True, False),
+    ("", "fp16", None, False, False),
+    ("", "fp32", None, False, False),
+    ("kl", "bf16", "bf16", False, False),
+    ("both divergences", "bf16", "bf16", False, True),
+    ("both divergences", "fp32", "fp32", False, True),
+    ("both divergences, softcap", "bf16", "bf16", True, True),
+)
 
 
 def _forward_source() -> str:
@@ -133,12 +149,14 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
             f"cuda token_logps bf16 {name}, V odd", arch, _Cubin("forward", arch), ROW_THREADS, 2, moved_bytes=2,
             function=_traits("bf16", reference, *flags)[1], logits_per_iteration=32, narrow=True,
         )  # fmt: skip
-    for name, dtype, softcap in (("", "bf16", 0), ("softcap", "bf16", 1), ("", "fp16", 0), ("", "fp32", 0)):
+    for name, dtype, reference, *flags in BACKWARD:
         size = _SIZES[dtype]
-        symbol = f"_ZN3dpo4cuda18logits_grad_kernelI{_mangled(dtype)}Lb{softcap}EEEvNS0_16LogitsGradParamsE"
+        # Per logit that is read: with a reference there are two for each that is written.
+        moved = 2 * size if reference is None else 3 * size // 2
         yield Kernel(
             f"cuda logits_grad {dtype} {name}".strip(), arch, _Cubin("logits_grad.cu", arch), GRAD_THREADS, size,
-            moved_bytes=2 * size, function=symbol,
+            moved_bytes=moved,
+            function=_symbol("logits_grad", "GradTraits", "LogitsGradParams", dtype, reference, *flags),
         )  # fmt: skip
     for stage, threads, params in (
         ("preference_loss", 64, "PreferenceLossParams"),

@@ -98,10 +98,9 @@ def build_cpu(target: Path) -> None:
         os.replace(library, target)
 
 
-# token_logps.cu is compiled once per dtype of the policy's logits, side by side.
+# The row kernels are compiled once per dtype of the policy's logits, side by side.
 CUDA_UNITS = (
-    *(("token_logps.cu", [f"-DDPO_POLICY={dtype}"]) for dtype in range(3)),
-    ("logits_grad.cu", []),
+    *((source, [f"-DDPO_POLICY={dtype}"]) for source in ("token_logps.cu", "logits_grad.cu") for dtype in range(3)),
     ("preference_loss.cu", []),
 )
 #: Compiled for by default, as far as nvcc knows them; PTX of the newest serves what comes later.
@@ -137,10 +136,11 @@ def cuda_archs(nvcc: str) -> list[str]:
     return named
 
 
-def build_cuda(target: Path, archs: Sequence[str] | None = None) -> None:
+def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequence[str] = ()) -> None:
     """Compile csrc/cuda into the shared library `target`; needs nvcc, but no GPU and no CUDA build of torch.
 
-    archs: as `cuda_archs` returns them. The runtime is linked statically and torch_cuda is looked up when first needed,
+    archs: as `cuda_archs` returns them. defines: launch choices other than the default, such as "DPO_ROW_THREADS=128"
+    (csrc/cuda/plan.h). The runtime is linked statically and torch_cuda is looked up when first needed,
     so the library loads wherever torch does.
     """
     nvcc, torch_dir = nvcc_compiler(), torch_folder()
@@ -153,7 +153,8 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None) -> None:
         commands, objects = [], []
         for index, (source, flags) in enumerate(CUDA_UNITS):
             objects.append(f"{scratch}/{index}.o")
-            commands.append([nvcc, *NVCC_FLAGS, *targets, *flags, "-c", str(CSRC / "cuda" / source), "-o", objects[-1]])
+            own = [*flags, *(f"-D{define}" for define in defines)]
+            commands.append([nvcc, *NVCC_FLAGS, *targets, *own, "-c", str(CSRC / "cuda" / source), "-o", objects[-1]])
         objects.append(f"{scratch}/ops.o")
         # nvcc knows where its own headers are, even behind a wrapper script.
         commands.append(

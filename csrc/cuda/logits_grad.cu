@@ -9,93 +9,196 @@
 // factor, so rounding lse to float32 costs nothing. The label's entry is -g expm1(logp), which does not cancel when the
 // policy is almost sure; its thread overwrites it after the tile's store.
 //
+// With token-level KL divergences the reference's row is read beside the policy's, once, two groups of each in flight:
+//   dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
+// with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). The label's z is taken as lse + logp: an in-place
+// gradient may have overwritten the logit by the time that another block would read it.
+//
 // Vectors follow the alignment of `out`: a store that is not whole would cost more than a load that is not.
+//
+// One translation unit per dtype of the logits (-DDPO_POLICY=0, 1 or 2, a DType), so that they compile side by side;
+// without it, all of them in one.
 #include <cmath>
+#include <type_traits>
 
 #include "plan.h"
 #include "vectors.cuh"
 
 namespace dpo::cuda {
 
-constexpr int kGradThreads = 256;
-constexpr int kUnroll = 4;
+constexpr int kGradThreads = DPO_GRAD_THREADS;
 
-template <bool kSoftcap>
+// kForward: the reference's softmax is wanted as well, for KL(reference || policy). With a softcap, whose hyperbolic
+// tangents outweigh it, it is always computed.
+template <typename T_, typename R_, bool kSoftcap_, bool kForward_>
+struct GradTraits {
+  using T = T_;
+  static constexpr bool kKl = !std::is_same_v<R_, NoReference>;
+  using R = std::conditional_t<kKl, R_, T_>;
+  static constexpr bool kSoftcap = kSoftcap_;
+  static constexpr bool kForward = kForward_;
+  static constexpr int kSize =
+      Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
+  static constexpr int kUnroll = kKl ? 2 : 4;  // 64 bytes in flight, pair or not
+  // Blocks that must fit on an SM: 64 registers a thread for the plain kernel, 80 with a reference or a softcap.
+  static constexpr int kResident = (kKl || kSoftcap ? 3 : 4) * 256 / DPO_GRAD_THREADS;
+};
+
+// Entries of a row's gradient from its logits; everything that is the same for the whole row is in here.
+template <typename Tr>
 struct GradTransform {
   float log2_scale;
   float origin;  // m
-  float factor;  // -g f dz/dx, without the softcap's own slope
+  float factor;  // what multiplies p, without the softcap's own slope
   float cap;
   float inverse;
+  // With a reference. by_gap multiplies p (z - z' - center), by_q the reference's softmax around ref_origin.
+  float center;
+  float by_gap;
+  float ref_origin;
+  float by_q;
 
-  DPO_DEVICE float operator()(float x) const {
-    if constexpr (kSoftcap) {
+  DPO_DEVICE float operator()(float x, float ref) const {
+    float z = x, ref_z = ref, slope = 1.0f;
+    if constexpr (Tr::kSoftcap) {
       const float t = tanhf(x * inverse);
-      return factor * fast_exp2(fmaf(cap * t, log2_scale, -origin)) * fmaf(-t, t, 1.0f);
+      z = cap * t;
+      slope = fmaf(-t, t, 1.0f);
+      if constexpr (Tr::kKl) ref_z = cap * tanhf(ref * inverse);
     }
-    return factor * fast_exp2(fmaf(x, log2_scale, -origin));
+    const float e = fast_exp2(fmaf(z, log2_scale, -origin));
+    float dz;
+    if constexpr (Tr::kKl) {
+      // Infinite where one of the two is -inf; finite, so that no mass (e = 0) or no g_kl (by_gap = 0) makes 0 of it.
+      const float gap = fminf(fmaxf((z - ref_z) - center, kFloor), -kFloor);
+      dz = e * fmaf(gap, by_gap, factor);
+      if constexpr (Tr::kForward) dz = fmaf(-by_q, fast_exp2(fmaf(ref_z, log2_scale, -ref_origin)), dz);
+    } else {
+      dz = factor * e;
+    }
+    return Tr::kSoftcap ? dz * slope : dz;
   }
 };
 
-template <typename T>
-DPO_DEVICE void store_gradient(T* out, const float (&values)[Vector<T>::kElements]) {
-  uint4 v;
-  if constexpr (sizeof(T) == 4) {
-    v = {as_bits(values[0]), as_bits(values[1]), as_bits(values[2]), as_bits(values[3])};
-  } else {
-    v = {Vector<T>::pack(values[0], values[1]), Vector<T>::pack(values[2], values[3]),
-         Vector<T>::pack(values[4], values[5]), Vector<T>::pack(values[6], values[7])};
+template <typename T, int kSize>
+DPO_DEVICE void store_gradient(T* out, const float (&values)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; i += Vector<T>::kElements) {
+    const float* v = values + i;
+    uint4 packed;
+    if constexpr (sizeof(T) == 4) {
+      packed = {as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])};
+    } else {
+      packed = {Vector<T>::pack(v[0], v[1]), Vector<T>::pack(v[2], v[3]), Vector<T>::pack(v[4], v[5]),
+                Vector<T>::pack(v[6], v[7])};
+    }
+    store16(out + i, packed);
   }
-  store16(out, v);
 }
 
-template <typename T, bool kAligned, typename F>
-DPO_DEVICE void write_row(const F& f, const T* x, T* out, int groups) {
-  constexpr int kSize = Vector<T>::kElements;
+// kAligned: so are the row and the reference's.
+template <typename Tr, bool kAligned>
+DPO_DEVICE void write_row(const GradTransform<Tr>& f, const typename Tr::T* x, const typename Tr::R* ref,
+                          typename Tr::T* out, int groups) {
+  using T = typename Tr::T;
+  using R = typename Tr::R;
+  constexpr int kSize = Tr::kSize, kUnroll = Tr::kUnroll;
   constexpr int kTile = kGradThreads * kUnroll;
-  const RowReader<T, kSize, kAligned, false> row(x);
-  const auto store = [&](T* address, const Group<T, kSize>& g) {
+  const RowReader<T, kSize, kAligned, false> policy(x);
+  const RowReader<R, kSize, kAligned, false> reference(ref);
+  const auto store = [&](T* address, const Group<T, kSize>& g, const Group<R, kSize>& r) {
     float values[kSize];
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = f(g.get(i));
-    store_gradient(address, values);
+    for (int i = 0; i < kSize; ++i) values[i] = f(g.get(i), Tr::kKl ? r.get(i) : 0.0f);
+    store_gradient<T, kSize>(address, values);
   };
   const int full = groups / kTile;
   const int stride = static_cast<int>(gridDim.y);
   Group<T, kSize> a[kUnroll];
+  Group<R, kSize> b[kUnroll];
   int tile = static_cast<int>(blockIdx.y);
   for (; tile < full; tile += stride) {
     const int64_t g = static_cast<int64_t>(tile) * kTile + threadIdx.x;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) a[u] = row.load((g + u * kGradThreads) * kSize);
+    for (int u = 0; u < kUnroll; ++u) {
+      a[u] = policy.load((g + u * kGradThreads) * kSize);
+      if constexpr (Tr::kKl) b[u] = reference.load((g + u * kGradThreads) * kSize);
+    }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) store(out + (g + u * kGradThreads) * kSize, a[u]);
+    for (int u = 0; u < kUnroll; ++u) store(out + (g + u * kGradThreads) * kSize, a[u], b[u]);
   }
   if (tile != full) return;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t g = static_cast<int64_t>(full) * kTile + u * kGradThreads + threadIdx.x;
-    a[u] = g < groups ? row.load(g * kSize) : empty_group<T, kSize>();
+    a[u] = g < groups ? policy.load(g * kSize) : empty_group<T, kSize>();
+    if constexpr (Tr::kKl) b[u] = g < groups ? reference.load(g * kSize) : empty_group<R, kSize>();
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t g = static_cast<int64_t>(full) * kTile + u * kGradThreads + threadIdx.x;
-    if (g < groups) store(out + g * kSize, a[u]);
+    if (g < groups) store(out + g * kSize, a[u], b[u]);
   }
 }
 
-template <typename T>
+template <typename T, int kSize>
 DPO_DEVICE void write_zeros(T* out, int groups) {
-  constexpr int kSize = Vector<T>::kElements;
   const int step = kGradThreads * static_cast<int>(gridDim.y);
   for (int64_t g = static_cast<int64_t>(blockIdx.y) * kGradThreads + threadIdx.x; g < groups; g += step) {
-    store16(out + g * kSize, uint4{0, 0, 0, 0});
+#pragma unroll
+    for (int i = 0; i < kSize; i += Vector<T>::kElements) store16(out + g * kSize + i, uint4{0, 0, 0, 0});
   }
 }
 
-template <typename T, bool kSoftcap>
-__global__ void __launch_bounds__(kGradThreads, 4) logits_grad_kernel(const __grid_constant__ LogitsGradParams p) {
-  constexpr int kSize = Vector<T>::kElements;
+// exp(origin - lse) for lse in base 2 and the float32 next to it. |r| < 1e-2 unless |lse| > 1e5.
+DPO_DEVICE double rounding_factor(float origin, double lse) {
+  const double r = (static_cast<double>(origin) - lse) * kLn2;
+  return fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r);
+}
+
+// The gradients of a token's log-probability and divergences.
+struct TokenGrads {
+  double logp, kl, forward_kl;
+
+  DPO_DEVICE bool any() const { return logp != 0.0 || kl != 0.0 || forward_kl != 0.0; }
+};
+
+template <typename Tr>
+DPO_DEVICE TokenGrads token_grads(const LogitsGradParams& p, int64_t token) {
+  TokenGrads g{p.grad_logps[token], 0.0, 0.0};
+  if constexpr (Tr::kKl) {
+    if (p.grad_kl != nullptr) g.kl = p.grad_kl[token];
+    if (p.grad_forward_kl != nullptr) g.forward_kl = p.grad_forward_kl[token];
+  }
+  return g;
+}
+
+// The label's own entry, in float64. Its numbers are read anew after the row: kept from before, they would cost the
+// loop registers.
+template <typename Tr>
+DPO_DEVICE float label_entry(const LogitsGradParams& p, int64_t token) {
+  const TokenGrads g = token_grads<Tr>(p, token);
+  const double logp = p.logps[token];
+  double dz = -g.logp * expm1(logp);
+  if constexpr (Tr::kKl) {
+    const double ref_logp = p.ref_logps[token], p_label = exp(logp);
+    if (g.kl != 0.0 && p_label != 0.0) dz -= g.kl * p_label * (p.kl[token] - logp + ref_logp);
+    if (g.forward_kl != 0.0) dz += g.forward_kl * (expm1(logp) - expm1(ref_logp));
+  }
+  double slope = static_cast<double>(p.logit_scale);
+  if constexpr (Tr::kSoftcap) {
+    const double t = (p.lse[token] + logp) / static_cast<double>(p.logit_softcap);
+    slope *= 1.0 - t * t;
+  }
+  return static_cast<float>(dz * slope);
+}
+
+template <typename Tr>
+__global__ void __launch_bounds__(kGradThreads, Tr::kResident)
+    logits_grad_kernel(const __grid_constant__ LogitsGradParams p) {
+  using T = typename Tr::T;
+  using R = typename Tr::R;
+  constexpr int kSize = Tr::kSize;
   const int64_t token = blockIdx.x;
   const int64_t b = token / p.tokens, t = token % p.tokens;
   T* out = static_cast<T*>(p.out) + b * p.out_stride_b + t * p.out_stride_t;
@@ -116,85 +219,130 @@ __global__ void __launch_bounds__(kGradThreads, 4) logits_grad_kernel(const __gr
   }
 
   const int64_t label = p.labels[token];
-  const double g = p.grad_logps[token];
-  if (label == p.ignore_index || g == 0.0) {
+  const TokenGrads g = token_grads<Tr>(p, token);
+  if (label == p.ignore_index || !g.any()) {
     if (single >= 0) out[single] = Vector<T>::narrow(0.0f);
-    write_zeros(out + head, groups);
+    write_zeros<T, kSize>(out + head, groups);
     return;
   }
 
   const T* x = static_cast<const T*>(p.logits.data) + b * p.logits.stride_b + t * p.logits.stride_t;
+  const R* ref = nullptr;
+  if constexpr (Tr::kKl) {
+    ref = static_cast<const R*>(p.reference.data) + b * p.reference.stride_b + t * p.reference.stride_t;
+  }
   // An illegal label has lse = NaN: the whole row becomes NaN and no logit of the label is touched.
+  const bool legal = label >= 0 && label < vocab;
   bool owns_label = false;
-  if (label >= 0 && label < vocab) {
+  if (legal) {
     if (label < head || label >= tail) {
       owns_label = single == label;
     } else {
       const int group = static_cast<int>(label - head) / kSize;
-      const int block = group / (kGradThreads * kUnroll) % static_cast<int>(gridDim.y);
+      const int block = group / (kGradThreads * Tr::kUnroll) % static_cast<int>(gridDim.y);
       owns_label = block == static_cast<int>(blockIdx.y) && group % kGradThreads == thread;
     }
   }
-  // Read before an in-place store can overwrite it.
-  const float label_x = kSoftcap && owns_label ? Vector<T>::widen(x[label]) : 0.0f;
 
   const double scale = static_cast<double>(p.logit_scale);
-  GradTransform<kSoftcap> f;
+  const double lse = p.lse[token];
+  GradTransform<Tr> f{};
   f.cap = p.logit_softcap;
-  f.inverse = kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
-  f.log2_scale = kSoftcap ? kLog2E : kLog2E * p.logit_scale;
+  f.inverse = Tr::kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
+  f.log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
   // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
-  const double lse = p.lse[token] * (static_cast<double>(f.log2_scale) / (kSoftcap ? 1.0 : scale));
-  f.origin = static_cast<float>(lse);
-  const double r = (static_cast<double>(f.origin) - lse) * kLn2;
-  // exp(r) for the rounding residue r of lse: |r| < 1e-2 unless |lse| > 1e5.
-  const double residue = fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r);
-  f.factor = static_cast<float>(-g * scale * residue);
-
-  if (single >= 0 && single != label) out[single] = Vector<T>::narrow(f(Vector<T>::widen(x[single])));
-  if (is_aligned16(x + head)) {
-    write_row<T, true>(f, x + head, out + head, groups);
-  } else {
-    write_row<T, false>(f, x + head, out + head, groups);
-  }
-  if (owns_label) {
-    double slope = scale;
-    if constexpr (kSoftcap) {
-      const double u = tanh(static_cast<double>(label_x) * scale / static_cast<double>(p.logit_softcap));
-      slope *= 1.0 - u * u;
+  const double unit = Tr::kSoftcap ? 1.0 : scale;  // of the loop's z
+  const double to_log2 = static_cast<double>(f.log2_scale) / unit;
+  f.origin = static_cast<float>(lse * to_log2);
+  const double residue = rounding_factor(f.origin, lse * to_log2);
+  double by_p = -g.logp;
+  if constexpr (Tr::kKl) {
+    const double logp = p.logps[token], ref_logp = p.ref_logps[token];
+    double ref_label = legal ? scale * static_cast<double>(Vector<R>::widen(ref[label])) : NAN;
+    if constexpr (Tr::kSoftcap) ref_label = f.cap * tanh(ref_label / f.cap);
+    if (g.kl != 0.0) {
+      const double mean = (lse + logp - ref_label) + (p.kl[token] - logp + ref_logp);  // D
+      f.center = static_cast<float>(mean / unit);
+      by_p -= g.kl * (mean - unit * static_cast<double>(f.center));
+      f.by_gap = static_cast<float>(g.kl * residue * scale * unit);
     }
-    out[label] = Vector<T>::narrow(static_cast<float>(-g * expm1(p.logps[token]) * slope));
+    if (g.forward_kl != 0.0) {
+      const double ref_lse = (ref_label - ref_logp) * to_log2;
+      f.ref_origin = static_cast<float>(ref_lse);
+      f.by_q = static_cast<float>(g.forward_kl * rounding_factor(f.ref_origin, ref_lse) * scale);
+      by_p += g.forward_kl;
+    }
   }
+  f.factor = static_cast<float>(by_p * scale * residue);
+
+  if (single >= 0 && single != label) {
+    const float ref_single = Tr::kKl ? Vector<R>::widen(ref[single]) : 0.0f;
+    out[single] = Vector<T>::narrow(f(Vector<T>::widen(x[single]), ref_single));
+  }
+  const R* ref_groups = Tr::kKl ? ref + head : nullptr;
+  if (is_aligned16(x + head) && is_aligned16(ref_groups)) {
+    write_row<Tr, true>(f, x + head, ref_groups, out + head, groups);
+  } else {
+    write_row<Tr, false>(f, x + head, ref_groups, out + head, groups);
+  }
+  if (owns_label) out[label] = Vector<T>::narrow(label_entry<Tr>(p, token));
 }
 
 namespace {
 
-template <typename T>
+template <typename Tr>
 cudaError_t run(const LogitsGradParams& p, const Device& device, cudaStream_t stream) {
   const int64_t rows = p.batch * p.tokens;
-  const int tile = kGradThreads * kUnroll * Vector<T>::kElements;
+  const int tile = kGradThreads * Tr::kUnroll * Tr::kSize;
   LaunchShape shape{};
   shape.grid =
       dim3(static_cast<unsigned>(rows), static_cast<unsigned>(plan_gradient_blocks(rows, p.vocab, tile, device)));
   shape.threads = kGradThreads;
   shape.cluster = 1;
-  return p.logit_softcap != 0.0f ? launch(logits_grad_kernel<T, true>, shape, stream, p)
-                                 : launch(logits_grad_kernel<T, false>, shape, stream, p);
+  return launch(logits_grad_kernel<Tr>, shape, stream, p);
+}
+
+template <typename T, typename R>
+cudaError_t with_divergences(const LogitsGradParams& p, const Device& device, cudaStream_t stream) {
+  if (p.logit_softcap != 0.0f) return run<GradTraits<T, R, true, true>>(p, device, stream);
+  // Mixed dtypes are rare: one kernel with both divergences serves them.
+  if constexpr (std::is_same_v<T, R>) {
+    if (p.grad_forward_kl == nullptr) return run<GradTraits<T, R, false, false>>(p, device, stream);
+  }
+  return run<GradTraits<T, R, false, true>>(p, device, stream);
+}
+
+template <typename T>
+cudaError_t with_reference(const LogitsGradParams& p, const Device& device, cudaStream_t stream) {
+  if (p.reference.data == nullptr) {
+    return p.logit_softcap != 0.0f ? run<GradTraits<T, NoReference, true, false>>(p, device, stream)
+                                   : run<GradTraits<T, NoReference, false, false>>(p, device, stream);
+  }
+  switch (p.reference.dtype) {
+    case DType::float32:
+      return with_divergences<T, float>(p, device, stream);
+    case DType::bfloat16:
+      return with_divergences<T, __nv_bfloat16>(p, device, stream);
+    case DType::float16:
+      return with_divergences<T, __half>(p, device, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t logits_grad(const LogitsGradParams& params, const Device& device, cudaStream_t stream) {
-  if (params.batch * params.tokens * params.vocab == 0) return cudaSuccess;
-  switch (params.logits.dtype) {
-    case DType::float32:
-      return run<float>(params, device, stream);
-    case DType::bfloat16:
-      return run<__nv_bfloat16>(params, device, stream);
-    case DType::float16:
-      return run<__half>(params, device, stream);
+#define DPO_FOR_POLICY(name, type)                                                                            \
+  cudaError_t logits_grad_##name(const LogitsGradParams& params, const Device& device, cudaStream_t stream) { \
+    return with_reference<type>(params, device, stream);                                                      \
   }
-  return cudaErrorInvalidValue;
-}
+#if !defined(DPO_POLICY) || DPO_POLICY == 0
+DPO_FOR_POLICY(float32, float)
+#endif
+#if !defined(DPO_POLICY) || DPO_POLICY == 1
+DPO_FOR_POLICY(bfloat16, __nv_bfloat16)
+#endif
+#if !defined(DPO_POLICY) || DPO_POLICY == 2
+DPO_FOR_POLICY(float16, __half)
+#endif
 
 }  // namespace dpo::cuda

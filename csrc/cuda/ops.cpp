@@ -165,9 +165,19 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
 }
 
 void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
-                    double logit_scale, double logit_softcap, Tensor out) {
+                    double logit_scale, double logit_softcap, Tensor out, std::optional<Tensor> ref_logits,
+                    std::optional<Tensor> ref_logps, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
+                    std::optional<Tensor> grad_forward_kl) {
   const OnDevice here(logits);
   LogitsGradParams p{};
+  if (ref_logits) {
+    require(ref_logps && kl, "the gradient of a divergence needs ref_logps and kl");
+    p.reference = logits_of(*ref_logits);
+  }
+  p.ref_logps = in_of(ref_logps);
+  p.kl = in_of(kl);
+  p.grad_kl = in_of(grad_kl);
+  p.grad_forward_kl = in_of(grad_forward_kl);
   p.logits = logits_of(logits);
   require(logits_of(out).dtype == p.logits.dtype, "the gradient has the dtype of the logits");
   p.out = out.mutable_data_ptr();
@@ -208,7 +218,8 @@ STABLE_TORCH_LIBRARY(DPO_LIBRARY, m) {
       "Tensor(d!) coef) -> ()");
   m.def(
       "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
-      "float logit_scale, float logit_softcap, Tensor(a!) out) -> ()");
+      "float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, "
+      "Tensor? grad_kl, Tensor? grad_forward_kl) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DPO_LIBRARY, DPO_DISPATCH_KEY, m) {

@@ -86,6 +86,12 @@ struct LogitsGradParams {
   const double* logps;       // [B, T]
   const double* lse;         // [B, T]
   const double* grad_logps;  // [B, T]
+  // Token-level KL divergences; reference.data == nullptr: none.
+  Logits reference;
+  const double* ref_logps;        // [B, T]
+  const double* kl;               // [B, T], KL(policy || reference) of stage 1; read only where grad_kl is not 0
+  const double* grad_kl;          // [B, T] or nullptr
+  const double* grad_forward_kl;  // [B, T] or nullptr: of KL(reference || policy)
   int64_t batch;
   int64_t tokens;
   int64_t vocab;
@@ -106,7 +112,9 @@ cudaError_t token_logps_bfloat16(const TokenLogpsParams& params, const Device& d
 cudaError_t token_logps_float16(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
 cudaError_t preference_loss(const PreferenceLossParams& params, cudaStream_t stream);
 cudaError_t sequence_sums(const SequenceSumsParams& params, cudaStream_t stream);
-cudaError_t logits_grad(const LogitsGradParams& params, const Device& device, cudaStream_t stream);
+cudaError_t logits_grad_float32(const LogitsGradParams& params, const Device& device, cudaStream_t stream);
+cudaError_t logits_grad_bfloat16(const LogitsGradParams& params, const Device& device, cudaStream_t stream);
+cudaError_t logits_grad_float16(const LogitsGradParams& params, const Device& device, cudaStream_t stream);
 
 inline cudaError_t token_logps(const TokenLogpsParams& params, const Device& device, cudaStream_t stream) {
   if (params.batch * params.tokens == 0) {
@@ -122,6 +130,19 @@ inline cudaError_t token_logps(const TokenLogpsParams& params, const Device& dev
       return token_logps_bfloat16(params, device, stream);
     case DType::float16:
       return token_logps_float16(params, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+inline cudaError_t logits_grad(const LogitsGradParams& params, const Device& device, cudaStream_t stream) {
+  if (params.batch * params.tokens * params.vocab == 0) return cudaSuccess;
+  switch (params.logits.dtype) {
+    case DType::float32:
+      return logits_grad_float32(params, device, stream);
+    case DType::bfloat16:
+      return logits_grad_bfloat16(params, device, stream);
+    case DType::float16:
+      return logits_grad_float16(params, device, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -11,6 +11,20 @@
 
 namespace dpo::cuda {
 
+// The choices that benchmarks/gpu_stages.py sweeps on a GPU: -D gives another.
+#if !defined(DPO_ROW_THREADS)
+#define DPO_ROW_THREADS 256  // that share a row of the forward
+#endif
+#if !defined(DPO_ROW_UNROLL)
+#define DPO_ROW_UNROLL 4  // 128-bit loads of a thread of the forward that are under way at a time
+#endif
+#if !defined(DPO_MAX_CLUSTER)
+#define DPO_MAX_CLUSTER 4  // blocks that share a row where rows are few
+#endif
+#if !defined(DPO_GRAD_THREADS)
+#define DPO_GRAD_THREADS 256  // of a block of the gradient
+#endif
+
 constexpr int kMinThreads = 64;  // of a block
 
 struct RowPlan {
@@ -24,7 +38,7 @@ inline RowPlan plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int
     plan.threads *= 2;
   }
   if (device.has_clusters) {
-    while (plan.blocks < 4 && plan.threads / plan.blocks > kMinThreads &&
+    while (plan.blocks < DPO_MAX_CLUSTER && plan.threads / plan.blocks > kMinThreads &&
            rows * plan.blocks < 4 * static_cast<int64_t>(device.sm_count)) {
       plan.blocks *= 2;
     }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
+#include <vector>
 
 #include "params.h"
 
@@ -55,17 +56,21 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Attributes are asked for once per device: the query costs more than a launch.
+// Attributes of all devices, asked for once (no context is made).
 inline Device describe(int device) {
-  constexpr int kKept = 64;
-  static Device kept[kKept] = {};
-  if (device < kKept && kept[device].sm_count > 0) return kept[device];
-  int sm_count = 1, major = 0;
-  cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  const Device found{sm_count, major >= 9};
-  if (device < kKept) kept[device] = found;
-  return found;
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    std::vector<Device> found;
+    for (int i = 0; i < count; ++i) {
+      int sm_count = 1, major = 0;
+      cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, i);
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i);
+      found.push_back({sm_count, major >= 9});
+    }
+    return found;
+  }();
+  return devices.at(static_cast<size_t>(device));
 }
 
 class OnDevice {

@@ -45,8 +45,6 @@
 
 namespace dpo::cuda {
 
-struct NoReference {};
-
 template <typename T_, typename R_, bool kEntropy_, bool kMean_, bool kSoftcap_>
 struct Traits {
   using T = T_;
@@ -58,16 +56,16 @@ struct Traits {
   static constexpr int kSize =
       Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
   // Groups of each tensor that a thread loads before it uses the first: 64 bytes in flight, pair or not.
-  static constexpr int kUnroll = kKl ? 2 : 4;
+  static constexpr int kUnroll = kKl ? DPO_ROW_UNROLL / 2 : DPO_ROW_UNROLL;
   // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a
   // reference.
-  static constexpr int kResident = kKl || kEntropy || kMean ? 3 : 4;
+  static constexpr int kResident = (kKl || kEntropy || kMean ? 3 : 4) * 256 / DPO_ROW_THREADS;
 };
 
 // How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of
 // logps: threads of a row, groups of a thread in a tile, and groups between two looks at the maximum.
-constexpr int kRowThreads = 256;
-constexpr int kTileGroups = 4;
+constexpr int kRowThreads = DPO_ROW_THREADS;
+constexpr int kTileGroups = DPO_ROW_UNROLL;
 constexpr int kStep = 2;
 
 // What one thread knows of the logits it has seen. Logits are in base 2 here: t = z log2(e) - origin. The origin trails
@@ -398,26 +396,12 @@ DPO_DEVICE void store_token(const TokenLogpsParams& p, int64_t token, const Toke
 
 // ---- Single launch: sequences and pairs ----
 
-// One warp. The sequence of a token, or -1 where no sequence holds it.
-DPO_DEVICE int64_t sequence_of(const PreferenceParams& p, int64_t tokens, int64_t token) {
-  if (p.cu_seqlens == nullptr) return token / tokens;
-  const int64_t bounds = 2 * p.pairs + 1;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  int64_t at_or_before = 0;
-  for (int64_t base = 0; base < bounds; base += kWarp) {
-    const int64_t i = base + lane;
-    at_or_before += __popc(__ballot_sync(kAllLanes, i < bounds && p.cu_seqlens[i] <= token));
-  }
-  return at_or_before == bounds ? -1 : at_or_before - 1;
-}
-
-// One warp, in which lane 0 has just stored a row's results. `sides` rows (policy, reference) make a token.
-DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides,
-                                       SequenceScratch& scratch) {
+// One warp, in which lane 0 has just stored a row's results: the row arrives at a sequence that holds its token.
+// `sides` rows (policy, reference) make a token.
+DPO_DEVICE void arrive_at_sequence(const TokenLogpsParams& params, int64_t sequence, int sides,
+                                   SequenceScratch& scratch) {
   const PreferenceParams& p = params.preference;
   const bool first_lane = threadIdx.x % kWarp == 0;
-  const int64_t sequence = sequence_of(p, params.tokens, token);
-  if (sequence < 0) return;
   const TokenRange range = sequence_range(p.cu_seqlens, params.tokens, sequence);
   int arrived = first_lane ? count_arrival(&p.counters[sequence]) + 1 : 0;
   arrived = __shfl_sync(kAllLanes, arrived, 0);
@@ -444,6 +428,37 @@ DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t t
     other = {load_coherent(&p.sums[partner]), load_coherent(&p.ref_sums[partner])};
   }
   finish_pair(p, pair, chosen ? own : other, chosen ? other : own);
+}
+
+// One warp. The first sequence from `from` on whose tokens include this one, or -1.
+DPO_DEVICE int64_t next_holder(const PreferenceParams& p, int64_t tokens, int64_t token, int64_t from) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t base = from; base < 2 * p.pairs; base += kWarp) {
+    bool holds = false;
+    if (base + lane < 2 * p.pairs) {
+      const TokenRange range = sequence_range(p.cu_seqlens, tokens, base + lane);
+      holds = range.begin <= token && token < range.end;
+    }
+    const unsigned found = __ballot_sync(kAllLanes, holds);
+    if (found != 0) return base + __ffs(static_cast<int>(found)) - 1;
+  }
+  return -1;
+}
+
+// One warp. A packed token belongs to one sequence as a rule. Bounds that do not rise, which the host cannot see, may
+// give it none or several; asking each sequence for its own range keeps every counter's arrivals equal to what it waits
+// for, so that it ends at zero, whatever the bounds.
+DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides,
+                                       SequenceScratch& scratch) {
+  const PreferenceParams& p = params.preference;
+  if (p.cu_seqlens == nullptr) {
+    arrive_at_sequence(params, token / params.tokens, sides, scratch);
+    return;
+  }
+  int64_t sequence = -1;
+  while ((sequence = next_holder(p, params.tokens, token, sequence + 1)) >= 0) {
+    arrive_at_sequence(params, sequence, sides, scratch);
+  }
 }
 
 // Pairs of two empty sequences have no rows. The launch holds one more block for them when sequences are packed.

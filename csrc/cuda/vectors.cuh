@@ -7,6 +7,9 @@
 
 namespace dpo::cuda {
 
+// In place of the dtype of a reference that is not there.
+struct NoReference {};
+
 template <typename T>
 struct Vector;  // kElements per 16 bytes, kMinusInfinity as a packed word
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from . import BackendUnavailable, eager
+from . import BackendUnavailable
 from .eager import TokenKL, TokenOutputs
 
 logger = logging.getLogger(__name__)
@@ -130,13 +130,14 @@ def logits_grad(
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself."""
-    _check_logits(logits, None)
-    if token_kl is not None:
-        settings = (ignore_index, logit_scale, logit_softcap)
-        eager.logits_grad_with_kl(logits, labels, logps, lse, grad_logps, token_kl, *settings, out)
-        return
-    _kernels.logits_grad(logits, labels, logps, lse, grad_logps, ignore_index, logit_scale, logit_softcap, out)
+    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself.
+
+    `token_kl` adds the gradients of token-level divergences; its logits are float32, bfloat16 or float16.
+    """
+    _check_logits(logits, None if token_kl is None else token_kl.ref_logits)
+    settings = (ignore_index, logit_scale, logit_softcap)
+    reference = (None,) * 5 if token_kl is None else token_kl
+    _kernels.logits_grad(logits, labels, logps, lse, grad_logps, *settings, out, *reference)
 
 
 def _zeroed_counters(device: torch.device, count: int) -> Tensor:
@@ -175,7 +176,6 @@ def fused_forward(
     """Stages 1 and 2 in a single launch, bit for bit what `token_logps` and then `preference_loss` give.
 
     Arguments as theirs: weights [B, T] float64 contiguous, 0 on unscored tokens; ref_sums only without ref_logits.
-    cu_seqlens must rise; bounds that do not would leave the stream's counters, and later calls, in disorder.
     """
     _check_logits(logits, ref_logits)
     tokens = _token_outputs(labels, (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits))

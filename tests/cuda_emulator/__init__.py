@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import _build
+from dpo_kernels.backends.eager import TokenKL
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -48,13 +49,8 @@ def cuda_include() -> Path:
     raise RuntimeError("the CUDA emulator needs CUDA's headers: install the CUDA toolkit or set CUDA_HOME")
 
 
-#: Translation units and their own flags: token_logps.cu once per policy dtype, as in the real build.
-UNITS = (
-    *((CSRC / "cuda" / "token_logps.cu", f"-DDPO_POLICY={dtype}") for dtype in range(3)),
-    (CSRC / "cuda" / "logits_grad.cu", ""),
-    (CSRC / "cuda" / "preference_loss.cu", ""),
-    (HERE / "harness.cpp", ""),
-)
+#: Translation units and their flags: those of the real build, and the exports.
+UNITS = (*((CSRC / "cuda" / source, flags) for source, flags in _build.CUDA_UNITS), (HERE / "harness.cpp", []))
 
 
 def build_operators() -> Path:
@@ -114,7 +110,7 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
 
         def compile_unit(i: int) -> None:
             source, own = UNITS[i]
-            _run(cxx, *flags, *filter(None, [own]), "-x", "c++", "-c", str(source), "-o", objects[i])
+            _run(cxx, *flags, *own, "-x", "c++", "-c", str(source), "-o", objects[i])
 
         list(pool.map(compile_unit, range(len(UNITS))))
         library = f"{scratch}/library.so"
@@ -150,6 +146,7 @@ SequenceSumsParams = _struct("SequenceSumsParams", "ptr values, weights, cu_seql
 LogitsGradParams = _struct(
     "LogitsGradParams",
     "Logits logits; ptr out; i64 out_stride_b, out_stride_t; ptr labels, logps, lse, grad_logps;"
+    "Logits reference; ptr ref_logps, kl, grad_kl, grad_forward_kl;"
     "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap",
 )
 
@@ -335,11 +332,14 @@ class Emulator:
         logit_scale: float,
         logit_softcap: float,
         out: Tensor,
+        token_kl: TokenKL | None = None,
     ) -> None:
         """Stage 3: writes into out, which may be logits."""
         batch, tokens, vocab = logits.shape
+        ref_logits, *of_reference = (None,) * 5 if token_kl is None else token_kl
         params = LogitsGradParams(
             _logits(logits), _address(out), out.stride(0), out.stride(1), _address(labels), _address(logps),
-            _address(lse), _address(grad_logps), batch, tokens, vocab, ignore_index, logit_scale, logit_softcap,
+            _address(lse), _address(grad_logps), _logits(ref_logits), *map(_address, of_reference),
+            batch, tokens, vocab, ignore_index, logit_scale, logit_softcap,
         )  # fmt: skip
         self.call("emu_logits_grad", ctypes.byref(params), *self.device)

@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, for cuda_emulator
 from cuda_emulator import Emulator, Order
+from dpo_kernels.backends.eager import TokenKL
 
 PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
 NOTHING = {"entropy": False, "kl": False, "accuracy": False, "mean_logits": False}
@@ -40,6 +41,13 @@ def table(library: Path) -> None:
                     )  # fmt: skip
                     out = torch.empty_like(logits)
                     em.logits_grad(logits, labels, tokens[0], tokens[1], weights, **PLAIN, out=out)
+                # tokens: of EVERYTHING, with the reference and kl
+                for grads in ((weights, None), (weights, weights)):
+                    divergences = TokenKL(ref, tokens[2], tokens[4], *grads)
+                    em.logits_grad(logits, labels, *tokens[:2], weights, **PLAIN, out=out, token_kl=divergences)
+                other = TokenKL(ref.to(torch.bfloat16), tokens[2], tokens[4], weights, weights)
+                em.logits_grad(logits, labels, *tokens[:2], weights, **PLAIN, out=logits, token_kl=other)
+                logits = ref.clone()
                 em.token_logps(logits[:, :1], labels[:, :1].contiguous(), ref[:, 1:], **PLAIN, **EVERYTHING)
                 cu = torch.tensor([0, 3, 4])
                 em.preference_loss(
@@ -47,9 +55,11 @@ def table(library: Path) -> None:
                 )
         em = Emulator(library, order=order)
         logits = torch.randn(1, 2, 300)
-        em.token_logps(
-            logits, torch.zeros(1, 2, dtype=torch.int64), logits, **{**PLAIN, "logit_softcap": 5.0}, **EVERYTHING
-        )
+        labels, capped = torch.zeros(1, 2, dtype=torch.int64), {**PLAIN, "logit_softcap": 5.0}
+        tokens = em.token_logps(logits, labels, logits, **capped, **EVERYTHING)
+        ones = torch.ones(1, 2, dtype=torch.float64)
+        divergences = TokenKL(logits, tokens[2], tokens[4], ones, ones)
+        em.logits_grad(logits, labels, *tokens[:2], ones, **capped, out=torch.empty_like(logits), token_kl=divergences)
     print("sanitized table done")
 
 
