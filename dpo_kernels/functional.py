@@ -227,17 +227,40 @@ def dpo_loss(
         "backend": batch.backend,
     }
     forward_kl = objectives.needs_token_kl(functions)
-    if ref_logits is not None and (kl_coef or forward_kl):
-        tokens = token_kl.token_logps(
-            batch.logits, batch.labels, ref_logits, forward_kl=forward_kl, inplace_backward=inplace_backward, **stage
-        )
-    else:
-        tokens = ops.token_logps(batch.logits, batch.labels, ref_logits, inplace_backward=inplace_backward, **stage)
     beta_each = _per_pair("beta", beta, pairs, batch)
     smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
-    losses, sums, ref_sums, rewards = _pair_losses(
-        batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
-    )
+    kernel = _sigmoid_family(functions, loss_weights)
+    differentiable_kl = ref_logits is not None and bool(kl_coef or forward_kl)
+    if kernel is not None and not differentiable_kl:
+        tokens, losses, sums, ref_sums = ops.fused_forward(
+            batch.logits,
+            batch.labels,
+            ref_logits,
+            batch.weights,
+            batch.cu_seqlens,
+            ref_sums,
+            beta_each,
+            smoothing_each,
+            kernel[0],
+            inplace_backward=inplace_backward,
+            **stage,
+        )
+        rewards = beta_each.repeat(2) * (sums.detach() - ref_sums)
+    else:
+        if differentiable_kl:
+            tokens = token_kl.token_logps(
+                batch.logits,
+                batch.labels,
+                ref_logits,
+                forward_kl=forward_kl,
+                inplace_backward=inplace_backward,
+                **stage,
+            )
+        else:
+            tokens = ops.token_logps(batch.logits, batch.labels, ref_logits, inplace_backward=inplace_backward, **stage)
+        losses, sums, ref_sums, rewards = _pair_losses(
+            batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
+        )
     if use_weighting:
         losses = losses * _wpo_weights(batch, tokens, stage)
     weighted = losses if pair_weights is None else losses * _per_pair("pair_weights", pair_weights, pairs, batch)
@@ -335,6 +358,12 @@ def _output(
     )
 
 
+def _sigmoid_family(functions: list[Objective], loss_weights: Sequence[float] | None) -> tuple[bool] | None:
+    """(robust,) where the objective is one that the kernels know, else None."""
+    only = functions[0] if len(functions) == 1 and loss_weights is None else None
+    return only.kernel if isinstance(only, objectives.BoundObjective) else None
+
+
 def _pair_losses(
     batch: _Batch,
     tokens: dict[str, Tensor],
@@ -345,8 +374,7 @@ def _pair_losses(
     loss_weights: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses [P], sums, reference sums and rewards [2P]); the sigmoid family in the kernel, the rest from vectors."""
-    only = functions[0] if len(functions) == 1 and loss_weights is None else None
-    kernel = only.kernel if isinstance(only, objectives.BoundObjective) else None
+    kernel = _sigmoid_family(functions, loss_weights)
     if kernel is not None:
         losses, sums, ref_sums = ops.preference_loss(
             tokens["logps"],
@@ -682,8 +710,7 @@ def linear_dpo_loss(
         factor = torch.ones_like(beta_each) if scale is None else scale
         if reduction == "mean":
             factor = factor / max(pairs, 1)
-        only = functions[0] if len(functions) == 1 and loss_weights is None else None
-        kernel = only.kernel if isinstance(only, objectives.BoundObjective) else None
+        kernel = _sigmoid_family(functions, loss_weights)
         pair = linear.PairCall(
             batch.weights,
             batch.cu_seqlens,

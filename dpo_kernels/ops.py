@@ -3,6 +3,7 @@
     dpo_kernels::token_logps       logits [B, T, V] -> logps, lse and statistics, [B, T] each     (differentiable: logps)
     dpo_kernels::sequence_sums     [B, T] values    -> weighted sums per sequence, [S]            (differentiable)
     dpo_kernels::preference_loss   [B, T] logps     -> losses [P], sums, reference sums, coef [2P] (differentiable)
+    dpo_kernels::fused_forward     token_logps and preference_loss at once: one launch where the backend has it
     dpo_kernels::logits_grad       d loss / d logits, into a new tensor; logits_grad_ over the logits themselves
 
 Everything of size [tokens] or less is float64 (float32 where a device has none): it costs nothing beside the logits and
@@ -34,6 +35,13 @@ _library.define(
     "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
     "Tensor beta, Tensor label_smoothing, bool robust, str backend) "
     "-> (Tensor losses, Tensor sums, Tensor ref_sums, Tensor coef)"
+)
+_library.define(
+    "fused_forward(Tensor logits, Tensor labels, Tensor? ref_logits, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
+    "Tensor beta, Tensor label_smoothing, bool robust, int ignore_index, float logit_scale, float logit_softcap, "
+    "bool entropy, bool kl, bool accuracy, bool mean_logits, bool inplace_backward, str backend) "
+    "-> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, "
+    "Tensor losses, Tensor sums, Tensor ref_sums, Tensor coef)"
 )
 _library.define(
     "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
@@ -124,6 +132,55 @@ def _preference_loss(
     )
 
 
+def _fused_forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    settings = (ignore_index, logit_scale, logit_softcap, entropy, kl, accuracy, mean_logits)
+    fused = getattr(backends.load(backend, logits.device.type), "fused_forward", None)
+    if fused is None:
+        tokens = _token_logps(logits, labels, ref_logits, *settings, inplace_backward, backend)
+        ref_logps = None if ref_logits is None else tokens[2]
+        family = (weights, cu_seqlens, ref_sums, beta, label_smoothing, robust)
+        return (*tokens, *_preference_loss(tokens[0], ref_logps, *family, backend))
+    _check_cu_seqlens(cu_seqlens, labels.shape[1])
+    tokens, pairs = fused(
+        _unit_stride(logits),
+        labels.contiguous(),
+        None if ref_logits is None else _unit_stride(ref_logits),
+        weights.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        None if ref_sums is None else ref_sums.contiguous(),
+        beta.contiguous(),
+        label_smoothing.contiguous(),
+        robust,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        entropy=entropy,
+        kl=kl,
+        accuracy=accuracy,
+        mean_logits=mean_logits,
+    )
+    return (*tokens, *pairs)
+
+
 def _logits_grad(
     logits: Tensor,
     labels: Tensor,
@@ -184,6 +241,7 @@ for _name, _function in (
     ("token_logps", _token_logps),
     ("sequence_sums", _sequence_sums),
     ("preference_loss", _preference_loss),
+    ("fused_forward", _fused_forward),
     ("logits_grad", _logits_grad),
     ("logits_grad_", _logits_grad_),
 ):
@@ -232,6 +290,36 @@ def _(
 ) -> tuple[Tensor, ...]:
     pairs = beta.shape[0]
     return (logps.new_empty(pairs), *(logps.new_empty(2 * pairs) for _ in range(3)))
+
+
+@torch.library.register_fake("dpo_kernels::fused_forward", lib=_library)
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    entropy: bool,
+    kl: bool,
+    accuracy: bool,
+    mean_logits: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    small = small_dtype(logits.device)
+    pairs = beta.shape[0]
+    return (
+        *(logits.new_empty(labels.shape if want else (0,), dtype=small) for want in wanted),
+        *(logits.new_empty(count, dtype=small) for count in (pairs, 2 * pairs, 2 * pairs, 2 * pairs)),
+    )
 
 
 @torch.library.register_fake("dpo_kernels::logits_grad", lib=_library)
@@ -289,21 +377,31 @@ def may_overwrite(logits: Tensor) -> bool:
     return plain and not overlapping and logits.stride(-1) == 1 and not torch.is_grad_enabled()
 
 
-def _token_logps_backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_logps is None or not ctx.needs_input_grad[0]:
-        return (None,) * 12
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """The saved tensors, or an error that says why they are gone (autograd's own would not)."""
     if ctx.overwritten:
         raise RuntimeError(OVERWRITTEN)
-    logits, labels, logps, lse = ctx.saved_tensors
-    arguments = (logits, labels, logps, lse, grad_logps, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.backend)
+    return ctx.saved_tensors
+
+
+def _through_logits(ctx: Any, saved: tuple[Tensor, ...], grad_logps: Tensor) -> Tensor:
+    """Stage 3, over the logits' own memory where the caller allowed it."""
+    logits, *rest = saved
+    arguments = (*rest, grad_logps, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.backend)
     if ctx.inplace and may_overwrite(logits):
         ctx.overwritten = True
         logits = logits.detach()
-        _ops.logits_grad_(logits, *arguments[1:])
+        _ops.logits_grad_(logits, *arguments)
         # Anyone else who saved these logits for a backward of their own must notice.
         torch.autograd.graph.increment_version(logits)
-        return (logits, *(None,) * 11)
-    return (_ops.logits_grad(*arguments), *(None,) * 11)
+        return logits
+    return _ops.logits_grad(logits, *arguments)
+
+
+def _token_logps_backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_logps is None or not ctx.needs_input_grad[0]:
+        return (None,) * 12
+    return (_through_logits(ctx, _saved(ctx), grad_logps), *(None,) * 11)
 
 
 torch.library.register_autograd(
@@ -343,19 +441,53 @@ def _preference_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.set_materialize_grads(False)
 
 
-def _preference_loss_backward(
-    ctx: Any, grad_losses: Tensor | None, grad_sums: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    weights, cu_seqlens, coef = ctx.saved_tensors
+def _through_sums(
+    coef: Tensor, grad_losses: Tensor | None, grad_sums: Tensor | None, weights: Tensor, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """Gradient of the tokens' log-probabilities, from those of the losses and of the sequence sums."""
     total = grad_sums
     if grad_losses is not None:
         through_loss = coef * grad_losses.repeat(2)
         total = through_loss if total is None else total + through_loss
-    return (None if total is None else _spread(total, weights, cu_seqlens), *(None,) * 8)
+    return None if total is None else _spread(total, weights, cu_seqlens)
+
+
+def _preference_loss_backward(
+    ctx: Any, grad_losses: Tensor | None, grad_sums: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    weights, cu_seqlens, coef = ctx.saved_tensors
+    return (_through_sums(coef, grad_losses, grad_sums, weights, cu_seqlens), *(None,) * 8)
 
 
 torch.library.register_autograd(
     "dpo_kernels::preference_loss", _preference_loss_backward, setup_context=_preference_loss_setup, lib=_library
+)
+
+
+def _fused_forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, _, weights, cu_seqlens = inputs[:5]
+    ctx.ignore_index, ctx.scale, ctx.softcap = inputs[9:12]
+    ctx.inplace, ctx.backend = inputs[-2:]
+    logps, lse, *statistics, _, _, ref_sums, coef = output
+    ctx.save_for_backward(logits, labels, logps, lse, weights, cu_seqlens, coef)
+    ctx.mark_non_differentiable(lse, *statistics, ref_sums, coef)
+    ctx.set_materialize_grads(False)
+    ctx.overwritten = False
+
+
+def _fused_forward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    by_logps, by_losses, by_sums = grads[0], grads[7], grads[8]
+    if not ctx.needs_input_grad[0]:
+        return (None,) * 18
+    *saved, weights, cu_seqlens, coef = _saved(ctx)
+    total = _through_sums(coef, by_losses, by_sums, weights, cu_seqlens)
+    if by_logps is not None:
+        total = by_logps if total is None else total + by_logps
+    return (None if total is None else _through_logits(ctx, tuple(saved), total), *(None,) * 17)
+
+
+torch.library.register_autograd(
+    "dpo_kernels::fused_forward", _fused_forward_backward, setup_context=_fused_forward_setup, lib=_library
 )
 
 
@@ -382,8 +514,6 @@ def token_logps(
     backend: str,
 ) -> dict[str, Tensor]:
     """Stage 1 as a dict: "logps", "lse", and "ref_logps" and the statistics where asked for; [B, T] each."""
-    names = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
-    flags = {name: name in statistics for name in names[3:]}
     outputs = _ops.token_logps(
         logits,
         labels,
@@ -391,12 +521,60 @@ def token_logps(
         ignore_index,
         logit_scale,
         logit_softcap,
-        *flags.values(),
+        *(name in statistics for name in _STATISTICS),
         inplace_backward,
         backend,
     )
-    given = {"logps": True, "lse": True, "ref_logps": ref_logits is not None, **flags}
-    return {name: value for name, value in zip(names, outputs, strict=True) if given[name]}
+    return _named(outputs, ref_logits is not None, statistics)
+
+
+_STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
+
+
+def _named(outputs: tuple[Tensor, ...], has_reference: bool, statistics: tuple[str, ...]) -> dict[str, Tensor]:
+    """Stage 1's outputs by name, without those that nobody asked for."""
+    names = ("logps", "lse", "ref_logps", *_STATISTICS)
+    given = {"logps", "lse", *(["ref_logps"] if has_reference else []), *statistics}
+    return {name: value for name, value in zip(names, outputs, strict=True) if name in given}
+
+
+def fused_forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_sums: Tensor | None,
+    beta: Tensor,
+    label_smoothing: Tensor,
+    robust: bool,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    statistics: tuple[str, ...],
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Stages 1 and 2 of the sigmoid family: (the dict of `token_logps`, losses [P], sums [2P], ref_sums [2P])."""
+    *tokens, losses, sums, ref_sums_out, _ = _ops.fused_forward(
+        logits,
+        labels,
+        ref_logits,
+        weights,
+        cu_seqlens,
+        ref_sums,
+        beta,
+        label_smoothing,
+        robust,
+        ignore_index,
+        logit_scale,
+        logit_softcap,
+        *(name in statistics for name in _STATISTICS),
+        inplace_backward,
+        backend,
+    )
+    return _named(tuple(tokens), ref_logits is not None, statistics), losses, sums, ref_sums_out
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:

@@ -13,15 +13,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_compile
+import test_objectives_kl
 import test_operators
 import torch
 from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build, build_operators
 from torch import Tensor
 
-from dpo_kernels import backends
+from dpo_kernels import backends, dpo_loss, use_backend
 from dpo_kernels.backends import cuda, eager
+from dpo_kernels.backends.eager import TokenKL
 
-from cases import CASES
+from cases import CASES, make_inputs
 
 IGNORE = -100
 OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
@@ -381,6 +384,21 @@ def test_empty_inputs_launch_nothing(library):
     assert em.launches() == before
 
 
+def test_rows_lie_further_apart_than_32_bits_count(library):
+    """2^31 elements between the rows: memory that is asked for, but touched only where the rows are."""
+    near, ref, labels = make(15, (2, 1, 700), torch.bfloat16)
+    stride = 2**31 + 24
+    far = torch.empty(stride + 700, dtype=torch.bfloat16).as_strided((2, 1, 700), (stride, 700, 1))
+    far.copy_(near)
+    expected = Emulator(library).token_logps(near, labels, ref, **EVERYTHING)
+    ours = Emulator(library).token_logps(far, labels, ref, **EVERYTHING)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    for logits in (near, far):
+        Emulator(library).logits_grad(logits, labels, *expected[:2], ones, **PLAIN, out=logits)
+    assert torch.equal(far, near)
+
+
 # ---- Stages 2 and 1 + 2 in one launch ----
 
 
@@ -530,6 +548,25 @@ def test_tokens_outside_every_sequence_count_for_none(library):
     torch.testing.assert_close(fused[1], torch.stack([tokens[0][0, 2:5].sum(), tokens[0][0, 5:8].sum()]))
 
 
+@pytest.mark.parametrize(
+    "bounds", [[0, 6, 3, 5, 9], [0, 0, 9, 9, 2], [4, 4, 4, 4, 4], [-7, 3, 99, 5, 50], [9, 7, 5, 3, 0]]
+)
+def test_bounds_that_do_not_rise_leave_nothing_behind(library, bounds):
+    """A GPU's host cannot look at them: the single launch gives what the stages give, and its counters end at zero."""
+    logits, ref, labels = make(22, (1, 9, 30), torch.float32)
+    weights, cu = (labels != IGNORE).double(), torch.tensor(bounds)
+    beta, smoothing = pairs(2)
+    counters = torch.zeros(6, dtype=torch.int32)
+    for kl, schedule in zip((True, False, True, False), SCHEDULES, strict=True):
+        tokens, fused = Emulator(library, **schedule).fused_forward(
+            logits, labels, ref, weights, cu, None, beta, smoothing, False,
+            counters=counters, **dict(EVERYTHING, kl=kl),
+        )  # fmt: skip
+        assert (counters == 0).all()
+        stages = Emulator(library).preference_loss(tokens[0], tokens[2], weights, cu, None, beta, smoothing, False)
+        assert all(torch.equal(a, b) for a, b in zip(fused, stages, strict=True))
+
+
 # ---- Stage 3 ----
 
 
@@ -656,6 +693,67 @@ def test_label_gradient_when_the_label_is_almost_certain(library):
     assert max(split_errors(out, truth, labels)) < 4e-6
 
 
+# ---- Stage 3 with token-level divergences ----
+
+
+def divergence_gradient(
+    em: Emulator, logits: Tensor, ref: Tensor, labels: Tensor, out: Tensor, grads: tuple[float | None, float | None]
+) -> Tensor:
+    """The gradient with g = 0.7 and `grads` of KL(policy || reference) and KL(reference || policy), into out."""
+    options = dict(NO_STATISTICS, kl=True)
+    logps, lse, ref_logps, _, kl, *_ = Emulator().token_logps(logits, labels, ref, **options)
+    by = [None if g is None else torch.full_like(logps, g) for g in grads]
+    token_kl = TokenKL(ref, ref_logps, kl, *by)
+    em.logits_grad(logits, labels, logps, lse, torch.full_like(logps, 0.7), **PLAIN, out=out, token_kl=token_kl)
+    return out
+
+
+@pytest.mark.parametrize("ref_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divergences_of_every_dtype_from_every_address_in_and_out_of_place(library, dtype, ref_dtype):
+    """Same bits, whatever the alignment of logits, reference and gradient, and however many blocks share a row."""
+    vocab = 9001
+    logits, ref, labels = make(34, (1, 3, vocab), dtype)
+    ref = ref.to(ref_dtype)
+    labels[0] = torch.tensor([0, vocab - 1, 4444])
+    for grads in ((0.4, None), (None, -0.3), (0.4, -0.3)):
+        plain = divergence_gradient(Emulator(library), logits, ref, labels, torch.empty_like(logits), grads)
+        truth = test_objectives_kl.divergences(logits.double(), ref.double(), labels, (0.7, *grads))
+        eager32 = test_objectives_kl.divergences(logits.float(), ref.float(), labels, (0.7, *grads)).to(dtype)
+        for part, lost in zip(split_errors(plain, truth, labels), split_errors(eager32, truth, labels), strict=True):
+            assert part <= 2 * max(lost, UNIT[dtype])
+        for offset, schedule in zip((1, 2, 3, 5), SCHEDULES, strict=True):
+            frames = [torch.full((1, 3, vocab + 16), 7.0, dtype=d) for d in (dtype, ref_dtype, dtype)]
+            views = [frame[..., i : i + vocab] for frame, i in zip(frames, (offset, 2 * offset, 7), strict=True)]
+            views[0].copy_(logits)
+            views[1].copy_(ref)
+            em = Emulator(library, **schedule)
+            assert torch.equal(divergence_gradient(em, *views[:2], labels, views[2], grads), plain)
+            assert torch.equal(divergence_gradient(em, *views[:2], labels, views[0], grads), plain)
+            for frame, view in zip(frames, views, strict=True):
+                assert (frame == 7).sum() >= frame.numel() - view.numel()  # nothing outside was written
+
+
+def test_a_row_without_a_divergence_stands_beside_one_with(library):
+    """-inf under the reference alone: an infinite divergence that nobody asked to differentiate makes no NaN."""
+    logits, ref, labels = make(35, (1, 2, 70), torch.float32)
+    labels[0] = torch.tensor([3, 60])
+    ref[0, 0, 9] = float("-inf")
+    logps, lse, ref_logps, _, kl, *_ = Emulator(library).token_logps(
+        logits, labels, ref, **dict(NO_STATISTICS, kl=True)
+    )
+    assert kl[0].tolist()[0] == math.inf
+    by_kl, by_forward = torch.tensor([[0.0, 0.5]]).double(), torch.tensor([[0.6, 0.0]]).double()
+    out, zero = torch.empty_like(logits), torch.zeros_like(logps)
+    Emulator(library).logits_grad(
+        logits, labels, logps, lse, zero, **PLAIN, out=out, token_kl=TokenKL(ref, ref_logps, kl, by_kl, by_forward)
+    )
+    log_p, log_q = logits.double().log_softmax(-1), ref.double().log_softmax(-1)
+    torch.testing.assert_close(out[0, 0].double(), 0.6 * (log_p.exp() - log_q.exp())[0, 0], rtol=1e-5, atol=1e-8)
+    p, gap = log_p.exp()[0, 1], (log_p - log_q)[0, 1]
+    torch.testing.assert_close(out[0, 1].double(), 0.5 * p * (gap - (p * gap).sum()), rtol=1e-5, atol=1e-8)
+
+
 # ---- The whole backend: dpo_kernels.backends.cuda and csrc/cuda/ops.cpp over the emulated kernels ----
 
 
@@ -688,6 +786,25 @@ def test_the_other_operator_tests(cuda_backend):
     test_operators.test_two_runs_are_bitwise_equal(cuda_backend, device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", test_objectives_kl.UPSTREAM)
+def test_the_gradient_of_token_divergences(cuda_backend, name, dtype):
+    for vocab in (7, 2101):
+        test_objectives_kl.test_the_stage_equals_the_float64_truth(
+            name, dtype, vocab, cuda_backend, torch.device("cpu")
+        )
+
+
+def test_the_other_tests_of_token_divergences(cuda_backend):
+    device = torch.device("cpu")
+    for scale, cap in ((0.6, 0.0), (1.0, 6.0), (0.7, 9.0)):
+        test_objectives_kl.test_the_stage_scales_and_caps(scale, cap, cuda_backend, device)
+    for gap in (10.0, 25.0):
+        test_objectives_kl.test_a_nearly_certain_label_keeps_its_relative_precision(gap, cuda_backend, device)
+    test_objectives_kl.test_the_stage_in_place_is_bitwise_the_same_and_skips_dead_rows(cuda_backend, device)
+    test_objectives_kl.test_the_stage_gives_impossible_tokens_nothing(cuda_backend, device)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_fused_forward_of_the_backend(cuda_backend, packed):
     logits, ref, labels, weights, cu = fused_case(torch.bfloat16, [3, 1, 4, 2, 4, 4], 300, packed)
@@ -700,6 +817,64 @@ def test_fused_forward_of_the_backend(cuda_backend, packed):
             separate = cuda.token_logps(logits, labels, ref, **options)
             stage2 = cuda.preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
             assert all(torch.equal(a, b) for a, b in zip(tokens + fused, separate + stage2, strict=True))
+
+
+# The sigmoid family, and an objective that the kernels do not know.
+@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("bfloat16", "packed", "weights_everywhere", "ref_logps")], ids=str
+)
+def test_the_public_loss_takes_one_launch_forward_and_one_backward(cuda_backend, library, case, loss_type, monkeypatch):
+    """And gives bit for bit what the separate stages give."""
+    inputs = make_inputs(case)
+    keywords = dict(inputs.keywords, loss_type=loss_type)
+    if loss_type == "ipo":
+        keywords.pop("label_smoothing", None)
+    elif loss_type == "robust":
+        keywords.setdefault("label_smoothing", 0.2)
+    em = Emulator(library)  # the operators run the same library, so its count is theirs
+    results = []
+    for separate in (False, True):
+        if separate:
+            monkeypatch.delattr(cuda, "fused_forward")
+        logits = inputs.logits.clone().requires_grad_()
+        with use_backend(cuda_backend):
+            before = em.launches()
+            out = dpo_loss(logits, inputs.labels, statistics=("entropy", "accuracy"), **keywords)
+            forward = em.launches() - before
+            out.loss.backward()
+            backward = em.launches() - before - forward
+        # Three sums of the report: scored tokens and both statistics, per sequence.
+        if loss_type != "ipo":
+            assert forward == 3 + (2 if separate else 1)
+        else:
+            assert forward > 3 + 1
+        assert backward == 1
+        results.append(
+            (out.losses, out.chosen_logps, out.ref_rejected_logps, out.rejected_rewards, out.entropy, logits.grad)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_fused_forward_passes_opcheck_and_compiles_without_a_graph_break(cuda_backend):
+    for op, arguments in test_compile.op_arguments(cuda_backend, torch.device("cpu")):
+        if op is torch.ops.dpo_kernels.fused_forward:
+            torch.library.opcheck(op.default, arguments)
+    inputs = make_inputs(CASES[1])
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return dpo_loss(logits, inputs.labels, **inputs.keywords).loss
+
+    torch._dynamo.reset()
+    grads = []
+    for run in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        logits = inputs.logits.clone().requires_grad_()
+        with use_backend(cuda_backend):
+            loss = run(logits)
+            loss.backward()
+        grads.append((loss.detach(), logits.grad))
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_the_backend_refuses_what_its_kernels_cannot_read(cuda_backend):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import test_objectives_kl
 import test_operators
 import torch
 
 from dpo_kernels import dpo_loss, use_backend
 from dpo_kernels.backends import eager
 
-from cases import CASES
+from cases import CASES, make_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,11 +43,48 @@ def batch(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.float64], ids=str)
-def test_operator_table(stages, case):
+@pytest.mark.parametrize("name", ["cuda", "triton", "eager"])
+def test_operator_table(name, case):
     device = torch.device("cuda")
-    test_operators.test_loss_and_gradient_equal_the_float64_reference("cuda", case, device)
+    test_operators.test_loss_and_gradient_equal_the_float64_reference(name, case, device)
     if case.reference == "logits":
-        test_operators.test_statistics_and_logps_equal_the_float64_reference("cuda", case, device)
+        test_operators.test_statistics_and_logps_equal_the_float64_reference(name, case, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("upstream", test_objectives_kl.UPSTREAM)
+@pytest.mark.parametrize("name", ["cuda", "triton", "eager"])
+def test_gradient_of_token_divergences(name, upstream, dtype):
+    for vocab in (7, 2101, 50257):
+        test_objectives_kl.test_the_stage_equals_the_float64_truth(upstream, dtype, vocab, name, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_public_loss_is_the_separate_stages_bit_for_bit(stages, packed, monkeypatch):
+    case = next(c for c in CASES if c.name == ("packed_bfloat16" if packed else "bfloat16"))
+    inputs = make_inputs(case, "cuda")
+    found = []
+    for separate in (False, True):
+        if separate:
+            monkeypatch.delattr(stages, "fused_forward")
+        logits = inputs.logits.clone().requires_grad_()
+        with use_backend("cuda"):
+            out = dpo_loss(logits, inputs.labels, statistics=("entropy", "kl"), **inputs.keywords)
+            out.loss.backward()
+        found.append((out.losses, out.chosen_logps, out.rejected_rewards, out.entropy, out.kl, logits.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_bounds_that_do_not_rise_leave_nothing_behind(stages):
+    """They would otherwise spoil every later call on the stream."""
+    logits, ref, labels = batch((1, 64, 1000), torch.bfloat16)
+    weights = (labels >= 0).double()
+    beta, zero = (torch.full((2,), value, dtype=torch.float64, device="cuda") for value in (0.1, 0.0))
+    for bounds in ([0, 50, 10, 30, 64], [9, 7, 5, 3, 0], [0, 16, 32, 48, 64]):
+        cu = torch.tensor(bounds, device="cuda")
+        tokens, pairs = stages.fused_forward(logits, labels, ref, weights, cu, None, beta, zero, False, **EVERYTHING)
+        separate = stages.preference_loss(tokens[0], tokens[2], weights, cu, None, beta, zero, False)
+        assert all(torch.equal(a, b) for a, b in zip(pairs, separate, strict=True))
 
 
 # Real vocabularies: SmolLM2, GPT-2 (odd), Llama 3, Qwen 3 (odd), Gemma.
