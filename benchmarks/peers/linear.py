@@ -172,19 +172,18 @@ class TorchLinearCrossEntropy(_FromTokens):
 
 
 class CutCrossEntropy(_FromTokens):
-    """Apple's package, its torch_compile implementation (the Triton one needs a GPU)."""
+    """Apple's package: its own Triton kernels on a GPU, its torch_compile implementation elsewhere."""
 
     name = "cce"
-    title = "Cut Cross-Entropy, torch_compile"
+    title = "Cut Cross-Entropy"
     needs = "cut_cross_entropy"
 
     def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
         mask = self.problem.labels != -100
-        losses = linear_cross_entropy(
-            hidden[mask], weight, self.problem.labels[mask], reduction="none", impl="torch_compile"
-        )
+        impl = "cce" if hidden.is_cuda else "torch_compile"
+        losses = linear_cross_entropy(hidden[mask], weight, self.problem.labels[mask], reduction="none", impl=impl)
         return self._spread(-losses, mask)
 
 
