@@ -31,12 +31,13 @@ SHARES = {
     "environment": 0.02,
     "build": 0.12,
     "correctness": 0.06,
-    "tests": 0.16,
+    "tests": 0.13,
     "sanitizer": 0.08,
     "ceilings": 0.03,
     "timing": 0.14,
     "peers": 0.10,
     "linear": 0.09,
+    "head_rates": 0.03,
     "latency": 0.03,
     "sweep": 0.10,
     "trace": 0.02,
@@ -215,6 +216,11 @@ def _tune(stages: dict[str, Any]) -> list[str]:
     lines = ["## What to tune?", "", *_table(["backend", "kernel", "default", "best", "with", "gain"], rows)]
     failed = [f"{run['backend']} {run['settings']}" for run in result.get("runs", []) if "failed" in run]
     lines += [f"Variants that failed: {', '.join(failed)}.", ""] if failed else []
+    rates = stages.get("head_rates", {}).get("result", {}).get("rows")
+    if rates:
+        from benchmarks.head_rates import table
+
+        lines += ["What the planner assumes of the linear path's products:", "", *table(rates).splitlines(), ""]
     return [*lines, f"Variants not tried: {', '.join(result.get('left out', [])) or 'none'}.", ""]
 
 

@@ -37,6 +37,7 @@ class CudaMachine:
     without: tuple[str, ...] = ()  # peers that are left out
     step_shape = (8, 512, 128256)  # [2P, T, V] of the comparison with peers on the logits path
     linear_shapes = ((4, 512, 2048, 128256), (4, 512, 4096, 128256))  # pairs, length, H, V
+    head_shapes: tuple[tuple[int, int, int], ...] | None = None  # those of head_rates
     variants: ClassVar[dict[str, tuple[dict[str, int], ...]]] = {
         "cuda": (
             {}, {"DPO_ROW_THREADS": 128}, {"DPO_ROW_THREADS": 512}, {"DPO_ROW_UNROLL": 8}, {"DPO_MAX_CLUSTER": 1},
@@ -527,6 +528,18 @@ def linear(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     return {"tables": tables}
 
 
+def head_rates(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """What the planner of the linear path assumes of this device's products, measured (benchmarks/head_rates.py)."""
+    from benchmarks.head_rates import SHAPES, measure
+    from dpo_kernels import backends
+
+    rows: dict[str, Any] = {}
+    for shape in machine.head_shapes or SHAPES:
+        rows |= measure(machine.seconds, machine.device, backends.default(machine.device), [shape])
+        keep({"rows": rows})
+    return {"rows": rows}
+
+
 def latency(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     """Microseconds of a step of 2 pairs x 64 tokens, where the host decides: until done, and until the host is free."""
     import torch
@@ -716,7 +729,7 @@ def ncu(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Any, Path, float], dict[str, Any]]] = {
     stage.__name__: stage
     for stage in (
-        environment, build, correctness, tests, sanitizer, ceilings, timing, peers, linear, latency, sweep, trace, ncu,
-        small, kernels, variant,
+        environment, build, correctness, tests, sanitizer, ceilings, timing, peers, linear, head_rates, latency, sweep,
+        trace, ncu, small, kernels, variant,
     )
 }  # fmt: skip

@@ -230,8 +230,8 @@ def dpo_loss(
     beta_each = _per_pair("beta", beta, pairs, batch)
     smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
     kernel = _sigmoid_family(functions, loss_weights)
-    differentiable_kl = ref_logits is not None and bool(kl_coef or forward_kl)
-    if kernel is not None and not differentiable_kl:
+    kl_from = ref_logits if kl_coef or forward_kl else None  # the reference of a differentiable divergence
+    if kernel is not None and kl_from is None:
         tokens, losses, sums, ref_sums = ops.fused_forward(
             batch.logits,
             batch.labels,
@@ -247,11 +247,11 @@ def dpo_loss(
         )
         rewards = beta_each.repeat(2) * (sums.detach() - ref_sums)
     else:
-        if differentiable_kl:
+        if kl_from is not None:
             tokens = token_kl.token_logps(
                 batch.logits,
                 batch.labels,
-                ref_logits,
+                kl_from,
                 forward_kl=forward_kl,
                 inplace_backward=inplace_backward,
                 **stage,

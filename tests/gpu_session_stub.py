@@ -17,6 +17,7 @@ class CpuMachine:
     without = ("compiled", "liger", "liger_compiled", "cce")  # compiling takes most of a minute
     step_shape = (4, 8, 500)
     linear_shapes = ((1, 8, 16, 200),)
+    head_shapes = ((8, 16, 200),)
     variants: ClassVar[dict] = {"cpu": ({}, {"DPO_ROW_THREADS": 128}, {"DPO_MAX_CLUSTER": 0})}
 
     def describe(self) -> dict[str, Any]:
