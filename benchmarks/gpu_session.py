@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run as a file
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: this folder leaves the path, where its profile.py hides the standard library's
+    sys.path[0] = str(ROOT)
 
 from benchmarks import gpu_stages  # noqa: E402
 from benchmarks.gpu_stages import MAX_FILE, STAGES  # noqa: E402
