@@ -100,6 +100,13 @@ class DPOConfig(TrainingArguments):
             "help": "Weigh each pair by how likely the policy is to have written both answers (WPO): off-policy data."
         },
     )
+    kl_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Adds kl_coef times the mean exact KL(policy || reference) of the completion tokens to the loss; needs "
+            "the reference model in every step."
+        },
+    )
 
     # The data.
     max_length: int | None = field(
@@ -287,6 +294,8 @@ class DPOConfig(TrainingArguments):
         except ValueError as error:
             raise ConfigError(f"label_smoothing: {error}") from error
         self._check_reference(objectives.needs_reference(built))
+        if not 0 <= self.kl_coef < math.inf:
+            raise ConfigError(f"kl_coef: must not be negative, got {self.kl_coef}")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ConfigError(f"ld_alpha: must lie in [0, 1], got {self.ld_alpha}")
         if self.truncation_mode not in TRUNCATION_MODES:

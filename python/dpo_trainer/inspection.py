@@ -46,7 +46,7 @@ class Inspector(DPOTrainer):
         return super()._make_reference(ref_model, example)
 
     def _needs_reference_model(self) -> bool:
-        brought = all(name in dataset.column_names for dataset in self._datasets() for name in REFERENCE)
+        brought = all(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
         return objectives.needs_reference(self._objectives) and not brought
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
@@ -68,7 +68,7 @@ class Inspector(DPOTrainer):
             "lengths": {name: _histogram(values) for name, values in self._lengths().items()},
             "reference": {
                 account.name: figures
-                for account, dataset in zip(self.accounts, self._datasets(), strict=False)
+                for account, dataset in zip(self.accounts, self.datasets(), strict=False)
                 if (figures := _reference_figures(dataset)) is not None
             },
             "examples": self._examples(),
@@ -81,13 +81,13 @@ class Inspector(DPOTrainer):
         }
 
     def _lengths(self) -> dict[str, list[int]]:
-        dataset = self._datasets()[0]
+        dataset = self.datasets()[0]
         parts = {name: [len(ids) for ids in dataset[f"{name}_input_ids"]] for name in ("prompt", "chosen", "rejected")}
         longer = map(max, parts["chosen"], parts["rejected"])
         return {**parts, "prompt + longer answer": [a + b for a, b in zip(parts["prompt"], longer, strict=True)]}
 
     def _examples(self) -> list[dict[str, Any]]:
-        dataset, tokenizer = self._datasets()[0], self.processing_class
+        dataset, tokenizer = self.datasets()[0], self.processing_class
         rows = sorted({0, len(dataset) // 2, len(dataset) - 1})[:EXAMPLES]
         found = []
         for row in rows:
@@ -162,16 +162,16 @@ class Inspector(DPOTrainer):
         dtype = torch.get_autocast_dtype(self.args.device.type) if self._autocasts() else head.weight.dtype
         reference = isinstance(self.reference, (FrozenReference, AdapterOffReference)) and "ref_logps" not in batch
         names = [name for name in self.args.statistics if reference or name != "kl"]
-        token_kl = objectives.needs_token_kl(self._objectives)
+        differentiated = objectives.needs_token_kl(self._objectives) or self.args.kl_coef > 0
         sizes = planner.Head(
             head.weight.shape[1],
             head.weight.shape[0],
             max(dtype.itemsize, 2),
             needs_weight=head.weight.requires_grad,
             projects_reference=reference,
-            kl="kl" in names or token_kl,
+            kl="kl" in names or differentiated,
             widens=self.args.device.type == "cpu" and dtype.itemsize == 2,
-            kl_gradient=token_kl,
+            kl_gradient=differentiated,
         )
         asked = "two_pass" if strategy == "kept_logits" else strategy
         budget = planner.budget_of(self.args.memory_budget, sizes, asked)
@@ -186,7 +186,7 @@ class Inspector(DPOTrainer):
 
     def _time(self, batches: dict[str, Any]) -> dict[str, Any]:
         """Forward and backward of two pairs of median length, after one of a few tokens; the weights stay as they are."""
-        dataset = self._datasets()[0]
+        dataset = self.datasets()[0]
         lengths = dataset["length"]
         middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2 :][:2]
         batch = self._prepare_inputs(self.data_collator([dict(dataset[row]) for row in middle]))  # type: ignore[arg-type]

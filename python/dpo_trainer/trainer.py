@@ -8,25 +8,21 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints, seed_worker
+from transformers.trainer_utils import rotate_checkpoints
 
-from dpo_kernels import DPOOutput, dpo_loss, length_desensitized_weights, linear_dpo_loss, objectives, use_backend
+from dpo_kernels import DPOOutput, length_desensitized_weights, objectives, use_backend
 
-from . import report
-from .batches import Batching, PairBatchSampler, PairStream
+from . import loss_path, report
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .checkpoints import load_state, save_state, written_aside
 from .checks import check_fit
@@ -40,7 +36,8 @@ from .metrics import TINY, MetricWindow, memory_mib
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .model_card import write_card
 from .moving_reference import MovingReference
-from .prepare import Account, Preparation, PreparedStream, is_stream, prepare_dataset
+from .pair_trainer import PairTrainer, looked_at
+from .prepare import Account
 from .reference import AdapterOffReference, FrozenReference, reference_logps
 from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .samples import Samples, Scorer, load_scorer
@@ -48,7 +45,7 @@ from .samples import Samples, Scorer, load_scorer
 logger = logging.getLogger("dpo_trainer")
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(PairTrainer):
     """Trains a causal language model on preference pairs with Direct Preference Optimization (arXiv:2305.18290).
 
     Batches, checkpoints, resuming, schedules, trackers and distribution are those of `transformers.Trainer`.
@@ -121,14 +118,14 @@ class DPOTrainer(Trainer):
         self.accounts: list[Account] = []
         with args.main_process_first(desc="tokenising", local=True):
             if train_dataset is not None:
-                train_dataset = self._tokenize(train_dataset, "train_dataset", args, processing_class)
+                train_dataset = self.tokenize(train_dataset, "train_dataset", args, processing_class)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
-                    key: self._tokenize(value, f"eval_dataset {key}", args, processing_class)
+                    key: self.tokenize(value, f"eval_dataset {key}", args, processing_class)
                     for key, value in eval_dataset.items()
                 }
             elif eval_dataset is not None:
-                eval_dataset = self._tokenize(eval_dataset, "eval_dataset", args, processing_class)
+                eval_dataset = self.tokenize(eval_dataset, "eval_dataset", args, processing_class)
 
         if peft_config is not None:
             from peft import PeftModel, get_peft_model
@@ -154,7 +151,7 @@ class DPOTrainer(Trainer):
                 layout=args.batch_layout,
             )
         evals = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_fit(args, cast(nn.Module, model), ref_model, processing_class, _looked_at([train_dataset, *evals]))
+        check_fit(args, cast(nn.Module, model), ref_model, processing_class, looked_at([train_dataset, *evals]))
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1
@@ -192,12 +189,15 @@ class DPOTrainer(Trainer):
         self.reference = self._make_reference(ref_model, example)
         self.moving = self._make_moving() if args.sync_ref_model else None
         self._check_layout()
-        self.loss_path = self._choose_loss_path()
-        given = any(name in dataset.column_names for dataset in self._datasets() for name in REFERENCE)
-        if args.ld_alpha is not None and (given or args.precompute_ref_log_probs):
-            raise ConfigError(
-                "ld_alpha: needs the reference model in every step; log-probabilities computed beforehand are plain sums"
-            )
+        self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
+        given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
+        for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
+            if used and (given or args.precompute_ref_log_probs):
+                raise ConfigError(
+                    f"{setting}: needs the reference model in every step; log-probabilities computed beforehand are plain sums"
+                )
+        if args.kl_coef > 0 and self.reference is None:
+            raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
         self.samples = self._make_samples(scorer)
         if args.precompute_ref_log_probs:
             self._precompute_all()
@@ -205,117 +205,11 @@ class DPOTrainer(Trainer):
 
     # --- construction ----------------------------------------------------------------------------------------------
 
-    def _tokenize(self, dataset: Any, name: str, args: DPOConfig, tokenizer: Any) -> Any:
-        preparation = Preparation(
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            append_eos=args.append_eos,
-            filters=tuple(args.filters),
-            min_weight=args.min_weight,
-            num_proc=args.dataset_num_proc,
-        )
-        if is_stream(dataset):
-            self._check_streamable(name, args)
-            stream = PreparedStream(dataset, tokenizer, preparation, name=name)
-            self.accounts.append(stream.account)
-            return stream
-        dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
-        self.accounts.append(account)
-        if account.dropped:
-            logger.warning(account.describe())
-        return dataset
-
-    @staticmethod
-    def _check_streamable(name: str, args: DPOConfig) -> None:
-        if name != "train_dataset":
-            raise DataError(
-                f"{name}: is a stream, but evaluations need the same rows every time; pass a datasets.Dataset, for instance "
-                "Dataset.from_list(list(stream.take(500)))"
-            )
-        if args.max_steps <= 0:
-            raise ConfigError("max_steps: must be given with a stream of pairs, which does not tell its length")
-        if args.precompute_ref_log_probs:
-            raise ConfigError("precompute_ref_log_probs: needs all pairs before training; not possible with a stream")
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of `PairBatchSampler`, which divides them among processes itself."""
-        args, dataset = self.args, cast(Any, self.train_dataset)
-        if dataset is None:
-            raise DataError("train_dataset: none given, nothing to train on")
-        if isinstance(dataset, PreparedStream):
-            stream = PairStream(dataset.rows, self._batching(), process_index=self._data_index)
-            return self._loader(stream, batch_size=None, num_workers=min(args.dataloader_num_workers, 1))
-        sampler = PairBatchSampler(
-            dataset["length"],
-            self._batching(),
-            process_index=self._data_index,
-            drop_last=args.dataloader_drop_last,
-        )
-        return self._loader(dataset, batch_sampler=sampler)
-
-    def _batching(self) -> Batching:
-        args = self.args
-        return Batching(
-            pairs=self._train_batch_size,
-            max_tokens=args.max_tokens,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            strategy=args.train_sampling_strategy,
-            accumulation=args.gradient_accumulation_steps,
-            num_processes=self.accelerator.num_processes // self.get_tp_size(),
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-        )
-
-    @property
-    def _data_index(self) -> int:
-        """Whose share of the pairs is this process's: tensor-parallel neighbours work on the same ones."""
-        return self.accelerator.process_index // self.get_tp_size()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As transformers makes it; on several processes divided such that no pair is evaluated twice."""
-        if self.accelerator.num_processes == 1:
-            return super().get_eval_dataloader(eval_dataset)
-        everything = cast(Any, self.eval_dataset)
-        dataset = everything if eval_dataset is None else eval_dataset
-        return self._divided_in_order(everything[dataset] if isinstance(dataset, str) else dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As `get_eval_dataloader`."""
-        if self.accelerator.num_processes == 1:
-            return super().get_test_dataloader(test_dataset)
-        return self._divided_in_order(test_dataset)
-
-    def _divided_in_order(self, dataset: Any) -> DataLoader:
-        processes = self.accelerator.num_processes
-        batching = Batching(self.args.per_device_eval_batch_size, strategy="sequential", num_processes=processes)
-        sampler = PairBatchSampler(dataset["length"], batching, process_index=self.accelerator.process_index)
-        return self._loader(dataset, batch_sampler=sampler)
-
-    def _loader(self, dataset: Any, **batches: Any) -> DataLoader:
-        args = self.args
-        batches.setdefault("num_workers", args.dataloader_num_workers)
-        return DataLoaderShard(
-            dataset,
-            device=self.accelerator.device,
-            collate_fn=self.data_collator,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-            _non_blocking=self.accelerator.non_blocking,
-            **batches,
-        )
-
-    def _datasets(self) -> list[Any]:
-        """All datasets that there are; of a stream, its first pairs."""
-        evals = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        return _looked_at([self.train_dataset, *evals])
-
     def _example_batch(self) -> Batch | None:
         """Two short pairs, padded, on which to check the model's split, or None without data."""
-        if not self._datasets():
+        if not self.datasets():
             return None
-        dataset = self._datasets()[0]
+        dataset = self.datasets()[0]
         rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
         for row in rows:
             row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
@@ -334,10 +228,10 @@ class DPOTrainer(Trainer):
         Without autocast, because rounding would hide small leaks from one sequence into another.
         """
         collator = self.data_collator
-        if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self._datasets():
+        if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self.datasets():
             return
         collator.attention_cost = self.policy.attention_cost()
-        dataset = self._datasets()[0]
+        dataset = self.datasets()[0]
         lengths = dataset["length"]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         rows = [dict(dataset[index]) for index in {longest, 0 if longest else len(lengths) - 1}]
@@ -359,7 +253,7 @@ class DPOTrainer(Trainer):
                 return
 
     def _make_reference(self, ref_model: Any, example: Batch | None) -> FrozenReference | AdapterOffReference | None:
-        datasets = self._datasets()
+        datasets = self.datasets()
         if datasets and all(name in dataset.column_names for dataset in datasets for name in REFERENCE):
             return None  # the data bring the reference's log-probabilities
         if ref_model is not None:
@@ -515,80 +409,23 @@ class DPOTrainer(Trainer):
             "pair_weights": pair_weights,
             "token_weights": self._token_weights(batch),
             "use_weighting": self.args.use_weighting,
+            # Summed over pairs the term counts once for each; here it counts as much as the batch does in its step.
+            "kl_coef": self.args.kl_coef * float(pair_weights.mean())
+            if self.args.kl_coef and len(pair_weights)
+            else 0.0,
             "statistics": tuple(name for name in self.args.statistics if name not in absent),
             "reduction": "sum",
         }
+        reference = self.reference if has_reference else None
         if self.loss_path == "linear":
-            return self._linear_loss(batch, options, has_reference)
-        return self._logits_loss(batch, options, has_reference)
+            options |= {"memory_budget": self.args.memory_budget, "grad_filter": self.args.grad_filter}
+            return loss_path.from_hidden(self.policy, reference, batch, options)
+        return loss_path.from_logits(self.policy, reference, batch, options)
 
     def _token_weights(self, batch: Batch) -> Tensor | None:
         if self.args.ld_alpha is None:
             return None
         return length_desensitized_weights(batch["labels"], self.args.ld_alpha, cu_seqlens=batch["cu_seqlens"])
-
-    def _linear_loss(self, batch: Batch, options: dict[str, Any], has_reference: bool) -> DPOOutput:
-        if has_reference:
-            head: Any = self.reference.split.head  # type: ignore[union-attr]
-            options["ref_hidden"] = self.reference.packed_hidden(batch)  # type: ignore[union-attr]
-            options["ref_weight"], options["ref_bias"] = head.weight, head.bias
-
-        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, DPOOutput]:
-            output = linear_dpo_loss(
-                hidden,
-                weight,
-                batch["labels"],
-                bias=bias,
-                logit_scale=self.policy.logit_scale,
-                logit_softcap=self.policy.logit_softcap,
-                memory_budget=self.args.memory_budget,
-                grad_filter=self.args.grad_filter,
-                **options,
-            )
-            return output.loss, output  # hooks around a module look for tensors among what it returns
-
-        return self.policy.through_head(loss, self.policy.packed_hidden(batch))[1]
-
-    def _logits_loss(self, batch: Batch, options: dict[str, Any], has_reference: bool) -> DPOOutput:
-        reference = self.reference.packed_logits(batch) if has_reference else None  # type: ignore[union-attr]
-        logits = self.policy.packed_logits(batch)
-        scale, softcap = self.policy.logit_scale, self.policy.logit_softcap
-        if reference is not None:
-            other = self.reference.split  # type: ignore[union-attr]
-            if (other.logit_scale, other.logit_softcap) != (scale, softcap):
-                # Two kinds of model: the kernels apply one scale and softcap to both, so apply each model's own here.
-                reference, logits = other.finish(reference), self.policy.finish(logits)
-                scale, softcap = 1.0, None
-        return dpo_loss(
-            logits,
-            batch["labels"],
-            ref_logits=reference,
-            logit_scale=scale,
-            logit_softcap=softcap,
-            inplace_backward=True,
-            **options,
-        )
-
-    def _choose_loss_path(self) -> str:
-        """ "linear" unless the settings or the models stand against it; what does is logged, or raised if it was asked."""
-        obstacle = self._obstacle_to_linear()
-        if self.args.loss_path == "linear" and obstacle:
-            raise ConfigError(f"loss_path: 'linear' is not possible here: {obstacle}")
-        if self.args.loss_path == "auto" and obstacle:
-            logger.info("loss path: logits, because %s", obstacle)
-        return "logits" if obstacle or self.args.loss_path == "logits" else "linear"
-
-    def _obstacle_to_linear(self) -> str | None:
-        if obstacle := self.policy.obstacle_to_linear:
-            return obstacle
-        if self.reference is None:
-            return None
-        other = self.reference.split
-        if obstacle := other.obstacle_to_linear:
-            return f"in the reference, {obstacle}"
-        if (other.logit_scale, other.logit_softcap) != (self.policy.logit_scale, self.policy.logit_softcap):
-            return "policy and reference scale or cap their logits differently"
-        return None
 
     def compute_loss(
         self,
@@ -745,7 +582,7 @@ class DPOTrainer(Trainer):
     def _ready(self, dataset: Any, name: str) -> Any:
         """Tokenised, and with a reference to compare with."""
         if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
-            dataset = self._tokenize(dataset, name, self.args, self.processing_class)
+            dataset = self.tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run
         needed = objectives.needs_reference(self._objectives)
         if needed and self.reference is None and any(column not in dataset.column_names for column in REFERENCE):
@@ -839,12 +676,6 @@ class DPOTrainer(Trainer):
                 cast(nn.Module, self._objectives[int(index)]).load_state_dict(values)
         if self.moving is not None and checkpoint is not None:
             self.moving.load(Path(checkpoint))
-
-
-def _looked_at(datasets: list[Any]) -> list[Any]:
-    """The datasets that there are; of a stream, its first pairs."""
-    found = [dataset for dataset in datasets if dataset is not None]
-    return [Dataset.from_list(data.sample) if isinstance(data, PreparedStream) else data for data in found]
 
 
 def _weights(batch: Batch) -> Tensor:

@@ -124,6 +124,7 @@ def test_nothing_moves(inspector: Callable[..., Inspector]) -> None:
         {"bf16": True},
         {"loss_type": "simpo"},
         {"loss_type": "tdpo2"},
+        {"kl_coef": 0.2},
         {"loss_type": "aot"},
         {"precompute_ref_log_probs": True},
         {"peft_config": LORA},

@@ -160,8 +160,10 @@ def test_bad_settings_are_explained(settings: dict[str, Any], said: str, tmp_pat
 
 
 @pytest.mark.parametrize("path", ["linear", "logits"])
-@pytest.mark.parametrize("settings", [{"ld_alpha": 0.25}, {"use_weighting": True}], ids=lambda found: next(iter(found)))
-def test_lengths_and_likelihoods_may_weigh(
+@pytest.mark.parametrize(
+    "settings", [{"ld_alpha": 0.25}, {"use_weighting": True}, {"kl_coef": 0.5}], ids=lambda found: next(iter(found))
+)
+def test_lengths_likelihoods_and_divergence_may_weigh(
     settings: dict[str, Any], path: str, make_trainer: Make, make_model: Any
 ) -> None:
     """Against the reference implementation on the whole logits, in float64."""
@@ -184,6 +186,7 @@ def test_lengths_and_likelihoods_may_weigh(
             cu_seqlens=batch["cu_seqlens"],
             token_weights=weights,
             use_weighting=settings.get("use_weighting", False),
+            kl_coef=settings.get("kl_coef", 0.0),
         )
     loss = trainer.compute_loss(trainer.model.train(), batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -191,8 +194,13 @@ def test_lengths_and_likelihoods_may_weigh(
     assert loss.item() != pytest.approx(plain.compute_loss(trainer.model, batch).item(), rel=1e-4)
 
 
-def test_length_weights_need_the_reference_in_the_step(make_trainer: Make) -> None:
-    with pytest.raises(ConfigError, match="ld_alpha: needs the reference model in every step"):
-        make_trainer(ld_alpha=0.5, precompute_ref_log_probs=True)
+def test_length_weights_and_divergence_need_the_reference_in_the_step(make_trainer: Make) -> None:
+    for settings in ({"ld_alpha": 0.5}, {"kl_coef": 0.5}):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))}: needs the reference model in every step"):
+            make_trainer(**settings, precompute_ref_log_probs=True)
+    with pytest.raises(ConfigError, match="kl_coef: needs a reference, and loss_type simpo has none"):
+        make_trainer(kl_coef=0.5, loss_type="simpo")
+    with pytest.raises(ConfigError, match="kl_coef: must not be negative, got -1"):
+        make_trainer(kl_coef=-1.0)
     with pytest.raises(ConfigError, match=r"ld_alpha: must lie in \[0, 1\], got 2"):
         make_trainer(ld_alpha=2.0)

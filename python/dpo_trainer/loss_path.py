@@ -1,0 +1,93 @@
+"""From a batch to its loss: by hidden states and LM head, a chunk of logits at a time, or by all logits at once."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from dpo_kernels import DPOOutput, dpo_loss, linear_dpo_loss
+
+from .errors import ConfigError
+from .model import Batch, SplitModel
+from .reference import AdapterOffReference, FrozenReference
+
+logger = logging.getLogger("dpo_trainer")
+
+Reference = FrozenReference | AdapterOffReference | None
+
+
+def choose(policy: SplitModel, reference: Reference, wanted: str) -> str:
+    """ "linear" or "logits": what is `wanted`, and for "auto" "linear" unless the models stand against it, which is logged.
+
+    Raises:
+        ConfigError: "linear" was asked for, and they do.
+    """
+    obstacle = _obstacle_to_linear(policy, reference)
+    if wanted == "linear" and obstacle:
+        raise ConfigError(f"loss_path: 'linear' is not possible here: {obstacle}")
+    if wanted == "auto" and obstacle:
+        logger.info("loss path: logits, because %s", obstacle)
+    return "logits" if obstacle or wanted == "logits" else "linear"
+
+
+def _obstacle_to_linear(policy: SplitModel, reference: Reference) -> str | None:
+    if obstacle := policy.obstacle_to_linear:
+        return obstacle
+    if reference is None:
+        return None
+    other = reference.split
+    if obstacle := other.obstacle_to_linear:
+        return f"in the reference, {obstacle}"
+    if (other.logit_scale, other.logit_softcap) != (policy.logit_scale, policy.logit_softcap):
+        return "policy and reference scale or cap their logits differently"
+    return None
+
+
+def from_hidden(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:
+    """`linear_dpo_loss` of a batch; `options` are its other keywords. The head is called as a module, for its hooks' sake."""
+    if reference is not None:
+        head: Any = reference.split.head
+        options = {
+            **options,
+            "ref_hidden": reference.packed_hidden(batch),
+            "ref_weight": head.weight,
+            "ref_bias": head.bias,
+        }
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, DPOOutput]:
+        output = linear_dpo_loss(
+            hidden,
+            weight,
+            batch["labels"],
+            bias=bias,
+            logit_scale=policy.logit_scale,
+            logit_softcap=policy.logit_softcap,
+            **options,
+        )
+        return output.loss, output  # hooks around a module look for tensors among what it returns
+
+    return policy.through_head(loss, policy.packed_hidden(batch))[1]
+
+
+def from_logits(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:
+    """`dpo_loss` of a batch, whose gradient takes the logits' memory; `options` are its other keywords."""
+    ref_logits = None if reference is None else reference.packed_logits(batch)
+    logits = policy.packed_logits(batch)
+    scale, softcap = policy.logit_scale, policy.logit_softcap
+    if reference is not None and ref_logits is not None:
+        other = reference.split
+        if (other.logit_scale, other.logit_softcap) != (scale, softcap):
+            # Two kinds of model: the kernels apply one scale and softcap to both, so apply each model's own here.
+            ref_logits, logits = other.finish(ref_logits), policy.finish(logits)
+            scale, softcap = 1.0, None
+    return dpo_loss(
+        logits,
+        batch["labels"],
+        ref_logits=ref_logits,
+        logit_scale=scale,
+        logit_softcap=softcap,
+        inplace_backward=True,
+        **options,
+    )

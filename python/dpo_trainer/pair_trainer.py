@@ -1,0 +1,143 @@
+"""`transformers.Trainer` over preference pairs: tokenised datasets and streams, and which process gets which batches."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any, cast
+
+from accelerate.data_loader import DataLoaderShard
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import seed_worker
+
+from .batches import Batching, PairBatchSampler, PairStream
+from .config import DPOConfig
+from .errors import ConfigError, DataError
+from .prepare import Account, Preparation, PreparedStream, is_stream, prepare_dataset
+
+logger = logging.getLogger("dpo_trainer")
+
+
+class PairTrainer(Trainer):
+    """The data's side of `DPOTrainer`; it knows no loss.
+
+    Attributes:
+        accounts: of every dataset, what was read and what was left out.
+    """
+
+    args: DPOConfig
+    accounts: list[Account]
+
+    def tokenize(self, dataset: Any, name: str, args: DPOConfig, tokenizer: Any) -> Any:
+        preparation = Preparation(
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            append_eos=args.append_eos,
+            filters=tuple(args.filters),
+            min_weight=args.min_weight,
+            num_proc=args.dataset_num_proc,
+        )
+        if is_stream(dataset):
+            self._check_streamable(name, args)
+            stream = PreparedStream(dataset, tokenizer, preparation, name=name)
+            self.accounts.append(stream.account)
+            return stream
+        dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
+        self.accounts.append(account)
+        if account.dropped:
+            logger.warning(account.describe())
+        return dataset
+
+    @staticmethod
+    def _check_streamable(name: str, args: DPOConfig) -> None:
+        if name != "train_dataset":
+            raise DataError(
+                f"{name}: is a stream, but evaluations need the same rows every time; pass a datasets.Dataset, for instance "
+                "Dataset.from_list(list(stream.take(500)))"
+            )
+        if args.max_steps <= 0:
+            raise ConfigError("max_steps: must be given with a stream of pairs, which does not tell its length")
+        if args.precompute_ref_log_probs:
+            raise ConfigError("precompute_ref_log_probs: needs all pairs before training; not possible with a stream")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of `PairBatchSampler`, which divides them among processes itself."""
+        args, dataset = self.args, cast(Any, self.train_dataset)
+        if dataset is None:
+            raise DataError("train_dataset: none given, nothing to train on")
+        if isinstance(dataset, PreparedStream):
+            stream = PairStream(dataset.rows, self._batching(), process_index=self._data_index)
+            return self._loader(stream, batch_size=None, num_workers=min(args.dataloader_num_workers, 1))
+        sampler = PairBatchSampler(
+            dataset["length"],
+            self._batching(),
+            process_index=self._data_index,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self._loader(dataset, batch_sampler=sampler)
+
+    def _batching(self) -> Batching:
+        args = self.args
+        return Batching(
+            pairs=self._train_batch_size,
+            max_tokens=args.max_tokens,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            strategy=args.train_sampling_strategy,
+            accumulation=args.gradient_accumulation_steps,
+            num_processes=self.accelerator.num_processes // self.get_tp_size(),
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+
+    @property
+    def _data_index(self) -> int:
+        """Whose share of the pairs is this process's: tensor-parallel neighbours work on the same ones."""
+        return self.accelerator.process_index // self.get_tp_size()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As transformers makes it; on several processes divided such that no pair is evaluated twice."""
+        if self.accelerator.num_processes == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        everything = cast(Any, self.eval_dataset)
+        dataset = everything if eval_dataset is None else eval_dataset
+        return self._divided_in_order(everything[dataset] if isinstance(dataset, str) else dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        if self.accelerator.num_processes == 1:
+            return super().get_test_dataloader(test_dataset)
+        return self._divided_in_order(test_dataset)
+
+    def _divided_in_order(self, dataset: Any) -> DataLoader:
+        processes = self.accelerator.num_processes
+        batching = Batching(self.args.per_device_eval_batch_size, strategy="sequential", num_processes=processes)
+        sampler = PairBatchSampler(dataset["length"], batching, process_index=self.accelerator.process_index)
+        return self._loader(dataset, batch_sampler=sampler)
+
+    def _loader(self, dataset: Any, **batches: Any) -> DataLoader:
+        args = self.args
+        batches.setdefault("num_workers", args.dataloader_num_workers)
+        return DataLoaderShard(
+            dataset,
+            device=self.accelerator.device,
+            collate_fn=self.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            _non_blocking=self.accelerator.non_blocking,
+            **batches,
+        )
+
+    def datasets(self) -> list[Any]:
+        """All datasets that there are; of a stream, its first pairs."""
+        evals = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return looked_at([self.train_dataset, *evals])
+
+
+def looked_at(datasets: list[Any]) -> list[Any]:
+    """The datasets that there are; of a stream, its first pairs."""
+    found = [dataset for dataset in datasets if dataset is not None]
+    return [Dataset.from_list(data.sample) if isinstance(data, PreparedStream) else data for data in found]
