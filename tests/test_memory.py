@@ -1,5 +1,8 @@
 """Large fresh tensors ask for large pages; small ones, and backends without the CPU library, are torch's own."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,19 @@ def test_small_ones_are_plain(size, monkeypatch):
 
     monkeypatch.setattr(torch.ops.dpo_kernels_cpu, "prefer_huge_pages", refuse, raising=False)
     assert fresh((size,), torch.uint8, "cpu").nbytes == size
+
+
+@pytest.mark.skipif(not THP.exists(), reason="no transparent huge pages here: not Linux, or built without them")
+@pytest.mark.parametrize(("setting", "large"), [(None, True), ("0", False)])
+def test_the_trainers_tensors_ask_for_large_pages_unless_told_not_to(setting, large):
+    """In a process of its own: torch reads the setting once."""
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import dpo_trainer, torch; from test_memory import flags_at; "
+        "x = torch.empty(1 << 25); print('hg' in flags_at(x.data_ptr() + x.nbytes // 2))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    if setting is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = setting
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == str(large), done.stderr

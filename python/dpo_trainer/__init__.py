@@ -1,5 +1,11 @@
 """A thin trainer for Direct Preference Optimization: `transformers.Trainer` with the fused loss of `dpo_kernels`."""
 
+import os
+
+# Read by torch when it first allocates: large tensors on a CPU then get 2 MB pages, since a step maps gigabytes anew and pays
+# for every page of it. Set it to 0 to keep small ones.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 from .collator import PairCollator
 from .config import DPOConfig
 from .data import load_pairs
