@@ -1,6 +1,6 @@
 """The main job: make SmolLM2-135M-Instruct write more cheerfully, and measure it on prompts it was not trained on.
 
-    python examples/sentiment/run.py           # about six minutes on two CPU cores
+    python examples/sentiment/run.py           # about four minutes on two CPU cores
     python examples/sentiment/run.py --flip    # the control: labels that say nothing
 
 Leaves the aligned model, report.html, metrics.jsonl and summary.json in runs/sentiment; the control leaves the
