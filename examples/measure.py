@@ -1,14 +1,15 @@
-"""What the examples share around a training run: label flips, standard errors, machine facts, table, files."""
+"""What the examples share around a training run: the control, standard errors, machine facts, table, files."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
 import platform
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -34,10 +35,12 @@ FIGURES = (
     ("training pairs", "training_pairs", "d"),
     ("held-out pairs", "held_out_pairs", "d"),
     ("share of pairs whose right answer is the longer one", "right_answer_longer", ".0%"),
-    ("seconds of training", "training_seconds", ".0f"),
-    ("seconds in all", "seconds", ".0f"),
+    ("seconds of training, a run", "training_seconds", ".0f"),
+    ("seconds in all, a run", "seconds", ".0f"),
     ("tokens per second", "tokens_per_second", ",.0f"),
 )
+# Trainings of the control: few enough to wait for, and an error over fewer says little.
+SEEDS = 5
 RESULTS_START, RESULTS_END = "<!-- results.json -->", "<!-- end of results.json -->"
 
 
@@ -98,6 +101,31 @@ def held_out_figures(rewards: np.ndarray, clusters: Sequence[Hashable]) -> dict[
     }
 
 
+def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summaries of runs that differ in their seed as one: means, with the standard error over the runs.
+
+    What training happens to push one held-out pair by, it pushes all of them by. An error over the pairs of one run does
+    not contain that, the spread between runs does. Of one run there is no spread: it keeps its own error.
+
+    Returns:
+        The first run's summary, with means in place of the figures, `seeds` in place of `seed`, and every run's own figures
+        under `runs`.
+    """
+    summary = {key: value for key, value in runs[0].items() if key not in ("seed", "training")}
+    figures = [key for key, value in summary.items() if isinstance(value, float)]
+    for key in figures:
+        if len(runs) > 1 and not key.endswith("_error"):
+            mean, error = mean_and_error([run[key] for run in runs])
+            summary |= {key: mean, f"{key}_error": error} if f"{key}_error" in summary else {key: mean}
+    own = [{key: run[key] for key in ("seed", *figures)} for run in runs]
+    return rounded({**summary, "seeds": [run["seed"] for run in runs], "runs": own})
+
+
+def learnt_nothing(control: Mapping[str, Any]) -> bool:
+    """Whether the control's held-out accuracy is 50 % within two standard errors."""
+    return abs(control["held_out_accuracy"] - 0.5) <= 2 * control["held_out_accuracy_error"]
+
+
 class Rewards:
     """A `compute_metrics` for the trainer that keeps every pair's rewards, for standard errors to be computed from."""
 
@@ -119,14 +147,33 @@ def read_options(description: str, *, steps: int, learning_rate: float, folder: 
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="at its peak (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs' order, samples and flips (%(default)s)")
     parser.add_argument("--flip", action="store_true", help="the control: swap the sides of half the training pairs")
+    parser.add_argument("--seeds", type=int, help=f"trainings of the control, from --seed upwards ({SEEDS})")
     parser.add_argument("--output-dir", type=Path, help=f"default: {folder}, with --flip {folder}-control")
     parser.add_argument("--save-results", action="store_true", help="also write results.json, which the docs quote")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps: must be at least 1, got {options.steps}")
+    if options.seeds is not None and not options.flip:
+        parser.error("--seeds: repeats the control; give --flip too")
+    options.seeds = SEEDS if options.seeds is None else options.seeds
+    if options.seeds < 1:
+        parser.error(f"--seeds: must be at least 1, got {options.seeds}")
     if options.output_dir is None:
         options.output_dir = Path(f"{folder}-control") if options.flip else folder
     return options
+
+
+def run_control(run: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Run the control once a seed, each in a folder of its own in `output_dir`; what `over_seeds` makes of their summaries."""
+    runs = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        print(f"control, seed {seed} ({len(runs) + 1} of {options.seeds})", flush=True)
+        folder = options.output_dir / f"seed-{seed}"
+        runs.append(run(argparse.Namespace(**{**vars(options), "seed": seed, "output_dir": folder})))
+        gc.collect()  # a trainer holds itself; the next one's models shall not stand beside its
+    summary = over_seeds(runs)
+    write_json(options.output_dir / "summary.json", summary)
+    return summary
 
 
 def keep_quiet() -> None:
@@ -173,6 +220,8 @@ def rounded(values: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [clean(item) for item in value]
         if isinstance(value, float):
             return round(value, digits) if math.isfinite(value) else None
         return value
@@ -219,9 +268,24 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(
             f"{name}: {run['date']}, {machine['threads']} threads on {machine['cores']} cores of {machine['cpu']} "
             f"({machine['instructions']}), torch {versions['torch']}, transformers {versions['transformers']}, "
-            f"seed {run['seed']}.  "
+            f"{_seeds(run)}.  "
         )
     return "\n".join(lines)
+
+
+def _seeds(run: Mapping[str, Any]) -> str:
+    """Which seeds a result is of, and what its ± is over; of several, also what each came to."""
+    runs = run.get("runs", [run])
+    if len(runs) == 1:
+        return f"seed {runs[0]['seed']}, ± over prompts"
+    accuracies = ", ".join(f"{one['held_out_accuracy']:.1%} ({one['seed']})" for one in runs)
+    return f"means of {len(runs)} seeds, ± over seeds; held-out accuracy (seed): {accuracies}"
+
+
+def control_note(summary: Mapping[str, Any]) -> str:
+    """What the control's figures say, in a line for the terminal."""
+    verdict = "is" if learnt_nothing(summary) else "is NOT"
+    return f"{_seeds(summary)}. Accuracy {verdict} 50 % within two standard errors."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

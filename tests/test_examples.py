@@ -171,6 +171,45 @@ def test_results_are_kept_apart_by_name_and_shown_in_the_readme(tmp_path):
     assert shown.endswith("last line\n")
 
 
+def a_run(seed, accuracy):
+    """A summary such as run() returns."""
+    return {
+        "held_out_accuracy": accuracy,
+        "held_out_accuracy_error": 0.03,
+        "seconds": 100.0 + seed,
+        "steps": 60,
+        "seed": seed,
+        "labels_flipped": True,
+    }
+
+
+def test_a_control_is_the_mean_over_its_seeds_with_the_error_over_seeds():
+    accuracies = [0.345, 0.541, 0.6, 0.48]
+    control = measure.over_seeds([a_run(seed, accuracy) for seed, accuracy in enumerate(accuracies)])
+    assert control["held_out_accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-4)
+    assert control["held_out_accuracy_error"] == pytest.approx(np.std(accuracies, ddof=1) / 2, abs=1e-4)
+    assert control["seconds"] == 101.5
+    assert "seconds_error" not in control
+    assert control["seeds"] == [0, 1, 2, 3]
+    assert control["steps"] == 60
+    assert [run["held_out_accuracy"] for run in control["runs"]] == accuracies
+    assert [run["held_out_accuracy_error"] for run in control["runs"]] == [0.03] * 4
+    assert measure.learnt_nothing(control)
+
+
+def test_a_control_of_one_seed_keeps_its_own_error():
+    control = measure.over_seeds([a_run(3, 0.345)])
+    assert (control["held_out_accuracy"], control["held_out_accuracy_error"]) == (0.345, 0.03)
+    assert control["seeds"] == [3]
+    assert not measure.learnt_nothing(control)
+
+
+@pytest.mark.parametrize("accuracies", [[0.6, 0.65, 0.58, 0.66, 0.61], [0.34, 0.4, 0.36, 0.42, 0.38]])
+def test_a_control_that_learns_is_found_out(accuracies):
+    control = measure.over_seeds([a_run(seed, accuracy) for seed, accuracy in enumerate(accuracies)])
+    assert not measure.learnt_nothing(control)
+
+
 RESULTS = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in EXAMPLES.glob("*/results.json")}
 
 
@@ -189,7 +228,12 @@ def test_in_the_committed_results_preferences_are_learnt_and_flipped_labels_teac
     assert not run["labels_flipped"]
     assert control["steps"] == run["steps"]
     assert control["learning_rate"] == run["learning_rate"]
-    assert abs(control["held_out_accuracy"] - 0.5) <= 2 * control["held_out_accuracy_error"]
+    assert measure.learnt_nothing(control)
+    assert [run["seed"] for run in control["runs"]] == control["seeds"]
+    if len(control["seeds"]) > 1:  # the figures are the runs', not another table's
+        accuracy, error = measure.mean_and_error([run["held_out_accuracy"] for run in control["runs"]])
+        assert control["held_out_accuracy"] == pytest.approx(accuracy, abs=2e-4)
+        assert control["held_out_accuracy_error"] == pytest.approx(error, abs=2e-4)
     assert run["held_out_accuracy"] - 2 * run["held_out_accuracy_error"] > 0.5
     assert run["held_out_loss"] + 2 * run["held_out_loss_error"] < math.log(2)
 
@@ -390,6 +434,48 @@ def test_the_sentiment_run_leaves_what_it_promises(tiny_folder, tmp_path, monkey
     shown = capsys.readouterr().out
     assert "held-out accuracy" in shown
     assert str(tmp_path / "report.html") in shown
+
+
+def test_the_control_runs_once_a_seed_and_saves_all_of_them(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "model_folder", lambda: tiny_folder)
+    monkeypatch.setattr(sentiment, "HERE", tmp_path)
+    for name, rows in SPLITS.items():
+        lines = [json.dumps(row) for row in rows[:: len(rows) // 20]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    page = f"{measure.RESULTS_START}\n{measure.RESULTS_END}\n"
+    (tmp_path / "README.md").write_text(page, encoding="utf-8")
+    folder = tmp_path / "control"
+    arguments = ["--flip", "--seed", "4", "--seeds", "2", "--steps", "2", "--learning-rate", "3e-3", "--save-results"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--output-dir", str(folder)])
+    sentiment.main()
+    control = json.loads((tmp_path / "results.json").read_text())["control"]
+    assert control == json.loads((folder / "summary.json").read_text())
+    assert control.keys() >= PROMISED
+    assert control["seeds"] == [4, 5]
+    assert control["labels_flipped"]
+    assert control["held_out_loss"] == pytest.approx(
+        np.mean([run["held_out_loss"] for run in control["runs"]]), abs=1e-4
+    )
+    assert len({run["held_out_loss"] for run in control["runs"]}) == 2  # the seed reaches the run
+    for seed in control["seeds"]:
+        left = {path.name for path in (folder / f"seed-{seed}").iterdir()}
+        assert {"report.html", "metrics.jsonl", "summary.json"} <= left
+        assert "model.safetensors" not in left
+    table = measure.results_table({"control": control})
+    assert table in (tmp_path / "README.md").read_text()
+    assert "means of 2 seeds, ± over seeds" in table
+    assert "means of 2 seeds, ± over seeds" in capsys.readouterr().out
+
+
+def test_several_seeds_are_the_controls_alone(monkeypatch):
+    defaults = {"steps": 3, "learning_rate": 1e-5, "folder": Path("runs/x")}
+    for arguments, expected in ((["--flip"], measure.SEEDS), (["--flip", "--seeds", "2"], 2)):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        assert measure.read_options("", **defaults).seeds == expected
+    for arguments in (["--seeds", "2"], ["--flip", "--seeds", "0"]):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        with pytest.raises(SystemExit):
+            measure.read_options("", **defaults)
 
 
 def test_the_control_goes_into_a_folder_of_its_own(monkeypatch):

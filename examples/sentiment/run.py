@@ -1,10 +1,10 @@
 """The main job: make SmolLM2-135M-Instruct write more cheerfully, and measure it on prompts it was not trained on.
 
     python examples/sentiment/run.py           # about four minutes on two CPU cores
-    python examples/sentiment/run.py --flip    # the control: labels that say nothing
+    python examples/sentiment/run.py --flip    # the control: labels that say nothing, with five seeds in turn
 
 Leaves the aligned model, report.html, metrics.jsonl and summary.json in runs/sentiment; the control leaves the
-same, but no model, in runs/sentiment-control.
+same, but no model, in a folder a seed in runs/sentiment-control, and beside them a summary.json of all.
 """
 
 from __future__ import annotations
@@ -106,12 +106,9 @@ def divergence(trainer: DPOTrainer, tokenizer: Any, prompts: list[str], samples:
     return found
 
 
-def main() -> None:
-    options = measure.read_options(
-        __doc__.splitlines()[0], steps=STEPS, learning_rate=LEARNING_RATE, folder=Path("runs/sentiment")
-    )
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Sample, train, measure, sample again; returns the figures, which summary.json holds too."""
     folder = options.output_dir
-    measure.keep_quiet()
     started = time.perf_counter()
 
     model_folder = smollm2.model_folder()
@@ -182,20 +179,23 @@ def main() -> None:
         }
     )
     measure.write_json(folder / "summary.json", {**summary, "training": training})
-    if options.save_results:
-        measure.save_result(HERE / "results.json", "control" if options.flip else "demo", summary)
-    show(summary, prompts, texts_before, texts_after)
-    print(f"report  {folder / 'report.html'}")
+    show_samples(prompts, texts_before, texts_after)
+    print(f"report  {folder / 'report.html'}\n")
+    return summary
 
 
-def show(summary: dict[str, Any], prompts: list[str], before: list[str], after: list[str]) -> None:
-    """Print a few continuations and the table."""
+def show_samples(prompts: list[str], before: list[str], after: list[str]) -> None:
+    """Print a few continuations."""
     print()
     for index in range(0, len(prompts), len(prompts) // 3):
         row = index * SAMPLES_PER_PROMPT
         print(f"{prompts[index]}")
         print(f"  before: ...{' '.join(before[row].split())}")
         print(f"  after:  ...{' '.join(after[row].split())}")
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the table."""
 
     def both(name: str, form: str) -> str:
         return f"{summary[name]:{form}} ± {summary[name + '_error']:{form.lstrip('+')}}"
@@ -214,11 +214,26 @@ def show(summary: dict[str, Any], prompts: list[str], before: list[str], after: 
         ("tokens per second", "", f"{summary['tokens_per_second']:,.0f}"),
     ]
     title = "control, labels flipped" if summary["labels_flipped"] else "sentiment"
-    print("\n" + measure.table((title, "before", "after"), rows))
+    print(measure.table((title, "before", "after"), rows))
     print(
         f"{summary['held_out_pairs']} pairs and {summary['fresh_samples']} fresh samples on "
-        f"{summary['held_out_prompts']} prompts that training never saw. ± is the standard error, clustered by prompt."
+        f"{summary['held_out_prompts']} prompts that training never saw."
     )
+    if summary["labels_flipped"]:
+        print(measure.control_note(summary))
+    else:
+        print("± is the standard error, clustered by prompt.")
+
+
+def main() -> None:
+    options = measure.read_options(
+        __doc__.splitlines()[0], steps=STEPS, learning_rate=LEARNING_RATE, folder=Path("runs/sentiment")
+    )
+    measure.keep_quiet()
+    summary = measure.run_control(run, options) if options.flip else run(options)
+    if options.save_results:
+        measure.save_result(HERE / "results.json", "control" if options.flip else "demo", summary)
+    show(summary)
 
 
 if __name__ == "__main__":
