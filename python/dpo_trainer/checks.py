@@ -32,11 +32,6 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("save_steps", "eval_steps"), _POSITIVE),
     "dataloader_num_workers": _NOT_NEGATIVE,
 }
-#: Figures of an evaluation that are always there, for metric_for_best_model.
-FIGURES = (
-    *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-    *("logps/chosen", "logps/rejected", "kl", "entropy", "mean_token_accuracy"),
-)
 
 
 def check_ranges(config: DPOConfig) -> None:
@@ -52,9 +47,6 @@ def check_ranges(config: DPOConfig) -> None:
     for pair in (config.optim_args or "").replace(" ", "").split(","):
         if pair and not pair.partition("=")[2]:
             raise ConfigError(f"optim_args: expected name=value, separated by commas, got '{config.optim_args}'")
-    metric = (config.metric_for_best_model or FIGURES[0]).removeprefix("eval_")
-    if config.load_best_model_at_end and (hint := did_you_mean(metric, FIGURES)) and metric not in FIGURES:
-        raise ConfigError(f"metric_for_best_model: unknown '{metric}'{hint}; known are {', '.join(FIGURES)}")
 
 
 def check_fit(
@@ -87,6 +79,19 @@ def check_fit(
                     f"({tokenizer.decode([greatest])!r}): model and tokenizer do not belong together"
                 )
     _check_positions(model, max(max(dataset["length"]) for dataset in datasets))
+
+
+def check_best_metric(config: DPOConfig, names: Sequence[str]) -> None:
+    """Raise ConfigError for a metric_for_best_model that evaluations lack; the first of them would end the run.
+
+    Args:
+        names: what the run's evaluations log, without the prefix "eval_".
+    """
+    metric = (config.metric_for_best_model or "").removeprefix("eval_")
+    if metric and config.eval_strategy != "no" and metric not in names:
+        raise ConfigError(
+            f"metric_for_best_model: unknown '{metric}'{did_you_mean(metric, names)}; known are {', '.join(names)}"
+        )
 
 
 def _check_positions(model: Any, longest: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +116,23 @@ class MetricWindow:
         """Go on from what `state_dict` returned."""
         self._outputs = [DPOOutput(**fields) for fields in state["outputs"]]
         self._weights, self._tokens = list(state["weights"]), list(state["tokens"])
+
+
+def names(statistics: Iterable[str], *, reference: bool) -> list[str]:
+    """What `MetricWindow.drain` will call its means, tokens aside: asked of it with a pair of ones.
+
+    Args:
+        statistics: those that the outputs have.
+        reference: whether they have a reference's log-probabilities.
+    """
+    fields: dict[str, Any] = {name: torch.ones(1) for name in _PER_PAIR} | {
+        name: torch.ones(2) for name in ("token_counts", *statistics)
+    }
+    if not reference:
+        fields |= {name: torch.zeros(1) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    window = MetricWindow()
+    window.add(DPOOutput(loss=torch.ones(()), **fields), torch.ones(1), torch.ones(()))
+    return [name for name in window.drain() if name != "tokens"]
 
 
 def _log_ratios(everything: DPOOutput) -> dict[str, float]:

@@ -149,6 +149,11 @@ class Samples(TrainerCallback):
             known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]
             self.initial[prefix] = [r["prompt"] for r in known], [r["reference"] for r in known]
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What `evaluate` may return."""
+        return ("score", "win_rate", "win_rate_se") if self.scorer is not None else ()
+
     def _evaluations(self) -> dict[str, Any]:
         dataset = self.trainer.eval_dataset
         named = dataset if isinstance(dataset, dict) else {"": dataset}

@@ -25,7 +25,7 @@ from dpo_kernels import DPOOutput, length_desensitized_weights, objectives, use_
 from . import loss_path, report
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .checkpoints import load_state, save_state, written_aside
-from .checks import check_fit
+from .checks import check_best_metric, check_fit
 from .collator import PairCollator
 from .config import DPOConfig
 from .data import REFERENCE
@@ -33,6 +33,7 @@ from .diagnostics import Diagnostics
 from .errors import ConfigError, DataError, ModelError, first_line
 from .evaluated import EvaluatedPairs, look_at
 from .metrics import TINY, MetricWindow, memory_mib
+from .metrics import names as metric_names
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .model_card import write_card
 from .moving_reference import MovingReference
@@ -43,6 +44,9 @@ from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_
 from .samples import Samples, Scorer, load_scorer
 
 logger = logging.getLogger("dpo_trainer")
+
+#: What transformers adds to an evaluation.
+SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 class DPOTrainer(PairTrainer):
@@ -199,6 +203,8 @@ class DPOTrainer(PairTrainer):
         if args.kl_coef > 0 and self.reference is None:
             raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
         self.samples = self._make_samples(scorer)
+        if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
+            check_best_metric(args, self._evaluation_names())
         if args.precompute_ref_log_probs:
             self._precompute_all()
         self._add_callbacks()
@@ -396,9 +402,6 @@ class DPOTrainer(PairTrainer):
         their memory is reused for their gradient.
         """
         has_reference = "ref_logps" not in batch and self.reference is not None
-        absent = {"kl"} if not has_reference else set()
-        if self.loss_path == "logits":
-            absent.add("grad_dropped_mass")  # nothing is left out
         options: dict[str, Any] = {
             "ref_logps": batch.get("ref_logps"),
             "beta": self.args.beta,
@@ -413,7 +416,7 @@ class DPOTrainer(PairTrainer):
             "kl_coef": self.args.kl_coef * float(pair_weights.mean())
             if self.args.kl_coef and len(pair_weights)
             else 0.0,
-            "statistics": tuple(name for name in self.args.statistics if name not in absent),
+            "statistics": self._statistics(has_reference),
             "reduction": "sum",
         }
         reference = self.reference if has_reference else None
@@ -421,6 +424,13 @@ class DPOTrainer(PairTrainer):
             options |= {"memory_budget": self.args.memory_budget, "grad_filter": self.args.grad_filter}
             return loss_path.from_hidden(self.policy, reference, batch, options)
         return loss_path.from_logits(self.policy, reference, batch, options)
+
+    def _statistics(self, has_reference: bool) -> tuple[str, ...]:
+        """The statistics asked for that a batch can have."""
+        absent = {"kl"} if not has_reference else set()
+        if self.loss_path == "logits":
+            absent.add("grad_dropped_mass")  # nothing is left out
+        return tuple(name for name in self.args.statistics if name not in absent)
 
     def _token_weights(self, batch: Batch) -> Tensor | None:
         if self.args.ld_alpha is None:
@@ -552,6 +562,20 @@ class DPOTrainer(PairTrainer):
             return super()._determine_best_metric(*args, **kwargs)
         except KeyError as error:
             raise ConfigError(f"metric_for_best_model: {error.args[0]}") from error
+
+    def _evaluation_names(self) -> list[str]:
+        """What this run's evaluations log, without the prefix "eval_"."""
+        found = []
+        named: Any = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for key, dataset in named.items():
+            given = self.args.precompute_ref_log_probs or all(name in dataset.column_names for name in REFERENCE)
+            own = metric_names(
+                self._statistics(self.reference is not None and not given),
+                reference=given or self.reference is not None,
+            )
+            own += [*(self.samples.metric_names if self.samples is not None else ()), *SPEEDS]
+            found += [f"{key}_{name}" if key else name for name in own]
+        return found
 
     # --- the run ---------------------------------------------------------------------------------------------------
 

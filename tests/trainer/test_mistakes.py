@@ -230,7 +230,19 @@ MISTAKES = [
     ("--save_strategy best", "metric_for_best_model"),
     (
         "--eval_data train.jsonl --save_steps 4 --load_best_model_at_end --metric_for_best_model los",
-        "(did you mean 'loss'?)",
+        "metric_for_best_model: unknown 'los' (did you mean 'loss'?); known are loss, rewards/chosen, ",
+    ),
+    (
+        "--eval_data train.jsonl --eval_strategy steps --eval_steps 4 --metric_for_best_model eval_f1",
+        "metric_for_best_model: unknown 'f1'; known are loss, ",
+    ),
+    (
+        "--eval_data train.jsonl --eval_strategy epoch --precompute_ref_log_probs --metric_for_best_model kl",
+        "metric_for_best_model: unknown 'kl'; known are loss, ",
+    ),
+    (
+        "--eval_data train.jsonl --save_strategy best --eval_strategy steps --metric_for_best_model win_rate",
+        "metric_for_best_model: unknown 'win_rate'; known are loss, ",
     ),
     ("--lora.r 0", "`r` should be a positive integer value but the value passed is 0"),
     ("--backend cuda", "backend: 'cuda' cannot be used: "),

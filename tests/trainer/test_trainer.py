@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelError, report
 
-from .tiny import MODELS
+from .tiny import MODELS, build_pairs
 
 Make = Callable[..., DPOTrainer]
 LOG2 = 0.6931472
@@ -320,6 +320,50 @@ def test_predict_returns_rewards_in_order(make_trainer: Make, make_model: Any, p
     margins = result.predictions[:, 0] - result.predictions[:, 1]
     assert result.metrics["test_rewards/margins"] == pytest.approx(margins.mean(), rel=1e-5)
     assert trainer.predict(rows[5:6]).predictions[0] == pytest.approx(result.predictions[5], rel=1e-5)
+
+
+ALL_STATISTICS = ["entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"statistics": []},
+        {"statistics": ALL_STATISTICS, "loss_path": "linear"},
+        {"statistics": ALL_STATISTICS, "loss_path": "logits"},
+        {"precompute_ref_log_probs": True},
+        {"loss_type": "simpo"},
+        {"sample_prompts": 2, "sample_max_new_tokens": 2, "scorer": lambda prompts, answers: [0.0] * len(answers)},
+        {"eval_dataset": {"one": build_pairs(4), "two": build_pairs(4, seed=2)}},
+        {"eval_dataset": [{**row, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0} for row in build_pairs(4)]},
+    ],
+    ids=lambda settings: ",".join(settings) or "default",
+)
+def test_what_an_evaluation_will_log_is_known_before_the_first(settings: dict[str, Any], make_trainer: Make) -> None:
+    """So that a metric_for_best_model that is not among it is refused at the start."""
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = make_trainer(**{"eval_dataset": build_pairs(4, seed=1), **schedule, **settings})
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("eval_")}
+    assert {f"eval_{name}" for name in trainer._evaluation_names()} == logged
+
+
+def test_metrics_of_ones_own_can_choose_the_best_model(make_trainer: Make, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        eval_dataset=build_pairs(4, seed=1),
+        compute_metrics=lambda prediction: {"mine": 1.0},
+        metric_for_best_model="mine",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        max_steps=1,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == 1.0
 
 
 def test_several_evaluation_sets_keep_their_names(make_trainer: Make, pairs: Any) -> None:
