@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .data import REFERENCE
 from .errors import ConfigError, did_you_mean
 from .records import EVENTS, append_record, keep_records, read_records
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from .trainer import DPOTrainer
 
 logger = logging.getLogger("dpo_trainer")
+
+SIDES = ("chosen", "rejected")
+#: Margins from which a 95th percentile is taken at the least.
+FEWEST = 16
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,8 @@ class Limits:
     """The thresholds. Given as None, a threshold becomes the infinity that is never passed, which turns its check off."""
 
     windows: float = _limit(5, "logged records that count as recent")
-    probe_pairs: float = _limit(32, "training pairs looked at before the first step")
+    probe_pairs: float = _limit(32, "training pairs that the reference is asked about before the first step, or ...")
+    probe_tokens: float = _limit(2048, "... 16 to so many that have this many tokens")
     stuck_steps: float = _limit(20, "steps after the warm-up before the loss may be called stuck, and at least ...")
     stuck_share: float = _limit(0.1, "... this share of the run")
     stuck_tolerance: float = _limit(0.015, "stuck: less than this share of the first loss below it")
@@ -257,7 +263,7 @@ def _before_training(run: Run) -> Iterator[Found]:
                 "uneven_preferences",
                 f"the weights are so uneven that {len(facts.weights)} pairs count like {effective:.0f}",
             )
-    if len(facts.margins) >= 16:
+    if len(facts.margins) >= FEWEST:
         sizes = sorted(map(abs, facts.margins))
         middle, high = statistics.median(sizes), sizes[math.ceil(0.95 * len(sizes)) - 1]
         if high > limits.margin_spread * middle:
@@ -393,51 +399,32 @@ CHECKS: tuple[Callable[[Run], Iterator[Found]], ...] = (
 )
 
 
-@torch.no_grad()
-def examine(trainer: DPOTrainer, probe_pairs: int) -> Facts:
+def examine(trainer: DPOTrainer, limits: Limits) -> Facts:
     """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
     dataset: Any = trainer.train_dataset
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names") or not len(dataset):
         return Facts()  # a stream: nothing is known before it flows
-    count = len(dataset)
-    looked_at = [index * count // min(count, 2048) for index in range(min(count, 2048))]
-    sample = dataset.select(looked_at)
-    lengths = [statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in ("chosen", "rejected")]
+    sample = dataset.select(spread(len(dataset), 2048))
+    lengths = [statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in SIDES]
     weights = tuple(float(weight) for weight in dataset["weight"]) if "weight" in dataset.column_names else ()
-    rows = [dataset[index * count // min(count, probe_pairs)] for index in range(min(count, probe_pairs))]
-    size = trainer.args.per_device_eval_batch_size
-    outputs = []
-    objectives = [item for item in trainer._objectives if isinstance(item, torch.nn.Module)]
-    modules = [module for module in (trainer.policy.model, *objectives) if module.training]
-    for module in modules:
-        module.eval()  # a running mean of an objective must not move
-    try:
-        for start in range(0, len(rows), size):
-            batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))  # type: ignore[arg-type]
-            with torch.no_grad(), trainer._kernels():
-                pairs = (len(batch["cu_seqlens"]) - 1) // 2
-                outputs.append(trainer.pair_loss(batch, torch.ones(pairs, device=batch["cu_seqlens"].device)))
-    finally:
-        for module in modules:
-            module.train()
-    chosen, rejected = (
-        torch.cat([getattr(output, f"ref_{side}_logps") for output in outputs]).double().cpu()
-        for side in ("chosen", "rejected")
+    probe = dataset.select(probed(dataset["length"], limits))
+    if all(column in dataset.column_names for column in REFERENCE):
+        logps = tuple(probe[column] for column in REFERENCE)
+    else:
+        logps = trainer.reference_logps(probe, batch_size=trainer.args.per_device_eval_batch_size)
+    chosen, rejected = (torch.tensor(values, dtype=torch.float64) for values in logps)
+    unscored = torch.tensor([not ids for ids in probe["prompt_input_ids"]])  # first tokens, which follow nothing
+    chosen_counts, rejected_counts = (
+        (torch.tensor([len(ids) for ids in probe[f"{side}_input_ids"]]) - unscored.long()).clamp(min=1)
+        for side in SIDES
     )
-    if not chosen.any():  # an objective without a reference: the model as it starts stands for it
-        chosen, rejected = (
-            torch.cat([getattr(output, f"{side}_logps") for output in outputs]).double().cpu()
-            for side in ("chosen", "rejected")
-        )
-    halves = [output.token_counts.cpu().double().chunk(2) for output in outputs]
-    chosen_counts, rejected_counts = (torch.cat([half[side] for half in halves]).clamp(min=1) for side in (0, 1))
     known = chosen.isfinite() & rejected.isfinite()
     chosen, rejected, chosen_counts, rejected_counts = (
         values[known] for values in (chosen, rejected, chosen_counts, rejected_counts)
     )
     lead = chosen / chosen_counts - rejected / rejected_counts
     return Facts(
-        pairs=count,
+        pairs=len(dataset),
         chosen_length=lengths[0],
         rejected_length=lengths[1],
         weights=weights,
@@ -445,6 +432,24 @@ def examine(trainer: DPOTrainer, probe_pairs: int) -> Facts:
         accuracy=(lead.sign() / 2 + 0.5).mean().item(),  # a tie is half right
         margins=tuple((chosen - rejected).tolist()),
     )
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """So many places, or all, spread evenly over a dataset's rows."""
+    wanted = min(wanted, count)
+    return [index * count // wanted for index in range(wanted)]
+
+
+def probed(lengths: Sequence[int], limits: Limits) -> list[int]:
+    """The rows to ask the reference about: `probe_pairs`, or fewer where those have more than `probe_tokens` tokens.
+
+    Args:
+        lengths: tokens of every row's longer side, prompt included.
+    """
+    rows = spread(len(lengths), int(limits.probe_pairs))
+    tokens = 2 * sum(lengths[row] for row in rows)
+    fitting = max(int(min(limits.probe_tokens / max(tokens, 1), 1) * len(rows)), FEWEST)
+    return spread(len(lengths), min(fitting, len(rows)))
 
 
 class ChangedWeights:
@@ -521,7 +526,7 @@ class Diagnostics(TrainerCallback):
             self._take(record)
         if not state.global_step:
             # Every process looks, since a sharded model needs them all; the first one speaks.
-            self.run.facts = examine(self.trainer, int(self.run.limits.probe_pairs))
+            self.run.facts = examine(self.trainer, self.run.limits)
             self._tell(state, control, _before_training(self.run))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:

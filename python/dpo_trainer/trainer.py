@@ -311,38 +311,42 @@ class DPOTrainer(PairTrainer):
         """The dataset with the reference's log-probabilities as columns, computed unless it has them."""
         if all(column in dataset.column_names for column in REFERENCE):
             return dataset
+        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        if (cache := self.reference_cache(dataset)) is None:
+            columns = self.reference_logps(dataset, batch_size=batch_size)
+        else:
+            columns = cache.fill(
+                lambda rows: self.reference_logps(dataset.select(rows), batch_size=batch_size),
+                name=name,
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+                wait=self.accelerator.wait_for_everyone,
+            )
+        for column, values in zip(REFERENCE, columns, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def reference_logps(self, rows: Any, *, batch_size: int) -> tuple[list[float], list[float]]:
+        """Summed log-probabilities of tokenised rows' answers, chosen and rejected, under the reference.
+
+        Under the model as it stands where no reference is in memory.
+        """
         source = self.reference if self.reference is not None else self.policy
         split = source.split if isinstance(source, (FrozenReference, AdapterOffReference)) else source
-
-        def compute(rows: Any) -> tuple[list[float], list[float]]:
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        try:
             return reference_logps(
                 source,
                 split,
                 rows,
                 self.data_collator,  # type: ignore[arg-type]
-                batch_size=self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
+                batch_size=batch_size,
                 device=self.args.device,
                 context=self._kernels,
             )
-
-        was_training = self.model.training  # type: ignore[union-attr]
-        self.model.eval()  # type: ignore[union-attr]
-        try:
-            if (cache := self.reference_cache(dataset)) is None:
-                columns = compute(dataset)
-            else:
-                columns = cache.fill(
-                    lambda rows: compute(dataset.select(rows)),
-                    name=name,
-                    process_index=self.args.process_index,
-                    num_processes=self.args.world_size,
-                    wait=self.accelerator.wait_for_everyone,
-                )
         finally:
-            self.model.train(was_training)  # type: ignore[union-attr]
-        for column, values in zip(REFERENCE, columns, strict=True):
-            dataset = dataset.add_column(column, values)
-        return dataset
+            self.policy.model.train(was_training)
 
     def reference_cache(self, dataset: Any) -> ReferenceCache | None:
         """Where the reference's log-probabilities of a tokenised dataset lie; None if they are not kept."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
 from dpo_trainer.collator import PairCollator
-from dpo_trainer.diagnostics import DIAGNOSES, Limits, Run, _grad_spike, _kl_exploding, _overfitting
+from dpo_trainer.diagnostics import DIAGNOSES, Limits, Run, _grad_spike, _kl_exploding, _overfitting, examine, probed
 from dpo_trainer.records import read_records
 
 from .tiny import build_model, build_pairs, build_tokenizer
@@ -210,6 +211,50 @@ def test_a_loss_that_is_not_a_number(train: Any) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(float("nan"))
     assert set(train(model=model, max_steps=2)) == {"not_finite"}
+
+
+# --- the sample before the first step ----------------------------------------------------------------------------------
+
+
+def test_the_sample_is_as_large_as_its_tokens_allow_and_lies_evenly_over_the_rows() -> None:
+    limits = Limits(probe_pairs=32, probe_tokens=2048)
+    assert probed([32] * 320, limits) == list(range(0, 320, 10))  # 32 x 2 x 32 tokens: just as many
+    assert probed([40] * 100, limits) == [index * 100 // 25 for index in range(25)]
+    assert len(probed([2000] * 320, limits)) == 16  # enough for every check
+    assert probed([2000] * 9, limits) == list(range(9))
+    assert len(probed([2000] * 320, Limits(probe_pairs=4))) == 4
+    assert len(probed([2000] * 320, Limits.of({"probe_tokens": None}))) == 32
+
+
+@pytest.mark.parametrize("kind", ["copy", "another", "none", "precomputed", "adapter"])
+def test_the_sample_says_what_the_reference_says_and_runs_only_that(kind: str, make_trainer: Make) -> None:
+    reference = taught_model(("rejected",))
+    settings: dict[str, dict[str, Any]] = {
+        "copy": {"model": reference},
+        "another": {"ref_model": reference},
+        "none": {"model": reference, "loss_type": "simpo"},
+        "precomputed": {"model": reference, "precompute_ref_log_probs": True},
+        "adapter": {"model": reference, "peft_config": LoraConfig(r=2, target_modules=["q_proj"])},
+    }
+    trainer = make_trainer(train_dataset=build_pairs(20), **settings[kind])
+    ran: list[str] = []
+    trainer.policy.model.register_forward_pre_hook(lambda *_: ran.append("policy"))
+    trainer.policy.backbone.register_forward_pre_hook(lambda *_: ran.append("policy"))
+    facts = examine(trainer, Limits(probe_tokens=10**6))
+    assert bool(ran) == (kind in ("none", "adapter"))
+    model, sums = taught_model(("rejected",)), []
+    for row in trainer.train_dataset:
+        for side in SIDES:
+            ids = torch.tensor([row["prompt_input_ids"] + row[f"{side}_input_ids"]])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            sums.append((logps[len(row["prompt_input_ids"]) - 1 :].sum().item(), len(row[f"{side}_input_ids"])))
+    chosen, rejected = sums[::2], sums[1::2]
+    assert facts.pairs == 20
+    assert facts.margins == pytest.approx([a - b for (a, _), (b, _) in zip(chosen, rejected, strict=True)], abs=1e-4)
+    assert facts.chosen_per_token == pytest.approx(sum(a for a, _ in chosen) / sum(n for _, n in chosen), abs=1e-4)
+    wins = [a / m > b / n for (a, m), (b, n) in zip(chosen, rejected, strict=True)]
+    assert facts.accuracy == pytest.approx(sum(wins) / 20)
 
 
 # --- what happens then ---------------------------------------------------------------------------------------------

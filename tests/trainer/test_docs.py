@@ -31,7 +31,7 @@ def test_every_threshold_belongs_to_a_diagnosis_and_says_what_it_means() -> None
     names = {item.name for item in dataclasses.fields(Limits)}
     used = {limit for diagnosis in DIAGNOSES.values() for limit in diagnosis.limits}
     assert used <= names
-    assert names - used == {"windows", "probe_pairs"}, "which belong to all of them"
+    assert names - used == {"windows", "probe_pairs", "probe_tokens"}, "which belong to all of them"
     assert all(item.metadata["help"] for item in dataclasses.fields(Limits))
 
 
