@@ -17,6 +17,7 @@ from .report import SPREAD, TIME, Column, Result, counted
 #: (pairs, tokens of prompt + answer), by size; the prompt is this percentage of them.
 SIZES = {"small": (1, 32), "default": (1, 128), "full": (4, 256)}
 SHARES = (25, 50, 75)
+#: Both as the trainer takes them: shared rows are attended to by sequence.
 LAYOUTS = {"padded": "each side with its own prompt", "shared": "prompt once a pair"}
 #: Sharing alone, where prompts are half of the tokens.
 BAR = 1.2
@@ -53,6 +54,7 @@ def samples(
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     split = SplitModel(model.to(settings.device))
+    assert split.attend_by_sequence() is not None
     weights = [weight for weight in split.backbone.parameters() if weight.requires_grad]  # type: ignore[union-attr]
     pairs, length = SIZES[settings.sizes]
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +75,7 @@ def samples(
             }
             for _ in range(pairs)
         ]
-        batch = PairCollator(layout="prefix_shared" if layout == "shared" else layout)(rows)
+        batch = PairCollator(layout="prefix_shared" if layout == "shared" else layout, attention_cost=0.0)(rows)
         batch = {key: value.to(settings.device) for key, value in batch.items()}
 
         def step(batch: dict[str, torch.Tensor] = batch) -> Any:

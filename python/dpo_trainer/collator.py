@@ -23,6 +23,8 @@ class PairCollator:
       P..2P-1 prompt + rejected.
     * `segments`, `position_ids` [B, T] int64 in every other layout: which sequence and side a token belongs to, and its
       place in the text that it continues.
+    * `sequences` [S, 3] int64 where these stand in a single row: tokens of (prompt, chosen, rejected) of each, in order; a
+      side that stands apart counts as chosen.
     * `positions` [N] int64: where, in the flattened [B * T] tokens, the model predicts a completion token. Where a
       prompt is shared, its last token predicts the first token of both sides and is listed twice.
     * `labels` [N] int64: what it has to predict there, so the shift by one has been done here and nowhere else.
@@ -96,6 +98,10 @@ class PairCollator:
         }
         if any(len(row) > 1 or len(piece.sides) > 1 for row in arranged for piece in row):
             batch |= {"segments": segments, "position_ids": position_ids}
+            if len(arranged) == 1:
+                batch["sequences"] = torch.tensor(
+                    [lengths[piece.pair] if len(piece.sides) > 1 else (0, piece.length, 0) for piece in arranged[0]]
+                )
         if pairs and all(row.get("weight") is not None for row in rows):
             batch["pair_weights"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         if pairs and all(row.get(f"ref_{side}_logps") is not None for side in ("chosen", "rejected") for row in rows):

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import attention
+
 LAYOUTS = ("auto", "padded", "prefix_shared")
 
 #: Segment numbers of a row's k-th sequence: 3k its prompt, 3k + 1 chosen, 3k + 2 rejected; padding has PADDING.
@@ -100,15 +102,18 @@ def attention_cost(config: Any, parameters: int) -> float:
 def attention_inputs(batch: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """`attention_mask` and, where rows hold more than one sequence, `position_ids`, as a transformers model takes them.
 
-    Padded batches keep their mask [B, T]. Others get a mask [B, 1, T, T], boolean or, for eager attention, additive in
-    `dtype`. Where the rows are longer than the model's sliding window, the window is in the mask, and models that mix
-    windowed with full attention get one mask for each of them.
+    Padded batches keep their mask [B, T]. A model that attends by sequence gets their lengths in its place. Others get a
+    mask [B, 1, T, T], boolean or, for eager attention, additive in `dtype`. Where the rows are longer than the model's
+    sliding window, the window is in the mask, and models that mix windowed with full attention get one mask for each.
     """
     if "segments" not in batch:
         return {"attention_mask": batch["attention_mask"]}
     segments, positions = batch["segments"], batch["position_ids"]
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation == attention.NAME and "sequences" in batch:
+        return {"attention_mask": attention.as_mask(batch["sequences"]), "position_ids": positions}
     allowed = visible(segments)
-    additive = getattr(config, "_attn_implementation", None) == "eager"
+    additive = implementation == "eager"
 
     def finish(mask: Tensor) -> Tensor:
         mask = mask[:, None]

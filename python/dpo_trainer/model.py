@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import attention
 from .errors import ModelError, first_line
 from .layout import attention_cost, attention_inputs
 
@@ -167,8 +168,27 @@ class SplitModel:
         differ = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max().item()
         return None if differ <= limit else f"its answers differ by {differ:.2g} (limit {limit:.2g})"
 
+    def attend_by_sequence(self) -> Callable[[], None] | None:
+        """Let the model attend to every sequence of a row by itself, see `attention`.
+
+        Returns:
+            what undoes it, or None where the model computes its attention in another way than `sdpa`.
+        """
+        base: Any = unwrap_adapter(self.model)
+        before = getattr(self._config, "_attn_implementation", None)
+        # Asked first, since transformers warns about models whose attention cannot be chosen.
+        if before != "sdpa" or not getattr(base, "_can_set_attn_implementation", lambda: False)():
+            return None
+        base.set_attn_implementation(attention.NAME)
+        return lambda: base.set_attn_implementation(before)
+
     def attention_cost(self) -> float:
-        """See `layout.attention_cost`; parameters are counted without the embeddings."""
+        """See `layout.attention_cost`; parameters are counted without the embeddings.
+
+        Nothing where the model attends by sequence: no token is then compared with strangers.
+        """
+        if getattr(self._config, "_attn_implementation", None) == attention.NAME:
+            return 0.0
         backbone = self.backbone if self.backbone is not None else self.model
         embeddings = sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
         return attention_cost(self._config, sum(value.numel() for value in backbone.parameters()) - embeddings)

@@ -232,11 +232,12 @@ class DPOTrainer(PairTrainer):
 
         The longest, since a model may attend within a window or switch its position encoding from some length on.
         Without autocast, because rounding would hide small leaks from one sequence into another.
+        Attention by sequence is tried first and a mask over whole rows next; compiled backbones, which would be compiled
+        anew for every number of sequences, get the mask.
         """
         collator = self.data_collator
         if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self.datasets():
             return
-        collator.attention_cost = self.policy.attention_cost()
         dataset = self.datasets()[0]
         lengths = dataset["length"]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -248,15 +249,24 @@ class DPOTrainer(PairTrainer):
         splits = [self.policy]
         if isinstance(self.reference, FrozenReference):
             splits.append(self.reference.split)
-        for split in splits:
-            if obstacle := split.obstacle_to_layout(batch, padded):
-                logger.warning(
-                    "%s: prompts cannot be shared, %s; using padded batches, slower",
-                    type(split.model).__name__,
-                    obstacle,
-                )
-                collator.layout = "padded"
+
+        def obstacle() -> str | None:
+            found = ((split, split.obstacle_to_layout(batch, padded)) for split in splits)
+            return next(
+                (f"{type(split.model).__name__}: prompts cannot be shared, {why}" for split, why in found if why), None
+            )
+
+        if not self.args.torch_compile:
+            undo = [split.attend_by_sequence() for split in splits]
+            if all(undo) and obstacle() is None:
+                collator.attention_cost = 0.0
                 return
+            for restore in filter(None, undo):
+                restore()
+        collator.attention_cost = self.policy.attention_cost()
+        if reason := obstacle():
+            logger.warning("%s; using padded batches, slower", reason)
+            collator.layout = "padded"
 
     def _make_reference(self, ref_model: Any, example: Batch | None) -> FrozenReference | AdapterOffReference | None:
         datasets = self.datasets()

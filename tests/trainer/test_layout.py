@@ -1,6 +1,7 @@
 """Shared prompts and shared rows change where tokens stand, and no answer; a model that cannot have them is noticed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_kernels import sequence_logps
-from dpo_trainer import PairCollator
+from dpo_trainer import PairCollator, attention
 from dpo_trainer.layout import LAYOUTS, arrange, cost, visible
-from dpo_trainer.model import SplitModel
+from dpo_trainer.model import SplitModel, disable_dropout
 
 VOCAB = 97
 SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -109,14 +110,18 @@ def logps_of(split: SplitModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return sequence_logps(logits, batch["labels"], cu_seqlens=batch["cu_seqlens"]).double()
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+#: These bend scores or add to them, for which no fused attention has an argument.
+EAGER_ONLY = {"gemma2", "gemma2-window", "gpt-oss-sinks-and-window"}
+
+
+@pytest.mark.parametrize("implementation", ["by sequence", "sdpa", "eager"])
 @pytest.mark.parametrize("name", ABLE)
 def test_shared_prompts_and_rows_give_the_log_probs_of_sequences_alone(name: str, implementation: str) -> None:
     model = ABLE[name]()
-    if implementation == "sdpa" and not model._supports_sdpa:
-        implementation = "eager"
-    model.set_attn_implementation(implementation)
+    model.set_attn_implementation("eager" if implementation == "eager" or name in EAGER_ONLY else "sdpa")
     split, pairs = SplitModel(model), rows(*LENGTHS)
+    if implementation == "by sequence":
+        assert (split.attend_by_sequence() is None) == (name in EAGER_ONLY)
     padded = PairCollator()(pairs)
     split.verify(padded)
     with torch.no_grad():
@@ -128,16 +133,31 @@ def test_shared_prompts_and_rows_give_the_log_probs_of_sequences_alone(name: str
             torch.testing.assert_close(logps_of(split, batch), expected, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2-window", "gpt2-learned-positions"])
-def test_gradients_are_those_of_the_padded_layout(name: str) -> None:
-    model = ABLE[name]()
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "by_sequence"),
+    [
+        ("llama", False),
+        ("gemma2-window", False),
+        ("llama", True),
+        ("gpt2-learned-positions", True),
+        ("mistral-window", True),
+    ],
+)
+def test_gradients_are_those_of_the_padded_layout(name: str, by_sequence: bool, checkpointing: bool) -> None:
+    model = ABLE[name]().train()
+    disable_dropout(model)
     split, pairs = SplitModel(model), rows(*LENGTHS)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     gradients = []
     for layout in ("padded", "prefix_shared"):
         model.zero_grad()
-        (
-            logps_of(split, PairCollator(layout=layout, attention_cost=0.0)(pairs)) * torch.arange(10).sin()
-        ).sum().backward()
+        if by_sequence and layout == "prefix_shared":
+            assert split.attend_by_sequence() is not None
+        # Rounded up, so that there is padding behind the last sequence of the row too.
+        batch = PairCollator(layout=layout, attention_cost=0.0, pad_to_multiple_of=8)(pairs)
+        (logps_of(split, batch) * torch.arange(10).sin()).sum().backward()
         gradients.append(
             {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
         )
@@ -154,12 +174,18 @@ def test_a_model_that_cannot_share_is_noticed(name: str) -> None:
     assert split.obstacle_to_layout(batch, PairCollator()(pairs))
 
 
-@pytest.mark.parametrize("leak", ["segments", "position_ids"])
+@pytest.mark.parametrize("leak", ["segments", "sequences", "position_ids"])
 def test_a_wrong_mask_or_position_is_noticed(leak: str) -> None:
     """The check of the check: what it must notice is made here on purpose."""
     split, pairs = SplitModel(ABLE["llama"]()), rows((20, 13, 14), (9, 9, 9))
     batch = PairCollator(layout="prefix_shared", attention_cost=0.0)(pairs)
-    batch[leak] = torch.zeros_like(batch[leak]) if leak == "segments" else batch[leak] + (batch["segments"] % 3 == 2)
+    if leak == "position_ids":
+        batch[leak] = batch[leak] + (batch["segments"] % 3 == 2)
+    elif leak == "segments":
+        batch[leak] = torch.zeros_like(batch[leak])
+    else:
+        split.attend_by_sequence()
+        batch[leak] = torch.tensor([[0, 33, 14], [9, 9, 9]])  # the prompt is hidden from the rejected side
     assert "differ by" in str(split.obstacle_to_layout(batch, PairCollator()(pairs)))
 
 
@@ -229,6 +255,41 @@ def test_every_layout_gives_the_same_run(make_trainer: Any, make_model: Any) -> 
     for layout in ("auto", "prefix_shared"):
         for found, expected in zip(curves[layout], curves["padded"], strict=True):
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "implementation"),
+    [({}, attention.NAME), ({"torch_compile": True}, "sdpa"), ({"batch_layout": "padded"}, "sdpa")],
+)
+def test_rows_are_attended_to_by_sequence_where_nothing_speaks_against_it(
+    make_trainer: Any, make_model: Any, settings: dict[str, Any], implementation: str
+) -> None:
+    trainer = make_trainer(model=make_model(), **settings)
+    assert trainer.model.config._attn_implementation == implementation
+    assert trainer.reference.split.model.config._attn_implementation == implementation
+    by_sequence = implementation == attention.NAME
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert ("sequences" in batch) == by_sequence
+    # Not a token of padding, and every prompt once.
+    assert bool(batch["attention_mask"].all()) or not by_sequence
+
+
+def test_models_keep_their_attention_where_lengths_are_not_understood(
+    make_trainer: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        attention, "as_mask", lambda sequences: sequences.new_tensor([[[[0, int(sequences.sum()), 0]]]])
+    )
+    trainer = make_trainer(model=make_model())
+    assert trainer.model.config._attn_implementation == "sdpa"
+    assert trainer.data_collator.layout == "auto"
+    assert trainer.data_collator.attention_cost > 0
+
+
+def test_a_saved_model_does_not_ask_for_our_attention(make_trainer: Any, make_model: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(model=make_model())
+    trainer.save_model(str(tmp_path / "saved"))
+    assert attention.NAME not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
 
 
 def test_a_model_that_cannot_share_trains_on_padded_batches(
