@@ -53,7 +53,6 @@ TABLES = {
 SENTENCES = (
     "logits_path",
     "linear_path",
-    "trl_patch",
     "statistics",
     "objectives",
     "reference_modes",

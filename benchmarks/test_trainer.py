@@ -2,7 +2,8 @@
 
 SmolLM2-135M learns a few steps from the same pairs, in the same order, with the same optimizer, in each trainer; every
 run is a process of its own, one after the other, in rounds. Tokens are counted from the tokenised pairs, padding left
-out, and must be the same for all; so must the loss curves, up to rounding.
+out, and must be the same for all; so must the loss curves, up to rounding. Among them is TRL's own trainer after
+`apply_to_trl()`, one line in its user's script.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ TITLES = {
     "ours_shared": "dpo_trainer, prefix shared",
     "ours_logits": "dpo_trainer, loss from logits",
     "ours_precomputed": "dpo_trainer, reference precomputed",
+    "trl_patched": "TRL 1.16 after apply_to_trl()",
     "trl": "TRL 1.16",
 }
 BASELINE = "trl"
 #: Ours with its defaults and TRL answer the question; the variants take minutes more.
-TRAINERS = {"small": ("ours", BASELINE), "default": ("ours", BASELINE), "full": tuple(TITLES)}
-#: At least so many times TRL's tokens a second, and at most this share of its memory.
-SPEED_BAR, MEMORY_BAR = 2.5, 0.75
+TRAINERS = dict.fromkeys(("small", "default"), ("ours", "trl_patched", BASELINE)) | {"full": tuple(TITLES)}
+#: At least so many times TRL's tokens a second, for our trainer and for TRL's on our kernels; at most this share of its memory.
+SPEED_BAR, PATCH_BAR, MEMORY_BAR = 2.5, 1.5, 0.75
 #: The curves are means of the same float32 numbers, rounded in another order; a missed token or pair moves them by more.
 LOSS_TOLERANCE = 1e-3
 
@@ -83,12 +85,16 @@ def deviation(found: dict[str, Any], baseline: dict[str, Any]) -> float:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Our defaults against TRL's."""
-    ours = next((row for row in rows if row["peer"] == "ours" and row.get("vs_best")), None)
+    ours, patched = (
+        next((row for row in rows if row["peer"] == name and row.get("vs_best")), None)
+        for name in ("ours", "trl_patched")
+    )
     if ours is None:
         return ""
     return (
         f"{ours['title']} gets {ours['vs_best']:.2f} times as many tokens a second through SmolLM2-135M as "
         f"{ours['best_peer']}, in {100 * ours['memory_share']:.0f} % of its memory; their losses {ours['verdict']}."
+        + (f" `apply_to_trl()` alone makes TRL's step {patched['vs_best']:.2f} times as fast." if patched else "")
     )
 
 
@@ -99,7 +105,7 @@ def table(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], headin
         name: [sum(one["tokens"][1:]) / sum(one["step_s"]) for one in rounds] for name, rounds in runs.items() if rounds
     }
     for name in [*runs, *missing]:
-        row: dict[str, Any] = {"case": heading, "peer": name, "title": TITLES[name], "ours": name.startswith("ours")}
+        row: dict[str, Any] = {"case": heading, "peer": name, "title": TITLES[name], "ours": name != BASELINE}
         row["select"] = f"test_trainer[{name}]"
         result.rows.append(row)
         if name in missing:
@@ -134,15 +140,17 @@ def table(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], headin
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bars beside what our trainer reached with its defaults, and what sharing prefixes brings by itself."""
+    """The bars beside what was reached."""
     measured = {row["peer"]: row for row in rows if row.get("vs_best")}
-    if "ours" not in measured:
-        return []
-    speed, memory = measured["ours"]["vs_best"], measured["ours"]["memory_share"]
-    found = [
-        {"what": "tokens a second against TRL's", "bar": SPEED_BAR, "measured": speed, "met": speed >= SPEED_BAR},
-        {"what": "peak memory over TRL's", "bar": MEMORY_BAR, "measured": memory, "met": memory <= MEMORY_BAR},
-    ]
+    found = []
+    for name, bar in (("ours", SPEED_BAR), ("trl_patched", PATCH_BAR)):
+        if name in measured:
+            speed, what = measured[name]["vs_best"], f"tokens a second, {TITLES[name]} against TRL"
+            found.append({"what": what, "bar": bar, "measured": speed, "met": speed >= bar})
+    if "ours" in measured:
+        memory = measured["ours"]["memory_share"]
+        what = "peak memory over TRL's"
+        found.append({"what": what, "bar": MEMORY_BAR, "measured": memory, "met": memory <= MEMORY_BAR})
     return found
 
 
@@ -195,6 +203,7 @@ def measured(
 def test_trainer(measured: dict[str, dict[str, Any]], trainer: str, replay: Callable[[Samples], None]) -> None:
     row = measured[trainer]
     if "samples_s" not in row:
-        (pytest.fail if row["ours"] else pytest.skip)(row["verdict"])
+        missing = row["verdict"].startswith("missing")
+        (pytest.fail if row["ours"] and not missing else pytest.skip)(row["verdict"])
     assert row.get("verdict") != "WRONG", f"losses differ from TRL's by {row['loss_difference']:.2g}"
     replay(Samples(row["samples_s"]))

@@ -81,15 +81,27 @@ def build_ours(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], 
     return DPOTrainer(str(model), args=arguments, train_dataset=rows)
 
 
-def build_trl(model: Any, rows: list[dict[str, Any]], common: dict[str, Any], **own: Any) -> Any:
-    """TRL's trainer, in float32 and without checkpointing as ours; model: a folder, or a model that is loaded already."""
+def build_trl(model: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    """TRL's trainer, in float32 and without checkpointing as ours."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
-    if isinstance(model, Path):
-        common, model = {**common, "model_init_kwargs": {"dtype": "float32"}}, str(model)
-    arguments = DPOConfig(**common, bf16=False, gradient_checkpointing=False, report_to="none")
-    return DPOTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), **own)
+    arguments = DPOConfig(
+        **common,
+        model_init_kwargs={"dtype": "float32"},
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+    )
+    return DPOTrainer(str(model), args=arguments, train_dataset=datasets.Dataset.from_list(rows))
+
+
+def build_trl_patched(model: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    """The same with our kernels under its LM head, as a script gets them that begins with this line."""
+    from dpo_kernels.integrations.trl import apply_to_trl
+
+    apply_to_trl()
+    return build_trl(model, rows, common)
 
 
 #: name -> what builds the trainer, from the model's folder, the rows and the arguments that all share.
@@ -100,14 +112,13 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
     "ours_logits": lambda *a: build_ours(*a, loss_path="logits"),
     "ours_precomputed": lambda *a: build_ours(*a, precompute_ref_log_probs=True),
     "trl": build_trl,
+    "trl_patched": build_trl_patched,
 }
 
 
 def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
     """Build the trainer, train, and say what was measured."""
-    from transformers import TrainerCallback
-
-    from dpo_trainer import load_tokenizer
+    from transformers import AutoTokenizer, TrainerCallback
 
     class Stopwatch(TrainerCallback):
         ends: list[float] = []  # noqa: RUF012 - one instance a process
@@ -116,9 +127,9 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
             self.ends.append(time.perf_counter())
 
     begin = time.perf_counter()
-    rows = pick(
-        arguments.pairs, load_tokenizer(arguments.model), arguments.steps * arguments.batch, arguments.max_length
-    )
+    # Of transformers: importing our packages would change how the other trainer's tensors are allocated.
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    rows = pick(arguments.pairs, tokenizer, arguments.steps * arguments.batch, arguments.max_length)
     common = common_arguments(scratch, arguments.steps, arguments.batch, arguments.max_length)
     trainer = CONTENDERS[arguments.contender](arguments.model, rows, common)
     watch = Stopwatch()

@@ -50,10 +50,11 @@ def test_small_ones_are_plain(size, monkeypatch):
 
 @pytest.mark.skipif(not THP.exists(), reason="no transparent huge pages here: not Linux, or built without them")
 @pytest.mark.parametrize(("setting", "large"), [(None, True), ("0", False)])
-def test_the_trainers_tensors_ask_for_large_pages_unless_told_not_to(setting, large):
+@pytest.mark.parametrize("module", ["dpo_trainer", "dpo_kernels.integrations.trl"])
+def test_a_trainers_tensors_ask_for_large_pages_unless_told_not_to(module, setting, large):
     """In a process of its own: torch reads the setting once."""
     program = (
-        "import sys; sys.path.insert(0, 'tests'); import dpo_trainer, torch; from test_memory import flags_at; "
+        f"import sys; sys.path.insert(0, 'tests'); import {module}, torch; from test_memory import flags_at; "
         "x = torch.empty(1 << 25); print('hg' in flags_at(x.data_ptr() + x.nbytes // 2))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}

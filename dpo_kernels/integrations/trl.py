@@ -6,12 +6,14 @@
 TRL's trainers (1.15 and newer) get per-token log-probabilities and statistics from one autograd function, looked up by
 name in `trl.trainer.utils` at each forward. That name is what is exchanged; no trainer, model or saved file changes.
 What stays TRL's: a gradient through the entropy and DeepSpeed ZeRO-3's partitioned heads (both call TRL's own function).
+On a CPU, importing this before TRL's trainers also gives torch's large tensors 2 MB pages.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +25,10 @@ from torch import Tensor
 
 from ..functional import linear_logps
 from ..reference import transform_logits
+
+# A step of TRL's on a CPU maps gigabytes anew and pays for every page of it: 2 MB instead of 4 KB. torch reads this when it first
+# allocates, which importing a trainer does. Set it to 0 to keep small pages.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _UTILS = "trl.trainer.utils"
 _NAME = "_ChunkedLogProbFunction"

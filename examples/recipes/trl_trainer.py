@@ -6,12 +6,12 @@ python examples/recipes/trl_trainer.py MODEL PAIRS.jsonl OUTPUT_DIR
 
 import sys
 
+from dpo_kernels.integrations.trl import apply_to_trl  # isort: skip - first, so that large CPU tensors get 2 MB pages
+
 import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
-
-from dpo_kernels.integrations.trl import apply_to_trl
 
 apply_to_trl()
 
