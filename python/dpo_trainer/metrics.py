@@ -53,9 +53,22 @@ class MetricWindow:
         self._weights.append(weights)
         self._tokens.append(tokens)
 
-    def joined(self) -> DPOOutput | None:
-        """This process's batches as one; None before the first."""
-        return join(self._outputs) if self._outputs else None
+    def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> DPOOutput | None:
+        """All batches as one, on the CPU; None before the first.
+
+        Of several processes every first batch comes first, then every second one: the order in which an evaluation
+        divides its rows.
+
+        Args:
+            gather: collects a list of picklable objects from all processes.
+        """
+        if not self._outputs:
+            return None
+        mine = [
+            {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+            for output in self._outputs
+        ]
+        return join([DPOOutput(**fields) for turn in zip(*gather([mine]), strict=True) for fields in turn])
 
     def state(self) -> dict[str, Any]:
         """Everything added so far, as tensors and numbers, for a checkpoint."""
@@ -100,22 +113,6 @@ class MetricWindow:
             **_log_ratios(everything),
             "tokens": float(sum(tokens)),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is open, in tensors and plain values, so that a checkpoint inside a window loses nothing of it."""
-        for output in self._outputs:
-            if output._check is not None:
-                output._check()
-        outputs = [
-            {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
-            for output in self._outputs
-        ]
-        return {"outputs": outputs, "weights": list(self._weights), "tokens": list(self._tokens)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self._outputs = [DPOOutput(**fields) for fields in state["outputs"]]
-        self._weights, self._tokens = list(state["weights"]), list(state["tokens"])
 
 
 def names(statistics: Iterable[str], *, reference: bool) -> list[str]:

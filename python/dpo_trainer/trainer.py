@@ -493,7 +493,7 @@ class DPOTrainer(PairTrainer):
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
         """All processes' rows, which need not be as many on each."""
-        return torch.cat(gather_object([rows.cpu()])).to(rows.device)
+        return torch.cat(self._gather([rows.cpu()])).to(rows.device)
 
     def prediction_step(
         self,
@@ -514,7 +514,11 @@ class DPOTrainer(PairTrainer):
     # --- metrics ---------------------------------------------------------------------------------------------------
 
     def _drain(self, mode: str) -> dict[str, float]:
-        return self._window[mode].drain(gather_object if self.accelerator.num_processes > 1 else list)
+        return self._window[mode].drain(self._gather)
+
+    def _gather(self, objects: list[Any]) -> list[Any]:
+        """All processes' objects, in the order of the processes."""
+        return gather_object(objects) if self.accelerator.num_processes > 1 else objects
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Keep the window's largest norm: the log has the last step's only. Waits for no device."""
@@ -559,8 +563,7 @@ class DPOTrainer(PairTrainer):
             self.gather_function = self._gather_rows  # the loop itself sets it back
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        output = self._window["eval"].joined()
-        if output is not None and self.accelerator.num_processes == 1 and self.args.write_report:
+        if self.args.write_report and (output := self._window["eval"].joined(self._gather)) is not None:
             dataset = getattr(args[0] if args else kwargs["dataloader"], "dataset", None)
             if (pairs := look_at(output, dataset, self.processing_class)) is not None:
                 self.evaluated[prefix] = pairs

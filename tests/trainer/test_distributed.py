@@ -1,5 +1,6 @@
 """Two processes under torchrun train as one does: the same loss curve, the same metrics, the same model, to rounding."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +17,12 @@ from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 #: Settings of two processes; one process accumulates twice as many batches. 27 pairs by 2 x 2 leave an odd rest, which
 #: is 3, 1 or 0 pairs for the second process. Lengths differ from 5 to 30 tokens, and so do weights.
 CASES: dict[str, dict[str, Any]] = {
-    "pairs": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 9},
+    "pairs": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 9,
+        "write_report": True,
+    },
     "accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 6},
     "tokens": {"max_tokens": 90, "gradient_accumulation_steps": 2, "max_steps": 6},
     "moving": {
@@ -73,6 +79,7 @@ def record(trainer: Any, path: Path) -> None:
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluated": evaluated,
         "predicted": trainer.predict(build_pairs(9, seed=2)).predictions.tolist(),
+        "single": {prefix: dataclasses.asdict(pairs) for prefix, pairs in trainer.evaluated.items()},
         "norms": {name: value.double().norm().item() for name, value in model.named_parameters()},
     }
     path.write_text(json.dumps(found))
@@ -115,5 +122,14 @@ def test_two_processes_train_as_one(tmp_path: Path, model_folder: Path) -> None:
                     assert two[key] == pytest.approx(one[key], rel=2e-5, abs=2e-6), (name, one["step"], key)
             assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
             assert np.allclose(found["predicted"], expected["predicted"], rtol=2e-4, atol=2e-6), name
+            assert found["single"].keys() == expected["single"].keys()
+            for prefix, one in expected["single"].items():
+                two = found["single"][prefix]
+                for when in ("before", "after"):
+                    assert two[when] == pytest.approx(one[when], rel=2e-5, abs=2e-5), (name, prefix)
+                for kind in ("hardest", "improved"):
+                    assert [row["chosen"] for row in two[kind]] == [row["chosen"] for row in one[kind]], (name, prefix)
             assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=2e-5, abs=2e-6), name
         assert len(expected["history"]) == settings["max_steps"]
+        assert expected["single"].keys() == ({"eval", "test"} if settings.get("write_report") else set())
+    assert "Most improved pairs" in (tmp_path / "pairs" / "report.html").read_text()
