@@ -168,7 +168,7 @@ PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
 
 
 def _options(on: bool) -> dict[str, Any]:
-    return dict(PLAIN, entropy=on, kl=on, accuracy=on, mean_logits=on)
+    return dict(PLAIN, entropy=on, kl=on, accuracy=on, mean_logits=on, log_sum_sq=False)
 
 
 # ---- stages: each returns what goes into results.json under its name ----
@@ -276,7 +276,7 @@ def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
             for job in _jobs(stages, logits, labels, ref).values():
                 job()
                 launches += 1
-            tokens = stages.token_logps(logits, labels, ref, **_options(True))
+            tokens = stages.token_logps(logits, labels, ref, **dict(_options(True), log_sum_sq=True))
             ones = torch.ones_like(tokens[0])
             both = TokenKL(ref, tokens[2], tokens[4], ones, ones)
             stages.logits_grad(logits, labels, *tokens[:2], ones, **PLAIN, out=logits, token_kl=both)

@@ -66,7 +66,7 @@ struct Case {
   const char* name;
   DType dtype;
   int64_t vocab = kVocab;
-  bool reference = false, entropy = false, kl = false, accuracy = false, mean = false;
+  bool reference = false, entropy = false, kl = false, accuracy = false, mean = false, squares = false;
   double softcap = 0.0;
 };
 
@@ -74,7 +74,7 @@ void run_token_logps(const Case& c) {
   const auto policy = draw(c.dtype, kRows * c.vocab, 1), reference = draw(c.dtype, kRows * c.vocab, 2);
   std::vector<int64_t> labels, tokens;
   for (int64_t i = 0; i < kRows; ++i) labels.push_back((i * 12345) % c.vocab), tokens.push_back(i);
-  std::vector<double> outputs[7];
+  std::vector<double> outputs[8];
   for (auto& output : outputs) output.resize(kRows);
   TokenLogpsParams p{};
   p.policy = {policy.data(), c.dtype, kRows * c.vocab, c.vocab};
@@ -92,6 +92,7 @@ void run_token_logps(const Case& c) {
   p.kl = c.kl ? outputs[4].data() : nullptr;
   p.accuracy = c.accuracy ? outputs[5].data() : nullptr;
   p.mean_logits = c.mean ? outputs[6].data() : nullptr;
+  p.log_sum_sq = c.squares ? outputs[7].data() : nullptr;
   DPO_ISA::token_logps(p, 0, kRows);
   // With a reference two tensors are read; the count stays per logit of the policy.
   case_done("token_logps", c.name, kRows * c.vocab);
@@ -214,6 +215,7 @@ int main() {
            with(plain, [](Case& c) { c.name = "float32, reference and kl", c.reference = c.kl = true; }),
            with(plain, [](Case& c) { c.name = "float32, accuracy", c.accuracy = true; }),
            with(plain, [](Case& c) { c.name = "float32, mean logits", c.mean = true; }),
+           with(plain, [](Case& c) { c.name = "float32, log_sum_sq", c.squares = true; }),
            with(plain, [](Case& c) { c.name = "float32, softcap", c.softcap = 30.0; }),
            with(plain,
                 [](Case& c) {

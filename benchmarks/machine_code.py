@@ -387,9 +387,8 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
 
     def forward(name: str, dtype: torch.dtype, statistics: str, vocab: int = 128256, **settings: float) -> Kernel:
         logits = empty(8, 1024, vocab, dtype=dtype)
-        asked = dict(
-            zip(("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits"), [None] * 7, strict=True)
-        )
+        outputs = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
+        asked: dict[str, Any] = dict.fromkeys(outputs)
         for one in ["logps", "lse", *statistics.split()]:
             asked[one] = small
         if asked["kl"] is not None:
@@ -413,6 +412,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     everything = "entropy kl accuracy mean_logits"
     yield forward("alone", torch.bfloat16, "")
     yield forward("entropy+accuracy+mean", torch.bfloat16, "entropy accuracy mean_logits")
+    yield forward("log_sum_sq", torch.bfloat16, "log_sum_sq")
     yield forward("reference+kl", torch.bfloat16, "kl")
     yield forward("reference, all statistics", torch.bfloat16, everything)
     yield forward("alone, V odd", torch.bfloat16, "", vocab=50257)
@@ -429,6 +429,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
         # What differs from the above in a conversion or a few operations a logit is inspected for one architecture.
         yield forward("alone", torch.float16, "")
         yield forward("alone, softcap", torch.bfloat16, "", **capped)
+        yield forward("reference, all statistics, log_sum_sq", torch.bfloat16, f"{everything} log_sum_sq")
         yield backward("", torch.float16)
         yield backward("softcap", torch.bfloat16, **capped)
 

@@ -29,24 +29,26 @@ GRAD_THREADS = 256
 _NAMES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-# name, policy, reference, entropy, mean, softcap. Logits of a main-loop iteration follow from its loads.
+# name, policy, reference, entropy, mean, squares, softcap. Logits of a main-loop iteration follow from its loads.
 FORWARD = (
-    ("alone", "bf16", None, False, False, False),
-    ("entropy", "bf16", None, True, False, False),
-    ("entropy+accuracy+mean", "bf16", None, True, True, False),
-    ("reference+kl", "bf16", "bf16", False, False, False),
-    ("reference, all statistics", "bf16", "bf16", True, True, False),
-    ("all statistics, softcap", "bf16", None, True, True, True),
-    ("alone", "fp16", None, False, False, False),
-    ("alone", "fp32", None, False, False, False),
-    ("reference, all statistics", "fp32", "fp32", True, True, False),
+    ("alone", "bf16", None, False, False, False, False),
+    ("entropy", "bf16", None, True, False, False, False),
+    ("entropy+accuracy+mean", "bf16", None, True, True, False, False),
+    ("log_sum_sq", "bf16", None, False, False, True, False),
+    ("reference+kl", "bf16", "bf16", False, False, False, False),
+    ("reference, all statistics", "bf16", "bf16", True, True, False, False),
+    ("reference, all statistics, log_sum_sq", "bf16", "bf16", True, True, True, False),
+    ("all statistics, softcap", "bf16", None, True, True, False, True),
+    ("alone", "fp16", None, False, False, False, False),
+    ("alone", "fp32", None, False, False, False, False),
+    ("reference, all statistics", "fp32", "fp32", True, True, False, False),
 )
 
 #: The same kernels' loops for rows that begin at any element, which find most of their loads in L1.
 SHIFTED = (
-    ("alone", None, False, False, False),
-    ("entropy+accuracy+mean", None, True, True, False),
-    ("reference, all statistics", "bf16", True, True, False),
+    ("alone", None, False, False, False, False),
+    ("entropy+accuracy+mean", None, True, True, False, False),
+    ("reference, all statistics", "bf16", True, True, False, False),
 )
 
 

@@ -67,7 +67,7 @@ def make_call(
     """A call of the kernel alone, on inputs that the stages before it have made."""
     logits, ref, labels = problem.logits.detach(), problem.ref_logits, problem.labels
     shared = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-    flags = {name: name in statistics for name in STATISTICS}
+    flags = {name: name in statistics for name in (*STATISTICS, "log_sum_sq")}
 
     def token_logps() -> Any:
         return stages.token_logps(logits, labels, ref, **shared, **flags)

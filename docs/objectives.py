@@ -191,7 +191,8 @@ Answers of different length: `token_weights=length_desensitized_weights(labels, 
 surplus tokens at weight `ld_alpha` (Liu et al. 2024, Length Desensitization in Direct Preference Optimization).
 
 `use_weighting=True` weighs each pair by how likely the policy is to have written both answers itself (Zhou et al. 2024, WPO:
-Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data count less.
+Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data count less. Its log sum of squared
+probabilities is one more sum of the pass that finds the log-probabilities; `linear_logps` returns it as `"log_sum_sq"`.
 
 ## Staying near the reference
 

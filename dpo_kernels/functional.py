@@ -18,6 +18,9 @@ from .output import DPOOutput
 STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
 #: And on the linear path: "grad_dropped_mass" is the probability mass that `grad_filter` left out of a token's gradient.
 LINEAR_STATISTICS = (*STATISTICS, "grad_dropped_mass")
+#: Those of log-probabilities without a reference, token by token; "log_sum_sq" is log sum_v p_v^2, what WPO's weights compare
+#: a token's log-probability with.
+TOKEN_STATISTICS = (*(name for name in LINEAR_STATISTICS if name != "kl"), "log_sum_sq")
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -184,7 +187,7 @@ def dpo_loss(
             `ref_logits`. Each pair's loss gets its tokens' share, unweighted by `pair_weights`.
         use_weighting: multiply each pair's loss by how likely the policy is to have written both answers (WPO, Zhou et
             al. 2024, equation 2): exp of the mean over tokens of log p(label) - log sum_v p_v^2, chosen times rejected,
-            without gradient. One more read of the logits.
+            without gradient.
         inplace_backward: let the backward write the gradient over `logits`. Saves a [2P, T, V] tensor and its page
             faults; then no one else may need the logits, nor this graph a second backward. Ignored under
             torch.compile, which plans memory itself.
@@ -223,7 +226,7 @@ def dpo_loss(
         "ignore_index": ignore_index,
         "logit_scale": float(logit_scale),
         "logit_softcap": _check_softcap(logit_softcap),
-        "statistics": wanted,
+        "statistics": (*wanted, "log_sum_sq") if use_weighting else wanted,
         "backend": batch.backend,
     }
     forward_kl = objectives.needs_token_kl(functions)
@@ -262,7 +265,7 @@ def dpo_loss(
             batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
         )
     if use_weighting:
-        losses = losses * _wpo_weights(batch, tokens, stage)
+        losses = losses * _wpo_weights(batch, tokens)
     weighted = losses if pair_weights is None else losses * _per_pair("pair_weights", pair_weights, pairs, batch)
     if kl_coef:
         shares = kl_coef * _kl_shares(batch, tokens["kl"])
@@ -271,18 +274,10 @@ def dpo_loss(
 
 
 @torch.no_grad()
-def _wpo_weights(batch: _Batch, tokens: dict[str, Tensor], stage: dict[str, Any]) -> Tensor:
-    """[P]; log sum p^2 = lse(2 z) - 2 lse(z), and lse(2 z) is stage 1 at twice the scale and the cap."""
-    doubled = {"logit_scale": 2 * stage["logit_scale"], "logit_softcap": 2 * stage["logit_softcap"], "statistics": ()}
-    logits = batch.logits.detach()
-    lse = ops.token_logps(logits, batch.labels, None, inplace_backward=False, **{**stage, **doubled})["lse"]
-    return _weights_from(batch, tokens["logps"], lse - 2 * tokens["lse"])
-
-
-@torch.no_grad()
-def _weights_from(batch: _Batch, logps: Tensor, log_sum_sq: Tensor) -> Tensor:
+def _wpo_weights(batch: _Batch, tokens: dict[str, Tensor]) -> Tensor:
+    """[P], from stage 1's log-probabilities and log_sum_sq."""
     scored = (batch.weights != 0).to(batch.weights.dtype)
-    aligned = ops.sequence_sums(logps - log_sum_sq, scored, batch.cu_seqlens, batch.backend)
+    aligned = ops.sequence_sums(tokens["logps"] - tokens["log_sum_sq"], scored, batch.cu_seqlens, batch.backend)
     return linear.wpo_weights(aligned, ops.sequence_sums(scored, scored, batch.cu_seqlens, batch.backend))
 
 
@@ -530,7 +525,7 @@ def _linear_call(
     hidden = batch.logits
     dtype = _compute_dtype(hidden)
     eps, asked = _grad_filter(grad_filter, dtype, batch.backend)
-    if any(name in linear.KL_TERMS for name in terms):
+    if terms:
         eps = 0.0  # the lists hold the gradient of a log-probability, not that of a KL
     call = linear.Call(
         batch.labels,
@@ -620,7 +615,7 @@ def linear_dpo_loss(
         statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"; "kl" needs `ref_hidden`.
         kl_coef: as in `dpo_loss`; needs `ref_hidden`. With it, and with TDPO's objectives, gradients are exact, and of a
             pair beyond the budget the reference is projected twice as well.
-        use_weighting: as in `dpo_loss`; one more read of each chunk's logits.
+        use_weighting: as in `dpo_loss`.
         beta, loss_type, loss_weights, label_smoothing, cu_seqlens, token_weights, pair_weights, ignore_index, logit_scale,
             logit_softcap, reduction: as in `dpo_loss`.
 
@@ -690,17 +685,13 @@ def linear_dpo_loss(
         ignore_index=ignore_index,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
-        statistics=wanted,
+        statistics=(*wanted, "log_sum_sq") if use_weighting else wanted,
         memory_budget=memory_budget,
         grad_filter=grad_filter,
         # A compiled graph takes the two-pass operators, whose outputs have static shapes.
         scalar_loss=reduction != "none" and not torch.compiler.is_compiling(),
         couples_pairs=objectives.couples_pairs(functions),
-        terms=tuple(
-            name
-            for name, asked in (("kl", bool(kl_coef)), ("forward_kl", forward_kl), ("log_sum_sq", use_weighting))
-            if asked
-        ),
+        terms=tuple(name for name, asked in (("kl", bool(kl_coef)), ("forward_kl", forward_kl)) if asked),
     )
     ref_sums = _reference_sums(ref_logps, batch)
     beta_each = _per_pair("beta", beta, pairs, batch)
@@ -734,7 +725,7 @@ def linear_dpo_loss(
             batch, tokens, ref_sums, beta_each, smoothing_each, functions, loss_weights
         )
         if use_weighting:
-            losses = losses * _weights_from(batch, tokens["logps"], tokens["log_sum_sq"])
+            losses = losses * _wpo_weights(batch, tokens)
         weighted = losses if scale is None else losses * scale
         if kl_coef:
             shares = kl_coef * _kl_shares(batch, tokens["kl"])
@@ -786,7 +777,8 @@ def linear_logps(
         hidden: [..., H].
         weight: [V, H].
         labels: [...], int64; `ignore_index` costs nothing and gives 0.
-        statistics: any of "entropy", "accuracy", "mean_logits", "grad_dropped_mass", per token.
+        statistics: any of "entropy", "accuracy", "mean_logits", "grad_dropped_mass", "log_sum_sq" (log sum_v p_v^2, for
+            WPO's weights), per token.
 
     Returns:
         logps, shaped like labels, in nats: float32, or float64 for float64 hidden states. With `statistics`:
@@ -795,9 +787,9 @@ def linear_logps(
     Raises:
         As `linear_dpo_loss`.
     """
-    wanted = _check_statistics(statistics, LINEAR_STATISTICS)
-    if "kl" in wanted:
+    if "kl" in statistics:
         raise ValueError('the statistic "kl" compares with a reference; linear_dpo_loss has it')
+    wanted = _check_statistics(statistics, TOKEN_STATISTICS)
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError("hidden must be a tensor [..., H] with at least two dimensions")
     weight = _whole(weight)  # type: ignore[assignment]

@@ -27,8 +27,10 @@ _library = torch.library.Library("dpo_kernels", "DEF")
 
 _library.define(
     "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
-    "float logit_softcap, bool entropy, bool kl, bool accuracy, bool mean_logits, bool inplace_backward, str backend) "
-    "-> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits)"
+    "float logit_softcap, bool entropy, bool kl, bool accuracy, bool mean_logits, bool log_sum_sq, "
+    "bool inplace_backward, str backend) "
+    "-> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, "
+    "Tensor log_sum_sq)"
 )
 _library.define("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, str backend) -> Tensor")
 _library.define(
@@ -39,9 +41,9 @@ _library.define(
 _library.define(
     "fused_forward(Tensor logits, Tensor labels, Tensor? ref_logits, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
     "Tensor beta, Tensor label_smoothing, bool robust, int ignore_index, float logit_scale, float logit_softcap, "
-    "bool entropy, bool kl, bool accuracy, bool mean_logits, bool inplace_backward, str backend) "
+    "bool entropy, bool kl, bool accuracy, bool mean_logits, bool log_sum_sq, bool inplace_backward, str backend) "
     "-> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, "
-    "Tensor losses, Tensor sums, Tensor ref_sums, Tensor coef)"
+    "Tensor log_sum_sq, Tensor losses, Tensor sums, Tensor ref_sums, Tensor coef)"
 )
 _library.define(
     "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
@@ -74,6 +76,7 @@ def _token_logps(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -89,6 +92,7 @@ def _token_logps(
         kl=kl,
         accuracy=accuracy,
         mean_logits=mean_logits,
+        log_sum_sq=log_sum_sq,
     )
 
 
@@ -149,10 +153,11 @@ def _fused_forward(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    settings = (ignore_index, logit_scale, logit_softcap, entropy, kl, accuracy, mean_logits)
+    settings = (ignore_index, logit_scale, logit_softcap, entropy, kl, accuracy, mean_logits, log_sum_sq)
     fused = getattr(backends.load(backend, logits.device.type), "fused_forward", None)
     if fused is None:
         tokens = _token_logps(logits, labels, ref_logits, *settings, inplace_backward, backend)
@@ -177,6 +182,7 @@ def _fused_forward(
         kl=kl,
         accuracy=accuracy,
         mean_logits=mean_logits,
+        log_sum_sq=log_sum_sq,
     )
     return (*tokens, *pairs)
 
@@ -263,10 +269,11 @@ def _(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
     small = small_dtype(logits.device)
     return tuple(logits.new_empty(labels.shape if want else (0,), dtype=small) for want in wanted)
 
@@ -310,10 +317,11 @@ def _(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
     small = small_dtype(logits.device)
     pairs = beta.shape[0]
     return (
@@ -400,8 +408,8 @@ def _through_logits(ctx: Any, saved: tuple[Tensor, ...], grad_logps: Tensor) -> 
 
 def _token_logps_backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None or not ctx.needs_input_grad[0]:
-        return (None,) * 12
-    return (_through_logits(ctx, _saved(ctx), grad_logps), *(None,) * 11)
+        return (None,) * 13
+    return (_through_logits(ctx, _saved(ctx), grad_logps), *(None,) * 12)
 
 
 torch.library.register_autograd(
@@ -476,14 +484,14 @@ def _fused_forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _fused_forward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    by_logps, by_losses, by_sums = grads[0], grads[7], grads[8]
+    by_logps, by_losses, by_sums = grads[0], grads[8], grads[9]
     if not ctx.needs_input_grad[0]:
-        return (None,) * 18
+        return (None,) * 19
     *saved, weights, cu_seqlens, coef = _saved(ctx)
     total = _through_sums(coef, by_losses, by_sums, weights, cu_seqlens)
     if by_logps is not None:
         total = by_logps if total is None else total + by_logps
-    return (None if total is None else _through_logits(ctx, tuple(saved), total), *(None,) * 17)
+    return (None if total is None else _through_logits(ctx, tuple(saved), total), *(None,) * 18)
 
 
 torch.library.register_autograd(
@@ -528,7 +536,7 @@ def token_logps(
     return _named(outputs, ref_logits is not None, statistics)
 
 
-_STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
+_STATISTICS = ("entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
 
 
 def _named(outputs: tuple[Tensor, ...], has_reference: bool, statistics: tuple[str, ...]) -> dict[str, Tensor]:

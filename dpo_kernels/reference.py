@@ -41,8 +41,8 @@ def token_statistics(
         ref_logits: like logits; adds "ref_logps" and "kl".
 
     Returns:
-        "logps", "lse", "entropy", "accuracy", "mean_logits" and, with a reference, "ref_logps" and "kl"
-        (nats; accuracy is 0 or 1).
+        "logps", "lse", "entropy", "accuracy", "mean_logits", "log_sum_sq" (log sum_v p_v^2) and, with a reference,
+        "ref_logps" and "kl" (nats; accuracy is 0 or 1).
     """
     scored = labels != ignore_index
     index = torch.where(scored, labels, 0).unsqueeze(-1)
@@ -55,6 +55,7 @@ def token_statistics(
         "entropy": -torch.where(p > 0, p * log_p, 0.0 * p).sum(-1),
         "accuracy": (z.argmax(-1) == index.squeeze(-1)).to(z.dtype),
         "mean_logits": z.mean(-1),
+        "log_sum_sq": (2 * log_p).logsumexp(-1),
     }
     if ref_logits is not None:
         ref_log_p = transform_logits(ref_logits.to(z.dtype), logit_scale, logit_softcap or 0.0).log_softmax(-1)
@@ -135,9 +136,8 @@ def dpo_loss(
     )
     losses = mix(pairs, loss_type, loss_weights)
     if use_weighting:
-        log_p = transform_logits(logits.detach(), logit_scale, logit_softcap or 0.0).log_softmax(-1)
         scored = (weights != 0).to(weights.dtype)
-        aligned = tokens["logps"].detach() - log_p.exp().square().sum(-1).log()
+        aligned = (tokens["logps"] - tokens["log_sum_sq"]).detach()
         counts = sequence_sums(scored, torch.ones_like(scored), cu_seqlens).clamp(min=1)
         chosen, rejected = (sequence_sums(aligned, scored, cu_seqlens) / counts).chunk(2)
         losses = losses * (chosen + rejected).exp()

@@ -23,14 +23,14 @@ from .backends.eager import TokenKL, small_dtype
 from .memory import fresh
 from .ops import _library, _unit_stride
 
-_OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "forward_kl")
+_OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq", "forward_kl")
 
 _library.define(
     "token_kl(Tensor logits, Tensor labels, Tensor ref_logits, int ignore_index, float logit_scale, "
-    "float logit_softcap, bool entropy, bool accuracy, bool mean_logits, bool forward_kl, bool inplace_backward, "
-    "str backend) "
+    "float logit_softcap, bool entropy, bool accuracy, bool mean_logits, bool log_sum_sq, bool forward_kl, "
+    "bool inplace_backward, str backend) "
     "-> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, "
-    "Tensor forward_kl)"
+    "Tensor log_sum_sq, Tensor forward_kl)"
 )
 _GRAD_ARGUMENTS = (
     "Tensor labels, Tensor ref_logits, Tensor logps, Tensor lse, Tensor ref_logps, Tensor kl, Tensor grad_logps, "
@@ -51,6 +51,7 @@ def _token_kl(
     entropy: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
     forward_kl: bool,
     inplace_backward: bool,
     backend: str,
@@ -61,12 +62,13 @@ def _token_kl(
         "ignore_index": ignore_index,
         "logit_scale": logit_scale,
         "logit_softcap": logit_softcap,
+        "kl": True,
     }
-    keywords["kl"] = True
-    found = stage(logits, labels, ref_logits, entropy=entropy, accuracy=accuracy, mean_logits=mean_logits, **keywords)
+    asked = {"entropy": entropy, "accuracy": accuracy, "mean_logits": mean_logits, "log_sum_sq": log_sum_sq}
+    found = stage(logits, labels, ref_logits, **asked, **keywords)
     if not forward_kl:
         return (*found, found[0].new_empty(0))
-    exchanged = stage(ref_logits, labels, logits, entropy=False, accuracy=False, mean_logits=False, **keywords)
+    exchanged = stage(ref_logits, labels, logits, **dict.fromkeys(asked, False), **keywords)
     return (*found, exchanged[4])
 
 
@@ -135,11 +137,12 @@ def _(
     entropy: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
     forward_kl: bool,
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    wanted = (True, True, True, entropy, True, accuracy, mean_logits, forward_kl)
+    wanted = (True, True, True, entropy, True, accuracy, mean_logits, log_sum_sq, forward_kl)
     small = small_dtype(logits.device)
     return tuple(logits.new_empty(labels.shape if want else (0,), dtype=small) for want in wanted)
 
@@ -157,17 +160,17 @@ def _(logits: Tensor, *arguments: Any) -> None:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, ref_logits, *ctx.transform = inputs[:6]
     ctx.inplace, ctx.backend = inputs[-2:]
-    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, _ = output
+    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq, _ = output
     ctx.save_for_backward(logits, labels, ref_logits, logps, lse, ref_logps, kl)
-    ctx.mark_non_differentiable(lse, ref_logps, entropy, accuracy, mean_logits)
+    ctx.mark_non_differentiable(lse, ref_logps, entropy, accuracy, mean_logits, log_sum_sq)
     ctx.set_materialize_grads(False)
     ctx.overwritten = False
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    by_logps, by_kl, by_forward = grads[0], grads[4], grads[7]
+    by_logps, by_kl, by_forward = grads[0], grads[4], grads[8]
     if not ctx.needs_input_grad[0] or (by_logps is None and by_kl is None and by_forward is None):
-        return (None,) * 12
+        return (None,) * 13
     if ctx.overwritten:
         raise RuntimeError(ops.OVERWRITTEN)
     logits, *saved = ctx.saved_tensors
@@ -182,8 +185,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _ops.token_kl_grad_(logits, *arguments)
         # Anyone else who saved these logits for a backward of their own must notice.
         torch.autograd.graph.increment_version(logits)
-        return (logits, *(None,) * 11)
-    return (_ops.token_kl_grad(logits, *arguments), *(None,) * 11)
+        return (logits, *(None,) * 12)
+    return (_ops.token_kl_grad(logits, *arguments), *(None,) * 12)
 
 
 torch.library.register_autograd("dpo_kernels::token_kl", _backward, setup_context=_setup, lib=_library)
@@ -204,7 +207,7 @@ def token_logps(
     backend: str,
 ) -> dict[str, Tensor]:
     """`ops.token_logps` with a differentiable "kl" and, if asked for, "forward_kl"; [B, T] each."""
-    flags = {name: name in statistics for name in ("entropy", "accuracy", "mean_logits")}
+    flags = {name: name in statistics for name in ("entropy", "accuracy", "mean_logits", "log_sum_sq")}
     outputs = _ops.token_kl(
         logits,
         labels,

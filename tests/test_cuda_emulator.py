@@ -27,10 +27,20 @@ from dpo_kernels.backends.eager import TokenKL
 from cases import CASES, make_inputs
 
 IGNORE = -100
-OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
+OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
 PLAIN = {"ignore_index": IGNORE, "logit_scale": 1.0, "logit_softcap": 0.0}
-NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False)
-EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True)
+NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False, log_sum_sq=False)
+EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True, log_sum_sq=True)
+# Each compiled variant of the kernel: without squares, and with them alone and beside the others.
+VARIANTS = [
+    NO_STATISTICS,
+    EVERYTHING,
+    dict(EVERYTHING, kl=False),
+    dict(NO_STATISTICS, kl=True),
+    dict(EVERYTHING, log_sum_sq=False),
+    dict(EVERYTHING, kl=False, log_sum_sq=False),
+    dict(NO_STATISTICS, log_sum_sq=True),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = [
     {"order": Order.FORWARD},
@@ -138,12 +148,12 @@ def test_exactly_one_block_is_last(library, schedule):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_logps_against_float64(library, dtype, vocab):
     logits, ref, labels = make(vocab, (2, 3, vocab), dtype)
-    for i, options in enumerate([NO_STATISTICS, EVERYTHING, dict(EVERYTHING, kl=False), dict(NO_STATISTICS, kl=True)]):
-        ours = Emulator(library, **SCHEDULES[i]).token_logps(logits, labels, ref, **options)
+    for i, options in enumerate(VARIANTS):
+        ours = Emulator(library, **SCHEDULES[i % len(SCHEDULES)]).token_logps(logits, labels, ref, **options)
         assert_within_eager(ours, logits, labels, ref, options)
 
 
-@pytest.mark.parametrize("flag", ["entropy", "mean_logits", "accuracy"])
+@pytest.mark.parametrize("flag", ["entropy", "mean_logits", "accuracy", "log_sum_sq"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_statistic_alone(library, dtype, flag):
     logits, _, labels = make(3, (2, 2, 999), dtype)
@@ -167,9 +177,10 @@ def test_reference_of_another_dtype(library, dtype, ref_dtype, kl):
 def test_scale_and_softcap(library, dtype, kl):
     logits, ref, labels = make(6, (2, 2, 1500), dtype, scale=20.0)
     for scale, cap in [(0.25, 0.0), (3.0, 0.0), (1.0, 30.0), (0.5, 5.0)]:
-        options = dict(EVERYTHING, kl=kl, logit_scale=scale, logit_softcap=cap)
-        ours = Emulator(library).token_logps(logits, labels, ref, **options)
-        assert_within_eager(ours, logits, labels, ref, options)
+        for squares in (False, True):
+            options = dict(EVERYTHING, kl=kl, logit_scale=scale, logit_softcap=cap, log_sum_sq=squares)
+            ours = Emulator(library).token_logps(logits, labels, ref, **options)
+            assert_within_eager(ours, logits, labels, ref, options)
 
 
 @pytest.mark.parametrize("kl", [False, True])
@@ -246,7 +257,7 @@ def test_minus_infinity_costs_no_bit_of_the_log_probabilities(library, dtype):
 def test_bits_do_not_depend_on_schedule_cluster_neighbours_or_statistics(library, dtype):
     logits, ref, labels = make(8, (3, 2, 9000), dtype)
     plain = Emulator(library).token_logps(logits, labels, ref, **NO_STATISTICS)
-    for options in (EVERYTHING, dict(EVERYTHING, kl=False)):
+    for options in VARIANTS[1:]:
         first = Emulator(library).token_logps(logits, labels, ref, **options)
         # Nor on what else is asked for: a reference computed beforehand still gives rewards of exactly 0.
         assert all(torch.equal(a, b) for a, b in zip(first[:3], plain[:3], strict=True))
@@ -571,10 +582,8 @@ def test_bounds_that_do_not_rise_leave_nothing_behind(library, bounds):
 
 
 def gradient(em: Emulator, logits: Tensor, labels: Tensor, g: Tensor, out: Tensor, **transform: float) -> None:
-    options = dict(PLAIN, **transform)
-    lse_options = dict(options, entropy=False, kl=False, accuracy=False, mean_logits=False)
-    logps, lse, *_ = eager.token_logps(logits.double(), labels, None, **lse_options)
-    em.logits_grad(logits, labels, logps, lse, g, **options, out=out)
+    logps, lse, *_ = eager.token_logps(logits.double(), labels, None, **dict(NO_STATISTICS, **transform))
+    em.logits_grad(logits, labels, logps, lse, g, **dict(PLAIN, **transform), out=out)
 
 
 def split_errors(mine: Tensor, truth: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False)
-EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True)
+NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False, log_sum_sq=False)
+EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True, log_sum_sq=True)
 
 
 @pytest.fixture

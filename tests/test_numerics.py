@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dpo_kernels import reference, sequence_logps, use_backend
+from dpo_kernels import ops, reference, sequence_logps, use_backend
 
 from cases import loss_of
 from checks import row_errors
@@ -84,6 +84,33 @@ def test_reference_minus_infinity_where_the_policy_has_mass_is_infinite_kl(backe
         out = loss_of(logits, labels, ref_logits=ref_logits, statistics=("kl",))
     assert out.kl.isinf().tolist() == [False, True, False, False]
     assert out.losses.isfinite().all()
+
+
+def test_log_sum_sq_of_rows_at_the_edge(backend, device):
+    """Masked entries carry no mass; the sum of squares neither overflows nor underflows where the sum does not."""
+    logits = torch.zeros(1, 7, VOCAB, device=device)
+    logits[0, 1, 1:] = -math.inf  # all mass on the label
+    logits[0, 2, 3:] = -math.inf  # on three entries
+    logits[0, 3] = 200.0  # squares of exp(200) would overflow
+    logits[0, 4, 0] = -200.0  # an impossible label beside even ones
+    logits[0, 5, 3:] -= 60.0  # of the others, squares alone underflow to nothing
+    logits[0, 6, 7] = math.nan
+    labels = torch.zeros(1, 7, dtype=torch.int64, device=device)
+    found = ops.token_logps(
+        logits,
+        labels,
+        None,
+        ignore_index=-100,
+        logit_scale=1.0,
+        logit_softcap=0.0,
+        statistics=("log_sum_sq",),
+        inplace_backward=False,
+        backend=backend,
+    )["log_sum_sq"].double()
+    even = -math.log(VOCAB)
+    three = -math.log(3)
+    expected = torch.tensor([[even, 0.0, three, even, -math.log(VOCAB - 1), three, math.nan]], device=device).double()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("poison", ["policy", "reference"])

@@ -104,7 +104,21 @@ def test_packed_layout_and_module_agree_with_the_padded_function():
 
 def test_operators_are_sound():
     logits, ref, labels = make()
-    arguments = (logits.clone().requires_grad_(), labels, ref, -100, 1.0, 0.0, True, False, True, True, False, "eager")
+    arguments = (
+        logits.clone().requires_grad_(),
+        labels,
+        ref,
+        -100,
+        1.0,
+        0.0,
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+        "eager",
+    )
     torch.library.opcheck(torch.ops.dpo_kernels.token_kl.default, arguments)
 
 
@@ -116,6 +130,25 @@ def test_compiles_without_graph_breaks():
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(logits), loss(logits))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "ipo"}, {"kl_coef": 0.1}], ids=str)
+@pytest.mark.parametrize("kernels", ["eager", "cpu"])
+def test_wpo_weights_cost_no_further_read_of_the_logits(kernels, options, monkeypatch):
+    stages = backends.load(kernels, "cpu")
+    token_logps, reads = stages.token_logps, []
+
+    def counted(*arguments, **flags):
+        reads.append(flags["log_sum_sq"])
+        return token_logps(*arguments, **flags)
+
+    monkeypatch.setattr(stages, "token_logps", counted)
+    logits, ref, labels = make(torch.float32)
+    with use_backend(kernels):
+        weighted = dpo_loss(logits, labels, ref_logits=ref, use_weighting=True, **options)
+        plain = dpo_loss(logits, labels, ref_logits=ref, **options)
+    assert reads == [True, False]
+    assert bool((weighted.losses != plain.losses).all())
 
 
 def test_sums_do_not_determine_a_kl():
@@ -157,7 +190,7 @@ def staged(backend, logits, ref, labels, upstream, scale=1.0, cap=0.0, out=None)
     """The same by a backend's stages 1 and 3."""
     stages = backends.load(backend, logits.device.type)
     settings = {"ignore_index": -100, "logit_scale": scale, "logit_softcap": cap}
-    off = {"entropy": False, "accuracy": False, "mean_logits": False}
+    off = {"entropy": False, "accuracy": False, "mean_logits": False, "log_sum_sq": False}
     logps, lse, ref_logps, _, kl, *_ = stages.token_logps(logits, labels, ref, kl=True, **off, **settings)
     by = [None if g is None else torch.full_like(logps, g) for g in upstream]
     out = torch.empty_like(logits) if out is None else out

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_kernels import STATISTICS, dpo_loss, reference, use_backend
+from dpo_kernels import STATISTICS, dpo_loss, ops, reference, use_backend
 
 from cases import CASES, Case, make_inputs
 from checks import check_gradient
@@ -98,6 +98,31 @@ def test_statistics_and_logps_equal_the_float64_reference(backend, case, device)
         scale = max(float(truth[name].abs().max()), float(inputs.logits.abs().max()))
         allowed = max(float((eager[name].double() - truth[name]).abs().max()), bits * epsilon * scale)
         assert float(error.max()) <= allowed, f"{name}: {float(error.max()):.3g} > {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_log_sum_sq_equals_the_float64_reference(backend, case, device):
+    """What WPO's weights compare a log-probability with: found with it, token by token, and 0 where nothing is scored."""
+    if not supported(backend, case):
+        return
+    inputs = make_inputs(case, device)
+    logits, labels = inputs.logits, inputs.labels
+    if case.packed:
+        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    options = {k: inputs.keywords.get(k, default) for k, default in (("logit_scale", 1.0), ("logit_softcap", 0.0))}
+    call = {"ignore_index": -100, "inplace_backward": False, "backend": backend, **options}
+    found = ops.token_logps(logits, labels, None, statistics=("log_sum_sq",), **call)
+    ours, plain = found["log_sum_sq"], ops.token_logps(logits, labels, None, statistics=(), **call)
+    assert all(torch.equal(found[name], plain[name]) for name in ("logps", "lse"))
+    assert bool((ours[labels == -100] == 0).all())
+    truth, eager = (
+        reference.token_statistics(logits.to(dtype), labels, **options)["log_sum_sq"].double()
+        for dtype in (torch.float64, torch.float64 if case.dtype == torch.float64 else torch.float32)
+    )
+    # As for the other statistics: no further from the truth than eager, or a unit in the last place of the largest logit.
+    unit = 16 * torch.finfo(torch.float64).eps if case.dtype == torch.float64 else torch.finfo(torch.float32).eps
+    allowed = max(float((eager - truth).abs().max()), unit * max(float(logits.abs().max()), float(truth.abs().max())))
+    assert float((ours - truth).abs().max()) <= allowed
 
 
 def test_policy_equal_to_reference_is_exactly_log_two(backend, device):

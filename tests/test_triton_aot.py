@@ -21,8 +21,10 @@ ARCHITECTURES = (80, 90, 100)
 LIMITS = {
     "triton token_logps bf16 alone": 5.5,
     "triton token_logps bf16 entropy+accuracy+mean": 8.0,
+    "triton token_logps bf16 log_sum_sq": 7.0,
     "triton token_logps bf16 reference+kl": 6.6,
     "triton token_logps bf16 reference, all statistics": 8.0,
+    "triton token_logps bf16 reference, all statistics, log_sum_sq": 8.5,
     "triton token_logps bf16 alone, V odd": 6.6,
     "triton token_logps bf16 reference, all statistics, V odd": 8.8,
     "triton token_logps bf16 alone, softcap": 23.5,

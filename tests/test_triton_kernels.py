@@ -24,9 +24,9 @@ stage_modules = [sys.modules[f"dpo_kernels.backends.triton.{name}"] for name in 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-NO_STATISTICS = {"entropy": False, "kl": False, "accuracy": False, "mean_logits": False}
+NO_STATISTICS = {"entropy": False, "kl": False, "accuracy": False, "mean_logits": False, "log_sum_sq": False}
 EVERYTHING = dict.fromkeys(NO_STATISTICS, True)
-NAMES = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
+NAMES = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Logits a tile holds: 16 bytes x lanes x loads.
@@ -286,7 +286,7 @@ def test_minus_infinity_carries_no_mass(dtype):
     labels -= banned[labels].long()
     found = forward(logits, labels, ref_logits, **EVERYTHING)
     # Row 0: both without the banned entries. Row 1: the reference has mass there, the policy none. Row 2: the reverse.
-    for name in ("logps", "entropy"):
+    for name in ("logps", "entropy", "log_sum_sq"):
         check = truth_of(logits[..., ~banned][:, :2], (torch.cumsum(~banned, 0) - 1)[labels[:, :2]])
         torch.testing.assert_close(found[name][:, :2], check[name], rtol=1e-6, atol=1e-6)
     both = truth_of(logits[:, :1, ~banned], (torch.cumsum(~banned, 0) - 1)[labels[:, :1]], ref_logits[:, :1, ~banned])

@@ -71,12 +71,8 @@ def forward(hidden, weight, bias, labels, names=STATISTICS, **options):
 def truth_of(hidden, weight, bias, labels, dtype, logit_scale=1.0, logit_softcap=0.0):
     """Every statistic by the definition, from logits in `dtype`."""
     logits = F.linear(hidden.to(dtype), weight.to(dtype), bias.to(dtype))
-    found = token_statistics = reference.token_statistics(
-        logits, labels, logit_scale=logit_scale, logit_softcap=logit_softcap
-    )
-    z = reference.transform_logits(logits, logit_scale, logit_softcap)
-    found = {name: token_statistics[name] for name in ("logps", "lse", "entropy", "accuracy", "mean_logits")}
-    return found | {"log_sum_sq": (2 * z.log_softmax(-1)).logsumexp(-1)}, z
+    found = reference.token_statistics(logits, labels, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    return found, reference.transform_logits(logits, logit_scale, logit_softcap)
 
 
 def check_forward(found, hidden, weight, bias, labels, **settings):

@@ -5,8 +5,9 @@
 // so a policy that is almost sure of the label (S exp(m - z_y) ~ 1e-9) keeps full relative precision in logp and in
 // the label's gradient 1 - p = -expm1(logp). Adding 1 to S first would round that information away.
 //
-// Extra accumulators are first moments under the unnormalised weights e_v = exp(z_v - m):
-//     entropy: sum e_v (z_v - m)       kl: sum e_v (z_v - z'_v)
+// Extra accumulators are first moments under the unnormalised weights e_v = exp(z_v - m), and their squares:
+//     entropy: sum e_v (z_v - m)       kl: sum e_v (z_v - z'_v)       log sum p^2: sum e_v^2
+// The likeliest entry's e_v is 1, so the sum of squares loses nothing that the sum keeps.
 #pragma once
 
 #include <math.h>
@@ -21,11 +22,12 @@ struct OnlineSoftmax {
   double sum;      // S
   double shifted;  // sum e_v (z_v - m), for the entropy
   double drift;    // sum e_v (z_v - z'_v), for the KL divergence
+  double squares;  // sum e_v^2, for log sum p^2
 };
 
 template <typename T>
 DPO_HD OnlineSoftmax<T> empty_softmax() {
-  return {static_cast<T>(-INFINITY), 0.0, 0.0, 0.0};
+  return {static_cast<T>(-INFINITY), 0.0, 0.0, 0.0, 0.0};
 }
 
 // Moves the state's origin up to new_max (>= state.max). e_v and z_v - m both change with the origin.
@@ -38,6 +40,7 @@ DPO_HD void raise_max(OnlineSoftmax<T>& state, T new_max) {
     state.shifted = factor * (state.shifted + delta * state.sum);
     state.sum *= factor;
     state.drift *= factor;
+    state.squares *= factor * factor;
   }
   state.max = new_max;
 }
@@ -51,13 +54,15 @@ DPO_HD void merge(OnlineSoftmax<T>& into, OnlineSoftmax<T> other) {
   into.sum += other.sum;
   into.shifted += other.shifted;
   into.drift += other.drift;
+  into.squares += other.squares;
 }
 
 struct FinishedRow {
   double logp;
   double lse;
   double entropy;
-  double kl_mean;  // sum_v p_v (z_v - z'_v); the KL divergence is kl_mean - lse + lse'
+  double kl_mean;     // sum_v p_v (z_v - z'_v); the KL divergence is kl_mean - lse + lse'
+  double log_sum_sq;  // log sum_v p_v^2
 };
 
 // log p(label) from the state of all other logits and the label's logit.
@@ -89,6 +94,7 @@ DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label, double z_gap) {
   const double drift = state.drift + (weight > 0.0 ? weight * z_gap : 0.0);
   row.entropy = (row.lse - static_cast<double>(state.max)) - shifted / sum;
   row.kl_mean = drift / sum;
+  row.log_sum_sq = log((state.squares + weight * weight) / (sum * sum));
   return row;
 }
 

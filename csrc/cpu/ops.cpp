@@ -109,7 +109,7 @@ std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t
 
 void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
                     double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
-                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits) {
+                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq) {
   const int64_t seq_len = logits.size(1), vocab = logits.size(2);
   TokenLogpsParams p{};
   p.policy = logits_of(logits);
@@ -126,6 +126,7 @@ void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logi
   p.kl = out_of(kl);
   p.accuracy = out_of(accuracy);
   p.mean_logits = out_of(mean_logits);
+  p.log_sum_sq = out_of(log_sum_sq);
   const auto tokens = scored_tokens(p.labels, labels.numel(), seq_len, vocab, ignore_index);
   p.tokens = tokens.data();
   [[maybe_unused]] const bool wide = is_wide(p.policy, p.reference);
@@ -306,7 +307,7 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
   m.def(
       "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
       "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
-      "Tensor(f!) accuracy, Tensor(g!) mean_logits) -> ()");
+      "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor(h!) log_sum_sq) -> ()");
   m.def(
       "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
       "float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, "

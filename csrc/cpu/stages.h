@@ -42,6 +42,7 @@ struct TokenLogpsParams {
   double* kl;
   double* accuracy;
   double* mean_logits;
+  double* log_sum_sq;
 };
 
 struct LogitsGradParams {

@@ -52,9 +52,10 @@ struct Moments {
   typename Vec<A>::type sum = {};
   typename Vec<A>::type shifted = {};
   typename Vec<A>::type drift = {};
+  typename Vec<A>::type squares = {};
 };
 
-template <bool kEntropy, bool kKl, typename A>
+template <bool kEntropy, bool kKl, bool kSquares, typename A>
 DPO_INLINE void add_vector(Moments<A>& m, const A* z, const A* ref, typename Vec<A>::type max) {
   const auto logit = load<A>(z);
   const auto x = logit - max;
@@ -63,13 +64,14 @@ DPO_INLINE void add_vector(Moments<A>& m, const A* z, const A* ref, typename Vec
   // Where e is 0, x or z - z' may be infinite: those entries carry no mass and must not make 0 * inf.
   if (kEntropy) m.shifted += e > 0 ? e * x : e;
   if (kKl) m.drift += e > 0 ? e * (logit - load<A>(ref)) : e;
+  if (kSquares) m.squares += e * e;
 }
 
 // Adds z[0 .. n) to the row's state. `ref` is read only with kKl.
 //
 // The exponential pass works from the first-level cache and would leave the memory bus idle, to be waited for by the
 // next block's first pass: it asks for the next block meanwhile.
-template <bool kEntropy, bool kKl, typename A>
+template <bool kEntropy, bool kKl, bool kSquares, typename A>
 DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const A* z, const A* ref, int64_t n, Ahead ahead) {
   constexpr int lanes = Vec<A>::lanes;
   const A top = block_max<A>(z, n);
@@ -85,15 +87,16 @@ DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const A* z, const A* ref, i
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
     for (int line = 0; line < 4 * lanes * static_cast<int>(sizeof(A)) / 64; ++line, next += hop)
       __builtin_prefetch(next);
-    add_vector<kEntropy, kKl, A>(a, z + i, ref + i, max);
-    add_vector<kEntropy, kKl, A>(b, z + i + lanes, ref + i + lanes, max);
-    add_vector<kEntropy, kKl, A>(c, z + i + 2 * lanes, ref + i + 2 * lanes, max);
-    add_vector<kEntropy, kKl, A>(d, z + i + 3 * lanes, ref + i + 3 * lanes, max);
+    add_vector<kEntropy, kKl, kSquares, A>(a, z + i, ref + i, max);
+    add_vector<kEntropy, kKl, kSquares, A>(b, z + i + lanes, ref + i + lanes, max);
+    add_vector<kEntropy, kKl, kSquares, A>(c, z + i + 2 * lanes, ref + i + 2 * lanes, max);
+    add_vector<kEntropy, kKl, kSquares, A>(d, z + i + 3 * lanes, ref + i + 3 * lanes, max);
   }
-  for (; i < n; i += lanes) add_vector<kEntropy, kKl, A>(a, z + i, ref + i, max);
+  for (; i < n; i += lanes) add_vector<kEntropy, kKl, kSquares, A>(a, z + i, ref + i, max);
   state.sum += horizontal_sum<A>((a.sum + b.sum) + (c.sum + d.sum));
   if (kEntropy) state.shifted += horizontal_sum<A>((a.shifted + b.shifted) + (c.shifted + d.shifted));
   if (kKl) state.drift += horizontal_sum<A>((a.drift + b.drift) + (c.drift + d.drift));
+  if (kSquares) state.squares += horizontal_sum<A>((a.squares + b.squares) + (c.squares + d.squares));
 }
 
 template <typename A>
@@ -140,7 +143,7 @@ struct RowResult {
   double mean;
 };
 
-template <bool kEntropy, bool kKl, typename A>
+template <bool kEntropy, bool kKl, bool kSquares, typename A>
 RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, int64_t label, bool accuracy,
                   bool mean) {
   alignas(64) A buffer[kBlock];
@@ -158,9 +161,9 @@ RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, 
     if (kKl) {
       ref = reference.block(start, n, ref_buffer);
       if (holds_label) ref = without<A>(label - start, ref, n, ref_buffer);
-      absorb<false, false, A>(ref_state, ref, ref, n, reference.ahead(start + n));
+      absorb<false, false, false, A>(ref_state, ref, ref, n, reference.ahead(start + n));
     }
-    absorb<kEntropy, kKl, A>(state, z, ref, n, policy.ahead(start + n));
+    absorb<kEntropy, kKl, kSquares, A>(state, z, ref, n, policy.ahead(start + n));
   }
   RowResult out{};
   const A z_label = policy.at(label);
@@ -180,7 +183,7 @@ RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, 
   return out;
 }
 
-template <bool kEntropy, bool kKl, typename A>
+template <bool kEntropy, bool kKl, bool kSquares, typename A>
 void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end) {
   const LogitTransform transform{p.logit_scale, p.logit_softcap};
   for (int64_t k = begin; k < end; ++k) {
@@ -188,28 +191,35 @@ void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end)
     const int64_t label = p.labels[token];
     const auto policy = Row<A>::of(p.policy, token, p.seq_len, transform);
     const auto reference = p.reference.data ? Row<A>::of(p.reference, token, p.seq_len, transform) : policy;
-    const auto row =
-        run_row<kEntropy, kKl, A>(policy, reference, p.vocab, label, p.accuracy != nullptr, p.mean_logits != nullptr);
+    const auto row = run_row<kEntropy, kKl, kSquares, A>(policy, reference, p.vocab, label, p.accuracy != nullptr,
+                                                         p.mean_logits != nullptr);
     p.logps[token] = row.policy.logp;
     p.lse[token] = row.policy.lse;
     if (p.accuracy) p.accuracy[token] = row.accuracy;
     if (p.mean_logits) p.mean_logits[token] = row.mean;
     if (kEntropy) p.entropy[token] = row.policy.entropy;
+    if (kSquares) p.log_sum_sq[token] = row.policy.log_sum_sq;
     if (kKl) {
       p.kl[token] = row.policy.kl_mean - row.policy.lse + row.reference.lse;
       p.ref_logps[token] = row.reference.logp;
     } else if (p.reference.data) {
-      p.ref_logps[token] = run_row<false, false, A>(reference, reference, p.vocab, label, false, false).policy.logp;
+      p.ref_logps[token] =
+          run_row<false, false, false, A>(reference, reference, p.vocab, label, false, false).policy.logp;
     }
   }
+}
+
+template <bool kEntropy, bool kKl, typename A>
+void with_squares(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end) {
+  p.log_sum_sq ? run_tokens<kEntropy, kKl, true, A>(p, begin, end) : run_tokens<kEntropy, kKl, false, A>(p, begin, end);
 }
 
 template <typename A>
 void dispatch(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end) {
   if (p.kl) {
-    p.entropy ? run_tokens<true, true, A>(p, begin, end) : run_tokens<false, true, A>(p, begin, end);
+    p.entropy ? with_squares<true, true, A>(p, begin, end) : with_squares<false, true, A>(p, begin, end);
   } else {
-    p.entropy ? run_tokens<true, false, A>(p, begin, end) : run_tokens<false, false, A>(p, begin, end);
+    p.entropy ? with_squares<true, false, A>(p, begin, end) : with_squares<false, false, A>(p, begin, end);
   }
 }
 

@@ -92,7 +92,7 @@ PreferenceParams preference_of(const Tensor& weights, const std::optional<Tensor
 TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& ref_logits,
                               int64_t ignore_index, double logit_scale, double logit_softcap, const Tensor& logps,
                               const Tensor& lse, const Tensor& ref_logps, const Tensor& entropy, const Tensor& kl,
-                              const Tensor& accuracy, const Tensor& mean_logits) {
+                              const Tensor& accuracy, const Tensor& mean_logits, const Tensor& log_sum_sq) {
   TokenLogpsParams p{};
   p.policy = logits_of(logits);
   if (ref_logits) p.reference = logits_of(*ref_logits);
@@ -104,6 +104,7 @@ TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const 
   p.kl = out_of(kl);
   p.accuracy = out_of(accuracy);
   p.mean_logits = out_of(mean_logits);
+  p.log_sum_sq = out_of(log_sum_sq);
   p.batch = logits.size(0);
   p.tokens = logits.size(1);
   p.vocab = logits.size(2);
@@ -115,22 +116,22 @@ TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const 
 
 void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
                     double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
-                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits) {
+                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq) {
   const OnDevice here(logits);
   const TokenLogpsParams p = token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, logps,
-                                          lse, ref_logps, entropy, kl, accuracy, mean_logits);
+                                          lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq);
   check(token_logps(p, here.device(), here.stream()), "token_logps");
 }
 
 void fused_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
                       double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
-                      Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor weights,
+                      Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq, Tensor weights,
                       std::optional<Tensor> cu_seqlens, std::optional<Tensor> ref_sums, Tensor beta,
                       Tensor label_smoothing, bool robust, Tensor losses, Tensor sums, Tensor ref_sums_out, Tensor coef,
                       Tensor counters) {
   const OnDevice here(logits);
   TokenLogpsParams p = token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, logps, lse,
-                                    ref_logps, entropy, kl, accuracy, mean_logits);
+                                    ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq);
   p.preference =
       preference_of(weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef);
   require(counters.scalar_type() == ScalarType::Int && counters.numel() >= 3 * p.preference.pairs,
@@ -203,14 +204,13 @@ STABLE_TORCH_LIBRARY(DPO_LIBRARY, m) {
   m.def(
       "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
       "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
-      "Tensor(f!) accuracy, Tensor(g!) mean_logits) -> ()");
+      "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor(h!) log_sum_sq) -> ()");
   m.def(
       "fused_forward(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
       "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
-      "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, Tensor beta, "
-      "Tensor label_smoothing, bool robust, Tensor(h!) losses, Tensor(i!) sums, Tensor(j!) ref_sums_out, Tensor(k!) "
-      "coef, "
-      "Tensor(l!) counters) -> ()");
+      "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor(h!) log_sum_sq, Tensor weights, Tensor? cu_seqlens, "
+      "Tensor? ref_sums, Tensor beta, Tensor label_smoothing, bool robust, Tensor(i!) losses, Tensor(j!) sums, "
+      "Tensor(k!) ref_sums_out, Tensor(l!) coef, Tensor(m!) counters) -> ()");
   m.def("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, Tensor(a!) sums) -> ()");
   m.def(
       "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "

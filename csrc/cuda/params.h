@@ -52,6 +52,7 @@ struct TokenLogpsParams {
   double* kl;
   double* accuracy;
   double* mean_logits;
+  double* log_sum_sq;
   int64_t batch;
   int64_t tokens;
   int64_t vocab;

@@ -20,21 +20,28 @@ cudaError_t run(const TokenLogpsParams& p, const Device& device, cudaStream_t st
   return launch(token_logps_kernel<Tr>, shape, stream, p);
 }
 
-// With softcap the hyperbolic tangent outweighs every statistic, so one variant with all of them serves.
+// With softcap the hyperbolic tangent outweighs the other statistics, and a reference of another dtype is rare: one
+// variant with all of them serves. log_sum_sq comes alone or with all others.
 template <typename T, typename R>
 cudaError_t with_statistics(const TokenLogpsParams& p, const Device& device, cudaStream_t stream) {
-  if (p.logit_softcap != 0.0f) return run<Traits<T, R, true, true, true>>(p, device, stream);
-  if constexpr (std::is_same_v<R, NoReference>) {
-    if (p.entropy != nullptr && p.mean_logits == nullptr)
-      return run<Traits<T, R, true, false, false>>(p, device, stream);
-    if (p.entropy == nullptr && p.mean_logits != nullptr)
-      return run<Traits<T, R, false, true, false>>(p, device, stream);
+  constexpr bool kAlone = std::is_same_v<R, NoReference>, kMixed = !kAlone && !std::is_same_v<R, T>;
+  const bool entropy = p.entropy != nullptr, mean = p.mean_logits != nullptr, softcap = p.logit_softcap != 0.0f;
+  if constexpr (!kMixed) {
+    if (p.log_sum_sq == nullptr) {
+      if (softcap) return run<Traits<T, R, true, true, false, true>>(p, device, stream);
+      if (!entropy && !mean) return run<Traits<T, R, false, false, false, false>>(p, device, stream);
+      if constexpr (kAlone) {
+        if (!mean) return run<Traits<T, R, true, false, false, false>>(p, device, stream);
+        if (!entropy) return run<Traits<T, R, false, true, false, false>>(p, device, stream);
+      }
+      return run<Traits<T, R, true, true, false, false>>(p, device, stream);
+    }
   }
-  if constexpr (std::is_same_v<R, NoReference> || std::is_same_v<R, T>) {
-    if (p.entropy == nullptr && p.mean_logits == nullptr)
-      return run<Traits<T, R, false, false, false>>(p, device, stream);
+  if constexpr (kAlone) {
+    if (!entropy && !mean && !softcap) return run<Traits<T, R, false, false, true, false>>(p, device, stream);
   }
-  return run<Traits<T, R, true, true, false>>(p, device, stream);
+  if (softcap) return run<Traits<T, R, true, true, true, true>>(p, device, stream);
+  return run<Traits<T, R, true, true, true, false>>(p, device, stream);
 }
 
 template <typename T>

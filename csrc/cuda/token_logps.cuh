@@ -45,13 +45,14 @@
 
 namespace dpo::cuda {
 
-template <typename T_, typename R_, bool kEntropy_, bool kMean_, bool kSoftcap_>
+template <typename T_, typename R_, bool kEntropy_, bool kMean_, bool kSquares_, bool kSoftcap_>
 struct Traits {
   using T = T_;
   static constexpr bool kKl = !std::is_same_v<R_, NoReference>;
   using R = std::conditional_t<kKl, R_, T_>;
   static constexpr bool kEntropy = kEntropy_;
   static constexpr bool kMean = kMean_;
+  static constexpr bool kSquares = kSquares_;
   static constexpr bool kSoftcap = kSoftcap_;
   static constexpr int kSize =
       Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
@@ -59,7 +60,7 @@ struct Traits {
   static constexpr int kUnroll = kKl ? DPO_ROW_UNROLL / 2 : DPO_ROW_UNROLL;
   // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a
   // reference.
-  static constexpr int kResident = (kKl || kEntropy || kMean ? 3 : 4) * 256 / DPO_ROW_THREADS;
+  static constexpr int kResident = (kKl || kEntropy || kMean || kSquares ? 3 : 4) * 256 / DPO_ROW_THREADS;
 };
 
 // How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of
@@ -80,6 +81,7 @@ struct ThreadState {
   float sum[kChains] = {};
   float shifted[kChains] = {};  // sum 2^t t
   float drift[kChains] = {};    // sum 2^t (z - z')
+  float squares[kChains] = {};  // sum 4^t
   float total[kChains] = {};    // sum z
   float ref_origin = kFloor;
   float ref_sum[kChains] = {};
@@ -105,6 +107,7 @@ DPO_DEVICE void raise_origin(ThreadState<Tr>& s, float origin) {
   for (int k = 0; k < kChains; ++k) {
     if constexpr (Tr::kEntropy) s.shifted[k] = factor * fmaf(delta, s.sum[k], s.shifted[k]);
     if constexpr (Tr::kKl) s.drift[k] *= factor;
+    if constexpr (Tr::kSquares) s.squares[k] *= factor * factor;
     s.sum[k] *= factor;
   }
   s.origin = origin;
@@ -127,6 +130,7 @@ DPO_DEVICE void add_logit(ThreadState<Tr>& s, const Transform<Tr>& f, float x, f
   const float e = fast_exp2(t);
   s.sum[chain] += e;
   if constexpr (Tr::kEntropy) s.shifted[chain] = fmaf(e, kGuarded ? fmaxf(t, kFloor) : t, s.shifted[chain]);
+  if constexpr (Tr::kSquares) s.squares[chain] = fmaf(e, e, s.squares[chain]);
   if constexpr (Tr::kMean) {
     if (in_mean) s.total[chain] += z;
   }
@@ -276,9 +280,9 @@ DPO_DEVICE ThreadState<Tr> add_row(const Transform<Tr>& f, const typename Tr::T*
 
 // A state on its way through the merge. Sums are float64: the merge adds no rounding of its own.
 struct MergedState {
-  double origin, top, sum, shifted, drift, total, ref_origin, ref_sum;
+  double origin, top, sum, shifted, drift, total, ref_origin, ref_sum, squares;
 };
-constexpr int kStateFields = 8;
+constexpr int kStateFields = 9;
 
 DPO_DEVICE float warp_max(float value) {
 #pragma unroll
@@ -300,6 +304,7 @@ DPO_DEVICE MergedState merge_warp(MergedState s) {
   out.sum = warp_sum(factor * s.sum);
   if constexpr (Tr::kEntropy) out.shifted = warp_sum(factor * (s.shifted + delta * s.sum));
   if constexpr (Tr::kMean) out.total = warp_sum(s.total);
+  if constexpr (Tr::kSquares) out.squares = warp_sum(factor * factor * s.squares);
   if constexpr (Tr::kKl) {
     out.drift = warp_sum(factor * s.drift);
     out.ref_origin = warp_max(static_cast<float>(s.ref_origin));
@@ -319,6 +324,7 @@ DPO_DEVICE MergedState widen_state(const ThreadState<Tr>& s) {
   out.sum = add_chains(s.sum);
   if constexpr (Tr::kEntropy) out.shifted = add_chains(s.shifted);
   if constexpr (Tr::kMean) out.total = add_chains(s.total);
+  if constexpr (Tr::kSquares) out.squares = add_chains(s.squares);
   if constexpr (Tr::kKl) {
     out.drift = add_chains(s.drift);
     out.ref_origin = s.ref_origin;
@@ -327,20 +333,20 @@ DPO_DEVICE MergedState widen_state(const ThreadState<Tr>& s) {
   return out;
 }
 
-DPO_DEVICE MergedState no_state() { return {kFloor, -INFINITY, 0.0, 0.0, 0.0, 0.0, kFloor, 0.0}; }
+DPO_DEVICE MergedState no_state() { return {kFloor, -INFINITY, 0.0, 0.0, 0.0, 0.0, kFloor, 0.0, 0.0}; }
 
 // ---- Finishing a row: one thread, float64 ----
 
-DPO_DEVICE OnlineSoftmax<double> to_natural(double origin, double sum, double shifted, double drift) {
+DPO_DEVICE OnlineSoftmax<double> to_natural(double origin, double sum, double shifted, double drift, double squares) {
   const bool empty = origin <= static_cast<double>(kFloor) && sum == 0.0;
-  return {empty ? -INFINITY : origin * kLn2, sum, shifted * kLn2, drift};
+  return {empty ? -INFINITY : origin * kLn2, sum, shifted * kLn2, drift, squares};
 }
 
 struct TokenValues {
-  double logps, lse, ref_logps, entropy, kl, accuracy, mean_logits;
+  double logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq;
 };
 
-DPO_DEVICE TokenValues all_tokens(double value) { return {value, value, value, value, value, value, value}; }
+DPO_DEVICE TokenValues all_tokens(double value) { return {value, value, value, value, value, value, value, value}; }
 
 // A row on its way from the templated kernel to finish_row_of_batch, in shared memory.
 struct RowSummary {
@@ -365,16 +371,17 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary&
     z = cap * tanh(z / cap);
     if (summary.pair) ref_z = cap * tanh(ref_z / cap);
   }
-  const FinishedRow row =
-      finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch), z * stretch, (z - ref_z) * stretch);
+  const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch, s.squares),
+                                     z * stretch, (z - ref_z) * stretch);
   TokenValues out{};
   out.logps = row.logp / stretch;
   out.lse = label_x == -INFINITY ? row.lse / stretch : z - out.logps;
   const bool nan = row.logp != row.logp;
   out.entropy = nan ? NAN : row.entropy;
+  out.log_sum_sq = row.log_sum_sq;
   out.mean_logits = (s.total + (capped ? z : label_x)) * unit / static_cast<double>(p.vocab);
   if (summary.pair) {
-    const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0), ref_z * stretch, 0.0);
+    const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0, 0.0), ref_z * stretch, 0.0);
     out.ref_logps = ref.logp / stretch;
     out.kl = row.kl_mean - row.lse + ref.lse;
     // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
@@ -392,6 +399,7 @@ DPO_DEVICE void store_token(const TokenLogpsParams& p, int64_t token, const Toke
   if (p.entropy != nullptr) p.entropy[token] = v.entropy;
   if (p.accuracy != nullptr) p.accuracy[token] = v.accuracy;
   if (p.mean_logits != nullptr) p.mean_logits[token] = v.mean_logits;
+  if (p.log_sum_sq != nullptr) p.log_sum_sq[token] = v.log_sum_sq;
 }
 
 // ---- Single launch: sequences and pairs ----
@@ -577,6 +585,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
       store_to_leader(&states[warp][2], merged.sum);
       if constexpr (Tr::kEntropy) store_to_leader(&states[warp][3], merged.shifted);
       if constexpr (Tr::kMean) store_to_leader(&states[warp][4], merged.total);
+      if constexpr (Tr::kSquares) store_to_leader(&states[warp][8], merged.squares);
       if constexpr (Tr::kKl) {
         store_to_leader(&states[warp][5], merged.drift);
         store_to_leader(&states[warp][6], merged.ref_origin);
@@ -599,6 +608,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
         merged.sum = states[lane][2];
         if constexpr (Tr::kEntropy) merged.shifted = states[lane][3];
         if constexpr (Tr::kMean) merged.total = states[lane][4];
+        if constexpr (Tr::kSquares) merged.squares = states[lane][8];
         if constexpr (Tr::kKl) {
           merged.drift = states[lane][5];
           merged.ref_origin = states[lane][6];

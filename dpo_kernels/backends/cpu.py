@@ -49,9 +49,10 @@ def token_logps(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
 ) -> TokenOutputs:
     """Stage 1. See dpo_kernels/ops.py for the contract."""
-    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
     # Unscored tokens are 0 because the kernel never visits them.
     outputs = tuple(torch.zeros(labels.shape if want else 0, dtype=torch.float64) for want in wanted)
     torch.ops.dpo_kernels_cpu.token_logps(

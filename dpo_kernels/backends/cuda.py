@@ -85,10 +85,12 @@ def token_logps(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
 ) -> TokenOutputs:
     """Stage 1. See dpo_kernels/ops.py for the contract. A label outside [0, V) gives NaN for its token."""
     _check_logits(logits, ref_logits)
-    outputs = _token_outputs(labels, (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits))
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
+    outputs = _token_outputs(labels, wanted)
     _kernels.token_logps(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *outputs)
     return outputs
 
@@ -172,13 +174,15 @@ def fused_forward(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
 ) -> tuple[TokenOutputs, PairOutputs]:
     """Stages 1 and 2 in a single launch, bit for bit what `token_logps` and then `preference_loss` give.
 
     Arguments as theirs: weights [B, T] float64 contiguous, 0 on unscored tokens; ref_sums only without ref_logits.
     """
     _check_logits(logits, ref_logits)
-    tokens = _token_outputs(labels, (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits))
+    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
+    tokens = _token_outputs(labels, wanted)
     pairs = _pair_outputs(beta)
     counters = _zeroed_counters(logits.device, 3 * beta.shape[0])
     _kernels.fused_forward(

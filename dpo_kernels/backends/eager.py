@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import transform_logits
 
-TokenOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+TokenOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 #: Elements of a block of `logits_grad_with_kl`; some ten temporaries of this size exist at a time.
 BLOCK = 1 << 20
@@ -87,6 +87,7 @@ def token_logps(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
+    log_sum_sq: bool,
 ) -> TokenOutputs:
     """Stage 1. See dpo_kernels/ops.py for the contract."""
     if logits.device.type == "cpu":
@@ -95,7 +96,7 @@ def token_logps(
     scored = labels != ignore_index
     in_range = (labels >= 0) & (labels < logits.shape[-1])
     index = torch.where(scored & in_range, labels, 0).unsqueeze(-1)
-    nothing = [torch.empty(0, dtype=small, device=logits.device) for _ in range(5)]  # outputs may not alias
+    nothing = [torch.empty(0, dtype=small, device=logits.device) for _ in range(6)]  # outputs may not alias
 
     def keep(values: Tensor) -> Tensor:
         return torch.where(scored, torch.where(in_range, values.to(small), float("nan")), 0.0)
@@ -125,6 +126,8 @@ def token_logps(
         outputs[5] = keep((z.argmax(-1) == index.squeeze(-1)).to(small))
     if mean_logits:
         outputs[6] = keep(z.mean(-1))
+    if log_sum_sq:
+        outputs[7] = keep(e.square().sum(-1).to(small).log() - 2 * mass.log())
     return tuple(outputs)  # type: ignore[return-value]
 
 

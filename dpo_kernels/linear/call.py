@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import backends, planner
 
 #: Names of a stage-1 result, in its order, and of what this module adds.
-STAGE_OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits")
-TOKEN_OUTPUTS = (*STAGE_OUTPUTS, "grad_dropped_mass", "forward_kl", "log_sum_sq")
+STAGE_OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
+TOKEN_OUTPUTS = (*STAGE_OUTPUTS, "grad_dropped_mass", "forward_kl")
 #: Those that a loss may be differentiated by: KL(policy || reference) and KL(reference || policy) where a term, and these.
 KL_TERMS = ("kl", "forward_kl")
 
@@ -29,8 +29,7 @@ class Call:
     Attributes:
         ref_hidden: [B, T, Hr] or None; with ref_weight [V, Hr] and ref_bias [V] or None.
         statistics: names of stage 1's statistics.
-        terms: what the loss reads of each token beside its log-probability: "kl" and "forward_kl", differentiable, and
-            "log_sum_sq" (log sum p^2).
+        terms: the divergences that the loss reads of each token, differentiable: "kl" and "forward_kl".
         compute_dtype: what the products and logits are in.
         eps: filter threshold on probabilities, 0 for exact gradients.
         fused: the products are the fused Triton kernels' (fused.py), which filter by blocks.
@@ -74,7 +73,7 @@ class Call:
     @property
     def kl_gradient(self) -> bool:
         """Whether a token-level KL is differentiated."""
-        return any(name in KL_TERMS for name in self.terms)
+        return bool(self.terms)
 
     def without_reference(self) -> Call:
         """The call for a backward of log-probabilities alone: the reference needs no second projection."""

@@ -137,9 +137,6 @@ class Projection:
         if "forward_kl" in call.terms:
             assert ref_logits is not None
             found["forward_kl"] = self._stage_1(ref_logits, tokens, logits, kl=True)["kl"]
-        if "log_sum_sq" in call.terms:
-            # sum p^2 = sum exp(2 z) / (sum exp(z))^2, and 2 z is z at twice the scale and the cap.
-            found["log_sum_sq"] = self._stage_1(logits, tokens, None, stretch=2.0)["lse"] - 2 * found["lse"]
         return logits, found
 
     def _stage_1(
@@ -150,7 +147,6 @@ class Projection:
         names: Collection[str] = (),
         *,
         kl: bool = False,
-        stretch: float = 1.0,
     ) -> dict[str, Tensor]:
         call = self.call
         outputs = call.stages.token_logps(
@@ -158,12 +154,13 @@ class Projection:
             self.labels[tokens].unsqueeze(0),
             None if ref_logits is None else ref_logits.unsqueeze(0),
             ignore_index=call.ignore_index,
-            logit_scale=stretch * call.logit_scale,
-            logit_softcap=stretch * call.logit_softcap,
+            logit_scale=call.logit_scale,
+            logit_softcap=call.logit_softcap,
             entropy="entropy" in names,
             kl=kl,
             accuracy="accuracy" in names,
             mean_logits="mean_logits" in names,
+            log_sum_sq="log_sum_sq" in names,
         )
         found = zip(STAGE_OUTPUTS, outputs, strict=True)
         return {name: value[0] for name, value in found if value.dim() > 1}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.eager import small_dtype
-from .call import KL_TERMS, TOKEN_OUTPUTS, Call, KLGradients
+from .call import TOKEN_OUTPUTS, Call, KLGradients
 from .chunk import no_autocast
 from .tokens import backward_tokens, constants, forward_tokens, upstream
 
@@ -22,7 +22,7 @@ _ARGUMENTS = (
 )
 _library.define(
     f"linear_logps({_ARGUMENTS}) -> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, "
-    "Tensor accuracy, Tensor mean_logits, Tensor grad_dropped_mass, Tensor forward_kl, Tensor log_sum_sq)"
+    "Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq, Tensor grad_dropped_mass, Tensor forward_kl)"
 )
 _library.define(
     f"linear_logps_grad({_ARGUMENTS}, Tensor logps, Tensor lse, Tensor ref_logps, Tensor kl, Tensor grad_logps, "
@@ -110,7 +110,7 @@ _library.impl("linear_logps_grad", _linear_logps_grad, "CompositeExplicitAutogra
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, labels, ref_hidden, statistics, terms = (arguments[i] for i in (0, 3, 4, 10, 11))
     given = {"logps", "lse", *statistics, *terms, *(["ref_logps"] if ref_hidden is not None else [])}
-    given |= {"kl"} if any(name in KL_TERMS for name in terms) else set()
+    given |= {"kl"} if terms else set()
     small = small_dtype(hidden.device)
     return tuple(hidden.new_empty(labels.shape if name in given else (0,), dtype=small) for name in TOKEN_OUTPUTS)
 

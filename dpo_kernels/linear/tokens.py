@@ -209,7 +209,7 @@ def take_weight(gradient: HeadGradient, weight: Tensor, into: Tensor | None) -> 
 
 def constants(terms: Sequence[str], outputs: Sequence[Tensor]) -> list[Tensor]:
     """Those of TOKEN_OUTPUTS that carry no gradient."""
-    moving = {"logps", *(name for name in terms if name in KL_TERMS)}
+    moving = {"logps", *terms}
     return [value for name, value in zip(TOKEN_OUTPUTS, outputs, strict=True) if name not in moving]
 
 

@@ -138,7 +138,7 @@ PreferenceParams = _struct(
 )
 TokenLogpsParams = _struct(
     "TokenLogpsParams",
-    "Logits policy, reference; ptr labels, logps, lse, ref_logps, entropy, kl, accuracy, mean_logits;"
+    "Logits policy, reference; ptr labels, logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq;"
     "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap; PreferenceParams preference",
 )
 PreferenceLossParams = _struct("PreferenceLossParams", "ptr logps, ref_logps; i64 tokens; PreferenceParams preference")
@@ -225,6 +225,7 @@ class Emulator:
         kl: bool,
         accuracy: bool,
         mean_logits: bool,
+        log_sum_sq: bool,
     ) -> tuple[ctypes.Structure, tuple[Tensor, ...]]:
         batch, tokens, vocab = logits.shape
 
@@ -232,7 +233,7 @@ class Emulator:
             # Filled with NaN: an output that a kernel forgets is noticed.
             return torch.full((batch, tokens) if wanted else (0,), float("nan"), dtype=torch.float64)
 
-        flags = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+        flags = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
         outputs = tuple(output(f) for f in flags)
         addresses = [_address(t) if f else None for t, f in zip(outputs, flags, strict=True)]
         params = TokenLogpsParams(

@@ -17,8 +17,8 @@ from cuda_emulator import Emulator, Order
 from dpo_kernels.backends.eager import TokenKL
 
 PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-NOTHING = {"entropy": False, "kl": False, "accuracy": False, "mean_logits": False}
-EVERYTHING = {"entropy": True, "kl": True, "accuracy": True, "mean_logits": True}
+NOTHING = {"entropy": False, "kl": False, "accuracy": False, "mean_logits": False, "log_sum_sq": False}
+EVERYTHING = dict.fromkeys(NOTHING, True)
 
 
 def table(library: Path) -> None:

@@ -3,8 +3,9 @@
 Data flow, one program (4 warps) a token:
     read     labels once; nothing else if the token is ignored
              the label's logit, then the row's logits, once, and with kl the reference's row, once, in the same loop
-    on chip  per lane (thread): maximum m, c = m log2(e), sum of 2^(x log2(e) - c), and where asked the two moments and the
-             sum of x. No lane looks at another before the loop is over; then one merge in a fixed order.
+    on chip  per lane (thread): maximum m, c = m log2(e), sum of 2^(x log2(e) - c), and where asked the two moments, the
+             sum of squares and the sum of x. No lane looks at another before the loop is over; then one merge in a fixed
+             order.
     write    8 bytes per token and output
 
 The label's own term stays out of the sum: with d = log(sum of the others) - z_label, logp = -softplus(d), which keeps
@@ -17,7 +18,7 @@ accuracy is asked and no logit is larger (an earlier one would win the argmax).
 Issue slots per logit of the main loop, bfloat16, of which one thread handles 32 per iteration:
     convert 1, maximum 1/2 (packed pairs, 3-operand on sm_90 and later less), FFMA 1, ex2 1, add 1      4.5
     per iteration 4 loads, one rescale (FMUL, FADD, ex2, FFMA) and about 10 of loop and addresses, / 32  0.5
-    entropy: FFMA 1 for the product and its sum (ptxas keeps FMUL + FADD of every other pair)            1 to 1.5
+    entropy, log_sum_sq: FFMA 1 each for the product and its sum (ptxas keeps FMUL + FADD of some pairs)  1 to 1.5
     mean: add 1.  accuracy: nothing in the loop.
     kl, per pair of logits: FADD 1, FFMA 1, on top of the same 5 for each of the two
 An unaligned row costs 5 loads and 4 shifts for 8 logits instead of 1 load: 1 more. softcap: about 17 more, for a tanh to
@@ -36,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..eager import TokenOutputs
 from .device import (
     FLOOR,
     FOLDED,
@@ -125,15 +127,16 @@ def _masked_ends(x, keep):
 
 @device_function
 def _fold(
-    state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr
+    state, x, top, ref_state, ref_x, ref_top, log2_scale,
+    ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """Fold a tile [UNROLL, LANES, GROUP] of logits (and of the reference's) into the running state of every lane.
 
-    state: m maximum, c = m * log2_scale as rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), total = sum x.
-    One rescale for a whole tile keeps it off the critical path. A logit of -inf makes t and k NaN (0 * inf): finding that
-    out once per row is cheaper than guarding every product.
+    state: m maximum, c = m * log2_scale as rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), total = sum x,
+    q = sum e^2. One rescale for a whole tile keeps it off the critical path. A logit of -inf makes t and k NaN (0 * inf):
+    finding that out once per row is cheaper than guarding every product.
     """
-    m, c, s, t, k, total = state
+    m, c, s, t, k, total, q = state
     ref_m, ref_c, ref_s = ref_state
     m, c, shift, rescale = _raise_max(m, c, top, log2_scale)
     e, y = _terms(x, c, log2_scale)
@@ -141,13 +144,15 @@ def _fold(
         t = rescale * (t + shift * s) + lane_sum(e * y)
     if MEAN:
         total += lane_sum(x)
+    if SQUARES:
+        q = rescale * rescale * q + lane_sum(e * e)
     if KL:
         k = rescale * k + lane_sum(e * (x - ref_x))
         ref_m, ref_c, _, ref_rescale = _raise_max(ref_m, ref_c, ref_top, log2_scale)
         ref_e, _ = _terms(ref_x, ref_c, log2_scale)
         ref_s = ref_rescale * ref_s + lane_sum(ref_e)
     s = rescale * s + lane_sum(e)
-    return (m, c, s, t, k, total), (ref_m, ref_c, ref_s)
+    return (m, c, s, t, k, total, q), (ref_m, ref_c, ref_s)
 
 
 @device_function
@@ -232,12 +237,13 @@ def token_logps_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
     ref_logits,  # like logits, or None
     labels,  # [B T] int64
-    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits,  # [B T] float64, or None where not asked
+    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq,  # [B T] float64, or None where not asked
     tokens, vocab, ignore_index: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, base,
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, log2_scale: tl.float32,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
     ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, TAIL: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +274,7 @@ def token_logps_kernel(
 
         m = tl.full([LANES], FLOOR, tl.float32)
         zero = tl.zeros([LANES], tl.float32)
-        state = (m, m * log2_scale, zero, zero, zero, zero)
+        state = (m, m * log2_scale, zero, zero, zero, zero, zero)
         ref_state = (m, m * log2_scale, zero)
         total = zero
 
@@ -282,7 +288,7 @@ def token_logps_kernel(
                 ref_loaded = _variable(load_fragments(ref_logits, ref_start, begin, limit, GROUP), inner, MAP)
                 ref_x_ends, ref_top_ends = _masked_ends(ref_loaded, keep)
             state, ref_state = _fold(
-                state, x_ends, top_ends, ref_state, ref_x_ends, ref_top_ends, log2_scale, ENTROPY, KL, False
+                state, x_ends, top_ends, ref_state, ref_x_ends, ref_top_ends, log2_scale, ENTROPY, KL, False, SQUARES
             )
             if MEAN:
                 total = lane_sum(loaded)
@@ -306,7 +312,7 @@ def token_logps_kernel(
                 ref_x, ref_top = _masked_tile(
                     ref_raw, tile, groups, label, inner, ref_element, MAP, UNROLL, LANES, GROUP
                 )
-            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, False)
+            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, False, SQUARES)
 
         for index in range(full - (label_tile < full).to(tl.int32)):
             tile = index + (index >= label_tile).to(tl.int32)
@@ -317,9 +323,9 @@ def token_logps_kernel(
             ref_x, ref_top = x, top
             if KL:
                 ref_x, ref_top = _whole_tile(ref_raw, inner, ref_element, MAP)
-            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN)
+            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN, SQUARES)
 
-        m, c, s, t, k, main_total = state
+        m, c, s, t, k, main_total, q = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
         logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
@@ -349,6 +355,11 @@ def token_logps_kernel(
                 others = tl.where(s_row == 0, 0.0, p_others * (unit * mean_drift))
                 at_label = tl.where(p_label > 0, p_label * (z_label - ref_z_label), 0.0 * p_label)
                 tl.store(kl + row, others + at_label - lse_row + ref_lse)
+        if SQUARES:
+            # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
+            q_row = tl.sum((rescale * rescale * q).to(tl.float64), 0)
+            share = p_others / tl.where(s_row > 0, s_row, 1.0)
+            tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
         if ACCURACY:
             hit = x_label > top
             if x_label == top:
@@ -366,6 +377,7 @@ def token_logps_kernel(
         _put(kl, row, fill)
         _put(accuracy, row, fill)
         _put(mean_logits, row, fill)
+        _put(log_sum_sq, row, fill)
 
 
 def token_logps_launch(
@@ -378,11 +390,11 @@ def token_logps_launch(
     logit_scale: float,
     logit_softcap: float,
 ) -> Launch:
-    """The one kernel call that fills `outputs` (logps, lse, ref_logps, entropy, kl, accuracy, mean_logits; None: not asked).
+    """The one kernel call that fills `outputs`, `token_logps`'s in their order; None where not asked.
 
     logits, ref_logits: [B, T, V]; labels [B, T] int64. ref_logits is given exactly when kl is asked.
     """
-    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits = outputs
+    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq = outputs
     group = group_size(logits, ref_logits)
     pointer, base = aligned_base(logits)
     ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
@@ -398,6 +410,7 @@ def token_logps_launch(
         "kl": kl,
         "accuracy": accuracy,
         "mean_logits": mean_logits,
+        "log_sum_sq": log_sum_sq,
         "tokens": logits.shape[1],
         "vocab": logits.shape[2],
         "ignore_index": ignore_index,
@@ -416,6 +429,7 @@ def token_logps_launch(
         "KL": kl is not None,
         "ACCURACY": accuracy is not None,
         "MEAN": mean_logits is not None,
+        "SQUARES": log_sum_sq is not None,
         "ALIGNED": rows_aligned(logits, group),
         "REF_ALIGNED": ref_logits is None or rows_aligned(ref_logits, group),
         "TAIL": logits.shape[2] % group != 0,
@@ -438,8 +452,10 @@ def token_logps(
     kl: bool,
     accuracy: bool,
     mean_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Stage 1: (logps, lse, ref_logps, entropy, kl, accuracy, mean_logits), each [B, T] float64, or [0] where not asked.
+    log_sum_sq: bool,
+) -> TokenOutputs:
+    """Stage 1: (logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq), each [B, T] float64, or [0] where
+    not asked.
 
     logits, ref_logits: [B, T, V] float32, bfloat16 or float16, V contiguous; labels [B, T] int64. The reference is read
     in the same pass when kl is asked, else by a second launch that computes its log-probs alone.
@@ -448,7 +464,7 @@ def token_logps(
     def output(asked: bool) -> Tensor:
         return torch.empty(labels.shape if asked else (0,), dtype=torch.float64, device=logits.device)
 
-    asked = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits)
+    asked = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
     outputs = tuple(output(one) for one in asked)
     settings: dict[str, Any] = {
         "ignore_index": ignore_index,
@@ -459,7 +475,7 @@ def token_logps(
     if ref_logits is not None and not kl:
         wanted[2] = None
         ref_lse = torch.empty_like(outputs[2])
-        alone = (outputs[2], ref_lse, None, None, None, None, None)
+        alone = (outputs[2], ref_lse, *(None,) * 6)
         token_logps_launch(ref_logits, labels, None, alone, **settings).run(logits)
     token_logps_launch(logits, labels, ref_logits if kl else None, tuple(wanted), **settings).run(logits)
     return outputs  # type: ignore[return-value]
