@@ -83,6 +83,19 @@ def test_the_heads_outputs_and_gradients_are_trls(temperature, softcap, scale):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+def test_every_output_comes_from_one_projection(monkeypatch):
+    from dpo_kernels.linear.chunk import Projection
+
+    project, rows = Projection.project, []
+    monkeypatch.setattr(Projection, "project", lambda self, x, *rest: rows.append(len(x)) or project(self, x, *rest))
+    # No other way to the head either: a product with it would go through here.
+    monkeypatch.setattr(torch.nn.functional, "linear", None)
+    leaves, targets = head_inputs(seed=2)
+    with trl_patched(), torch.no_grad():
+        utils._ChunkedLogProbFunction.apply(*leaves, targets, 1.0, 32, None, 1.0, EVERYTHING)
+    assert sum(rows) == N
+
+
 def test_a_gradient_through_the_entropy_goes_back_to_trl():
     """GRPO's entropy bonus: both outputs are differentiated, ours for the log-probabilities, theirs for the entropy."""
     results = []

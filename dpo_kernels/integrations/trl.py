@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..functional import linear_logps
-from ..reference import transform_logits
 
 # A step of TRL's on a CPU maps gigabytes anew and pays for every page of it: 2 MB instead of 4 KB. torch reads this when it first
 # allocates, which importing a trainer does. Set it to 0 to keep small pages.
@@ -45,9 +44,12 @@ _ARGUMENTS = [
     "outputs",
 ]
 #: TRL's optional outputs in the order in which its function returns them, by our statistic's name.
-_STATISTICS = {"entropy": "entropy", "mean_logits": "mean_logits", "is_top1": "accuracy"}
-#: Logits held at a time for log_sum_sq_probs.
-_BLOCK = 1 << 22
+_STATISTICS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq",
+    "mean_logits": "mean_logits",
+    "is_top1": "accuracy",
+}
 
 
 class _TheirEntropy(torch.autograd.Function):
@@ -73,18 +75,6 @@ class _TheirEntropy(torch.autograd.Function):
         found = iter(torch.autograd.grad(entropy, wanted, grad))
         grads = [next(found) if t is not None and t.requires_grad else None for t in tensors]
         return (None, None, *grads, *(None for _ in ctx.rest))
-
-
-@torch.no_grad()
-def _log_sum_sq_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float
-) -> Tensor:
-    """log(sum_v p_v^2) of each row, [N] float32: a projection of its own, a block of rows at a time."""
-    found = [hidden.new_empty(0, dtype=torch.float32)]
-    for rows in hidden.split(max(1, _BLOCK // weight.shape[0])):
-        z = transform_logits(torch.nn.functional.linear(rows, weight, bias).float(), logit_scale, logit_softcap)
-        found.append((2 * z).logsumexp(-1) - 2 * z.logsumexp(-1))
-    return torch.cat(found)
 
 
 def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: int | str | None) -> type:
@@ -128,11 +118,8 @@ def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: in
             entropy = found.get("entropy")
             if entropy is not None and theirs is not None and logps.requires_grad:
                 entropy = _TheirEntropy.apply(entropy, theirs, hidden, weight, bias, *rest)
-            squares = None
-            if "log_sum_sq_probs" in outputs:
-                squares = _log_sum_sq_probs(hidden, head, offset, scale, softcap or 0.0)
             top1 = found["accuracy"] > 0.5 if "is_top1" in outputs else None
-            return logps, entropy, squares, found.get("mean_logits"), top1
+            return logps, entropy, found.get("log_sum_sq"), found.get("mean_logits"), top1
 
     return FusedLogProbs
 
