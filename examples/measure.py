@@ -140,14 +140,20 @@ class Rewards:
 # --- starting ------------------------------------------------------------------------------------------------------
 
 
-def read_options(description: str, *, steps: int, learning_rate: float, folder: Path) -> argparse.Namespace:
+def read_options(
+    description: str, *, steps: int, learning_rate: float, folder: Path, has_control: bool = True
+) -> argparse.Namespace:
     """The command line that the examples share; `output_dir` is filled in, the control's apart from the real run's."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="at its peak (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs' order, samples and flips (%(default)s)")
-    parser.add_argument("--flip", action="store_true", help="the control: swap the sides of half the training pairs")
-    parser.add_argument("--seeds", type=int, help=f"trainings of the control, from --seed upwards ({SEEDS})")
+    parser.set_defaults(flip=False, seeds=None)
+    if has_control:
+        parser.add_argument(
+            "--flip", action="store_true", help="the control: swap the sides of half the training pairs"
+        )
+        parser.add_argument("--seeds", type=int, help=f"trainings of the control, from --seed upwards ({SEEDS})")
     parser.add_argument("--output-dir", type=Path, help=f"default: {folder}, with --flip {folder}-control")
     parser.add_argument("--save-results", action="store_true", help="also write results.json, which the docs quote")
     options = parser.parse_args()

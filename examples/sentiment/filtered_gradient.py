@@ -115,7 +115,11 @@ def main() -> None:
         measure.put_between_marks(PAGE, table(results))
         return
     options = measure.read_options(
-        __doc__.splitlines()[0], steps=run.STEPS, learning_rate=run.LEARNING_RATE, folder=Path("runs/filtered-gradient")
+        __doc__.splitlines()[0],
+        steps=run.STEPS,
+        learning_rate=run.LEARNING_RATE,
+        folder=Path("runs/filtered-gradient"),
+        has_control=False,
     )
     measure.keep_quiet()
     runs = {}
