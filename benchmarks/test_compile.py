@@ -126,7 +126,7 @@ def samples(
                 "breaks": sum(counters["graph_break"].values()),
             }
         contenders.append(Contender(name, step))
-    found = method.interleave(contenders, min(settings.rounds, 7), device=device, called=True)
+    found = method.interleave(contenders, 7 if settings.sizes == "full" else 3, device=device, called=True)
     heading = f"{settings.dtypes[0]}: {batch} x {length} tokens, H = {hidden}, V = {vocab:,}, loss and all gradients"
     question = "torch.compile: a small model with the loss inside the compiled graph"
     result = Result("compile", question, COLUMNS, summary=summary)

@@ -85,7 +85,7 @@ def samples(
             answers[name] = split.packed_hidden(batch)
         facts[name] = {"tokens": batch["input_ids"].numel()}
         contenders.append(Contender(name, step))
-    rounds = 3 if settings.sizes != "full" else 7
+    rounds = 2 if settings.sizes != "full" else 7
     contenders[0].run()  # libraries start up
     found = method.interleave(contenders, rounds, warmup=0, device=settings.device, called=True)
     result = Result("prefix_sharing", "Prefix sharing: forward and backward of SmolLM2-135M's backbone", COLUMNS)

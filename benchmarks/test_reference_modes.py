@@ -108,7 +108,7 @@ def samples(
             error = truth.error_of(one.step())
             assert error.within(yardstick), f"{name}: gradient off by {error}, eager by {yardstick}"
             contenders.append(Contender(name, one.step))
-    rounds = 5 if settings.sizes == "full" else 3
+    rounds = 5 if settings.sizes == "full" else 2
     found = method.interleave(contenders, rounds, warmup=0, device=settings.device, called=True)
     question = "Reference: loss and gradients, by where the reference comes from"
     result = Result("reference_modes", question, COLUMNS, summary=summary)

@@ -26,7 +26,7 @@ from .peers.base import PEERS_EXTRA
 from .report import SPREAD, Column, Result, counted
 
 #: (rounds, steps of each, the first of which is not timed).
-ROUNDS = {"small": (1, 2), "default": (1, 3), "full": (3, 4)}
+ROUNDS = {"small": (1, 2), "default": (1, 2), "full": (3, 4)}
 MAX_LENGTH = 256
 
 TITLES = {
