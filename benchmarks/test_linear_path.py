@@ -57,6 +57,8 @@ COLUMNS = [
 
 #: What a CPU must reach in float32 on the first case of full: against the best peer; multiple of the products; MiB.
 EXACT_BAR, FILTERED_BAR, FLOOR_BAR, MEMORY_BAR, FROZEN_BAR = 2.2, 3.5, 1.15, 64, 1.3
+#: Policy and reference projected once each: the part of that case's products that no filter spares.
+FORWARD_PRODUCTS = 2
 
 
 def _products(problem: LinearProblem) -> Contender:
@@ -173,7 +175,11 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
 
 
 def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:
-    """The bars beside what was measured, in the size's first case and its twin with a frozen head."""
+    """The bars beside what was measured, in the size's first case and its twin with a frozen head.
+
+    Speed against a peer has a ceiling, too: nothing exact is quicker than the products alone, and no filter spares the
+    forward its products, the policy's and the reference's.
+    """
     measured = {(row["key"], row["peer"]): row for row in rows if row.get("median_s") and row["dtype"] == "float32"}
     if sizes != "full":
         return []
@@ -182,18 +188,25 @@ def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:
     frozen = next((measured.get((case.key, "ours")) for case in others if case.frozen), None)
     found = []
 
-    def add(what: str, value: float | None, bar: float, *, most: bool = False) -> None:
+    def add(what: str, value: float | None, bar: float, *, most: bool = False, ceiling: float | None = None) -> None:
         if value is not None:
             met = value <= bar if most else value >= bar
-            found.append({"what": what, "bar": bar, "measured": value, "met": met})
+            found.append({"what": what, "bar": bar, "measured": value, "met": met, "ceiling": ceiling})
+
+    def peers_distance(row: dict[str, Any]) -> float | None:
+        """How many times the products alone the best peer takes."""
+        peers = (other for other in measured.values() if other["title"] == row.get("best_peer"))
+        return next((other["times_floor"] for other in peers if other["key"] == first.key), None)
 
     if exact:
-        add("exact against the best peer", exact.get("vs_best"), EXACT_BAR)
+        add("exact against the best peer", exact.get("vs_best"), EXACT_BAR, ceiling=peers_distance(exact))
         add("exact, multiple of the products", exact["times_floor"], FLOOR_BAR, most=True)
         extra = exact["extra_bytes"]
         add("exact, MiB beside the gradients", None if extra is None else extra / 2**20, MEMORY_BAR, most=True)
     if filtered:
-        add("filtered against the best peer", filtered.get("vs_best"), FILTERED_BAR)
+        distance = peers_distance(filtered)
+        ceiling = None if distance is None else distance * first.products / FORWARD_PRODUCTS
+        add("filtered against the best peer", filtered.get("vs_best"), FILTERED_BAR, ceiling=ceiling)
     if exact and frozen:
         add("frozen head against trainable", exact["median_s"] / frozen["median_s"], FROZEN_BAR)
     return found
@@ -211,6 +224,7 @@ def measured(
         published.extra["bars"] = bars(published.rows, settings.sizes)
         verdicts = [
             f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}"
+            + (f"; nothing can exceed {bar['ceiling']:.2f}" if bar["ceiling"] is not None else "")
             for bar in published.extra["bars"]
         ]
         published.notes[:] = [note for note in published.notes if not note.startswith("Bar: ")] + verdicts
