@@ -9,9 +9,11 @@ Prints one JSON object: seconds from the end of each step to the end of the next
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -104,6 +106,39 @@ def build_trl_patched(model: Path, rows: list[dict[str, Any]], common: dict[str,
     return build_trl(model, rows, common)
 
 
+def products_alone(trainer: Any, batch: int) -> float:
+    """Seconds of a step's matrix products by themselves: what no trainer of the whole model against a frozen copy avoids.
+
+    Every linear layer four times (policy, reference, gradients of input and weight), the backbone's over every token once,
+    shared prompts included, the head's over scored tokens; attention aside. At the mean step's number of tokens.
+    """
+    import torch
+
+    dataset = trainer.train_dataset
+    prompts, chosen, rejected = (
+        sum(map(len, dataset[name])) for name in ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+    )
+    steps = len(dataset) / batch
+    tokens, scored = round((prompts + chosen + rejected) / steps), round((chosen + rejected) / steps)
+    layers = [module for module in trainer.policy.backbone.modules() if isinstance(module, torch.nn.Linear)]
+    shapes = collections.Counter((tokens, *layer.weight.shape) for layer in layers)
+    shapes[(scored, *trainer.policy.head.weight.shape)] += 1
+    seconds = 0.0
+    for (rows, outputs, inputs), count in shapes.items():
+        x, w, dy = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+        y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
+        samples = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            torch.mm(x, w.T, out=y)
+            torch.mm(x, w.T, out=y)
+            torch.mm(dy, w, out=dx)
+            torch.mm(dy.T, x, out=dw)
+            samples.append(time.perf_counter() - begin)
+        seconds += count * statistics.median(samples)
+    return seconds
+
+
 #: name -> what builds the trainer, from the model's folder, the rows and the arguments that all share.
 CONTENDERS: dict[str, Callable[..., Any]] = {
     "ours": build_ours,
@@ -145,6 +180,7 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "tokens": token_counts(trainer.train_dataset, arguments.batch, arguments.max_length),
         "peak_bytes": peak_resident(),
+        "products_s": products_alone(trainer, arguments.batch) if arguments.contender == "ours" else None,
     }
 
 
