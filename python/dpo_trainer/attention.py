@@ -56,7 +56,6 @@ def attend(
         if kwargs.get(name) is not None:
             raise ValueError(f"attention by sequence does not know {name}")
     sequences = attention_mask[0, 0].tolist()
-    grouped = query.shape[1] != key.shape[1]
 
     def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries are the last tokens of the sequence whose keys these are."""
@@ -67,8 +66,12 @@ def attend(
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
             if windowed:
                 mask = mask.triu(keys - queries - sliding_window + 1)  # type: ignore[operator]
+        if mask is not None and query.device.type != "cpu":
+            # The fused kernels of GPUs take shared heads or a mask, not both.
+            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        shared = query.shape[1] != key.shape[1]
         found = scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=shared
         )
         return found.transpose(1, 2)
 
@@ -79,7 +82,8 @@ def attend(
     rows = []
     for place, (prompt, _, rejected) in enumerate(sequences):
         first, second = 2 * place, 2 * place + 1
-        rows.append(one(queries[first], keys[first], values[first]))
+        if sizes[first]:
+            rows.append(one(queries[first], keys[first], values[first]))
         if rejected:
             behind = [torch.cat([part[first][:, :, :prompt], part[second]], dim=2) for part in (keys, values)]
             rows.append(one(queries[second], *behind))

@@ -166,6 +166,31 @@ def test_gradients_are_those_of_the_padded_layout(name: str, by_sequence: bool, 
         assert (gradients[1][key] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6, key
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # other devices take another way through shared heads
+@pytest.mark.parametrize("window", [None, 4])
+def test_sides_may_be_empty_and_heads_shared(device: str, window: int | None) -> None:
+    lengths = torch.tensor([[0, 0, 5], [3, 0, 4], [6, 2, 0], [0, 0, 0], [5, 6, 7]])
+    query = torch.randn(1, 4, 40, 8, device=device)
+    key, value = (torch.randn(1, 2, 40, 8, device=device) for _ in range(2))
+    found, _ = attention.attend(torch.nn.Module(), query, key, value, attention.as_mask(lengths), sliding_window=window)
+    assert found.shape == (1, 40, 4, 8)
+    if device == "meta":
+        return
+    segments, positions = ([], [])
+    for number, parts in enumerate(lengths.tolist()):
+        for kind, length in enumerate(parts):
+            segments += [3 * number + kind] * length
+            positions += range(parts[0] * (kind > 0), parts[0] * (kind > 0) + length)
+    count, places = len(segments), torch.tensor(positions)
+    mask = visible(torch.tensor([segments]))[0]
+    if window is not None:
+        mask &= places[:, None] - places < window
+    scores = (query.double() @ key.double().repeat_interleave(2, 1).mT / 8**0.5)[:, :, :count, :count]
+    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value.double().repeat_interleave(2, 1)[:, :, :count]
+    torch.testing.assert_close(found[:, :count].double(), expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    assert not found[:, count:].any()
+
+
 @pytest.mark.parametrize("name", UNABLE)
 def test_a_model_that_cannot_share_is_noticed(name: str) -> None:
     split, pairs = SplitModel(UNABLE[name]()), rows((20, 13, 14), (9, 9, 9))
