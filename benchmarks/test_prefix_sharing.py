@@ -75,7 +75,7 @@ def samples(
             }
             for _ in range(pairs)
         ]
-        batch = PairCollator(layout="prefix_shared" if layout == "shared" else layout, attention_cost=0.0)(rows)
+        batch = PairCollator(layout="sequences" if layout == "shared" else layout)(rows)
         batch = {key: value.to(settings.device) for key, value in batch.items()}
 
         def step(batch: dict[str, torch.Tensor] = batch) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .layout import PADDING, arrange, width
+from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_sequences, width
 
 SIDES = ("chosen_input_ids", "rejected_input_ids")
 
@@ -23,8 +23,8 @@ class PairCollator:
       P..2P-1 prompt + rejected.
     * `segments`, `position_ids` [B, T] int64 in every other layout: which sequence and side a token belongs to, and its
       place in the text that it continues.
-    * `sequences` [S, 3] int64 where these stand in a single row: tokens of (prompt, chosen, rejected) of each, in order; a
-      side that stands apart counts as chosen.
+    * `sequences` [P, 3] int64 where the model is to attend by sequence: tokens of (prompt, chosen, rejected) of each pair, in
+      the order in which they stand in the only row.
     * `positions` [N] int64: where, in the flattened [B * T] tokens, the model predicts a completion token. Where a
       prompt is shared, its last token predicts the first token of both sides and is listed twice.
     * `labels` [N] int64: what it has to predict there, so the shift by one has been done here and nowhere else.
@@ -44,19 +44,22 @@ class PairCollator:
     Args:
         pad_token_id: the id written into padding. Any valid id will do.
         pad_to_multiple_of: round T up to a multiple of this.
-        layout: "padded", "prefix_shared" or "auto".
+        layout: "padded", "prefix_shared" or "auto"; "sequences": one row for a model that attends by sequence, always.
         attention_cost: what "auto" weighs long rows by, see `layout.cost`.
+        by_sequence: whether the model attends by sequence where told to: "prefix_shared" and "auto" then tell it to, where
+            that is cheaper.
     """
 
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
     layout: str = "padded"
     attention_cost: float = 1e-3
+    by_sequence: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pairs = [[list(row[name]) for name in ("prompt_input_ids", *SIDES)] for row in rows]
         lengths = [(len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
-        arranged = arrange(lengths, self.layout, self.attention_cost) if pairs else [[]]
+        arranged, by_sequence = self._arrange(lengths) if pairs else ([[]], False)
         longest = max(width(arranged), 1)
         if self.pad_to_multiple_of:
             longest += -longest % self.pad_to_multiple_of
@@ -98,13 +101,22 @@ class PairCollator:
         }
         if any(len(row) > 1 or len(piece.sides) > 1 for row in arranged for piece in row):
             batch |= {"segments": segments, "position_ids": position_ids}
-            if len(arranged) == 1:
-                batch["sequences"] = torch.tensor(
-                    [lengths[piece.pair] if len(piece.sides) > 1 else (0, piece.length, 0) for piece in arranged[0]]
-                )
+        if by_sequence:
+            batch["sequences"] = torch.tensor(lengths)
         if pairs and all(row.get("weight") is not None for row in rows):
             batch["pair_weights"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         if pairs and all(row.get(f"ref_{side}_logps") is not None for side in ("chosen", "rejected") for row in rows):
             columns = ("ref_chosen_logps", "ref_rejected_logps")
             batch["ref_logps"] = torch.tensor([row[name] for name in columns for row in rows], dtype=torch.float64)
         return batch
+
+    def _arrange(self, lengths: list[tuple[int, int, int]]) -> tuple[Rows, bool]:
+        """The rows, and whether their sequences are to be attended to one by one."""
+        row = row_of_sequences(lengths)
+        if self.layout == "sequences":
+            return row, True
+        rows = arrange(lengths, self.layout, self.attention_cost)
+        if not self.by_sequence or self.layout == "padded":
+            return rows, False
+        cheaper = cost_by_sequence(row, self.attention_cost) <= cost(rows, self.attention_cost)
+        return (row, True) if cheaper else (rows, False)

@@ -183,12 +183,7 @@ class SplitModel:
         return lambda: base.set_attn_implementation(before)
 
     def attention_cost(self) -> float:
-        """See `layout.attention_cost`; parameters are counted without the embeddings.
-
-        Nothing where the model attends by sequence: no token is then compared with strangers.
-        """
-        if getattr(self._config, "_attn_implementation", None) == attention.NAME:
-            return 0.0
+        """See `layout.attention_cost`; parameters are counted without the embeddings."""
         backbone = self.backbone if self.backbone is not None else self.model
         embeddings = sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
         return attention_cost(self._config, sum(value.numel() for value in backbone.parameters()) - embeddings)

@@ -232,25 +232,26 @@ class DPOTrainer(PairTrainer):
 
         The longest, since a model may attend within a window or switch its position encoding from some length on.
         Without autocast, because rounding would hide small leaks from one sequence into another.
-        Attention by sequence is tried first and a mask over whole rows next; compiled backbones, which would be compiled
-        anew for every number of sequences, get the mask.
+        Both attention by sequence and a mask over whole rows are tried, since batches take what costs least. Compiled
+        backbones, which would be compiled anew for every number of sequences, get masks alone.
         """
         collator = self.data_collator
         if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self.datasets():
             return
+        collator.attention_cost = self.policy.attention_cost()
         dataset = self.datasets()[0]
         lengths = dataset["length"]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         rows = [dict(dataset[index]) for index in {longest, 0 if longest else len(lengths) - 1}]
-        batch, padded = (
+        sequences, shared, padded = (
             self._prepare_inputs(replace(collator, layout=layout, attention_cost=0.0)(rows))  # type: ignore[arg-type]
-            for layout in ("prefix_shared", "padded")
+            for layout in ("sequences", "prefix_shared", "padded")
         )
         splits = [self.policy]
         if isinstance(self.reference, FrozenReference):
             splits.append(self.reference.split)
 
-        def obstacle() -> str | None:
+        def obstacle(batch: Batch) -> str | None:
             found = ((split, split.obstacle_to_layout(batch, padded)) for split in splits)
             return next(
                 (f"{type(split.model).__name__}: prompts cannot be shared, {why}" for split, why in found if why), None
@@ -258,15 +259,14 @@ class DPOTrainer(PairTrainer):
 
         if not self.args.torch_compile:
             undo = [split.attend_by_sequence() for split in splits]
-            if all(undo) and obstacle() is None:
-                collator.attention_cost = 0.0
-                return
-            for restore in filter(None, undo):
-                restore()
-        collator.attention_cost = self.policy.attention_cost()
-        if reason := obstacle():
-            logger.warning("%s; using padded batches, slower", reason)
-            collator.layout = "padded"
+            collator.by_sequence = all(undo) and obstacle(sequences) is None
+            if not collator.by_sequence:
+                for restore in filter(None, undo):
+                    restore()
+        if reason := obstacle(shared):
+            collator.layout = "sequences" if collator.by_sequence else "padded"
+            if not collator.by_sequence:
+                logger.warning("%s; using padded batches, slower", reason)
 
     def _make_reference(self, ref_model: Any, example: Batch | None) -> FrozenReference | AdapterOffReference | None:
         datasets = self.datasets()

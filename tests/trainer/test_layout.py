@@ -1,6 +1,7 @@
 """Shared prompts and shared rows change where tokens stand, and no answer; a model that cannot have them is noticed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,10 @@ def test_shared_prompts_and_rows_give_the_log_probs_of_sequences_alone(name: str
     with torch.no_grad():
         expected = logps_one_by_one(model, pairs)
         # All pairs in one row, then one pair a row, then whatever "auto" chooses.
-        for layout, attention_cost in (("prefix_shared", 0.0), ("prefix_shared", 10.0), ("auto", 0.01)):
+        tried = [("prefix_shared", 0.0), ("prefix_shared", 10.0), ("auto", 0.01)]
+        if implementation == "by sequence" and name not in EAGER_ONLY:
+            tried.append(("sequences", 0.0))
+        for layout, attention_cost in tried:
             batch = PairCollator(layout=layout, attention_cost=attention_cost)(pairs)
             assert split.obstacle_to_layout(batch, padded) is None
             torch.testing.assert_close(logps_of(split, batch), expected, rtol=2e-5, atol=1e-5)
@@ -155,6 +159,7 @@ def test_gradients_are_those_of_the_padded_layout(name: str, by_sequence: bool, 
         model.zero_grad()
         if by_sequence and layout == "prefix_shared":
             assert split.attend_by_sequence() is not None
+            layout = "sequences"
         # Rounded up, so that there is padding behind the last sequence of the row too.
         batch = PairCollator(layout=layout, attention_cost=0.0, pad_to_multiple_of=8)(pairs)
         (logps_of(split, batch) * torch.arange(10).sin()).sum().backward()
@@ -203,7 +208,7 @@ def test_a_model_that_cannot_share_is_noticed(name: str) -> None:
 def test_a_wrong_mask_or_position_is_noticed(leak: str) -> None:
     """The check of the check: what it must notice is made here on purpose."""
     split, pairs = SplitModel(ABLE["llama"]()), rows((20, 13, 14), (9, 9, 9))
-    batch = PairCollator(layout="prefix_shared", attention_cost=0.0)(pairs)
+    batch = PairCollator(layout="sequences" if leak == "sequences" else "prefix_shared", attention_cost=0.0)(pairs)
     if leak == "position_ids":
         batch[leak] = batch[leak] + (batch["segments"] % 3 == 2)
     elif leak == "segments":
@@ -292,11 +297,21 @@ def test_rows_are_attended_to_by_sequence_where_nothing_speaks_against_it(
     trainer = make_trainer(model=make_model(), **settings)
     assert trainer.model.config._attn_implementation == implementation
     assert trainer.reference.split.model.config._attn_implementation == implementation
-    by_sequence = implementation == attention.NAME
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert ("sequences" in batch) == by_sequence
+    assert trainer.data_collator.by_sequence == (implementation == attention.NAME)
+
+
+def test_batches_are_attended_to_by_sequence_where_that_is_cheaper() -> None:
+    collate = PairCollator(layout="auto", attention_cost=1e-3, by_sequence=True)
+    uneven = rows((93, 163, 163), (55, 201, 201), (61, 195, 195), (29, 13, 27))
+    batch = collate(uneven)
+    assert batch["sequences"].tolist() == [[93, 163, 163], [55, 201, 201], [61, 195, 195], [29, 13, 27]]
     # Not a token of padding, and every prompt once.
-    assert bool(batch["attention_mask"].all()) or not by_sequence
+    assert batch["input_ids"].shape == (1, batch["sequences"].sum())
+    assert batch["attention_mask"].all()
+    # Short and all alike: eight calls a layer cost more than strangers under one mask.
+    assert "sequences" not in collate(rows(*[(8, 14, 14)] * 8))
+    assert "sequences" not in replace(collate, by_sequence=False)(uneven)
+    assert "sequences" not in replace(collate, layout="padded")(uneven)
 
 
 def test_models_keep_their_attention_where_lengths_are_not_understood(
@@ -308,7 +323,7 @@ def test_models_keep_their_attention_where_lengths_are_not_understood(
     trainer = make_trainer(model=make_model())
     assert trainer.model.config._attn_implementation == "sdpa"
     assert trainer.data_collator.layout == "auto"
-    assert trainer.data_collator.attention_cost > 0
+    assert not trainer.data_collator.by_sequence
 
 
 def test_a_saved_model_does_not_ask_for_our_attention(make_trainer: Any, make_model: Any, tmp_path: Path) -> None:
