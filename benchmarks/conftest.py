@@ -25,7 +25,7 @@ PEER_NAMES = {**PEERS, **LINEAR_PEERS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Rounds for each of `--sizes`.
-ROUNDS = {"small": 5, "default": 5, "full": 15}
+ROUNDS = {"small": 5, "default": 4, "full": 15}
 
 
 @dataclass(frozen=True)

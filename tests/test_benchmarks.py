@@ -237,7 +237,7 @@ def test_rounds_that_disagree_are_no_loss() -> None:
 def collected() -> dict[str, list[str]]:
     """Benchmark -> its tests, at all sizes."""
     found: dict[str, list[str]] = {}
-    for sizes in ("small", "full"):
+    for sizes in ("small", "default", "full"):
         command = [sys.executable, "-m", "pytest", "benchmarks/", "--collect-only", "-q", "--sizes", sizes]
         done = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
