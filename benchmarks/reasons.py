@@ -50,11 +50,6 @@ REASONS = (
         "inplace_backward=True does.",
     ),
     Reason(
-        "prefix_sharing",
-        "test_prefix_sharing[shared-25]",
-        "A shared row's mask makes attention compute every key of the longer row; a short prompt saves less than that.",
-    ),
-    Reason(
         "linear_path",
         "test_linear_path[1x128x576x49152-ours]",
         "Nearly all of it is the library's products of few rows, whose rate varies with how they are laid out; at four pairs of "

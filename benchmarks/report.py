@@ -241,6 +241,14 @@ def markdown(result: Result, machine: dict[str, Any], chart: str | None = None) 
     return "\n".join(lines).rstrip() + "\n"
 
 
+def verdict(bar: dict[str, Any]) -> str:
+    """A stated bar in words: `what`, `measured`, `bar`, whether it is `met`, and the `ceiling` above which nothing can be."""
+    ceiling = f"; nothing can exceed {bar['ceiling']:.2f}" if bar.get("ceiling") is not None else ""
+    return (
+        f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}{ceiling}"
+    )
+
+
 def write(results: Iterable[Result], folder: Path, machine: dict[str, Any]) -> None:
     """Write `<name>.json` and `.md` of each and, where matplotlib is installed, `.svg`; then README.md of the folder."""
     folder.mkdir(parents=True, exist_ok=True)

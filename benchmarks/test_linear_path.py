@@ -13,7 +13,7 @@ from .conftest import DTYPES, Settings, wanted
 from .linear_problem import LinearCase, LinearProblem, LinearTruth
 from .method import Contender, Samples
 from .peers.linear import LINEAR_PEERS, LinearPeer
-from .report import BEST_PEER, EXTRA, SPREAD, TIME, VS_BEST, Column, Result, counted
+from .report import BEST_PEER, EXTRA, SPREAD, TIME, VS_BEST, Column, Result, counted, verdict
 
 
 def _cases(pairs: int, length: int) -> list[LinearCase]:
@@ -222,11 +222,7 @@ def measured(
     published = publish(found)
     if settings.device == "cpu":
         published.extra["bars"] = bars(published.rows, settings.sizes)
-        verdicts = [
-            f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}"
-            + (f"; nothing can exceed {bar['ceiling']:.2f}" if bar["ceiling"] is not None else "")
-            for bar in published.extra["bars"]
-        ]
+        verdicts = [verdict(bar) for bar in published.extra["bars"]]
         published.notes[:] = [note for note in published.notes if not note.startswith("Bar: ")] + verdicts
     return mine
 

@@ -23,7 +23,7 @@ from .conftest import Settings, wanted
 from .linear_problem import NO_MODEL, ROOT, TEXT, model_folder
 from .method import Best, Samples
 from .peers.base import PEERS_EXTRA
-from .report import SPREAD, Column, Result, counted
+from .report import SPREAD, Column, Result, counted, verdict
 
 #: (rounds, steps of each, the first of which is not timed).
 ROUNDS = {"small": (1, 2), "default": (1, 2), "full": (3, 4)}
@@ -202,11 +202,7 @@ def measured(
             f"step's matrix products by themselves, policy and reference, every token once."
         )
     result.extra["bars"] = bars(result.rows) if settings.sizes == "full" else []
-    result.notes += [
-        f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}"
-        + (f"; nothing can exceed {bar['ceiling']:.2f}" if bar.get("ceiling") else "")
-        for bar in result.extra["bars"]
-    ]
+    result.notes += [verdict(bar) for bar in result.extra["bars"]]
     publish(result)
     return {row["peer"]: row for row in result.rows}
 

@@ -182,6 +182,17 @@ def run_control(run: Callable[[argparse.Namespace], dict[str, Any]], options: ar
     return summary
 
 
+def run_example(
+    run: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace, *, name: str, results: Path
+) -> dict[str, Any]:
+    """Run it, or its control, quietly; the summary, which `--save-results` also puts into `results` under its name."""
+    keep_quiet()
+    summary = run_control(run, options) if options.flip else run(options)
+    if options.save_results:
+        save_result(results, "control" if options.flip else name, summary)
+    return summary
+
+
 def keep_quiet() -> None:
     """Leave the terminal to the run's own lines."""
     transformers.utils.logging.set_verbosity_error()

@@ -167,11 +167,7 @@ def main() -> None:
     options = measure.read_options(
         __doc__.splitlines()[0], steps=STEPS, learning_rate=LEARNING_RATE, folder=Path("runs/piqa")
     )
-    measure.keep_quiet()
-    summary = measure.run_control(run, options) if options.flip else run(options)
-    if options.save_results:
-        measure.save_result(HERE / "results.json", "control" if options.flip else "piqa", summary)
-    show(summary)
+    show(measure.run_example(run, options, name="piqa", results=HERE / "results.json"))
 
 
 if __name__ == "__main__":

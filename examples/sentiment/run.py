@@ -229,11 +229,7 @@ def main() -> None:
     options = measure.read_options(
         __doc__.splitlines()[0], steps=STEPS, learning_rate=LEARNING_RATE, folder=Path("runs/sentiment")
     )
-    measure.keep_quiet()
-    summary = measure.run_control(run, options) if options.flip else run(options)
-    if options.save_results:
-        measure.save_result(HERE / "results.json", "control" if options.flip else "demo", summary)
-    show(summary)
+    show(measure.run_example(run, options, name="demo", results=HERE / "results.json"))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def arrange(lengths: Sequence[tuple[int, int, int]], layout: str = "auto", atten
     padded = [[piece] for piece in chosen + rejected]
     if layout == "padded":
         return padded
-    shared = [Piece(pair, (0, 1), sum(parts)) for pair, parts in enumerate(lengths)]
-    candidates = _packings(shared)
+    candidates = _packings(row_of_sequences(lengths)[0])
     if layout == "auto":
         # The first of equals wins: padded rows need no mask of their own.
         candidates = [padded, *candidates, *_packings(chosen + rejected)]
