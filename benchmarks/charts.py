@@ -109,7 +109,7 @@ def _bar_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     bars = axis.barh(
         range(len(rows)), values, height=0.72, color=[_OURS if row.get("ours") else _OTHERS for row in rows]
     )
-    axis.bar_label(bars, [_label(key, None if row.get(key) is None else row[key] * scale) for row in rows], padding=3)
+    axis.bar_label(bars, [_label(key, None if row.get(key) is None else row[key] * scale) for row in rows], padding=3, bbox=_PLATE)
     # A floor beyond the bars (a copy that a neighbour slowed) is shown, not left outside the axis.
     floors = [(row.get("floor_s") or 0.0) * scale for row in rows] if key == "median_s" else []
     axis.set_xlim(0, 1.18 * max([*values, *floors]) or 1)

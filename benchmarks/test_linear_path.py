@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_kernels.planner import row_stride
+
 from . import method
 from .conftest import DTYPES, Settings, wanted
 from .linear_problem import LinearCase, LinearProblem, LinearTruth
@@ -62,11 +64,12 @@ FORWARD_PRODUCTS = 2
 
 
 def _products(problem: LinearProblem) -> Contender:
-    """The case's dense products over its scored tokens, 256 at a time, in buffers that exist already."""
+    """The case's dense products over its scored tokens, 256 at a time, in buffers that exist already, laid out as ours are."""
     case = problem.case
     rows = problem.hidden.detach()[problem.labels != -100].contiguous()
     head = problem.weight.detach()
-    logits = rows.new_zeros(min(256, len(rows)), case.vocab)
+    stride = row_stride(case.vocab, rows.element_size()) if rows.device.type == "cpu" else case.vocab
+    logits = rows.new_zeros(min(256, len(rows)), stride)[:, : case.vocab]
     grad_rows, grad_head = torch.zeros_like(rows[: len(logits)]), torch.zeros_like(head)
 
     def run() -> None:

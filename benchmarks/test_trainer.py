@@ -53,7 +53,7 @@ COLUMNS = [
     Column("tokens_per_second", "tokens/s", "count"),
     Column("median_s", "a step", "time"),
     SPREAD,
-    Column("times_floor", "x products", "ratio"),
+    Column("times_floor", "x floor", "ratio"),
     Column("vs_best", "vs TRL", "ratio"),
     Column("ours_faster", "dpo_trainer is faster by", "ratio"),
     Column("peak_bytes", "peak memory", "bytes"),
@@ -108,7 +108,7 @@ def table(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], headin
     rates = {
         name: [sum(one["tokens"][1:]) / sum(one["step_s"]) for one in rounds] for name, rounds in runs.items() if rounds
     }
-    floors = [one["products_s"] for one in runs.get("ours", ())]
+    floors = [one["floor_s"] for one in runs.get("ours", ())]
     for name in [*runs, *missing]:
         row: dict[str, Any] = {"case": heading, "peer": name, "title": TITLES[name], "ours": name != BASELINE}
         row["select"] = f"test_trainer[{name}]"
@@ -153,7 +153,7 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, bar in (("ours", SPEED_BAR), ("trl_patched", PATCH_BAR)):
         if name in measured:
             speed, what = measured[name]["vs_best"], f"tokens a second, {TITLES[name]} against TRL"
-            # TRL's own distance from the products: what a trainer that did nothing else would reach.
+            # TRL's own distance from the floor: what a trainer that did nothing else would reach.
             ceiling = measured[name]["vs_best"] * measured[name]["times_floor"] if name == "ours" else None
             found.append({"what": what, "bar": bar, "measured": speed, "met": speed >= bar, "ceiling": ceiling})
     if "ours" in measured:
@@ -198,8 +198,8 @@ def measured(
     if tokens:
         result.notes.append(
             f"{heading}: {statistics.mean(tokens):.0f} real tokens a step, {counted(rounds, 'round')} of {steps} steps, the "
-            f"first of each not timed; AdamW, constant learning rate, the same pairs in the same order. The products are a "
-            f"step's matrix products by themselves, policy and reference, every token once."
+            f"first of each not timed; AdamW, constant learning rate, the same pairs in the same order. The floor is a "
+            f"step's matrix products and attention by themselves, policy and reference, every token once."
         )
     result.extra["bars"] = bars(result.rows) if settings.sizes == "full" else []
     result.notes += [verdict(bar) for bar in result.extra["bars"]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -106,37 +107,86 @@ def build_trl_patched(model: Path, rows: list[dict[str, Any]], common: dict[str,
     return build_trl(model, rows, common)
 
 
-def products_alone(trainer: Any, batch: int) -> float:
-    """Seconds of a step's matrix products by themselves: what no trainer of the whole model against a frozen copy avoids.
+def floor(trainer: Any, batch: int) -> float:
+    """Seconds of a step's matrix products and attention by themselves: what no trainer of the whole model against a frozen
+    copy avoids.
 
-    Every linear layer four times (policy, reference, gradients of input and weight), the backbone's over every token once,
-    shared prompts included, the head's over scored tokens; attention aside. At the mean step's number of tokens.
+    Every linear layer four times (policy, reference, gradients of input and weight), the backbone's over every token that is
+    read once, shared prompts included, the head's over scored tokens; attention over every sequence. For the mean step's
+    number of tokens, with buffers that are used again at once, so the caches are as warm as can be.
     """
     import torch
 
     dataset = trainer.train_dataset
     prompts, chosen, rejected = (
-        sum(map(len, dataset[name])) for name in ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+        [len(ids) for ids in dataset[name]] for name in ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
     )
     steps = len(dataset) / batch
-    tokens, scored = round((prompts + chosen + rejected) / steps), round((chosen + rejected) / steps)
-    layers = [module for module in trainer.policy.backbone.modules() if isinstance(module, torch.nn.Linear)]
+    # A completion's last token is predicted and not read.
+    tokens = round((sum(prompts) + sum(chosen) + sum(rejected) - 2 * len(dataset)) / steps)
+    scored = round((sum(chosen) + sum(rejected)) / steps)
+    backbone, head = trainer.policy.backbone, trainer.policy.head
+    layers = [module for module in backbone.modules() if isinstance(module, torch.nn.Linear)]
     shapes = collections.Counter((tokens, *layer.weight.shape) for layer in layers)
-    shapes[(scored, *trainer.policy.head.weight.shape)] += 1
-    seconds = 0.0
-    for (rows, outputs, inputs), count in shapes.items():
-        x, w, dy = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
-        y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
-        samples = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            torch.mm(x, w.T, out=y)
-            torch.mm(x, w.T, out=y)
-            torch.mm(dy, w, out=dx)
-            torch.mm(dy.T, x, out=dw)
-            samples.append(time.perf_counter() - begin)
-        seconds += count * statistics.median(samples)
-    return seconds
+    shapes[(scored, *head.weight.shape)] += 1
+    seconds = sum(count * _products(*shape) for shape, count in shapes.items())
+    config = backbone.config
+    heads, shared, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    pairs = zip(prompts, chosen, rejected, strict=True)
+    attention = sum(_attention(*(n - 1 for n in (p + c, p + r)), p, heads, shared, width) for p, c, r in pairs)
+    return seconds + config.num_hidden_layers * attention / steps
+
+
+def _best(once: Callable[[], object]) -> float:
+    samples = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        once()
+        samples.append(time.perf_counter() - begin)
+    return statistics.median(samples)
+
+
+def _products(rows: int, outputs: int, inputs: int) -> float:
+    """Seconds of one linear layer's four products."""
+    import torch
+
+    x, w, dy = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+    y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
+
+    def once() -> None:
+        torch.mm(x, w.T, out=y)
+        torch.mm(x, w.T, out=y)
+        torch.mm(dy, w, out=dx)
+        torch.mm(dy.T, x, out=dw)
+
+    return _best(once)
+
+
+def _attention(chosen: int, rejected: int, prompt: int, heads: int, shared: int, width: int) -> float:
+    """Seconds of one layer's attention for a pair, policy and reference: prompt + chosen, then rejected behind the prompt."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def part(count: int, tokens: int) -> torch.Tensor:
+        return torch.randn(1, count, tokens, width, requires_grad=True)
+
+    whole = [part(count, chosen) for count in (heads, shared, shared)]
+    behind = [part(heads, rejected - prompt), part(shared, rejected), part(shared, rejected)]
+    mask = torch.ones(rejected - prompt, rejected, dtype=torch.bool).tril(prompt)
+
+    def forward() -> list[torch.Tensor]:
+        return [
+            scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True),
+            scaled_dot_product_attention(*behind, mask, enable_gqa=True),
+        ]
+
+    def once() -> None:
+        with torch.no_grad():
+            forward()
+        found = forward()
+        torch.autograd.grad(found, [*whole, *behind], found)
+
+    return _best(once)
 
 
 #: name -> what builds the trainer, from the model's folder, the rows and the arguments that all share.
@@ -153,6 +203,10 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
 
 def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
     """Build the trainer, train, and say what was measured."""
+    if arguments.contender != "trl":
+        # First, as in dpo-train: only before torch's first tensor can they choose how large ones are allocated. TRL's own run
+        # has nothing of ours in it.
+        importlib.import_module("dpo_kernels.integrations.trl" if arguments.contender == "trl_patched" else "dpo_trainer")
     from transformers import AutoTokenizer, TrainerCallback
 
     class Stopwatch(TrainerCallback):
@@ -162,7 +216,6 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
             self.ends.append(time.perf_counter())
 
     begin = time.perf_counter()
-    # Of transformers: importing our packages would change how the other trainer's tensors are allocated.
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
     rows = pick(arguments.pairs, tokenizer, arguments.steps * arguments.batch, arguments.max_length)
     common = common_arguments(scratch, arguments.steps, arguments.batch, arguments.max_length)
@@ -180,7 +233,7 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "tokens": token_counts(trainer.train_dataset, arguments.batch, arguments.max_length),
         "peak_bytes": peak_resident(),
-        "products_s": products_alone(trainer, arguments.batch) if arguments.contender == "ours" else None,
+        "floor_s": floor(trainer, arguments.batch) if arguments.contender == "ours" else None,
     }
 
 

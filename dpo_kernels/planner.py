@@ -34,8 +34,20 @@ _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "m
 _FLOOR = 64 * 2**20
 #: Rows of a chunk beyond which a CPU's products gain little; half as many cost 10%, as each product packs the whole head.
 _WIDE_ROWS = 512
+#: Bytes of a CPU's cache line.
+_LINE = 64
 #: Strategies whose chunks are gone before a gradient of the head is made, if one ever is.
 _CHUNKS_ALONE = ("forward", "frozen_head", "filtered")
+
+
+def row_stride(vocab: int, item_size: int) -> int:
+    """Elements from one row of a CPU's logits buffer to the next: an odd number of cache lines.
+
+    Where rows lie a multiple of 4 KB apart, as with V = 49,152, a column of them falls into one set of the first-level
+    cache, and products that go down columns evict what they are about to use.
+    """
+    lines = -(-vocab * item_size // _LINE)
+    return (lines + 1 - lines % 2) * _LINE // item_size
 
 
 def default_budget(hidden_size: int, vocab: int, wide_bytes: int = 0) -> int:
@@ -157,7 +169,8 @@ class Head:
         """Working bytes per token of a chunk: its logits, and what the stages and products need beside them."""
         if self.fused:
             return self._fused_row_bytes
-        logits = self.vocab * self.item_size * (2 if self.kl and self.projects_reference else 1)
+        row = row_stride(self.vocab, self.item_size) * self.item_size
+        logits = row * (2 if self.kl and self.projects_reference else 1)
         gathered = 3 * self.hidden_size * self.item_size
         widened = 4 * (min(self.vocab, WIDENED_COLUMNS) + self.hidden_size) if self.widens and self.needs_weight else 0
         return logits + gathered + widened + _SMALL_BYTES

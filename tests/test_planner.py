@@ -21,6 +21,7 @@ from dpo_kernels.planner import (
     parse_budget,
     plan_pairs,
     plan_tokens,
+    row_stride,
     seconds,
 )
 
@@ -140,7 +141,7 @@ def test_flops_follow_the_strategy():
 
 
 def test_a_kl_doubles_the_logits_in_memory_only_beside_a_projected_reference():
-    assert with_(kl=True).row_bytes - HEAD.row_bytes == HEAD.vocab * HEAD.item_size
+    assert with_(kl=True).row_bytes - HEAD.row_bytes == row_stride(HEAD.vocab, HEAD.item_size) * HEAD.item_size
     assert with_(kl=True, projects_reference=False).row_bytes == with_(projects_reference=False).row_bytes
 
 
@@ -188,6 +189,17 @@ def test_chunks_without_a_head_gradient_beside_them_default_to_its_room():
         assert budget_of(None, with_(hidden_size=200, vocab=150_000), strategy) == 4 * 200 * 150_000
         assert budget_of(None, with_(hidden_size=4096, vocab=128256), strategy) == 2 * 4096 * 128256
         assert budget_of("64MB", head, strategy) == 64 * 2**20
+
+
+@pytest.mark.parametrize("item_size", [2, 4, 8])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 1000, 32000, 49152, 50257, 128256, 262144])
+def test_rows_of_logits_never_share_a_set_of_the_cache(vocab, item_size):
+    stride = row_stride(vocab, item_size)
+    lines, rest = divmod(stride * item_size, 64)
+    assert stride >= vocab and rest == 0 and lines % 2 == 1
+    assert (stride - vocab) * item_size < 2 * 64
+    # A first-level cache has 64 sets of lines of 64 bytes: 64 rows that follow each other use each set once.
+    assert len({row * lines % 64 for row in range(64)}) == 64
 
 
 def test_a_plan_explains_itself():

@@ -99,10 +99,10 @@ class Projection:
         self.ref_bias = None if call.ref_bias is None else call.ref_bias.to(call.compute_dtype)
         self.side_by_side = call.ref_hidden is not None and not call.given.isdisjoint(KL_TERMS)
         vocab = weight.shape[0]
-        self.buffer = fresh((rows, vocab), call.compute_dtype, hidden.device)
+        self.buffer = _logits_buffer(rows, vocab, call.compute_dtype, hidden.device)
         self.ref_buffer = self.buffer
         if self.side_by_side:
-            self.ref_buffer = fresh(self.buffer.shape, self.buffer.dtype, hidden.device)
+            self.ref_buffer = _logits_buffer(rows, vocab, call.compute_dtype, hidden.device)
         self.labels = call.labels.reshape(-1)
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -244,6 +244,11 @@ class Projection:
         grad_hidden = self.hidden_gradient(dz) if self.call.needs_hidden else None
         gradient.add(dz, rows)
         return grad_hidden
+
+
+def _logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    stride = planner.row_stride(vocab, dtype.itemsize) if device.type == "cpu" else vocab
+    return fresh((rows, stride), dtype, device)[:, :vocab]
 
 
 def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:

@@ -17,14 +17,15 @@ SIDES = ("chosen_input_ids", "rejected_input_ids")
 class PairCollator:
     """Collate rows of `prompt_input_ids`, `chosen_input_ids` and `rejected_input_ids` (completions without prompt).
 
-    With P pairs the batch holds, on B rows of T tokens (see `layout` for what stands where):
+    With P pairs the batch holds, on B rows of T tokens (see `layout` for what stands where; a completion's last token stands
+    nowhere, since it is predicted and predicts nothing):
 
     * `input_ids`, `attention_mask` [B, T] int64. In the padded layout B is 2P: rows 0..P-1 are prompt + chosen, rows
       P..2P-1 prompt + rejected.
     * `segments`, `position_ids` [B, T] int64 in every other layout: which sequence and side a token belongs to, and its
       place in the text that it continues.
-    * `sequences` [P, 3] int64 where the model is to attend by sequence: tokens of (prompt, chosen, rejected) of each pair, in
-      the order in which they stand in the only row.
+    * `sequences` [P, 3] int64 where the model is to attend by sequence: tokens of (prompt, chosen, rejected) of each pair
+      that stand in the only row, in this order.
     * `positions` [N] int64: where, in the flattened [B * T] tokens, the model predicts a completion token. Where a
       prompt is shared, its last token predicts the first token of both sides and is listed twice.
     * `labels` [N] int64: what it has to predict there, so the shift by one has been done here and nowhere else.
@@ -58,7 +59,7 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pairs = [[list(row[name]) for name in ("prompt_input_ids", *SIDES)] for row in rows]
-        lengths = [(len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
+        lengths = [(len(prompt), *(_inputs(prompt, side) for side in sides)) for prompt, *sides in pairs]
         arranged, by_sequence = self._arrange(lengths) if pairs else ([[]], False)
         longest = max(width(arranged), 1)
         if self.pad_to_multiple_of:
@@ -80,11 +81,12 @@ class PairCollator:
                 position_ids[index, start:end] = torch.arange(len(prompt))
                 for side in piece.sides:
                     tokens = torch.tensor(sides[side], dtype=torch.int64)
-                    start, end = end, end + len(tokens)
-                    input_ids[index, start:end] = tokens
+                    count = _inputs(prompt, sides[side])
+                    start, end = end, end + count
+                    input_ids[index, start:end] = tokens[:count]
                     segments[index, start:end] = 3 * number + 1 + side
-                    position_ids[index, start:end] = torch.arange(len(prompt), len(prompt) + len(tokens))
-                    before = torch.arange(start - 1, end - 1)
+                    position_ids[index, start:end] = torch.arange(len(prompt), len(prompt) + count)
+                    before = torch.arange(start - 1, start - 1 + len(tokens))
                     before[:1] = last  # of the prompt, which another side may stand behind
                     scored = slice(0 if prompt else 1, None)
                     positions[piece.pair + side * len(pairs)] = before[scored] + index * longest
@@ -97,7 +99,7 @@ class PairCollator:
             "positions": torch.cat(positions) if pairs else input_ids.new_empty(0),
             "labels": torch.cat(labels) if pairs else input_ids.new_empty(0),
             "cu_seqlens": counts.cumsum(0),
-            "num_tokens": torch.tensor(sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths)),
+            "num_tokens": torch.tensor(sum(len(prompt) + len(side) for prompt, *sides in pairs for side in sides)),
         }
         if any(len(row) > 1 or len(piece.sides) > 1 for row in arranged for piece in row):
             batch |= {"segments": segments, "position_ids": position_ids}
@@ -120,3 +122,8 @@ class PairCollator:
             return rows, False
         cheaper = cost_by_sequence(row, self.attention_cost) <= cost(rows, self.attention_cost)
         return (row, True) if cheaper else (rows, False)
+
+
+def _inputs(prompt: Sequence[int], side: Sequence[int]) -> int:
+    """Tokens of a completion that the model is to read: not the last one, unless the sequence would be empty."""
+    return max(len(side) - 1, 0 if prompt else min(len(side), 1))

@@ -208,7 +208,7 @@ class DPOConfig(TrainingArguments):
     memory_budget: int | str | None = field(
         default=None,
         metadata={
-            "help": "Working memory of the linear path, e.g. '256MB'. None: half of the head's gradient, or 64 MB."
+            "help": "Working memory of the linear path, e.g. '64MB'. None: half of the head's gradient, or 256 MB."
         },
     )
     grad_filter: float | str | None = field(

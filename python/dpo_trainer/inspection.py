@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from dpo_kernels import objectives, planner
 
 from .data import REFERENCE
+from .loss_path import memory_budget
 from .model import Batch, SplitModel
 from .reference import AdapterOffReference, FrozenReference
 from .trainer import DPOTrainer
@@ -174,7 +175,7 @@ class Inspector(DPOTrainer):
             kl_gradient=differentiated,
         )
         asked = "two_pass" if strategy == "kept_logits" else strategy
-        budget = planner.budget_of(self.args.memory_budget, sizes, asked)
+        budget = planner.budget_of(memory_budget(self.args.memory_budget, self.policy), sizes, asked)
         counts = batch["cu_seqlens"].diff().tolist()
         if asked == "whole_pairs":
             return planner.plan_pairs(sizes, counts, budget, "the strategy that the timed batch took")

@@ -42,7 +42,7 @@ def arrange(lengths: Sequence[tuple[int, int, int]], layout: str = "auto", atten
     """Distribute pairs over rows.
 
     Args:
-        lengths: tokens of (prompt, chosen, rejected) of every pair.
+        lengths: tokens of (prompt, chosen, rejected) of every pair that the model reads.
         layout: "padded": one sequence a row, chosen ones first, then rejected ones; "prefix_shared": shared pairs, as
             many to a row as pays; "auto": the cheapest of these and of sequences apart, as many to a row as pays.
         attention_cost: see `cost`.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_kernels import DPOOutput, dpo_loss, linear_dpo_loss
+from dpo_kernels import DPOOutput, dpo_loss, linear_dpo_loss, planner
 
 from .errors import ConfigError
 from .model import Batch, SplitModel
@@ -16,6 +16,10 @@ from .reference import AdapterOffReference, FrozenReference
 logger = logging.getLogger("dpo_trainer")
 
 Reference = FrozenReference | AdapterOffReference | None
+
+#: Working memory that the linear path may take unasked. A step's activations take gigabytes, and beside them the library's own
+#: default would be thrift in the wrong place: whole pairs of 400 tokens fit here (V = 49,152), so none is projected twice.
+LEAST_BUDGET = 256 << 20
 
 
 def choose(policy: SplitModel, reference: Reference, wanted: str) -> str:
@@ -43,6 +47,15 @@ def _obstacle_to_linear(policy: SplitModel, reference: Reference) -> str | None:
     if (other.logit_scale, other.logit_softcap) != (policy.logit_scale, policy.logit_softcap):
         return "policy and reference scale or cap their logits differently"
     return None
+
+
+def memory_budget(given: int | str | None, policy: SplitModel) -> int | str:
+    """The linear path's working memory: as given, or the library's default for this head, at least LEAST_BUDGET."""
+    if given is not None:
+        return given
+    head: Any = policy.head
+    vocab, hidden_size = head.weight.shape
+    return max(LEAST_BUDGET, planner.default_budget(hidden_size, vocab))
 
 
 def from_hidden(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:

@@ -435,7 +435,8 @@ class DPOTrainer(PairTrainer):
         }
         reference = self.reference if has_reference else None
         if self.loss_path == "linear":
-            options |= {"memory_budget": self.args.memory_budget, "grad_filter": self.args.grad_filter}
+            budget = loss_path.memory_budget(self.args.memory_budget, self.policy)
+            options |= {"memory_budget": budget, "grad_filter": self.args.grad_filter}
             return loss_path.from_hidden(self.policy, reference, batch, options)
         return loss_path.from_logits(self.policy, reference, batch, options)
 

@@ -215,7 +215,7 @@ def test_a_wrong_mask_or_position_is_noticed(leak: str) -> None:
         batch[leak] = torch.zeros_like(batch[leak])
     else:
         split.attend_by_sequence()
-        batch[leak] = torch.tensor([[0, 33, 14], [9, 9, 9]])  # the prompt is hidden from the rejected side
+        batch[leak] = torch.tensor([[0, 32, 13], [9, 8, 8]])  # the prompt is hidden from the rejected side
     assert "differ by" in str(split.obstacle_to_layout(batch, PairCollator()(pairs)))
 
 
@@ -231,7 +231,7 @@ def test_what_is_scored_does_not_depend_on_the_layout(layout: str, attention_cos
         assert torch.equal(batch[name], plain[name]), name
     real = batch["attention_mask"].bool()
     if layout == "prefix_shared":
-        assert real.sum() == sum(map(sum, LENGTHS)), "every prompt once"
+        assert real.sum() == sum(map(sum, LENGTHS)) - 2 * len(LENGTHS), "every prompt once, and no last token"
     # The token before each label, read through the positions, is the one before it in the pair's own text.
     before = [batch["input_ids"].flatten()[batch["positions"]], plain["input_ids"].flatten()[plain["positions"]]]
     assert torch.equal(*before)
@@ -304,7 +304,8 @@ def test_batches_are_attended_to_by_sequence_where_that_is_cheaper() -> None:
     collate = PairCollator(layout="auto", attention_cost=1e-3, by_sequence=True)
     uneven = rows((93, 163, 163), (55, 201, 201), (61, 195, 195), (29, 13, 27))
     batch = collate(uneven)
-    assert batch["sequences"].tolist() == [[93, 163, 163], [55, 201, 201], [61, 195, 195], [29, 13, 27]]
+    # Of a completion all but its last token, which is predicted only.
+    assert batch["sequences"].tolist() == [[93, 162, 162], [55, 200, 200], [61, 194, 194], [29, 12, 26]]
     # Not a token of padding, and every prompt once.
     assert batch["input_ids"].shape == (1, batch["sequences"].sum())
     assert batch["attention_mask"].all()
