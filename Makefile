@@ -38,7 +38,7 @@ $(VENV)/.piqa: $(STAMP)
 demo: $(VENV)/.model
 	$(PY) examples/sentiment/run.py
 
-# The same with labels flipped at random, with five seeds in turn: nothing may be learned.
+# The same with labels flipped at random, three seeds twice each: nothing may be learned.
 demo-control: $(VENV)/.model
 	$(PY) examples/sentiment/run.py --flip
 

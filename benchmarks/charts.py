@@ -13,6 +13,9 @@ _OURS, _OTHERS, _INK, _FAINT = "#1b6ca8", "#b8bec6", "#333a42", "#e3e6ea"
 #: Lines need to be told apart: these for ours and for the others, in order.
 _OUR_LINES, _OTHER_LINES = ("#1b6ca8", "#57a3d9"), ("#8a8f98", "#d1873d", "#7a9a5b", "#a06a9e", "#b0564f")
 
+#: Behind a figure, so that a floor's tick does not strike it through.
+_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+
 #: What charts can show: row key -> (axis label, factor).
 SCALES = {
     "median_s": ("ms", 1e3),
@@ -109,7 +112,8 @@ def _bar_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     bars = axis.barh(
         range(len(rows)), values, height=0.72, color=[_OURS if row.get("ours") else _OTHERS for row in rows]
     )
-    axis.bar_label(bars, [_label(key, None if row.get(key) is None else row[key] * scale) for row in rows], padding=3, bbox=_PLATE)
+    labels = [_label(key, None if row.get(key) is None else row[key] * scale) for row in rows]
+    axis.bar_label(bars, labels, padding=3, bbox=_PLATE)
     # A floor beyond the bars (a copy that a neighbour slowed) is shown, not left outside the axis.
     floors = [(row.get("floor_s") or 0.0) * scale for row in rows] if key == "median_s" else []
     axis.set_xlim(0, 1.18 * max([*values, *floors]) or 1)

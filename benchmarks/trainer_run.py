@@ -206,7 +206,9 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
     if arguments.contender != "trl":
         # First, as in dpo-train: only before torch's first tensor can they choose how large ones are allocated. TRL's own run
         # has nothing of ours in it.
-        importlib.import_module("dpo_kernels.integrations.trl" if arguments.contender == "trl_patched" else "dpo_trainer")
+        importlib.import_module(
+            "dpo_kernels.integrations.trl" if arguments.contender == "trl_patched" else "dpo_trainer"
+        )
     from transformers import AutoTokenizer, TrainerCallback
 
     class Stopwatch(TrainerCallback):

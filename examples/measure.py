@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -39,8 +39,8 @@ FIGURES = (
     ("seconds in all, a run", "seconds", ".0f"),
     ("tokens per second", "tokens_per_second", ",.0f"),
 )
-# Trainings of the control: few enough to wait for, and an error over fewer says little.
-SEEDS = 5
+# Seeds of the control, each trained twice: few enough to wait for.
+SEEDS = 3
 RESULTS_START, RESULTS_END = "<!-- results.json -->", "<!-- end of results.json -->"
 
 
@@ -49,76 +49,114 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def flip_labels(rows: Sequence[Row], seed: int) -> list[Row]:
+def flip_labels(rows: Sequence[Row], seed: int, *, other_half: bool = False) -> list[Row]:
     """Swap chosen and rejected in exactly half of the rows, drawn by lot: labels that say nothing about preference.
 
     Half, not each with probability 1/2: all pairs point the same way, so a surplus of unswapped ones, which coins
     leave, would still be a signal.
+
+    Args:
+        other_half: swap those that the same seed leaves alone otherwise.
     """
-    swapped = set(random.Random(seed).sample(range(len(rows)), len(rows) // 2))
+    drawn = set(random.Random(seed).sample(range(len(rows)), len(rows) // 2))
+    swapped = set(range(len(rows))) - drawn if other_half else drawn
     return [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if index in swapped else dict(row)
         for index, row in enumerate(rows)
     ]
 
 
-def mean_and_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float], *clusterings: Sequence[Hashable]) -> tuple[float, float]:
     """Mean of the values and its standard error.
 
     Args:
         values: one number per observation.
-        clusters: what each observation belongs to. Pairs that share a prompt are not independent: deviations from the
-            mean are first added up within a cluster (the sandwich estimator of a mean, with C / (C - 1)).
+        clusterings: none for independent observations, or what each belongs to. Pairs that share a prompt are not
+            independent: deviations from the mean are first added up within a cluster (the sandwich estimator of a mean, with
+            C / (C - 1)). Of two clusterings the variances add up, less that of their intersections (Cameron, Gelbach and
+            Miller 2011, equation 2.11).
     """
     array = np.asarray(values, dtype=np.float64)
-    groups: dict[Hashable, float] = {}
-    for index, deviation in enumerate(array - array.mean()):
-        key = clusters[index] if clusters is not None else index
-        groups[key] = groups.get(key, 0.0) + float(deviation)
-    count = len(groups)
-    if count < 2:
-        return float(array.mean()), math.nan
-    variance = count / (count - 1) * sum(total * total for total in groups.values()) / len(array) ** 2
+    first, *more = clusterings or [range(len(array))]
+    variance = _variance_of_mean(array, first)
+    for second in more:
+        both = _variance_of_mean(array, list(zip(first, second, strict=True)))
+        # The difference of estimates can come out too small; the mean is no surer than either clustering makes it.
+        parts = variance, _variance_of_mean(array, second)
+        variance = max(sum(parts) - both, *parts)
     return float(array.mean()), math.sqrt(variance)
 
 
-def held_out_figures(rewards: np.ndarray, clusters: Sequence[Hashable]) -> dict[str, float]:
-    """DPO's loss and accuracy on held-out pairs, with standard errors by cluster.
+def _variance_of_mean(array: np.ndarray, clusters: Sequence[Hashable]) -> float:
+    groups: dict[Hashable, float] = {}
+    for key, deviation in zip(clusters, array - array.mean(), strict=True):
+        groups[key] = groups.get(key, 0.0) + float(deviation)
+    count = len(groups)
+    if count < 2:
+        return math.nan
+    return count / (count - 1) * sum(total * total for total in groups.values()) / len(array) ** 2
+
+
+class Observed(NamedTuple):
+    """Numbers whose mean is a figure, and what each of them belongs to."""
+
+    values: Sequence[float]
+    prompts: Sequence[Hashable]
+
+
+def held_out(rewards: np.ndarray, prompts: Sequence[Hashable]) -> dict[str, Observed]:
+    """DPO's loss and accuracy on held-out pairs.
 
     Args:
         rewards: `[pairs, 2]`, implicit rewards of the chosen and of the rejected side.
-        clusters: one per pair, as for `mean_and_error`.
+        prompts: one per pair.
     """
     margins = (rewards[:, 0] - rewards[:, 1]).astype(np.float64)
-    loss, loss_error = mean_and_error(np.logaddexp(0.0, -margins), clusters)
-    # A tie is half right: a model that has not moved scores 50 %, not 0.
-    accuracy, accuracy_error = mean_and_error((margins > 0) + 0.5 * (margins == 0), clusters)
     return {
-        "held_out_loss": loss,
-        "held_out_loss_error": loss_error,
-        "held_out_accuracy": accuracy,
-        "held_out_accuracy_error": accuracy_error,
+        "held_out_loss": Observed(np.logaddexp(0.0, -margins), prompts),
+        # A tie is half right: a model that has not moved scores 50 %, not 0.
+        "held_out_accuracy": Observed((margins > 0) + 0.5 * (margins == 0), prompts),
     }
 
 
-def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summaries of runs that differ in their seed as one: means, with the standard error over the runs.
+def figures(observed: Mapping[str, Observed]) -> dict[str, float]:
+    """Each one's mean under its name, and the standard error, clustered by prompt, as name_error."""
+    found = {}
+    for name, (values, prompts) in observed.items():
+        found[name], found[f"{name}_error"] = mean_and_error(values, prompts)
+    return found
 
-    What training happens to push one held-out pair by, it pushes all of them by. An error over the pairs of one run does
-    not contain that, the spread between runs does. Of one run there is no spread: it keeps its own error.
+
+def over_runs(runs: Sequence[Mapping[str, Any]], observed: Sequence[Mapping[str, Observed]]) -> dict[str, Any]:
+    """Summaries of runs of the control as one: means, with standard errors over prompts and over seeds.
+
+    What training happens to push one held-out pair by, it pushes all of them by: an error over the prompts of one run does
+    not contain that, the spread between seeds does. The runs of a seed swap opposite halves of the labels, so that what one
+    pushes up the other pushes down, and little but what training does under any labels is left in their mean.
+
+    Args:
+        runs: their summaries.
+        observed: of each run, what its figures are means of.
 
     Returns:
         The first run's summary, with means in place of the figures, `seeds` in place of `seed`, and every run's own figures
         under `runs`.
     """
-    summary = {key: value for key, value in runs[0].items() if key not in ("seed", "training")}
-    figures = [key for key, value in summary.items() if isinstance(value, float)]
-    for key in figures:
-        if len(runs) > 1 and not key.endswith("_error"):
-            mean, error = mean_and_error([run[key] for run in runs])
-            summary |= {key: mean, f"{key}_error": error} if f"{key}_error" in summary else {key: mean}
-    own = [{key: run[key] for key in ("seed", *figures)} for run in runs]
-    return rounded({**summary, "seeds": [run["seed"] for run in runs], "runs": own})
+    own = ("seed", "other_half")
+    summary = {key: value for key, value in runs[0].items() if key not in (*own, "training")}
+    names = [key for key, value in summary.items() if isinstance(value, float)]
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    for key in names:
+        if not key.endswith("_error"):
+            summary[key] = float(np.mean([run[key] for run in runs]))
+    for key in observed[0]:
+        values = [value for one in observed for value in one[key].values]
+        prompts = [prompt for one in observed for prompt in one[key].prompts]
+        by_seed = [run["seed"] for run, one in zip(runs, observed, strict=True) for _ in one[key].values]
+        clusterings = (prompts, by_seed) if len(seeds) > 1 else (prompts,)
+        summary[key], summary[f"{key}_error"] = mean_and_error(values, *clusterings)
+    each = [{key: run[key] for key in (*own, *names)} for run in runs]
+    return rounded({**summary, "seeds": seeds, "runs": each})
 
 
 def learnt_nothing(control: Mapping[str, Any]) -> bool:
@@ -148,12 +186,13 @@ def read_options(
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="at its peak (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs' order, samples and flips (%(default)s)")
-    parser.set_defaults(flip=False, seeds=None)
+    parser.set_defaults(flip=False, other_half=False, seeds=None)
     if has_control:
         parser.add_argument(
             "--flip", action="store_true", help="the control: swap the sides of half the training pairs"
         )
-        parser.add_argument("--seeds", type=int, help=f"trainings of the control, from --seed upwards ({SEEDS})")
+        seeds = f"seeds of the control, from --seed upwards, each trained twice ({SEEDS})"
+        parser.add_argument("--seeds", type=int, help=seeds)
     parser.add_argument("--output-dir", type=Path, help=f"default: {folder}, with --flip {folder}-control")
     parser.add_argument("--save-results", action="store_true", help="also write results.json, which the docs quote")
     options = parser.parse_args()
@@ -169,25 +208,31 @@ def read_options(
     return options
 
 
-def run_control(run: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Run the control once a seed, each in a folder of its own in `output_dir`; what `over_seeds` makes of their summaries."""
-    runs = []
+#: What an example does: train and measure, write summary.json and return the same summary, and what its figures are means of.
+Run = Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, Observed]]]
+
+
+def run_control(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the control twice a seed, each in a folder of its own in `output_dir`; what `over_runs` makes of it."""
+    runs, observed = [], []
     for seed in range(options.seed, options.seed + options.seeds):
-        print(f"control, seed {seed} ({len(runs) + 1} of {options.seeds})", flush=True)
-        folder = options.output_dir / f"seed-{seed}"
-        runs.append(run(argparse.Namespace(**{**vars(options), "seed": seed, "output_dir": folder})))
-        gc.collect()  # a trainer holds itself; the next one's models shall not stand beside its
-    summary = over_seeds(runs)
+        for other_half in (False, True):
+            half = "other-half" if other_half else "half"
+            print(f"control, seed {seed}, {half} ({len(runs) + 1} of {2 * options.seeds})", flush=True)
+            own = {"seed": seed, "other_half": other_half, "output_dir": options.output_dir / f"seed-{seed}-{half}"}
+            summary, values = run(argparse.Namespace(**{**vars(options), **own}))
+            runs.append({**summary, "other_half": other_half})
+            observed.append(values)
+            gc.collect()  # a trainer holds itself; the next one's models shall not stand beside its
+    summary = over_runs(runs, observed)
     write_json(options.output_dir / "summary.json", summary)
     return summary
 
 
-def run_example(
-    run: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace, *, name: str, results: Path
-) -> dict[str, Any]:
+def run_example(run: Run, options: argparse.Namespace, *, name: str, results: Path) -> dict[str, Any]:
     """Run it, or its control, quietly; the summary, which `--save-results` also puts into `results` under its name."""
     keep_quiet()
-    summary = run_control(run, options) if options.flip else run(options)
+    summary = run_control(run, options) if options.flip else run(options)[0]
     if options.save_results:
         save_result(results, "control" if options.flip else name, summary)
     return summary
@@ -291,12 +336,19 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _seeds(run: Mapping[str, Any]) -> str:
-    """Which seeds a result is of, and what its ± is over; of several, also what each came to."""
+    """Which seeds a result is of, and what its ± is over; of several runs, also what each came to."""
     runs = run.get("runs", [run])
     if len(runs) == 1:
         return f"seed {runs[0]['seed']}, ± over prompts"
-    accuracies = ", ".join(f"{one['held_out_accuracy']:.1%} ({one['seed']})" for one in runs)
-    return f"means of {len(runs)} seeds, ± over seeds; held-out accuracy (seed): {accuracies}"
+    each = []
+    for seed in run["seeds"]:
+        own = " and ".join(f"{one['held_out_accuracy']:.1%}" for one in runs if one["seed"] == seed)
+        each.append(f"{own} ({seed})")
+    errors = "prompts and seeds" if len(run["seeds"]) > 1 else "prompts"
+    return (
+        f"means of {len(runs)} runs, ± over {errors}; held-out accuracy with one half of the labels swapped and with the other "
+        f"(seed): {', '.join(each)}"
+    )
 
 
 def control_note(summary: Mapping[str, Any]) -> str:

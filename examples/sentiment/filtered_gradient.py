@@ -62,7 +62,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
     logs = [record for record in trainer.state.log_history if "learning_rate" in record]
     dropped = [record["grad_dropped_mass"] for record in logs]
     return {
-        **measure.held_out_figures(rewards.values, [row["prompt"] for row in held_out]),
+        **measure.figures(measure.held_out(rewards.values, [row["prompt"] for row in held_out])),
         "grad_dropped_mass": sum(dropped) / len(dropped),
         "losses": [record["loss"] for record in logs],
     }

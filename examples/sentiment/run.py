@@ -1,10 +1,10 @@
 """The main job: make SmolLM2-135M-Instruct write more cheerfully, and measure it on prompts it was not trained on.
 
     python examples/sentiment/run.py           # about four minutes on two CPU cores
-    python examples/sentiment/run.py --flip    # the control: labels that say nothing, with five seeds in turn
+    python examples/sentiment/run.py --flip    # the control: labels that say nothing, three seeds twice each
 
 Leaves the aligned model, report.html, metrics.jsonl and summary.json in runs/sentiment; the control leaves the
-same, but no model, in a folder a seed in runs/sentiment-control, and beside them a summary.json of all.
+same, but no model, in a folder a run in runs/sentiment-control, and beside them a summary.json of all.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def settings(folder: Path, options: argparse.Namespace, **others: Any) -> DPOCon
         "beta": 0.1,
         # The continuations were cut at a length, they did not end; a model trained to end there would learn just that.
         "append_eos": False,
+        # Every pair counts, also one whose sides a tokenizer cannot tell apart: it is right half of the time.
+        "filters": [],
         "seed": options.seed,
         "logging_steps": 4,
         "save_strategy": "no",
@@ -106,8 +108,8 @@ def divergence(trainer: DPOTrainer, tokenizer: Any, prompts: list[str], samples:
     return found
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Sample, train, measure, sample again; returns the figures, which summary.json holds too."""
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, measure.Observed]]:
+    """Sample, train, measure, sample again; returns the figures, which summary.json holds too, and what they are means of."""
     folder = options.output_dir
     started = time.perf_counter()
 
@@ -116,7 +118,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     train_rows = measure.read_rows(HERE / "train.jsonl")
     held_out_rows = measure.read_rows(HERE / "held_out.jsonl")
     if options.flip:
-        train_rows = measure.flip_labels(train_rows, options.seed)
+        train_rows = measure.flip_labels(train_rows, options.seed, other_half=options.other_half)
     prompts = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
     prompt_of_sample = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
 
@@ -138,28 +140,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"after: {len(held_out_rows)} held-out pairs, sampling, KL ...", flush=True)
     trainer.evaluate()
     samples, texts_after, scores_after = fresh_samples(trainer.model, tokenizer, prompts, options.seed)
-    kl, kl_error = measure.mean_and_error(divergence(trainer, tokenizer, prompts, samples), prompt_of_sample)
+    kl = divergence(trainer, tokenizer, prompts, samples)
     if not options.flip:
         trainer.save_model()
     training = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
-    before, before_error = measure.mean_and_error(scores_before, prompt_of_sample)
-    after, after_error = measure.mean_and_error(scores_after, prompt_of_sample)
-    change, change_error = measure.mean_and_error(np.subtract(scores_after, scores_before), prompt_of_sample)
+    observed = {
+        **measure.held_out(rewards.values, [row["prompt"] for row in held_out_rows]),
+        "sentiment_before": measure.Observed(scores_before, prompt_of_sample),
+        "sentiment_after": measure.Observed(scores_after, prompt_of_sample),
+        "sentiment_change": measure.Observed(np.subtract(scores_after, scores_before), prompt_of_sample),
+        "kl": measure.Observed(kl, prompt_of_sample),
+    }
     summary = measure.rounded(
         {
-            **measure.held_out_figures(rewards.values, [row["prompt"] for row in held_out_rows]),
-            "sentiment_before": before,
-            "sentiment_before_error": before_error,
+            **measure.figures(observed),
             "sentiment_before_deviation": float(np.std(scores_before)),
-            "sentiment_after": after,
-            "sentiment_after_error": after_error,
             "sentiment_after_deviation": float(np.std(scores_after)),
-            "sentiment_change": change,
-            "sentiment_change_error": change_error,
-            "kl": kl,
-            "kl_error": kl_error,
-            "kl_per_token": kl / TOKENS,
+            "kl_per_token": float(np.mean(kl)) / TOKENS,
             "first_loss": training["first"]["loss"],
             "tokens_per_second": training["tokens_per_second"],
             "training_seconds": training["seconds"],
@@ -181,7 +179,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     measure.write_json(folder / "summary.json", {**summary, "training": training})
     show_samples(prompts, texts_before, texts_after)
     print(f"report  {folder / 'report.html'}\n")
-    return summary
+    return summary, observed
 
 
 def show_samples(prompts: list[str], before: list[str], after: list[str]) -> None:
