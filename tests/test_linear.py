@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from dpo_kernels import LinearDPOLoss, dpo_loss, linear_dpo_loss, linear_logps, objective, reference, use_backend
-from dpo_kernels.planner import Head
+from dpo_kernels.linear.chunk import logits_buffer
+from dpo_kernels.planner import Head, row_stride
 
 from checks import BUDGET
 from conftest import BACKENDS, DEVICE
@@ -673,6 +674,14 @@ for options in ({}, {"loss_type": "aot"}, {"frozen": True}, {"statistics": ("kl"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory")
+@pytest.mark.parametrize("dtype", [_F32, _BF16, _F64])
+def test_rows_of_the_logits_buffer_lie_apart_on_a_cpu(dtype):
+    """V = 4,096 would put a column of them into one set of the cache (`planner.row_stride`)."""
+    buffer = logits_buffer(5, 4096, dtype, torch.device("cpu"))
+    assert buffer.shape == (5, 4096)
+    assert buffer.stride() == (row_stride(4096, dtype.itemsize), 1)
+
+
 def test_peak_memory_stays_within_the_budget():
     """64 MiB of logits (per model) against a budget of 6 MiB; the system's own peak of resident memory decides."""
     done = subprocess.run(

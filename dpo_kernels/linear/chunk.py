@@ -99,10 +99,10 @@ class Projection:
         self.ref_bias = None if call.ref_bias is None else call.ref_bias.to(call.compute_dtype)
         self.side_by_side = call.ref_hidden is not None and not call.given.isdisjoint(KL_TERMS)
         vocab = weight.shape[0]
-        self.buffer = _logits_buffer(rows, vocab, call.compute_dtype, hidden.device)
+        self.buffer = logits_buffer(rows, vocab, call.compute_dtype, hidden.device)
         self.ref_buffer = self.buffer
         if self.side_by_side:
-            self.ref_buffer = _logits_buffer(rows, vocab, call.compute_dtype, hidden.device)
+            self.ref_buffer = logits_buffer(rows, vocab, call.compute_dtype, hidden.device)
         self.labels = call.labels.reshape(-1)
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -246,7 +246,8 @@ class Projection:
         return grad_hidden
 
 
-def _logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for [rows, V] logits, whose rows lie `planner.row_stride` apart on a CPU."""
     stride = planner.row_stride(vocab, dtype.itemsize) if device.type == "cpu" else vocab
     return fresh((rows, stride), dtype, device)[:, :vocab]
 

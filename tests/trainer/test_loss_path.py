@@ -8,9 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_kernels import reference
-from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, ModelError
+from dpo_kernels import planner, reference
+from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, ModelError, loss_path
+from dpo_trainer.model import SplitModel
 
 Make = Callable[..., DPOTrainer]
 
@@ -110,6 +112,26 @@ def test_all_logits_are_never_held(make_trainer: Make, make_model: Any) -> None:
         loss_and_gradients(trainer, rows)
     # The transposed weight [H, V] is among what is seen.
     assert 0 < largest <= max(trainer.policy.head.weight.shape[1], scored / 4)
+
+
+def test_real_pairs_fit_whole_in_what_the_trainer_takes_unasked() -> None:
+    """SmolLM2's head, pairs of 400 scored tokens, the KL's two buffers: the library's lean default cuts them."""
+    config = LlamaConfig(vocab_size=49152, hidden_size=576, num_hidden_layers=0, num_attention_heads=8)
+    with torch.device("meta"):
+        policy = SplitModel(LlamaForCausalLM(config))
+    head = planner.Head(576, 49152, 4, projects_reference=True, kl=True)
+    counts = [200] * 8
+    lean = planner.plan_pairs(head, counts, planner.budget_of(None, head, "whole_pairs"))
+    taken = planner.plan_pairs(head, counts, loss_path.memory_budget(None, policy))
+    products = 4 * head.product * sum(counts)
+    assert lean.flops > products
+    assert taken.flops == products, "no token is projected twice"
+    assert loss_path.memory_budget("32MB", policy) == "32MB"
+    # A large head's own default is more.
+    config.hidden_size = 4096
+    with torch.device("meta"):
+        policy = SplitModel(LlamaForCausalLM(config))
+    assert loss_path.memory_budget(None, policy) == 2 * 4096 * 49152 > 256 * 2**20
 
 
 @pytest.mark.parametrize(
