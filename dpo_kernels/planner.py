@@ -31,7 +31,7 @@ WIDENED_COLUMNS = 2048
 #: Small float64 values per token in flight: log-probabilities, statistics, weights, indices.
 _SMALL_BYTES = 16 * 8
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_FLOOR = 64 * 2**20
+_FLOOR, _STEP_FLOOR = 64 * 2**20, 256 * 2**20
 #: Rows of a chunk beyond which a CPU's products gain little; half as many cost 10%, as each product packs the whole head.
 _WIDE_ROWS = 512
 #: Bytes of a CPU's cache line.
@@ -58,6 +58,16 @@ def default_budget(hidden_size: int, vocab: int, wide_bytes: int = 0) -> int:
     """
     gradient = 4 * hidden_size * vocab
     return max(_FLOOR, gradient // 2, min(gradient, wide_bytes))
+
+
+def step_budget(hidden_size: int, vocab: int) -> int:
+    """What a trainer's step takes where nobody says, in bytes: `default_budget`, but at least 256 MiB.
+
+    Its activations take gigabytes, beside which the default, made for lean calls, is thrift in the wrong place: a pair of 600
+    tokens is whole here (V = 49,152, float32, with a KL), or 1,300 tokens' logits are kept for the backward, and none is
+    projected twice.
+    """
+    return max(_STEP_FLOOR, default_budget(hidden_size, vocab))
 
 
 def budget_of(memory_budget: int | str | None, head: Head, strategy: str) -> int:

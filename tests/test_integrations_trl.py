@@ -11,6 +11,7 @@ import pytest
 import torch
 from trainer.tiny import build_model, build_pairs, build_tokenizer
 
+from dpo_kernels import planner
 from dpo_kernels.integrations import trl as integration
 from dpo_kernels.integrations.trl import apply_to_trl, trl_patched
 
@@ -51,6 +52,19 @@ def head_inputs(seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=g).to(dtype) for shape in ((N, H), (V, H), (V,))]
     return [t.requires_grad_() for t in tensors], torch.randint(0, V, (N,), generator=g)
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, planner.step_budget(H, V)), ("1MB", "1MB")])
+def test_the_heads_budget_is_that_of_a_step(given, taken, monkeypatch):
+    asked = []
+    whole = integration.linear_logps
+    monkeypatch.setattr(
+        integration, "linear_logps", lambda *a, **k: (asked.append(k["memory_budget"]), whole(*a, **k))[1]
+    )
+    (hidden, weight, bias), targets = head_inputs()
+    with trl_patched(memory_budget=given):
+        utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 4)
+    assert asked == [taken]
 
 
 HEADS = [

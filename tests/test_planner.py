@@ -23,6 +23,7 @@ from dpo_kernels.planner import (
     plan_tokens,
     row_stride,
     seconds,
+    step_budget,
 )
 
 HEAD = Head(hidden_size=64, vocab=1000, item_size=4, projects_reference=True)
@@ -176,6 +177,16 @@ def test_the_default_budget_is_half_a_head_gradient_and_at_least_64_mib():
     assert default_budget(576, 49152) == 64 * 2**20
     assert default_budget(4096, 128256) == 2 * 4096 * 128256
     assert parse_budget(None, 4096, 128256) == 2 * 4096 * 128256
+
+
+def test_a_trainers_step_takes_more_where_the_default_is_lean():
+    assert step_budget(576, 49152) == 256 * 2**20
+    assert step_budget(4096, 128256) == default_budget(4096, 128256)
+    # TRL's head on SmolLM2: a step of 1,250 scored tokens waits for its backward instead of being projected again.
+    head = Head(hidden_size=576, vocab=49152, item_size=4)
+    plans = [plan_tokens(head, "two_pass", 1250, budget(576, 49152)) for budget in (default_budget, step_budget)]
+    assert [plan.strategy for plan in plans] == ["two_pass", "kept_logits"]
+    assert plans[0].flops - plans[1].flops == 1250 * head.product
 
 
 def test_chunks_without_a_head_gradient_beside_them_default_to_its_room():

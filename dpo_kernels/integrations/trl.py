@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import planner
 from ..functional import linear_logps
 
 # A step of TRL's on a CPU maps gigabytes anew and pays for every page of it: 2 MB instead of 4 KB. torch reads this when it first
@@ -103,6 +104,7 @@ def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: in
             # Temperature divides after the cap: (c tanh(s x / c)) / t is the same map with c / t and s / t.
             scale = logit_scale / temperature
             softcap = None if final_logit_softcapping is None else final_logit_softcapping / temperature
+            budget = planner.step_budget(head.shape[1], head.shape[0]) if memory_budget is None else memory_budget
             logps, found = linear_logps(
                 hidden,
                 head,
@@ -112,7 +114,7 @@ def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: in
                 logit_scale=scale,
                 logit_softcap=softcap,
                 grad_filter=grad_filter,
-                memory_budget=memory_budget,
+                memory_budget=budget,
                 ignore_index=-100,
             )
             entropy = found.get("entropy")
@@ -155,7 +157,8 @@ def apply_to_trl(
     """Let TRL's trainers use these kernels, in this process, from now on.
 
     Args:
-        grad_filter, memory_budget: see `linear_logps`.
+        grad_filter: see `linear_logps`.
+        memory_budget: the same; None takes what a step may (`planner.step_budget`), at least 256 MiB.
 
     Returns:
         A function that puts everything back. Calling `apply_to_trl` again first undoes the last one.

@@ -17,10 +17,6 @@ logger = logging.getLogger("dpo_trainer")
 
 Reference = FrozenReference | AdapterOffReference | None
 
-#: Working memory that the linear path may take unasked. A step's activations take gigabytes, and beside them the library's own
-#: default would be thrift in the wrong place: whole pairs of 400 tokens fit here (V = 49,152), so none is projected twice.
-LEAST_BUDGET = 256 << 20
-
 
 def choose(policy: SplitModel, reference: Reference, wanted: str) -> str:
     """ "linear" or "logits": what is `wanted`, and for "auto" "linear" unless the models stand against it, which is logged.
@@ -50,12 +46,12 @@ def _obstacle_to_linear(policy: SplitModel, reference: Reference) -> str | None:
 
 
 def memory_budget(given: int | str | None, policy: SplitModel) -> int | str:
-    """The linear path's working memory: as given, or the library's default for this head, at least LEAST_BUDGET."""
+    """The linear path's working memory: as given, or what a step may take with this head (`planner.step_budget`)."""
     if given is not None:
         return given
     head: Any = policy.head
     vocab, hidden_size = head.weight.shape
-    return max(LEAST_BUDGET, planner.default_budget(hidden_size, vocab))
+    return planner.step_budget(hidden_size, vocab)
 
 
 def from_hidden(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:
