@@ -59,7 +59,7 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pairs = [[list(row[name]) for name in ("prompt_input_ids", *SIDES)] for row in rows]
-        lengths = [(len(prompt), *(_inputs(prompt, side) for side in sides)) for prompt, *sides in pairs]
+        lengths = [(len(p), _inputs(p, chosen), _inputs(p, rejected)) for p, chosen, rejected in pairs]
         arranged, by_sequence = self._arrange(lengths) if pairs else ([[]], False)
         longest = max(width(arranged), 1)
         if self.pad_to_multiple_of:
