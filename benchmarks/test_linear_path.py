@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_kernels.planner import row_stride
+from dpo_kernels.linear.chunk import logits_buffer
 
 from . import method
 from .conftest import DTYPES, Settings, wanted
@@ -68,8 +68,7 @@ def _products(problem: LinearProblem) -> Contender:
     case = problem.case
     rows = problem.hidden.detach()[problem.labels != -100].contiguous()
     head = problem.weight.detach()
-    stride = row_stride(case.vocab, rows.element_size()) if rows.device.type == "cpu" else case.vocab
-    logits = rows.new_zeros(min(256, len(rows)), stride)[:, : case.vocab]
+    logits = logits_buffer(min(256, len(rows)), case.vocab, rows.dtype, rows.device)
     grad_rows, grad_head = torch.zeros_like(rows[: len(logits)]), torch.zeros_like(head)
 
     def run() -> None:

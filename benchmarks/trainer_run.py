@@ -133,11 +133,11 @@ def floor(trainer: Any, batch: int) -> float:
     config = backbone.config
     heads, shared, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     pairs = zip(prompts, chosen, rejected, strict=True)
-    attention = sum(_attention(*(n - 1 for n in (p + c, p + r)), p, heads, shared, width) for p, c, r in pairs)
+    attention = sum(_attention(p, c - 1, r - 1, heads, shared, width) for p, c, r in pairs)
     return seconds + config.num_hidden_layers * attention / steps
 
 
-def _best(once: Callable[[], object]) -> float:
+def _median(once: Callable[[], object]) -> float:
     samples = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -159,10 +159,10 @@ def _products(rows: int, outputs: int, inputs: int) -> float:
         torch.mm(dy, w, out=dx)
         torch.mm(dy.T, x, out=dw)
 
-    return _best(once)
+    return _median(once)
 
 
-def _attention(chosen: int, rejected: int, prompt: int, heads: int, shared: int, width: int) -> float:
+def _attention(prompt: int, chosen: int, rejected: int, heads: int, shared: int, width: int) -> float:
     """Seconds of one layer's attention for a pair, policy and reference: prompt + chosen, then rejected behind the prompt."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -170,9 +170,9 @@ def _attention(chosen: int, rejected: int, prompt: int, heads: int, shared: int,
     def part(count: int, tokens: int) -> torch.Tensor:
         return torch.randn(1, count, tokens, width, requires_grad=True)
 
-    whole = [part(count, chosen) for count in (heads, shared, shared)]
-    behind = [part(heads, rejected - prompt), part(shared, rejected), part(shared, rejected)]
-    mask = torch.ones(rejected - prompt, rejected, dtype=torch.bool).tril(prompt)
+    whole = [part(count, prompt + chosen) for count in (heads, shared, shared)]
+    behind = [part(heads, rejected), *(part(shared, prompt + rejected) for _ in range(2))]
+    mask = torch.ones(rejected, prompt + rejected, dtype=torch.bool).tril(prompt)
 
     def forward() -> list[torch.Tensor]:
         return [
@@ -186,7 +186,7 @@ def _attention(chosen: int, rejected: int, prompt: int, heads: int, shared: int,
         found = forward()
         torch.autograd.grad(found, [*whole, *behind], found)
 
-    return _best(once)
+    return _median(once)
 
 
 #: name -> what builds the trainer, from the model's folder, the rows and the arguments that all share.

@@ -66,23 +66,25 @@ def flip_labels(rows: Sequence[Row], seed: int, *, other_half: bool = False) -> 
     ]
 
 
-def mean_and_error(values: Sequence[float], *clusterings: Sequence[Hashable]) -> tuple[float, float]:
+def mean_and_error(
+    values: Sequence[float], clusters: Sequence[Hashable] | None = None, crossed: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
     """Mean of the values and its standard error.
 
     Args:
         values: one number per observation.
-        clusterings: none for independent observations, or what each belongs to. Pairs that share a prompt are not
-            independent: deviations from the mean are first added up within a cluster (the sandwich estimator of a mean, with
-            C / (C - 1)). Of two clusterings the variances add up, less that of their intersections (Cameron, Gelbach and
-            Miller 2011, equation 2.11).
+        clusters: what each observation belongs to. Pairs that share a prompt are not independent: deviations from the
+            mean are first added up within a cluster (the sandwich estimator of a mean, with C / (C - 1)).
+        crossed: what else it belongs to. The variances of both clusterings add up, less that of their intersections (Cameron,
+            Gelbach and Miller 2011, equation 2.11).
     """
     array = np.asarray(values, dtype=np.float64)
-    first, *more = clusterings or [range(len(array))]
-    variance = _variance_of_mean(array, first)
-    for second in more:
-        both = _variance_of_mean(array, list(zip(first, second, strict=True)))
+    clusters = range(len(array)) if clusters is None else clusters
+    variance = _variance_of_mean(array, clusters)
+    if crossed is not None:
+        parts = variance, _variance_of_mean(array, crossed)
+        both = _variance_of_mean(array, list(zip(clusters, crossed, strict=True)))
         # The difference of estimates can come out too small; the mean is no surer than either clustering makes it.
-        parts = variance, _variance_of_mean(array, second)
         variance = max(sum(parts) - both, *parts)
     return float(array.mean()), math.sqrt(variance)
 
@@ -153,8 +155,8 @@ def over_runs(runs: Sequence[Mapping[str, Any]], observed: Sequence[Mapping[str,
         values = [value for one in observed for value in one[key].values]
         prompts = [prompt for one in observed for prompt in one[key].prompts]
         by_seed = [run["seed"] for run, one in zip(runs, observed, strict=True) for _ in one[key].values]
-        clusterings = (prompts, by_seed) if len(seeds) > 1 else (prompts,)
-        summary[key], summary[f"{key}_error"] = mean_and_error(values, *clusterings)
+        crossed = by_seed if len(seeds) > 1 else None
+        summary[key], summary[f"{key}_error"] = mean_and_error(values, prompts, crossed)
     each = [{key: run[key] for key in (*own, *names)} for run in runs]
     return rounded({**summary, "seeds": seeds, "runs": each})
 

@@ -81,7 +81,7 @@ class PairCollator:
                 position_ids[index, start:end] = torch.arange(len(prompt))
                 for side in piece.sides:
                     tokens = torch.tensor(sides[side], dtype=torch.int64)
-                    count = _inputs(prompt, sides[side])
+                    count = lengths[piece.pair][1 + side]
                     start, end = end, end + count
                     input_ids[index, start:end] = tokens[:count]
                     segments[index, start:end] = 3 * number + 1 + side
