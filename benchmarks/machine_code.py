@@ -368,7 +368,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     from dpo_kernels.backends.eager import TokenKL
     from dpo_kernels.backends.triton.launch import LANES
     from dpo_kernels.backends.triton.logits_grad import logits_grad_launch
-    from dpo_kernels.backends.triton.preference_loss import preference_loss_launch, sequence_sums_launch
+    from dpo_kernels.backends.triton.preference_loss import preference_loss_launches, sequence_sums_launches
     from dpo_kernels.backends.triton.token_logps import token_logps_launch
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -435,9 +435,13 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
 
     pairs, sequences, bounds = empty(4), empty(8), empty(9, dtype=torch.int64)
     outputs = (pairs, sequences, sequences, sequences)
-    loss = preference_loss_launch(small, small, small, bounds, None, pairs, pairs, False, outputs)
-    sums = sequence_sums_launch(small, small, None, sequences)
-    for name, launch in (("preference_loss", loss), ("sequence_sums", sums)):
+    long = empty(1, 1 << 16)
+    family = (pairs, pairs, False, outputs)
+    launches = preference_loss_launches(small, small, small, bounds, None, *family)
+    launches += preference_loss_launches(long, long, long, bounds, None, *family)
+    launches += sequence_sums_launches(small, small, None, sequences)
+    kernels = ("preference_loss", "compact", "preference_loss, long", "sequence_sums")
+    for name, launch in zip(kernels, launches, strict=True):
         yield Kernel(f"triton {name}", arch, _TritonCubin(launch, arch), LANES, streams=False)
     yield from _fused_kernels(arch)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Batch:
     cu_seqlens: Tensor | None
     sequences: int
     backend: str
+    given_bounds: Tensor | None = None  # cu_seqlens as they came, where they lie on an accelerator and wait to be checked
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor, ignore_index: int = -100) -> Tensor:
@@ -90,12 +91,15 @@ def _prepare(
     _check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, f"one label per row of {name}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 (or int32) token ids; got {labels.dtype}")
+    given_bounds = None
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"cu_seqlens must be a vector of integers [2P + 1]; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
         _check_tensor("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), logits.device, "")
+        if cu_seqlens.device.type != "cpu":
+            given_bounds, cu_seqlens = cu_seqlens, ops.rising_bounds(cu_seqlens, logits.shape[0])
         cu_seqlens = cu_seqlens.to(torch.int64)
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
     labels = labels.to(torch.int64)
@@ -110,7 +114,7 @@ def _prepare(
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     backend = backends.resolve(logits.device.type, logits.dtype)
     vocab = logits.shape[-1] if vocab is None else vocab
-    return _Batch(logits, vocab, labels, weights, cu_seqlens, sequences, backend)
+    return _Batch(logits, vocab, labels, weights, cu_seqlens, sequences, backend, given_bounds)
 
 
 def _check_softcap(logit_softcap: float | None) -> float:
@@ -177,7 +181,9 @@ def dpo_loss(
             `Pairs`, or a sequence of these.
         loss_weights: one weight per entry of a `loss_type` sequence (default 1 each).
         label_smoothing: probability that a pair's label is wrong, a number or [P].
-        cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, from 0 to at most N.
+        cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, from 0 to at most N. Bounds that do
+            not rise, or leave [0, N], raise on CPU. On a GPU they are moved to the nearest that do (a sequence may come
+            out empty), and `DPOOutput.metrics()` raises.
         token_weights: like `labels`; weights of the tokens in their sequence's sum. 0 skips the token.
         pair_weights: [P], multiplies each pair's loss (confidence scores); the mean stays over P.
         ignore_index: the label to skip.
@@ -348,7 +354,7 @@ def _output(
         chosen_rewards=rewards[:pairs],
         rejected_rewards=rewards[pairs:],
         token_counts=counts,
-        _check=_late_label_check(batch, ignore_index),
+        _check=_late_check(batch, ignore_index),
         **means,
     )
 
@@ -408,13 +414,20 @@ def _check_statistics(statistics: Sequence[str], known: tuple[str, ...] = STATIS
     return tuple(name for name in known if name in statistics)
 
 
-def _late_label_check(batch: _Batch, ignore_index: int):
+def _late_check(batch: _Batch, ignore_index: int) -> Callable[[], None] | None:
+    """What looks at labels and bounds when somebody waits for the device anyway, or None where all was looked at."""
     # CPU kernels have looked already; a compiled graph cannot return a closure.
     looked = batch.logits.device.type == "cpu" and batch.backend in ("eager", "cpu")
     if looked or torch.compiler.is_compiling():
         return None
-    labels, vocab = batch.labels, batch.vocab
-    return lambda: check_labels(labels, vocab, ignore_index)
+    labels, vocab, bounds = batch.labels, batch.vocab, batch.given_bounds
+
+    def check() -> None:
+        check_labels(labels, vocab, ignore_index)
+        if bounds is not None:
+            ops.check_bounds(bounds, labels.shape[1])
+
+    return check
 
 
 def sequence_logps(
