@@ -38,7 +38,9 @@ class _Batch:
     cu_seqlens: Tensor | None
     sequences: int
     backend: str
-    given_bounds: Tensor | None = None  # cu_seqlens as they came, where they lie on an accelerator and wait to be checked
+    given_bounds: Tensor | None = (
+        None  # cu_seqlens as they came, where they lie on an accelerator and wait to be checked
+    )
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor, ignore_index: int = -100) -> Tensor:

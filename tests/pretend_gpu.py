@@ -161,6 +161,8 @@ class PretendGPU(TorchDispatchMode):
                 "mem_get_info": lambda *_: (self.memory if self.largest is None else self.largest, self.memory),
                 "memory_reserved": lambda *_: 0,
                 "memory_allocated": lambda *_: 0,
+                "is_current_stream_capturing": lambda: False,
+                "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
                 "synchronize": lambda *_: self.syncs.append("synchronize"),
             }
             self._patches = [mock.patch.object(torch.cuda, name, value) for name, value in cuda.items()]
