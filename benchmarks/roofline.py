@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpo_kernels.planner import LIVE_SHARE
-
 
 @dataclass(frozen=True)
 class Ceiling:
@@ -61,6 +59,9 @@ LOGITS_PATHS = {
     "step: policy, reference, gradient": 4,
 }
 
+#: Live share of the blocks of a real softmax at eps = 2^-10 (benchmarks/live_blocks.py).
+LIVE_SHARE = json.loads((Path(__file__).parent / "results" / "live_blocks.json").read_text())["2^-10"]["mean logit"]
+
 #: Matrix products in units of N H V flops, and logits traffic in bytes per 16-bit logit when chunks do not stay in L2.
 #: exact: policy projection, dH, dW (6) and the reference's projection (2); the policy's logits are written, read for the
 #: statistics, read and written for the gradient and read by two products (12), the reference's written and read (4).
@@ -68,7 +69,7 @@ LINEAR_PATHS = {
     "linear exact": (8.0, 16),
     # Two projections, and the live share of the gradient's blocks at 2^-10 (results/live_blocks.json). The policy's logits are
     # stored and read once (4), dz is written and read twice where it is live, the reference's logits are stored too (2).
-    "linear filtered": (4 + 4 * LIVE_SHARE[10], 6 + 6 * LIVE_SHARE[10]),
+    "linear filtered": (4 + 4 * LIVE_SHARE, 6 + 6 * LIVE_SHARE),
     "linear frozen head": (6.0, 14),
     "linear log-probs only": (2.0, 4),
 }

@@ -503,18 +503,17 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> tuple[float, bool]:
-    """(threshold on probabilities, 0 for exact gradients; whether the caller named it)."""
+def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> float:
+    """The threshold on probabilities, 0 for exact gradients."""
     if grad_filter is None:
-        return 0.0, False
+        return 0.0
     if isinstance(grad_filter, str):
         if grad_filter != "auto":
             raise ValueError(f'grad_filter must be None (exact), "auto" or a probability; got {grad_filter!r}')
-        automatic = linear.AUTO_FILTER if backend == "cpu" else linear.AUTO_BLOCKS
-        return automatic.get(dtype, 0.0), False
+        return linear.AUTO_FILTER.get(dtype, 0.0) if backend == "cpu" else 0.0
     if not 0.0 < grad_filter < 1.0:
         raise ValueError(f"grad_filter must lie in (0, 1), a probability; got {grad_filter}")
-    return float(grad_filter), True
+    return float(grad_filter)
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:
@@ -539,7 +538,7 @@ def _linear_call(
 ) -> linear.Call:
     hidden = batch.logits
     dtype = _compute_dtype(hidden)
-    eps, asked = _grad_filter(grad_filter, dtype, batch.backend)
+    eps = _grad_filter(grad_filter, dtype, batch.backend)
     if terms:
         eps = 0.0  # the lists hold the gradient of a log-probability, not that of a KL
     call = linear.Call(
@@ -565,16 +564,16 @@ def _linear_call(
         head, scalar_loss=scalar_loss, couples_pairs=couples_pairs, filtered=entries
     )
     device = linear.device_of(batch.backend, hidden.device, dtype)
-    fused, blocks, why = planner.fuse(head, strategy, device, eps=eps, asked=asked)
+    fused, why = planner.fuse(head, strategy, device, eps)
     call = replace(
         call,
-        eps=eps if entries or blocks else 0.0,
+        eps=eps if entries or fused else 0.0,
         fused=fused,
         strategy=strategy,
         reason=f"{reason}; {why}" if why else reason,
     )
     head = call.sizes(hidden.shape[-1], batch.vocab)
-    return replace(call, budget=planner.budget_of(memory_budget, head, strategy))
+    return replace(call, budget=planner.budget_of(memory_budget, head, strategy, device.memory))
 
 
 def linear_dpo_loss(
@@ -623,10 +622,11 @@ def linear_dpo_loss(
         ref_logps: or the reference's sequence sums [2P].
         memory_budget: bytes, or a text such as "256MB", for what is held beside the tensors, their gradients and the
             kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB; where that
-            gradient does not exist meanwhile (frozen head, filter), room for 512 tokens, at most all of it.
+            gradient does not exist meanwhile (frozen head, filter), room for 512 tokens, at most all of it; on a GPU at
+            least 3% of its memory, and less where the card has less to give.
         grad_filter: None for exact gradients; a probability eps to leave entries with p <= eps out of the backward's
             products, one by one on a CPU, by blocks of 128 tokens and 128 entries on GPUs with Triton; "auto" for the
-            dtype's own (exact in float32 and float64), on GPUs where it pays. The dropped mass goes back as a uniform tail.
+            dtype's own on a CPU (exact in float32 and float64), exact on a GPU. The dropped mass goes back as a uniform tail.
         statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"; "kl" needs `ref_hidden`.
         kl_coef: as in `dpo_loss`; needs `ref_hidden`. With it, and with TDPO's objectives, gradients are exact, and of a
             pair beyond the budget the reference is projected twice as well.

@@ -267,7 +267,7 @@ class PretendGPU(TorchDispatchMode):
                 return
         returns = func._schema.returns
         views = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if views or name in ("detach", "_local_scalar_dense", "lift_fresh"):
+        if views or name in ("detach", "_local_scalar_dense", "lift_fresh", "_unsafe_view"):
             return
         if name in _ALLOCATIONS or name in ("zeros", "ones", "full", "new_zeros", "zeros_like", "new_full"):
             size = sum(value.nbytes for value in outs)
