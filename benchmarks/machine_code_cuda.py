@@ -104,7 +104,6 @@ def _forward_source() -> str:
 def _compile(source: str, arch: int) -> bytes:
     """The cubin of a file of csrc/cuda, or of all forward kernels of the table ("forward")."""
     nvcc = _build.nvcc_compiler()
-    target = {90: "90a"}.get(arch, str(arch))
     folder = _build.CSRC / "cuda"
     with tempfile.TemporaryDirectory() as scratch:
         path = folder / source
@@ -116,7 +115,7 @@ def _compile(source: str, arch: int) -> bytes:
             nvcc,
             "-O3",
             "-std=c++17",
-            f"-arch=sm_{target}",
+            f"-arch=sm_{arch}",
             f"-I{folder}",
             "-cubin",
             "-o",
@@ -125,7 +124,7 @@ def _compile(source: str, arch: int) -> bytes:
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"nvcc could not compile {source} for sm_{target}:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"nvcc could not compile {source} for sm_{arch}:\n{done.stderr[-2000:]}")
         return cubin.read_bytes()
 
 

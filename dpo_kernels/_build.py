@@ -104,7 +104,7 @@ CUDA_UNITS = (
     ("preference_loss.cu", []),
 )
 #: Compiled for by default, as far as nvcc knows them; PTX of the newest serves what comes later.
-CUDA_ARCHS = ("80", "90a", "100")
+CUDA_ARCHS = ("80", "90", "100")
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -118,22 +118,41 @@ def nvcc_compiler() -> str:
     raise BuildError("no CUDA compiler found (install the CUDA toolkit, or set CUDA_HOME)")
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures to compile for ("80", "90a"): $DPO_KERNELS_CUDA_ARCHS, else $TORCH_CUDA_ARCH_LIST, else ours.
-
-    Both variables take "9.0a" or "90a", separated by blanks, commas or semicolons. Raises BuildError for one that nvcc
-    does not know.
-    """
+def known_archs(nvcc: str) -> set[str]:
+    """Architectures that this nvcc compiles for, such as "90"."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
-    known = {line.strip().removeprefix("compute_") for line in listed.splitlines()}
+    return {line.strip().removeprefix("compute_").rstrip("af") for line in listed.splitlines()} - {""}
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Architectures to compile for ("80", "90"): $DPO_KERNELS_CUDA_ARCHS, else $TORCH_CUDA_ARCH_LIST, else ours.
+
+    Both variables take "9.0" or "90", separated by blanks, commas or semicolons. "9.0a" and "10.0f" mean 90 and 100: the
+    kernels use nothing that only such a target has, and its PTX would run on no later card. Raises BuildError for an
+    architecture that nvcc does not know.
+    """
+    known = known_archs(nvcc)
     wish = os.environ.get("DPO_KERNELS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or ""
-    named = [item.removesuffix("+PTX").replace(".", "") for item in re.split(r"[;,\s]+", wish) if item]
-    if not named:
-        return [arch for arch in CUDA_ARCHS if arch.rstrip("af") in known]
+    items = [item.removesuffix("+PTX").replace(".", "") for item in re.split(r"[;,\s]+", wish) if item]
+    if not items:
+        return [arch for arch in CUDA_ARCHS if arch in known]
+    named = list(dict.fromkeys(item.rstrip("af") for item in items))
     for arch in named:
-        if arch.rstrip("af") not in known:
+        if arch not in known:
             raise BuildError(f"nvcc does not know architecture {arch!r}; it knows {' '.join(sorted(known, key=int))}")
     return named
+
+
+def arch_for_device(nvcc: str, capability: tuple[int, int]) -> str:
+    """What to compile for a GPU of this compute capability: itself, or the newest before it that nvcc knows.
+
+    The GPU's driver compiles the PTX of an older architecture. Raises BuildError where nvcc knows none from 8.0 on.
+    """
+    device = 10 * capability[0] + capability[1]
+    usable = [int(arch) for arch in known_archs(nvcc) if 80 <= int(arch) <= device]
+    if not usable:
+        raise BuildError(f"nvcc compiles for nothing that runs on compute capability {capability[0]}.{capability[1]}")
+    return str(max(usable))
 
 
 def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequence[str] = ()) -> None:
@@ -145,7 +164,7 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequen
     """
     nvcc, torch_dir = nvcc_compiler(), torch_folder()
     archs = list(archs or cuda_archs(nvcc))
-    newest = max(archs, key=lambda arch: int(arch.rstrip("af")))
+    newest = max(archs, key=int)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     target.parent.mkdir(parents=True, exist_ok=True)

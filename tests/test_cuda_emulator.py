@@ -17,6 +17,7 @@ import test_compile
 import test_objectives_kl
 import test_operators
 import torch
+from bad_bounds import bad_bounds, clamped_sums
 from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build, build_operators
 from torch import Tensor
 
@@ -559,23 +560,28 @@ def test_tokens_outside_every_sequence_count_for_none(library):
     torch.testing.assert_close(fused[1], torch.stack([tokens[0][0, 2:5].sum(), tokens[0][0, 5:8].sum()]))
 
 
+# 9 tokens: shorter than a warp. 70: sequences of several warps.
 @pytest.mark.parametrize(
-    "bounds", [[0, 6, 3, 5, 9], [0, 0, 9, 9, 2], [4, 4, 4, 4, 4], [-7, 3, 99, 5, 50], [9, 7, 5, 3, 0]]
+    ("count", "bounds"), [pytest.param(n, b, id=f"{n}, {name}") for n in (9, 70) for name, b in bad_bounds(n)]
 )
-def test_bounds_that_do_not_rise_leave_nothing_behind(library, bounds):
-    """A GPU's host cannot look at them: the single launch gives what the stages give, and its counters end at zero."""
-    logits, ref, labels = make(22, (1, 9, 30), torch.float32)
-    weights, cu = (labels != IGNORE).double(), torch.tensor(bounds)
+def test_bad_bounds_are_clamped_and_leave_nothing_behind(library, count, bounds):
+    """A GPU's host cannot look at them. The single launch gives what the stages give, and its counters end at zero."""
+    logits, ref, labels = make(22, (1, count, 30), torch.float32)
+    weights, cu = (labels != IGNORE).double() * torch.linspace(0.5, 1.5, count).double(), torch.tensor(bounds)
     beta, smoothing = pairs(2)
     counters = torch.zeros(6, dtype=torch.int32)
     for kl, schedule in zip((True, False, True, False), SCHEDULES, strict=True):
-        tokens, fused = Emulator(library, **schedule).fused_forward(
+        em = Emulator(library, **schedule)
+        tokens, fused = em.fused_forward(
             logits, labels, ref, weights, cu, None, beta, smoothing, False,
             counters=counters, **dict(EVERYTHING, kl=kl),
         )  # fmt: skip
         assert (counters == 0).all()
-        stages = Emulator(library).preference_loss(tokens[0], tokens[2], weights, cu, None, beta, smoothing, False)
+        stages = em.preference_loss(tokens[0], tokens[2], weights, cu, None, beta, smoothing, False)
         assert all(torch.equal(a, b) for a, b in zip(fused, stages, strict=True))
+        assert torch.equal(em.sequence_sums(tokens[0], weights, cu), fused[1])
+        for mine, values in ((fused[1], tokens[0]), (fused[2], tokens[2])):
+            torch.testing.assert_close(mine, clamped_sums(values, weights, bounds), rtol=1e-13, atol=1e-13)
 
 
 # ---- Stage 3 ----

@@ -6,6 +6,7 @@ import pytest
 import test_objectives_kl
 import test_operators
 import torch
+from bad_bounds import bad_bounds, clamped_sums
 
 from dpo_kernels import dpo_loss, use_backend
 from dpo_kernels.backends import eager
@@ -75,16 +76,17 @@ def test_the_public_loss_is_the_separate_stages_bit_for_bit(stages, packed, monk
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_bounds_that_do_not_rise_leave_nothing_behind(stages):
+def test_bad_bounds_are_clamped_and_leave_nothing_behind(stages):
     """They would otherwise spoil every later call on the stream."""
     logits, ref, labels = batch((1, 64, 1000), torch.bfloat16)
     weights = (labels >= 0).double()
     beta, zero = (torch.full((2,), value, dtype=torch.float64, device="cuda") for value in (0.1, 0.0))
-    for bounds in ([0, 50, 10, 30, 64], [9, 7, 5, 3, 0], [0, 16, 32, 48, 64]):
+    for _, bounds in [*bad_bounds(64), ("sound", [0, 16, 32, 48, 64])]:
         cu = torch.tensor(bounds, device="cuda")
         tokens, pairs = stages.fused_forward(logits, labels, ref, weights, cu, None, beta, zero, False, **EVERYTHING)
         separate = stages.preference_loss(tokens[0], tokens[2], weights, cu, None, beta, zero, False)
         assert all(torch.equal(a, b) for a, b in zip(pairs, separate, strict=True))
+        torch.testing.assert_close(pairs[1], clamped_sums(tokens[0], weights, bounds), rtol=1e-12, atol=1e-12)
 
 
 # Real vocabularies: SmolLM2, GPT-2 (odd), Llama 3, Qwen 3 (odd), Gemma.

@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -143,16 +145,39 @@ def test_figures_are_the_committed_ones(rows):
             assert (now["slots_per_logit"] or 0) <= 1.1 * (before["slots_per_logit"] or 0), row.name
 
 
-@needs_nvcc
-def test_library_builds_and_loads_without_a_gpu(tmp_path):
-    """For one architecture and the PTX of it; the symbols show, import is unaffected, and CPU tensors are refused."""
-    library = tmp_path / "_cuda.so"
-    _build.build_cuda(library, archs=["90a"])
-    listing = subprocess.run(
-        [machine_code.tool("cuobjdump"), "-lelf", "-lptx", str(library)], capture_output=True, text=True, check=True
+def listing(*arguments: str) -> str:
+    return subprocess.run(
+        [machine_code.tool("cuobjdump"), *arguments], capture_output=True, text=True, check=True
     ).stdout
-    assert "sm_90a.cubin" in listing
-    assert "sm_90a.ptx" in listing
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """The CUDA library as a compiler before CUDA 12.8 would build it, whose newest architecture is 90."""
+    path = tmp_path_factory.mktemp("library") / "_cuda.so"
+    _build.build_cuda(path, archs=["90"])
+    return path
+
+
+@needs_nvcc
+def test_ptx_runs_on_later_cards(library):
+    """PTX of 90a would run on an H100 and on nothing after it."""
+    assert "sm_90.cubin" in listing("-lelf", str(library))
+    found = re.findall(r"sm_\w+(?=\.ptx)", listing("-lptx", str(library)))
+    assert set(found) == {"sm_90"}
+
+
+@needs_nvcc
+def test_no_kernel_of_the_library_uses_the_stack(library):
+    """All variants, of which `rows` holds the common ones."""
+    frames = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) \S+ LOCAL:(\d+)", listing("-res-usage", str(library)))
+    assert len(frames) >= 80
+    assert {name for name, stack, local in frames if (stack, local) != ("0", "0")} == set()
+
+
+@needs_nvcc
+def test_library_loads_without_a_gpu(library):
+    """Its operators are registered, import is unaffected, and CPU tensors are refused."""
     script = (
         f"import torch; torch.ops.load_library({str(library)!r})\n"
         "x = torch.zeros(1, 1, dtype=torch.float64)\n"
@@ -169,14 +194,18 @@ def test_architectures_follow_the_environment(monkeypatch, tmp_path):
     fake.chmod(0o755)
     for name in ("DPO_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
-    assert _build.cuda_archs(str(fake)) == ["80", "90a", "100"]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
-    assert _build.cuda_archs(str(fake)) == ["80", "90a"]
+    assert _build.cuda_archs(str(fake)) == ["80", "90", "100"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX;9.0")
+    assert _build.cuda_archs(str(fake)) == ["80", "90"]
     monkeypatch.setenv("DPO_KERNELS_CUDA_ARCHS", "100")
     assert _build.cuda_archs(str(fake)) == ["100"]
     monkeypatch.setenv("DPO_KERNELS_CUDA_ARCHS", "7.0")
     with pytest.raises(_build.BuildError, match="70"):
         _build.cuda_archs(str(fake))
+    for device, arch in {(8, 0): "80", (8, 9): "80", (9, 0): "90", (10, 3): "100", (12, 0): "100"}.items():
+        assert _build.arch_for_device(str(fake), device) == arch
+    with pytest.raises(_build.BuildError, match=r"7\.5"):
+        _build.arch_for_device(str(fake), (7, 5))
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(_build.BuildError, match="CUDA_HOME"):
         _build.nvcc_compiler()

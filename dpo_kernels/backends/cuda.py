@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,10 +31,13 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 def _load() -> None:
     try:
         # A prebuilt library serves any GPU; one compiled on first use is for the GPU at hand and takes a third of the time.
-        arch = "{}{}".format(*torch.cuda.get_device_capability())
-        arch += "a" if arch == "90" else ""
-        build = functools.partial(_build.build_cuda, archs=[arch])
-        path = _build.find_or_build("cuda", build, lambda line: print(line, file=sys.stderr), variant=f".sm_{arch}")
+        capability = torch.cuda.get_device_capability()
+
+        def build(target: Path) -> None:
+            _build.build_cuda(target, [_build.arch_for_device(_build.nvcc_compiler(), capability)])
+
+        variant = ".sm_{}{}".format(*capability)
+        path = _build.find_or_build("cuda", build, lambda line: print(line, file=sys.stderr), variant)
         torch.ops.load_library(str(path))
     except (_build.BuildError, OSError) as error:
         raise BackendUnavailable(str(error)) from error

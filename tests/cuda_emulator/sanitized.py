@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, for cuda_emulator
+from bad_bounds import bad_bounds
+
 from cuda_emulator import Emulator, Order
 from dpo_kernels.backends.eager import TokenKL
 
@@ -60,6 +62,17 @@ def table(library: Path) -> None:
         ones = torch.ones(1, 2, dtype=torch.float64)
         divergences = TokenKL(logits, tokens[2], tokens[4], ones, ones)
         em.logits_grad(logits, labels, *tokens[:2], ones, **capped, out=torch.empty_like(logits), token_kl=divergences)
+        for _, bounds in bad_bounds(8):
+            logits, labels, weights = (
+                torch.randn(1, 8, 33),
+                torch.zeros(1, 8, dtype=torch.int64),
+                torch.ones(1, 8).double(),
+            )
+            args = (weights, torch.tensor(bounds), None, beta.repeat(2), smoothing.repeat(2), False)
+            counters = torch.zeros(6, dtype=torch.int32)
+            tokens, _ = em.fused_forward(logits, labels, None, *args, counters=counters, **PLAIN, **NOTHING)
+            em.preference_loss(tokens[0], None, *args)
+            em.sequence_sums(tokens[0], *args[:2])
     print("sanitized table done")
 
 
