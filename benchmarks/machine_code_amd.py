@@ -1,6 +1,6 @@
 """What Triton makes of the kernels for AMD's GPUs, read from their assembly; neither a GPU nor ROCm is needed.
 
-    python -m benchmarks.machine_code_amd [--arch gfx942 gfx950] [--only TEXT] [--json FILE]
+    python -m benchmarks.machine_code_amd [--arch gfx942 gfx950] [--only TEXT ...] [--json FILE]
 
 The kernels are those of benchmarks/machine_code.py's registry, in the form without NVIDIA assembly that
 DPO_KERNELS_TRITON_TARGET=hip selects; this program sets the variable. For every kernel: registers, spills, scratch and
@@ -163,9 +163,14 @@ def inspect(kernel: Any, arch: str) -> Figures:
     return read(kernel.name, arch, compiled.asm["ttir"], compiled.asm["amdgcn"], tile)
 
 
-def _inspect_numbered(job: tuple[str, int]) -> Figures:
+def _inspect_numbered(job: tuple[str, int]) -> Figures | str:
+    """Worker: a kernel is named by its place in the registry. The error's text where it does not compile."""
     arch, index = job
-    return inspect(list(kernels())[index], arch)
+    kernel = list(kernels())[index]
+    try:
+        return inspect(kernel, arch)
+    except Exception as error:
+        return f"{kernel.name}, {arch}: {type(error).__name__}: {error}"
 
 
 def table(rows: list[Figures]) -> str:
@@ -179,7 +184,7 @@ def table(rows: list[Figures]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--only", default="", help="kernels whose name contains this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="kernels whose name contains one of these texts")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--jobs", type=int, default=min(4, len(os.sched_getaffinity(0))))
     arguments = parser.parse_args()
@@ -190,13 +195,16 @@ def main() -> None:
         (arch, index)
         for arch in arguments.arch
         for index, kernel in enumerate(kernels())
-        if arguments.only in kernel.name
+        if any(text in kernel.name for text in arguments.only)
     ]
     with ProcessPoolExecutor(max_workers=arguments.jobs) as pool:
-        rows = list(pool.map(_inspect_numbered, jobs))
+        results = list(pool.map(_inspect_numbered, jobs))
+    rows = [result for result in results if isinstance(result, Figures)]
     print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if failed := [result for result in results if isinstance(result, str)]:
+        sys.exit("these kernels do not compile:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The Tritons that the kernels are held to: what a supported torch brings, each in a folder of its own beside the newest.
 
-    python -m benchmarks.tritons install VERSION...   put these beside the environment: .venv/triton-VERSION
-    python -m benchmarks.tritons figures              rewrite benchmarks/results/machine_code.json, for every version
+    python -m benchmarks.tritons install [VERSION ...]   put them beside the environment (.venv/triton-VERSION); all if none
+    python -m benchmarks.tritons install oldest          what `make test` needs
+    python -m benchmarks.tritons figures                 rewrite benchmarks/results/machine_code.json, for every version
 
-torch >= 2.10 pins its Triton: torch 2.10 and 2.11 bring 3.6.0, torch 2.12 brings 3.7.0, later ones 3.8 and newer. A
-user's torch decides which compiler translates our kernels, so each of these must give the machine code that the speed
-argument rests on. `OLDER` is the one list: the Makefile installs from it, the tests compile with it, and pyproject's
-`dev` extra asks for its first entry or newer. The newest Triton is the one installed in the environment itself.
+torch decides which Triton a user has, and so which compiler translates our kernels: torch 2.10 and 2.11 bring 3.6.0,
+torch 2.12 brings 3.7.0. Each version must give the machine code that the speed argument rests on. `OLDER` is the one
+list: the Makefile installs from it, the tests compile with it, and pyproject's `dev` extra asks for its first entry or
+newer. The newest Triton is the one installed in the environment itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: Older than the installed one, oldest first; the oldest is compiled in every run of the tests, the others in the slow ones.
+#: Older than the installed one, oldest first. The oldest is compiled in every run of the tests, the others in the slow ones.
 OLDER = ("3.6.0", "3.7.1", "3.8.0")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def main() -> None:
             print("no Triton for this platform: none is installed beside it")
             return
         for version in versions or OLDER:
-            install(version)
+            install(OLDER[0] if version == "oldest" else version)
     elif command == "figures":
         from .machine_code import RESULTS
 
