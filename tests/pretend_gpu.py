@@ -204,7 +204,7 @@ class PretendGPU(TorchDispatchMode):
         device = None if device is None else torch.device(device)
         # Autograd, which is C++, asks for copies on the CPU where a tensor of the GPU is to stay there; Python's own `.cpu()`
         # and `.to("cpu")` never come here.
-        on_gpu = bool(mine) or (device is not None and device.type == "cuda")
+        on_gpu = bool(mine) or (device is not None and device.type == "cuda") or (not flat and _autograd_asks())
         if device is not None and device.type == "cuda":
             kwargs = {**kwargs, "device": torch.device("cpu")}
         pins = bool(kwargs.get("pin_memory")) or name == "_pin_memory"
@@ -301,6 +301,16 @@ class PretendGPU(TorchDispatchMode):
         if name in ("index", "index_select", "gather", "embedding"):
             read += written
         return read + written
+
+
+def _autograd_asks() -> bool:
+    """Whether autograd's C++ asks for a tensor, zeros for a gradient that is missing, which it believes to be the CPU's."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename == __file__ or frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py"))
+    ):
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
 
 
 def _bytes(tensor: Tensor) -> int:
