@@ -74,14 +74,15 @@ def record(calls: Iterable[tuple[str, Callable[[], object]]]) -> tuple[list[Any]
     """
     launches: dict[tuple[Any, ...], Any] = {}
     stopped = {}
-    for name, call in calls:
-        with recorded() as found:
+    with recorded() as found:  # making the calls ready launches too
+        for name, call in calls:
             try:
                 call()
             except Exception as error:
                 stopped[name] = f"{type(error).__name__}: {error}"[:300]
-        for launch in found:
-            launches.setdefault(specialization(launch), launch)
+            for launch in found:
+                launches.setdefault(specialization(launch), launch)
+            found.clear()
     return list(launches.values()), stopped
 
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,16 @@ def run_stage(
 
 
 def session(
-    machine: str, out: Path, calls: list[str], pack: Path | None = None, scale: float = 1.0
+    machine: str,
+    out: Path,
+    calls: list[str],
+    pack: Path | None = None,
+    scale: float = 1.0,
+    run: Callable[..., dict[str, Any]] = run_stage,
 ) -> dict[str, dict[str, Any]]:
     """Run the stages of the calls, writing results and summary after each, so that a cut session keeps what it has.
 
-    Returns call -> stage -> report. scale multiplies every limit.
+    Returns call -> stage -> report. scale multiplies every limit. run: how a stage is run.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")
@@ -142,25 +148,19 @@ def session(
             environment |= gpu_pack.unpack(pack, Path(scratch))
         for call in calls:
             found[call] = {}
-            _run_call(call, machine, out, environment, scale, found)
+            left = dict(CALLS[call][1])
+            end = time.monotonic() + scale * sum(left.values())
+            for name in CALLS[call][1]:
+                limit = max(0.0, end - time.monotonic()) * left[name] / sum(left.values())
+                del left[name]
+                if limit < 1:
+                    continue
+                found[call][name] = run(name, machine, out, limit, environment)
+                save(out, found)
     log = out / "log.txt"
     if log.stat().st_size > MAX_FILE:
         log.write_bytes(log.read_bytes()[-MAX_FILE // 2 :])
     return found
-
-
-def _run_call(
-    call: str, machine: str, out: Path, environment: dict[str, str], scale: float, found: dict[str, dict[str, Any]]
-) -> None:
-    left = dict(CALLS[call][1])
-    end = time.monotonic() + scale * sum(left.values())
-    for name in CALLS[call][1]:
-        limit = max(0.0, end - time.monotonic()) * left[name] / sum(left.values())
-        del left[name]
-        if limit < 1:
-            continue
-        found[call][name] = run_stage(name, machine, out, limit, environment)
-        save(out, found)
 
 
 def save(out: Path, calls: dict[str, dict[str, Any]]) -> None:
@@ -194,7 +194,8 @@ def run_one(stage: str, machine_name: str, out: Path, seconds: float) -> None:
     gpu_stages.keep(result)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -216,7 +217,11 @@ def main() -> None:
     )
     parser.add_argument("--stage", choices=list(STAGES), help="run this stage alone, in this process")
     parser.add_argument("--seconds", type=float, default=120.0, help="time of that stage")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     if arguments.stage:
         run_one(arguments.stage, arguments.machine, arguments.out, arguments.seconds)
     elif arguments.make:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -171,7 +172,11 @@ class LigerScaledCrossEntropy(_FromTokens):
         except ImportError as error:
             return f"this liger_kernel has no such function: {error}"
         on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-        return not_installed("cutlass") if on_hopper else None
+        if on_hopper and importlib.util.find_spec("cutlass") is None:
+            return (
+                "its kernels for this card need nvidia-cutlass-dsl (pip install liger-kernel[cutedsl], 98 MB of wheels)"
+            )
+        return None
 
     def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
