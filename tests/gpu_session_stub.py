@@ -95,25 +95,3 @@ class CompilingMachine(CpuMachine):
         load = backends.load
         backends.load = lambda name, device: module if name == "triton" else load(name, device)
         return None
-
-
-class BrokenMachine(CpuMachine):
-    """Fails in one stage and hangs in another."""
-
-    def describe(self) -> dict[str, Any]:
-        raise RuntimeError("no such device")
-
-    def command(self, arguments: list[str], seconds: float) -> tuple[int, str]:
-        print("about to hang", flush=True)
-        time.sleep(3600)
-        raise AssertionError
-
-
-class SlowMachine(CpuMachine):
-    """Answers the copy and the reads, and then no more."""
-
-    def measure(self, work: Callable[[], object], *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        self.measured = getattr(self, "measured", 0) + 1
-        if self.measured > 3:
-            time.sleep(3600)
-        return super().measure(work, *arguments, **keywords)

@@ -165,29 +165,63 @@ def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
     assert (tmp_path / "merged" / "ncu.txt").exists()
 
 
-def test_a_failing_and_a_hanging_stage_do_not_stop_the_session(on_cpu, tools, tmp_path, monkeypatch, capfd):
-    limits = {"environment": 15.0, "memcheck": 15.0, "trace": 40.0}
-    monkeypatch.setattr(gpu_session, "CALLS", {"headline": (80, limits)})
-    calls = gpu_session.session("gpu_session_stub:BrokenMachine", tmp_path, ["headline"])
-    stages = calls["headline"]
-    assert "exit status" in stages["environment"]["failed"]
+#: In the place of Python: one stage fails, one hangs with a part of its result kept (and with a child), one succeeds.
+STAGE = """#!/bin/sh
+out="$8/.$4.json"
+case $4 in
+environment) echo "no such device"; exit 1;;
+memcheck) echo '{"launches": 7}' > $out; echo "about to hang"; sleep 60 & sleep 60;;
+trace) echo '{"bytes": 1}' > $out; echo "the time is ${10}";;
+esac
+"""
+
+
+def test_a_failing_and_a_hanging_stage_do_not_stop_the_session(tmp_path, monkeypatch, capfd):
+    program = tmp_path / "program"
+    program.write_text(STAGE)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(gpu_session.sys, "executable", str(program))
+    limits = {"environment": 2.0, "memcheck": 2.0, "trace": 8.0}
+    monkeypatch.setattr(gpu_session, "CALLS", {"headline": (12, limits)})
+    out = tmp_path / "out"
+    stages = gpu_session.session(STUB, out, ["headline"])["headline"]
+    assert stages["environment"]["failed"] == "exit status 1, see log.txt"
     assert stages["memcheck"]["stopped"].startswith("at its limit of")
-    assert "result" in stages["trace"]
-    text = (tmp_path / "summary.md").read_text()
-    assert "stopped at its limit of" in text
+    assert stages["memcheck"]["result"] == {"launches": 7}
+    assert stages["memcheck"]["took"] < 30
+    assert stages["trace"]["result"] == {"bytes": 1}
+    text = (out / "summary.md").read_text()
+    assert "stopped at its limit of 2 s; until then: done" in text
+    assert "| FAILED: exit status 1, see log.txt |" in text
     # What a stage printed before it hung is in the log, and on the screen for whoever captures that.
-    assert "about to hang" in (tmp_path / "log.txt").read_text()
+    assert "about to hang" in (out / "log.txt").read_text()
     assert "about to hang" in capfd.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"log.txt", "results.json", "summary.md"}
 
 
-def test_a_stage_that_is_stopped_keeps_what_it_had(on_cpu, tmp_path):
-    report = gpu_session.run_stage("ceilings", "gpu_session_stub:SlowMachine", tmp_path, 25)
-    assert report["stopped"] == "at its limit of 25 s"
-    assert report["result"]["copy_bytes_per_second"] > 0
-    assert not list(tmp_path.glob(".*"))
-    text = gpu_session.summary({"headline": {"ceilings": report}}, {"headline": ["ceilings", "peers"]})
-    assert "stopped at its limit of 25 s; until then: done" in text
+def test_a_stage_keeps_each_row_when_it_has_it(on_cpu, tmp_path, monkeypatch):
+    from gpu_session_stub import CpuMachine
+
+    class Stopped(CpuMachine):
+        left = 3  # the copy and two reads
+
+        def measure(self, *arguments, **keywords):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().measure(*arguments, **keywords)
+
+    monkeypatch.setattr(gpu_stages, "PARTIAL", tmp_path / ".ceilings.json")
+    with pytest.raises(KeyboardInterrupt):
+        gpu_stages.ceilings(Stopped(), tmp_path, 10)
+    assert json.loads((tmp_path / ".ceilings.json").read_text())["copy_bytes_per_second"] > 0
+
+
+def test_what_never_ran_is_said_so():
+    text = gpu_session.summary({"headline": {}}, {"headline": ["peers"], "depth": ["ncu"]})
     assert "| peers | - | - | not run: the time was over |" in text
+    assert "Call depth: not run." in text
+    assert "FAILED" not in text
 
 
 def test_a_stage_is_told_less_than_its_limit(on_cpu, tmp_path, monkeypatch):
