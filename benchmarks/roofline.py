@@ -54,8 +54,12 @@ class Work:
 #: Bytes per logit, in units of one logit's size: reads of the policy and of the reference, writes of the gradient.
 LOGITS_PATHS = {
     "token_logps": 1,
+    "token_logps with statistics": 1,
     "token_logps with reference": 2,
+    "token_logps with reference and kl": 2,
+    "single-launch forward with reference": 2,
     "logits_grad": 2,
+    "logits_grad with kl": 3,
     "step: policy, reference, gradient": 4,
 }
 
@@ -74,7 +78,7 @@ LINEAR_PATHS = {
     "linear log-probs only": (2.0, 4),
 }
 
-LOGITS_SHAPES = ((1024, 49152), (4096, 50257), (8192, 128256), (16384, 151669), (4096, 262144))
+LOGITS_SHAPES = ((1024, 49152), (4096, 50257), (16384, 32000), (8192, 128256), (4096, 151669), (4096, 262144))
 LINEAR_SHAPES = ((4096, 49152, 576), (8192, 128256, 2048), (8192, 128256, 4096), (16384, 151669, 5120))
 
 
