@@ -24,7 +24,10 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def gather(values: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a [B, T, H] tensor by flat token index, without copying a strided view first; [c, H] contiguous."""
     width = values.shape[1]
-    rows = values[0, tokens] if values.shape[0] == 1 else values[tokens // width, tokens % width]
+    if values.is_contiguous():
+        rows = values.view(-1, values.shape[-1])[tokens]
+    else:
+        rows = values[0, tokens] if values.shape[0] == 1 else values[tokens // width, tokens % width]
     return rows.to(dtype)
 
 

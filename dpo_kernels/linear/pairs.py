@@ -285,7 +285,8 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
             parts = [{name: losses.new_zeros(0) for name, value in table.values.items() if value.dim() > 1}]
         found = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         cu_seqlens = scored.cu_seqlens_of(group)
-        done = _group_loss(call, pair, group, found, flat_weights[mine], cu_seqlens)
+        weights = flat_weights[mine]
+        done = _group_loss(call, pair, group, found, weights, cu_seqlens)
         span = slice(group.first, group.last)
         losses[span] = done.losses
         for target, value in ((sums, done.sums), (ref_sums, done.ref_sums), (coef, done.coef), (kl_coef, done.kl_coef)):
@@ -295,8 +296,8 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
             continue
         local = cu_seqlens.diff()
 
-        def spread(values: Tensor, local: Tensor = local, mine: Tensor = mine, size: int = end - begin) -> Tensor:
-            return flat_weights[mine] * values.repeat_interleave(local, output_size=size)
+        def spread(values: Tensor, local: Tensor = local, weights: Tensor = weights) -> Tensor:
+            return weights * values.repeat_interleave(local, output_size=weights.shape[0])
 
         grad_logps = spread(done.coef)
         logps, lse = found["logps"], found["lse"]
