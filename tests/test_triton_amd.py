@@ -62,6 +62,11 @@ def test_main_loops_read_16_bytes_a_load_and_stay_within_a_lane(rows):
         assert row["loads_128"] * 16 == row["logits_per_iteration"] * logit_bytes, row["name"]
 
 
+def test_no_two_threads_hold_the_same_logits(rows):
+    """A wavefront has 64 lanes, twice a warp's, so a block needs half as many."""
+    assert [row["name"] for row in streaming(rows) if row["copies"] != 1] == []
+
+
 def test_main_loops_stay_within_their_issue_slots(rows):
     for row in streaming(rows):
         limit = SOFTCAP if "softcap" in row["name"] else SLOTS[row["name"].split()[1]]
