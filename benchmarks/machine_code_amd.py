@@ -128,7 +128,7 @@ def read(name: str, arch: str, ttir: str, assembly: str, tile: Tile | None) -> F
         "inline_assembly": ttir.count("tt.elementwise_inline_asm"),
         "vgprs": _number(r"\.vgpr_count", assembly),
         "sgprs": _number(r"\.sgpr_count", assembly),
-        "spills": _number(r"\.vgpr_spill_count", assembly) + _number(r"\.sgpr_spill_count", assembly),
+        "spills": _number(r"\.vgpr_spill_count", assembly),
         "scratch_bytes": _number(r"\.private_segment_fixed_size", assembly),
         "lds_bytes": _number(r"\.group_segment_fixed_size", assembly),
         "waves_per_simd": _number(r"; Occupancy", assembly),
