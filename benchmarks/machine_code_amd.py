@@ -33,8 +33,9 @@ class Figures:
     """What the assembly of one kernel shows. *_loop and per-logit figures are None for kernels that stream nothing.
 
     inline_assembly: pieces of assembly that the kernel's source brings. Written for NVIDIA, they must be none: LLVM reports
-    those it cannot translate as text on stderr and hands back a kernel without them. copies: threads that hold the same
-    logits, 1 unless a block has more threads than its tiles have lanes.
+    those it cannot translate as text on stderr and hands back a kernel without them. spills: of vector registers, to memory;
+    a scalar register's go to a lane of a vector register. copies: threads that hold the same logits, 1 unless a block has
+    more threads than its tiles have lanes.
     """
 
     name: str
