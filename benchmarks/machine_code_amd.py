@@ -33,7 +33,9 @@ class Figures:
     """What the assembly of one kernel shows. *_loop and per-logit figures are None for kernels that stream nothing.
 
     inline_assembly: pieces of assembly that the kernel's source brings. Written for NVIDIA, they must be none: LLVM reports
-    those it cannot translate as text on stderr and hands back a kernel without them.
+    those it cannot translate as text on stderr and hands back a kernel without them. spills: of vector registers, to memory;
+    a scalar register's go to a lane of a vector register. copies: threads that hold the same logits, 1 unless a block has
+    more threads than its tiles have lanes.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Figures:
     lds_bytes: int
     waves_per_simd: int
     instructions: int
+    copies: int | None
     loop_instructions: int | None
     logits_per_iteration: int | None
     slots_per_logit: float | None
@@ -55,6 +58,16 @@ class Figures:
     loads_narrower: int | None
     stores_128: int | None
     stores_narrower: int | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block takes at a time: logits per lane, bytes of one, lanes of a tile, and the block's threads."""
+
+    logits: int
+    logit_bytes: int
+    lanes: int
+    threads: int
 
 
 def listing(assembly: str) -> tuple[list[str], dict[str, int]]:
@@ -103,11 +116,11 @@ def _number(pattern: str, assembly: str) -> int:
     return int(found.group(1))
 
 
-def read(name: str, arch: str, ttir: str, assembly: str, tile: tuple[int, int] | None) -> Figures:
+def read(name: str, arch: str, ttir: str, assembly: str, tile: Tile | None) -> Figures:
     """The figures of one kernel from Triton's IR and from its assembly.
 
-    tile: (logits per lane, bytes of one) of an iteration of the source's loop; None for a kernel that streams none. LLVM may
-    unroll that loop, which its loads show.
+    tile: of an iteration of the source's loop; None for a kernel that streams no logits. LLVM may unroll that loop, which
+    its loads show.
     """
     code, labels = listing(assembly)
     figures: dict[str, Any] = {
@@ -116,7 +129,7 @@ def read(name: str, arch: str, ttir: str, assembly: str, tile: tuple[int, int] |
         "inline_assembly": ttir.count("tt.elementwise_inline_asm"),
         "vgprs": _number(r"\.vgpr_count", assembly),
         "sgprs": _number(r"\.sgpr_count", assembly),
-        "spills": _number(r"\.vgpr_spill_count", assembly) + _number(r"\.sgpr_spill_count", assembly),
+        "spills": _number(r"\.vgpr_spill_count", assembly),
         "scratch_bytes": _number(r"\.private_segment_fixed_size", assembly),
         "lds_bytes": _number(r"\.group_segment_fixed_size", assembly),
         "waves_per_simd": _number(r"; Occupancy", assembly),
@@ -128,9 +141,10 @@ def read(name: str, arch: str, ttir: str, assembly: str, tile: tuple[int, int] |
     loads, stores = _accesses(loop, "load"), _accesses(loop, "store")
     if not loads:
         raise ValueError(f"{name}, {arch}: no loop that loads logits was found")
-    logits = tile[0] * max(1, round(sum(loads) / (tile[0] * tile[1])))
+    logits = tile.logits * max(1, round(sum(loads) / (tile.logits * tile.logit_bytes)))
     return Figures(
         **figures,
+        copies=tile.threads // tile.lanes,
         loop_instructions=len(loop),
         logits_per_iteration=logits,
         slots_per_logit=round(len(loop) / logits, 3),
@@ -159,7 +173,10 @@ def inspect(kernel: Any, arch: str) -> Figures:
     launch = kernel.cubin.launch
     source = ASTSource(launch.kernel, *launch.signature())
     compiled = triton.compile(source, target=GPUTarget("hip", arch, WAVEFRONT), options=launch.options)
-    tile = (kernel.logits_per_iteration, kernel.logit_bytes) if kernel.streams else None
+    tile = None
+    if kernel.streams:
+        threads = WAVEFRONT * launch.options["num_warps"]
+        tile = Tile(kernel.logits_per_iteration, kernel.logit_bytes, launch.arguments["LANES"], threads)
     return read(kernel.name, arch, compiled.asm["ttir"], compiled.asm["amdgcn"], tile)
 
 
