@@ -292,11 +292,11 @@ if sys.argv[1] == "ahead":
     kernels = {launch.kernel.__name__ for launch in launches}
     assert {"preference_loss_kernel", "sequence_sums_kernel"} <= kernels, kernels
     parts = []
-    found = gpu_compile.compile_all(some, machine.compile_target(), 2, 240, lambda part: parts.append(dict(part)))
+    found = gpu_compile.compile_all(some, *machine.compile_target(), 2, 240, lambda part: parts.append(dict(part)))
     assert (found["compiled"], found["failed"], found["not run"], len(parts)) == (2, {}, [], 2), found
 else:  # another process, the launches in another order
     gpu_compile.settle_cache_keys()
-    triton.runtime.driver.set_active(gpu_compile.CompileOnlyDriver(machine.compile_target()))
+    triton.runtime.driver.set_active(gpu_compile.CompileOnlyDriver(machine.compile_target()[0]))
     late = gpu_stages.count_compilations()
     for launch in reversed(some):
         launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
