@@ -106,17 +106,23 @@ def settle_cache_keys() -> None:
 #: Set before the processes are forked: launches hold functions and tensors, which do not travel.
 _launches: list[Any] = []
 _target: Any = None
+_launcher: Callable[[Any, Any], object] | None = None
 
 
-def compile_launch(launch: Any) -> bool:
-    """Compile one launch for the active driver's target; True if it was in the cache already."""
+def compile_launch(launch: Any, launcher: Callable[[Any, Any], object] | None = None) -> bool:
+    """Compile one launch for the active driver's target; True if it was in the cache already.
+
+    launcher: the real driver's `launcher_cls`. Triton 3.6 calls the C compiler for every signature when it makes one.
+    """
     import triton
 
     hits: list[bool] = []
     previous = triton.knobs.compilation.listener
     triton.knobs.compilation.listener = lambda **found: hits.append(bool(found["cache_hit"]))
     try:
-        launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+        kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+        if launcher is not None:
+            launcher(kernel.src, kernel.metadata)
     finally:
         triton.knobs.compilation.listener = previous
     return all(hits)  # no call at all: this process has compiled the same before
@@ -130,22 +136,30 @@ def _start_worker() -> None:
 
 def _work(index: int) -> tuple[float, bool]:
     begin = time.perf_counter()
-    hit = compile_launch(_launches[index])
+    hit = compile_launch(_launches[index], _launcher)
     return time.perf_counter() - begin, hit
 
 
 def compile_all(
-    launches: list[Any], target: Any, processes: int, seconds: float, found_so_far: Callable[[dict[str, Any]], None]
+    launches: list[Any],
+    target: Any,
+    launcher: Callable[[Any, Any], object] | None,
+    processes: int,
+    seconds: float,
+    found_so_far: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Compile the launches side by side; what was compiled, was cached, failed, and was not reached in `seconds`."""
-    global _launches, _target
+    """Compile the launches side by side; what was compiled, was cached, failed, and was not reached in `seconds`.
+
+    target: what to compile for. launcher: as `compile_launch` takes it.
+    """
+    global _launches, _target, _launcher
     settle_cache_keys()
-    _launches, _target = launches, target
+    _launches, _target, _launcher = launches, target, launcher
     result: dict[str, Any] = {"kernels": len(launches), "compiled": 0, "cached": 0, "failed": {}, "not run": []}
     deadline, begin = time.monotonic() + seconds, time.monotonic()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker)
-    # The slow ones (matrix products) are recorded last and started first.
-    waiting: dict[Future, int] = {pool.submit(_work, index): index for index in reversed(range(len(launches)))}
+    # In the order of the stages that launch them: if time runs out, the first stages have theirs.
+    waiting: dict[Future, int] = {pool.submit(_work, index): index for index in range(len(launches))}
     with contextlib.suppress(TimeoutError):
         for future in as_completed(list(waiting), timeout=max(1.0, deadline - time.monotonic())):
             index = waiting.pop(future)

@@ -131,6 +131,10 @@ class Pack:
             return "the packed CUDA library was compiled from other sources: make the pack again"
         return None
 
+    def serves(self, capability: tuple[int, int]) -> bool:
+        """Whether the libraries' code runs on a card of this compute capability: PTX serves later ones, nothing earlier."""
+        return 10 * capability[0] + capability[1] >= int(self.manifest["arch"].rstrip("af"))
+
     def describe(self) -> str:
         """One line for the session's summary."""
         return (
@@ -138,10 +142,14 @@ class Pack:
         )
 
     def load(self, name: str = DEFAULT) -> None:
-        """Load a library; the default one is left aside if it is not of these sources, and the backend then says so itself."""
+        """Load a library. The default one is left aside if it is not of these sources or not for this card; the backend then
+        says that it has none."""
         import torch
 
-        if why := self.why_not():
+        why = self.why_not()
+        if why is None and torch.cuda.is_available() and not self.serves(torch.cuda.get_device_capability()):
+            why = f"the packed CUDA library is for sm_{self.manifest['arch']}, this card is older"
+        if why:
             if name == DEFAULT:
                 return
             raise PackError(why)

@@ -54,7 +54,7 @@ class CudaMachine:
     head_shapes: tuple[tuple[int, int, int], ...] | None = None  # those of head_rates
     sweep_tokens = (64, 4096)  # rows of the sweep, at the vocabulary of `shapes`
     trainer_config: ClassVar[dict[str, int]] = {
-        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 128256,
     }  # fmt: skip
     trainer_steps, trainer_batch = 6, 8
@@ -90,11 +90,12 @@ class CudaMachine:
         pack.load(name)
         return _stage_module("cuda", self)
 
-    def compile_target(self) -> Any:
-        """What Triton compiles for here."""
+    def compile_target(self) -> tuple[Any, Any]:
+        """What Triton compiles for here, and what makes its launchers."""
         import triton
 
-        return triton.runtime.driver.active.get_current_target()
+        driver = triton.runtime.driver.active
+        return driver.get_current_target(), driver.launcher_cls
 
     def triton_serves(self) -> str | None:
         """None if the Triton backend serves this machine's tensors, else why not."""
@@ -149,7 +150,13 @@ class CudaMachine:
             work()
             host.append(time.perf_counter() - begin)
         self.synchronize()
-        run = self._captured(work) if replay else work
+        run, uncaptured = work, None
+        if replay:
+            try:
+                run = self._captured(work)
+            except RuntimeError as error:  # a call that waits for the device cannot be captured; its time has the gaps
+                uncaptured = reason(error)
+                self.synchronize()
         flush = torch.ones(64 << 20, dtype=torch.int32, device=self.device)
         times = []
         for _ in range(repeats):
@@ -162,7 +169,8 @@ class CudaMachine:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e-3)
-        return {"times": times, "host": statistics.median(host), "replayed": replay}
+        found = {"times": times, "host": statistics.median(host), "replayed": run is not work}
+        return found if uncaptured is None else {**found, "not captured": uncaptured}
 
     def _captured(self, work: Callable[[], object]) -> Callable[[], None]:
         import torch
@@ -316,14 +324,14 @@ def compile(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     """Every Triton kernel that later stages launch, compiled in as many processes as there are cores (at most 16)."""
     if why := machine.triton_serves():
         return {"not run": why}
-    target = machine.compile_target()
+    target, launcher = machine.compile_target()
     begin = time.monotonic()
     launches, stopped = gpu_compile.record(_triton_calls(machine))
     result: dict[str, Any] = {"recorded in": round(time.monotonic() - begin, 1), "not recorded": stopped}
     keep(result)
     processes = min(16, len(os.sched_getaffinity(0)))
     left = seconds - (time.monotonic() - begin)
-    found = gpu_compile.compile_all(launches, target, processes, left, lambda part: keep({**result, **part}))
+    found = gpu_compile.compile_all(launches, target, launcher, processes, left, lambda part: keep({**result, **part}))
     return {**result, **found, "processes": processes, "target": str(target)}
 
 
@@ -346,11 +354,12 @@ def _triton_calls(machine: Any) -> Iterator[tuple[str, Callable[[], object]]]:
         watched = _step("triton", logits, labels, ref, True, ("entropy", "mean_logits", "accuracy"))[0]
         yield f"step with statistics {vocab}", watched
     yield "table", lambda: list(run_table("triton", machine.device))
-    for _, _, hidden, vocab in (*machine.linear_shapes, *machine.small_heads):
-        for frozen in (False, True):
-            case = LinearCase("", 1, 64, 0.5, hidden, vocab, frozen=frozen, source="random")
-            problem = LinearProblem(case, machine.device, torch.bfloat16)
-            for name in ("ours", "ours_filtered"):
+    # The filtered gradient looks at what its first kernel found, which was not run: last.
+    for name in ("ours", "ours_filtered"):
+        for _, _, hidden, vocab in (*machine.linear_shapes, *machine.small_heads):
+            for frozen in (False, True):
+                case = LinearCase("", 1, 64, 0.5, hidden, vocab, frozen=frozen, source="random")
+                problem = LinearProblem(case, machine.device, torch.bfloat16)
 
                 def run(name: str = name, problem: Any = problem) -> object:
                     with use_backend("triton"):
@@ -359,27 +368,44 @@ def _triton_calls(machine: Any) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"{name} {case.key}", run
 
 
+def table(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """The operator table of the backend that $DPO_TABLE names, a JSON line a case."""
+    for case, wrong in run_table(os.environ["DPO_TABLE"], machine.device):
+        print(json.dumps({"case": case, "wrong": wrong}), flush=True)
+    return {}
+
+
 def correctness(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The operator table and the linear path's gradients on every backend against float64; each case is kept at once."""
+    """The operator table and the linear path's gradients against float64, each backend in a process of its own.
+
+    A fault that leaves the GPU unusable for its process then hides nothing of the other backends.
+    """
     from dpo_kernels import backends
 
     deadline = Deadline(seconds)
-    table: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
     for name in machine.backends:
         if why := backends.why_not(name, machine.device):
-            table[name] = {"not run": why}
-            continue
-        row: dict[str, Any] = {"cases": 0, "failed": {}}
-        table[name] = row
-        for case, wrong in run_table(name, machine.device):
-            row["cases"] += 1
-            if wrong:
-                row["failed"][case] = wrong
-            keep({"table": table})
-            if deadline.left < 0:
-                row["not run"] = f"cases after {case}: {NO_TIME}"
-                break
-    return {"table": table}
+            tables[name] = {"not run": why}
+        elif deadline.left < 5:
+            tables[name] = {"not run": NO_TIME}
+        else:
+            command = ["env", f"DPO_TABLE={name}", *_child(machine, "table")]
+            tables[name] = _verdicts(*machine.command(command, deadline.left))
+        keep({"table": tables})
+    return {"table": tables}
+
+
+def _verdicts(status: int, output: str) -> dict[str, Any]:
+    """What a process that ran `table` said."""
+    said = [json.loads(line) for line in output.splitlines() if line.startswith('{"case"')]
+    row = {"cases": len(said), "failed": {one["case"]: one["wrong"] for one in said if one["wrong"]}}
+    last = said[-1]["case"] if said else "none"
+    if status == 124:
+        row["not run"] = f"the cases after {last}: {NO_TIME}"
+    elif status != 0:
+        row["failed"][f"after {last}"] = f"exit status {status}: {output.strip()[-300:]}"
+    return row
 
 
 def tests(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
@@ -413,8 +439,8 @@ def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
                 ones = torch.ones_like(tokens[0])
                 both = TokenKL(ref, tokens[2], tokens[4], ones, ones)
                 stages.logits_grad(logits, labels, *tokens[:2], ones, **PLAIN, out=logits, token_kl=both)
-        machine.synchronize()
-        keep({"launches": launches})
+                machine.synchronize()
+                print(f"{name} {dtype} V {vocab}: done", flush=True)
     return {"launches": launches}
 
 
@@ -574,10 +600,12 @@ def _time_backend(machine: Any, name: str, tokens: int, vocab: int, rows: dict[s
     restore()
     del run, restore
     for path, job in _jobs(_stage_module(name, machine), logits, labels, ref).items():
-        if deadline.left < 0:
-            rows[f"{name}: {path} [{tokens}x{vocab}]"] = {"not run": NO_TIME}
-            continue
-        rows[f"{name}: {path} [{tokens}x{vocab}]"] = _median(machine.measure(job, replay=ours))
+        title = f"{name}: {path} [{tokens}x{vocab}]"
+        try:
+            timed = deadline.left > 0
+            rows[title] = _median(machine.measure(job, replay=ours)) if timed else {"not run": NO_TIME}
+        except Exception as error:  # one kernel that fails is a result, the others are still wanted
+            rows[title] = {"failed": reason(error)}
         keep({"rows": rows})
 
 
@@ -686,42 +714,48 @@ def _linear_tables(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
     deadline = Deadline(seconds)
     tables: dict[str, Any] = {}
     everyone = {**LINEAR_PEERS, **GPU_PEERS}
-    order = sorted(everyone, key=lambda name: ("compiled" in name, not everyone[name].ours))
-    for frozen in (False, True):
-        for pairs, length, hidden, vocab in shapes:
-            case = LinearCase("", pairs, length, 0.5, hidden, vocab, frozen=frozen, source="random")
-            found: dict[str, Any] = {
-                "rows": {}, "failed": {}, "not run": {}, "products": case.products, "scored": case.scored
-            }  # fmt: skip
-            tables[case.key] = found
-            if deadline.left < 0 or 48 * vocab * hidden > machine.free_memory():
-                found["not run"]["all of them"] = NO_TIME if deadline.left < 0 else NO_MEMORY
-                continue
-            problem = LinearProblem(case, machine.device, torch.bfloat16)
-            truth = LinearTruth(problem)
-            yardstick = truth.error_of(LINEAR_PEERS["eager"](problem).step())
+    order = sorted(everyone, key=lambda name: not everyone[name].ours)
+    cases = [
+        LinearCase("", pairs, length, 0.5, hidden, vocab, frozen=frozen, source="random")
+        for frozen in (False, True)
+        for pairs, length, hidden, vocab in shapes
+    ]
+    # What compiles for half a minute comes when every table has the rest, and only for the first.
+    turns = [(case, [name for name in order if "compiled" not in name]) for case in cases]
+    turns.append((cases[0], [name for name in order if "compiled" in name]))
+    for case, names in turns:
+        empty = {"rows": {}, "failed": {}, "not run": {}, "products": case.products, "scored": case.scored}
+        found = tables.setdefault(case.key, empty)
+        if deadline.left < 0 or 48 * case.vocab * case.hidden_size > machine.free_memory():
+            why = NO_TIME if deadline.left < 0 else NO_MEMORY
+            found["not run"] |= dict.fromkeys(names, why)
+            continue
+        problem = LinearProblem(case, machine.device, torch.bfloat16)
+        truth = LinearTruth(problem)
+        yardstick = truth.error_of(LINEAR_PEERS["eager"](problem).step())
 
-            def contenders(
-                problem: Any = problem, truth: Any = truth, yardstick: Any = yardstick, found: Any = found
-            ) -> Iterator[tuple[str, Any]]:
-                for name in order:
-                    peer = everyone[name]
-                    if why := "left out" if name in machine.without else peer.why_missing():
-                        found["not run"][name] = why
-                        continue
+        def contenders(
+            names: list[str] = names, problem: Any = problem, truth: Any = truth, yardstick: Any = yardstick,
+            found: Any = found,
+        ) -> Iterator[tuple[str, Any]]:  # fmt: skip
+            for name in names:
+                peer = everyone[name]
+                if why := "left out" if name in machine.without else peer.why_missing():
+                    found["not run"][name] = why
+                    continue
 
-                    def build(peer: Any = peer) -> tuple[Callable[[], object], Any]:
-                        step = peer(problem).step
-                        error = truth.error_of(step())
-                        right = error.within(yardstick, peer.filtered)
-                        return step, {"error": max(error.rows, error.weight), "right": right}
+                def build(peer: Any = peer) -> tuple[Callable[[], object], Any]:
+                    step = peer(problem).step
+                    error = truth.error_of(step())
+                    right = error.within(yardstick, peer.filtered)
+                    return step, {"error": max(error.rows, error.weight), "right": right}
 
-                    yield name, build
-                    if name == "ours":
-                        yield FLOOR, lambda: (_products(problem), None)
+                yield name, build
+                if name == "ours":
+                    yield FLOOR, lambda: (_products(problem), None)
 
-            _compare(machine, contenders(), lambda: None, deadline, found, lambda: keep({"tables": tables}))
-            del problem, truth
+        _compare(machine, contenders(), lambda: None, deadline, found, lambda: keep({"tables": tables}))
+        del problem, truth
     return {"tables": tables}
 
 
@@ -926,7 +960,7 @@ def ncu(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     if tool is None:
         return {"not run": "ncu is not installed"}
     arguments = [tool, "--clock-control", "none", "--kernel-name", "regex:token_logps|logits_grad|fused_forward"]
-    arguments += ["--launch-count", "20"]
+    arguments += ["--launch-count", "16", "--kill", "yes"]
     for section in ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats"):
         arguments += ["--section", section]
     status, output = machine.command([*arguments, *_child(machine, "kernels")], seconds)
@@ -995,11 +1029,11 @@ def trainer(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     return found
 
 
-#: Stages of the session by name; `small`, `kernels` and `variant` are programs that tools of other stages run.
+#: Stages of the session by name; `table`, `small`, `kernels` and `variant` are programs that tools of other stages run.
 STAGES: dict[str, Callable[[Any, Path, float], dict[str, Any]]] = {
     stage.__name__: stage
     for stage in (
         environment, compile, correctness, ceilings, timing, peers, linear, latency, trace, memcheck, sweep, ncu,
-        more_shapes, small_heads, head_rates, trainer, tests, small, kernels, variant,
+        more_shapes, small_heads, head_rates, trainer, tests, table, small, kernels, variant,
     )
 }  # fmt: skip

@@ -79,7 +79,8 @@ def _outcome(name: str, report: dict[str, Any] | None) -> str:
         outcome = "passed" if result.get("passed") else f"FAILED (status {result.get('status')})"
     elif name == "correctness":
         wrong = sum(len(row.get("failed", {})) for row in result.get("table", {}).values())
-        outcome = f"{wrong} cases WRONG" if wrong else "all cases right"
+        cases = sum(row.get("cases", 0) for row in result.get("table", {}).values())
+        outcome = f"{wrong} cases WRONG" if wrong else f"all {cases} cases right"
     elif name == "memcheck" and "clean" in result:
         outcome = "clean" if result["clean"] else "NOT clean"
     elif name == "compile" and "kernels" in result:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .gpu_summary import readme_block
 from .report import FASTER, RESULTS, Column, below_one, compared, headline, markdown_table, place, read
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -121,6 +122,8 @@ def render(results: Path = RESULTS) -> str:
     if others := [folder.name for folder in folders if folder != latest]:
         links = ", ".join(f"[{name}](benchmarks/results/{name})" for name in others)
         lines[-1] += f" Other machines: {links}."
+    if gpus := readme_block(results):
+        lines += ["", *gpus[:-1]]
     return "\n".join(lines)
 
 

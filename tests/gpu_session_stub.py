@@ -39,10 +39,10 @@ class CpuMachine(CudaMachine):
     def describe(self) -> dict[str, Any]:
         return {"name": "a CPU"}
 
-    def compile_target(self) -> Any:
+    def compile_target(self) -> tuple[Any, Any]:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", 90, 32), None
 
     def triton_serves(self) -> str | None:
         return "a CPU runs no Triton kernels"

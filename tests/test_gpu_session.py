@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_pack, gpu_session, gpu_stages, gpu_summary, roofline
+from benchmarks import gpu_pack, gpu_session, gpu_stages, gpu_summary, readme_table, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 STUB = "gpu_session_stub:CpuMachine"
@@ -69,8 +69,8 @@ def tools(tmp_path, monkeypatch):
 def test_the_stages_fit_their_calls_and_leave_a_rest_of_every_limit():
     assert {name: seconds for name, (seconds, _) in gpu_session.CALLS.items()} == {"headline": 560, "depth": 230}
     for seconds, limits in gpu_session.CALLS.values():
-        # What is left of a call is for unpacking and writing.
-        assert 0.94 * seconds <= sum(limits.values()) <= seconds - 10
+        # What is left of a call is for starting, unpacking and writing.
+        assert 0.9 * seconds <= sum(limits.values()) <= seconds - 20
         assert set(limits) <= set(gpu_stages.STAGES)
     assert gpu_session.INNER == 0.85
 
@@ -111,7 +111,7 @@ def test_a_headline_session_measures_and_says_what_it_did(in_process, tmp_path):
     assert all(f"| {name} |" in text for name in gpu_session.CALLS["headline"][1])
     for question in ("Correct?", "How fast against the floor?", "Against whom?", "What to tune?", "What ran"):
         assert f"## {question}" in text
-    assert "all cases right" in text
+    assert "all 84 cases right" in text
     assert "| eager | 42 of 42 | - |" in text
     assert "* trl_triton: not run: runs on GPUs only" in text
     assert "not run: a CPU runs no Triton kernels" in text
@@ -249,7 +249,7 @@ def test_rows_without_time_or_memory_are_not_run_and_never_failed(on_cpu, monkey
     rows = gpu_stages.timing(machine, Path(), -1)["rows"]
     assert all(row == {"not run": "no time left"} for row in rows.values())
     tables = gpu_stages.linear(machine, Path(), -1)["tables"]
-    assert all(table["not run"] == {"all of them": "no time left"} for table in tables.values())
+    assert all(set(table["not run"].values()) == {"no time left"} for table in tables.values())
     monkeypatch.setattr(CpuMachine, "free_memory", lambda self: 0)
     assert gpu_stages.timing(machine, Path(), 9)["rows"]["cpu [16x1000]"] == {"not run": "not enough memory"}
     text = "\n".join(gpu_summary._missing(rows))
@@ -266,6 +266,17 @@ def test_a_tool_that_outlasts_its_time_is_stopped_with_its_children(on_cpu, capf
     assert time.monotonic() - begin < 20
     assert "begun" in capfd.readouterr().out
     assert CpuMachine().command(["sh", "-c", "exit 3"], 10.0) == (3, "")
+
+
+def test_a_fault_that_ends_the_process_is_told_with_the_case_before_it():
+    lines = '{"case": "float32", "wrong": null}\n{"case": "packed", "wrong": "loss off"}\n'
+    ended = gpu_stages._verdicts(-6, lines + "an illegal memory access was encountered")
+    assert ended["cases"] == 2
+    assert ended["failed"]["packed"] == "loss off"
+    assert "exit status -6" in ended["failed"]["after packed"]
+    assert "illegal memory access" in ended["failed"]["after packed"]
+    assert gpu_stages._verdicts(124, lines)["not run"] == "the cases after packed: no time left"
+    assert gpu_stages._verdicts(0, lines) == {"cases": 2, "failed": {"packed": "loss off"}}
 
 
 def test_a_machine_without_pytest_or_tools_says_so(monkeypatch, tmp_path):
@@ -292,11 +303,11 @@ if sys.argv[1] == "ahead":
     kernels = {launch.kernel.__name__ for launch in launches}
     assert {"preference_loss_kernel", "sequence_sums_kernel"} <= kernels, kernels
     parts = []
-    found = gpu_compile.compile_all(some, machine.compile_target(), 2, 240, lambda part: parts.append(dict(part)))
+    found = gpu_compile.compile_all(some, *machine.compile_target(), 2, 240, lambda part: parts.append(dict(part)))
     assert (found["compiled"], found["failed"], found["not run"], len(parts)) == (2, {}, [], 2), found
 else:  # another process, the launches in another order
     gpu_compile.settle_cache_keys()
-    triton.runtime.driver.set_active(gpu_compile.CompileOnlyDriver(machine.compile_target()))
+    triton.runtime.driver.set_active(gpu_compile.CompileOnlyDriver(machine.compile_target()[0]))
     late = gpu_stages.count_compilations()
     for launch in reversed(some):
         launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
@@ -357,6 +368,7 @@ def test_a_pack_travels_and_is_used_without_a_network(packed, tmp_path, monkeypa
     pack = gpu_pack.in_use()
     assert pack.variants()[0] == gpu_pack.DEFAULT
     assert "sm_90" in pack.describe()
+    assert [pack.serves(capability) for capability in ((8, 0), (9, 0), (10, 0))] == [False, True, True]
     loaded = []
     monkeypatch.setattr("torch.ops.load_library", lambda path: loaded.append(Path(path).read_bytes()))
     pack.load()
@@ -482,6 +494,12 @@ def test_the_readme_gets_a_table_from_committed_results(tmp_path):
     assert "| step: policy, reference, gradient | 2.949 ms | 95% |" in text
     assert "| eager | 45.000 ms | 3.00x | - |" in text
     assert "benchmarks/results/h100/summary.md" in text
+    # It stands behind the tables of the machine that was measured last.
+    cpu = "amd-epyc-2-cores-avx2"
+    (tmp_path / cpu).mkdir()
+    measured = (readme_table.RESULTS / cpu / "logits_path.json").read_bytes()
+    (tmp_path / cpu / "logits_path.json").write_bytes(measured)
+    assert readme_table.render(tmp_path).endswith(text.rstrip())
 
 
 def test_roofline_arithmetic():
