@@ -114,9 +114,40 @@ def _prepare(
         weights = weights * token_weights.detach().to(weights.dtype)
         labels = torch.where(weights != 0, labels, ignore_index)
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    backend = backends.resolve(logits.device.type, logits.dtype)
+    backend = backends.resolve(logits.device, logits.dtype)
     vocab = logits.shape[-1] if vocab is None else vocab
     return _Batch(logits, vocab, labels, weights, cu_seqlens, sequences, backend, given_bounds)
+
+
+def _checked(
+    batch: _Batch,
+    *,
+    ref_logits: Tensor | None = None,
+    ref_sums: Tensor | None = None,
+    loss: str = "sums",
+    terms: tuple[str, ...] = (),
+    **stage: Any,
+) -> _Batch:
+    """The batch, on a backend whose kernels for this call have passed their self-check."""
+    if batch.backend not in backends.GPU_BACKENDS:
+        return batch
+    variant = backends.Variant(
+        batch.logits.dtype,
+        reference=ref_logits.dtype if ref_logits is not None else None if ref_sums is None else "sums",
+        aligned=batch.vocab % 8 == 0,
+        statistics=tuple(stage["statistics"]),
+        terms=terms,
+        loss=loss,
+        packed=batch.cu_seqlens is not None,
+        softcap=stage["logit_softcap"] > 0,
+        negative_scale=stage["logit_scale"] < 0,
+        grad=_wants_grad(batch.logits),
+        # A compiled graph serves batches of any length.
+        few_rows=not torch.compiler.is_compiling() and batch.labels.numel() < backends.MANY_ROWS,
+        linear=None,
+    )
+    backend = backends.checked(batch.backend, batch.logits.device, variant)
+    return batch if backend == batch.backend else replace(batch, backend=backend)
 
 
 def _check_softcap(logit_softcap: float | None) -> float:
@@ -235,13 +266,21 @@ def dpo_loss(
         "logit_scale": float(logit_scale),
         "logit_softcap": _check_softcap(logit_softcap),
         "statistics": (*wanted, "log_sum_sq") if use_weighting else wanted,
-        "backend": batch.backend,
     }
     forward_kl = objectives.needs_token_kl(functions)
     beta_each = _per_pair("beta", beta, pairs, batch)
     smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
     kernel = _sigmoid_family(functions, loss_weights)
     kl_from = ref_logits if kl_coef or forward_kl else None  # the reference of a differentiable divergence
+    batch = _checked(
+        batch,
+        ref_logits=ref_logits,
+        ref_sums=ref_sums,
+        loss="sums" if kernel is None else "robust" if kernel[0] else "sigmoid",
+        terms=tuple(name for name, asked in (("kl", bool(kl_coef)), ("forward_kl", forward_kl)) if asked),
+        **stage,
+    )
+    stage["backend"] = batch.backend
     if kernel is not None and kl_from is None:
         tokens, losses, sums, ref_sums = ops.fused_forward(
             batch.logits,
@@ -455,16 +494,15 @@ def sequence_logps(
         As `dpo_loss`.
     """
     batch = _prepare(logits, labels, cu_seqlens, token_weights, ignore_index)
+    stage: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "logit_scale": float(logit_scale),
+        "logit_softcap": _check_softcap(logit_softcap),
+        "statistics": (),
+    }
+    batch = _checked(batch, **stage)
     tokens = ops.token_logps(
-        batch.logits,
-        batch.labels,
-        None,
-        ignore_index=ignore_index,
-        logit_scale=float(logit_scale),
-        logit_softcap=_check_softcap(logit_softcap),
-        statistics=(),
-        inplace_backward=inplace_backward,
-        backend=batch.backend,
+        batch.logits, batch.labels, None, inplace_backward=inplace_backward, backend=batch.backend, **stage
     )
     sums = ops.sequence_sums(tokens["logps"], batch.weights, batch.cu_seqlens, batch.backend)
     return sums if logits.dtype == torch.float64 else sums.float()
@@ -520,12 +558,43 @@ def _wants_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _linear_call(
+def _linear_call(batch: _Batch, weight: Tensor, bias: Tensor | None, **options: Any) -> linear.Call:
+    """The call's plan, on a backend whose kernels for it have passed their self-check."""
+    call = _planned_call(batch, weight, bias, **options)
+    if call.backend not in backends.GPU_BACKENDS:
+        return call
+    variant = backends.Variant(
+        call.compute_dtype,
+        reference=None if call.ref_hidden is None else call.compute_dtype,
+        aligned=batch.vocab % 8 == 0,
+        statistics=call.statistics,
+        terms=call.terms,
+        # Divergences run the same kernels whatever the strategy is.
+        loss="sigmoid" if call.strategy == "whole_pairs" and not call.terms else "sums",
+        packed=False,
+        softcap=call.logit_softcap > 0,
+        negative_scale=call.logit_scale < 0,
+        grad=True,
+        few_rows=True,
+        linear=backends.LinearVariant(
+            "two_pass" if call.terms else call.strategy,
+            call.fused,
+            call.blocks,
+            bias is not None,
+            call.needs_hidden,
+            call.needs_weight,
+        ),
+    )
+    backend = backends.checked(call.backend, batch.logits.device, variant)
+    return call if backend == call.backend else _planned_call(replace(batch, backend=backend), weight, bias, **options)
+
+
+def _planned_call(
     batch: _Batch,
     weight: Tensor,
     bias: Tensor | None,
-    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
     *,
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
     ignore_index: int,
     logit_scale: float,
     logit_softcap: float | None,
@@ -696,7 +765,7 @@ def linear_dpo_loss(
         batch,
         weight,
         bias,
-        reference,
+        reference=reference,
         ignore_index=ignore_index,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
@@ -708,6 +777,7 @@ def linear_dpo_loss(
         couples_pairs=objectives.couples_pairs(functions),
         terms=tuple(name for name, asked in (("kl", bool(kl_coef)), ("forward_kl", forward_kl)) if asked),
     )
+    batch = replace(batch, backend=call.backend)
     ref_sums = _reference_sums(ref_logps, batch)
     beta_each = _per_pair("beta", beta, pairs, batch)
     smoothing_each = _per_pair("label_smoothing", label_smoothing, pairs, batch)
@@ -819,7 +889,7 @@ def linear_logps(
         batch,
         weight,
         bias,
-        (None, None, None),
+        reference=(None, None, None),
         ignore_index=ignore_index,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,

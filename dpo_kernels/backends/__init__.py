@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +24,14 @@ PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 #: float64 logits are the checking path; GPU kernels do not have it.
 FLOAT64 = ("eager", "cpu")
 
+#: Those whose kernels are compiled for the device at hand by compilers that we have not met: their first use is checked.
+GPU_BACKENDS = ("triton", "cuda")
+
 _forced: str | None = None
+
+#: (backend, device type, index, variant) that need no further thought, and the backends that failed, with the sentence.
+trusted: set[tuple[str, str, int | None, Variant]] = set()
+refused: dict[tuple[str, str, int | None], str] = {}
 
 
 class BackendUnavailable(RuntimeError):
@@ -63,38 +71,130 @@ def why_not(name: str, device_type: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-@functools.cache
-def default(device_type: str) -> str:
-    """The first backend of the device's preference that serves it; eager always does."""
+class LinearVariant(NamedTuple):
+    """What of a call of the linear path decides which kernels it runs, beside what `Variant` says."""
+
+    strategy: str
+    fused: bool = False
+    blocks: bool = False
+    bias: bool = False
+    hidden: bool = True
+    weight: bool = True
+
+
+class Variant(NamedTuple):
+    """What of a call decides which of a backend's kernels it runs: the self-check's key.
+
+    Attributes:
+        dtype: of the logits, or of the linear path's products.
+        reference: dtype of the reference's logits, "sums" where its sums are given, or None.
+        aligned: every row of V logits starts at a multiple of 8 elements.
+        statistics, terms: results per token, and the divergences that are differentiated ("kl", "forward_kl").
+        loss: "sigmoid" or "robust", which the kernels know, or "sums" for everything that is built on sums.
+        few_rows: fewer than MANY_ROWS tokens, for which a kernel may share a row among several blocks.
+    """
+
+    dtype: torch.dtype
+    reference: torch.dtype | str | None = None
+    aligned: bool = True
+    statistics: tuple[str, ...] = ()
+    terms: tuple[str, ...] = ()
+    loss: str = "sigmoid"
+    packed: bool = False
+    softcap: bool = False
+    negative_scale: bool = False
+    grad: bool = True
+    few_rows: bool = True
+    linear: LinearVariant | None = None
+
+    def __str__(self) -> str:
+        """Distinct for distinct variants."""
+        words = [_name_of(self.dtype), "aligned" if self.aligned else "odd V"]
+        words += [] if self.reference is None else [f"reference {_name_of(self.reference)}"]
+        words += [*self.statistics, *(f"d {name}" for name in self.terms), self.loss]
+        flags = ("packed", "softcap", "negative_scale", "grad")
+        words += [name.replace("_", " ") for name in flags if getattr(self, name)]
+        words += [] if self.few_rows else ["many rows"]
+        if self.linear is not None:
+            flags = ("fused", "blocks", "bias", "hidden", "weight")
+            words += ["linear", self.linear.strategy, *(name for name in flags if getattr(self.linear, name))]
+        return ", ".join(words)
+
+
+#: 4 rows for each multiprocessor of the largest GPU at hand, a B200: below, some kernels share a row among blocks.
+MANY_ROWS = 600
+
+
+def _name_of(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def candidates(device_type: str) -> list[str]:
+    """The backends that serve a device type, in the order in which they are tried; eager always does."""
     order = PREFERENCE.get(device_type, ("eager",))
-    for name in order:
-        reason = why_not(name, device_type)
-        if reason is None:
-            return name
-        if name == order[0]:
-            warnings.warn(f"dpo-kernels: {name} backend not used: {reason}", RuntimeWarning, stacklevel=3)
-    return "eager"
+    reason = why_not(order[0], device_type)
+    if reason is not None:
+        _warn_once(f"dpo-kernels: {order[0]} backend not used: {reason}")
+    return [name for name in order if why_not(name, device_type) is None]
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def default(device_type: str, index: int | None = None) -> str:
+    """The first backend of the device's preference that serves it and that its self-check has not refused."""
+    return next(name for name in candidates(device_type) if (name, device_type, index) not in refused)
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device_type: str) -> tuple[str, bool]:
+def _automatic(device_type: str, index: int | None = None) -> tuple[str, bool]:
     """(backend, whether the user named it)."""
     wish = os.environ.get("DPO_KERNELS_BACKEND")
-    return (check_name(wish), True) if wish else (default(device_type), False)
+    return (check_name(wish), True) if wish else (default(device_type, index), False)
 
 
-def resolve(device_type: str, dtype: torch.dtype) -> str:
+def resolve(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend's name for logits of this kind: `use_backend`, then DPO_KERNELS_BACKEND, then the default.
 
     Raises TypeError if the backend that was asked for has no float64 and the logits are float64; a default gives way to
     eager instead.
     """
-    name, asked = (_forced, True) if _forced is not None else _automatic(device_type)
+    if isinstance(device, str):
+        device = torch.device(device)
+    name, asked = (_forced, True) if _forced is not None else _automatic(device.type, device.index)
     if dtype == torch.float64 and name not in FLOAT64:
         if asked:
             raise TypeError(f"backend {name!r} has no float64 arithmetic; use one of {', '.join(FLOAT64)}")
         return "eager"
     return name
+
+
+@torch.compiler.assume_constant_result
+def _checked(
+    forced: str | None, name: str, device_type: str, index: int | None, fields: tuple, linear: tuple | None
+) -> str:
+    # Plain tuples: the constants that torch.compile hands over when it traces a call must be of built-in types.
+    variant = Variant(*fields, linear=None if linear is None else LinearVariant(*linear))
+    if (name, device_type, index, variant) in trusted:
+        return name
+    from .. import trust  # only where there is something to check
+
+    asked = forced is not None or bool(os.environ.get("DPO_KERNELS_BACKEND"))
+    return trust.decide(name, device_type, index, variant, asked=asked)
+
+
+def checked(name: str, device: torch.device, variant: Variant) -> str:
+    """`name` if the self-check finds the kernels that a call needs right, else the backend that serves in its place.
+
+    Each variant is checked once, when a process first needs it on a device (dpo_kernels/trust.py); later calls cost a
+    look-up in a set. Raises BackendUnavailable if a backend that the user named fails.
+    """
+    if name not in GPU_BACKENDS:
+        return name
+    linear = None if variant.linear is None else tuple(variant.linear)
+    return _checked(_forced, name, device.type, device.index, tuple(variant[:-1]), linear)
 
 
 @contextmanager

@@ -1,0 +1,599 @@
+"""The operator table: small problems on which a backend must equal the float64 definition on the device at hand.
+
+Three readers: the first use of a GPU backend runs the case of each kernel variant that a call needs (trust.py),
+`python -m dpo_kernels check` runs the whole table, and so does whoever calls `run_table`. A case computes a call in
+miniature three times:
+    truth     dpo_kernels/reference.py in float64, its gradient by autograd
+    baseline  the eager backend in the call's own dtype (for the eager backend itself: reference.py in float32)
+    subject   the backend's operators
+and compares per-token results, sums, losses and gradients with the truth. A gradient's label entries and its other entries
+are compared apart and row by row, because a norm over the whole tensor lets a gradient without its non-label entries pass.
+What is allowed is a stated multiple of the baseline's own error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, linear, objectives, ops, reference, token_kl
+from .backends import LinearVariant, Variant
+
+#: Allowed error: this multiple of the baseline's. GPU kernels spend up to 2.5 times eager's rounding on cheaper arithmetic.
+BUDGET = 3.0
+#: A row of a gradient may never be this far off (relative), however much the baseline loses: faults of 5 % must show.
+GRADIENT_CAP = 0.02
+#: And a row of the linear path's gradients, which 16-bit logits, gradients of logits and products round three times.
+LINEAR_CAP = 0.04
+IGNORE = -100
+SCALE, SOFTCAP, KL_COEF, BETA, SMOOTHING = 0.7, 15.0, 0.3, 0.1, 0.15
+HIDDEN = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call in miniature: which kernels it runs (`variant`), and what is hostile about its input.
+
+    Attributes:
+        vocab: V, or None for the size that reaches every loop of the device's kernels.
+        infinite: a tenth of the logits are -inf.
+        confident: the label's probability is close to 1.
+        empty: one of the sequences has no scored token.
+        strided: logits are a view whose rows lie further apart.
+        weighted: tokens count differently, and some not at all.
+    """
+
+    variant: Variant
+    vocab: int | None = None
+    infinite: bool = False
+    confident: bool = False
+    empty: bool = False
+    strided: bool = False
+    weighted: bool = False
+
+    def __str__(self) -> str:
+        hostile = [name for name in ("infinite", "confident", "empty", "strided", "weighted") if getattr(self, name)]
+        size = [] if self.vocab is None else [f"V = {self.vocab}"]
+        return ", ".join([str(self.variant), *size, *hostile])
+
+
+@dataclass(frozen=True)
+class Result:
+    """The worst of what a case compared.
+
+    Attributes:
+        what: the quantity, such as "entropy" or "gradient, label entries"; or the error of a backend that raised one.
+        error, budget: the largest deviation from the truth, and what was allowed.
+    """
+
+    case: str
+    what: str
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget
+
+    def __str__(self) -> str:
+        if math.isinf(self.budget):
+            return f"case '{self.case}': {self.what}"
+        return f"case '{self.case}': {self.what} off by {self.error:.2g}, allowed {self.budget:.2g}"
+
+
+# --- inputs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Inputs:
+    logits: Tensor  # [B, T, V]; on the linear path hidden states [B, T, H]
+    ref_logits: Tensor | None
+    labels: Tensor
+    weights: Tensor
+    cu_seqlens: Tensor | None
+    ref_sums: Tensor | None
+    upstream: Tensor  # [P] or [2P]
+    head: Tensor | None = None  # [V, H]
+    bias: Tensor | None = None
+
+
+def vocab_of(case: Case, device: torch.device) -> int:
+    """V of a case: past two tiles of the compiled kernels, past two of the smaller ones that an interpreter takes."""
+    if case.vocab is not None:
+        return case.vocab
+    if case.variant.linear is not None:
+        size = 1032 if device.type == "cuda" else 136
+    elif device.type == "cuda":
+        size = 12328 if case.variant.few_rows else 8240
+    else:
+        size = 2184
+    return size if case.variant.aligned else size + 3
+
+
+def _inputs(case: Case, device: torch.device) -> _Inputs:
+    """Made on the CPU by a generator of its own: the same numbers everywhere, and nobody else's random state moves."""
+    variant, vocab = case.variant, vocab_of(case, device)
+    g = torch.Generator().manual_seed(0)
+    sequences, length = (4, 5) if variant.few_rows else (4, backends.MANY_ROWS // 4)
+    lengths = torch.tensor([length, length - 2, 0 if case.empty else length - 1, length])
+    position = torch.arange(length)
+    scored = (position >= torch.tensor([1, 0, 0, 2])[:, None]) & (position < lengths[:, None])
+    labels = torch.randint(0, vocab, (sequences, length), generator=g)
+    labels[0, -1], labels[1, 0] = vocab - 1, 0
+    weights = torch.ones(sequences, length, dtype=torch.float64)
+    if case.weighted:
+        weights = torch.rand(sequences, length, generator=g, dtype=torch.float64) + 0.5
+        weights[3, -1] = 0.0
+    scored &= weights != 0
+    weights = torch.where(scored, weights, 0.0)
+    family = variant.loss != "sums"
+    upstream = torch.rand(sequences // 2 if family else sequences, generator=g, dtype=torch.float64) + 0.5
+    upstream = upstream / BETA if family else upstream
+    if variant.dtype == torch.float16:
+        # As a gradient scaler does: below 6e-5 float16 runs out of digits.
+        upstream *= 2.0**16 if case.confident else 2.0**10
+    ref_sums = torch.randn(sequences, generator=g, dtype=torch.float64) - 20 if variant.reference == "sums" else None
+    labels = torch.where(scored, labels, IGNORE)
+    index = labels.clamp(min=0).unsqueeze(-1)
+    cut = torch.ones(sequences, length, dtype=torch.bool)
+    cu_seqlens = None
+    if variant.packed:
+        cut = position < lengths[:, None]
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
+
+    def place(values: Tensor) -> Tensor:
+        return (values[cut].unsqueeze(0) if variant.packed else values).to(device)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float32)
+
+    small = {"labels": place(labels), "weights": place(weights), "cu_seqlens": cu_seqlens}
+    small |= {"ref_sums": None if ref_sums is None else ref_sums.to(device), "upstream": upstream.to(device)}
+    if variant.linear is not None:
+        head = noise(vocab, HIDDEN) * (2 / HIDDEN**0.5)
+        # Every other label is likely, as in a trained model: its row of the head points along the hidden state.
+        hidden = noise(sequences, length, HIDDEN)
+        hidden[:, ::2] += head[index.squeeze(-1)[:, ::2]]
+        ref = hidden + 0.3 * noise(sequences, length, HIDDEN)
+        bias = (0.5 * noise(vocab)).to(device, variant.dtype) if variant.linear.bias else None
+        ref = place(ref.to(variant.dtype)) if variant.reference in (variant.dtype,) else None
+        return _Inputs(
+            place(hidden.to(variant.dtype)), ref, head=head.to(device, variant.dtype), bias=bias, **small
+        )
+    # A policy that draws the label half of the time, or nearly always: an accuracy of 0 everywhere would check nothing.
+    raised = torch.where(position % 2 == 0, math.log(vocab) + 5.0, 0.0).expand(sequences, length)
+    if case.confident:
+        raised = torch.full((sequences, length), math.log(vocab) + 14.0)
+    sign = -1.0 if variant.negative_scale else 1.0
+    logits = 2 * noise(sequences, length, vocab)
+    ref_logits = logits + noise(sequences, length, vocab)
+    for z in (logits, ref_logits):
+        z.scatter_add_(-1, index, raised.unsqueeze(-1) * sign)
+    if case.infinite:
+        hole = (torch.rand(sequences, length, vocab, generator=g) < 0.1).scatter_(-1, index, False)
+        logits.masked_fill_(hole, -sign * math.inf)
+        ref_logits.masked_fill_(hole, -sign * math.inf)
+
+    def rows(values: Tensor, dtype: torch.dtype) -> Tensor:
+        values = values.to(dtype)
+        if case.strided:
+            values = torch.cat([values, values[:, :1]], dim=1).to(device)[:, :-1]
+        return place(values)
+
+    ref = rows(ref_logits, variant.reference) if isinstance(variant.reference, torch.dtype) else None
+    return _Inputs(rows(logits, variant.dtype), ref, **small)
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+_Found = dict[str, Tensor]
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    scale = -SCALE if variant.negative_scale else SCALE if variant.softcap else 1.0
+    return {"ignore_index": IGNORE, "logit_scale": scale, "logit_softcap": SOFTCAP if variant.softcap else 0.0}
+
+
+def _sigmoid_losses(sums: Tensor, ref_sums: Tensor, robust: bool) -> Tensor:
+    """Rafailov et al. 2023, equation 7, with label smoothing; "robust": Chowdhury et al. 2024, equation 12."""
+    chosen, rejected = (sums - ref_sums).chunk(2)
+    x = BETA * (chosen - rejected)
+    right, wrong = (torch.logaddexp(torch.zeros_like(x), value) for value in (-x, x))
+    if robust:
+        return ((1 - SMOOTHING) * right - SMOOTHING * wrong) / (1 - 2 * SMOOTHING)
+    return (1 - SMOOTHING) * right + SMOOTHING * wrong
+
+
+def _definition(case: Case, inputs: _Inputs, dtype: torch.dtype) -> _Found:
+    """Every quantity of a case in `dtype` arithmetic, from the formulas."""
+    variant = case.variant
+
+    # The textbook projects in the call's own dtype, and upcasts the logits.
+    product = variant.dtype if variant.linear is not None and dtype == torch.float32 else dtype
+
+    def wide(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(product)
+
+    x, head, bias, ref = wide(inputs.logits), wide(inputs.head), wide(inputs.bias), wide(inputs.ref_logits)
+    assert x is not None
+    leaves = _leaves(variant, {"gradient": x, "dW": head, "dbias": bias})
+    logits, ref_logits = x, ref
+    if head is not None:
+        logits = torch.nn.functional.linear(x, head, bias).to(dtype)
+        if ref is not None:
+            fixed = None if bias is None else bias.detach()
+            ref_logits = torch.nn.functional.linear(ref, head.detach(), fixed).to(dtype)
+    settings = _settings(variant)
+    tokens = reference.token_statistics(logits, inputs.labels, ref_logits=ref_logits, **settings)
+    live = inputs.labels != IGNORE
+    if "forward_kl" in variant.terms:
+        assert ref_logits is not None
+        divergence = reference._forward_kl(logits, ref_logits, settings["logit_scale"], settings["logit_softcap"])
+        tokens["forward_kl"] = torch.where(live, divergence, 0.0)
+    weights = inputs.weights.to(dtype)
+
+    def sums_of(values: Tensor) -> Tensor:
+        if inputs.cu_seqlens is None:
+            return reference.sequence_sums(values, weights)
+        return reference.sequence_sums(values[0], weights[0], inputs.cu_seqlens)
+
+    found = {"sums": sums_of(tokens["logps"])}
+    if variant.loss != "sums":
+        ref_sums = inputs.ref_sums
+        if "ref_logps" in tokens:
+            ref_sums = sums_of(tokens["ref_logps"]).detach()
+        elif ref_sums is None:
+            ref_sums = torch.zeros_like(found["sums"])
+        found["losses"] = _sigmoid_losses(found["sums"], ref_sums, variant.loss == "robust")
+    return _finish(variant, inputs, tokens, found, sums_of, leaves)
+
+
+def _leaves(variant: Variant, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The tensors that the variant differentiates by, switched on, by their gradient's name."""
+    wanted = {"gradient": variant.grad, "dW": False, "dbias": False}
+    if variant.linear is not None:
+        needs = variant.linear
+        wanted = {"gradient": needs.hidden, "dW": needs.weight, "dbias": needs.weight and needs.bias}
+    leaves = {name: tensor for name, tensor in tensors.items() if wanted[name] and tensor is not None}
+    for tensor in leaves.values():
+        tensor.requires_grad_()
+    return leaves
+
+
+def _finish(
+    variant: Variant,
+    inputs: _Inputs,
+    tokens: _Found,
+    found: _Found,
+    sums_of: Callable[[Tensor], Tensor],
+    leaves: dict[str, Tensor],
+) -> _Found:
+    """Add what is compared to `found`: the results per token that the variant asks for, and the gradients."""
+    names = ["logps", *variant.statistics, *variant.terms]
+    names += ["ref_logps"] if isinstance(variant.reference, torch.dtype) else []
+    scalar = (inputs.upstream * (found["sums"] if variant.loss == "sums" else found["losses"]).double()).sum()
+    for name in variant.terms:
+        scalar = scalar + KL_COEF * sums_of(tokens[name]).double().sum()
+    if leaves:
+        grads = torch.autograd.grad(scalar, list(leaves.values()))
+        found |= dict(zip(leaves, grads, strict=True))
+    found |= {name: tokens[name] for name in names if name in tokens}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def _subject(case: Case, inputs: _Inputs, backend: str, inplace: bool = False) -> _Found:
+    """Every quantity of a case from the backend's operators."""
+    variant = case.variant
+    if variant.linear is not None:
+        return _linear_subject(case, inputs, backend)
+    logits = inputs.logits.detach()
+    if inplace:
+        # The gradient goes over the logits: a copy, whose rows lie where the original's do.
+        logits = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+        logits.copy_(inputs.logits)
+    leaves = _leaves(variant, {"gradient": logits})
+    small = {"dtype": inputs.weights.dtype, "device": logits.device}
+    pairs = 2
+    beta, smoothing = (torch.full((pairs,), value, **small) for value in (BETA, SMOOTHING))
+    settings: dict[str, Any] = dict(_settings(variant), backend=backend, inplace_backward=inplace)
+    labels, weights, cu = inputs.labels, inputs.weights, inputs.cu_seqlens
+
+    def sums_of(values: Tensor) -> Tensor:
+        return ops.sequence_sums(values, weights, cu, backend)
+
+    robust, ref = variant.loss == "robust", inputs.ref_logits
+    family = (weights, cu, inputs.ref_sums, beta, smoothing, robust)
+    if variant.loss != "sums" and not variant.terms:
+        tokens, losses, sums, _ = ops.fused_forward(
+            logits, labels, ref, *family, statistics=variant.statistics, **settings
+        )
+        return _finish(variant, inputs, tokens, {"sums": sums, "losses": losses}, sums_of, leaves)
+    if variant.terms:
+        assert ref is not None
+        forward_kl = "forward_kl" in variant.terms
+        tokens = token_kl.token_logps(
+            logits, labels, ref, forward_kl=forward_kl, statistics=variant.statistics, **settings
+        )
+    else:
+        tokens = ops.token_logps(logits, labels, ref, statistics=variant.statistics, **settings)
+    if variant.loss == "sums":
+        return _finish(variant, inputs, tokens, {"sums": sums_of(tokens["logps"])}, sums_of, leaves)
+    losses, sums, _ = ops.preference_loss(tokens["logps"], tokens.get("ref_logps"), *family, backend)
+    return _finish(variant, inputs, tokens, {"sums": sums, "losses": losses}, sums_of, leaves)
+
+
+def _linear_subject(case: Case, inputs: _Inputs, backend: str) -> _Found:
+    variant, need = case.variant, case.variant.linear
+    assert need is not None
+    assert inputs.head is not None
+    hidden, head = inputs.logits.detach(), inputs.head.detach()
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    ref = inputs.ref_logits
+    exact = backend == "eager"
+    call = linear.Call(
+        inputs.labels,
+        ref,
+        None if ref is None else head.clone(),
+        None if ref is None or bias is None else bias.clone(),
+        statistics=tuple(name for name in variant.statistics if name != "grad_dropped_mass"),
+        compute_dtype=variant.dtype,
+        budget=64 << 20,
+        backend=backend,
+        strategy=need.strategy,
+        terms=variant.terms,
+        # Below every probability: all blocks are multiplied, and the gradient is exact.
+        eps=1e-30 if need.blocks and not exact else 0.0,
+        fused=need.fused and not exact,
+        needs_hidden=need.hidden,
+        needs_weight=need.weight,
+        needs_bias=need.weight and need.bias,
+        **_settings(variant),
+    )
+    leaves = _leaves(variant, {"gradient": hidden, "dW": head, "dbias": bias})
+
+    def sums_of(values: Tensor) -> Tensor:
+        return ops.sequence_sums(values, inputs.weights, inputs.cu_seqlens, backend)
+
+    if need.strategy != "whole_pairs":
+        tokens = linear.linear_logps(hidden, head, bias, call)
+        return _finish(variant, inputs, tokens, {"sums": sums_of(tokens["logps"])}, sums_of, leaves)
+    small = {"dtype": inputs.weights.dtype, "device": hidden.device}
+    beta, smoothing = (torch.full((2,), value, **small) for value in (BETA, SMOOTHING))
+    functions = objectives.resolve(variant.loss)
+    pair = linear.PairCall(
+        inputs.weights,
+        inputs.cu_seqlens,
+        inputs.ref_sums,
+        beta,
+        smoothing,
+        inputs.upstream,
+        functions,
+        None,
+        (variant.loss == "robust",),
+    )
+    loss, losses, sums, _, tokens = linear.whole_pairs(hidden, head, bias, call, pair)
+    found = {"sums": sums, "losses": losses}
+    if leaves:
+        found |= dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return _finish(variant, inputs, tokens, found, sums_of, {})
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def _worst(values: Tensor) -> float:
+    """The largest, NaN before any number; 0 of none."""
+    if values.numel() == 0:
+        return 0.0
+    return math.nan if bool(values.isnan().any()) else float(values.max())
+
+
+def _distance(found: Tensor, truth: Tensor) -> Tensor:
+    """|found - truth|, 0 where both are the same infinity."""
+    found, truth = found.double(), truth.double()
+    return torch.where(found == truth, 0.0, (found - truth).abs())
+
+
+def _label_and_others(grad: Tensor, truth: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative errors of each scored row's label entry, and of its other entries by their norm."""
+    index = labels.unsqueeze(-1)
+    mine, true = grad.gather(-1, index).squeeze(-1), truth.gather(-1, index).squeeze(-1)
+    tiny = torch.finfo(torch.float64).tiny
+    rest, size = ((values.scatter(-1, index, 0.0)).norm(dim=-1) for values in (grad - truth, truth))
+    return (mine - true).abs() / true.abs().clamp(min=tiny), rest / size.clamp(min=tiny)
+
+
+def _row_errors(grad: Tensor, truth: Tensor) -> Tensor:
+    """Relative error of each row by its norm; rows whose truth is 0 must be 0."""
+    size = truth.norm(dim=-1)
+    return torch.where(size == 0, (grad != 0).any(-1).double(), (grad - truth).norm(dim=-1) / size.clamp(min=1e-300))
+
+
+def _compare(case: Case, inputs: _Inputs, found: _Found, truth: _Found, baseline: _Found) -> Iterator[Result]:
+    """A result for each quantity."""
+    name, variant = str(case), case.variant
+    largest = 32.0 if variant.linear is None else 24.0  # the largest z is near this
+    for what, true in truth.items():
+        ours, theirs = found[what], baseline[what]
+        if ours.shape != true.shape:
+            yield Result(name, f"shape of {what} {tuple(ours.shape)}, expected {tuple(true.shape)}", math.inf, 0.0)
+        elif what not in ("gradient", "dW", "dbias"):
+            unit = 2.0**-23 * max(largest, _worst(true[true.isfinite()].abs()))
+            # A sum has a rounding a term, a product with the head one an addend; a KL is a difference of two logits.
+            unit *= 8.0 if what in ("sums", "losses") else 2.0
+            allowed = BUDGET * max(_worst(_distance(theirs, true)), unit)
+            yield Result(name, what, _worst(_distance(ours, true)), allowed)
+        else:
+            yield from _compare_gradient(case, what, inputs.labels, ours, true.double(), theirs)
+
+
+def _compare_gradient(
+    case: Case, what: str, labels: Tensor, ours: Tensor, true: Tensor, theirs: Tensor
+) -> Iterator[Result]:
+    name, linear_path = str(case), case.variant.linear is not None
+    if ours.dtype != case.variant.dtype:
+        yield Result(name, f"{what} has dtype {ours.dtype}, expected {case.variant.dtype}", math.inf, 0.0)
+        return
+    rounding = torch.finfo(ours.dtype).eps
+    mine, other = ours.double(), theirs.to(ours.dtype).double()
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    if what == "gradient":
+        dead = (labels == IGNORE) | (true == 0).all(-1)
+        # NaN is not 0 either.
+        yield Result(name, "gradient of tokens without weight", float((mine[dead] != 0).any()), 0.0)
+        mine, other, true, labels = mine[~dead], other[~dead], true[~dead], labels[~dead]
+    if what == "gradient" and not linear_path:
+        each = (_label_and_others(grad, true, labels) for grad in (mine, other))
+        parts = dict(zip(("gradient, label entries", "gradient, other entries"), zip(*each, strict=True), strict=True))
+    elif what == "dbias":
+        parts = {what: (_row_errors(mine[None], true[None]), _row_errors(other[None], true[None]))}
+    else:
+        parts = {"dH" if what == "gradient" else what: (_row_errors(mine, true), _row_errors(other, true))}
+    for part, (errors, allowed) in parts.items():
+        budget = BUDGET * max(_worst(allowed), rounding * (4 if linear_path and rounding < 1e-6 else 1))
+        yield Result(name, part, _worst(errors), min(budget, LINEAR_CAP if linear_path else GRADIENT_CAP))
+
+
+def run_case(case: Case, backend: str, device: torch.device) -> list[Result]:
+    """Every comparison of a case; an error that the backend raises is a failed one.
+
+    Raises whatever the truth or the baseline raises, and torch.OutOfMemoryError: neither says anything about the backend.
+    """
+    with torch.enable_grad():
+        inputs = _inputs(case, device)
+        truth = _definition(case, inputs, torch.float64)
+        if backend == "eager":
+            baseline = _definition(case, inputs, torch.float32)
+        else:
+            baseline = _subject(case, inputs, "eager")
+        try:
+            found = _subject(case, inputs, backend)
+            results = list(_compare(case, inputs, found, truth, baseline))
+            if "gradient" in found and case.variant.linear is None:
+                again = _subject(case, inputs, backend, inplace=True)["gradient"]
+                differ = float((again != found["gradient"]).any()) if results[-1].ok else 0.0
+                results.append(Result(str(case), "gradient in place differs from that into new memory", differ, 0.0))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            line = next(iter(str(error).strip().splitlines()), "")
+            results = [Result(str(case), f"{type(error).__name__}: {line}"[:300], math.nan, math.inf)]
+        return results
+
+
+def case_of(variant: Variant) -> Case:
+    """The case that stands for a call's variant."""
+    return Case(variant)
+
+
+def serves(backend: str, case: Case) -> bool:
+    """Whether the backend has the case's kernels at all; a call that it has not raises by itself."""
+    need = case.variant.linear
+    if need is not None and need.fused and backend not in ("triton", "cuda"):
+        return False
+    # The CUDA kernels fold the scale into the exponent, which turns their maximum into a minimum.
+    return not (backend == "cuda" and case.variant.negative_scale)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (_F32, _BF16, _F16)
+_ALL = ("entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
+
+
+def _logits_cases(dtype: torch.dtype) -> Iterator[Case]:
+    plain = Variant(dtype, reference=dtype)
+    everything = plain._replace(statistics=_ALL)
+    for aligned in (True, False):
+        for packed in (False, True):
+            for statistics in ((), *((name,) for name in _ALL), _ALL):
+                yield Case(plain._replace(aligned=aligned, packed=packed, statistics=statistics))
+        for terms in (("kl",), ("forward_kl",), ("kl", "forward_kl")):
+            yield Case(plain._replace(aligned=aligned, terms=terms))
+            yield Case(everything._replace(aligned=aligned, terms=terms, loss="sums"))
+        for other in DTYPES:
+            if other != dtype:
+                yield Case(everything._replace(aligned=aligned, reference=other))
+                yield Case(plain._replace(aligned=aligned, reference=other, terms=("kl", "forward_kl")))
+        for negative_scale in (False, True):
+            yield Case(everything._replace(aligned=aligned, softcap=True, negative_scale=negative_scale))
+        yield Case(plain._replace(aligned=aligned, softcap=True, terms=("kl", "forward_kl")))
+        yield Case(everything._replace(aligned=aligned, negative_scale=True))
+        yield Case(everything._replace(aligned=aligned), infinite=True)
+        yield Case(everything._replace(aligned=aligned), confident=True)
+        yield Case(everything._replace(aligned=aligned), strided=True, weighted=True)
+    for packed in (False, True):
+        yield Case(everything._replace(packed=packed), weighted=True, empty=True)
+        for loss in ("sigmoid", "robust", "sums"):
+            yield Case(plain._replace(packed=packed, loss=loss, reference="sums"), weighted=True)
+        yield Case(plain._replace(packed=packed, loss="robust"))
+        yield Case(plain._replace(packed=packed, loss="sums", reference=None, statistics=("entropy",)))
+    for vocab in (1, 7, 33, 1021):
+        yield Case(everything._replace(aligned=False), vocab=vocab)
+    yield Case(everything._replace(few_rows=False), vocab=1032)
+    yield Case(everything._replace(few_rows=False, aligned=False), vocab=1035)
+    yield Case(everything._replace(grad=False))
+
+
+def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def case(aligned: bool, strategy: str, **changes: Any) -> Case:
+        needs = {name: changes.pop(name) for name in ("fused", "blocks", "bias", "hidden", "weight") if name in changes}
+        loss = "sigmoid" if strategy == "whole_pairs" else "sums"
+        variant = Variant(dtype, aligned=aligned, loss=loss, linear=LinearVariant(strategy, **needs))
+        return Case(variant._replace(**changes))
+
+    nothing = {"hidden": False, "weight": False}
+    for aligned in (True, False):
+        for bias in (False, True):
+            yield case(aligned, "whole_pairs", bias=bias, reference=dtype)
+            yield case(aligned, "two_pass", bias=bias)
+            yield case(aligned, "forward", bias=bias, statistics=_ALL, reference=dtype, **nothing)
+            yield case(aligned, "whole_pairs", bias=bias, fused=True, blocks=True, reference=dtype)
+            yield case(aligned, "two_pass", bias=bias, fused=True, blocks=True)
+            yield case(aligned, "forward", bias=bias, fused=True, **nothing)
+        yield case(aligned, "whole_pairs", statistics=_ALL, reference=dtype, softcap=True)
+        yield case(aligned, "frozen_head", weight=False)
+        yield case(aligned, "two_pass", terms=("kl", "forward_kl"), reference=dtype)
+        some = tuple(name for name in _ALL if name != "kl")
+        yield case(aligned, "forward", fused=True, statistics=some, softcap=True, reference=dtype, **nothing)
+        yield case(aligned, "whole_pairs", fused=True, blocks=True, statistics=some, reference=dtype, softcap=True)
+
+
+#: Every case. What a backend does not have is left out by `serves`.
+TABLE: tuple[Case, ...] = tuple(
+    dict.fromkeys(case for dtype in DTYPES for cases in (_logits_cases, _linear_cases) for case in cases(dtype))
+)
+
+
+def run_table(
+    backend: str,
+    device: torch.device | str,
+    cases: Iterable[Case] = TABLE,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Result]:
+    """The worst result of each case that the backend serves: the one that is furthest beyond its budget.
+
+    Raises BackendUnavailable where the backend does not serve the device.
+    """
+    device = torch.device(device)
+    backends.load(backend, device.type)
+    fused = backends.why_not("triton", device.type) is None
+    found = []
+    for case in cases:
+        need = case.variant.linear
+        if serves(backend, case) and (need is None or fused or not need.fused):
+            found.append(worst(run_case(case, backend, device)))
+            progress(len(found))
+    return found
+
+
+def worst(results: list[Result]) -> Result:
+    """The first that failed; of a case that passed, the one that came closest to its budget."""
+    failed = [result for result in results if not result.ok]
+    return failed[0] if failed else max(results, key=lambda result: result.error / max(result.budget, 1e-300))
