@@ -579,7 +579,7 @@ def _linear_call(batch: _Batch, weight: Tensor, bias: Tensor | None, **options: 
         linear=backends.LinearVariant(
             "two_pass" if call.terms else call.strategy,
             call.fused,
-            call.blocks,
+            call.fused,
             bias is not None,
             call.needs_hidden,
             call.needs_weight,
