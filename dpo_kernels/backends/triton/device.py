@@ -284,6 +284,18 @@ def reciprocal(x):
 
 
 @device_function
+def _where_below(x, limit: tl.constexpr, below, above):
+    """`below` where x < limit, else `above`. As one sequence a value: compilers keep a tile of conditions in registers."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.lt.f32 p, $1, $2; selp.f32 $0, $3, $4, p; }", "=f,f,f,f,f",
+            [x, tl.full((), limit, tl.float32), below, above], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.where(x < limit, below, above)
+
+
+@device_function
 def tanh_accurate(u):
     """(tanh u, 1 - tanh^2 u) to float32 rounding, both in relative terms.
 
@@ -297,9 +309,10 @@ def tanh_accurate(u):
     small = u + u * (square * series)
     e = exp2_fast(tl.abs(u) * (-2.0 * 1.4426950408889634))
     r = reciprocal(1.0 + e)
-    large = (1.0 - e) * r
-    large = tl.where(u < 0, -large, large)
-    return tl.where(tl.abs(u) < 0.6, small, large), 4.0 * (e * r) * r
+    # With the sign of u.
+    large = ((1.0 - e) * r).to(tl.int32, bitcast=True) | (u.to(tl.int32, bitcast=True) & -0x80000000)
+    large = large.to(tl.float32, bitcast=True)
+    return _where_below(tl.abs(u), 0.6, small, large), 4.0 * (e * r) * r
 
 
 @device_function
