@@ -1,9 +1,11 @@
 """Device functions shared by the Triton kernels: reading a row in 16-byte groups, base-2 exponentials, float64 finish.
 
-How a row is cut. A group is GROUP consecutive logits, 16 bytes; a tile [UNROLL, LANES, GROUP] is UNROLL x LANES groups,
-its lane axis spread over the threads and its other two axes inside one thread. Reductions over those two are plain
-register arithmetic, and all UNROLL loads of a tile are issued before the first value is used. What is left over at the
-ends of a row (fewer than GROUP logits each) are the fragments: one small masked load.
+How a row is cut. A group is GROUP consecutive logits, 16 bytes, and belongs to one lane; a tile is UNROLL x LANES groups.
+In the kernels a tile is a tuple of separate two-dimensional tensors, its parts, each [LANES, 4]: such a tensor has but one
+reasonable layout, lanes over threads and four values inside one, whichever Triton compiles it. (What a compiler makes of
+[UNROLL, LANES, GROUP] depends on its version, and some spread UNROLL over threads.) So reductions over a lane's values are
+plain register arithmetic, and all UNROLL loads of a tile are issued before the first value is used. What is left over at
+the ends of a row (fewer than GROUP logits each) are the fragments: one small masked load.
 
 The forward counts groups from the row's first logit, wherever that lies in memory, so that the order of every addition,
 and so every bit of the result, is the same for a row in a contiguous tensor, in a strided view and behind padding. A
@@ -11,18 +13,32 @@ group is one 128-bit load if the row is 16-byte aligned. If not (V = 50,257 in b
 is GROUP / 2 + 1 loads of 32 bits, which all but the first find in L1, and a funnel shift each.
 The backward adds nothing up, so there groups are counted from an aligned address.
 
-16-bit logits are read as int32 pairs. The maximum of a tile is then taken on packed pairs (half an instruction a logit),
-and the conversion to float32 is a shift or a mask.
+GROUP is 8 where every tensor is 16-bit. Logits are then read as int32 pairs: the maximum of a tile is taken on packed
+pairs (half an instruction a logit), and the conversion to float32 is a shift or a mask, which makes two parts of a load:
+the even columns and the odd ones. Where GROUP is 4, a load is one part.
 """
 
 # mypy: disable-error-code="assignment"
 # (A tuple that grows is one type to Triton's compiler and many to mypy.)
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 
-#: True where Triton's CPU interpreter runs the kernels; it has neither inline PTX nor fused multiply-add.
+#: True where Triton's CPU interpreter runs the kernels; it has no fused multiply-add.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+#: What the kernels are compiled for, "cuda" or "hip": this PyTorch's own GPUs, unless the environment names another, for
+#: compiling ahead of time. Read once, on import.
+TARGET = os.environ.get("DPO_KERNELS_TRITON_TARGET") or ("cuda" if torch.version.hip is None else "hip")
+if TARGET not in ("cuda", "hip"):
+    raise ValueError(f"DPO_KERNELS_TRITON_TARGET must be cuda or hip, not {TARGET!r}")
+
+#: True where kernels may hold inline PTX. Each function that does also has a form in plain Triton, for everything else:
+#: AMD's GPUs and the interpreter.
+PTX = tl.constexpr(TARGET == "cuda" and not INTERPRETED.value)
 
 #: Decorates functions that kernels call. The interpreter would patch the whole language anew at each call of a jitted
 #: function, which takes ten times as long as what the function does; a plain one runs inside its caller's patch.
@@ -34,9 +50,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 #: Start of a running maximum: below every logit that can carry mass, and finite, so that no -inf meets a -inf.
 FLOOR = tl.constexpr(-1.0e25)
 #: Stands in for an entry that a masked tile leaves out: far enough below FLOOR to have no mass, and finite, so that it
-#: needs no guard in the moments. As float32, and as two bfloat16 in one int32.
+#: needs no guard in the moments.
 HIDDEN = tl.constexpr(-1.0e30)
-HIDDEN_PAIR = tl.constexpr(0xF14AF14A - (1 << 32))
 
 #: How a logit x becomes z: folded into the exponential's FFMA, multiplied first (scale <= 0), or softcapped.
 FOLDED, SCALED, SOFTCAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -45,12 +60,12 @@ FOLDED, SCALED, SOFTCAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @device_function
 def exp2_fast(x):
     """2^x by one MUFU. `ex2.approx.ftz` skips the denormal range's rescue, which costs three instructions more."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
+    if PTX:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return tl.exp2(x)
 
 
 @device_function
@@ -63,12 +78,12 @@ def fused(x, factor, offset):
 
 
 @device_function
-def _max_pair_bf16(a, b):
+def _max_bf16(a, b):
     return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @device_function
-def _max_pair_fp16(a, b):
+def _max_fp16(a, b):
     return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
 
 
@@ -85,78 +100,68 @@ def _unpack(pairs, element: tl.constexpr):
 
 @device_function
 def to_float(raw, element: tl.constexpr):
-    """float32 values [UNROLL, LANES, GROUP] of a tile as load_groups returned it."""
-    if raw.dtype == tl.int32:
-        low, high = _unpack(raw, element)
-        return tl.reshape(tl.join(low, high), [raw.shape[0], raw.shape[1], raw.shape[2] * 2])
-    else:
-        return raw.to(tl.float32)
+    """The float32 parts of a tile as load_tile returned it."""
+    parts = ()
+    for u in tl.static_range(len(raw)):
+        if raw[u].dtype == tl.int32:
+            low, high = _unpack(raw[u], element)
+            parts = parts + (low, high)  # noqa: RUF005 (no star in Triton)
+        else:
+            parts = parts + (raw[u].to(tl.float32),)  # noqa: RUF005
+    return parts
 
 
 @device_function
-def lane_max(raw, values, element: tl.constexpr):
-    """[LANES] float32: each lane's maximum of the tile, NaN ignored. Exact: no arithmetic happens to a logit."""
-    if raw.dtype == tl.int32 and not INTERPRETED:
-        if element == tl.bfloat16:
-            top = tl.reduce(tl.reduce(raw, 2, _max_pair_bf16), 0, _max_pair_bf16)
-        else:
-            top = tl.reduce(tl.reduce(raw, 2, _max_pair_fp16), 0, _max_pair_fp16)
+def lane_max(parts):
+    """[LANES]: each lane's maximum of a tile, NaN ignored."""
+    top = parts[0]
+    for i in tl.static_range(1, len(parts)):
+        top = tl.maximum(top, parts[i])
+    return tl.max(top, 1)
+
+
+@device_function
+def raw_lane_max(raw, parts, element: tl.constexpr):
+    """lane_max of a tile's stored logits, at half the price where they are pairs. `parts` are their float32 values."""
+    if PTX and raw[0].dtype == tl.int32:
+        top = raw[0]
+        for u in tl.static_range(1, len(raw)):
+            top = _max_bf16(top, raw[u]) if element == tl.bfloat16 else _max_fp16(top, raw[u])
+        top = tl.reduce(top, 1, _max_bf16 if element == tl.bfloat16 else _max_fp16)
         low, high = _unpack(top, element)
         return tl.maximum(low, high)
     else:
-        return tl.max(tl.max(values, 2), 0)
+        return lane_max(parts)
 
 
 @device_function
-def lane_sum(values):
-    """[LANES]: each lane's sum over the tile, added in a fixed order inside one thread."""
-    return tl.sum(tl.sum(values, 2), 0)
+def lane_sum(parts):
+    """[LANES]: each lane's sum over a tile, added in a fixed order inside one thread."""
+    total = parts[0]
+    for i in tl.static_range(1, len(parts)):
+        total += parts[i]
+    return tl.sum(total, 1)
 
 
 @device_function
-def _funnel_right(low, high, bits):
-    """The 32 bits of the 64-bit number high:low that start at bit `bits`, which is 0 or 16."""
-    if INTERPRETED:
-        moved = ((low.to(tl.uint32, bitcast=True) >> 16) | (high.to(tl.uint32, bitcast=True) << 16)).to(
-            tl.int32, bitcast=True
-        )
-        return tl.where(bits == 0, low, moved)
-    else:
+def lane_dot(a, b):
+    """[LANES]: each lane's sum of products over two tiles."""
+    total = a[0] * b[0]
+    for i in tl.static_range(1, len(a)):
+        total += a[i] * b[i]
+    return tl.sum(total, 1)
+
+
+@device_function
+def _funnel_right(low, high, odd):
+    """The 32 bits of the 64-bit number high:low that start at bit 16 * odd; odd is 0 or 1."""
+    if PTX:
+        bits = tl.zeros_like(low) + odd * 16
         return tl.inline_asm_elementwise(
             "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, bits], dtype=tl.int32, is_pure=True, pack=1
         )
-
-
-@device_function
-def _interleave(parts, WIDTH: tl.constexpr):
-    """[UNROLL, LANES, WIDTH] of WIDTH tensors [UNROLL, LANES]; what a thread holds stays in that thread."""
-    if WIDTH == 1:
-        return parts[0]
-    elif WIDTH == 2:
-        return tl.join(parts[0], parts[1])
     else:
-        pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-        return tl.reshape(pairs, [parts[0].shape[0], parts[0].shape[1], 4])
-
-
-@device_function
-def _load_words(pointer, start, group, mask, GROUP: tl.constexpr, MASKED: tl.constexpr):
-    """int32 pairs [UNROLL, LANES, GROUP / 2] of groups that start at any element: aligned words, shifted into place.
-
-    A word is read whole if it holds a logit of the row, so at most one neighbouring logit is read with it, unused.
-    """
-    odd = ((pointer.to(tl.int64) // 2 + start) % 2).to(tl.int32)
-    base = (pointer + (start - odd)).to(tl.pointer_type(tl.int32))
-    offset = group * (GROUP // 2)
-    low = _load(base + offset, mask, MASKED)
-    words = ()
-    for i in tl.static_range(1, GROUP // 2 + 1):
-        # The last word is needed only where the row is off by one logit; else the one before it is read again.
-        step = i if i < GROUP // 2 else i - 1 + odd
-        high = _load(base + offset + step, mask, MASKED)
-        words = words + (_funnel_right(low, high, tl.zeros_like(low) + odd * 16),)  # noqa: RUF005 (no star in Triton)
-        low = high
-    return _interleave(words, GROUP // 2)
+        return tl.where(odd == 0, low, ((low >> 16) & 0xFFFF) | (high << 16))
 
 
 @device_function
@@ -168,66 +173,71 @@ def _load(pointers, mask, MASKED: tl.constexpr):
 
 
 @device_function
-def _load_elements(pointers, limit, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """float32 [UNROLL, LANES, WIDTH]: WIDTH consecutive elements per thread, each by its own load.
+def _load_one_by_one(pointer, start, group, mask, GROUP: tl.constexpr, MASKED: tl.constexpr):
+    """[LANES, 4] as _load_group returns it, of groups that start at any element: four loads, which stay in their thread.
 
-    MASKED: of each thread's elements only the first `limit` are read.
+    Pairs come as aligned words, shifted into place. A word is read whole if it holds a logit of the row, so at most one
+    neighbouring logit is read with it, unused.
     """
-    if WIDTH == 8:
-        front = _load_elements(pointers, limit, 4, MASKED)
-        back = _load_elements(pointers + 4, limit - 4, 4, MASKED)
-        return tl.reshape(tl.permute(tl.join(front, back), (0, 1, 3, 2)), [front.shape[0], front.shape[1], 8])
+    if GROUP == 8:
+        odd = ((pointer.to(tl.int64) // 2 + start) % 2).to(tl.int32)
+        words = (pointer + (start - odd)).to(tl.pointer_type(tl.int32)) + group * 4
+        low = _load(words, mask, MASKED)
+        parts = ()
+        for i in tl.static_range(1, 5):
+            # The last word is needed only where the row is off by one logit; else the one before it is read again.
+            high = _load(words + (i if i < 4 else 3 + odd), mask, MASKED)
+            parts = parts + (_funnel_right(low, high, odd),)  # noqa: RUF005
+            low = high
     else:
         parts = ()
-        for i in tl.static_range(WIDTH):
-            parts = parts + (_load(pointers + i, i < limit, MASKED).to(tl.float32),)  # noqa: RUF005 (no star in Triton)
-        return _interleave(parts, WIDTH)
+        for i in tl.static_range(4):
+            parts = parts + (_load(pointer + start + group * 4 + i, mask, MASKED),)  # noqa: RUF005
+    pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    return tl.reshape(pairs, [group.shape[0], 4])
 
 
 @device_function
-def load_groups(
+def load_tile(
     pointer, start, tile, groups, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tile number `tile` of the groups that begin at element `start`: int32 pairs [UNROLL, LANES, GROUP / 2] of a 16-bit
-    dtype, or float32 values [UNROLL, LANES, GROUP].
+    """Tile number `tile` of the groups that begin at element `start`: a tuple of UNROLL tensors [LANES, 4], int32 pairs
+    of a 16-bit dtype if GROUP is 8, else elements as stored.
 
     ALIGNED: `start` is a multiple of GROUP, and each group is one vector load. MASKED: groups from `groups` on are not
-    read.
+    read, and 0.
     """
-    PACKED: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth == 16
-    group = tile * (UNROLL * LANES) + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    mask = group < groups
-    # 64-bit arithmetic stays outside the loop: within a row, offsets fit in 32 bits.
+    # 64-bit arithmetic stays outside the loop: within a row, offsets fit in 32 bits. That a tile's loads lie a constant
+    # apart is left to the compiler to see: then it is part of the instruction.
+    group = tile * (UNROLL * LANES) + tl.arange(0, LANES)
     if ALIGNED:
-        WIDTH: tl.constexpr = GROUP // 2 if PACKED else GROUP
-        typed = pointer.to(tl.pointer_type(tl.int32)) if PACKED else pointer
-        offsets = group[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-        return _load(typed + start // GROUP * WIDTH + offsets, mask[:, :, None], MASKED)
-    elif PACKED:
-        return _load_words(pointer, start, group, mask, GROUP, MASKED)
-    else:
-        return _load_elements(pointer + start + group * GROUP, tl.where(mask, GROUP, 0), GROUP, MASKED)
+        typed = pointer.to(tl.pointer_type(tl.int32)) if GROUP == 8 else pointer
+        first = typed + start // GROUP * 4 + (group[:, None] * 4 + tl.arange(0, 4)[None, :])
+    raw = ()
+    for u in tl.static_range(UNROLL):
+        mask = group + u * LANES < groups
+        if ALIGNED:
+            raw = raw + (_load(first + u * LANES * 4, mask[:, None], MASKED),)  # noqa: RUF005 (no star in Triton)
+        else:
+            raw = raw + (_load_one_by_one(pointer, start, group + u * LANES, mask, GROUP, MASKED),)  # noqa: RUF005
+    return raw
+
+
+@device_function
+def columns(tile, part: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """[LANES, 4] int32: places of a tile's part, counted from the first group's first logit."""
+    STEP: tl.constexpr = GROUP // 4  # parts of a load
+    first = (tile * UNROLL + part // STEP) * (LANES * GROUP) + part % STEP
+    return first + (tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, 4)[None, :] * STEP)
 
 
 @device_function
 def fragments(head, groups, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """What lies before and after a row's groups, as a tile [1, LANES, GROUP]: the head is lane 0's, the tail lane 1's.
-
-    Returns (begin [1, LANES], limit [1, LANES], columns, valid): a lane holds the columns from `begin` on, `limit` many.
-    """
-    lane = tl.arange(0, LANES)[None, :]
-    tail = head + groups * GROUP
-    begin = tl.where(lane == 0, 0, tail)
-    limit = tl.where(lane == 0, head, tl.where(lane == 1, vocab - tail, 0))
-    place = tl.arange(0, GROUP)[None, None, :]
-    return begin, limit, begin[:, :, None] + place, place < limit[:, :, None]
-
-
-@device_function
-def load_fragments(pointer, start, begin, limit, GROUP: tl.constexpr):
-    """float32 [1, LANES, GROUP] of what `fragments` laid out in the row that starts at `start`; 0 where not valid."""
-    return _load_elements(pointer + start + begin, limit, GROUP, True)
+    """What lies before and after a row's groups: (columns [LANES, 1], valid), at most one a lane."""
+    lane = tl.arange(0, LANES)[:, None]
+    column = tl.where(lane < GROUP, lane, head + groups * GROUP + (lane - GROUP))
+    return column, tl.where(lane < GROUP, lane < head, (lane < 2 * GROUP) & (column < vocab))
 
 
 @device_function
@@ -243,52 +253,46 @@ def rounded(values, element: tl.constexpr):
 
 
 @device_function
-def store_groups(
-    pointer, start, tile, groups, values, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+def store_tile(
+    pointer, start, tile, groups, parts, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Write tile number `tile` of the groups from element `start` on, a multiple of GROUP; a group is one 128-bit store.
+    """Write tile number `tile` of the groups from element `start` on, a multiple of GROUP; a group is one vector store.
 
-    Values are rounded to the tensor's dtype. MASKED: groups from `groups` on are left alone.
+    Parts are rounded to the tensor's dtype. MASKED: groups from `groups` on are left alone.
     """
-    # Unlike the loads' offsets (half as wide, being pairs) these cost least with the tile's place as a scalar of its own.
-    first = tile * (UNROLL * LANES)
-    lane = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    base = pointer + (start // GROUP + first) * GROUP
-    pointers = base + (lane[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :])
-    values = rounded(values, pointer.dtype.element_ty)
-    if MASKED:
-        tl.store(pointers, values, mask=(first + lane < groups)[:, :, None])
-    else:
-        tl.store(pointers, values)
-
-
-@device_function
-def hide_in_pairs(pairs, tile, groups, label, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """The bfloat16 pairs of a tile with HIDDEN at the label and in the groups from `groups` on."""
-    group = tile * (UNROLL * LANES) + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    half = tl.where(label % 2 == 0, 0xFFFF, -65536)
-    without = (pairs & (-1 - half)) | (half & HIDDEN_PAIR)
-    pair = group[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    return tl.where((group < groups)[:, :, None], tl.where(pair == label // 2, without, pairs), HIDDEN_PAIR)
-
-
-@device_function
-def columns(tile, head, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """[UNROLL, LANES, GROUP] int32: vocabulary index of each entry of a tile."""
-    group = tile * (UNROLL * LANES) + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    return head + (group[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :])
+    group = tile * (UNROLL * LANES) + tl.arange(0, LANES)
+    first = pointer + start // GROUP * GROUP + (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
+    for u in tl.static_range(UNROLL):
+        values = tl.reshape(tl.join(parts[2 * u], parts[2 * u + 1]), [LANES, 8]) if GROUP == 8 else parts[u]
+        values = rounded(values, pointer.dtype.element_ty)
+        if MASKED:
+            tl.store(first + u * LANES * GROUP, values, mask=(group + u * LANES < groups)[:, None])
+        else:
+            tl.store(first + u * LANES * GROUP, values)
 
 
 @device_function
 def reciprocal(x):
     """1 / x by one MUFU, for x in [1, inf]."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
+    if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return 1.0 / x
+
+
+@device_function
+def _where_below(x, limit: tl.constexpr, below, above):
+    """`below` where x < limit, else `above`. As one sequence a value: compilers keep a tile of conditions in registers."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.lt.f32 p, $1, $2; selp.f32 $0, $3, $4, p; }", "=f,f,f,f,f",
+            [x, tl.full((), limit, tl.float32), below, above], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.where(x < limit, below, above)
 
 
 @device_function
@@ -305,9 +309,10 @@ def tanh_accurate(u):
     small = u + u * (square * series)
     e = exp2_fast(tl.abs(u) * (-2.0 * 1.4426950408889634))
     r = reciprocal(1.0 + e)
-    large = (1.0 - e) * r
-    large = tl.where(u < 0, -large, large)
-    return tl.where(tl.abs(u) < 0.6, small, large), 4.0 * (e * r) * r
+    # With the sign of u.
+    large = ((1.0 - e) * r).to(tl.int32, bitcast=True) | (u.to(tl.int32, bitcast=True) & -0x80000000)
+    large = large.to(tl.float32, bitcast=True)
+    return _where_below(tl.abs(u), 0.6, small, large), 4.0 * (e * r) * r
 
 
 @device_function

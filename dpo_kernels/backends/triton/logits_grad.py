@@ -37,12 +37,11 @@ from .device import (
     expm1_double,
     fragments,
     fused,
-    load_fragments,
-    load_groups,
+    load_tile,
     reciprocal,
     rounded,
     scaled_label,
-    store_groups,
+    store_tile,
     tanh_accurate,
     to_float,
 )
@@ -59,21 +58,11 @@ from .launch import (
 
 
 @device_function
-def _entries(x, c, factor, inner, log2_scale, MAP: tl.constexpr, SHORT: tl.constexpr):
-    """-grad_logps p dz/dx of a tile of logits x. factor holds everything that is the same for the whole row.
-
-    SHORT: the softcap's tanh by 1 - 2 / (1 + exp(2u)), with an absolute error of 1e-7: enough for 16-bit gradients.
-    """
-    if MAP == SOFTCAPPED:
-        tanh, slope = _tanh(x, inner, SHORT)
-        return exp2_fast(fused(tanh, log2_scale, c)) * slope * factor
-    else:
-        return exp2_fast(fused(x, log2_scale, c)) * factor
-
-
-@device_function
 def _tanh(x, inner, SHORT: tl.constexpr):
-    """(tanh, its derivative) of inner x; SHORT: see _entries."""
+    """(tanh, its derivative) of inner x.
+
+    SHORT: by 1 - 2 / (1 + exp(2u)), with an absolute error of 1e-7: enough for 16-bit gradients.
+    """
     if SHORT:
         r = reciprocal(1.0 + exp2_fast(x * (inner * (2.0 * 1.4426950408889634))))
         return 1.0 - 2.0 * r, 4.0 * (r - r * r)
@@ -82,15 +71,18 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 
 @device_function
-def _entries_with_kl(
-    x, ref_x, c, ref_c, factor, by_gap, center, by_q, inner, log2_scale,
-    MAP: tl.constexpr, SHORT: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
-):  # fmt: skip
-    """As _entries, with the divergences' terms: p (factor + by_gap (d - center)) - by_q q, times dz/dx."""
-    slope = 1.0
+def _entries(
+    x, ref_x, row, inner, log2_scale, MAP: tl.constexpr, SHORT: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr
+):
+    """Gradient of logits x beside the label: (p (factor + by_gap (d - center)) - by_q q) dz/dx / scale, d = x - ref_x.
+
+    row: what is the same for the whole row.
+    """
+    c, factor, ref_c, by_gap, center, by_q = row
     if MAP == SOFTCAPPED:
         x, slope = _tanh(x, inner, SHORT)
-        ref_x, _ = _tanh(ref_x, inner, SHORT)
+        if REVERSE or FORWARD:
+            ref_x, _ = _tanh(ref_x, inner, SHORT)
     e = exp2_fast(fused(x, log2_scale, c))
     if REVERSE:
         # Where e is 0 the gap may be infinite; such entries carry no mass.
@@ -102,6 +94,32 @@ def _entries_with_kl(
     if MAP == SOFTCAPPED:
         values *= slope
     return values
+
+
+@device_function
+def _write_tile(
+    logits, ref_logits, out, start, ref_start, out_start, tile, groups, label, at_label, row, inner, log2_scale,
+    MAP: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Read one tile, write its gradient; MASKED: the label's entry apart, and nothing past the last group."""
+    element: tl.constexpr = logits.dtype.element_ty
+    SHORT: tl.constexpr = element.primitive_bitwidth == 16
+    raw = load_tile(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, MASKED)
+    if REVERSE or FORWARD:
+        ref_element: tl.constexpr = ref_logits.dtype.element_ty
+        ref_raw = load_tile(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, MASKED)
+    x = to_float(raw, element)
+    ref_x = x
+    if REVERSE or FORWARD:
+        ref_x = to_float(ref_raw, ref_element)
+    parts = ()
+    for i in tl.static_range(len(x)):
+        values = _entries(x[i], ref_x[i], row, inner, log2_scale, MAP, SHORT, REVERSE, FORWARD)
+        if MASKED:
+            values = tl.where(columns(tile, i, UNROLL, LANES, GROUP) == label, at_label, values)
+        parts = parts + (values,)  # noqa: RUF005 (no star in Triton)
+    store_tile(out, out_start, tile, groups, parts, UNROLL, LANES, GROUP, MASKED)
 
 
 # Nothing that varies from call to call may cause a new compilation.
@@ -155,106 +173,90 @@ def logits_grad_kernel(
         moves = moves | (by_forward != 0)
     if (label64 == ignore_index) | (moves == 0):
         # No mass: exact zeros, and not one logit is read.
-        zeros = tl.zeros([UNROLL, LANES, GROUP], tl.float32)
+        zero = tl.zeros([LANES, 4], tl.float32)
+        zeros = ()
+        for _ in tl.static_range(UNROLL * GROUP // 4):
+            zeros = zeros + (zero,)  # noqa: RUF005 (no star in Triton)
         if FRAGMENTS:
-            begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
-            tl.store(out + out_start + edge, tl.zeros([1, LANES, GROUP], tl.float32).to(element), mask=valid)
+            edge, valid = fragments(head, groups, vocab, LANES, GROUP)
+            tl.store(out + out_start + edge, tl.zeros([LANES, 1], element), mask=valid)
         for tile in range(full):
-            store_groups(out, out_start + head, tile, groups, zeros, UNROLL, LANES, GROUP, False)
+            store_tile(out, out_start + head, tile, groups, zeros, UNROLL, LANES, GROUP, False)
         if tiles > full:
-            store_groups(out, out_start + head, full, groups, zeros, UNROLL, LANES, GROUP, True)
+            store_tile(out, out_start + head, full, groups, zeros, UNROLL, LANES, GROUP, True)
     else:
         in_range = (label64 >= 0) & (label64 < vocab)
-        # A label outside the vocabulary: nothing is read at it, and the whole row is NaN.
+        # A label outside the vocabulary: the whole row is NaN.
         label = tl.where(in_range, label64, 0).to(tl.int32)
         grad = tl.where(in_range, grad, float("nan"))
         start = b * stride_b + t * stride_t + base
         # p = 2^(x log2_scale - c) 2^(c - lse log2): c is a float32, and what its rounding drops goes into the factor of
         # the row, in float64. lse counts in units of the rounded log2_scale, so that the largest p are the most exact.
         step = tl.full((), log2_scale, tl.float32).to(tl.float64)
-        exact = tl.load(lse + row) * tl.where(unit == 0, LOG2E, step / unit)
+        row_lse = tl.load(lse + row)
+        exact = row_lse * tl.where(unit == 0, LOG2E, step / unit)
         c = exact.to(tl.float32)
-        x_label = tl.load(logits + start + label).to(tl.float32)
-        label_slope = scaled_label(x_label, scale, cap, MAP)[1]
+        # The policy's logit at the label is never read here: in place, another warp may have written its gradient by then.
+        # What is needed of it follows from lse and logp.
         logp = tl.load(logps + row)
+        label_slope = scale
+        if MAP == SOFTCAPPED:
+            tanh = (row_lse + logp) / cap
+            label_slope = scale * ((1.0 - tanh) * (1.0 + tanh))
         # 1 - p(label) without cancellation.
         others = -expm1_double(logp)
         by_p = -grad
         label_terms = grad * others
+        ref_start = start
+        ref_c, by_gap, center, by_q = 0.0, 0.0, 0.0, 0.0
         if REVERSE or FORWARD:
-            ref_element: tl.constexpr = ref_logits.dtype.element_ty
             ref_start = b * ref_stride_b + t * ref_stride_t + ref_base
-            ref_x_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
             ref_logp = tl.load(ref_logps + row)
-            by_gap = 0.0
-            center = 0.0
-            ref_c = 0.0
-            by_q = 0.0
+            ref_lse = scaled_label(tl.load(ref_logits + ref_start + label).to(tl.float32), scale, cap, MAP)[0] - ref_logp
         if REVERSE:
-            beyond_label = tl.load(kl + row) - logp + ref_logp
+            divergence = tl.load(kl + row)
             p_label = tl.exp(logp)
-            label_terms -= tl.where(p_label > 0, by_kl * p_label * beyond_label, 0.0)
+            label_terms -= tl.where(p_label > 0, by_kl * p_label * (divergence - logp + ref_logp), 0.0)
             # D = unit * center + what joins by_p.
-            gap_label = scaled_label(x_label, scale, cap, MAP)[0] - scaled_label(ref_x_label, scale, cap, MAP)[0]
-            mean = gap_label + beyond_label
+            mean = divergence + row_lse - ref_lse
             center = tl.where(unit == 0, 0.0, mean / unit).to(tl.float32)
             by_p -= by_kl * (mean - unit * center)
             by_gap = (by_kl * scale * unit * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
         if FORWARD:
             by_p += by_forward
             label_terms += by_forward * (-expm1_double(ref_logp) - others)
-            ref_lse = scaled_label(ref_x_label, scale, cap, MAP)[0] - ref_logp
             ref_exact = ref_lse * tl.where(unit == 0, LOG2E, step / unit)
             ref_c = ref_exact.to(tl.float32)
             by_q = (by_forward * scale * tl.exp2(ref_c.to(tl.float64) - ref_exact)).to(tl.float32)
         factor = (by_p * scale * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
         at_label = (label_terms * label_slope).to(tl.float32)
+        whole_row = (c, factor, ref_c, by_gap, center, by_q)
 
         if FRAGMENTS:
-            begin, limit, edge, valid = fragments(head, groups, vocab, LANES, GROUP)
-            ends = load_fragments(logits, start, begin, limit, GROUP)
+            edge, valid = fragments(head, groups, vocab, LANES, GROUP)
+            x = tl.load(logits + start + edge, mask=valid, other=0).to(tl.float32)
+            ref_x = x
             if REVERSE or FORWARD:
-                ref_ends = load_fragments(ref_logits, ref_start, begin, limit, GROUP)
-                ends = _entries_with_kl(
-                    ends, ref_ends, c, ref_c, factor, by_gap, center, by_q, inner, log2_scale,
-                    MAP, SHORT, REVERSE, FORWARD,
-                )  # fmt: skip
-            else:
-                ends = _entries(ends, c, factor, inner, log2_scale, MAP, SHORT)
+                ref_x = tl.load(ref_logits + ref_start + edge, mask=valid, other=0).to(tl.float32)
+            ends = _entries(x, ref_x, whole_row, inner, log2_scale, MAP, SHORT, REVERSE, FORWARD)
             tl.store(out + out_start + edge, rounded(tl.where(edge == label, at_label, ends), element), mask=valid)
 
         # As in token_logps: first the label's tile and the last, partial one, then all the others without a mask.
-        label_tile = tl.minimum(tl.maximum(label - head, 0) // (UNROLL * LANES * GROUP), tiles - 1)
+        place = label - head
+        label_tile = tl.minimum(tl.maximum(place, 0) // (UNROLL * LANES * GROUP), tiles - 1)
         partial = ((tiles > full) & (label_tile != full)).to(tl.int32)
-        for special in range(tl.where(tiles > 0, 1 + partial, 0)):
-            tile = tl.where(special == 0, label_tile, full)
-            raw = load_groups(logits, start + head, tile, groups, UNROLL, LANES, GROUP, IN_ALIGNED, True)
-            if REVERSE or FORWARD:
-                ref_raw = load_groups(
-                    ref_logits, ref_start + head, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, True
-                )
-                values = _entries_with_kl(
-                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, center, by_q,
-                    inner, log2_scale, MAP, SHORT, REVERSE, FORWARD,
-                )  # fmt: skip
-            else:
-                values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
-            values = tl.where(columns(tile, head, UNROLL, LANES, GROUP) == label, at_label, values)
-            store_groups(out, out_start + head, tile, groups, values, UNROLL, LANES, GROUP, True)
+        for special in range(tl.minimum(tiles, 1 + partial)):
+            _write_tile(
+                logits, ref_logits, out, start + head, ref_start + head, out_start + head,
+                tl.where(special == 0, label_tile, full), groups, place, at_label, whole_row, inner, log2_scale,
+                MAP, REVERSE, FORWARD, IN_ALIGNED, REF_ALIGNED, UNROLL, LANES, GROUP, True,
+            )  # fmt: skip
         for index in range(full - (label_tile < full).to(tl.int32)):
-            tile = index + (index >= label_tile).to(tl.int32)
-            raw = load_groups(logits, start + head, tile, groups, UNROLL, LANES, GROUP, IN_ALIGNED, False)
-            if REVERSE or FORWARD:
-                ref_raw = load_groups(
-                    ref_logits, ref_start + head, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, False
-                )
-                values = _entries_with_kl(
-                    to_float(raw, element), to_float(ref_raw, ref_element), c, ref_c, factor, by_gap, center, by_q,
-                    inner, log2_scale, MAP, SHORT, REVERSE, FORWARD,
-                )  # fmt: skip
-            else:
-                values = _entries(to_float(raw, element), c, factor, inner, log2_scale, MAP, SHORT)
-            store_groups(out, out_start + head, tile, groups, values, UNROLL, LANES, GROUP, False)
+            _write_tile(
+                logits, ref_logits, out, start + head, ref_start + head, out_start + head,
+                index + (index >= label_tile).to(tl.int32), groups, place, at_label, whole_row, inner, log2_scale,
+                MAP, REVERSE, FORWARD, IN_ALIGNED, REF_ALIGNED, UNROLL, LANES, GROUP, False,
+            )  # fmt: skip
 
 
 def logits_grad_launch(

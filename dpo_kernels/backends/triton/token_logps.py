@@ -49,12 +49,12 @@ from .device import (
     exp2_fast,
     fragments,
     fused,
-    hide_in_pairs,
+    lane_dot,
     lane_max,
     lane_sum,
-    load_fragments,
-    load_groups,
+    load_tile,
     log1p_double,
+    raw_lane_max,
     scaled_label,
     tanh_accurate,
     to_float,
@@ -86,73 +86,112 @@ def _raise_max(m, c, top, log2_scale):
 
 
 @device_function
-def _terms(x, c, log2_scale):
-    """(e, y) of a tile: y = x * log2_scale - c and e = 2^y."""
-    y = fused(x, log2_scale, c[None, :, None])
-    return exp2_fast(y), y
+def _variables(raw, inner, element: tl.constexpr, MAP: tl.constexpr):
+    """The kernel's variable of every entry of a loaded tile, in parts."""
+    parts = to_float(raw, element)
+    x = ()
+    for i in tl.static_range(len(parts)):
+        x = x + (_variable(parts[i], inner, MAP),)  # noqa: RUF005 (no star in Triton)
+    return x
 
 
 @device_function
-def _whole_tile(raw, inner, element: tl.constexpr, MAP: tl.constexpr):
-    """(x, lane maxima) of a loaded tile, all of which counts."""
-    x = _variable(to_float(raw, element), inner, MAP)
-    if MAP == FOLDED:
-        return x, lane_max(raw, x, element)
-    else:
-        return x, tl.max(tl.max(x, 2), 0)
+def _exponents(x, c, log2_scale):
+    """y = x * log2_scale - c of a tile."""
+    y = ()
+    for i in tl.static_range(len(x)):
+        y = y + (fused(x[i], log2_scale, c[:, None]),)  # noqa: RUF005
+    return y
 
 
 @device_function
-def _masked_tile(
-    raw, tile, groups, label, inner, element: tl.constexpr, MAP: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+def _exp2(y):
+    e = ()
+    for i in tl.static_range(len(y)):
+        e = e + (exp2_fast(y[i]),)  # noqa: RUF005
+    return e
+
+
+@device_function
+def _difference(x, other):
+    gap = ()
+    for i in tl.static_range(len(x)):
+        gap = gap + (x[i] - other[i],)  # noqa: RUF005
+    return gap
+
+
+@device_function
+def _counting(
+    raw, x, tile, groups, label, element: tl.constexpr, MAP: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(x, lane maxima) of a loaded tile with HIDDEN at the label and past the last group."""
-    if MAP == FOLDED and element == tl.bfloat16 and raw.dtype == tl.int32:
-        # Masking the pairs costs half of what masking the floats does, in instructions and in registers.
-        return _whole_tile(hide_in_pairs(raw, tile, groups, label, UNROLL, LANES, GROUP // 2), inner, element, MAP)
+    """(x, lane maxima) of a tile; MASKED: with HIDDEN at the label and past the last group."""
+    if MASKED:
+        counting = ()
+        for i in tl.static_range(len(x)):
+            column = columns(tile, i, UNROLL, LANES, GROUP)
+            keep = (column < groups * GROUP) & (column != label)
+            counting = counting + (tl.where(keep, x[i], HIDDEN),)  # noqa: RUF005
+        return counting, lane_max(counting)
+    elif MAP == FOLDED:
+        return x, raw_lane_max(raw, x, element)
     else:
-        column = columns(tile, 0, UNROLL, LANES, GROUP)
-        x = _variable(to_float(raw, element), inner, MAP)
-        x = tl.where((column < groups * GROUP) & (column != label), x, HIDDEN)
-        return x, tl.max(tl.max(x, 2), 0)
-
-
-@device_function
-def _masked_ends(x, keep):
-    """(x, lane maxima) of a row's fragments with HIDDEN where not `keep`."""
-    x = tl.where(keep, x, HIDDEN)
-    return x, tl.max(tl.max(x, 2), 0)
+        return x, lane_max(x)
 
 
 @device_function
 def _fold(
-    state, x, top, ref_state, ref_x, ref_top, log2_scale,
-    ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
-):  # fmt: skip
-    """Fold a tile [UNROLL, LANES, GROUP] of logits (and of the reference's) into the running state of every lane.
+    state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY: tl.constexpr, KL: tl.constexpr, SQUARES: tl.constexpr
+):
+    """Fold a tile of logits (and of the reference's) into the running state of every lane.
 
-    state: m maximum, c = m * log2_scale as rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), total = sum x,
-    q = sum e^2. One rescale for a whole tile keeps it off the critical path. A logit of -inf makes t and k NaN (0 * inf):
-    finding that out once per row is cheaper than guarding every product.
+    state: m maximum, c = m * log2_scale as rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), q = sum e^2. One
+    rescale for a whole tile keeps it off the critical path. A logit of -inf makes t and k NaN (0 * inf): finding that
+    out once per row is cheaper than guarding every product.
     """
-    m, c, s, t, k, total, q = state
+    m, c, s, t, k, q = state
     ref_m, ref_c, ref_s = ref_state
     m, c, shift, rescale = _raise_max(m, c, top, log2_scale)
-    e, y = _terms(x, c, log2_scale)
+    y = _exponents(x, c, log2_scale)
+    e = _exp2(y)
     if ENTROPY:
-        t = rescale * (t + shift * s) + lane_sum(e * y)
-    if MEAN:
-        total += lane_sum(x)
+        t = rescale * (t + shift * s) + lane_dot(e, y)
     if SQUARES:
-        q = rescale * rescale * q + lane_sum(e * e)
+        q = rescale * rescale * q + lane_dot(e, e)
     if KL:
-        k = rescale * k + lane_sum(e * (x - ref_x))
+        k = rescale * k + lane_dot(e, _difference(x, ref_x))
         ref_m, ref_c, _, ref_rescale = _raise_max(ref_m, ref_c, ref_top, log2_scale)
-        ref_e, _ = _terms(ref_x, ref_c, log2_scale)
-        ref_s = ref_rescale * ref_s + lane_sum(ref_e)
+        ref_s = ref_rescale * ref_s + lane_sum(_exp2(_exponents(ref_x, ref_c, log2_scale)))
     s = rescale * s + lane_sum(e)
-    return (m, c, s, t, k, total, q), (ref_m, ref_c, ref_s)
+    return (m, c, s, t, k, q), (ref_m, ref_c, ref_s)
+
+
+@device_function
+def _fold_tile(
+    state, ref_state, total, logits, ref_logits, start, ref_start, tile, groups, label, inner, log2_scale,
+    MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
+    ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Read one tile and fold it into (state, ref_state, total), total being each lane's sum of x, the label's included."""
+    element: tl.constexpr = logits.dtype.element_ty
+    raw = load_tile(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, MASKED)
+    if KL:
+        ref_element: tl.constexpr = ref_logits.dtype.element_ty
+        ref_raw = load_tile(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, MASKED)
+    x = _variables(raw, inner, element, MAP)
+    if MEAN:
+        # What was not loaded is 0.
+        total += lane_sum(x)
+    x, top = _counting(raw, x, tile, groups, label, element, MAP, UNROLL, LANES, GROUP, MASKED)
+    ref_x, ref_top = x, top
+    if KL:
+        ref_x = _variables(ref_raw, inner, ref_element, MAP)
+        ref_x, ref_top = _counting(
+            ref_raw, ref_x, tile, groups, label, ref_element, MAP, UNROLL, LANES, GROUP, MASKED
+        )  # fmt: skip
+    state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, SQUARES)
+    return state, ref_state, total
 
 
 @device_function
@@ -247,7 +286,6 @@ def token_logps_kernel(
     ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, TAIL: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    element: tl.constexpr = logits.dtype.element_ty
     scale = tl.full((), scale, tl.float64)
     cap = tl.full((), cap, tl.float64)
     unit = tl.full((), unit, tl.float64)
@@ -267,65 +305,50 @@ def token_logps_kernel(
         z_label = scaled_label(x_raw, scale, cap, MAP)[0]
         ref_start = start
         if KL:
-            ref_element: tl.constexpr = ref_logits.dtype.element_ty
             ref_start = b * ref_stride_b + t_index * ref_stride_t + ref_base
             ref_raw_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
             ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
 
         m = tl.full([LANES], FLOOR, tl.float32)
         zero = tl.zeros([LANES], tl.float32)
-        state = (m, m * log2_scale, zero, zero, zero, zero, zero)
+        state = (m, m * log2_scale, zero, zero, zero, zero)
         ref_state = (m, m * log2_scale, zero)
         total = zero
 
         if TAIL:
-            begin, limit, ends, valid = fragments(0, groups, vocab, LANES, GROUP)
+            ends, valid = fragments(0, groups, vocab, LANES, GROUP)
             keep = valid & (ends != label)
-            loaded = _variable(load_fragments(logits, start, begin, limit, GROUP), inner, MAP)
-            x_ends, top_ends = _masked_ends(loaded, keep)
-            ref_x_ends, ref_top_ends = x_ends, top_ends
-            if KL:
-                ref_loaded = _variable(load_fragments(ref_logits, ref_start, begin, limit, GROUP), inner, MAP)
-                ref_x_ends, ref_top_ends = _masked_ends(ref_loaded, keep)
-            state, ref_state = _fold(
-                state, x_ends, top_ends, ref_state, ref_x_ends, ref_top_ends, log2_scale, ENTROPY, KL, False, SQUARES
-            )
+            loaded = _variable(tl.load(logits + start + ends, mask=valid, other=0).to(tl.float32), inner, MAP)
             if MEAN:
-                total = lane_sum(loaded)
+                total = lane_sum((loaded,))
+            x = (tl.where(keep, loaded, HIDDEN),)
+            ref_x = x
+            if KL:
+                ref_loaded = tl.load(ref_logits + ref_start + ends, mask=valid, other=0).to(tl.float32)
+                ref_x = (tl.where(keep, _variable(ref_loaded, inner, MAP), HIDDEN),)
+            state, ref_state = _fold(
+                state, x, lane_max(x), ref_state, ref_x, lane_max(ref_x), log2_scale, ENTROPY, KL, SQUARES
+            )
 
         # The label's tile and the last, partial one come first, masked; the main loop runs over all the others.
         full = groups // (UNROLL * LANES)
         tiles = tl.cdiv(groups, UNROLL * LANES)
         label_tile = tl.minimum(label // (UNROLL * LANES * GROUP), tiles - 1)
         partial = ((tiles > full) & (label_tile != full)).to(tl.int32)
-        for special in range(tl.where(tiles > 0, 1 + partial, 0)):
+        for special in range(tl.minimum(tiles, 1 + partial)):
             tile = tl.where(special == 0, label_tile, full)
-            raw = load_groups(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, True)
-            if KL:
-                ref_raw = load_groups(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, True)
-            if MEAN:
-                # The label counts here, and what was not loaded is 0.
-                total += lane_sum(_variable(to_float(raw, element), inner, MAP))
-            x, top = _masked_tile(raw, tile, groups, label, inner, element, MAP, UNROLL, LANES, GROUP)
-            ref_x, ref_top = x, top
-            if KL:
-                ref_x, ref_top = _masked_tile(
-                    ref_raw, tile, groups, label, inner, ref_element, MAP, UNROLL, LANES, GROUP
-                )
-            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, False, SQUARES)
-
+            state, ref_state, total = _fold_tile(
+                state, ref_state, total, logits, ref_logits, start, ref_start, tile, groups, label, inner, log2_scale,
+                MAP, ENTROPY, KL, MEAN, SQUARES, ALIGNED, REF_ALIGNED, UNROLL, LANES, GROUP, True,
+            )  # fmt: skip
         for index in range(full - (label_tile < full).to(tl.int32)):
             tile = index + (index >= label_tile).to(tl.int32)
-            raw = load_groups(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, False)
-            if KL:
-                ref_raw = load_groups(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, False)
-            x, top = _whole_tile(raw, inner, element, MAP)
-            ref_x, ref_top = x, top
-            if KL:
-                ref_x, ref_top = _whole_tile(ref_raw, inner, ref_element, MAP)
-            state, ref_state = _fold(state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY, KL, MEAN, SQUARES)
+            state, ref_state, total = _fold_tile(
+                state, ref_state, total, logits, ref_logits, start, ref_start, tile, groups, label, inner, log2_scale,
+                MAP, ENTROPY, KL, MEAN, SQUARES, ALIGNED, REF_ALIGNED, UNROLL, LANES, GROUP, False,
+            )  # fmt: skip
 
-        m, c, s, t, k, main_total, q = state
+        m, c, s, t, k, q = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
         logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
@@ -366,7 +389,7 @@ def token_logps_kernel(
                 hit = _equal_before(logits, start, label, x_label, inner, MAP) == 0
             tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
         if MEAN:
-            tl.store(mean_logits + row, unit * tl.sum((total + main_total).to(tl.float64), 0) / vocab)
+            tl.store(mean_logits + row, unit * tl.sum(total.to(tl.float64), 0) / vocab)
     else:
         # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
         fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
