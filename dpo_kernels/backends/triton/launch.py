@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED
+from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED, TARGET
 
 #: One argued configuration, no autotuning (a first-call stall, and results that depend on who tuned).
 #: 4 warps x 4 loads of 16 bytes: a block has 8 KB in flight (16 KB where it reads the reference too). Registers let 9 to
@@ -22,13 +22,23 @@ from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED
 #: is 8 KB (4,096 16-bit logits): small enough that a vocabulary of 32,000 still has 7 of them, so that the masked tile of
 #: the label stays a small part. More warps per row would lengthen the merge at the end of every row; fewer would need more
 #: rows to fill the machine.
-NUM_WARPS = 4
-LANES = 32 * NUM_WARPS
+LANES = 128
+NUM_WARPS = LANES // (32 if TARGET == "cuda" else 64)  # AMD's wavefronts have 64 lanes
 #: The interpreter takes a quarter of that tile, so that small vocabularies reach every loop.
 UNROLL = 1 if INTERPRETED.value else 4
 
 #: Fused multiply-add is part of the numerics (the maximum is subtracted without rounding the product first).
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+
+
+#: Tensors of a few bytes a token or a sequence, read and written an element at a time. Their alignment may differ from call
+#: to call, so no kernel may be specialised on it: compiling it anew would stop a training run for seconds.
+SMALL = [
+    "labels", "weights", "values", "other_values", "cu_seqlens", "scratch", "other_scratch", "ref_scratch", "counts",
+    "logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq",
+    "grad_logps", "grad_kl", "grad_forward_kl", "tail",
+    "beta", "label_smoothing", "given_ref_sums", "losses", "sums", "ref_sums", "coef",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import FOLDED, INTERPRETED, LOG2E, SOFTCAPPED, exp2_fast, fused, rounded, tanh_accurate
-from .launch import Launch, round_to_float32, tile_of
+from .launch import SMALL, Launch, round_to_float32, tile_of
 from .linear_logps import Order, at_label_of, inner_of, label_entry, multiply, others_of, project_tile
 
 #: Columns of H that a program of the two products computes.
@@ -38,7 +38,7 @@ WIDTH = 32 if INTERPRETED.value else 128
 MOST_SPLITS, MULTIPROCESSORS = 4, 132
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "blocks"])
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks"], do_not_specialize_on_alignment=SMALL)
 def logits_block_grad_kernel(
     hidden,  # [N, H] contiguous
     weight,  # [V, H] contiguous
@@ -109,7 +109,7 @@ def logits_block_grad_kernel(
             tl.store(dz + cell, rounded(values, dz.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "blocks"])
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks"], do_not_specialize_on_alignment=SMALL)
 def hidden_grad_kernel(
     dz,  # [N, pitch]
     weight,  # [V, H] contiguous
@@ -155,7 +155,7 @@ def hidden_grad_kernel(
     tl.store(target, total, mask=inside[:, None] & exists[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "blocks", "block_rows"])
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks", "block_rows"], do_not_specialize_on_alignment=SMALL)
 def weight_grad_kernel(
     dz,  # [N, pitch]
     hidden,  # [N, H] contiguous
@@ -202,7 +202,7 @@ def weight_grad_kernel(
         tl.store(target, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "blocks", "block_rows"])
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks", "block_rows"], do_not_specialize_on_alignment=SMALL)
 def bias_grad_kernel(
     dz,  # [N, pitch]
     order,  # [V] int32, or None

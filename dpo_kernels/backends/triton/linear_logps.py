@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import FLOOR, HIDDEN, INTERPRETED, LN2, device_function, exp2_fast, fused, rounded, scaled_label
-from .launch import Launch, arch_of, exponent_map, tile_of
+from .launch import SMALL, Launch, arch_of, exponent_map, tile_of
 from .token_logps import _finish, _merge, _put, _raise_max, _variable
 
 #: Entries of the vocabulary that one program passes over: 64 segments of 128,256 entries, so that 1,024 tokens make 504
@@ -143,7 +143,7 @@ def label_entry(labels, row, vocab):
 
 
 # Nothing that varies from call to call may cause a new compilation.
-@triton.jit(do_not_specialize=["rows", "vocab", "segments", "blocks"])
+@triton.jit(do_not_specialize=["rows", "vocab", "segments", "blocks"], do_not_specialize_on_alignment=SMALL)
 def linear_logps_kernel(
     hidden,  # [N, H] contiguous
     weight,  # [V, H] contiguous, of the same dtype
@@ -234,7 +234,7 @@ def _part(parts, part, row, rows, segments, segment, other):
     return tl.load(parts + place, mask=segment < segments, other=other)
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "segments"])
+@triton.jit(do_not_specialize=["rows", "vocab", "segments"], do_not_specialize_on_alignment=SMALL)
 def merge_kernel(
     parts,  # [parts, N, segments] float32
     labels,  # [N] int64

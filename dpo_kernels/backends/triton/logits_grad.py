@@ -47,6 +47,7 @@ from .device import (
 )
 from .launch import (
     LANES,
+    SMALL,
     UNROLL,
     Launch,
     aligned_base,
@@ -72,7 +73,15 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 @device_function
 def _entries(
-    x, ref_x, row, inner, log2_scale, MAP: tl.constexpr, SHORT: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr
+    x,
+    ref_x,
+    row,
+    inner,
+    log2_scale,
+    MAP: tl.constexpr,
+    SHORT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FORWARD: tl.constexpr,
 ):
     """Gradient of logits x beside the label: (p (factor + by_gap (d - center)) - by_q q) dz/dx / scale, d = x - ref_x.
 
@@ -127,7 +136,8 @@ def _write_tile(
     do_not_specialize=[
         "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "out_stride_b", "out_stride_t", "out_base",
         "ref_stride_b", "ref_stride_t", "ref_base",
-    ]
+    ],
+    do_not_specialize_on_alignment=SMALL,
 )  # fmt: skip
 def logits_grad_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
@@ -212,7 +222,9 @@ def logits_grad_kernel(
         if REVERSE or FORWARD:
             ref_start = b * ref_stride_b + t * ref_stride_t + ref_base
             ref_logp = tl.load(ref_logps + row)
-            ref_lse = scaled_label(tl.load(ref_logits + ref_start + label).to(tl.float32), scale, cap, MAP)[0] - ref_logp
+            ref_lse = (
+                scaled_label(tl.load(ref_logits + ref_start + label).to(tl.float32), scale, cap, MAP)[0] - ref_logp
+            )
         if REVERSE:
             divergence = tl.load(kl + row)
             p_label = tl.exp(logp)

@@ -24,19 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import device_function, sigmoid_double, softplus_double
-from .launch import Launch
+from .launch import SMALL, Launch
 
 #: Tokens per step, and lanes of the sum. Fixed: the order of every addition follows from it.
 CHUNK = 1024
 #: A sequence that may be longer than this many tokens is compacted by several programs.
 LONG = 8 * CHUNK
-
-#: Tensors that are read and written 8 bytes at a time: their alignment may differ from call to call, and a kernel
-#: compiled anew for it would stop a training run for seconds.
-POINTERS = [
-    "weights", "values", "other_values", "cu_seqlens", "scratch", "other_scratch", "counts", "sums", "logps", "ref_logps",
-    "given_ref_sums", "beta", "label_smoothing", "ref_scratch", "losses", "ref_sums", "coef",
-]  # fmt: skip
 
 
 @device_function
@@ -65,7 +58,7 @@ def _compact_chunk(weights, values, other_values, scratch, other_scratch, first,
     return tl.sum(live.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "total"], do_not_specialize_on_alignment=POINTERS)
+@triton.jit(do_not_specialize=["tokens", "total"], do_not_specialize_on_alignment=SMALL)
 def compact_kernel(
     weights, values, other_values, cu_seqlens, scratch, other_scratch,
     counts,  # [S] int32: weighted tokens of each sequence
@@ -124,7 +117,7 @@ def _sums(
     return tl.sum(sums, 0), tl.sum(other_sums, 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "total"], do_not_specialize_on_alignment=POINTERS)
+@triton.jit(do_not_specialize=["tokens", "total"], do_not_specialize_on_alignment=SMALL)
 def sequence_sums_kernel(
     values, weights, cu_seqlens, scratch, counts, sums, tokens, total, CHUNK: tl.constexpr
 ):  # fmt: skip
@@ -133,7 +126,7 @@ def sequence_sums_kernel(
     tl.store(sums + sequence, own)
 
 
-@triton.jit(do_not_specialize=["tokens", "total", "pairs"], do_not_specialize_on_alignment=POINTERS)
+@triton.jit(do_not_specialize=["tokens", "total", "pairs"], do_not_specialize_on_alignment=SMALL)
 def preference_loss_kernel(
     logps, ref_logps, weights, cu_seqlens, given_ref_sums, beta, label_smoothing,
     scratch, ref_scratch, counts, losses, sums, ref_sums, coef,

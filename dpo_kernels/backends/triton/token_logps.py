@@ -59,7 +59,7 @@ from .device import (
     tanh_accurate,
     to_float,
 )
-from .launch import LANES, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
+from .launch import LANES, SMALL, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
 
 #: Columns per step of the two rare second looks at a row (-inf under a moment, a tie with the label).
 SCAN = tl.constexpr(1024)
@@ -270,7 +270,8 @@ def _put(pointer, row, value):
 @triton.jit(
     do_not_specialize=[
         "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "ref_stride_b", "ref_stride_t", "ref_base"
-    ]
+    ],
+    do_not_specialize_on_alignment=SMALL,
 )  # fmt: skip
 def token_logps_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
