@@ -1,7 +1,6 @@
 """What the compiled GPU kernels look like, read from their cubins: the speed argument that a machine without a GPU can check.
 
     python -m benchmarks.machine_code [--arch 80 90 100] [--only TEXT] [--json FILE]
-
     python -m benchmarks.machine_code --markdown          the tables of docs/gpu.md, from the committed results
     python -m benchmarks.machine_code --markdown --write  put them between the page's markers
 
@@ -25,7 +24,7 @@ time, so two figures are given. t is the time of an iteration, in which each sch
             are on average with w - 1 warps in all (exact mean-value analysis; Reiser and Lavenberg, JACM 27, 1980):
             t(w) = think + work x (1 + (w - 1) x (t(w - 1) - think) / t(w - 1))
 
-Neither exceeds w / work, the rate at which a scheduler is never idle. supply = bytes an SM streams in t / bytes that its
+In neither does a scheduler finish more than one iteration in `work` cycles. supply = bytes an SM streams in t / bytes that its
 share of the card's bandwidth brings in t. Then two ends: a row begins and ends with about 2 us in which its block has
 nothing under way (label, its logit, first tile; merge and finish), spread over the row's iterations as think; and at
 the end of the launch blocks run dry, evenly over one row's time. The memory stays busy until less than 1 / supply of

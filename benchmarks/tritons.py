@@ -2,7 +2,7 @@
 
     python -m benchmarks.tritons install [VERSION ...]   put them beside the environment (.venv/triton-VERSION); all if none
     python -m benchmarks.tritons install oldest          what `make test` needs
-    python -m benchmarks.tritons figures                 rewrite benchmarks/results/machine_code.json, for every version
+    python -m benchmarks.tritons figures [VERSION ...]   rewrite benchmarks/results/machine_code.json for these; all if none
 
 torch decides which Triton a user has, and so which compiler translates our kernels: torch 2.10 and 2.11 bring 3.6.0,
 torch 2.12 brings 3.7.0. Each version must give the machine code that the speed argument rests on. `OLDER` is the one
@@ -70,7 +70,7 @@ def main() -> None:
     elif command == "figures":
         from .machine_code import RESULTS
 
-        for version in (*OLDER, None):
+        for version in versions or (*OLDER, installed()):
             inspection = [sys.executable, "-W", "ignore", "-m", "benchmarks.machine_code", "--only", "triton"]
             subprocess.run([*inspection, "--json", str(RESULTS)], check=True, cwd=ROOT, env=environment(version))
     else:
