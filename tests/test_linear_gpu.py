@@ -72,13 +72,9 @@ QUICK = {
     "whole_pairs",
     "pairs_beyond_the_budget",
     "bfloat16_in_groups_packed",
-    "float64",
-    "ref_logps",
     "ipo_in_groups",
     "frozen_head_in_chunks",
-    "coupled",
     "coupled_two_pass",
-    "kl_term",
     "tdpo_packed_in_groups",
     "wpo",
 }
@@ -164,12 +160,12 @@ def moved(case, main_grad=False, tokens=False, factor=0.37):
     ("rows", "main_grad", "tokens", "most"),
     [
         (None, False, False, 0),  # one chunk: the product writes the weight's dtype
-        (None, False, True, 0),
+        pytest.param(None, False, True, 0, marks=pytest.mark.slow),
         (None, True, False, 0),  # or adds to the buffer
         (6, False, False, 6),  # several chunks: one pass scales and casts
         (6, False, True, 6),
         (6, True, False, 12),  # or scales and adds
-        (6, True, True, 0),
+        pytest.param(6, True, True, 0, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_of_the_head_move_once_at_most(rows, main_grad, tokens, most):
@@ -198,7 +194,7 @@ def test_a_loss_scale_saves_float16_gradients_from_underflow():
 # --- rows of logits -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocab", [2047, 50257, 151669])
+@pytest.mark.parametrize("vocab", [2047, 50257, pytest.param(151669, marks=pytest.mark.slow)])
 def test_products_get_rows_of_logits_that_begin_at_128_bytes(vocab):
     case = Case("odd", dtype=_BF16, vocab=vocab, hidden_size=8, pairs=1, length=2)
     inputs = make_inputs(case)
@@ -227,7 +223,7 @@ def test_the_default_budget_is_a_share_of_the_card_and_the_plan_says_it(caplog):
     assert f"of {GPU_SHARE * 85e9 / 2**20:.1f} MiB" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["whole_pairs", "coupled", "frozen_head"])
+@pytest.mark.parametrize("name", ["whole_pairs", "coupled", pytest.param("frozen_head", marks=pytest.mark.slow)])
 def test_a_card_without_room_gets_smaller_chunks_and_the_same_numbers(name, caplog):
     case = dataclasses.replace(BY_NAME[name], rows=None)
     inputs = make_inputs(case)
