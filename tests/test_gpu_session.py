@@ -279,6 +279,28 @@ def test_a_fault_that_ends_the_process_is_told_with_the_case_before_it():
     assert gpu_stages._verdicts(0, lines) == {"cases": 2, "failed": {"packed": "loss off"}}
 
 
+ENDED = """
+import signal, sys
+sys.path.insert(0, "tests")
+from benchmarks import gpu_stages
+from gpu_session_stub import CpuMachine
+
+signal.signal(signal.SIGTERM, lambda *_: gpu_stages.end_with_tools())
+CpuMachine().command(["sh", "-c", "sleep 300 & echo begun; sleep 300"], 250.0)
+"""
+
+
+def test_a_stage_that_is_ended_takes_its_tool_along():
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    begin = time.monotonic()
+    assert gpu_session._stop(process) == 143
+    assert process.stdout.read() == ""  # ends when the last holder of the pipe has ended
+    assert time.monotonic() - begin < 60
+
+
 def test_a_machine_without_pytest_or_tools_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None)
