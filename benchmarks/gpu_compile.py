@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -160,7 +161,7 @@ def compile_all(
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker)
     # In the order of the stages that launch them: if time runs out, the first stages have theirs.
     waiting: dict[Future, int] = {pool.submit(_work, index): index for index in range(len(launches))}
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(futures.TimeoutError):  # in Python 3.10 another one than the built-in
         for future in as_completed(list(waiting), timeout=max(1.0, deadline - time.monotonic())):
             index = waiting.pop(future)
             name = f"{index} {launches[index].kernel.__name__}"

@@ -14,9 +14,11 @@ trace.json.gz, ncu.txt. Clocks, power limits and modes of the card are left as t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+BEGIN = time.monotonic()  # before the imports that take seconds: they are part of a stage's time
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: this folder leaves the path, where its profile.py hides the standard library's
     sys.path[0] = str(ROOT)
@@ -84,6 +87,16 @@ def _show(stream: Any, log: Any) -> None:
         sys.stdout.flush()
 
 
+def _stop(process: subprocess.Popen[str]) -> int:
+    """End a stage: first asked, so that it takes the tools it runs with it, then killed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(2)
+    return process.wait()
+
+
 def run_stage(
     name: str, machine: str, out: Path, limit: float, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
@@ -112,8 +125,7 @@ def run_stage(
             status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             stopped = True
-            os.killpg(process.pid, 9)
-            status = process.wait()
+            status = _stop(process)
         reader.join(5)  # a grandchild that outlives the stage may hold the pipe
     report: dict[str, Any] = {"took": round(time.monotonic() - begin, 1), "limit": round(limit, 1)}
     if result.exists():
@@ -223,7 +235,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = parser().parse_args()
     if arguments.stage:
-        run_one(arguments.stage, arguments.machine, arguments.out, arguments.seconds)
+        signal.signal(signal.SIGTERM, lambda *_: gpu_stages.end_with_tools())
+        left = arguments.seconds - (time.monotonic() - BEGIN)
+        run_one(arguments.stage, arguments.machine, arguments.out, left)
     elif arguments.make:
         print("\n".join(gpu_pack.make(arguments.make, arguments.arch, arguments.python, not arguments.no_variants)))
     elif arguments.merge:

@@ -193,20 +193,34 @@ class CudaMachine:
             errors="replace",
         )  # fmt: skip
 
-        def stop() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-
-        timer = threading.Timer(seconds, stop)
+        TOOLS.add(process.pid)
+        timer = threading.Timer(seconds, _kill_group, [process.pid])
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
             output.append(line)
             print(line, end="", flush=True)
         status = process.wait()
+        TOOLS.discard(process.pid)
         late = not timer.is_alive()
         timer.cancel()
         return 124 if late and status < 0 else status, "".join(output)
+
+
+#: Process groups of the tools that this process runs now.
+TOOLS: set[int] = set()
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 9)
+
+
+def end_with_tools() -> None:
+    """End this process and the tools it runs; they are in groups of their own, and would go on using the GPU."""
+    for group in TOOLS:
+        _kill_group(group)
+    os._exit(143)
 
 
 #: Where a stage leaves what it has so far; a stage that is stopped keeps that.

@@ -76,7 +76,8 @@ def _outcome(name: str, report: dict[str, Any] | None) -> str:
         return f"not run: {result['not run']}"
     outcome = "done"
     if name == "tests":
-        outcome = "passed" if result.get("passed") else f"FAILED (status {result.get('status')})"
+        said = (result.get("tail", "").strip().splitlines() or ["no output"])[-1]
+        outcome = f"passed: {said}" if result.get("passed") else f"FAILED: {said}"
     elif name == "correctness":
         wrong = sum(len(row.get("failed", {})) for row in result.get("table", {}).values())
         cases = sum(row.get("cases", 0) for row in result.get("table", {}).values())

@@ -279,6 +279,28 @@ def test_a_fault_that_ends_the_process_is_told_with_the_case_before_it():
     assert gpu_stages._verdicts(0, lines) == {"cases": 2, "failed": {"packed": "loss off"}}
 
 
+ENDED = """
+import signal, sys
+sys.path.insert(0, "tests")
+from benchmarks import gpu_stages
+from gpu_session_stub import CpuMachine
+
+signal.signal(signal.SIGTERM, lambda *_: gpu_stages.end_with_tools())
+CpuMachine().command(["sh", "-c", "sleep 300 & echo begun; sleep 300"], 250.0)
+"""
+
+
+def test_a_stage_that_is_ended_takes_its_tool_along():
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    begin = time.monotonic()
+    assert gpu_session._stop(process) == 143
+    assert process.stdout.read() == ""  # ends when the last holder of the pipe has ended
+    assert time.monotonic() - begin < 60
+
+
 def test_a_machine_without_pytest_or_tools_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None)
@@ -296,15 +318,22 @@ from benchmarks import gpu_compile, gpu_stages
 machine = CompilingMachine()
 assert machine.triton_serves() is None
 calls = gpu_stages._triton_calls(machine)
-launches, stopped = gpu_compile.record(calls if sys.argv[1] == "ahead" else itertools.islice(calls, 9))
+launches, stopped = gpu_compile.record(calls if sys.argv[1] == "all" else itertools.islice(calls, 9))
 assert not stopped, stopped
-some = [next(l for l in launches if l.kernel.__name__ == name) for name in ("logits_grad_kernel", "token_logps_kernel")]
-if sys.argv[1] == "ahead":
+if sys.argv[1] == "all":
     kernels = {launch.kernel.__name__ for launch in launches}
     assert {"preference_loss_kernel", "sequence_sums_kernel"} <= kernels, kernels
+    assert len(launches) > 30
+    sys.exit()
+some = [next(l for l in launches if l.kernel.__name__ == name) for name in ("logits_grad_kernel", "token_logps_kernel")]
+if sys.argv[1] == "ahead":
+    short = gpu_compile.compile_all(launches, *machine.compile_target(), 1, 0, lambda part: None)
+    assert short["not run"], short
+    assert len(short["not run"]) + short["compiled"] == short["kernels"] == len(launches)
     parts = []
     found = gpu_compile.compile_all(some, *machine.compile_target(), 2, 240, lambda part: parts.append(dict(part)))
-    assert (found["compiled"], found["failed"], found["not run"], len(parts)) == (2, {}, [], 2), found
+    assert found["compiled"] + found["cached"] == 2 == len(parts), found
+    assert (found["failed"], found["not run"]) == ({}, []), found
 else:  # another process, the launches in another order
     gpu_compile.settle_cache_keys()
     triton.runtime.driver.set_active(gpu_compile.CompileOnlyDriver(machine.compile_target()[0]))
@@ -312,26 +341,35 @@ else:  # another process, the launches in another order
     for launch in reversed(some):
         launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     assert late == [], late
-    other = next(l for l in launches if l.kernel.__name__ == "preference_loss_kernel")
+    other = next(l for l in launches if l not in some)
     other.kernel.warmup(grid=other.grid, **other.arguments, **other.options)
     assert len(late) == 1, late
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheel for this system")
-def test_a_launch_finds_the_kernel_that_was_compiled_ahead(tmp_path):
+def run_compile(turn, cache):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "DPO_KERNELS_SELFCHECK": "0"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "DPO_KERNELS_SELFCHECK": "0"}
+    command = [sys.executable, "-c", COMPILE, turn]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+NEEDS_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no wheel for this system"
+)
+
+
+@pytest.mark.slow
+@NEEDS_TRITON
+def test_everything_that_stages_launch_is_recorded(tmp_path):
+    run_compile("all", tmp_path)
+
+
+@NEEDS_TRITON
+def test_a_launch_finds_the_kernel_that_was_compiled_ahead(tmp_path):
     for turn in ("ahead", "later"):
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE, turn],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_compile(turn, tmp_path)
 
 
 # ---- the pack ----
