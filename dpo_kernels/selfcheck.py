@@ -162,9 +162,7 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
         ref = hidden + 0.3 * noise(sequences, length, HIDDEN)
         bias = (0.5 * noise(vocab)).to(device, variant.dtype) if variant.linear.bias else None
         ref = place(ref.to(variant.dtype)) if variant.reference in (variant.dtype,) else None
-        return _Inputs(
-            place(hidden.to(variant.dtype)), ref, head=head.to(device, variant.dtype), bias=bias, **small
-        )
+        return _Inputs(place(hidden.to(variant.dtype)), ref, head=head.to(device, variant.dtype), bias=bias, **small)
     # A policy that draws the label half of the time, or nearly always: an accuracy of 0 everywhere would check nothing.
     raised = torch.where(position % 2 == 0, math.log(vocab) + 5.0, 0.0).expand(sequences, length)
     if case.confident:
