@@ -316,10 +316,7 @@ def test_nothing_of_the_callers_moves_and_none_of_its_modes_reach_the_check(plan
     torch.set_default_dtype(torch.float64)
     try:
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-            sequence_logps(
-                torch.randn(2, 3, 8, generator=torch.Generator(), dtype=torch.float32),
-                torch.zeros(2, 3, dtype=torch.long),
-            )
+            sequence_logps(logits, labels)
             assert torch.is_inference_mode_enabled()
             assert torch.is_autocast_enabled("cpu")
         assert torch.get_default_dtype() == torch.float64
