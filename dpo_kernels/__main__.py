@@ -1,18 +1,36 @@
-"""`python -m dpo_kernels`: versions, devices, which backend serves what, and why the others do not."""
+"""`python -m dpo_kernels`: versions, devices, which backend serves what, and why the others do not.
+
+`check` runs the operator table on this machine, `bench` times loss and gradient beside eager PyTorch.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import sys
 import warnings
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, bench, selfcheck
+from .backends import BackendUnavailable
+
+VARIABLES = (
+    "DPO_KERNELS_BACKEND",
+    "DPO_KERNELS_SELFCHECK",
+    "DPO_KERNELS_JIT",
+    "DPO_KERNELS_ISA",
+    "DPO_KERNELS_CACHE",
+)
 
 
-def main() -> None:
-    """Print the report."""
+class UsageError(ValueError):
+    """The command cannot run as it was given; the message is one line that says why."""
+
+
+def report() -> None:
+    """Print versions, devices and backends."""
     warnings.simplefilter("ignore", RuntimeWarning)  # the table below gives the same reasons
     print(f"dpo-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     devices = ["cpu"]
@@ -33,10 +51,101 @@ def main() -> None:
 
                 note += f" ({cpu.instruction_set()}, {torch.get_num_threads()} threads)"
             print(f"  {name:<7} {note}")
-    for variable in ("DPO_KERNELS_BACKEND", "DPO_KERNELS_JIT", "DPO_KERNELS_ISA", "DPO_KERNELS_CACHE"):
+    for variable in VARIABLES:
         if variable in os.environ:
             print(f"{variable}={os.environ[variable]}")
 
 
+def device_of(text: str | None) -> torch.device:
+    """The device that --device names: an index, "cuda:1" or "cpu"; by default the first GPU, else the CPU."""
+    if text is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device("cuda", int(text)) if text.isdecimal() else torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"unknown device {text!r}; give the index of a CUDA device, or cpu") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"no kernels for {device.type} devices; give the index of a CUDA device, or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= count:
+            raise UsageError(f"there is no {device}: this torch sees {count} CUDA devices")
+    elif device.index not in (None, 0):
+        raise UsageError(f"there is no {device}")
+    return device
+
+
+def check(backend: str | None, device_name: str | None, cases: tuple[selfcheck.Case, ...] = selfcheck.TABLE) -> int:
+    """Run the operator table on every backend that serves the device, or on one; 1 if a case is wrong, else 0."""
+    device = device_of(device_name)
+    if backend is None:
+        names = backends.candidates(device.type)
+    else:
+        try:
+            backends.load(backends.check_name(backend), device.type)
+        except (ValueError, BackendUnavailable) as reason:
+            raise UsageError(str(reason)) from None
+        names = [backend]
+    wrong = 0
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    for name in names:
+
+        def progress(done: int, name: str = name) -> None:
+            if sys.stderr.isatty():
+                print(f"\r{name}: {done} cases", end="\r", file=sys.stderr, flush=True)
+
+        results = selfcheck.run_table(name, device, cases, progress)
+        failed = [result for result in results if not result.ok]
+        print(f"{name}: {len(results) - len(failed)} of {len(results)} cases right", flush=True)
+        for result in failed:
+            print(f"  wrong: {result}", flush=True)
+        wrong += len(failed)
+    return int(wrong > 0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m dpo_kernels",
+        description="Without a command: versions, devices, which backend serves what, and why the others do not.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="{check,bench}")
+    checking = commands.add_parser(
+        "check",
+        help="compare this machine's backends with the float64 definition, case by case",
+        description="Run the operator table on this machine and print how many cases each backend gets right. Exit status: "
+        "0 all right, 1 a case is wrong, 2 the backend or device does not exist. On a GPU the first run compiles every "
+        "kernel variant, which takes minutes.",
+    )
+    checking.add_argument("--backend", help=f"one of {', '.join(backends.NAMES)}; default: all that serve the device")
+    timing = commands.add_parser(
+        "bench",
+        help="time loss and gradient on this machine beside eager PyTorch",
+        description="Time the loss and its gradient beside eager PyTorch, in alternation: medians, quartiles, and the "
+        "bandwidth that was reached as a share of a copy's. Takes half a minute.",
+    )
+    timing.add_argument(
+        "--shape", help="TOKENSxVOCAB or SEQUENCESxTOKENSxVOCAB; default: 8192x128256 on a GPU, else 512x32768"
+    )
+    timing.add_argument("--dtype", choices=list(bench.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    timing.add_argument("--seconds", type=float, default=20.0, help="time to spend on measurements (default: 20)")
+    for command in (checking, timing):
+        command.add_argument("--device", help="index of a CUDA device, or cpu; default: the first GPU, else the CPU")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "check":
+            return check(given.backend, given.device)
+        if given.command == "bench":
+            bench.run(device_of(given.device), given.shape, given.dtype, given.seconds)
+            return 0
+    except (UsageError, bench.ShapeError) as reason:
+        print(f"dpo_kernels {given.command}: {reason}", file=sys.stderr)
+        return 2
+    report()
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

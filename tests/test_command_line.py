@@ -1,0 +1,95 @@
+"""`python -m dpo_kernels` and its commands."""
+
+import re
+import types
+
+import pytest
+import torch
+
+from dpo_kernels import __main__ as command
+from dpo_kernels import backends, bench, selfcheck
+from dpo_kernels.backends import eager
+
+CASES = selfcheck.TABLE[:4]
+
+
+def test_without_a_command_it_reports(capsys):
+    assert command.main([]) == 0
+    assert "cpu tensors are served by: " in capsys.readouterr().out
+
+
+def test_check_counts_the_cases_of_every_backend_that_serves(capsys):
+    assert command.check(None, "cpu", CASES) == 0
+    assert capsys.readouterr().out == "".join(f"{name}: 4 of 4 cases right\n" for name in backends.candidates("cpu"))
+
+
+def test_check_names_what_is_wrong_and_exits_1(capsys, monkeypatch):
+    def too_long(*arguments, out, **keywords):
+        eager.logits_grad(*arguments, out=out, **keywords)
+        out.mul_(1.05)
+
+    stages = types.SimpleNamespace(**{**vars(eager), "logits_grad": too_long})
+    monkeypatch.setattr(backends, "_attempt", lambda name, kind: stages if name == "cpu" else eager)
+    monkeypatch.setattr(command, "check", lambda name, device: check(name, device, CASES))
+    assert command.main(["check", "--backend", "cpu", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "cpu: 0 of 4 cases right"
+    assert len(out) == 5
+    assert all(
+        re.match(r"  wrong: case '.*': gradient, label entries off by 0\.05, allowed ", line) for line in out[1:]
+    )
+
+
+check = command.check
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check", "--backend", "tpu"], "unknown backend 'tpu'; known: eager, cpu, triton, cuda"),
+        (["check", "--backend", "cuda", "--device", "cpu"], "backend 'cuda' cannot serve cpu tensors: "),
+        (["check", "--device", "99"], "there is no cuda:99: this torch sees "),
+        (["check", "--device", "mps"], "no kernels for mps devices"),
+        (["check", "--device", "elsewhere"], "unknown device 'elsewhere'"),
+        (["bench", "--shape", "8192"], "--shape must be TOKENSxVOCAB"),
+        (["bench", "--shape", "8x0"], "--shape must be TOKENSxVOCAB"),
+        (["bench", "--shape", "7x100"], "must be even"),
+        (["bench", "--shape", "3x4x100"], "must be even"),
+        (["bench", "--shape", "80000000x128256", "--device", "cpu"], r"needs .* GB beside eager PyTorch, and cpu has"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_said_in_one_line_with_exit_status_2(arguments, said, capsys):
+    assert command.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert re.search(said, printed.err)
+
+
+def test_shapes_are_read_as_tokens_or_sequences():
+    assert bench.parse_shape("8192x128256") == (16, 512, 128256)
+    assert bench.parse_shape("2X3x5") == (2, 3, 5)
+    assert bench.parse_shape("6x5") == (2, 3, 5)
+
+
+def test_bench_prints_times_and_shares(capsys):
+    assert (
+        command.main(["bench", "--shape", "4x8x512", "--dtype", "bfloat16", "--device", "cpu", "--seconds", "0"]) == 0
+    )
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("[32 x 512] bfloat16, ")
+    assert [line.split()[0] for line in out[2:]] == ["loss", "gradient", "both"]
+    assert all(re.search(r"\d\.\d{3} +\d+\.\d+-\d+\.\d+ +\d+%.*\d+\.\d\d x$", line) for line in out[2:])
+
+
+def test_the_table_is_arithmetic_on_the_times():
+    seconds = {"copy": 1.0, "loss": 2.0, "gradient": 1.0, "eager loss": 8.0, "eager gradient": 4.0}
+    times = {name: [value] * 3 for name, value in seconds.items()}
+    lines = bench.table(times, (2, 50, 1000), torch.float32, "here")
+    assert lines[0] == "[100 x 1000] float32, here, 3 rounds; copy 0.0008 GB/s"
+    assert [line.split() for line in lines[2:]] == [
+        ["loss", "2000.000", "2000.000-2000.000", "50%", "8000.000", "8000.000-8000.000", "12%", "4.00", "x"],
+        ["gradient", "1000.000", "1000.000-1000.000", "100%", "4000.000", "4000.000-4000.000", "25%", "4.00", "x"],
+        ["both", "3000.000", "3000.000-3000.000", "67%", "12000.000", "12000.000-12000.000", "17%", "4.00", "x"],
+    ]
