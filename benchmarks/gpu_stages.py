@@ -1,14 +1,13 @@
 """What a GPU session does, a function a stage: each gets the device boundary, a folder and its seconds, and returns JSON.
 
-Nothing beyond torch, triton and this tree is taken for granted: what a stage misses (pytest, nvcc, a peer, a profiler), it
-names in its result, and does the rest.
+Nothing beyond torch, triton and this tree is taken for granted. What a stage misses (a library, a peer, a profiler, time), it
+names as not run, and does the rest. What it has found so far it keeps, row by row, so a stage that is stopped loses nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib
 import importlib.util
 import json
 import os
@@ -17,12 +16,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.roofline import CEILINGS, LINEAR_PATHS, works
+from benchmarks import gpu_compile, gpu_pack
+from benchmarks.gpu_cases import failure, reason, run_table
+from benchmarks.gpu_summary import FLOOR
+from benchmarks.roofline import CEILINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE = 16 << 20
@@ -33,25 +36,71 @@ class CudaMachine:
 
     device = "cuda"
     backends = ("cuda", "triton", "eager")
-    shapes = None  # those of the roofline
     without: tuple[str, ...] = ()  # peers that are left out
-    step_shape = (8, 512, 128256)  # [2P, T, V] of the comparison with peers on the logits path
-    linear_shapes = ((4, 512, 2048, 128256), (4, 512, 4096, 128256))  # pairs, length, H, V
+    shapes = ((8192, 128256),)  # [tokens, V] of the kernels' timing
+    more_shapes = (
+        (1024, 49152),
+        (4096, 50257),
+        (4096, 151669),
+        (16384, 32000),
+    )  # few rows, odd V, rows of one tile or a few
+    step_shapes = ((8, 1024, 128256), (8, 512, 49152))  # [2P, T, V] of the comparison with peers on the logits path
+    linear_shapes = ((4, 512, 4096, 128256), (4, 512, 1024, 128256))  # pairs, length, H, V
+    small_heads = ((4, 512, 576, 49152), (4, 512, 2048, 50257))
+    latency_vocab, latency_repeats = 32000, 100
+    trace_vocab = 49152
+    product = 8192  # of the square matrix product
+    small_vocabs = (33, 5003)  # of the sample that compute-sanitizer watches
     head_shapes: tuple[tuple[int, int, int], ...] | None = None  # those of head_rates
-    variants: ClassVar[dict[str, tuple[dict[str, int], ...]]] = {
-        "cuda": (
-            {}, {"DPO_ROW_THREADS": 128}, {"DPO_ROW_THREADS": 512}, {"DPO_ROW_UNROLL": 8}, {"DPO_MAX_CLUSTER": 1},
-            {"DPO_MAX_CLUSTER": 8, "DPO_ROW_THREADS": 512}, {"DPO_GRAD_THREADS": 128}, {"DPO_GRAD_THREADS": 512},
-        ),
-        "triton": ({}, {"NUM_WARPS": 2}, {"NUM_WARPS": 8}, {"UNROLL": 2}, {"UNROLL": 8}),
+    sweep_tokens = (64, 4096)  # rows of the sweep, at the vocabulary of `shapes`
+    trainer_config: ClassVar[dict[str, int]] = {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "vocab_size": 128256,
     }  # fmt: skip
+    trainer_steps, trainer_batch = 6, 8
+
+    def prepare(self) -> None:
+        """Before anything else in a stage's process: the packed CUDA library, and fixed cache keys for Triton's kernels."""
+        if (pack := gpu_pack.in_use()) and "DPO_VARIANT" not in os.environ:
+            pack.load()
+        with contextlib.suppress(ImportError):
+            gpu_compile.settle_cache_keys()
 
     def describe(self) -> dict[str, Any]:
-        """Name and size of the GPU."""
+        """Name, size and state of the GPU."""
         import torch
 
         p = torch.cuda.get_device_properties(0)
-        return {"name": p.name, "sms": p.multi_processor_count, "memory": p.total_memory, "cuda": torch.version.cuda}
+        found = {"name": p.name, "sms": p.multi_processor_count, "memory": p.total_memory, "cuda": torch.version.cuda}
+        if tool := shutil.which("nvidia-smi"):
+            fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.limit"
+            _, found["state"] = self.command([tool, f"--query-gpu={fields}", "--format=csv"], 10)
+        return found
+
+    def packed_variants(self) -> list[str]:
+        """The CUDA libraries of the pack, the default one first."""
+        pack = gpu_pack.in_use()
+        return pack.variants() if pack else []
+
+    def load_variant(self, name: str) -> Any:
+        """The CUDA backend's stages on a library of the pack; for a process that has loaded no other (see `prepare`)."""
+        pack = gpu_pack.in_use()
+        if pack is None:
+            raise RuntimeError("no pack is in use")
+        pack.load(name)
+        return _stage_module("cuda", self)
+
+    def compile_target(self) -> Any:
+        """What Triton compiles for here."""
+        import triton
+
+        return triton.runtime.driver.active.get_current_target()
+
+    def triton_serves(self) -> str | None:
+        """None if the Triton backend serves this machine's tensors, else why not."""
+        from dpo_kernels import backends
+
+        return backends.why_not("triton", self.device)
 
     def synchronize(self) -> None:
         """Wait for everything that was launched."""
@@ -66,82 +115,152 @@ class CudaMachine:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
+    def peak(self, work: Callable[[], object]) -> int | None:
+        """Bytes that a call holds at most, above what was held before."""
+        from benchmarks.method import peak_memory
+
+        return peak_memory(work, self.device)[0]
+
     def seconds(self, work: Callable[[], object], repeats: int = 9) -> list[float]:
-        """Time of each of `repeats` calls by events, after two to warm up; the L2 cache is overwritten before each."""
+        """Time of each of `repeats` calls (benchmarks/head_rates.py takes this)."""
+        return self.measure(work, repeats)["times"]
+
+    def measure(
+        self,
+        work: Callable[[], object],
+        repeats: int = 9,
+        prepare: Callable[[], None] = lambda: None,
+        replay: bool = False,
+    ) -> dict[str, Any]:
+        """Seconds of the device for each call, and of the host apart.
+
+        Before each call `prepare` runs, then a read of more than the L2 cache holds (a write would leave dirty lines that the
+        timed kernel has to write back). The call is enqueued while that read is still under way, so launch gaps do not count
+        unless the host is slower than the device. replay: capture the call in a CUDA graph and time its replay, which has no
+        gaps at all. host: until the call returns, with an idle device.
+        """
         import torch
 
-        flush = torch.empty(128 << 20, dtype=torch.int8, device="cuda")
-        for _ in range(2):
+        host = []
+        for _ in range(3):
+            prepare()
+            self.synchronize()
+            begin = time.perf_counter()
             work()
+            host.append(time.perf_counter() - begin)
+        self.synchronize()
+        run = self._captured(work) if replay else work
+        flush = torch.ones(64 << 20, dtype=torch.int32, device=self.device)
         times = []
         for _ in range(repeats):
-            flush.zero_()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            prepare()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.sum()
+            flush.sum()
             begin.record()
-            work()
+            run()
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e-3)
-        return times
+        return {"times": times, "host": statistics.median(host), "replayed": replay}
+
+    def _captured(self, work: Callable[[], object]) -> Callable[[], None]:
+        import torch
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
 
     def command(self, arguments: list[str], seconds: float) -> tuple[int, str]:
-        """Exit status and output of a tool of the machine (pytest on the GPU, compute-sanitizer, ncu)."""
-        with tempfile.TemporaryFile("w+") as output:
-            try:
-                status = subprocess.run(
-                    arguments, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = 124
-            output.seek(0)
-            return status, output.read()
+        """Exit status and output of a tool of the machine; the output is shown as it comes. 124: stopped at its limit."""
+        output: list[str] = []
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            errors="replace",
+        )  # fmt: skip
+
+        def stop() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            print(line, end="", flush=True)
+        status = process.wait()
+        late = not timer.is_alive()
+        timer.cancel()
+        return 124 if late and status < 0 else status, "".join(output)
 
 
-#: Where a stage leaves what it has so far; a stage that is cut off keeps that.
+#: Where a stage leaves what it has so far; a stage that is stopped keeps that.
 PARTIAL: Path | None = None
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file atomically (temporary file, then rename)."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
 
 
 def keep(result: dict[str, Any]) -> None:
     """Write a stage's result so far."""
     if PARTIAL is not None:
-        PARTIAL.write_text(json.dumps(result))
+        write(PARTIAL, json.dumps(result))
 
 
-def _child(machine: Any, stage: str, *more: str) -> list[str]:
+def count_compilations() -> list[str]:
+    """A list that grows by a name whenever Triton compiles a kernel in this process that was not in its cache."""
+    late: list[str] = []
+    with contextlib.suppress(ImportError):
+        import triton
+
+        triton.knobs.compilation.listener = lambda src, cache_hit, **_: None if cache_hit else late.append(src.name)
+    return late
+
+
+class Deadline:
+    """The end of a stage's time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.end - time.monotonic()
+
+
+NO_TIME = "no time left"
+NO_MEMORY = "not enough memory"
+
+
+def _median(found: dict[str, Any]) -> dict[str, Any]:
+    times = sorted(found["times"])
+    rest = {key: value for key, value in found.items() if key != "times"}
+    return {"median": statistics.median(times), "low": times[0], "high": times[-1], **rest}
+
+
+def _child(machine: Any, stage: str) -> list[str]:
     """The command that runs a stage as a program of its own, for tools that watch a process."""
     spec = f"{type(machine).__module__}:{type(machine).__name__}"
     scratch = tempfile.mkdtemp(prefix="dpo_gpu_session_")
-    return [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_session",
-        "--stage",
-        stage,
-        "--machine",
-        spec,
-        "--out",
-        scratch,
-        *more,
-    ]
+    return [sys.executable, "-m", "benchmarks.gpu_session", "--stage", stage, "--machine", spec, "--out", scratch]
 
 
 def _served(machine: Any) -> list[str]:
     from dpo_kernels import backends
 
     return [name for name in machine.backends if backends.why_not(name, machine.device) is None]
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
-
-
-def _failure(call: Callable[[], object]) -> str | None:
-    """Why the call fails, or None: here one failure is a result, and the others are still wanted."""
-    try:
-        call()
-    except Exception as error:
-        return _reason(error)
-    return None
 
 
 def _stage_module(backend: str, machine: Any) -> Any:
@@ -175,8 +294,10 @@ def _options(on: bool) -> dict[str, Any]:
 
 
 def environment(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Versions and the device."""
+    """Versions, the device, the pack, and which backends serve."""
     import torch
+
+    from dpo_kernels import backends
 
     found: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0], "device": machine.describe()}
     with contextlib.suppress(ImportError):
@@ -185,137 +306,174 @@ def environment(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
         found["triton"] = triton.__version__
     for tool in ("nvcc", "compute-sanitizer", "ncu"):
         found[tool] = shutil.which(tool)
+    found["pack"] = pack.describe() if (pack := gpu_pack.in_use()) else "none"
+    keep(found)
+    found["backends"] = {name: backends.why_not(name, machine.device) or "serves" for name in machine.backends}
     return found
 
 
-def build(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Load every backend, compiling what is missing; the reason where one does not serve."""
-    from dpo_kernels import backends
-
+def compile(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """Every Triton kernel that later stages launch, compiled in as many processes as there are cores (at most 16)."""
+    if why := machine.triton_serves():
+        return {"not run": why}
+    target = machine.compile_target()
     begin = time.monotonic()
-    served = {name: backends.why_not(name, machine.device) or "serves" for name in machine.backends}
-    return {"seconds": time.monotonic() - begin, "backends": served}
+    launches, stopped = gpu_compile.record(_triton_calls(machine))
+    result: dict[str, Any] = {"recorded in": round(time.monotonic() - begin, 1), "not recorded": stopped}
+    keep(result)
+    processes = min(16, len(os.sched_getaffinity(0)))
+    left = seconds - (time.monotonic() - begin)
+    found = gpu_compile.compile_all(launches, target, processes, left, lambda part: keep({**result, **part}))
+    return {**result, **found, "processes": processes, "target": str(target)}
+
+
+def _triton_calls(machine: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What the stages launch through Triton, with few rows: their number is no part of a kernel."""
+    import torch
+
+    from benchmarks.linear_problem import LinearCase, LinearProblem
+    from benchmarks.peers.linear import LINEAR_PEERS
+    from dpo_kernels import use_backend
+
+    stages = _stage_module("triton", machine)
+    vocabs = {v for _, v in (*machine.shapes, *machine.more_shapes)} | {v for *_, v in machine.step_shapes}
+    for vocab in sorted(vocabs | {machine.latency_vocab, machine.trace_vocab}):
+        logits, ref, labels = _tensors(machine, 16, vocab)
+        for path, job in _jobs(stages, logits, labels, ref).items():
+            yield f"{path} {vocab}", job
+        for inplace in (True, False):
+            yield f"step {vocab}", _step("triton", logits, labels, ref, inplace)[0]
+        watched = _step("triton", logits, labels, ref, True, ("entropy", "mean_logits", "accuracy"))[0]
+        yield f"step with statistics {vocab}", watched
+    yield "table", lambda: list(run_table("triton", machine.device))
+    for _, _, hidden, vocab in (*machine.linear_shapes, *machine.small_heads):
+        for frozen in (False, True):
+            case = LinearCase("", 1, 64, 0.5, hidden, vocab, frozen=frozen, source="random")
+            problem = LinearProblem(case, machine.device, torch.bfloat16)
+            for name in ("ours", "ours_filtered"):
+
+                def run(name: str = name, problem: Any = problem) -> object:
+                    with use_backend("triton"):
+                        return LINEAR_PEERS[name](problem).step()
+
+                yield f"{name} {case.key}", run
 
 
 def correctness(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The operator table on every backend against the float64 reference, in plain Python: a bare machine has no pytest."""
-    import torch
+    """The operator table and the linear path's gradients on every backend against float64; each case is kept at once."""
+    from dpo_kernels import backends
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from dpo_kernels import backends, dpo_loss, reference, use_backend
-
-    from cases import CASES, Case, make_inputs
-    from checks import check_gradient
-
-    divergences = [
-        Case("kl_term", options={"kl_coef": 0.3}),
-        Case("tdpo_bfloat16", dtype=torch.bfloat16, options={"loss_type": "tdpo", "kl_coef": 0.2}),
-    ]
-    device = torch.device(machine.device)
-
-    def check(name: str, case: Case) -> None:
-        inputs = make_inputs(case, device)
-        found = []
-        for dtype in (torch.float64, torch.float32):
-            leaf = inputs.logits.detach().to(dtype).requires_grad_()
-            keywords = {
-                k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-                for k, v in inputs.keywords.items()
-            }
-            loss = reference.dpo_loss(leaf, inputs.labels, **keywords)
-            loss.sum().backward()
-            found.append((loss.detach().double(), leaf.grad))
-        (truth, truth_grad), (eager, eager_grad) = found
-        logits = inputs.logits.detach().requires_grad_()
-        with use_backend(name):
-            loss = dpo_loss(logits, inputs.labels, **inputs.keywords).loss
-            loss.backward()
-        allowed = (eager - truth).abs().max() + 2**-23 * truth.abs().max().clamp(min=0.5)
-        error = (loss.detach().double() - truth).abs().max()
-        if not error <= allowed:
-            raise AssertionError(f"loss off by {error:.2e}, allowed {allowed:.2e}")
-        if case.vocab > 1:
-            check_gradient(logits.grad, truth_grad, eager_grad.to(case.dtype), inputs.labels)
-
+    deadline = Deadline(seconds)
     table: dict[str, Any] = {}
     for name in machine.backends:
-        if reason := backends.why_not(name, machine.device):
-            table[name] = {"does not serve": reason}
+        if why := backends.why_not(name, machine.device):
+            table[name] = {"not run": why}
             continue
-        failed = {}
-        cases = [case for case in [*CASES, *divergences] if case.dtype != torch.float64]
-        for case in cases:
-            if reason := _failure(lambda name=name, case=case: check(name, case)):
-                failed[case.name] = reason
-        table[name] = {"cases": len(cases), "failed": failed}
-        keep({"table": table})
+        row: dict[str, Any] = {"cases": 0, "failed": {}}
+        table[name] = row
+        for case, wrong in run_table(name, machine.device):
+            row["cases"] += 1
+            if wrong:
+                row["failed"][case] = wrong
+            keep({"table": table})
+            if deadline.left < 0:
+                row["not run"] = f"cases after {case}: {NO_TIME}"
+                break
     return {"table": table}
 
 
 def tests(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """`pytest -m gpu`: the operator table on every backend, streams, graphs, sizes past 32 bits."""
+    """`pytest -m gpu`: streams, graphs, sizes past 32 bits."""
     if importlib.util.find_spec("pytest") is None:
-        return {"not run": "pytest is not installed; the stage correctness needs none"}
+        return {"not run": "pytest is not installed"}
+    if seconds < 20:
+        return {"not run": NO_TIME}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", "tests/test_cuda_gpu.py"]
     status, output = machine.command(command, seconds)
     return {"passed": status == 0, "status": status, "tail": output[-3000:]}
 
 
 def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Every CUDA kernel once at sizes with heads, tails, clusters and several blocks: what compute-sanitizer watches."""
+    """Every kernel of the first two backends once, with heads, tails, clusters and several blocks: what memcheck watches."""
     import torch
 
     from dpo_kernels.backends.eager import TokenKL
 
-    stages = _stage_module(machine.backends[0], machine)
     launches = 0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for vocab in (33, 5003, 20000):
-            logits, ref, labels = _tensors(machine, 12, vocab)
-            logits, ref, labels = (t.view(4, 3, *t.shape[2:]) for t in (logits.to(dtype), ref.to(dtype), labels))
-            for job in _jobs(stages, logits, labels, ref).values():
-                job()
-                launches += 1
-            tokens = stages.token_logps(logits, labels, ref, **dict(_options(True), log_sum_sq=True))
-            ones = torch.ones_like(tokens[0])
-            both = TokenKL(ref, tokens[2], tokens[4], ones, ones)
-            stages.logits_grad(logits, labels, *tokens[:2], ones, **PLAIN, out=logits, token_kl=both)
-    machine.synchronize()
+    for name in [name for name in _served(machine) if name != "eager"]:
+        stages = _stage_module(name, machine)
+        for dtype in (torch.float32, torch.bfloat16):
+            for vocab in machine.small_vocabs:
+                logits, ref, labels = _tensors(machine, 12, vocab)
+                logits, ref, labels = (t.view(4, 3, *t.shape[2:]) for t in (logits.to(dtype), ref.to(dtype), labels))
+                for job in _jobs(stages, logits, labels, ref).values():
+                    job()
+                    launches += 1
+                tokens = stages.token_logps(logits, labels, ref, **dict(_options(True), log_sum_sq=True))
+                ones = torch.ones_like(tokens[0])
+                both = TokenKL(ref, tokens[2], tokens[4], ones, ones)
+                stages.logits_grad(logits, labels, *tokens[:2], ones, **PLAIN, out=logits, token_kl=both)
+        machine.synchronize()
+        keep({"launches": launches})
     return {"launches": launches}
 
 
-def sanitizer(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """compute-sanitizer over the reduced set of `small`."""
+def memcheck(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """compute-sanitizer's memcheck over the sample of `small`, every tensor in an allocation of its own."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"not run": "compute-sanitizer is not installed"}
-    found = {}
-    checks = ("memcheck", "racecheck", "synccheck")
-    for check in checks:
-        arguments = [tool, "--tool", check, "--error-exitcode", "9", *_child(machine, "small")]
-        status, output = machine.command(arguments, seconds / len(checks))
-        found[check] = {"clean": status == 0, "status": status, "tail": output[-1500:]}
-        keep(found)
-    return found
+    arguments = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    status, output = machine.command([*arguments, *_child(machine, "small")], seconds)
+    found = {"status": status, "tail": output[-3000:]}
+    return (
+        {**found, "stopped": f"at its limit of {seconds:.0f} s"} if status == 124 else {**found, "clean": status == 0}
+    )
+
+
+def _bandwidths(machine: Any, size: int) -> tuple[float, float]:
+    """Bytes per second of a copy (read + write) and of a read, over `size` bytes."""
+    import torch
+
+    source = torch.randn(size // 4, device=machine.device)
+    target = torch.empty_like(source)
+    copy = _median(machine.measure(lambda: target.copy_(source), replay=True))["median"]
+    # Reductions differ in how near they come to the memory's rate; the quicker one is the ceiling.
+    reads = [_median(machine.measure(job, replay=True))["median"] for job in (source.sum, source.amax)]
+    return 2 * source.nbytes / copy, source.nbytes / min(reads)
 
 
 def ceilings(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Copy bandwidth (read + write) and bfloat16 matmul rate of this device, the yardsticks of everything else."""
+    """What this device reaches: copy (read + write) and read bandwidth, and cuBLAS at the shapes that are used here."""
     import torch
 
-    size = min(2 << 30, machine.free_memory() // 8)
-    source = torch.empty(size, dtype=torch.int8, device=machine.device)
-    target = torch.empty_like(source)
-    copy = statistics.median(machine.seconds(lambda: target.copy_(source)))
-    n = 8192 if machine.free_memory() > 8 << 30 else 256
-    a = torch.randn(n, n, device=machine.device).bfloat16()
-    product = statistics.median(machine.seconds(lambda: a @ a))
-    return {"copy_bytes_per_second": 2 * size / copy, "matmul_flops": 2 * n**3 / product, "data sheet": {
-        name: {"bandwidth": c.bandwidth, "matmul": c.matmul} for name, c in CEILINGS.items()}}  # fmt: skip
+    copied, read = _bandwidths(machine, min(2 << 30, machine.free_memory() // 8))
+    found: dict[str, Any] = {
+        "copy_bytes_per_second": copied, "read_bytes_per_second": read, "products": {},
+        "data sheet": {name: {"bandwidth": c.bandwidth, "matmul": c.matmul} for name, c in CEILINGS.items()},
+    }  # fmt: skip
+    keep(found)
+    n = machine.product
+    shapes = {f"[{n}x{n}]x[{n}x{n}]": (n, n, n)}
+    for pairs, length, hidden, vocab in (*machine.linear_shapes, *machine.small_heads):
+        shapes[f"logits of {pairs * length} tokens, H {hidden}, V {vocab}"] = (pairs * length, hidden, vocab)
+        shapes[f"dH of {pairs * length} tokens, H {hidden}, V {vocab}"] = (pairs * length, vocab, hidden)
+        shapes[f"dW of {pairs * length} tokens, H {hidden}, V {vocab}"] = (vocab, pairs * length, hidden)
+    for name, (m, k, n) in shapes.items():
+        # As in training: the head lies as [V, H], so the logits' product reads it transposed, and dW reads dz transposed.
+        a = torch.randn(m, k, device=machine.device, dtype=torch.bfloat16)
+        b = torch.randn(k, n, device=machine.device, dtype=torch.bfloat16)
+        a = a.t().contiguous().t() if name.startswith("dW") else a
+        b = b.t().contiguous().t() if name.startswith("logits") else b
+        seconds_of = _median(machine.measure(lambda a=a, b=b: torch.mm(a, b), repeats=5, replay=True))["median"]
+        found["products"][name] = {"seconds": seconds_of, "flops": 2 * m * k * n / seconds_of}
+        keep(found)
+    found["matmul_flops"] = next(iter(found["products"].values()))["flops"]
+    return found
 
 
 def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable[[], object]]:
-    """The kernels to time, by the names of the roofline's paths where they have one."""
+    """The kernels to time, by the names of the roofline's paths."""
     import torch
 
     from dpo_kernels.backends.eager import TokenKL
@@ -346,8 +504,8 @@ def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable
 
 def kernels(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     """The main kernels of cuda and triton, twice each, and nothing else: what ncu watches."""
-    vocab = 128256 if machine.shapes is None else machine.shapes[0][1]
-    logits, ref, labels = _tensors(machine, 2048 if machine.shapes is None else machine.shapes[0][0], vocab)
+    tokens, vocab = machine.shapes[0]
+    logits, ref, labels = _tensors(machine, min(tokens, 2048), vocab)
     for name in [name for name in _served(machine) if name != "eager"]:
         for job in _jobs(_stage_module(name, machine), logits, labels, ref).values():
             job()
@@ -355,177 +513,245 @@ def kernels(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     return {}
 
 
-def _step(backend: str, logits: Any, labels: Any, ref: Any) -> Callable[[], object]:
-    """The public loss of one pair of long sequences and its gradient, in place but for eager."""
+def _step(
+    backend: str, logits: Any, labels: Any, ref: Any, inplace: bool = True, watched: tuple[str, ...] = ()
+) -> tuple[Callable[[], object], Callable[[], None]]:
+    """The public loss of one pair of long sequences and its gradient; and what restores the logits that it overwrote."""
     import torch
 
     from dpo_kernels import dpo_loss, use_backend
 
     rows = logits.shape[1] // 2 * 2
     leaf, target, other = (t[:, :rows].view(2, rows // 2, *t.shape[2:]) for t in (logits, labels, ref))
+    pristine = leaf.clone() if inplace else None
     leaf = leaf.detach().requires_grad_()
 
     def run() -> object:
         with use_backend(backend):
-            loss = dpo_loss(leaf, target, ref_logits=other, inplace_backward=backend != "eager").loss
+            loss = dpo_loss(leaf, target, ref_logits=other, inplace_backward=inplace, statistics=watched).loss
             return torch.autograd.grad(loss, leaf)
 
-    return run
+    def restore() -> None:
+        if pristine is not None:
+            with torch.no_grad():
+                leaf.copy_(pristine)
+
+    return run, restore
+
+
+STEP = "step: policy, reference, gradient"
+
+
+def _time_kernels(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
+    """Seconds of each backend's step and stages at these shapes, the step first; of eager too while there is room."""
+    deadline = Deadline(seconds)
+    rows: dict[str, Any] = {}
+    for tokens, vocab in shapes:
+        shape = f"[{tokens}x{vocab}]"
+        for name in machine.backends:
+            title = f"{name} {shape}"
+            # Two inputs, a gradient, a copy to restore from; eager needs about six float32 copies of the logits besides.
+            if (40 if name == "eager" else 12) * tokens * vocab > machine.free_memory():
+                rows[title] = {"not run": NO_MEMORY}
+            elif deadline.left < 0:
+                rows[title] = {"not run": NO_TIME}
+            elif name not in _served(machine):
+                rows[title] = {"not run": "this backend does not serve here"}
+            else:
+                why = failure(lambda name=name, at=(tokens, vocab): _time_backend(machine, name, *at, rows, deadline))
+                if why:
+                    rows[title] = {"failed": why}
+            keep({"rows": rows})
+    return {"rows": rows}
+
+
+def _time_backend(machine: Any, name: str, tokens: int, vocab: int, rows: dict[str, Any], deadline: Deadline) -> None:
+    logits, ref, labels = _tensors(machine, tokens, vocab)
+    ours = name != "eager"
+    run, restore = _step(name, logits, labels, ref, inplace=ours)
+    rows[f"{name}: {STEP} [{tokens}x{vocab}]"] = _median(machine.measure(run, prepare=restore, replay=ours))
+    keep({"rows": rows})
+    restore()
+    del run, restore
+    for path, job in _jobs(_stage_module(name, machine), logits, labels, ref).items():
+        if deadline.left < 0:
+            rows[f"{name}: {path} [{tokens}x{vocab}]"] = {"not run": NO_TIME}
+            continue
+        rows[f"{name}: {path} [{tokens}x{vocab}]"] = _median(machine.measure(job, replay=ours))
+        keep({"rows": rows})
 
 
 def timing(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Median and spread of each stage, shape and backend, interleaved; seconds of the default backend for the roofline."""
-    deadline = time.monotonic() + 0.9 * seconds
-    rows: dict[str, Any] = {}
-    left_out = []
-    shapes = machine.shapes or sorted(
-        {(w.tokens, w.vocab) for w in works() if w.path not in LINEAR_PATHS}, key=lambda s: s[0] * s[1]
-    )
-    for tokens, vocab in shapes:
-        if time.monotonic() > deadline or 8 * tokens * vocab > machine.free_memory():
-            left_out.append(f"[{tokens}x{vocab}]")
-            continue
-        logits, ref, labels = _tensors(machine, tokens, vocab)
-        for name in machine.backends:
-            # Eager needs about six float32 copies of the logits.
-            if name == "eager" and 24 * tokens * vocab > machine.free_memory():
-                left_out.append(f"eager [{tokens}x{vocab}]")
-                continue
-            if time.monotonic() > deadline:
-                left_out.append(f"{name} [{tokens}x{vocab}]")
-                continue
-            try:
-                jobs = _jobs(_stage_module(name, machine), logits, labels, ref)
-                jobs["step: policy, reference, gradient"] = _step(name, logits, labels, ref)
-                for path, job in jobs.items():
-                    times = sorted(machine.seconds(job))
-                    rows[f"{name}: {path} [{tokens}x{vocab}]"] = {
-                        "median": statistics.median(times), "low": times[0], "high": times[-1]
-                    }  # fmt: skip
-            except Exception as error:  # a backend that fails on one shape is a result, the others go on
-                rows[f"{name} [{tokens}x{vocab}]"] = {"failed": _reason(error)}
-        keep({"rows": rows, "left out": left_out})
-    return {"rows": rows, "left out": left_out}
+    """The kernels at the shape that the predictions are about."""
+    return _time_kernels(machine, seconds, machine.shapes)
+
+
+def more_shapes(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """The kernels at few rows, odd vocabularies and short rows."""
+    return _time_kernels(machine, seconds, machine.more_shapes)
 
 
 def _compare(
-    machine: Any, contenders: dict[str, Callable[[], object]], prepare: Callable[[], None], rounds: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Interleaved times and peak memory of the contenders that run at all, and why the others do not."""
-    from benchmarks.method import Contender, interleave, ratio
+    machine: Any,
+    contenders: Iterator[tuple[str, Callable[[], tuple[Callable[[], object], Any]]]],
+    prepare: Callable[[], None],
+    deadline: Deadline,
+    found: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Times and peak memory of contenders, one after the other, each kept at once.
 
-    running, missing = [], {}
-    for name, run in contenders.items():
-
-        def once(run: Callable[[], object] = run) -> None:
+    A contender is built when its turn comes: (name, what returns its call and the verdict on its gradient). The first is timed
+    once more at the end, which shows how far the machine drifted meanwhile.
+    """
+    first = None
+    for name, build in contenders:
+        if deadline.left < 0:
+            found["not run"][name] = NO_TIME
+            continue
+        try:
+            run, gradient = build()
             prepare()
-            run()
-            machine.synchronize()
-
-        if reason := _failure(once):
-            missing[name] = reason
-        else:
-            running.append(Contender(name, run, prepare))
-    samples = interleave(running, rounds, device=machine.device) if running else {}
-    rows = {
-        name: {
-            "median": found.median, "low": min(found.seconds), "high": max(found.seconds), "extra bytes": found.extra_bytes,
-            "times": {other: ratio(found, samples[other]) for other in samples},
-        }
-        for name, found in samples.items()
-    }  # fmt: skip
-    return rows, missing
+            row = _median(machine.measure(run, repeats=7, prepare=prepare))
+            prepare()
+            row["extra bytes"] = machine.peak(run)
+            found["rows"][name] = {**row, "gradient": gradient}
+            first = first or (name, run)
+        except Exception as error:  # one that fails is a result, the others go on
+            found["failed"][name] = reason(error)
+        save()
+    if first is not None:
+        found["rows"][first[0]]["again"] = _median(machine.measure(first[1], repeats=7, prepare=prepare))["median"]
 
 
 def peers(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     """Loss and gradient from logits, end to end, against every peer that is installed; gradients checked on a small batch."""
     import torch
 
-    from benchmarks.peers import PEERS
+    from benchmarks.peers import GPU_PEERS, PEERS
     from benchmarks.problem import LogitsProblem, Truth, error_budget
     from dpo_kernels import use_backend
 
-    batch, tokens, vocab = machine.step_shape
-    while tokens > 1 and 20 * batch * tokens * vocab > machine.free_memory():  # eager's float32 copies
-        tokens //= 2
-    problem = LogitsProblem((batch, tokens, vocab), torch.bfloat16, machine.device, rotating_bytes=0)
-    tiny = LogitsProblem((2, 8, vocab), torch.bfloat16, machine.device, rotating_bytes=0)
-    truth = Truth(tiny)
-    contenders: dict[str, Callable[[], object]] = {}
-    missing, gradients = {}, {}
-
-    def under(backend: str, step: Callable[[], object]) -> Callable[[], object]:
-        def run() -> object:
-            with use_backend(backend):
-                return step()
-
-        return run
-
-    for name, peer in PEERS.items():
-        if reason := "left out" if name in machine.without else peer.why_missing():
-            missing[name] = reason
+    deadline = Deadline(seconds)
+    tables: dict[str, Any] = {}
+    everyone = {**PEERS, **GPU_PEERS}
+    # Ours first, in place before the rest; what compiles for half a minute last.
+    order = sorted(everyone, key=lambda name: (name == "compiled", not everyone[name].ours, name != "ours_inplace"))
+    for batch, tokens, vocab in machine.step_shapes:
+        found: dict[str, Any] = {"shape": [batch, tokens, vocab], "rows": {}, "failed": {}, "not run": {}}
+        tables[f"[{batch}x{tokens}x{vocab}]"] = found
+        if 24 * batch * tokens * vocab > machine.free_memory():
+            found["not run"]["all of them"] = NO_MEMORY
             continue
-        served = [b for b in _served(machine) if b != "eager"] if peer.ours else [None]
-        for backend in served:
-            title = name if backend is None else f"{name} ({backend})"
-            try:
-                tiny.next()
-                step, check = peer(problem).step, peer(tiny).step
-                if backend is not None:
-                    step, check = under(backend, step), under(backend, check)
-                error = truth.error_of(check()).worst
-                gradients[title] = {"error": error, "right": error <= error_budget(torch.bfloat16)}
-                contenders[title] = step
-            except Exception as error:  # as above
-                missing[title] = _reason(error)
-    rows, failed = _compare(machine, contenders, problem.next, rounds=7)
-    return {
-        "shape": [batch, tokens, vocab], "bytes": 4 * problem.nbytes, "rows": rows, "gradients": gradients,
-        "missing": {**missing, **failed},
-    }  # fmt: skip
+        problem = LogitsProblem((batch, tokens, vocab), torch.bfloat16, machine.device, rotating_bytes=0)
+        tiny = LogitsProblem((2, 8, vocab), torch.bfloat16, machine.device, rotating_bytes=0)
+        truth = Truth(tiny)
+        found["bytes"] = 4 * problem.nbytes
+
+        def contenders(
+            problem: Any = problem, tiny: Any = tiny, truth: Any = truth, found: Any = found
+        ) -> Iterator[tuple[str, Any]]:
+            for name in order:
+                peer = everyone[name]
+                if why := "left out" if name in machine.without else peer.why_missing():
+                    found["not run"][name] = why
+                    continue
+                for backend in [b for b in _served(machine) if b != "eager"] if peer.ours else [None]:
+
+                    def build(peer: Any = peer, backend: Any = backend) -> tuple[Callable[[], object], Any]:
+                        def under(step: Callable[[], Any]) -> Any:
+                            with use_backend(backend) if backend else contextlib.nullcontext():
+                                return step()
+
+                        step = peer(problem).step
+                        tiny.next()
+                        error = truth.error_of(under(peer(tiny).step)).worst
+                        verdict = {"error": error, "right": error <= error_budget(torch.bfloat16)}
+                        return lambda: under(step), verdict
+
+                    yield name if backend is None else f"{name} ({backend})", build
+
+        _compare(machine, contenders(), problem.next, deadline, found, lambda: keep({"tables": tables}))
+        del problem, tiny, truth
+    return {"tables": tables}
+
+
+def _linear_tables(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
+    """Loss and gradients from hidden states and the LM head: exact, filtered, frozen head, peers, and the products alone."""
+    import torch
+
+    from benchmarks.linear_problem import LinearCase, LinearProblem, LinearTruth
+    from benchmarks.peers.linear import GPU_PEERS, LINEAR_PEERS
+
+    deadline = Deadline(seconds)
+    tables: dict[str, Any] = {}
+    everyone = {**LINEAR_PEERS, **GPU_PEERS}
+    order = sorted(everyone, key=lambda name: ("compiled" in name, not everyone[name].ours))
+    for frozen in (False, True):
+        for pairs, length, hidden, vocab in shapes:
+            case = LinearCase("", pairs, length, 0.5, hidden, vocab, frozen=frozen, source="random")
+            found: dict[str, Any] = {
+                "rows": {}, "failed": {}, "not run": {}, "products": case.products, "scored": case.scored
+            }  # fmt: skip
+            tables[case.key] = found
+            if deadline.left < 0 or 48 * vocab * hidden > machine.free_memory():
+                found["not run"]["all of them"] = NO_TIME if deadline.left < 0 else NO_MEMORY
+                continue
+            problem = LinearProblem(case, machine.device, torch.bfloat16)
+            truth = LinearTruth(problem)
+            yardstick = truth.error_of(LINEAR_PEERS["eager"](problem).step())
+
+            def contenders(
+                problem: Any = problem, truth: Any = truth, yardstick: Any = yardstick, found: Any = found
+            ) -> Iterator[tuple[str, Any]]:
+                for name in order:
+                    peer = everyone[name]
+                    if why := "left out" if name in machine.without else peer.why_missing():
+                        found["not run"][name] = why
+                        continue
+
+                    def build(peer: Any = peer) -> tuple[Callable[[], object], Any]:
+                        step = peer(problem).step
+                        error = truth.error_of(step())
+                        right = error.within(yardstick, peer.filtered)
+                        return step, {"error": max(error.rows, error.weight), "right": right}
+
+                    yield name, build
+                    if name == "ours":
+                        yield FLOOR, lambda: (_products(problem), None)
+
+            _compare(machine, contenders(), lambda: None, deadline, found, lambda: keep({"tables": tables}))
+            del problem, truth
+    return {"tables": tables}
+
+
+def _products(problem: Any) -> Callable[[], None]:
+    """The dense products that exact gradients cannot do without, by cuBLAS, over the scored rows."""
+    import torch
+
+    rows = problem.hidden.detach()[problem.labels != -100]
+    head = problem.weight.detach()
+    logits = torch.mm(rows, head.t())
+    grad_rows, grad_head = torch.empty_like(rows), torch.empty_like(head)
+
+    def run() -> None:
+        for _ in range(2 if problem.case.reference == "hidden" else 1):
+            torch.mm(rows, head.t(), out=logits)
+        torch.mm(logits, head, out=grad_rows)
+        if not problem.case.frozen:
+            torch.mm(logits.t(), rows, out=grad_head)
+
+    return run
 
 
 def linear(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Loss and gradients from hidden states and the LM head: exact, filtered, frozen head, peers, and the cuBLAS floor."""
-    import torch
+    """The linear path at a wide and a narrow head with Llama 3's vocabulary."""
+    return _linear_tables(machine, seconds, machine.linear_shapes)
 
-    from benchmarks.linear_problem import LinearCase, LinearProblem
-    from benchmarks.peers.linear import LINEAR_PEERS
 
-    deadline = time.monotonic() + 0.8 * seconds
-    tables: dict[str, Any] = {}
-    for pairs, length, hidden, vocab in machine.linear_shapes:
-        for frozen in (False, True):
-            case = LinearCase("", pairs, length, 0.5, hidden, vocab, frozen=frozen, source="random")
-            if time.monotonic() > deadline or 40 * vocab * hidden > machine.free_memory():
-                tables[case.key] = {"not run": "no time or memory left"}
-                continue
-            problem = LinearProblem(case, machine.device, torch.bfloat16)
-            contenders: dict[str, Callable[[], object]] = {}
-            missing = {}
-            for name, peer in LINEAR_PEERS.items():
-                if reason := "left out" if name in machine.without else peer.why_missing():
-                    missing[name] = reason
-                    continue
-                try:
-                    contenders[name] = peer(problem).step
-                except Exception as error:  # as above
-                    missing[name] = _reason(error)
-            rows = problem.hidden.detach()[problem.labels != -100]
-            head = problem.weight.detach()
-
-            def floor(rows: Any = rows, head: Any = head, products: int = case.products) -> None:
-                for _ in range(products):
-                    rows @ head.t()
-
-            contenders["floor: the products alone"] = floor
-            found, failed = _compare(machine, contenders, lambda: None, rounds=5)
-            tables[case.key] = {
-                "rows": found, "missing": {**missing, **failed}, "products": case.products, "scored": case.scored
-            }  # fmt: skip
-            keep({"tables": tables})
-            del problem, contenders
-    return {"tables": tables}
+def small_heads(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """The linear path at SmolLM2-135M's head, and at an odd vocabulary."""
+    return _linear_tables(machine, seconds, machine.small_heads)
 
 
 def head_rates(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
@@ -533,21 +759,26 @@ def head_rates(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     from benchmarks.head_rates import SHAPES, measure
     from dpo_kernels import backends
 
+    deadline = Deadline(seconds)
     rows: dict[str, Any] = {}
+    not_run = []
     for shape in machine.head_shapes or SHAPES:
+        if deadline.left < 0:
+            not_run.append(str(shape))
+            continue
         rows |= measure(machine.seconds, machine.device, backends.default(machine.device), [shape])
         keep({"rows": rows})
-    return {"rows": rows}
+    return {"rows": rows, "left out": not_run}
 
 
 def latency(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Microseconds of a step of 2 pairs x 64 tokens, where the host decides: until done, and until the host is free."""
+    """Microseconds of a step of 2 pairs x 64 tokens: of the device (a graph's replay), of the host, and until all is done."""
     import torch
 
     from benchmarks.peers.eager import textbook_loss
     from dpo_kernels import dpo_loss, use_backend
 
-    vocab, repeats = (32000, 100) if machine.shapes is None else (machine.shapes[0][1], 10)
+    vocab, repeats = machine.latency_vocab, machine.latency_repeats
     logits = torch.randn(4, 64, vocab, device=machine.device, dtype=torch.bfloat16).requires_grad_()
     ref = logits.detach() + 0.1
     labels = torch.randint(vocab, (4, 64), device=machine.device)
@@ -576,58 +807,37 @@ def latency(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
         machine.synchronize()
         done = time.perf_counter() - begin
         found[name] = {"microseconds": 1e6 * done / repeats, "host microseconds": 1e6 * host / repeats}
+        keep({"shape": [4, 64, vocab], "steps": found})
+        found[name]["device microseconds"] = 1e6 * _median(machine.measure(step, replay=True))["median"]
+        keep({"shape": [4, 64, vocab], "steps": found})
 
     for name, step in {**steps, "eager PyTorch": textbook}.items():
-        if reason := _failure(lambda name=name, step=step: measure(name, step)):
-            found[name] = {"failed": reason}
+        if why := failure(lambda name=name, step=step: measure(name, step)):
+            found.setdefault(name, {})["failed"] = why
     return {"shape": [4, 64, vocab], "steps": found}
 
 
 # ---- the sweep of launch parameters: every variant in a process of its own ----
 
 
-def _configure(backend: str, settings: dict[str, int]) -> None:
-    """Make this process run other launch parameters than the default."""
-    import torch
-
-    if backend == "cuda" and settings:
-        from dpo_kernels import _build
-
-        arch = "{}{}".format(*torch.cuda.get_device_capability())
-        library = Path(tempfile.mkdtemp(prefix="dpo_variant_")) / "cuda.so"
-        defines = [f"{name}={value}" for name, value in settings.items()]
-        _build.build_cuda(library, [arch + "a" if arch == "90" else arch], defines)
-        torch.ops.load_library(str(library))
-    elif backend == "triton" and settings:
-        from dpo_kernels.backends.triton import launch
-
-        warps = settings.get("NUM_WARPS", launch.NUM_WARPS)
-        launch.OPTIONS["num_warps"] = warps
-        for name in ("token_logps", "logits_grad"):
-            module = sys.modules[f"dpo_kernels.backends.triton.{name}"]
-            module.LANES, module.UNROLL = 32 * warps, settings.get("UNROLL", launch.UNROLL)  # type: ignore[attr-defined]
-
-
 def variant(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Seconds of every kernel at few and at many rows under the launch parameters in $DPO_VARIANT; printed as JSON."""
+    """Seconds of the CUDA kernels at few and at many rows, with the packed library that $DPO_VARIANT names; printed as JSON."""
     import torch
 
     from dpo_kernels.backends import eager
 
-    wish = json.loads(os.environ["DPO_VARIANT"])
-    _configure(wish["backend"], wish["settings"])
-    stages = _stage_module(wish["backend"], machine)
-    rows, vocab = ((64, 4096), 128256) if machine.shapes is None else ((4, 8), machine.shapes[0][1])
+    stages = machine.load_variant(os.environ["DPO_VARIANT"])
+    vocab = machine.shapes[0][1]
     found: dict[str, float] = {}
-    for tokens in rows:
+    for tokens in machine.sweep_tokens:
         logits, ref, labels = _tensors(machine, tokens, vocab)
         few = (logits[:, :4], labels[:, :4].contiguous(), None)
         ours, theirs = (s.token_logps(*few, **_options(False))[0] for s in (stages, eager))
         if not bool(torch.isclose(ours, theirs, rtol=1e-4, atol=1e-4).all()):
             raise AssertionError("wrong log-probabilities under these parameters")
         for path, job in _jobs(stages, logits, labels, ref).items():
-            found[f"{path} [{tokens}x{vocab}]"] = statistics.median(machine.seconds(job))
-    print(json.dumps({"seconds": found}))
+            found[f"{path} [{tokens}x{vocab}]"] = _median(machine.measure(job, replay=True))["median"]
+    print(json.dumps({"seconds": found}), flush=True)
     return found
 
 
@@ -639,46 +849,41 @@ def _last_object(output: str) -> dict[str, Any] | None:
     return None
 
 
-def _variants(machine: Any) -> Iterator[tuple[str, dict[str, int]]]:
-    """Defaults first, then the backends in turns, so that a short session has seen something of each."""
-    lists = [[(name, v) for v in machine.variants.get(name, ())] for name in _served(machine)]
-    for turn in range(max(map(len, lists), default=0)):
-        yield from (each[turn] for each in lists if turn < len(each))
-
-
 def sweep(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Every kernel under other launch parameters, and the best beside the default."""
-    deadline = time.monotonic() + 0.95 * seconds
-    runs, not_run = [], []
-    for backend, settings in _variants(machine):
-        named = " ".join(f"{k}={v}" for k, v in settings.items()) or "default"
-        left = deadline - time.monotonic()
-        if left < 5:
-            not_run.append(f"{backend} {named}")
+    """The CUDA kernels with every library of the pack (other launch parameters), and the best beside the default."""
+    names = machine.packed_variants()
+    if not names:
+        return {"not run": "no pack, or a pack without variants (--pack DIR builds them)"}
+    deadline = Deadline(seconds)
+    runs: list[dict[str, Any]] = []
+    not_run = []
+    for name in names:
+        if deadline.left < 5:
+            not_run.append(name)
             continue
-        wish = json.dumps({"backend": backend, "settings": settings})
-        status, output = machine.command(["env", f"DPO_VARIANT={wish}", *_child(machine, "variant")], left)
+        status, output = machine.command(["env", f"DPO_VARIANT={name}", *_child(machine, "variant")], deadline.left)
         answer = _last_object(output)
-        if status != 0 or answer is None:
-            runs.append({"backend": backend, "settings": named, "failed": output[-300:] or f"status {status}"})
+        if status == 124:
+            not_run.append(name)
+        elif status != 0 or answer is None:
+            runs.append({"settings": name, "failed": output[-300:] or f"status {status}"})
         else:
-            runs.append({"backend": backend, "settings": named, **answer})
-        keep({"runs": runs, "not run": not_run, "best": best_variants(runs)})
+            runs.append({"settings": name, **answer})
+        keep({"runs": runs, "left out": not_run, "best": best_variants(runs)})
     return {"runs": runs, "left out": not_run, "best": best_variants(runs)}
 
 
 def best_variants(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each backend and kernel the quickest parameters, and how many times quicker than the default they are."""
+    """For each kernel the quickest parameters, and how many times quicker than the default they are."""
+    timed = [run for run in runs if "seconds" in run]
+    default = next((run["seconds"] for run in timed if run["settings"] == gpu_pack.DEFAULT), {})
     best = []
-    for backend in dict.fromkeys(run["backend"] for run in runs):
-        of_backend = [run for run in runs if run["backend"] == backend and "seconds" in run]
-        default = next((run["seconds"] for run in of_backend if run["settings"] == "default"), {})
-        for path, seconds in default.items():
-            quickest = min(of_backend, key=lambda run: run["seconds"].get(path, float("inf")))
-            best.append({
-                "backend": backend, "kernel": path, "default": seconds, "best": quickest["seconds"][path],
-                "settings": quickest["settings"], "gain": seconds / quickest["seconds"][path],
-            })  # fmt: skip
+    for path, seconds in default.items():
+        quickest = min(timed, key=lambda run: run["seconds"].get(path, float("inf")))
+        least = quickest["seconds"][path]
+        best.append({
+            "kernel": path, "default": seconds, "best": least, "settings": quickest["settings"], "gain": seconds / least
+        })  # fmt: skip
     return best
 
 
@@ -689,47 +894,112 @@ def trace(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
     from dpo_kernels import dpo_loss, use_backend
 
-    vocab = 49152 if machine.shapes is None else machine.shapes[0][1]
+    vocab = machine.trace_vocab
     logits = torch.randn(4, 128, vocab, device=machine.device, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(vocab, (4, 128), device=machine.device)
     ref = logits.detach().clone()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if machine.device == "cuda" else [])
+    backend = _served(machine)[0]
 
     def step() -> None:
-        with use_backend(machine.backends[0]):
+        with use_backend(backend):
             dpo_loss(logits, labels, ref_logits=ref).loss.backward()
 
     step()
     with profile(activities=activities) as profiler:
         for _ in range(2):
             step()
+        machine.synchronize()
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "trace.json"
         profiler.export_chrome_trace(str(raw))
         packed = gzip.compress(raw.read_bytes())
-    if len(packed) < MAX_FILE:
-        (out / "trace.json.gz").write_bytes(packed)
-    return {"file": "trace.json.gz", "bytes": len(packed)}
+    if len(packed) > MAX_FILE:
+        return {"not run": f"the trace has {len(packed)} bytes, more than {MAX_FILE}"}
+    (out / "trace.json.gz").write_bytes(packed)
+    return {"file": "trace.json.gz", "bytes": len(packed), "backend": backend}
 
 
 def ncu(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Nsight Compute's account of the main kernels and nothing else, where it is installed and permitted."""
+    """Nsight Compute's account of the main kernels and nothing else; it leaves the card's clocks as they are."""
     tool = shutil.which("ncu")
     if tool is None:
         return {"not run": "ncu is not installed"}
-    arguments = [tool, "--kernel-name", "regex:token_logps|logits_grad", "--launch-count", "24", "--set", "detailed"]
+    arguments = [tool, "--clock-control", "none", "--kernel-name", "regex:token_logps|logits_grad|fused_forward"]
+    arguments += ["--launch-count", "20"]
+    for section in ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats"):
+        arguments += ["--section", section]
     status, output = machine.command([*arguments, *_child(machine, "kernels")], seconds)
-    (out / "ncu.txt").write_text(output[-MAX_FILE // 4 :])
+    write(out / "ncu.txt", output[-MAX_FILE // 4 :])
     if "ERR_NVGPUCTRPERM" in output:
         return {"not run": "this machine does not let users read performance counters", "file": "ncu.txt"}
-    return {"status": status, "file": "ncu.txt"}
+    found = {"status": status, "file": "ncu.txt"}
+    return {**found, "stopped": f"at its limit of {seconds:.0f} s"} if status == 124 else found
+
+
+def trainer(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """Steps of a small random Llama under our trainer, TRL's, and TRL's with our kernels, on the same pairs."""
+    import torch
+
+    for module in ("transformers", "accelerate", "datasets"):
+        if importlib.util.find_spec(module) is None:
+            return {"not run": f"{module} is not installed"}
+    for folder in ("tests", "python"):
+        sys.path.insert(0, str(ROOT / folder))
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trainer.tiny import build_pairs, build_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+    from benchmarks.trainer_run import CONTENDERS, common_arguments
+
+    deadline = Deadline(seconds)
+    steps, batch = machine.trainer_steps, machine.trainer_batch
+    found: dict[str, Any] = {"rows": {}, "failed": {}, "not run": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **machine.trainer_config)).save_pretrained(model)
+        build_tokenizer().save_pretrained(model)
+        pairs = build_pairs(steps * batch)
+        os.environ["DPO_TRAINER_CACHE"] = f"{scratch}/cache"
+        for name in ("ours", "trl", "trl_patched"):  # the patch stays: last
+            if deadline.left < 0:
+                found["not run"][name] = NO_TIME
+                continue
+            if name.startswith("trl") and importlib.util.find_spec("trl") is None:
+                found["not run"][name] = "trl is not installed"
+                continue
+
+            class Stopwatch(TrainerCallback):
+                def __init__(self) -> None:
+                    self.ends: list[float] = []
+
+                def on_step_end(self, *_: Any, **__: Any) -> None:
+                    machine.synchronize()
+                    self.ends.append(time.perf_counter())
+
+            watch = Stopwatch()
+
+            def run(name: str = name, watch: Any = watch) -> None:
+                common = common_arguments(f"{scratch}/{name}", steps, batch, 128, machine.device)
+                made = CONTENDERS[name](model, pairs, common)
+                made.add_callback(watch)
+                made.train()
+                times = [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)]
+                losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+                found["rows"][name] = {"step": statistics.median(times), "losses": losses}
+
+            if why := failure(run):
+                found["failed"][name] = why
+            keep(found)
+    return found
 
 
 #: Stages of the session by name; `small`, `kernels` and `variant` are programs that tools of other stages run.
 STAGES: dict[str, Callable[[Any, Path, float], dict[str, Any]]] = {
     stage.__name__: stage
     for stage in (
-        environment, build, correctness, tests, sanitizer, ceilings, timing, peers, linear, head_rates, latency, sweep,
-        trace, ncu, small, kernels, variant,
+        environment, compile, correctness, ceilings, timing, peers, linear, latency, trace, memcheck, sweep, ncu,
+        more_shapes, small_heads, head_rates, trainer, tests, small, kernels, variant,
     )
 }  # fmt: skip

@@ -1,9 +1,10 @@
-"""What planner.py assumes of a GPU's products, measured: the library's rate, the fused forward's share of it, and whole steps.
+"""Whether the block filter pays on a GPU: the library's rate, the fused forward's share of it, and whole steps.
 
     python -m benchmarks.head_rates [--json FILE]
 
-bfloat16, a tenth of the vocabulary likely. `fused share` is what planner.FUSED_SHARE assumes, `live share` what
-planner.live_share does (of a real model it is another), and the steps say whether the roofline model chose right.
+bfloat16, a tenth of the vocabulary likely. `fused share` is the fused forward's rate over that of the library's product alone,
+`live share` that of the gradient's blocks which are multiplied (of a real model it is another: benchmarks/live_blocks.py). Until
+a card has shown where `filtered step` is the shorter one, `grad_filter="auto"` is exact on GPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels import backends, linear_logps, planner, use_backend
+from dpo_kernels import backends, linear_logps, use_backend
 
 #: Tokens, H, V: SmolLM2-135M's head, a narrow and a wide one with Llama 3's vocabulary.
 SHAPES = ((4096, 576, 49152), (4096, 1024, 128256), (4096, 4096, 128256))
@@ -90,8 +91,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         rate = 2 * tokens * vocab * hidden_size / times["library product"]
         cells = [f"{name} {value:.3g}" for name, value in times.items()]
         lines.append(f"{shape}: library {rate / 1e12:.3g} TFLOP/s; {', '.join(cells)}")
-    assumed = f"assumed: fused share {planner.FUSED_SHARE}, live share {planner.live_share(EPS)}"
-    return "\n".join([*lines, assumed])
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -121,18 +121,21 @@ class LinearProblem:
 
     def __init__(self, case: LinearCase, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(0)
         shape = (2 * case.pairs, case.length)
         self.real = case.source == "text" and model_folder() is not None
+        # Random states are drawn where they are used: a head of 500 million entries takes a CPU ten seconds.
+        place = "cpu" if self.real else device
+        generator = torch.Generator(place).manual_seed(0)
         if self.real:
             hidden, weight, labels = _text_states(case)
         else:
-            hidden = torch.randn(*shape, case.hidden_size, generator=generator)
-            weight = torch.randn(case.vocab, case.hidden_size, generator=generator) * 3 / case.hidden_size**0.5
-            labels = torch.randint(case.vocab, shape, generator=generator)
+            hidden = torch.randn(*shape, case.hidden_size, generator=generator, device=place)
+            weight = torch.randn(case.vocab, case.hidden_size, generator=generator, device=place)
+            weight *= 3 / case.hidden_size**0.5
+            labels = torch.randint(case.vocab, shape, generator=generator, device=place)
         labels[:, : int(case.length * case.prompt)] = -100
         # A reference close to the policy, as in training.
-        ref = hidden + 0.02 * hidden.std() * torch.randn(hidden.shape, generator=generator)
+        ref = hidden + 0.02 * hidden.std() * torch.randn(hidden.shape, generator=generator, device=place)
         self.labels = labels.to(device)
         self.hidden = hidden.to(device, dtype).requires_grad_()
         self.weight = weight.to(device, dtype).requires_grad_(not case.frozen)

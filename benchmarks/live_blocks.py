@@ -4,7 +4,7 @@
     python -m benchmarks.live_blocks --write    and put it into results/live_blocks.json and docs/linear.md
 
 SmolLM2 on the sentiment pairs' text, the exact probabilities on a CPU, blocks of 128 tokens by 128 entries as the kernels cut
-them. planner.LIVE_SHARE is this table's column of the kernels' order (tests/test_planner.py holds them together).
+them.
 """
 
 from __future__ import annotations

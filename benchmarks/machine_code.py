@@ -2,18 +2,39 @@
 
     python -m benchmarks.machine_code [--arch 80 90 100] [--only TEXT] [--json FILE]
 
+    python -m benchmarks.machine_code --markdown          the tables of docs/gpu.md, from the committed results
+    python -m benchmarks.machine_code --markdown --write  put them between the page's markers
+
 One registry of compiled kernels (`SOURCES`) drives the table, the JSON and the tests. For every kernel: registers,
 spills, shared memory, occupancy, and for its main loop (the one that streams logits without masks): instructions and
 MUFU per logit, barriers, shuffles, 128-bit loads and stores, loads issued before the first use.
 
-A streaming kernel reaches the memory's rate only if its instructions issue faster than its bytes arrive and if enough
-bytes are under way (Little's law), so the share of a card's bandwidth is predicted as
+Each figure depends on the compiler, and torch decides which Triton a user has: benchmarks/tritons.py lists them.
 
-    min(1, issue budget / slots, MUFU budget / MUFU, bytes in flight / bytes needed)
+How the share of a card's bandwidth is predicted (`bandwidth_share`; csrc/cuda/token_logps.cuh argues with the same terms).
+Each SM has four schedulers, each with w = resident threads / 128 warps. One iteration of the main loop costs a warp
 
-with, per logit and at full bandwidth, issue budget = SMs x 4 x 32 x clock / (bandwidth / bytes moved per logit), MUFU
-budget likewise with 16 lanes per SM, and bytes needed = bandwidth x latency / SMs, the share of it that is reads. Bytes
-in flight are an average over an iteration: a warp's loads are under way for the latency, and not while it computes.
+    think   the latency of its loads, 700 ns, once for each batch of loads that it asks for before it uses one
+    work    max(instructions, 8 x MUFU) cycles of its scheduler: one instruction a cycle, one MUFU (4 lanes) in 8
+
+The w warps of a scheduler take turns at the work. How long they wait for one another depends on how they are spread in
+time, so two figures are given. t is the time of an iteration, in which each scheduler streams w iterations' bytes:
+
+    low     lock step: all warps wait for memory together, then all compute.     t = think + w x work
+    high    warps arrive independently of one another. A warp that becomes ready finds as many others before it as there
+            are on average with w - 1 warps in all (exact mean-value analysis; Reiser and Lavenberg, JACM 27, 1980):
+            t(w) = think + work x (1 + (w - 1) x (t(w - 1) - think) / t(w - 1))
+
+Neither exceeds w / work, the rate at which a scheduler is never idle. supply = bytes an SM streams in t / bytes that its
+share of the card's bandwidth brings in t. Then two ends: a row begins and ends with about 2 us in which its block has
+nothing under way (label, its logit, first tile; merge and finish), spread over the row's iterations as think; and at
+the end of the launch blocks run dry, evenly over one row's time. The memory stays busy until less than 1 / supply of
+them are left, so with `rounds` = rows / resident blocks
+
+    share = rounds / (rounds + 0.5 / supply^2) if supply >= 1, else supply x rounds / (rounds + 0.5)
+
+Not in it: what the memory itself loses (refresh, row misses, reads between writes). A copy loses that too, so the share
+is one of measured copy bandwidth at least as much as of the peak figures below.
 """
 
 from __future__ import annotations
@@ -32,10 +53,20 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
+#: {version of Triton: figures of its kernels}.
 RESULTS = Path(__file__).parent / "results" / "machine_code.json"
+#: The same of commit bab60ca, whose tiles had three dimensions.
+BEFORE = Path(__file__).parent / "results" / "machine_code_before.json"
+
+PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+BEGIN, END = "<!-- machine-code:begin -->", "<!-- machine-code:end -->"
 
 #: Time from issuing a load to its data under a loaded memory system, seconds.
 LATENCY = 700e-9
+#: Time at the two ends of a row in which its block loads next to nothing: three dependent loads, a merge and the finish.
+ROW_ENDS = 2e-6
+#: The launch that a prediction is for.
+ROWS, VOCAB = 8192, 128256
 
 
 @dataclass(frozen=True)
@@ -79,7 +110,8 @@ class Kernel:
     function: the kernel's symbol where the cubin holds several, else None. logits_per_iteration: of the main loop, per
     thread; None to take it from the widths of the loop's loads (every logit loaded once). streams: False for kernels that
     read no logits, which have no main loop to judge. multiplies: a product of matrices, judged by its tensor instructions
-    and asynchronous copies. narrow: judge the loop for rows that 128-bit loads cannot read.
+    and asynchronous copies. narrow: judge the loop for rows that 128-bit loads cannot read. tensors: of logits that are
+    read, 2 where the reference's row is read beside the policy's.
     """
 
     name: str
@@ -93,6 +125,7 @@ class Kernel:
     streams: bool = True
     narrow: bool = False
     multiplies: bool = False
+    tensors: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +154,7 @@ class Figures:
     stores_narrower: int | None
     loads_before_use: int | None
     bytes_in_flight: int | None
-    bandwidth_share: dict[str, float] | None
+    bandwidth_share: dict[str, tuple[float, float]] | None
     tensor_instructions: int | None = None
     async_copies: int | None = None
     async_narrower: int | None = None
@@ -195,6 +228,16 @@ def _width(instruction: str) -> int:
     )
 
 
+@dataclass(frozen=True)
+class Loop:
+    """What one iteration of a main loop holds, per thread; bytes_asked: by loads issued before the first use of one."""
+
+    instructions: int
+    mufu: int
+    logits: int
+    bytes_asked: int
+
+
 def _is_load(instruction: str) -> bool:
     return opcode(instruction).split(".")[0] in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG")
 
@@ -265,16 +308,32 @@ def _resources(path: str, function: str | None) -> dict[str, int]:
     raise ValueError(f"{path}: no resource usage of {function or 'a kernel'}")
 
 
-def bandwidth_share(kernel: Kernel, slots: float, mufu: float, in_flight: int, instructions: int) -> dict[str, float]:
-    """Predicted share of the memory bandwidth, for the cards of this kernel's architecture."""
-    shares = {}
-    for name, card in CARDS.items():
-        if card.arch == kernel.arch:
-            cycles = card.sms * card.clock * kernel.moved_bytes / card.bandwidth
-            needed = card.bandwidth * LATENCY / card.sms * kernel.logit_bytes / kernel.moved_bytes
-            waiting = LATENCY / (LATENCY + instructions / card.clock)
-            shares[name] = round(min(1.0, cycles * 128 / slots, cycles * 16 / mufu, in_flight * waiting / needed), 3)
-    return shares
+def bandwidth_share(
+    kernel: Kernel, card: Card, loop: Loop, resident_threads: int, rows: int = ROWS, vocab: int = VOCAB
+) -> tuple[float, float]:
+    """(low, high): predicted share of a card's bandwidth for logits [rows, vocab], by the model at the head of this file.
+
+    low: the warps of a scheduler compute in lock step. high: they are independent of one another.
+    """
+    warps = resident_threads // 128
+    tile_bytes = loop.logits * kernel.logit_bytes
+    per_row = max(1.0, vocab * kernel.tensors / (loop.logits * kernel.threads))
+    think = (LATENCY * tile_bytes / loop.bytes_asked + ROW_ENDS / per_row) * card.clock
+    work = max(loop.instructions, 8 * loop.mufu)
+    lock_step = think + warps * work
+    independent = think + work
+    for others in range(1, warps):
+        independent = think + work * (1 + others * (independent - think) / independent)
+    blocks = card.sms * resident_threads // kernel.threads
+    rounds = rows / blocks
+    moved = resident_threads * loop.logits * kernel.moved_bytes
+
+    def share(cycles: float) -> float:
+        supply = moved / (cycles * card.bandwidth / card.sms / card.clock)
+        dry = 0.5 / supply**2 if supply >= 1 else 0.5
+        return round(min(1.0, supply) * rounds / (rounds + dry), 3)
+
+    return share(lock_step), share(independent)
 
 
 def inspect(kernel: Kernel) -> Figures:
@@ -320,7 +379,8 @@ def inspect(kernel: Kernel) -> Figures:
     mufu = operations.count("MUFU") / logits
     waiting, asked = loads_before_use(loop)
     # In unaligned rows neighbouring loads share words, which are under way once.
-    in_flight = min(asked, logits * kernel.logit_bytes) * resident
+    asked = min(asked, logits * kernel.logit_bytes)
+    measured = Loop(len(loop), operations.count("MUFU"), logits, asked)
     return Figures(
         **figures,
         loop_instructions=len(loop),
@@ -335,8 +395,12 @@ def inspect(kernel: Kernel) -> Figures:
         stores_128=sum(width == 16 for width in stores),
         stores_narrower=sum(width < 16 for width in stores),
         loads_before_use=waiting,
-        bytes_in_flight=in_flight,
-        bandwidth_share=bandwidth_share(kernel, slots, mufu, in_flight, len(loop)),
+        bytes_in_flight=asked * resident,
+        bandwidth_share={
+            name: bandwidth_share(kernel, card, measured, resident)
+            for name, card in CARDS.items()
+            if card.arch == kernel.arch
+        },
     )
 
 
@@ -344,7 +408,7 @@ def inspect(kernel: Kernel) -> Figures:
 
 
 @dataclass(frozen=True)
-class _TritonCubin:
+class TritonCubin:
     """Compiles one of the backend's launches ahead of time; no GPU is needed."""
 
     launch: Any
@@ -368,7 +432,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     from dpo_kernels.backends.eager import TokenKL
     from dpo_kernels.backends.triton.launch import LANES
     from dpo_kernels.backends.triton.logits_grad import logits_grad_launch
-    from dpo_kernels.backends.triton.preference_loss import preference_loss_launch, sequence_sums_launch
+    from dpo_kernels.backends.triton.preference_loss import preference_loss_launches, sequence_sums_launches
     from dpo_kernels.backends.triton.token_logps import token_logps_launch
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -382,8 +446,10 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     def streaming(name: str, launch: Any, logit_bytes: int, moved_bytes: int) -> Kernel:
         tensors = 1 if launch.arguments.get("ref_logits") is None else 2
         logits = launch.arguments["UNROLL"] * launch.arguments["GROUP"] * tensors
-        cubin = _TritonCubin(launch, arch)
-        return Kernel(name, arch, cubin, LANES, logit_bytes, moved_bytes, logits_per_iteration=logits)
+        cubin = TritonCubin(launch, arch)
+        return Kernel(
+            name, arch, cubin, LANES, logit_bytes, moved_bytes, logits_per_iteration=logits, tensors=tensors
+        )  # fmt: skip
 
     def forward(name: str, dtype: torch.dtype, statistics: str, vocab: int = 128256, **settings: float) -> Kernel:
         logits = empty(8, 1024, vocab, dtype=dtype)
@@ -435,10 +501,14 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
 
     pairs, sequences, bounds = empty(4), empty(8), empty(9, dtype=torch.int64)
     outputs = (pairs, sequences, sequences, sequences)
-    loss = preference_loss_launch(small, small, small, bounds, None, pairs, pairs, False, outputs)
-    sums = sequence_sums_launch(small, small, None, sequences)
-    for name, launch in (("preference_loss", loss), ("sequence_sums", sums)):
-        yield Kernel(f"triton {name}", arch, _TritonCubin(launch, arch), LANES, streams=False)
+    long = empty(1, 1 << 16)
+    family = (pairs, pairs, False, outputs)
+    launches = preference_loss_launches(small, small, small, bounds, None, *family)
+    launches += preference_loss_launches(long, long, long, bounds, None, *family)
+    launches += sequence_sums_launches(small, small, None, sequences)
+    kernels = ("preference_loss", "compact", "preference_loss, long", "sequence_sums")
+    for name, launch in zip(kernels, launches, strict=True):
+        yield Kernel(f"triton {name}", arch, TritonCubin(launch, arch), LANES, streams=False)
     yield from _fused_kernels(arch)
 
 
@@ -455,7 +525,7 @@ def _fused_kernels(arch: int) -> Iterator[Kernel]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def kernel(name: str, launch: Any, multiplies: bool = True) -> Kernel:
-        cubin = _TritonCubin(launch, arch)
+        cubin = TritonCubin(launch, arch)
         threads = 32 * launch.options["num_warps"]
         return Kernel(f"triton {name}", arch, cubin, threads, streams=False, multiplies=multiplies)
 
@@ -529,7 +599,7 @@ def yardstick(arch: int) -> Iterator[Kernel]:
     lse = torch.empty(8192, device="meta")
     arguments = {"logits": logits, "lse": lse, "stride": 128256, "vocab": 128256, "BLOCK": 8 * LANES}
     launch = Launch(lse_kernel, (8192,), arguments)
-    yield Kernel("yardstick lse bf16", arch, _TritonCubin(launch, arch), LANES, logits_per_iteration=8)
+    yield Kernel("yardstick lse bf16", arch, TritonCubin(launch, arch), LANES, logits_per_iteration=8)
 
 
 #: The registry: each source yields the kernels it has for an architecture.
@@ -547,7 +617,9 @@ def table(rows: Iterable[Figures]) -> str:
             "ld128", "ld<128", "st128", "st<128", "in flight", "bandwidth")  # fmt: skip
     lines = [head]
     for row in rows:
-        shares = "  ".join(f"{card} {share:.0%}" for card, share in (row.bandwidth_share or {}).items())
+        shares = "  ".join(
+            f"{card} {low:.0%} to {high:.0%}" for card, (low, high) in (row.bandwidth_share or {}).items()
+        )
         cells = (
             row.name, row.arch, row.registers, row.spills, row.shared_bytes, row.resident_threads, row.instructions,
             row.loop_instructions, row.slots_per_logit, row.mufu_per_logit, row.loop_barriers, row.loop_shuffles,
@@ -565,22 +637,105 @@ def table(rows: Iterable[Figures]) -> str:
     )
 
 
-def _inspect_numbered(job: tuple[int, int]) -> Figures:
-    """Worker: a kernel is named by its place in the registry, since what compiles it does not travel between processes."""
+def _inspect_numbered(job: tuple[int, int]) -> Figures | str:
+    """Worker: a kernel is named by its place in the registry, since what compiles it does not travel between processes.
+
+    The error's text where it does not compile, so that the others' figures are not lost.
+    """
     arch, index = job
-    return inspect(kernels([arch])[index])
+    kernel = kernels([arch])[index]
+    try:
+        return inspect(kernel)
+    except Exception as error:
+        return f"{kernel.name}, sm_{arch}: {type(error).__name__}: {error}"
+
+
+def read_json(path: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """The figures of a file, by version of Triton."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: Path, rows: Iterable[Figures]) -> None:
-    """Write the figures, in the place of what the file says of the same kernels; its other rows stay."""
+    """Write the figures, in the place of what the file says of the same kernels and Triton; its other rows stay."""
     import triton
 
-    report = json.loads(path.read_text()) if path.exists() else {"tools": {}, "kernels": []}
-    found = {(row["name"], row["arch"]): row for row in report["kernels"]}
+    report = read_json(path)
+    found = {(row["name"], row["arch"]): row for row in report.get(triton.__version__, [])}
     found.update({(row.name, row.arch): asdict(row) for row in rows})
-    report["tools"]["triton"] = triton.__version__
-    report["kernels"] = [found[key] for key in sorted(found)]
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    report[triton.__version__] = [found[key] for key in sorted(found)]
+    # A line for each kernel: short enough to read, and a change shows which.
+    versions = (
+        f"{json.dumps(version)}: [\n" + ",\n".join(map(json.dumps, report[version])) + "\n]"
+        for version in sorted(report)
+    )
+    path.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def _cell(rows: dict[tuple[str, int], dict[str, Any]], key: tuple[str, int], shuffles: bool) -> str:
+    if key not in rows:
+        return "-"
+    row = rows[key]
+    note = f" ({row['loop_shuffles']})" if shuffles and row["loop_shuffles"] else ""
+    return f"{row['slots_per_logit']:.2f}{note}"
+
+
+def markdown() -> str:
+    """The tables of docs/gpu.md: issue slots a logit before and after by Triton and architecture, and predicted shares."""
+
+    def streaming(path: Path) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
+        return {
+            version: {(row["name"], row["arch"]): row for row in rows if row["slots_per_logit"] is not None}
+            for version, rows in read_json(path).items()
+        }
+
+    now, before = streaming(RESULTS), streaming(BEFORE)
+    names = sorted({name for rows in now.values() for name, _ in rows if name.startswith("triton")})
+    versions = sorted(now, key=lambda version: [int(number) for number in re.findall(r"\d+", version)])
+    lines = [
+        "Issue slots a logit in the main loop, for each Triton that a supported torch brings. *before*: tiles of three",
+        "dimensions, whose layout the compiler chose. In parentheses: shuffles in that loop, where there are any.",
+    ]
+    for arch in ARCHITECTURES:
+        columns = [
+            (f"{version} {when}", rows.get(version, {}))
+            for version in sorted(now)
+            for when, rows in (("before", before), ("now", now))
+        ]
+        lines += ["", f"**sm_{arch}**", "", "| kernel | " + " | ".join(head for head, _ in columns) + " |"]
+        lines.append("|---|" + "---:|" * len(columns))
+        for name in names:
+            cells = [_cell(rows, (name, arch), shuffles=True) for _, rows in columns]
+            if any(cell != "-" for cell in cells):
+                lines.append(f"| {name.removeprefix('triton ')} | " + " | ".join(cells) + " |")
+    newest = versions[-1]
+    lines += [
+        "",
+        f"Predicted share of a card's memory bandwidth at [{ROWS:,} x {VOCAB:,}], Triton {newest}. The two figures are bounds:",
+        "the warps of a scheduler compute in lock step, or independently of one another (the model is written down in",
+        "`benchmarks/machine_code.py`). No GPU has measured it.",
+        "",
+        "| kernel | " + " | ".join(CARDS) + " |",
+        "|---|" + "---:|" * len(CARDS),
+    ]
+    for name in names:
+        cells = []
+        for card, figures in CARDS.items():
+            share = now[newest].get((name, figures.arch), {}).get("bandwidth_share", {}).get(card)
+            cells.append("-" if share is None else f"{share[0]:.0%} to {share[1]:.0%}")
+        lines.append(f"| {name.removeprefix('triton ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def with_tables(page: str) -> str:
+    """The page with what stands between its markers made anew."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{PAGE} lacks the markers {BEGIN} and {END}")
+    return f"{before}{begin}\n\n{markdown()}\n\n{end}{after}"
 
 
 def main() -> None:
@@ -589,7 +744,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose name contains this text")
     parser.add_argument("--json", type=Path, help="write the figures here; rows of kernels not inspected now are kept")
     parser.add_argument("--jobs", type=int, default=min(4, len(os.sched_getaffinity(0))))
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/gpu.md; nothing is compiled")
+    parser.add_argument("--write", action="store_true", help="with --markdown: put them into the page")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        if arguments.write:
+            PAGE.write_text(with_tables(PAGE.read_text()))
+        else:
+            print(markdown())
+        return
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("machine code cannot be compiled under TRITON_INTERPRET=1: unset it")
     jobs = [
@@ -599,10 +762,13 @@ def main() -> None:
         if arguments.only in kernel.name
     ]
     with ProcessPoolExecutor(max_workers=arguments.jobs) as pool:
-        rows = list(pool.map(_inspect_numbered, jobs))
+        results = list(pool.map(_inspect_numbered, jobs))
+    rows = [result for result in results if isinstance(result, Figures)]
     print(table(rows))
     if arguments.json:
         write_json(arguments.json, rows)
+    if failed := [result for result in results if isinstance(result, str)]:
+        sys.exit("these kernels do not compile:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

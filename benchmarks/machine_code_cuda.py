@@ -143,12 +143,13 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
         size = _SIZES[policy]
         yield Kernel(
             f"cuda token_logps {policy} {name}", arch, _Cubin("forward", arch), ROW_THREADS, size, moved_bytes=size,
-            function=_traits(policy, reference, *flags)[1],
+            function=_traits(policy, reference, *flags)[1], tensors=1 if reference is None else 2,
         )  # fmt: skip
     for name, reference, *flags in SHIFTED:
         yield Kernel(
             f"cuda token_logps bf16 {name}, V odd", arch, _Cubin("forward", arch), ROW_THREADS, 2, moved_bytes=2,
             function=_traits("bf16", reference, *flags)[1], logits_per_iteration=32, narrow=True,
+            tensors=1 if reference is None else 2,
         )  # fmt: skip
     for name, dtype, reference, *flags in BACKWARD:
         size = _SIZES[dtype]
@@ -156,7 +157,7 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
         moved = 2 * size if reference is None else 3 * size // 2
         yield Kernel(
             f"cuda logits_grad {dtype} {name}".strip(), arch, _Cubin("logits_grad.cu", arch), GRAD_THREADS, size,
-            moved_bytes=moved,
+            moved_bytes=moved, tensors=1 if reference is None else 2,
             function=_symbol("logits_grad", "GradTraits", "LogitsGradParams", dtype, reference, *flags),
         )  # fmt: skip
     for stage, threads, params in (

@@ -124,13 +124,14 @@ def render(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def with_block(text: str, block: str) -> str:
-    """The README's text with the block between its markers. Raises ValueError where a marker is missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README must hold {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{block}\n{END}{after}" if block else f"{before}{BEGIN}\n{END}{after}"
+def with_block(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
+    """A page's text with the block between its markers. Raises ValueError where a marker is missing."""
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page must hold {begin} and {end} once each")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}\n{block}\n{end}{after}" if block else f"{before}{begin}\n{end}{after}"
 
 
 def main() -> int:

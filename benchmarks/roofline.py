@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpo_kernels.planner import LIVE_SHARE
-
 
 @dataclass(frozen=True)
 class Ceiling:
@@ -56,10 +54,17 @@ class Work:
 #: Bytes per logit, in units of one logit's size: reads of the policy and of the reference, writes of the gradient.
 LOGITS_PATHS = {
     "token_logps": 1,
+    "token_logps with statistics": 1,
     "token_logps with reference": 2,
+    "token_logps with reference and kl": 2,
+    "single-launch forward with reference": 2,
     "logits_grad": 2,
+    "logits_grad with kl": 3,
     "step: policy, reference, gradient": 4,
 }
+
+#: Live share of the blocks of a real softmax at eps = 2^-10 (benchmarks/live_blocks.py).
+LIVE_SHARE = json.loads((Path(__file__).parent / "results" / "live_blocks.json").read_text())["2^-10"]["mean logit"]
 
 #: Matrix products in units of N H V flops, and logits traffic in bytes per 16-bit logit when chunks do not stay in L2.
 #: exact: policy projection, dH, dW (6) and the reference's projection (2); the policy's logits are written, read for the
@@ -68,12 +73,12 @@ LINEAR_PATHS = {
     "linear exact": (8.0, 16),
     # Two projections, and the live share of the gradient's blocks at 2^-10 (results/live_blocks.json). The policy's logits are
     # stored and read once (4), dz is written and read twice where it is live, the reference's logits are stored too (2).
-    "linear filtered": (4 + 4 * LIVE_SHARE[10], 6 + 6 * LIVE_SHARE[10]),
+    "linear filtered": (4 + 4 * LIVE_SHARE, 6 + 6 * LIVE_SHARE),
     "linear frozen head": (6.0, 14),
     "linear log-probs only": (2.0, 4),
 }
 
-LOGITS_SHAPES = ((1024, 49152), (4096, 50257), (8192, 128256), (16384, 151669), (4096, 262144))
+LOGITS_SHAPES = ((1024, 49152), (4096, 50257), (16384, 32000), (8192, 128256), (4096, 151669), (4096, 262144))
 LINEAR_SHAPES = ((4096, 49152, 576), (8192, 128256, 2048), (8192, 128256, 4096), (16384, 151669, 5120))
 
 

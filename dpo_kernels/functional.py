@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,9 @@ class _Batch:
     cu_seqlens: Tensor | None
     sequences: int
     backend: str
+    given_bounds: Tensor | None = (
+        None  # cu_seqlens as they came, where they lie on an accelerator and wait to be checked
+    )
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor, ignore_index: int = -100) -> Tensor:
@@ -90,12 +93,15 @@ def _prepare(
     _check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, f"one label per row of {name}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 (or int32) token ids; got {labels.dtype}")
+    given_bounds = None
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"cu_seqlens must be a vector of integers [2P + 1]; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
         _check_tensor("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), logits.device, "")
+        if cu_seqlens.device.type != "cpu":
+            given_bounds, cu_seqlens = cu_seqlens, ops.rising_bounds(cu_seqlens, logits.shape[0])
         cu_seqlens = cu_seqlens.to(torch.int64)
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
     labels = labels.to(torch.int64)
@@ -110,7 +116,7 @@ def _prepare(
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     backend = backends.resolve(logits.device.type, logits.dtype)
     vocab = logits.shape[-1] if vocab is None else vocab
-    return _Batch(logits, vocab, labels, weights, cu_seqlens, sequences, backend)
+    return _Batch(logits, vocab, labels, weights, cu_seqlens, sequences, backend, given_bounds)
 
 
 def _check_softcap(logit_softcap: float | None) -> float:
@@ -177,7 +183,9 @@ def dpo_loss(
             `Pairs`, or a sequence of these.
         loss_weights: one weight per entry of a `loss_type` sequence (default 1 each).
         label_smoothing: probability that a pair's label is wrong, a number or [P].
-        cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, from 0 to at most N.
+        cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, from 0 to at most N. Bounds that do
+            not rise, or leave [0, N], raise on CPU. On a GPU they are moved to the nearest that do (a sequence may come
+            out empty), and `DPOOutput.metrics()` raises.
         token_weights: like `labels`; weights of the tokens in their sequence's sum. 0 skips the token.
         pair_weights: [P], multiplies each pair's loss (confidence scores); the mean stays over P.
         ignore_index: the label to skip.
@@ -348,7 +356,7 @@ def _output(
         chosen_rewards=rewards[:pairs],
         rejected_rewards=rewards[pairs:],
         token_counts=counts,
-        _check=_late_label_check(batch, ignore_index),
+        _check=_late_check(batch, ignore_index),
         **means,
     )
 
@@ -408,13 +416,20 @@ def _check_statistics(statistics: Sequence[str], known: tuple[str, ...] = STATIS
     return tuple(name for name in known if name in statistics)
 
 
-def _late_label_check(batch: _Batch, ignore_index: int):
+def _late_check(batch: _Batch, ignore_index: int) -> Callable[[], None] | None:
+    """What looks at labels and bounds when somebody waits for the device anyway, or None where all was looked at."""
     # CPU kernels have looked already; a compiled graph cannot return a closure.
     looked = batch.logits.device.type == "cpu" and batch.backend in ("eager", "cpu")
     if looked or torch.compiler.is_compiling():
         return None
-    labels, vocab = batch.labels, batch.vocab
-    return lambda: check_labels(labels, vocab, ignore_index)
+    labels, vocab, bounds = batch.labels, batch.vocab, batch.given_bounds
+
+    def check() -> None:
+        check_labels(labels, vocab, ignore_index)
+        if bounds is not None:
+            ops.check_bounds(bounds, labels.shape[1])
+
+    return check
 
 
 def sequence_logps(
@@ -488,18 +503,17 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> tuple[float, bool]:
-    """(threshold on probabilities, 0 for exact gradients; whether the caller named it)."""
+def _grad_filter(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> float:
+    """The threshold on probabilities, 0 for exact gradients."""
     if grad_filter is None:
-        return 0.0, False
+        return 0.0
     if isinstance(grad_filter, str):
         if grad_filter != "auto":
             raise ValueError(f'grad_filter must be None (exact), "auto" or a probability; got {grad_filter!r}')
-        automatic = linear.AUTO_FILTER if backend == "cpu" else linear.AUTO_BLOCKS
-        return automatic.get(dtype, 0.0), False
+        return linear.AUTO_FILTER.get(dtype, 0.0) if backend == "cpu" else 0.0
     if not 0.0 < grad_filter < 1.0:
         raise ValueError(f"grad_filter must lie in (0, 1), a probability; got {grad_filter}")
-    return float(grad_filter), True
+    return float(grad_filter)
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:
@@ -524,7 +538,7 @@ def _linear_call(
 ) -> linear.Call:
     hidden = batch.logits
     dtype = _compute_dtype(hidden)
-    eps, asked = _grad_filter(grad_filter, dtype, batch.backend)
+    eps = _grad_filter(grad_filter, dtype, batch.backend)
     if terms:
         eps = 0.0  # the lists hold the gradient of a log-probability, not that of a KL
     call = linear.Call(
@@ -550,16 +564,16 @@ def _linear_call(
         head, scalar_loss=scalar_loss, couples_pairs=couples_pairs, filtered=entries
     )
     device = linear.device_of(batch.backend, hidden.device, dtype)
-    fused, blocks, why = planner.fuse(head, strategy, device, eps=eps, asked=asked)
+    fused, why = planner.fuse(head, strategy, device, eps)
     call = replace(
         call,
-        eps=eps if entries or blocks else 0.0,
+        eps=eps if entries or fused else 0.0,
         fused=fused,
         strategy=strategy,
         reason=f"{reason}; {why}" if why else reason,
     )
     head = call.sizes(hidden.shape[-1], batch.vocab)
-    return replace(call, budget=planner.budget_of(memory_budget, head, strategy))
+    return replace(call, budget=planner.budget_of(memory_budget, head, strategy, device.memory))
 
 
 def linear_dpo_loss(
@@ -608,10 +622,11 @@ def linear_dpo_loss(
         ref_logps: or the reference's sequence sums [2P].
         memory_budget: bytes, or a text such as "256MB", for what is held beside the tensors, their gradients and the
             kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB; where that
-            gradient does not exist meanwhile (frozen head, filter), room for 512 tokens, at most all of it.
+            gradient does not exist meanwhile (frozen head, filter), room for 512 tokens, at most all of it; on a GPU at
+            least 3% of its memory, and less where the card has less to give.
         grad_filter: None for exact gradients; a probability eps to leave entries with p <= eps out of the backward's
             products, one by one on a CPU, by blocks of 128 tokens and 128 entries on GPUs with Triton; "auto" for the
-            dtype's own (exact in float32 and float64), on GPUs where it pays. The dropped mass goes back as a uniform tail.
+            dtype's own on a CPU (exact in float32 and float64), exact on a GPU. The dropped mass goes back as a uniform tail.
         statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"; "kl" needs `ref_hidden`.
         kl_coef: as in `dpo_loss`; needs `ref_hidden`. With it, and with TDPO's objectives, gradients are exact, and of a
             pair beyond the budget the reference is projected twice as well.

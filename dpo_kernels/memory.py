@@ -1,4 +1,4 @@
-"""Fresh memory for what is large and written once: the gradient of logits, of a head, a chunk's logits."""
+"""Memory for what is large and written once, the gradient of logits, of a head, a chunk's logits, and whether it is there."""
 
 from __future__ import annotations
 
@@ -23,3 +23,30 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
         if prefer is not None:
             prefer(tensor)
     return tensor
+
+
+#: GPUs that once had less to give than a call asked for.
+_short: set[torch.device] = set()
+
+
+def available(device: torch.device, *sizes: int) -> bool:
+    """Whether these blocks, in bytes, can be had together now. They are asked for and given back, to torch's allocator.
+
+    On a CPU the answer is yes. On a GPU asking costs nothing where the allocator holds the memory already. Where it fails,
+    torch has returned all its free memory to the driver, which waits for the device; so a GPU that was once short is asked
+    for its free memory first.
+    """
+    if device.type != "cuda":
+        return True
+    if device in _short:
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if sum(sizes) > free:
+            return False
+    try:
+        blocks = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    except torch.cuda.OutOfMemoryError:
+        _short.add(device)
+        return False
+    del blocks
+    return True

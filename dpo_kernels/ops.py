@@ -96,13 +96,31 @@ def _token_logps(
     )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
-    # On an accelerator the check would synchronise; there the kernels clamp spans to the tokens that exist.
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
-        return
+def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise ValueError unless cu_seqlens rises from 0 to at most `tokens`. Waits for the device."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] > tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to at most {tokens} (the number of tokens); got {bounds}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
+    # On an accelerator the check would wait for the device; `rising_bounds` stands in for it.
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        check_bounds(cu_seqlens, tokens)
+
+
+def rising_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """cu_seqlens with every bound moved into [0, tokens], and up to the largest bound before it.
+
+    Bounds that were right stay as they are. Wrong ones then name sequences that exist and do not overlap, so no kernel
+    reads or writes elsewhere, and each token's gradient goes through the one sequence that its log-probability was added to.
+    """
+    return cu_seqlens.clamp(0, tokens).cummax(0).values
+
+
+def owners(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The sequence of each of `tokens` packed tokens, [tokens] int64; -1 or S for a token of none of the S sequences."""
+    return torch.bucketize(torch.arange(tokens, device=cu_seqlens.device), cu_seqlens, right=True) - 1
 
 
 def _sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
@@ -422,10 +440,9 @@ def _spread(per_sequence: Tensor, weights: Tensor, cu_seqlens: Tensor | None) ->
     if cu_seqlens is None:
         spread = per_sequence.unsqueeze(-1)
     else:
-        position = torch.arange(weights.shape[1], device=weights.device)
-        owner = torch.bucketize(position, cu_seqlens[1:], right=True)
-        # Tokens behind the last sequence belong to nobody: they meet the appended 0.
-        spread = torch.cat([per_sequence, per_sequence.new_zeros(1)])[owner].unsqueeze(0)
+        # Both -1 and S find the appended 0: tokens before the first and behind the last sequence belong to nobody.
+        by_owner = torch.cat([per_sequence, per_sequence.new_zeros(1)])
+        spread = by_owner[owners(cu_seqlens, weights.shape[1])].unsqueeze(0)
     return torch.where(weights != 0, weights * spread, 0.0)
 
 

@@ -42,7 +42,7 @@ class DPOOutput:
     accuracy: Tensor | None = None
     mean_logits: Tensor | None = None
     grad_dropped_mass: Tensor | None = None
-    #: Raises if a label was out of range; run by metrics(), which waits for the device anyway.
+    #: Raises if a label or a sequence bound was out of range; run by metrics(), which waits for the device anyway.
     _check: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     def _per_token(self, values: Tensor, part: slice) -> Tensor:
@@ -60,7 +60,8 @@ class DPOOutput:
         (ours: exact mean per-token KL).
 
         Raises:
-            ValueError: a label was outside the vocabulary (GPU backends find out only now; the loss is NaN).
+            ValueError: a label was outside the vocabulary (its pair's loss is NaN), or cu_seqlens did not rise within the
+                tokens. GPU backends find out only now.
         """
         if self._check is not None:
             self._check()

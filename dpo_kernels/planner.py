@@ -11,8 +11,8 @@ a label and a weight), H is the hidden size, V the vocabulary. One product of [N
     kept_logits    any gradient; the scored tokens' logits fit in the budget         3
     two_pass       any gradient; the backward projects again                         4
 
-On a GPU the products are the library's, with the stages between them, or those of the fused kernels (backends/triton:
-linear_logps, linear_grad), which keep logits on chip and leave out blocks of the gradient: `fuse` weighs them.
+On a GPU the products are the library's, with the stages between them. The fused kernels (backends/triton: linear_logps,
+linear_grad) keep logits on chip and leave out blocks of the gradient; they serve where the caller gives a threshold (`fuse`).
 
 A reference that is projected too (`ref_hidden`) adds one product to each. A differentiated token-level KL (kl_coef, TDPO)
 takes whole_pairs or two_pass, whose recomputation then covers the reference as well.
@@ -20,60 +20,76 @@ takes whole_pairs or two_pass, whose recomputation then covers the reference as 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
+#: What the planner assumes. Nothing else in this module is a guess or a matter of taste.
+#:
+#: default budget, at least, in bytes; and at least for a trainer's step, whose activations take gigabytes.
+_FLOOR, _STEP_FLOOR = 64 * 2**20, 256 * 2**20
+#: Share of a card's memory that a call may borrow unasked: 2.4 GiB of 80 GB, 8,192 tokens' 16-bit logits at V = 128k.
+GPU_SHARE = 0.03
+#: Rows of a chunk beyond which a CPU's products gain little; half as many cost 10%, as each product packs the whole head.
+_WIDE_ROWS = 512
 #: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear/chunk.py).
 WIDENED_COLUMNS = 2048
 #: Small float64 values per token in flight: log-probabilities, statistics, weights, indices.
 _SMALL_BYTES = 16 * 8
+#: Bytes of a CPU's cache line, and elements that rows of logits on a GPU are a multiple of.
+_LINE, _GPU_ROW = 64, 64
+#: How the fused kernels cut: blocks, segments, partial results a segment, and splits of the vocabulary.
+_BLOCK, _SEGMENT, _PARTS, _SPLITS = 128, 2048, 7, 4
+
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_FLOOR, _STEP_FLOOR = 64 * 2**20, 256 * 2**20
-#: Rows of a chunk beyond which a CPU's products gain little; half as many cost 10%, as each product packs the whole head.
-_WIDE_ROWS = 512
-#: Bytes of a CPU's cache line.
-_LINE = 64
 #: Strategies whose chunks are gone before a gradient of the head is made, if one ever is.
 _CHUNKS_ALONE = ("forward", "frozen_head", "filtered")
 
 
-def row_stride(vocab: int, item_size: int) -> int:
-    """Elements from one row of a CPU's logits buffer to the next: an odd number of cache lines.
+def row_stride(vocab: int, item_size: int, device_type: str = "cpu") -> int:
+    """Elements from one row of a logits buffer to the next.
 
-    Where rows lie a multiple of 4 KB apart, as with V = 49,152, a column of them falls into one set of the first-level
-    cache, and products that go down columns evict what they are about to use.
+    CPU: an odd number of cache lines. Where rows lie a multiple of 4 KB apart, as with V = 49,152, a column of them falls into
+    one set of the first-level cache, and products that go down columns evict what they are about to use.
+    GPU: a multiple of 64 elements. Rows of an odd V, such as 50,257 or 151,669, would otherwise start at any address, and
+    cuBLAS and the kernels read them an element at a time instead of 16 bytes.
     """
+    if device_type != "cpu":
+        return -(-vocab // _GPU_ROW) * _GPU_ROW
     lines = -(-vocab * item_size // _LINE)
     return (lines + 1 - lines % 2) * _LINE // item_size
 
 
-def default_budget(hidden_size: int, vocab: int, wide_bytes: int = 0) -> int:
-    """Half of what a float32 gradient of the head takes, at least 64 MiB, in bytes.
+def default_budget(hidden_size: int, vocab: int, wide_bytes: int = 0, memory: int = 0) -> int:
+    """Half of what a float32 gradient of the head takes, at least 64 MiB, in bytes; on a GPU at least GPU_SHARE of `memory`.
 
     A step that trains the head holds that gradient anyway, so the chunks never decide whether a batch fits. Chunks that
-    never meet it may take `wide_bytes`, but no more than it would.
+    never meet it may take `wide_bytes`, but no more than it would. A GPU's call asks for its budget before it starts, and
+    takes smaller chunks where the card has less to give (memory.py).
+
+    Args:
+        memory: bytes of the card, 0 on a CPU.
     """
     gradient = 4 * hidden_size * vocab
-    return max(_FLOOR, gradient // 2, min(gradient, wide_bytes))
+    return max(_FLOOR, gradient // 2, min(gradient, wide_bytes), int(GPU_SHARE * memory))
 
 
-def step_budget(hidden_size: int, vocab: int) -> int:
+def step_budget(hidden_size: int, vocab: int, memory: int = 0) -> int:
     """What a trainer's step takes where nobody says, in bytes: `default_budget`, but at least 256 MiB.
 
-    Its activations take gigabytes, beside which the default, made for lean calls, is thrift in the wrong place: a pair of 600
-    tokens is whole here (V = 49,152, float32, with a KL), or 1,300 tokens' logits are kept for the backward, and none is
-    projected twice.
+    Its activations take gigabytes beside which a larger buffer is cheap: a pair of 600 tokens is whole here (V = 49,152,
+    float32, with a KL), or 1,300 tokens' logits are kept for the backward, and none is projected twice. On an 80 GB card the
+    16-bit logits of 8,192 tokens wait at V = 128k.
     """
-    return max(_STEP_FLOOR, default_budget(hidden_size, vocab))
+    return max(_STEP_FLOOR, default_budget(hidden_size, vocab, memory=memory))
 
 
-def budget_of(memory_budget: int | str | None, head: Head, strategy: str) -> int:
+def budget_of(memory_budget: int | str | None, head: Head, strategy: str, memory: int = 0) -> int:
     """The bytes that a call may use: as given, or the strategy's default. Raises as `parse_budget`."""
     if memory_budget is None:
-        return default_budget(head.hidden_size, head.vocab, _WIDE_ROWS * head.row_bytes * (strategy in _CHUNKS_ALONE))
+        wide = _WIDE_ROWS * head.row_bytes * (strategy in _CHUNKS_ALONE)
+        return default_budget(head.hidden_size, head.vocab, wide, memory)
     return parse_budget(memory_budget, head.hidden_size, head.vocab)
 
 
@@ -100,50 +116,20 @@ def parse_budget(memory_budget: int | str | None, hidden_size: int, vocab: int) 
 
 @dataclass(frozen=True)
 class Device:
-    """What multiplies: the rates that the choice between library and fused kernels rests on.
+    """Where a call runs.
 
     Attributes:
-        name: "cpu", or "sm_90" and so on.
-        flops: 16-bit products of the library, per second, at the sizes of a head; 0 where there is nothing to choose.
-        bandwidth: of the memory, bytes per second.
-        issue: instructions of single lanes per second.
+        type: torch's name, "cpu" or "cuda".
+        memory: bytes of the card, 0 on a CPU.
         fused: whether the fused kernels can run.
     """
 
-    name: str
-    flops: float = 0.0
-    bandwidth: float = 0.0
-    issue: float = 0.0
+    type: str = "cpu"
+    memory: int = 0
     fused: bool = False
 
 
-CPU = Device("cpu")
-#: By compute capability: 0.7 of an A100's, H100's and B200's dense 16-bit peak, and 0.9 of the peak bandwidth.
-GPUS = {
-    80: Device("sm_80", 0.22e15, 1.8e12, 19.5e12, True),
-    90: Device("sm_90", 0.69e15, 3.0e12, 29.7e12, True),
-    100: Device("sm_100", 1.57e15, 7.2e12, 35.0e12, True),
-}
-#: What the fused kernels' products reach of the library's rate. An assumption: no GPU has been at hand to measure it
-#: (benchmarks/head_rates.py would).
-FUSED_SHARE = 0.8
-#: What the model must promise before the fused kernels are taken unasked: its rates are assumptions, not measurements.
-MARGIN = 1.1
-#: Live blocks of a trained model's softmax at eps = 2^-k (benchmarks/live_blocks.py; a test holds them together).
-LIVE_SHARE = {8: 0.342, 10: 0.558, 12: 0.751, 16: 0.947, 20: 0.997}
-#: Issue slots of a logit beside its products: in the fused forward, and in the recomputed gradient.
-_FORWARD_SLOTS, _GRADIENT_SLOTS = 9, 11
-#: Bytes per 16-bit logit that a strategy of the library's products moves, beside what the products read again: stage 1 has
-#: 2 written and 2 read, stage 3 reads and writes 2, and each product of a gradient reads 2.
-_STAGE_1, _STAGE_3, _PRODUCT = 4, 4, 2
-_BLOCK = 128
-_SEGMENT, _PARTS, _SPLITS = 2048, 7, 4
-
-
-def gpu(capability: int, *, fused: bool) -> Device:
-    """The device of a compute capability (90 for 9.0): the newest known one that is no newer."""
-    known = max((number for number in GPUS if number <= capability), default=min(GPUS))
-    return replace(GPUS[known], fused=fused)
+CPU = Device()
 
 
 @dataclass(frozen=True)
@@ -158,8 +144,8 @@ class Head:
         kl: policy and reference logits are needed side by side.
         widens: 16-bit products whose dW is accumulated by widening on the CPU.
         kl_gradient: a token-level KL is differentiated, so a gradient needs both models' logits of a token at once.
-        fused: the products are the fused kernels'.
-        blocks: the gradient leaves out blocks without probability; only with `fused`.
+        fused: the products are the fused kernels', which leave out the gradient's blocks without probability.
+        device_type: "cpu", or the GPU's.
     """
 
     hidden_size: int
@@ -172,14 +158,14 @@ class Head:
     widens: bool = False
     kl_gradient: bool = False
     fused: bool = False
-    blocks: bool = False
+    device_type: str = "cpu"
 
     @property
     def row_bytes(self) -> int:
         """Working bytes per token of a chunk: its logits, and what the stages and products need beside them."""
         if self.fused:
             return self._fused_row_bytes
-        row = row_stride(self.vocab, self.item_size) * self.item_size
+        row = row_stride(self.vocab, self.item_size, self.device_type) * self.item_size
         logits = row * (2 if self.kl and self.projects_reference else 1)
         gathered = 3 * self.hidden_size * self.item_size
         widened = 4 * (min(self.vocab, WIDENED_COLUMNS) + self.hidden_size) if self.widens and self.needs_weight else 0
@@ -188,8 +174,6 @@ class Head:
     @property
     def _fused_row_bytes(self) -> int:
         parts = 4 * _PARTS * -(-self.vocab // _SEGMENT)
-        if not self.blocks:
-            return 2 * self.hidden_size * self.item_size + parts + _SMALL_BYTES
         columns = -(-self.vocab // _BLOCK)
         dropped = 2 * 4 * columns
         gradient = 4 * (_SPLITS + 2) * self.hidden_size
@@ -277,64 +261,21 @@ def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filte
     return "two_pass", "the upstream gradient is known only in the backward"
 
 
-def seconds(head: Head, strategy: str, device: Device, *, fused: bool, live: float = 1.0) -> float:
-    """Time per token of a strategy's products and passes by the roofline model: products and memory traffic, one after the
-    other, which is how the library's products and the stages run.
-
-    Args:
-        fused: by the fused kernels; whole_pairs then stores its logits and two_pass projects again.
-        live: share of the gradient's blocks that are multiplied.
-    """
-    gradients = head.needs_hidden + head.needs_weight
-    reference = int(head.projects_reference)
-    again = int(strategy == "two_pass")
-    if strategy == "forward":
-        gradients = 0
-    if fused:
-        products = 1 + reference + again + live * gradients
-        stored = 2 * (1 + reference) if strategy == "whole_pairs" else 0
-        traffic = stored + (live * (2 + _PRODUCT * gradients) + (2 if stored else 0) if gradients else 0)
-        slots = (1 + reference) * _FORWARD_SLOTS + _GRADIENT_SLOTS * bool(gradients)
-        rate = device.flops * FUSED_SHARE
-    else:
-        products = 1 + reference + again + gradients
-        traffic = _STAGE_1 * (1 + reference) + (_STAGE_3 + _PRODUCT * gradients if gradients else 0) + 2 * again
-        slots, rate = 0, device.flops
-    return head.product * products / rate + head.vocab * (traffic / device.bandwidth + slots / device.issue)
-
-
-def live_share(eps: float) -> float:
-    """Share of the gradient's blocks that are live at this threshold, between LIVE_SHARE's."""
-    exponent = min(max(-math.log2(eps), min(LIVE_SHARE)), max(LIVE_SHARE))
-    below = max(k for k in LIVE_SHARE if k <= exponent)
-    above = min(k for k in LIVE_SHARE if k >= exponent)
-    if below == above:
-        return LIVE_SHARE[below]
-    weight = (exponent - below) / (above - below)
-    return LIVE_SHARE[below] + weight * (LIVE_SHARE[above] - LIVE_SHARE[below])
-
-
-def fuse(head: Head, strategy: str, device: Device, *, eps: float, asked: bool) -> tuple[bool, bool, str]:
-    """(whether the fused kernels multiply, whether the gradient is filtered by blocks, why or "") on a GPU.
+def fuse(head: Head, strategy: str, device: Device, eps: float) -> tuple[bool, str]:
+    """(whether the fused kernels multiply and filter the gradient by blocks, why or why not) on a GPU; (False, "") elsewhere.
 
     Args:
         strategy: from `choose_strategy` without a filter.
-        eps: the filter's threshold, or 0.
-        asked: the caller gave eps; otherwise it is taken only where it pays.
+        eps: the threshold that the caller gave, or 0. Without one the gradient is exact: no card has measured yet where
+            the blocks pay.
     """
+    if (device.type == "cpu" and not device.fused) or strategy not in ("whole_pairs", "two_pass"):
+        return False, ""
+    if eps == 0:
+        return False, "the gradient is exact"
     if not device.fused or head.kl or head.kl_gradient:
-        return False, False, ""
-    if strategy == "forward":
-        # float32 products gain nothing: they take so long that the logits' way through memory is nothing beside them.
-        fused, library = (seconds(head, strategy, device, fused=kind) for kind in (True, False))
-        pays = head.item_size == 2 and MARGIN * fused < library
-        return pays, False, "the logits stay on chip" if pays else ""
-    if eps > 0 and strategy in ("whole_pairs", "two_pass"):
-        filtered = seconds(head, strategy, device, fused=True, live=live_share(eps))
-        pays = head.item_size == 2 and MARGIN * filtered < seconds(head, strategy, device, fused=False)
-        if asked or pays:
-            return True, True, "blocks of the gradient without probability are left out"
-    return False, False, ""
+        return False, "the gradient is exact, for the block filter cannot serve here"
+    return True, "blocks of the gradient without probability are left out"
 
 
 def _cut(begin: int, end: int, rows: int) -> tuple[int, ...]:

@@ -2,70 +2,96 @@
 
 from __future__ import annotations
 
-import json
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+from benchmarks.gpu_stages import CudaMachine
 
-class CpuMachine:
-    """What CudaMachine does, on a CPU. Tools of a GPU machine are answered, not run."""
+
+class CpuMachine(CudaMachine):
+    """What CudaMachine does, on a CPU. Triton's kernels are compiled for an H100, and not launched."""
 
     device = "cpu"
     backends = ("cpu", "eager")
-    shapes = ((16, 1000), (8, 2001))
     without = ("compiled", "liger", "liger_compiled", "cce")  # compiling takes most of a minute
-    step_shape = (4, 8, 500)
+    shapes = ((16, 1000),)
+    more_shapes = ((8, 2001),)
+    step_shapes = ((4, 8, 500), (2, 4, 300))
     linear_shapes = ((1, 8, 16, 200),)
+    small_heads = ((1, 8, 16, 201),)
+    latency_vocab, latency_repeats = 1000, 5
+    trace_vocab = 1000
+    product = 64
+    small_vocabs = (33,)
     head_shapes = ((8, 16, 200),)
-    variants: ClassVar[dict] = {"cpu": ({}, {"DPO_ROW_THREADS": 128}, {"DPO_MAX_CLUSTER": 0})}
+    sweep_tokens = (4, 8)
+    trainer_config: ClassVar[dict[str, int]] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 340,
+    }  # fmt: skip
+    trainer_steps, trainer_batch = 3, 2
+
+    def prepare(self) -> None:
+        pass  # the pack's library is for a GPU
 
     def describe(self) -> dict[str, Any]:
         return {"name": "a CPU"}
 
+    def compile_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def triton_serves(self) -> str | None:
+        return "a CPU runs no Triton kernels"
+
     def synchronize(self) -> None:
-        """Nothing is under way on a CPU."""
+        pass  # nothing is under way on a CPU
 
     def free_memory(self) -> int:
         return 256 << 20
 
-    def seconds(self, work: Callable[[], object], repeats: int = 3) -> list[float]:
+    def measure(
+        self,
+        work: Callable[[], object],
+        repeats: int = 3,
+        prepare: Callable[[], None] = lambda: None,
+        replay: bool = False,
+    ) -> dict[str, Any]:
         times = []
-        for _ in range(repeats):
+        for _ in range(min(repeats, 3)):
+            prepare()
             begin = time.perf_counter()
             work()
             times.append(time.perf_counter() - begin)
-        return times
+        return {"times": times, "host": statistics.median(times), "replayed": replay}
 
-    def command(self, arguments: list[str], seconds: float) -> tuple[int, str]:
-        wish = next((word.removeprefix("DPO_VARIANT=") for word in arguments if word.startswith("DPO_VARIANT=")), None)
-        if wish is None:
-            return 0, " ".join(arguments)
-        # A GPU on which blocks of 128 threads are twice as quick and an impossible cluster is refused.
-        settings = json.loads(wish)["settings"]
-        if settings.get("DPO_MAX_CLUSTER") == 0:
-            return 1, "no such cluster"
-        seconds = 0.5 if settings else 1.0
-        return 0, "a word before\n" + json.dumps(
-            {"seconds": {"token_logps [4x1000]": seconds, "logits_grad [4x1000]": 1.0}}
-        )
+    def packed_variants(self) -> list[str]:
+        return ["default", "DPO_ROW_THREADS=128", "DPO_MAX_CLUSTER=0"]
+
+    def load_variant(self, name: str) -> Any:
+        from dpo_kernels import backends
+
+        if name == "DPO_MAX_CLUSTER=0":
+            raise RuntimeError("no such cluster")
+        return backends.load("cpu", "cpu")
 
 
-class BrokenMachine(CpuMachine):
-    """Fails in one stage and hangs in another."""
+class CompilingMachine(CpuMachine):
+    """Its Triton kernels can be recorded and compiled, for an H100, with the alignment of a GPU's tensors."""
 
-    def describe(self) -> dict[str, Any]:
-        raise RuntimeError("no such device")
+    more_shapes = ()
+    step_shapes = ()
+    small_heads = ()
 
-    def command(self, arguments: list[str], seconds: float) -> tuple[int, str]:
-        time.sleep(3600)
-        raise AssertionError
+    def triton_serves(self) -> str | None:
+        import importlib
 
+        from dpo_kernels import backends
 
-class SlowMachine(CpuMachine):
-    """Its second backend never answers."""
-
-    @property
-    def backends(self) -> Iterator[str]:  # type: ignore[override]
-        yield "eager"
-        time.sleep(3600)
+        module = importlib.import_module("dpo_kernels.backends.triton")
+        load = backends.load
+        backends.load = lambda name, device: module if name == "triton" else load(name, device)
+        return None

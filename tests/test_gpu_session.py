@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
+import shlex
+import stat
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_session, gpu_stages, roofline
+from benchmarks import gpu_pack, gpu_session, gpu_stages, gpu_summary, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
+STUB = "gpu_session_stub:CpuMachine"
+CALLS = list(gpu_session.CALLS)
 
 
 @pytest.fixture
@@ -22,72 +31,386 @@ def on_cpu(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
 
 
-def test_a_session_measures_and_says_what_it_did(on_cpu, tmp_path):
-    stages = gpu_session.session("gpu_session_stub:CpuMachine", tmp_path, minutes=10)
-    failed = {name: report["failed"] for name, report in stages.items() if "failed" in report}
-    assert failed == {}, (tmp_path / "log.txt").read_text()[-2000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    rows = results["stages"]["timing"]["result"]["rows"]
+@pytest.fixture
+def in_process(on_cpu, monkeypatch):
+    """Runs a stage in this process, which has imported torch already: a rehearsal starts two dozen of them."""
+
+    def run(name, machine, out, limit, environment):
+        begin = time.monotonic()
+        with monkeypatch.context() as patch:
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            patch.setattr(gpu_stages, "PARTIAL", None)
+            patch.setattr(gpu_stages, "count_compilations", list)
+            gpu_session.run_one(name, machine, out, gpu_session.INNER * limit)
+            result = json.loads(gpu_stages.PARTIAL.read_text())
+            gpu_stages.PARTIAL.unlink()
+        return {"took": round(time.monotonic() - begin, 1), "limit": limit, "result": result}
+
+    return run
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """compute-sanitizer and ncu that write down how they were called, and run the program that they should watch."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        tool = folder / name
+        tool.write_text(
+            f'#!/bin/sh\necho "$0 $*" >> {folder}/calls\n'
+            f'while [ "$1" != {sys.executable} ]; do shift; done\nexec "$@"\n'
+        )
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder / "calls"
+
+
+def test_the_stages_fit_their_calls_and_leave_a_rest_of_every_limit():
+    assert {name: seconds for name, (seconds, _) in gpu_session.CALLS.items()} == {"headline": 560, "depth": 230}
+    for seconds, limits in gpu_session.CALLS.values():
+        # What is left of a call is for unpacking and writing.
+        assert 0.94 * seconds <= sum(limits.values()) <= seconds - 10
+        assert set(limits) <= set(gpu_stages.STAGES)
+    assert gpu_session.INNER == 0.85
+
+
+def test_a_headline_session_measures_and_says_what_it_did(in_process, tmp_path):
+    out = tmp_path / "out"
+    calls = gpu_session.session(STUB, out, ["headline"], run=in_process)
+    results = json.loads((out / "results.json").read_text())
+    assert results["calls"] == calls
+    assert list(calls["headline"]) == list(gpu_session.CALLS["headline"][1])
+    rows = gpu_summary.stage(calls, "timing")["rows"]
     assert {key.split(":")[0] for key in rows} == {"cpu", "eager"}
     assert all(row["low"] <= row["median"] <= row["high"] for row in rows.values())
+    # The step comes first: a call that is cut has it.
+    assert next(iter(rows)) == "cpu: step: policy, reference, gradient [16x1000]"
+    assert rows["cpu: token_logps [16x1000]"]["replayed"]
+    assert not rows["eager: token_logps [16x1000]"]["replayed"]
     assert "token_logps [16x1000]" in results["seconds"]
-    assert results["stages"]["ceilings"]["result"]["copy_bytes_per_second"] > 0
-    steps = results["stages"]["latency"]["result"]["steps"]
+    ceilings = gpu_summary.stage(calls, "ceilings")
+    assert min(ceilings["copy_bytes_per_second"], ceilings["read_bytes_per_second"]) > 0
+    assert {"logits of 8 tokens, H 16, V 200", "dW of 8 tokens, H 16, V 200"} <= set(ceilings["products"])
+    steps = gpu_summary.stage(calls, "latency")["steps"]
     assert steps["dpo_kernels (cpu)"]["microseconds"] >= steps["dpo_kernels (cpu)"]["host microseconds"] > 0
-    (linear, frozen) = results["stages"]["linear"]["result"]["tables"].values()
-    assert {"ours", "eager", "floor: the products alone"} <= set(linear["rows"])
+    (linear, frozen) = gpu_summary.stage(calls, "linear")["tables"].values()
+    assert {"ours", "eager", "torch_lce", "liger_scaled_ce", gpu_summary.FLOOR} <= set(linear["rows"])
     assert (linear["products"], frozen["products"]) == (4, 3)
-    peers = results["stages"]["peers"]["result"]
-    assert peers["gradients"]["ours_inplace (cpu)"]["right"]
-    text = (tmp_path / "summary.md").read_text()
-    assert all(f"| {name} |" in text for name in gpu_session.SHARES)
+    assert all(row["gradient"]["right"] for name, row in linear["rows"].items() if name != gpu_summary.FLOOR)
+    assert linear["not run"]["liger"] == "left out"
+    peers = gpu_summary.stage(calls, "peers")["tables"]
+    assert list(peers) == ["[4x8x500]", "[2x4x300]"]
+    first = peers["[4x8x500]"]
+    assert next(iter(first["rows"])) == "ours_inplace (cpu)"
+    assert first["rows"]["ours_inplace (cpu)"]["gradient"]["right"]
+    assert first["rows"]["ours_inplace (cpu)"]["again"] > 0
+    assert first["not run"]["trl_triton"] == "runs on GPUs only"
+    assert first["failed"] == {}
+    text = (out / "summary.md").read_text()
+    assert all(f"| {name} |" in text for name in gpu_session.CALLS["headline"][1])
     for question in ("Correct?", "How fast against the floor?", "Against whom?", "What to tune?", "What ran"):
         assert f"## {question}" in text
     assert "all cases right" in text
-    assert "| eager | 30 of 30 | - |" in text
-    assert "| cpu | token_logps [4x1000] | 1000.000 ms | 500.000 ms | DPO_ROW_THREADS=128 | 2.00x |" in text
-    assert "| cpu | logits_grad [4x1000] | 1000.000 ms | 1000.000 ms | default | 1.00x |" in text
-    assert "Variants that failed: cpu DPO_MAX_CLUSTER=0." in text
-    assert "| sanitizer | 0" in text or "not run: compute-sanitizer is not installed" in text
-    files = list(tmp_path.iterdir())
+    assert "| eager | 42 of 42 | - |" in text
+    assert "* trl_triton: not run: runs on GPUs only" in text
+    assert "not run: a CPU runs no Triton kernels" in text
+    assert "Call depth: not run." in text
+    assert "FAILED" not in text
+    assert (out / "trace.json.gz").stat().st_size > 0
+    files = list(out.iterdir())
     assert len(files) <= 8
     assert all(f.stat().st_size < gpu_session.MAX_FILE for f in files)
 
 
-def test_a_failing_and_a_hanging_stage_do_not_stop_the_session(on_cpu, tmp_path, monkeypatch):
-    kept = {name: gpu_session.SHARES[name] for name in ("environment", "tests", "build")}
-    monkeypatch.setattr(gpu_session, "SHARES", dict(kept, tests=0.2, environment=0.5, build=1.0))
-    stages = gpu_session.session("gpu_session_stub:BrokenMachine", tmp_path, minutes=1)
-    assert "exit status" in stages["environment"]["failed"]
-    assert stages["tests"]["failed"] == "ran out of its time"
-    assert "result" in stages["build"]
-    text = (tmp_path / "summary.md").read_text()
-    assert "ran out of its time" in text
+def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
+    def run(name, *arguments):
+        # TRL's patch stays in its process; pytest on a GPU is a session of its own.
+        if name == "tests":
+            return {"took": 0, "result": {"not run": "no GPU"}}
+        return (gpu_session.run_stage if name == "trainer" else in_process)(name, *arguments)
+
+    out = tmp_path / "out"
+    calls = gpu_session.session(STUB, out, ["depth"], scale=3, run=run)
+    stages = calls["depth"]
+    assert list(stages) == list(gpu_session.CALLS["depth"][1])
+    assert gpu_summary.stage(calls, "memcheck")["clean"]
+    called = tools.read_text()
+    assert "compute-sanitizer --tool memcheck" in called
+    assert "ncu --clock-control none" in called  # locked clocks would change a card that others share
+    assert gpu_summary.stage(calls, "ncu") == {"status": 0, "file": "ncu.txt"}
+    sweep = gpu_summary.stage(calls, "sweep")
+    assert [run["settings"] for run in sweep["runs"]] == ["default", "DPO_ROW_THREADS=128", "DPO_MAX_CLUSTER=0"]
+    assert "no such cluster" in sweep["runs"][-1]["failed"]
+    assert "token_logps [4x1000]" in {row["kernel"] for row in sweep["best"]}
+    assert "cpu: token_logps [8x2001]" in gpu_summary.stage(calls, "more_shapes")["rows"]
+    assert "1x8x16x201" in gpu_summary.stage(calls, "small_heads")["tables"]
+    trainer = gpu_summary.stage(calls, "trainer")
+    assert trainer["failed"] == {} == trainer["not run"], (out / "log.txt").read_text()[-2000:]
+    ours, theirs = (trainer["rows"][name]["losses"] for name in ("ours", "trl"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    text = (out / "summary.md").read_text()
+    assert "| memcheck |" in text
+    assert "Variants that failed: DPO_MAX_CLUSTER=0." in text
+    assert "Call headline: not run." in text
+    # Both calls in one page, as it is committed.
+    other = tmp_path / "other"
+    other.mkdir()
+    report = {"took": 1, "limit": 2, "result": {"torch": "2.99", "device": {"name": "A card"}, "backends": {}}}
+    (other / "results.json").write_text(json.dumps({"calls": {"headline": {"environment": report}}}))
+    gpu_session.merge([other, out], tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "results.json").read_text())["calls"]
+    assert list(merged) == CALLS
+    assert "# GPU session on A card" in (tmp_path / "merged" / "summary.md").read_text()
+    assert (tmp_path / "merged" / "ncu.txt").exists()
 
 
-def test_a_stage_that_is_cut_off_keeps_what_it_had(on_cpu, tmp_path):
-    report = gpu_session.run_stage("correctness", "gpu_session_stub:SlowMachine", tmp_path, 45)
-    assert report["failed"] == "ran out of its time"
-    assert report["result"]["table"]["eager"]["failed"] == {}
-    text = gpu_session.summary({"correctness": report}, ("eager", "cpu"))
-    assert "ran out of its time; until then: all cases right" in text
+#: In the place of Python: one stage fails, one hangs with a part of its result kept (and with a child), one succeeds.
+STAGE = """#!/bin/sh
+out="$8/.$4.json"
+case $4 in
+environment) echo "no such device"; exit 1;;
+memcheck) echo '{"launches": 7}' > $out; echo "about to hang"; sleep 60 & sleep 60;;
+trace) echo '{"bytes": 1}' > $out; echo "the time is ${10}";;
+esac
+"""
 
 
-def test_the_programs_that_tools_watch_run_the_kernels_and_nothing_else(on_cpu, tmp_path, monkeypatch):
-    for name in ("small", "kernels"):
-        report = gpu_session.run_stage(name, "gpu_session_stub:CpuMachine", tmp_path, 300)
-        assert "failed" not in report, (tmp_path / "log.txt").read_text()[-2000:]
-    monkeypatch.setenv("DPO_VARIANT", json.dumps({"backend": "cpu", "settings": {}}))
-    report = gpu_session.run_stage("variant", "gpu_session_stub:CpuMachine", tmp_path, 300)
-    assert report["result"]["logits_grad with kl [4x1000]"] > 0
-    assert gpu_stages._last_object((tmp_path / "log.txt").read_text())["seconds"] == report["result"]
+def test_a_failing_and_a_hanging_stage_do_not_stop_the_session(tmp_path, monkeypatch, capfd):
+    program = tmp_path / "program"
+    program.write_text(STAGE)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(gpu_session.sys, "executable", str(program))
+    limits = {"environment": 2.0, "memcheck": 2.0, "trace": 8.0}
+    monkeypatch.setattr(gpu_session, "CALLS", {"headline": (12, limits)})
+    out = tmp_path / "out"
+    stages = gpu_session.session(STUB, out, ["headline"])["headline"]
+    assert stages["environment"]["failed"] == "exit status 1, see log.txt"
+    assert stages["memcheck"]["stopped"].startswith("at its limit of")
+    assert stages["memcheck"]["result"] == {"launches": 7}
+    assert stages["memcheck"]["took"] < 30
+    assert stages["trace"]["result"] == {"bytes": 1}
+    text = (out / "summary.md").read_text()
+    assert "stopped at its limit of 2 s; until then: done" in text
+    assert "| FAILED: exit status 1, see log.txt |" in text
+    # What a stage printed before it hung is in the log, and on the screen for whoever captures that.
+    assert "about to hang" in (out / "log.txt").read_text()
+    assert "about to hang" in capfd.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"log.txt", "results.json", "summary.md"}
+
+
+def test_a_stage_keeps_each_row_when_it_has_it(on_cpu, tmp_path, monkeypatch):
+    from gpu_session_stub import CpuMachine
+
+    class Stopped(CpuMachine):
+        left = 3  # the copy and two reads
+
+        def measure(self, *arguments, **keywords):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().measure(*arguments, **keywords)
+
+    monkeypatch.setattr(gpu_stages, "PARTIAL", tmp_path / ".ceilings.json")
+    with pytest.raises(KeyboardInterrupt):
+        gpu_stages.ceilings(Stopped(), tmp_path, 10)
+    assert json.loads((tmp_path / ".ceilings.json").read_text())["copy_bytes_per_second"] > 0
+
+
+def test_what_never_ran_is_said_so():
+    text = gpu_session.summary({"headline": {}}, {"headline": ["peers"], "depth": ["ncu"]})
+    assert "| peers | - | - | not run: the time was over |" in text
+    assert "Call depth: not run." in text
+    assert "FAILED" not in text
+
+
+def test_a_stage_is_told_less_than_its_limit(on_cpu, tmp_path, monkeypatch):
+    commands = []
+
+    class Process:
+        stdout = ()
+
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def wait(self, timeout):
+            assert timeout == 100
+            return 0
+
+    monkeypatch.setattr(gpu_session.subprocess, "Popen", Process)
+    gpu_session.run_stage("trace", STUB, tmp_path, 100)
+    assert float(commands[0][commands[0].index("--seconds") + 1]) == 85
+
+
+def test_rows_without_time_or_memory_are_not_run_and_never_failed(on_cpu, monkeypatch):
+    from gpu_session_stub import CpuMachine
+
+    machine = CpuMachine()
+    rows = gpu_stages.timing(machine, Path(), -1)["rows"]
+    assert all(row == {"not run": "no time left"} for row in rows.values())
+    tables = gpu_stages.linear(machine, Path(), -1)["tables"]
+    assert all(table["not run"] == {"all of them": "no time left"} for table in tables.values())
+    monkeypatch.setattr(CpuMachine, "free_memory", lambda self: 0)
+    assert gpu_stages.timing(machine, Path(), 9)["rows"]["cpu [16x1000]"] == {"not run": "not enough memory"}
+    text = "\n".join(gpu_summary._missing(rows))
+    assert "not run" in text
+    assert "FAILED" not in text
+
+
+def test_a_tool_that_outlasts_its_time_is_stopped_with_its_children(on_cpu, capfd):
+    from gpu_session_stub import CpuMachine
+
+    begin = time.monotonic()
+    status, output = CpuMachine().command(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 1.0)
+    assert (status, output) == (124, "begun\n")
+    assert time.monotonic() - begin < 20
+    assert "begun" in capfd.readouterr().out
+    assert CpuMachine().command(["sh", "-c", "exit 3"], 10.0) == (3, "")
 
 
 def test_a_machine_without_pytest_or_tools_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None)
-    for name in ("tests", "sanitizer", "ncu"):
-        assert "is not installed" in gpu_stages.STAGES[name](None, tmp_path, 1.0)["not run"]
+    for name in ("tests", "memcheck", "ncu", "trainer"):
+        assert "is not installed" in gpu_stages.STAGES[name](None, tmp_path, 100.0)["not run"]
+
+
+COMPILE = """
+import itertools, sys
+sys.path.insert(0, "tests")
+import triton
+from gpu_session_stub import CompilingMachine
+from benchmarks import gpu_compile, gpu_stages
+
+machine = CompilingMachine()
+assert machine.triton_serves() is None
+calls = gpu_stages._triton_calls(machine)
+launches, stopped = gpu_compile.record(calls if sys.argv[1] == "ahead" else itertools.islice(calls, 9))
+assert not stopped, stopped
+some = [next(l for l in launches if l.kernel.__name__ == name) for name in ("logits_grad_kernel", "token_logps_kernel")]
+if sys.argv[1] == "ahead":
+    kernels = {launch.kernel.__name__ for launch in launches}
+    assert {"preference_loss_kernel", "sequence_sums_kernel"} <= kernels, kernels
+    parts = []
+    found = gpu_compile.compile_all(some, machine.compile_target(), 2, 240, lambda part: parts.append(dict(part)))
+    assert (found["compiled"], found["failed"], found["not run"], len(parts)) == (2, {}, [], 2), found
+else:  # another process, the launches in another order
+    gpu_compile.settle_cache_keys()
+    triton.runtime.driver.set_active(gpu_compile.CompileOnlyDriver(machine.compile_target()))
+    late = gpu_stages.count_compilations()
+    for launch in reversed(some):
+        launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+    assert late == [], late
+    other = next(l for l in launches if l.kernel.__name__ == "preference_loss_kernel")
+    other.kernel.warmup(grid=other.grid, **other.arguments, **other.options)
+    assert len(late) == 1, late
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheel for this system")
+def test_a_launch_finds_the_kernel_that_was_compiled_ahead(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "DPO_KERNELS_SELFCHECK": "0"}
+    for turn in ("ahead", "later"):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE, turn],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---- the pack ----
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    """A pack whose libraries and wheel are stand-ins: neither nvcc nor a network is asked."""
+    built = []
+
+    def build_cuda(target, archs, defines):
+        built.append((archs, defines))
+        target.write_bytes(b"library " + " ".join(defines).encode())
+
+    def download(command, **_):
+        folder = Path(command[command.index("--dest") + 1])
+        assert command[command.index("--python-version") + 1] == "3.12"
+        assert "--no-deps" in command
+        with zipfile.ZipFile(folder / "some_peer-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("some_peer_of_the_kit.py", "ANSWER = 42\n")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gpu_pack._build, "build_cuda", build_cuda)
+    monkeypatch.setattr(gpu_pack.subprocess, "run", download)
+    lines = gpu_pack.make(tmp_path / "pack", "90", "3.12")
+    assert built == [(["90"], defines) for defines in gpu_pack.VARIANTS]
+    assert "in all, of 64.0 MiB" in lines[-1]
+    return tmp_path / "pack"
+
+
+def test_a_pack_travels_and_is_used_without_a_network(packed, tmp_path, monkeypatch):
+    environment = gpu_pack.unpack(packed, tmp_path / "there")
+    monkeypatch.setenv(gpu_pack.VARIABLE, environment[gpu_pack.VARIABLE])
+    pack = gpu_pack.in_use()
+    assert pack.variants()[0] == gpu_pack.DEFAULT
+    assert "sm_90" in pack.describe()
+    loaded = []
+    monkeypatch.setattr("torch.ops.load_library", lambda path: loaded.append(Path(path).read_bytes()))
+    pack.load()
+    pack.load("DPO_ROW_THREADS=128")
+    assert loaded == [b"library ", b"library DPO_ROW_THREADS=128"]
+    first = environment["PYTHONPATH"].split(os.pathsep)[0]
+    monkeypatch.syspath_prepend(first)
+    assert importlib.import_module("some_peer_of_the_kit").ANSWER == 42
+
+
+def test_a_library_of_other_sources_is_left_aside(packed, tmp_path, monkeypatch):
+    environment = gpu_pack.unpack(packed, tmp_path / "there")
+    monkeypatch.setenv(gpu_pack.VARIABLE, environment[gpu_pack.VARIABLE])
+    monkeypatch.setattr(gpu_pack._build, "source_hash", lambda folder: "another")
+    pack = gpu_pack.in_use()
+    assert "other sources" in pack.describe()
+    monkeypatch.setattr("torch.ops.load_library", lambda path: pytest.fail("loaded all the same"))
+    pack.load()
+    with pytest.raises(gpu_pack.PackError, match="other sources"):
+        pack.load("DPO_ROW_THREADS=128")
+
+
+def test_a_pack_that_is_too_large_says_what_takes_the_room(packed, monkeypatch):
+    with (packed / "large.whl").open("wb") as file:
+        file.truncate(gpu_pack.LIMIT)
+    with pytest.raises(gpu_pack.PackError, match=r"64\.0 MiB  large\.whl"):
+        gpu_pack.sizes(packed)
+
+
+def test_a_folder_without_a_pack_is_refused(tmp_path):
+    with pytest.raises(gpu_pack.PackError, match="holds no pack"):
+        gpu_pack.unpack(tmp_path, tmp_path / "there")
+
+
+def test_the_packed_peers_are_those_of_the_project():
+    listed = re.search(r"^peers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    versions = re.findall(r'"([\w-]+==[\d.]+)', listed.group(1))
+    assert len(versions) == 3
+    assert set(versions) <= set(gpu_pack.WHEELS)
+
+
+# ---- what is written ----
+
+
+def documented_commands() -> list[str]:
+    pages = [gpu_session.__doc__, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
+    return [line for page in pages for line in re.findall(r"python benchmarks/gpu_session\.py[^\n`#]*", page)]
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_the_documented_commands_are_the_kits(command):
+    words = shlex.split(re.split(r"\s{2,}", command)[0])
+    arguments = gpu_session.parser().parse_args(words[2:])
+    assert arguments.only in (None, *CALLS)
 
 
 def test_the_kit_starts_as_a_file():
@@ -95,39 +418,70 @@ def test_the_kit_starts_as_a_file():
         [sys.executable, "benchmarks/gpu_session.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--minutes" in done.stdout
+    assert "--pack" in done.stdout
 
 
 def test_wrong_cases_and_wrong_gradients_are_shouted():
     stages = {
+        "environment": {"took": 1, "result": {"backends": {"cuda": "serves", "triton": "no triton"}}},
         "correctness": {"took": 1, "result": {"table": {
-            "cuda": {"cases": 30, "failed": {"packed": "loss off"}}, "triton": {"does not serve": "no triton"}}}},
-        "peers": {"took": 1, "result": {
-            "shape": [2, 4, 8], "bytes": 8, "missing": {"liger": "not there"},
-            "rows": {"ours_inplace (cuda)": {"median": 1.0, "extra bytes": 0, "times": {"ours_inplace (cuda)": 1.0}},
-                     "eager": {"median": 3.0, "extra bytes": 2**20, "times": {"ours_inplace (cuda)": 3.0}}},
-            "gradients": {"eager": {"right": False, "error": 0.3}}}},
+            "cuda": {"cases": 30, "failed": {"packed": "loss off"}}, "triton": {"not run": "no triton"}}}},
+        "peers": {"took": 1, "result": {"tables": {"[2x4x8]": {
+            "shape": [2, 4, 8], "bytes": 8, "not run": {"liger": "not there"}, "failed": {"cce": "no such thing"},
+            "rows": {"ours_inplace (cuda)": {"median": 1.0, "extra bytes": 0},
+                     "eager": {"median": 3.0, "host": 0.5, "extra bytes": 2**20,
+                               "gradient": {"right": False, "error": 0.3}}}}}}},
     }  # fmt: skip
-    text = gpu_session.summary(stages, ("cuda", "triton"))
+    text = gpu_session.summary({"headline": stages}, {"headline": ["correctness"]})
     assert "1 cases WRONG" in text
     assert "| cuda | 29 of 30 | packed: loss off |" in text
-    assert "| triton | - | does not serve: no triton |" in text
-    assert "| eager | 3000.000 ms | - | 3.00x | 1 MiB | WRONG (3.0e-01) |" in text
-    assert "* not measured: liger: not there" in text
+    assert "| triton | - | not run: no triton |" in text
+    assert "| eager | 3000.000 ms | 500.000 ms | - | 3.00x | 1 MiB | WRONG (3.0e-01) |" in text
+    assert "* liger: not run: not there" in text
+    assert "* cce: FAILED: no such thing" in text
 
 
-def test_summary_compares_with_the_measured_copy():
-    work = next(w for w in roofline.works() if w.path == "token_logps")
-    stages = {
-        "ceilings": {"took": 1, "result": {"copy_bytes_per_second": 3e12}},
-        "timing": {
-            "took": 1,
-            "result": {"rows": {f"cuda: {work.key}": {"median": work.bytes / 1.5e12}}, "left out": []},
-        },
+def measured_calls(card: str) -> dict:
+    """A session in which every kernel takes 1 / 0.95 of the copy's time, and the linear path 15 ms."""
+    rows = {f"cuda: {work.key}": {"median": work.bytes / 3e12 / 0.95, "host": 3e-5} for work in roofline.works()}
+    table = {
+        "scored": 2048, "products": 4, "not run": {}, "failed": {},
+        "rows": {"ours": {"median": 15e-3, "gradient": {"right": True}}, "eager": {"median": 45e-3}},
+    }  # fmt: skip
+    results = {
+        "environment": {"torch": "2.99", "triton": "9.9", "device": {"name": card}, "backends": {"cuda": "serves"}},
+        "ceilings": {"copy_bytes_per_second": 3e12, "read_bytes_per_second": 3.1e12},
+        "timing": {"rows": rows},
+        "linear": {"tables": {"4x512x4096x128256": table}},
     }
-    text = gpu_session.summary(stages, ("cuda", "triton"))
-    assert "(50%) | - |" in text
-    assert "| tests | - | not run: the time was over |" in text
+    return {"headline": {name: {"took": 1, "limit": 2, "result": result} for name, result in results.items()}}
+
+
+def test_predictions_stand_beside_what_was_measured():
+    text = gpu_session.summary(measured_calls("NVIDIA H100 80GB HBM3"), {"headline": ["timing"]})
+    (alone,) = (line for line in text.splitlines() if line.startswith("| token_logps [8192x128256]"))
+    assert "(95%)" in alone
+    assert "| 30 us | 90% to 97%: as predicted |" in alone
+    (step,) = (
+        line for line in text.splitlines() if line.startswith("| step: policy, reference, gradient [8192x128256]")
+    )
+    assert "88% to 93%: above" in step
+    assert "Predicted of ours: 14 to 17 ms: as predicted." in text
+    other = gpu_session.summary(measured_calls("Another card"), {"headline": ["timing"]})
+    assert "90% to 97%" not in other
+    assert gpu_summary.verdict(0.5, (0.9, 1.0)) == "90% to 100%: below"
+
+
+def test_the_readme_gets_a_table_from_committed_results(tmp_path):
+    assert gpu_summary.readme_block(tmp_path) == []
+    folder = tmp_path / "h100"
+    folder.mkdir()
+    gpu_session.save(folder, measured_calls("NVIDIA H100"))
+    text = "\n".join(gpu_summary.readme_block(tmp_path))
+    assert "**NVIDIA H100** (torch 2.99, Triton 9.9)" in text
+    assert "| step: policy, reference, gradient | 2.949 ms | 95% |" in text
+    assert "| eager | 45.000 ms | 3.00x | - |" in text
+    assert "benchmarks/results/h100/summary.md" in text
 
 
 def test_roofline_arithmetic():

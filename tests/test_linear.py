@@ -130,9 +130,9 @@ class Inputs:
         return linear_dpo_loss(self.hidden, self.weight, self.labels, bias=self.bias, **{**self.keywords, **more})
 
 
-def row_budget(case: Case, rows: int) -> int:
+def row_budget(case: Case, rows: int, device_type: str = "cpu") -> int:
     """Bytes that hold exactly `rows` rows of logits."""
-    widens = case.dtype.itemsize == 2
+    widens = case.dtype.itemsize == 2 and device_type == "cpu"
     named = str(case.options.get("loss_type"))
     kl = "kl" in case.options.get("statistics", ()) or "kl_coef" in case.options or "tdpo" in named
     head = Head(
@@ -144,6 +144,7 @@ def row_budget(case: Case, rows: int) -> int:
         case.reference in ("shared", "own"),
         kl,
         widens,
+        device_type=device_type,
     )
     return head.row_bytes * rows
 
@@ -191,7 +192,7 @@ def make_inputs(case: Case, device="cpu", seed: int = 0) -> Inputs:
     if case.reference == "logps":
         keywords["ref_logps"] = torch.randn(sequences, generator=g).mul(5).sub(20).to(device)
     if case.rows is not None:
-        keywords["memory_budget"] = row_budget(case, case.rows)
+        keywords["memory_budget"] = row_budget(case, case.rows, torch.device(device).type)
     return Inputs(
         hidden.to(device).requires_grad_(case.train_hidden),
         weight.to(device).requires_grad_(case.train_head),

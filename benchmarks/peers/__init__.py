@@ -7,11 +7,15 @@ from .compiled import Compiled
 from .eager import Eager
 from .ours import Ours, OursInPlace, OursInPlaceStatistics
 from .trl_old import TRLOld
+from .trl_triton import TRLTriton
 
 #: In the order of the tables; names are what `--peers` takes.
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer for peer in (Eager, TRLOld, Compiled, Ours, OursInPlace, OursInPlaceStatistics)
 }
+
+#: Peers that run on a GPU only; the GPU session asks them too.
+GPU_PEERS: dict[str, type[Peer]] = {TRLTriton.name: TRLTriton}
 
 #: Packages for the same purpose that take no part, by their name on the package index, and why.
 ABSENT = {
@@ -19,4 +23,4 @@ ABSENT = {
     "quack-kernels": "runs on NVIDIA GPUs only, and its chunked linear cross-entropy takes no gradient a token, which DPO needs",
 }
 
-__all__ = ["ABSENT", "PEERS", "Peer"]
+__all__ = ["ABSENT", "GPU_PEERS", "PEERS", "Peer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -155,19 +156,57 @@ class LigerCompiled(Liger):
     compiled = True
 
 
+class LigerScaledCrossEntropy(_FromTokens):
+    """Liger's per-token head, given the scored positions: its own kernels on an H100 or H200, chunks of 512 tokens elsewhere."""
+
+    name = "liger_scaled_ce"
+    title = "Liger LigerFusedLinearScaledCrossEntropyFunction"
+    needs = "liger_kernel"
+
+    @classmethod
+    def why_missing(cls) -> str | None:
+        if missing := super().why_missing():
+            return missing
+        try:
+            from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction  # noqa: F401
+        except ImportError as error:
+            return f"this liger_kernel has no such function: {error}"
+        on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        if on_hopper and importlib.util.find_spec("cutlass") is None:
+            return (
+                "its kernels for this card need nvidia-cutlass-dsl (pip install liger-kernel[cutedsl], 98 MB of wheels)"
+            )
+        return None
+
+    def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+        mask = self.problem.labels != -100
+        losses = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden[mask], weight, self.problem.labels[mask])
+        return self._spread(-losses, mask)
+
+
 class TorchLinearCrossEntropy(_FromTokens):
-    """PyTorch's own function, given the scored positions."""
+    """PyTorch's own function, given the scored positions, in its chunks: without options it makes the whole logits."""
 
     name = "torch_lce"
     title = "F.linear_cross_entropy"
 
     @classmethod
     def why_missing(cls) -> str | None:
-        return None if hasattr(F, "linear_cross_entropy") else "this torch has no F.linear_cross_entropy"
+        if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return None
+        return "this torch has no F.linear_cross_entropy in chunks (torch >= 2.13 has)"
 
     def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
         mask = self.problem.labels != -100
-        losses = F.linear_cross_entropy(hidden[mask], weight, self.problem.labels[mask], reduction="none")
+        losses = F.linear_cross_entropy(
+            hidden[mask],
+            weight,
+            self.problem.labels[mask],
+            reduction="none",
+            options=torch.nn.LinearCrossEntropyOptions(),
+        )
         return self._spread(-losses, mask)
 
 
@@ -212,6 +251,9 @@ class OursFiltered(Ours):
     grad_filter = 2.0**-20
     filtered = True
 
+
+#: Peers that only a GPU session asks: elsewhere they would measure a stand-in for their kernels.
+GPU_PEERS: dict[str, type[LinearPeer]] = {LigerScaledCrossEntropy.name: LigerScaledCrossEntropy}
 
 #: In the order of the tables.
 LINEAR_PEERS: dict[str, type[LinearPeer]] = {

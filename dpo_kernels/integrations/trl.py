@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import planner
+from .. import linear, planner
 from ..functional import linear_logps
 
 # A step of TRL's on a CPU maps gigabytes anew and pays for every page of it: 2 MB instead of 4 KB. torch reads this when it first
@@ -104,7 +104,9 @@ def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: in
             # Temperature divides after the cap: (c tanh(s x / c)) / t is the same map with c / t and s / t.
             scale = logit_scale / temperature
             softcap = None if final_logit_softcapping is None else final_logit_softcapping / temperature
-            budget = planner.step_budget(head.shape[1], head.shape[0]) if memory_budget is None else memory_budget
+            budget = memory_budget
+            if budget is None:
+                budget = planner.step_budget(head.shape[1], head.shape[0], linear.card_memory(hidden.device))
             logps, found = linear_logps(
                 hidden,
                 head,
@@ -158,7 +160,7 @@ def apply_to_trl(
 
     Args:
         grad_filter: see `linear_logps`.
-        memory_budget: the same; None takes what a step may (`planner.step_budget`), at least 256 MiB.
+        memory_budget: the same; None takes what a step may (`planner.step_budget`), at least 256 MiB, on a GPU 3% of its memory.
 
     Returns:
         A function that puts everything back. Calling `apply_to_trl` again first undoes the last one.

@@ -17,7 +17,7 @@ Unscored tokens are never gathered, so prompts and padding cost nothing.
     fused.py       the same chunks by the fused Triton kernels: logits on chip, and no gradient where there is no probability
     operators.py   two passes as operators, for torch.compile
 
-On an accelerator the number of scored tokens per sequence is read once per call, which waits for the stream once.
+On a GPU a call waits for the stream once, where it reads how many tokens are scored; everything else is enqueued.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from torch import Tensor
 
 from .. import backends, planner
 from . import operators  # noqa: F401 (registers what torch.compile calls)
-from .call import AUTO_BLOCKS, AUTO_FILTER, KL_TERMS, TOKEN_OUTPUTS, Call
+from .call import AUTO_FILTER, KL_TERMS, TOKEN_OUTPUTS, Call
 from .pairs import PairCall, WholePairs, wpo_weights
 from .tokens import LinearLogps
 
 __all__ = [
-    "AUTO_BLOCKS",
     "AUTO_FILTER",
     "KL_TERMS",
     "Call",
     "PairCall",
+    "card_memory",
     "device_of",
     "linear_logps",
     "whole_pairs",
@@ -44,19 +44,20 @@ __all__ = [
 ]
 
 
-def device_of(backend: str, device: torch.device, dtype: torch.dtype) -> planner.Device:
-    """What the planner weighs for this backend's products.
+def card_memory(device: torch.device) -> int:
+    """Bytes of the GPU's memory, of which a call's default budget is a share; 0 on other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
-    The fused kernels are Triton's; the cuda backend takes them where Triton is there. Triton's interpreter, which no one
-    runs for speed, plans as an H100 does.
+
+def device_of(backend: str, device: torch.device, dtype: torch.dtype) -> planner.Device:
+    """What the planner knows of the device: its memory, and whether this backend's products may be the fused Triton kernels.
+
+    They serve the cuda backend too, where Triton is there; and in Triton's interpreter a CPU.
     """
-    if torch.compiler.is_compiling() or backend not in ("triton", "cuda"):
-        return planner.CPU
-    fused = dtype != torch.float64 and backends.why_not("triton", device.type) is None
-    if device.type != "cuda":
-        return planner.gpu(90, fused=fused)
-    major, minor = torch.cuda.get_device_capability(device)
-    return planner.gpu(10 * major + minor, fused=fused)
+    if torch.compiler.is_compiling():
+        return planner.Device(device.type)
+    fused = backend in ("triton", "cuda") and dtype != torch.float64 and backends.why_not("triton", device.type) is None
+    return planner.Device(device.type, card_memory(device), fused)
 
 
 def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> dict[str, Tensor]:

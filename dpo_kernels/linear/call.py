@@ -16,10 +16,9 @@ TOKEN_OUTPUTS = (*STAGE_OUTPUTS, "grad_dropped_mass", "forward_kl")
 #: Those that a loss may be differentiated by: KL(policy || reference) and KL(reference || policy) where a term, and these.
 KL_TERMS = ("kl", "forward_kl")
 
-#: What `grad_filter="auto"` means: the threshold whose error in dH stays below the dtype's own rounding (docs/linear.md).
+#: What `grad_filter="auto"` means on a CPU: the threshold whose error in dH stays below the dtype's own rounding
+#: (docs/linear.md). On a GPU it means exact.
 AUTO_FILTER = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-20}
-#: And by blocks, which keep the small entries beside a large one: the threshold that drops no more mass than that one.
-AUTO_BLOCKS = {torch.bfloat16: 2.0**-10, torch.float16: 2.0**-12}
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Call:
         terms: the divergences that the loss reads of each token, differentiable: "kl" and "forward_kl".
         compute_dtype: what the products and logits are in.
         eps: filter threshold on probabilities, 0 for exact gradients.
-        fused: the products are the fused Triton kernels' (fused.py), which filter by blocks.
+        fused: the products are the fused Triton kernels' (fused.py), which leave out blocks without probability.
     """
 
     labels: Tensor
@@ -61,11 +60,6 @@ class Call:
         return backends.load(self.backend, self.labels.device.type)
 
     @property
-    def blocks(self) -> bool:
-        """Whether the gradient leaves out blocks without probability."""
-        return self.fused and self.eps > 0
-
-    @property
     def given(self) -> frozenset[str]:
         """Names of everything that is found per token beside logps, lse and ref_logps."""
         return frozenset((*self.statistics, *self.terms))
@@ -92,7 +86,7 @@ class Call:
             self.labels.device.type == "cpu" and self.compute_dtype.itemsize == 2,
             self.kl_gradient,
             self.fused,
-            self.blocks,
+            self.labels.device.type,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .. import filtered, planner
 from ..backends.eager import TokenKL, check_labels, small_dtype
-from ..memory import fresh
+from ..memory import available, fresh
 from .call import KL_TERMS, STAGE_OUTPUTS, TOKEN_OUTPUTS, Call, KLGradients
 
 
@@ -27,26 +28,64 @@ def gather(values: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype)
 
 
+def fitting(
+    plan_for: Callable[[int], planner.Plan],
+    call: Call,
+    row_bytes: int,
+    beside: Callable[[planner.Plan], int] = lambda _: 0,
+) -> planner.Plan:
+    """The plan for the call's budget, or for less where the device cannot give that now.
+
+    Args:
+        plan_for: the plan for a budget in bytes.
+        row_bytes: below two of them nothing smaller is tried, and the allocation itself raises.
+        beside: bytes of the head's gradient that will be held as well.
+    """
+    plan = plan_for(call.budget)
+    while plan.bytes >= 2 * row_bytes and not available(call.labels.device, plan.bytes, beside(plan)):
+        plan = plan_for(plan.bytes // 2)
+        said = "the device has no room for the budget"
+        plan = plan if said in plan.reason else replace(plan, reason=f"{plan.reason}; {said}")
+    return plan
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """What dW and dbias are summed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gradient_dtype(call: Call, weight: Tensor, chunks: int) -> torch.dtype:
+    """What dW is written in where nothing is there to add to.
+
+    A GPU's product of 16-bit matrices rounds its float32 sum by itself. Where one chunk is all, the float32 gradient, twice as
+    large as the weight, is neither written nor read again.
+    """
+    direct = chunks == 1 and weight.dtype == call.compute_dtype and weight.device.type == "cuda" and not call.fused
+    return weight.dtype if direct else accumulator_dtype(call.compute_dtype)
 
 
 class HeadGradient:
     """dW [V, H] and dbias [V], accumulated over chunks and cast once by whoever takes them.
 
     `into` is a float32 buffer to add to (Megatron's `main_grad`); otherwise the first chunk's product initialises fresh
-    memory, so that no page is written twice.
+    memory, so that no page is written twice. `dtype` is the weight's gradient's, by default the sum's.
     """
 
-    def __init__(self, call: Call, vocab: int, hidden_size: int, into: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        vocab: int,
+        hidden_size: int,
+        into: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         device = call.labels.device
         self.dtype = accumulator_dtype(call.compute_dtype)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.started = into is not None
         if call.needs_weight:
-            self.weight = fresh((vocab, hidden_size), self.dtype, device) if into is None else into
+            self.weight = fresh((vocab, hidden_size), dtype or self.dtype, device) if into is None else into
         if call.needs_bias:
             self.bias = torch.zeros(vocab, dtype=self.dtype, device=device)
 
@@ -247,8 +286,8 @@ class Projection:
 
 
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for [rows, V] logits, whose rows lie `planner.row_stride` apart on a CPU."""
-    stride = planner.row_stride(vocab, dtype.itemsize) if device.type == "cpu" else vocab
+    """Room for [rows, V] logits, whose rows lie `planner.row_stride` apart."""
+    stride = planner.row_stride(vocab, dtype.itemsize, device.type)
     return fresh((rows, stride), dtype, device)[:, :vocab]
 
 

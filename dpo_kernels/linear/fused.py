@@ -34,7 +34,7 @@ class FusedProjection:
         self.ref_weight, self.ref_bias = narrow(call.ref_weight), narrow(call.ref_bias)
         self.stores = call.strategy == "whole_pairs"
         self.names = frozenset(call.given & {"entropy", "log_sum_sq", "accuracy", "mean_logits"})
-        shape = (rows if call.eps else 0, self.grad.padded(weight.shape[0], call.compute_dtype))
+        shape = (rows, self.grad.padded(weight.shape[0], call.compute_dtype))
         self.buffer = torch.empty(shape, dtype=call.compute_dtype, device=hidden.device)
         self.dropped = torch.empty(0)
         self._mean_row: Tensor | None = None

@@ -1,13 +1,18 @@
 """A scalar loss of whole pairs whose gradients are computed in the forward, so that no token is projected twice.
 
 When the logits of a whole pair are in memory, its sums, and so the loss's derivative by each sum, are known.
+
+On a GPU, where all pairs' logits fit into the budget at once, they wait for the backward instead, as kept_logits has it. The
+upstream gradient then joins the coefficients, and no pass over dW scales it: at H = 4,096 and V = 128k scaling and casting a
+float32 dW would move 7.4 GB. A CPU looks whether the upstream gradient is 1; a GPU would have to wait to know.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,9 +20,19 @@ from torch import Tensor
 
 from .. import objectives, ops, planner
 from ..backends.eager import small_dtype
+from ..memory import fresh
 from ..objectives import Objective, Pairs
 from .call import Call, KLGradients
-from .chunk import HeadGradient, Projection, TokenTable, check_all_labels, main_grad, no_autocast
+from .chunk import (
+    HeadGradient,
+    Projection,
+    TokenTable,
+    check_all_labels,
+    fitting,
+    gradient_dtype,
+    main_grad,
+    no_autocast,
+)
 from .fused import FusedProjection
 from .tokens import backward_tokens, take_weight
 
@@ -64,12 +79,60 @@ def _owners(call: Call, pair: PairCall) -> Tensor:
     sequences = 2 * pair.beta.shape[0]
     labels = call.labels
     if pair.cu_seqlens is None:
-        owner = torch.arange(sequences, device=labels.device).repeat_interleave(labels.shape[1])
+        owner = torch.arange(sequences, device=labels.device).unsqueeze(-1).expand_as(labels).reshape(-1)
     else:
         ops._check_cu_seqlens(pair.cu_seqlens, labels.shape[1])
-        position = torch.arange(labels.shape[1], device=labels.device)
-        owner = torch.bucketize(position, pair.cu_seqlens[1:], right=True)
-    return torch.where(labels.reshape(-1) != call.ignore_index, owner, sequences)
+        owner = ops.owners(pair.cu_seqlens, labels.shape[1])
+    return torch.where((labels.reshape(-1) != call.ignore_index) & (owner >= 0), owner, sequences)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The scored tokens, sequence by sequence.
+
+    Attributes:
+        tokens: [N], flat indices.
+        edges: [2P + 1] where each sequence's tokens begin and the last one's end.
+        bounds: the same on the host.
+    """
+
+    tokens: Tensor
+    edges: Tensor
+    bounds: list[int]
+
+    @classmethod
+    def of(cls, call: Call, pair: PairCall) -> _Scored:
+        """Reads the number of scored tokens of each sequence: the call's one wait for a GPU's stream."""
+        owner, order = _owners(call, pair).sort(stable=True)
+        sequences = torch.arange(2 * pair.beta.shape[0] + 1, device=owner.device)
+        edges = torch.searchsorted(owner, sequences)
+        bounds = edges.tolist()
+        return cls(order[: bounds[-1]], edges, bounds)
+
+    def counts(self) -> list[int]:
+        """Scored tokens of each sequence, [2P]."""
+        return [end - begin for begin, end in pairwise(self.bounds)]
+
+    def _sides(self, group: planner.Group) -> list[slice]:
+        pairs = len(self.bounds) // 2
+        return [slice(group.first + side, group.last + side) for side in (0, pairs)]
+
+    def tokens_of(self, groups: Sequence[planner.Group]) -> Tensor:
+        """The tokens, each group's in one run: its chosen sequences, then its rejected ones."""
+        if len(groups) < 2:
+            return self.tokens
+        sides = [side for group in groups for side in self._sides(group)]
+        return torch.cat([self.tokens[self.bounds[side.start] : self.bounds[side.stop]] for side in sides])
+
+    def cu_seqlens_of(self, group: planner.Group) -> Tensor:
+        """[2p + 1] int64, where the sequences of a group of p pairs begin in its run of tokens. Made on the device."""
+        chosen, rejected = self._sides(group)
+        if chosen.stop == rejected.start:
+            return self.edges
+        before = self.bounds[chosen.start]
+        between = self.bounds[rejected.start] - self.bounds[chosen.stop]
+        first = self.edges[chosen.start : chosen.stop + 1] - before
+        return torch.cat([first, self.edges[rejected.start + 1 : rejected.stop + 1] - (before + between)])
 
 
 @dataclass
@@ -89,17 +152,11 @@ def _group_loss(
     group: planner.Group,
     found: dict[str, Tensor],
     weights: Tensor,
-    counts: Sequence[int],
+    cu_seqlens: Tensor,
 ) -> _GroupLoss:
     """The loss of a group whose compacted tokens are given: `found` are stage 1's results [n] by name."""
     stages = call.stages
-    pairs = pair.beta.shape[0]
     mine = slice(group.first, group.last)
-    bounds = [0]
-    for offset in (0, pairs):
-        for s in range(group.first + offset, group.last + offset):
-            bounds.append(bounds[-1] + counts[s])
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device=weights.device)
     weights = weights.unsqueeze(0)
 
     def sums_of(values: Tensor, by: Tensor = weights) -> Tensor:
@@ -153,30 +210,55 @@ class _PairResult:
     ref_sums: Tensor
     coef: Tensor
     kl_coef: Tensor
-    grad_hidden: Tensor | None
-    gradient: HeadGradient
+    tokens: Tensor
+    logits: Tensor | None
+    grad_hidden: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+
+
+def _waits(call: Call, plan: planner.Plan) -> bool:
+    """Whether the logits wait for the backward: on a GPU, all of them in one buffer."""
+    chunks = sum(len(group.chunks) for group in plan.groups)
+    return call.labels.device.type == "cuda" and chunks == 1 and not (call.fused or call.kl_gradient)
+
+
+def _plan(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, counts: list[int]) -> planner.Plan:
+    head = call.sizes(hidden.shape[-1], weight.shape[0])
+
+    def plan_for(budget: int) -> planner.Plan:
+        plan = planner.plan_pairs(head, counts, budget, call.reason)
+        return replace(plan, reason=f"{plan.reason}; they wait for the backward") if _waits(call, plan) else plan
+
+    def beside(plan: planner.Plan) -> int:
+        dtype = gradient_dtype(call, weight, 1 if _waits(call, plan) else 2)
+        return call.needs_weight * weight.numel() * dtype.itemsize
+
+    return fitting(plan_for, call, head.row_bytes, beside)
 
 
 def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _PairResult:
-    """Loss and gradients of whole pairs, a group of pairs at a time, each token projected once if its pair fits."""
+    """Loss and gradients of whole pairs, a group of pairs at a time, each token projected once if its pair fits.
+
+    Where the logits wait for the backward there are no gradients yet.
+    """
     vocab, hidden_size = weight.shape
     check_all_labels(call, vocab)
     pairs = pair.beta.shape[0]
-    owner = _owners(call, pair)
-    counts = torch.bincount(owner, minlength=2 * pairs + 1)[: 2 * pairs].tolist()
-    plan = planner.plan_pairs(call.sizes(hidden_size, vocab), counts, call.budget, call.reason)
-    # A group's tokens in one run: its chosen sequences, then its rejected ones.
-    rank = torch.full((2 * pairs + 1,), 2 * pairs, dtype=torch.int64)
-    order = [s + side for group in plan.groups for side in (0, pairs) for s in range(group.first, group.last)]
-    rank[torch.tensor(order, dtype=torch.int64)] = torch.arange(2 * pairs)
-    order_of_tokens = rank.to(owner.device)[owner].argsort(stable=True)[: plan.tokens]
+    scored = _Scored.of(call, pair)
+    plan = _plan(call, pair, hidden, weight, scored.counts())
+    order_of_tokens = scored.tokens_of(plan.groups)
+    waits = _waits(call, plan)
 
     device = hidden.device
     table = TokenTable(call)
     losses = torch.empty(pairs, dtype=small_dtype(device), device=device)
     sums, ref_sums, coef, kl_coef = (torch.zeros(2, pairs, dtype=losses.dtype, device=device) for _ in range(4))
-    gradient = HeadGradient(call, vocab, hidden_size)
-    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if call.needs_hidden else None
+    gradient: HeadGradient | None = None
+    grad_hidden: Tensor | None = None
+    if not waits:
+        gradient = HeadGradient(call, vocab, hidden_size)
+        grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if call.needs_hidden else None
     projection: Any
     if call.fused:
         projection = FusedProjection(call, hidden, weight, bias, plan.rows)
@@ -202,17 +284,16 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
         if not parts:
             parts = [{name: losses.new_zeros(0) for name, value in table.values.items() if value.dim() > 1}]
         found = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        done = _group_loss(call, pair, group, found, flat_weights[mine], counts)
+        cu_seqlens = scored.cu_seqlens_of(group)
+        done = _group_loss(call, pair, group, found, flat_weights[mine], cu_seqlens)
         span = slice(group.first, group.last)
         losses[span] = done.losses
         for target, value in ((sums, done.sums), (ref_sums, done.ref_sums), (coef, done.coef), (kl_coef, done.kl_coef)):
             if value is not None:
                 target[:, span] = value.view(2, -1)
-        if begin == end:
+        if begin == end or gradient is None:
             continue
-        local = torch.tensor([counts[s + side] for side in (0, pairs) for s in range(group.first, group.last)]).to(
-            device
-        )
+        local = cu_seqlens.diff()
 
         def spread(values: Tensor, local: Tensor = local, mine: Tensor = mine, size: int = end - begin) -> Tensor:
             return flat_weights[mine] * values.repeat_interleave(local, output_size=size)
@@ -249,9 +330,13 @@ def _run_pairs(call: Call, pair: PairCall, hidden: Tensor, weight: Tensor, bias:
                 grad_hidden.view(-1, hidden_size)[chunk] = rows_grad.to(hidden.dtype)
             if call.fused and "grad_dropped_mass" in call.statistics:
                 table.put(chunk, {"grad_dropped_mass": projection.dropped})
-    gradient.finish()
     sums, ref_sums, coef, kl_coef = (vector.view(-1) for vector in (sums, ref_sums, coef, kl_coef))
-    return _PairResult(table, plan, losses, sums, ref_sums, coef, kl_coef, grad_hidden, gradient)
+    logits = projection.buffer if waits else None
+    result = _PairResult(table, plan, losses, sums, ref_sums, coef, kl_coef, order_of_tokens, logits)
+    if gradient is not None:
+        gradient.finish()
+        result.grad_hidden, result.grad_weight, result.grad_bias = grad_hidden, gradient.weight, gradient.bias
+    return result
 
 
 class WholePairs(torch.autograd.Function):
@@ -283,9 +368,11 @@ class WholePairs(torch.autograd.Function):
             outputs[4],
             done.coef,
             done.kl_coef,
+            done.tokens,
+            done.logits,
             done.grad_hidden,
-            done.gradient.weight,
-            done.gradient.bias,
+            done.grad_weight,
+            done.grad_bias,
         )
         result = (loss, done.losses, done.sums, done.ref_sums, *outputs)
         ctx.mark_non_differentiable(*result[1:])
@@ -297,13 +384,16 @@ class WholePairs(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 5
-        hidden, weight, bias, logps, lse, ref_logps, kl, coef, kl_coef, *gradients = ctx.saved_tensors
+        hidden, weight, bias, logps, lse, ref_logps, kl, coef, kl_coef, tokens, logits, *gradients = ctx.saved_tensors
         grad_hidden, grad_weight, grad_bias = gradients
         call: Call = ctx.call
         pair: PairCall = ctx.pair
         into = main_grad(weight) if call.needs_weight else None
-        if ctx.handed_over:
-            # The first backward scaled the gradients in place and gave them away; a retained graph computes them anew.
+        if ctx.handed_over or logits is not None:
+            # The first backward gave the gradients away, or wrote dz over the logits that waited; a retained graph computes them
+            # anew. `.data` keeps the version counter, so that autograd does not take this for a caller's mistake.
+            kept = None if logits is None or ctx.handed_over else logits.data
+            ctx.handed_over = True
             spread = ops._spread(coef * grad_loss, pair.weights, pair.cu_seqlens)
             divergences = None
             if call.kl_gradient:
@@ -317,28 +407,45 @@ class WholePairs(torch.autograd.Function):
                 divergences = KLGradients(ref_logps, kl, by_kl, by_forward if "forward_kl" in call.terms else None)
             with no_autocast(hidden.device):
                 grad_hidden, gradient = backward_tokens(
-                    call, hidden, weight, bias, logps, lse, spread, divergences=divergences, into=into
+                    call,
+                    hidden,
+                    weight,
+                    bias,
+                    logps,
+                    lse,
+                    spread,
+                    tokens=None if hidden.device.type == "cpu" else tokens,
+                    divergences=divergences,
+                    kept_logits=kept,
+                    into=into,
                 )
             bias_out = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
             return grad_hidden, take_weight(gradient, weight, into), bias_out, None, None
         ctx.handed_over = True
         # On the CPU a factor of 1, the usual one, saves a pass over dW; elsewhere looking would stall the stream.
-        unit = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
+        on_cpu = grad_loss.device.type == "cpu"
+        unit = on_cpu and float(grad_loss) == 1.0
 
-        def scaled(gradient: Tensor | None) -> Tensor | None:
+        def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if gradient is None:
                 return None
             # `.data`: memory that leaves this graph gets a version counter of its own.
-            return gradient.data if unit else gradient.data.mul_(grad_loss)
+            gradient = gradient.data
+            if on_cpu or gradient.dtype == dtype:
+                return (gradient if unit else gradient.mul_(grad_loss)).to(dtype)
+            # One pass scales and casts.
+            return torch.mul(gradient, grad_loss, out=fresh(gradient.shape, dtype, gradient.device))
 
-        grad_hidden, grad_weight, grad_bias = scaled(grad_hidden), scaled(grad_weight), scaled(grad_bias)
         if into is not None and grad_weight is not None:
-            into.add_(grad_weight)
+            if on_cpu:
+                into.add_(scaled(grad_weight, grad_weight.dtype))  # type: ignore[arg-type]
+            else:
+                into.addcmul_(grad_weight.data, grad_loss.to(into.dtype))
             grad_weight = None
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            scaled(grad_hidden, hidden.dtype),
+            scaled(grad_weight, weight.dtype),
+            None if bias is None else scaled(grad_bias, bias.dtype),
             None,
             None,
         )

@@ -22,7 +22,9 @@ from .chunk import (
     TokenTable,
     accumulator_dtype,
     check_all_labels,
+    fitting,
     gather,
+    gradient_dtype,
     main_grad,
     no_autocast,
     scatter,
@@ -55,11 +57,15 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
     tokens = scored(call)
     head = call.sizes(hidden.shape[-1], weight.shape[0])
     may_keep = not torch.compiler.is_compiling()
-    plan = planner.plan_tokens(head, call.strategy, tokens.shape[0], call.budget, call.reason, may_keep=may_keep)
+
+    def plan_for(budget: int) -> planner.Plan:
+        return planner.plan_tokens(head, call.strategy, tokens.shape[0], budget, call.reason, may_keep=may_keep)
+
+    plan = fitting(plan_for, call, head.row_bytes)
     table = TokenTable(call)
     kind: Any = FusedProjection if call.fused else Projection
     projection = kind(call, hidden, weight, bias, plan.rows)
-    total = torch.zeros(hidden.shape[-1], dtype=torch.float32, device=hidden.device) if call.blocks else None
+    total = torch.zeros(hidden.shape[-1], dtype=torch.float32, device=hidden.device) if call.fused else None
     units: list[Tensor] = []
     lists: list[filtered.Kept] = []
     for begin, end in plan.groups[0].chunks:
@@ -148,6 +154,7 @@ def backward_tokens(
     lse: Tensor,
     grad_logps: Tensor,
     *,
+    tokens: Tensor | None = None,
     divergences: KLGradients | None = None,
     kept_logits: Tensor | None = None,
     order: Sequence[Tensor] = (),
@@ -155,27 +162,43 @@ def backward_tokens(
 ) -> tuple[Tensor | None, HeadGradient]:
     """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again.
 
-    `divergences` add theirs, and the reference is projected again as well.
+    `tokens` are the forward's, in the order of `kept_logits`. `divergences` add theirs, and the reference is projected again
+    as well.
     """
     call = call.without_reference() if divergences is None else call
     small = grad_logps.reshape(-1)
-    moves = small != 0 if divergences is None else (small != 0) | divergences.moves().reshape(-1)
-    live = call.labels.reshape(-1) != call.ignore_index
     # Kept logits are there for every scored token, and the blocks are those that the forward reported; otherwise tokens
-    # without gradient need no second projection.
-    tokens = (live if kept_logits is not None or call.blocks else live & moves).nonzero().squeeze(-1)
+    # without gradient need no second projection. To find them on a GPU the host would wait for the stream a second time.
+    if tokens is None or not (kept_logits is not None or call.fused or hidden.device.type != "cpu"):
+        live = call.labels.reshape(-1) != call.ignore_index
+        if kept_logits is None and not call.fused:
+            live &= small != 0 if divergences is None else (small != 0) | divergences.moves().reshape(-1)
+        tokens = live.nonzero().squeeze(-1)
     head = call.sizes(hidden.shape[-1], weight.shape[0])
-    plan = planner.plan_tokens(head, "two_pass", tokens.shape[0], call.budget, may_keep=False)
-    gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
+    count = tokens.shape[0]
+
+    def plan_for(budget: int) -> planner.Plan:
+        return planner.plan_tokens(head, "two_pass", count, budget, may_keep=False)
+
+    def beside(plan: planner.Plan) -> int:
+        held = call.needs_weight and into is None
+        return held * weight.numel() * gradient_dtype(call, weight, len(plan.groups[0].chunks)).itemsize
+
+    rows, chunks = 0, [(0, count)]
+    if kept_logits is None:
+        plan = fitting(plan_for, call, head.row_bytes, beside)
+        rows, chunks = plan.rows, plan.groups[0].chunks
+    dtype = gradient_dtype(call, weight, len(chunks))
+    gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into, dtype)
     grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if call.needs_hidden else None
     projection: Any
-    if call.blocks:
-        projection = FusedProjection(call, hidden, weight, bias, plan.rows)
-        projection.take_order(order, tokens, plan.groups[0].chunks)
+    if call.fused:
+        projection = FusedProjection(call, hidden, weight, bias, rows)
+        projection.take_order(order, tokens, chunks)
     else:
-        projection = Projection(call, hidden, weight, bias, 0 if kept_logits is not None else plan.rows)
+        projection = Projection(call, hidden, weight, bias, rows)
     logps, lse = logps.reshape(-1), lse.reshape(-1)
-    for begin, end in plan.groups[0].chunks:
+    for begin, end in chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] == 0:
             continue
@@ -192,7 +215,7 @@ def backward_tokens(
             small[chunk],
             gradient,
             divergences=None if divergences is None else divergences.at(chunk),
-            last=end == tokens.shape[0],
+            last=end == count,
         )
         if grad_hidden is not None:
             grad_hidden.view(-1, hidden.shape[-1])[chunk] = rows_grad.to(hidden.dtype)
@@ -274,9 +297,10 @@ class LinearLogps(torch.autograd.Function):
                     logps,
                     lse,
                     grad_logps,
+                    tokens=tokens,
                     divergences=divergences,
                     kept_logits=kept,
-                    order=saved if call.blocks else (),
+                    order=saved if call.fused else (),
                     into=into,
                 )
         grad_bias = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)

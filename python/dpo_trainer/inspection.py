@@ -173,6 +173,7 @@ class Inspector(DPOTrainer):
             kl="kl" in names or differentiated,
             widens=self.args.device.type == "cpu" and dtype.itemsize == 2,
             kl_gradient=differentiated,
+            device_type=self.args.device.type,
         )
         asked = "two_pass" if strategy == "kept_logits" else strategy
         budget = planner.budget_of(memory_budget(self.args.memory_budget, self.policy), sizes, asked)

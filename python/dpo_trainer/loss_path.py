@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_kernels import DPOOutput, dpo_loss, linear_dpo_loss, planner
+from dpo_kernels import DPOOutput, dpo_loss, linear, linear_dpo_loss, planner
 
 from .errors import ConfigError
 from .model import Batch, SplitModel
@@ -51,7 +51,7 @@ def memory_budget(given: int | str | None, policy: SplitModel) -> int | str:
         return given
     head: Any = policy.head
     vocab, hidden_size = head.weight.shape
-    return planner.step_budget(hidden_size, vocab)
+    return planner.step_budget(hidden_size, vocab, linear.card_memory(head.weight.device))
 
 
 def from_hidden(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:

@@ -58,7 +58,7 @@ class Launch:
                 constants[name] = value
             elif hasattr(value, "data_ptr"):
                 types[name] = "*" + _TRITON_TYPE[value.dtype]
-                if value.data_ptr() % 16 == 0:
+                if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                     attributes[(index,)] = [["tt.divisibility", 16]]
             else:
                 types[name] = parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
@@ -140,7 +140,7 @@ class _AlignedPointer:
 def aligned_base(tensor: Tensor) -> tuple[Any, int]:
     """(pointer that is 16-byte aligned, elements from it to the tensor's first)."""
     past = tensor.data_ptr() % 16
-    if past == 0 or tensor.device.type != "cuda":
+    if past == 0 or INTERPRETED.value:
         return tensor, 0
     return _AlignedPointer(tensor.data_ptr() - past, tensor.dtype), past // tensor.element_size()
 

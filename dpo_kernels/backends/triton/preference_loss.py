@@ -7,10 +7,16 @@ Data flow, one program (4 warps) a pair, one launch for everything:
 
 Why the scratch: a sum must not change by a bit when padding is added on the left, on the right or inside. The place of a
 term in the sum is its rank among the weighted tokens, found by a running count, and never its position.
-All of it is 8 bytes a token where the logits are hundreds of kilobytes: nothing here is worth a faster, looser form.
+
+Long sequences: a program walks through a sequence CHUNK tokens at a time, about 2 us each, so 32,768 tokens would take
+100 us. Where a sequence may be longer than LONG tokens, a launch before writes the scratch, one program for CHUNK tokens;
+each counts the weighted tokens before its own (they lie in L2). What is left to one program is then a sum of loads that
+do not depend on each other. Both ways fill the scratch alike and add it up by the same code, so they give the same bits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -22,15 +28,62 @@ from .launch import Launch
 
 #: Tokens per step, and lanes of the sum. Fixed: the order of every addition follows from it.
 CHUNK = 1024
+#: A sequence that may be longer than this many tokens is compacted by several programs.
+LONG = 8 * CHUNK
+
+#: Tensors that are read and written 8 bytes at a time: their alignment may differ from call to call, and a kernel
+#: compiled anew for it would stop a training run for seconds.
+POINTERS = [
+    "weights", "values", "other_values", "cu_seqlens", "scratch", "other_scratch", "counts", "sums", "logps", "ref_logps",
+    "given_ref_sums", "beta", "label_smoothing", "ref_scratch", "losses", "ref_sums", "coef",
+]  # fmt: skip
 
 
 @device_function
-def _bounds(cu_seqlens, sequence, tokens):
-    """(first token, one past the last) of a sequence in the flattened tokens."""
+def _bounds(cu_seqlens, sequence, tokens, total):
+    """(first token, one past the last) of a sequence in the `total` flattened tokens.
+
+    The host cannot check device bounds without waiting for the device. Clamped, they cannot lead out of the tensors.
+    """
     if cu_seqlens is None:
         return sequence.to(tl.int64) * tokens, (sequence.to(tl.int64) + 1) * tokens
     else:
-        return tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+        begin = tl.maximum(tl.load(cu_seqlens + sequence), 0)
+        return begin, tl.maximum(tl.minimum(tl.load(cu_seqlens + sequence + 1), total), begin)
+
+
+@device_function
+def _compact_chunk(weights, values, other_values, scratch, other_scratch, first, end, place, CHUNK: tl.constexpr):
+    """Write w v of the weighted ones of up to CHUNK tokens from `first` on to scratch[place ...]; returns how many."""
+    token = first + tl.arange(0, CHUNK)
+    weight = tl.load(weights + token, mask=token < end, other=0.0)
+    live = weight != 0
+    place += tl.cumsum(live.to(tl.int32), 0) - 1
+    tl.store(scratch + place, weight * tl.load(values + token, mask=live, other=0.0), mask=live)
+    if other_values is not None:
+        tl.store(other_scratch + place, weight * tl.load(other_values + token, mask=live, other=0.0), mask=live)
+    return tl.sum(live.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "total"], do_not_specialize_on_alignment=POINTERS)
+def compact_kernel(
+    weights, values, other_values, cu_seqlens, scratch, other_scratch,
+    counts,  # [S] int32: weighted tokens of each sequence
+    tokens, total, CHUNK: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    begin, end = _bounds(cu_seqlens, sequence, tokens, total)
+    first = begin + tl.program_id(1).to(tl.int64) * CHUNK
+    if (first < end) | (tl.program_id(1) == 0):
+        before = tl.zeros([CHUNK], tl.int32)
+        for block in range(tl.program_id(1)):
+            before += (tl.load(weights + begin + block * CHUNK + tl.arange(0, CHUNK)) != 0).to(tl.int32)
+        count = tl.sum(before, 0)
+        count += _compact_chunk(
+            weights, values, other_values, scratch, other_scratch, first, end, begin + count, CHUNK
+        )  # fmt: skip
+        if first + CHUNK >= end:
+            tl.store(counts + sequence, count)
 
 
 @device_function
@@ -38,60 +91,62 @@ def _compact(weights, values, other_values, scratch, other_scratch, begin, end, 
     """Write w v of the weighted tokens of [begin, end) to scratch[begin ...] without gaps; returns how many there are."""
     count = tl.zeros((), tl.int32)
     for block in range(tl.cdiv((end - begin).to(tl.int32), CHUNK)):
-        token = begin + block * CHUNK + tl.arange(0, CHUNK)
-        weight = tl.load(weights + token, mask=token < end, other=0.0)
-        live = weight != 0
-        rank = tl.cumsum(live.to(tl.int32), 0) - 1
-        place = begin + count + rank
-        tl.store(scratch + place, weight * tl.load(values + token, mask=live, other=0.0), mask=live)
-        if other_values is not None:
-            other = tl.load(other_values + token, mask=live, other=0.0)
-            tl.store(other_scratch + place, weight * other, mask=live)
-        count += tl.sum(live.to(tl.int32), 0)
+        count += _compact_chunk(
+            weights, values, other_values, scratch, other_scratch, begin + block * CHUNK, end, begin + count, CHUNK
+        )  # fmt: skip
+    # What one thread of the block wrote, another reads.
+    tl.debug_barrier()
     return count
 
 
 @device_function
-def _lane_sums(scratch, begin, count, CHUNK: tl.constexpr):
-    """Sum of scratch[begin : begin + count]: lane i adds the terms i, i + CHUNK, ..., then the lanes add as a tree."""
-    total = tl.zeros([CHUNK], tl.float64)
-    for block in range(tl.cdiv(count, CHUNK)):
-        place = block * CHUNK + tl.arange(0, CHUNK)
-        total += tl.load(scratch + begin + place, mask=place < count, other=0.0)
-    return tl.sum(total, 0)
+def _sums(
+    weights, values, other_values, scratch, other_scratch, counts, cu_seqlens, sequence, tokens, total,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """(sum of w v, sum of w v') of one sequence, bitwise independent of where its weighted tokens lie.
+
+    Lane i adds the terms i, i + CHUNK, ..., then the lanes add as a tree. Four loads are under way at a time.
+    """
+    begin, end = _bounds(cu_seqlens, sequence, tokens, total)
+    if counts is None:
+        count = _compact(weights, values, other_values, scratch, other_scratch, begin, end, CHUNK)
+    else:
+        count = tl.load(counts + sequence)
+    sums = tl.zeros([CHUNK], tl.float64)
+    other_sums = tl.zeros([CHUNK], tl.float64)
+    for block in range(tl.cdiv(count, 4 * CHUNK)):
+        for step in tl.static_range(4):
+            place = (block * 4 + step) * CHUNK + tl.arange(0, CHUNK)
+            sums += tl.load(scratch + begin + place, mask=place < count, other=0.0)
+            if other_values is not None:
+                other_sums += tl.load(other_scratch + begin + place, mask=place < count, other=0.0)
+    return tl.sum(sums, 0), tl.sum(other_sums, 0)
 
 
-@device_function
-def _sums(weights, values, other_values, scratch, other_scratch, cu_seqlens, sequence, tokens, CHUNK: tl.constexpr):
-    """(sum of w v, sum of w v') of one sequence, bitwise independent of where its weighted tokens lie."""
-    begin, end = _bounds(cu_seqlens, sequence, tokens)
-    count = _compact(weights, values, other_values, scratch, other_scratch, begin, end, CHUNK)
-    # What one thread of the block wrote, another reads.
-    tl.debug_barrier()
-    total = _lane_sums(scratch, begin, count, CHUNK)
-    other_total = tl.zeros((), tl.float64)
-    if other_values is not None:
-        other_total = _lane_sums(other_scratch, begin, count, CHUNK)
-    return total, other_total
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def sequence_sums_kernel(values, weights, cu_seqlens, scratch, sums, tokens, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "total"], do_not_specialize_on_alignment=POINTERS)
+def sequence_sums_kernel(
+    values, weights, cu_seqlens, scratch, counts, sums, tokens, total, CHUNK: tl.constexpr
+):  # fmt: skip
     sequence = tl.program_id(0)
-    total, _ = _sums(weights, values, None, scratch, None, cu_seqlens, sequence, tokens, CHUNK)
-    tl.store(sums + sequence, total)
+    own, _ = _sums(weights, values, None, scratch, None, counts, cu_seqlens, sequence, tokens, total, CHUNK)
+    tl.store(sums + sequence, own)
 
 
-@triton.jit(do_not_specialize=["tokens", "pairs"])
+@triton.jit(do_not_specialize=["tokens", "total", "pairs"], do_not_specialize_on_alignment=POINTERS)
 def preference_loss_kernel(
     logps, ref_logps, weights, cu_seqlens, given_ref_sums, beta, label_smoothing,
-    scratch, ref_scratch, losses, sums, ref_sums, coef,
-    tokens, pairs, ROBUST: tl.constexpr, CHUNK: tl.constexpr,
+    scratch, ref_scratch, counts, losses, sums, ref_sums, coef,
+    tokens, total, pairs, ROBUST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     chosen, rejected = pair, pair + pairs
-    s_c, r_c = _sums(weights, logps, ref_logps, scratch, ref_scratch, cu_seqlens, chosen, tokens, CHUNK)
-    s_r, r_r = _sums(weights, logps, ref_logps, scratch, ref_scratch, cu_seqlens, rejected, tokens, CHUNK)
+    s_c, r_c = _sums(
+        weights, logps, ref_logps, scratch, ref_scratch, counts, cu_seqlens, chosen, tokens, total, CHUNK
+    )  # fmt: skip
+    s_r, r_r = _sums(
+        weights, logps, ref_logps, scratch, ref_scratch, counts, cu_seqlens, rejected, tokens, total, CHUNK
+    )  # fmt: skip
     if given_ref_sums is not None:
         r_c = tl.load(given_ref_sums + chosen)
         r_r = tl.load(given_ref_sums + rejected)
@@ -119,31 +174,50 @@ def _sequences(values: Tensor, cu_seqlens: Tensor | None) -> int:
     return values.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
-def sequence_sums_launch(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, sums: Tensor) -> Launch:
-    """The kernel call of `sequence_sums`."""
+def _span_arguments(
+    values: Tensor, other_values: Tensor | None, weights: Tensor, cu_seqlens: Tensor | None
+) -> tuple[dict[str, Any], Tensor | None, list[Launch]]:
+    """(arguments that every kernel here takes, scratch of the other values, the launch that goes first if there is one)."""
+    other_scratch = None if other_values is None else torch.empty_like(values)
     arguments = {
-        "values": values,
         "weights": weights,
         "cu_seqlens": cu_seqlens,
         "scratch": torch.empty_like(values),
-        "sums": sums,
+        "counts": None,
         "tokens": values.shape[1],
+        "total": values.numel(),
         "CHUNK": CHUNK,
     }
-    return Launch(sequence_sums_kernel, (sums.numel(),), arguments)
+    # The lengths of packed sequences are known to the device alone: any of them may hold all tokens.
+    longest = values.shape[1]
+    if longest <= LONG:
+        return arguments, other_scratch, []
+    sequences = _sequences(values, cu_seqlens)
+    arguments["counts"] = torch.empty(sequences, dtype=torch.int32, device=values.device)
+    compact = arguments | {"values": values, "other_values": other_values, "other_scratch": other_scratch}
+    return arguments, other_scratch, [Launch(compact_kernel, (sequences, triton.cdiv(longest, CHUNK)), compact)]
+
+
+def sequence_sums_launches(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, sums: Tensor) -> list[Launch]:
+    """The kernel calls of `sequence_sums`, in order."""
+    arguments, _, launches = _span_arguments(values, None, weights, cu_seqlens)
+    arguments |= {"values": values, "sums": sums}
+    return [*launches, Launch(sequence_sums_kernel, (sums.numel(),), arguments)]
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Weighted sum over each sequence's tokens, [S] float64; tokens of weight 0 are skipped whatever their value.
 
     values, weights: [B, T] float64; cu_seqlens None (a sequence is a row) or [S + 1] int64 into the flattened tokens.
+    Bounds are clamped to the tokens that exist; spans must not overlap (ops.rising_bounds).
     """
     sums = torch.empty(_sequences(values, cu_seqlens), dtype=torch.float64, device=values.device)
-    sequence_sums_launch(values, weights, cu_seqlens, sums).run(values)
+    for launch in sequence_sums_launches(values, weights, cu_seqlens, sums):
+        launch.run(values)
     return sums
 
 
-def preference_loss_launch(
+def preference_loss_launches(
     logps: Tensor,
     ref_logps: Tensor | None,
     weights: Tensor,
@@ -153,30 +227,26 @@ def preference_loss_launch(
     label_smoothing: Tensor,
     robust: bool,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> Launch:
-    """The kernel call of `preference_loss`."""
+) -> list[Launch]:
+    """The kernel calls of `preference_loss`, in order."""
     losses, sums, ref_sums, coef = outputs
     pairs = losses.numel()
-    arguments = {
+    arguments, ref_scratch, launches = _span_arguments(logps, ref_logps, weights, cu_seqlens)
+    arguments |= {
         "logps": logps,
         "ref_logps": ref_logps,
-        "weights": weights,
-        "cu_seqlens": cu_seqlens,
         "given_ref_sums": given_ref_sums,
         "beta": beta,
         "label_smoothing": label_smoothing,
-        "scratch": torch.empty_like(logps),
-        "ref_scratch": None if ref_logps is None else torch.empty_like(logps),
+        "ref_scratch": ref_scratch,
         "losses": losses,
         "sums": sums,
         "ref_sums": ref_sums,
         "coef": coef,
-        "tokens": logps.shape[1],
         "pairs": pairs,
         "ROBUST": robust,
-        "CHUNK": CHUNK,
     }
-    return Launch(preference_loss_kernel, (pairs,), arguments)
+    return [*launches, Launch(preference_loss_kernel, (pairs,), arguments)]
 
 
 def preference_loss(
@@ -200,7 +270,9 @@ def preference_loss(
         return torch.empty(size, dtype=torch.float64, device=logps.device)
 
     outputs = (output(sequences // 2), output(sequences), output(sequences), output(sequences))
-    preference_loss_launch(
+    launches = preference_loss_launches(
         logps, ref_logps, weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, outputs
-    ).run(logps)  # fmt: skip
+    )
+    for launch in launches:
+        launch.run(logps)
     return outputs

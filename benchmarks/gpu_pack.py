@@ -1,0 +1,156 @@
+"""What a GPU session takes along to a machine without a network: the CUDA library, compiled here, and the peers' wheels.
+
+`python benchmarks/gpu_session.py --pack DIR` collects them; `--from DIR` uses them: libraries are decompressed, wheels are
+unzipped into a folder that goes on the path of every stage. Nothing else of this machine is in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_kernels import _build
+
+#: Of the whole folder; what does not fit into a modest upload does not travel.
+LIMIT = 64 << 20
+
+DEFAULT = "default"
+#: Launch parameters of the libraries that travel (csrc/cuda/plan.h): the default, and what the sweep tries.
+VARIANTS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("DPO_ROW_THREADS=128",),
+    ("DPO_ROW_THREADS=512",),
+    ("DPO_ROW_UNROLL=8",),
+    ("DPO_MAX_CLUSTER=1",),
+    ("DPO_GRAD_THREADS=512",),
+)
+
+#: The peers (as in pyproject.toml's extra `peers`), and what they import that a machine with torch and transformers may lack.
+WHEELS = (
+    "trl==1.16.0",
+    "liger-kernel==0.8.5",
+    "cut-cross-entropy==25.1.1",
+    "datasets==5.2.0",
+    "dill==0.4.1",
+    "multiprocess==0.70.19",
+)
+
+#: Where stages find the unpacked folder.
+VARIABLE = "DPO_GPU_PACK"
+
+
+class PackError(RuntimeError):
+    """A pack could not be made or does not fit; the message says why."""
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def make(folder: Path, arch: str, python: str, variants: bool = True) -> list[str]:
+    """Compile the libraries for one architecture ("90") and download the wheels for one Python ("3.12") into `folder`.
+
+    Returns a line for each file with its size, and the sum. Raises PackError if a wheel is not to be had or the sum is over
+    LIMIT, _build.BuildError if nvcc is missing or fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (*folder.glob("cuda.*.so.xz"), *folder.glob("*.whl")):
+        stale.unlink()
+    libraries = {}
+    for index, defines in enumerate(VARIANTS if variants else VARIANTS[:1]):
+        name = " ".join(defines) or DEFAULT
+        print(f"compiling the CUDA library for sm_{arch}: {name}", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            library = Path(scratch) / "cuda.so"
+            _build.build_cuda(library, [arch], defines)
+            libraries[name] = f"cuda.{index}.so.xz"
+            (folder / libraries[name]).write_bytes(lzma.compress(library.read_bytes()))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", python, "--dest", str(folder), *WHEELS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PackError(f"wheels not downloaded: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    manifest = {"arch": arch, "python": python, "source": _build.source_hash("cuda"), "libraries": libraries}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return sizes(folder)
+
+
+def sizes(folder: Path) -> list[str]:
+    """A line for each file of the pack, largest first, and the sum. Raises PackError if the sum is over LIMIT."""
+    files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: -path.stat().st_size)
+    lines = [f"{_megabytes(path.stat().st_size):>10}  {path.name}" for path in files]
+    total = sum(path.stat().st_size for path in files)
+    lines.append(f"{_megabytes(total):>10}  in all, of {_megabytes(LIMIT)}")
+    if total > LIMIT:
+        raise PackError("the pack is too large:\n" + "\n".join(lines))
+    return lines
+
+
+def unpack(folder: Path, into: Path) -> dict[str, str]:
+    """Decompress and unzip a pack, without a network; the environment variables that make stages use it.
+
+    Raises PackError where `folder` holds no pack.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise PackError(f"{folder} holds no pack; python benchmarks/gpu_session.py --pack {folder} makes one")
+    into.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "manifest.json", into)
+    for path in folder.glob("cuda.*.so.xz"):
+        (into / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+    site = into / "site"
+    site.mkdir(exist_ok=True)
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(site)
+    return {VARIABLE: str(into), "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
+
+
+@dataclass(frozen=True)
+class Pack:
+    """An unpacked pack."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def variants(self) -> list[str]:
+        """The libraries' names, the default first."""
+        return list(self.manifest["libraries"])
+
+    def why_not(self) -> str | None:
+        """None if the libraries are of this tree's sources, else what is wrong."""
+        if self.manifest["source"] != _build.source_hash("cuda"):
+            return "the packed CUDA library was compiled from other sources: make the pack again"
+        return None
+
+    def describe(self) -> str:
+        """One line for the session's summary."""
+        return (
+            self.why_not() or f"CUDA library for sm_{self.manifest['arch']}, {len(self.manifest['libraries'])} variants"
+        )
+
+    def load(self, name: str = DEFAULT) -> None:
+        """Load a library; the default one is left aside if it is not of these sources, and the backend then says so itself."""
+        import torch
+
+        if why := self.why_not():
+            if name == DEFAULT:
+                return
+            raise PackError(why)
+        torch.ops.load_library(str(self.folder / Path(self.manifest["libraries"][name]).stem))
+
+
+def in_use() -> Pack | None:
+    """The pack of this session, if it has one."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return None
+    return Pack(Path(folder), json.loads((Path(folder) / "manifest.json").read_text()))

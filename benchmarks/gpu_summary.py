@@ -1,0 +1,336 @@
+"""A GPU session's results as markdown, with what was predicted beside what was measured; and the README's GPU table.
+
+The predictions were written down before any card had run these kernels: from the machine code's instructions a logit and bytes
+in flight (benchmarks/machine_code.py), and for the linear path from products and traffic (benchmarks/roofline.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.roofline import works
+
+#: Share of the measured copy bandwidth at [8192 x 128256] bfloat16, least and most, by card.
+PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
+    "token_logps": {"H100": (0.90, 0.97), "H200": (0.88, 0.94)},
+    "token_logps with statistics": {"H100": (0.83, 0.92), "H200": (0.75, 0.85)},
+    "logits_grad": {"H100": (0.93, 1.00), "H200": (0.90, 0.97)},
+    "step: policy, reference, gradient": {"H100": (0.88, 0.93), "H200": (0.85, 0.90)},
+}
+PREDICTED_SHAPE = "[8192x128256]"
+#: Seconds of our exact linear path, least and most: H 4,096, V 128,256, 2,048 scored tokens, on either card.
+LINEAR_PREDICTION = {"4x512x4096x128256": (14e-3, 17e-3)}
+#: What others have published, to hold our figures against.
+ANCHORS = (
+    "quack, cross-entropy forward at V 65k to 131k: 3.0 to 3.2 TB/s on an H100",
+    "Liger's CuTe per-token head with gradients at 4,096 tokens, H 4,096, V 131,072: 26.2 ms on an H100, 24.9 ms on an H200",
+    "three matrix products at 8,192 tokens, V 151,936: 42 ms on an H100",
+)
+
+
+def stage(calls: dict[str, Any], name: str) -> dict[str, Any]:
+    """A stage's result from whichever call has it; empty if none has."""
+    for stages in calls.values():
+        if result := stages.get(name, {}).get("result"):
+            return result
+    return {}
+
+
+def _kernel_rows(calls: dict[str, Any]) -> dict[str, Any]:
+    return {**stage(calls, "timing").get("rows", {}), **stage(calls, "more_shapes").get("rows", {})}
+
+
+def backends_of(calls: dict[str, Any]) -> list[str]:
+    """The backends that were asked, in the session's order."""
+    return list(stage(calls, "environment").get("backends", {}))
+
+
+def roofline_seconds(calls: dict[str, Any]) -> dict[str, float]:
+    """The measured column of benchmarks/roofline.py: our quicker backend."""
+    found: dict[str, float] = {}
+    for key, row in _kernel_rows(calls).items():
+        backend, _, path = key.partition(": ")
+        if backend != "eager" and "median" in row:
+            found[path] = min(row["median"], found.get(path, row["median"]))
+    return found
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return ["Not measured.", ""]
+    rule = "|" + "|".join("---:" if i else "---" for i in range(len(head))) + "|"
+    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3f} ms"
+
+
+def _outcome(name: str, report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "not run: the time was over"
+    result = report.get("result", {})
+    if isinstance(result.get("not run"), str):
+        return f"not run: {result['not run']}"
+    outcome = "done"
+    if name == "tests":
+        outcome = "passed" if result.get("passed") else f"FAILED (status {result.get('status')})"
+    elif name == "correctness":
+        wrong = sum(len(row.get("failed", {})) for row in result.get("table", {}).values())
+        outcome = f"{wrong} cases WRONG" if wrong else "all cases right"
+    elif name == "memcheck" and "clean" in result:
+        outcome = "clean" if result["clean"] else "NOT clean"
+    elif name == "compile" and "kernels" in result:
+        done = result["compiled"] + result["cached"]
+        outcome = f"{done} of {result['kernels']} kernels in {result.get('seconds', 0)} s"
+        outcome += f", {len(result['failed'])} FAILED" if result["failed"] else ""
+    if late := result.get("kernels compiled late"):
+        outcome += f" ({late} kernels compiled late)"
+    for ending in ("stopped", "failed"):
+        if end := report.get(ending) or (result.get(ending) if ending == "stopped" else None):
+            end = f"stopped {end}" if ending == "stopped" else f"FAILED: {end}"
+            return f"{end}; until then: {outcome}" if result else end
+    return outcome
+
+
+def _correctness(calls: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in stage(calls, "correctness").get("table", {}).items():
+        if "cases" not in row:
+            rows.append([name, "-", f"not run: {row['not run']}"])
+            continue
+        wrong = [f"{case}: {why}" for case, why in row["failed"].items()]
+        wrong += [f"not run: {row['not run']}"] if "not run" in row else []
+        rows.append([name, f"{row['cases'] - len(row['failed'])} of {row['cases']}", "; ".join(wrong) or "-"])
+    return ["## Correct?", "", *_table(["backend", "cases right against float64", "wrong"], rows)]
+
+
+def _card(calls: dict[str, Any]) -> str | None:
+    name = stage(calls, "environment").get("device", {}).get("name", "")
+    return next((card for card in ("H100", "H200") if card in name), None)
+
+
+def verdict(value: float, predicted: tuple[float, float], unit: str = "") -> str:
+    """A prediction as text, and whether the value lies in it."""
+    low, high = predicted
+    where = "as predicted" if low <= value <= high else "below" if value < low else "above"
+    text = f"{low:.0%} to {high:.0%}" if not unit else f"{1e3 * low:.0f} to {1e3 * high:.0f} {unit}"
+    return f"{text}: {where}"
+
+
+def _kernels(calls: dict[str, Any]) -> list[str]:
+    ceilings = stage(calls, "ceilings")
+    bandwidth, read = ceilings.get("copy_bytes_per_second"), ceilings.get("read_bytes_per_second")
+    measured, backends, card = _kernel_rows(calls), backends_of(calls), _card(calls)
+    rows = []
+    for work in works():
+        found = {name: measured.get(f"{name}: {work.key}", {}) for name in backends}
+        if not any("median" in row for row in found.values()):
+            continue
+        line = [work.key, _milliseconds(work.bytes / bandwidth if bandwidth else None)]
+        best = None
+        for name, row in found.items():
+            seconds = row.get("median")
+            share = work.bytes / seconds / bandwidth if seconds and bandwidth else None
+            if share is not None and name != "eager":
+                best = max(share, best or 0.0)
+            line.append(_milliseconds(seconds) + (f" ({share:.0%})" if share is not None else ""))
+        ours = [row["host"] for name, row in found.items() if name != "eager" and "host" in row]
+        line.append(f"{1e6 * min(ours):.0f} us" if ours else "-")
+        predicted = PREDICTIONS.get(work.path, {}).get(card or "") if work.key.endswith(PREDICTED_SHAPE) else None
+        line.append(verdict(best, predicted) if predicted and best is not None else "-")
+        rows.append(line)
+    lines = ["## How fast against the floor?", ""]
+    for name, rate in (("copy (read + write)", bandwidth), ("read", read)):
+        lines.append(f"Measured {name} bandwidth: {f'{rate / 1e12:.2f} TB/s' if rate else 'not measured'}.")
+    lines += [
+        "In brackets the share of the copy's. Ours are timed as a CUDA graph's replay, without launch gaps; the host's time of "
+        "our quicker call stands apart.", "",
+        *_table(["path", "floor", *backends, "host", "predicted share"], rows),
+    ]  # fmt: skip
+    lines += _missing(measured)
+    if products := ceilings.get("products"):
+        lines += _table(
+            ["product by cuBLAS, bfloat16", "time", "TFLOP/s"],
+            [[name, _milliseconds(p["seconds"]), f"{p['flops'] / 1e12:.0f}"] for name, p in products.items()],
+        )
+    return lines
+
+
+def _missing(rows: dict[str, Any]) -> list[str]:
+    """What rows say of themselves in the place of a time."""
+    lines = [f"* {name}: not run: {row['not run']}" for name, row in rows.items() if "not run" in row]
+    lines += [f"* {name}: FAILED: {row['failed']}" for name, row in rows.items() if "failed" in row]
+    return [*lines, ""] if lines else []
+
+
+def _contenders(found: dict[str, Any], floor: float | None, ours: str | None) -> list[str]:
+    """A table of times, against the floor and against the quickest of ours, with memory; and what did not run or failed."""
+    rows = found.get("rows", {})
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
+        extra, gradient = row.get("extra bytes"), row.get("gradient")
+        again = f" (again {_milliseconds(row['again'])})" if "again" in row else ""
+        lines.append([
+            name, _milliseconds(row["median"]) + again, _milliseconds(row.get("host")),
+            f"{row['median'] / floor:.2f}x" if floor else "-",
+            f"{row['median'] / rows[ours]['median']:.2f}x" if ours else "-",
+            "-" if extra is None else f"{extra / 2**20:,.0f} MiB",
+            "-" if gradient is None else "right" if gradient["right"] else f"WRONG ({gradient['error']:.1e})",
+        ])  # fmt: skip
+    head = ["method", "time", "host", "over the floor", "over ours", "memory beside the inputs", "gradient"]
+    missing = {name: {kind: why} for kind in ("not run", "failed") for name, why in found.get(kind, {}).items()}
+    return [*_table(head, lines), *_missing(missing)]
+
+
+def quickest(rows: dict[str, Any], prefix: str) -> str | None:
+    """The name of the quickest row whose name starts so."""
+    named = [name for name in rows if name.startswith(prefix)]
+    return min(named, key=lambda name: rows[name]["median"], default=None)
+
+
+FLOOR = "floor: the products alone"
+
+
+def _linear_lines(key: str, found: dict[str, Any]) -> list[str]:
+    rows = found.get("rows", {})
+    lines = [
+        f"Linear path, {key} (pairs x length x H x V), {found['scored']} scored tokens; the floor is its {found['products']} "
+        "products by cuBLAS:", "",
+        *_contenders(found, rows.get(FLOOR, {}).get("median"), "ours" if "ours" in rows else None),
+    ]  # fmt: skip
+    if key in LINEAR_PREDICTION and "ours" in rows:
+        said = verdict(rows["ours"]["median"], LINEAR_PREDICTION[key], "ms")
+        lines += [f"Predicted of ours: {said}.", ""]
+    return lines
+
+
+def _against(calls: dict[str, Any]) -> list[str]:
+    bandwidth = stage(calls, "ceilings").get("copy_bytes_per_second")
+    lines = ["## Against whom?", ""]
+    for shape, found in stage(calls, "peers").get("tables", {}).items():
+        ours = quickest(found["rows"], "ours_inplace (")
+        floor = found["bytes"] / bandwidth if bandwidth and "bytes" in found else None
+        lines += [f"Logits path, bfloat16 {shape}, loss and gradient:", "", *_contenders(found, floor, ours)]
+    for name in ("linear", "small_heads"):
+        for key, found in stage(calls, name).get("tables", {}).items():
+            lines += _linear_lines(key, found)
+    if len(lines) == 2:
+        lines += ["Not measured.", ""]
+    lines += ["What others have published:", "", *(f"* {anchor}." for anchor in ANCHORS), ""]
+    latency = stage(calls, "latency")
+    rows = []
+    for name, row in latency.get("steps", {}).items():
+        keys = ("device microseconds", "host microseconds", "microseconds")
+        times = [f"{row[key]:.0f} us" if key in row else "-" for key in keys]
+        rows.append([name, *times, row.get("failed", "-")])
+    lines += [f"Latency of a step, {latency.get('shape', '2 pairs x 64 tokens')}:", ""]
+    lines += _table(["method", "device", "host", "until done", "failed"], rows)
+    trainer = stage(calls, "trainer")
+    rows = [[name, _milliseconds(row["step"])] for name, row in trainer.get("rows", {}).items()]
+    missing = {name: {kind: why} for kind in ("not run", "failed") for name, why in (trainer.get(kind) or {}).items()
+               if isinstance(trainer.get(kind), dict)}  # fmt: skip
+    return [*lines, "A trainer's step:", "", *_table(["trainer", "step"], rows), *_missing(missing)]
+
+
+def _tune(calls: dict[str, Any]) -> list[str]:
+    result = stage(calls, "sweep")
+    rows = [
+        [
+            row["kernel"],
+            _milliseconds(row["default"]),
+            _milliseconds(row["best"]),
+            row["settings"],
+            f"{row['gain']:.2f}x",
+        ]
+        for row in result.get("best", [])
+    ]
+    lines = ["## What to tune?", "", *_table(["CUDA kernel", "default", "best", "with", "gain"], rows)]
+    failed = [f"{run['settings']}" for run in result.get("runs", []) if "failed" in run]
+    lines += [f"Variants that failed: {', '.join(failed)}.", ""] if failed else []
+    lines += [f"Variants not run: {', '.join(result['left out'])}.", ""] if result.get("left out") else []
+    if rates := stage(calls, "head_rates").get("rows"):
+        from benchmarks.head_rates import table
+
+        lines += ["What the planner assumes of the linear path's products:", "", *table(rates).splitlines(), ""]
+    return lines
+
+
+def summary(calls: dict[str, Any], planned: dict[str, list[str]]) -> str:
+    """The session as markdown, for someone who was not there: correct? how fast? against whom? what to tune? what not run?
+
+    calls: call -> stage -> report. planned: the stages of each call.
+    """
+    device = stage(calls, "environment")
+    about = ", ".join(f"{k} {v}" for k, v in device.items() if isinstance(v, str) and "/" not in v)
+    name = device.get("device", {}).get("name", "an unknown device")
+    lines = [f"# GPU session on {name}", "", about or "Versions: not known.", ""]
+    for part in (_correctness, _kernels, _against, _tune):
+        lines += part(calls)
+    lines += ["## What ran, what did not", ""]
+    for call, stages in planned.items():
+        if call not in calls:
+            lines += [f"Call {call}: not run.", ""]
+            continue
+        rows = []
+        for one in stages:
+            report = calls[call].get(one)
+            seconds = ["-", "-"] if report is None else [str(report["took"]), str(report.get("limit", "-"))]
+            rows.append([one, *seconds, _outcome(one, report)])
+        lines += [f"Call {call}:", "", *_table(["stage", "seconds", "limit", "outcome"], rows)]
+    return "\n".join(lines)
+
+
+def readme_block(results: Path) -> list[str]:
+    """The README's GPU tables: a part for each folder of benchmarks/results that a GPU session has filled; empty without one."""
+    lines: list[str] = []
+    for file in sorted(results.glob("*/results.json")):
+        calls = json.loads(file.read_text(encoding="utf-8")).get("calls")
+        if calls:
+            lines += _readme_part(calls, file.parent.name)
+    return lines
+
+
+def _readme_part(calls: dict[str, Any], folder: str) -> list[str]:
+    device = stage(calls, "environment")
+    name = device.get("device", {}).get("name", folder)
+    bandwidth = stage(calls, "ceilings").get("copy_bytes_per_second")
+    seconds, rows = roofline_seconds(calls), []
+    for work in works():
+        if bandwidth and work.key in seconds and work.key.endswith(PREDICTED_SHAPE):
+            share = work.bytes / seconds[work.key] / bandwidth
+            rows.append([work.path, _milliseconds(seconds[work.key]), f"{share:.0%}"])
+    if not rows:
+        return []
+    versions = f"torch {device.get('torch')}, Triton {device.get('triton', 'not installed')}"
+    lines = [
+        f"**{name}** ({versions}), bfloat16 logits {PREDICTED_SHAPE}, our quicker backend; the copy moves "
+        f"{bandwidth / 1e12:.2f} TB/s:", "", *_table(["path", "time", "share of copy bandwidth"], rows),
+    ]  # fmt: skip
+    for title, found, ours in _comparisons(calls):
+        measured = found["rows"]
+        if ours is None:
+            continue
+        parts = []
+        for peer, row in sorted(measured.items(), key=lambda item: item[1]["median"]):
+            gradient = row.get("gradient")
+            right = "-" if gradient is None else "right" if gradient["right"] else "WRONG"
+            over = f"{row['median'] / measured[ours]['median']:.2f}x"
+            parts.append([peer, _milliseconds(row["median"]), over, right])
+        lines += [f"{title}:", "", *_table(["method", "time", "over ours", "gradient"], parts)]
+    return [*lines, f"Every row, and what did not run: [summary](benchmarks/results/{folder}/summary.md).", ""]
+
+
+def _comparisons(calls: dict[str, Any]) -> list[tuple[str, dict[str, Any], str | None]]:
+    found = []
+    for shape, table in list(stage(calls, "peers").get("tables", {}).items())[:1]:
+        title = f"Loss and gradient from logits {shape}"
+        found.append((title, table, quickest(table["rows"], "ours_inplace (")))
+    for key, table in list(stage(calls, "linear").get("tables", {}).items())[:1]:
+        title = (
+            f"Loss and gradients from hidden states, {key} (pairs x length x H x V), {table['scored']} scored tokens"
+        )
+        found.append((title, table, "ours" if "ours" in table["rows"] else None))
+    return found

@@ -1,0 +1,125 @@
+"""cu_seqlens that nobody can check without waiting for the device: negative, decreasing, overlapping, beyond the tokens.
+
+Whatever they say, no kernel leaves its tensors, each sum is over the sequence that ops.rising_bounds names, and a token's
+gradient goes to that sequence alone.
+"""
+
+import dataclasses
+import itertools
+import sys
+
+import pytest
+import torch
+
+from dpo_kernels import backends, functional, ops
+
+TOKENS, VOCAB = 12, 23
+#: Bounds as they may come, and what they are taken for.
+BAD = {
+    "right": ([0, 3, 6, 9, 12], [0, 3, 6, 9, 12]),
+    "first above 0": ([2, 3, 6, 9, 12], [2, 3, 6, 9, 12]),
+    "negative": ([-4, 3, -1, 9, 12], [0, 3, 3, 9, 12]),
+    "decreasing": ([0, 9, 6, 3, 1], [0, 9, 9, 9, 9]),
+    "overlapping": ([0, 8, 4, 10, 12], [0, 8, 8, 10, 12]),
+    "beyond the tokens": ([0, 3, 6, 9, 40], [0, 3, 6, 9, 12]),
+    "all beyond": ([30, 31, 32, 2**62, 40], [12, 12, 12, 12, 12]),
+}
+
+
+def available(name):
+    return backends.why_not(name, "cpu") is None
+
+
+@pytest.fixture(params=["eager", "cpu", "triton"])
+def server(request):
+    if not available(request.param):
+        pytest.skip(f"{request.param} does not serve here")
+    return request.param
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bounds_are_moved_to_the_nearest_that_rise(case):
+    given, meant = BAD[case]
+    for dtype in (torch.int64, torch.int32):
+        small = [max(min(bound, 2**31 - 1), -(2**31)) for bound in given]
+        bounds = torch.tensor(given if dtype == torch.int64 else small, dtype=dtype)
+        assert ops.rising_bounds(bounds, TOKENS).tolist() == meant
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("case", BAD)
+def test_sums_and_gradients_follow_the_bounds_that_are_meant(case, server):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, TOKENS, VOCAB, generator=generator)
+    labels = torch.randint(VOCAB, (1, TOKENS), generator=generator)
+    weights = torch.rand(1, TOKENS, generator=generator, dtype=torch.float64) + 0.5
+    meant = BAD[case][1]
+    bounds = torch.tensor(meant)
+    logps = logits[0].double().log_softmax(-1).gather(-1, labels[0, :, None])[:, 0]
+
+    leaf = logps.clone()[None].requires_grad_()
+    if meant[0] > 0:  # on a CPU such bounds are refused, so the operator is not asked
+        stages = backends.load(server, "cpu")
+        sums = stages.sequence_sums(leaf.detach(), weights, bounds)
+        grads = ops._spread(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), weights, bounds)
+    else:
+        sums = ops.sequence_sums(leaf, weights, bounds, server)
+        (grads,) = torch.autograd.grad((sums * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum(), leaf)
+    truth, expected = [], torch.zeros(1, TOKENS, dtype=torch.float64)
+    for number, (begin, end) in enumerate(itertools.pairwise(meant), start=1):
+        truth.append(float((logps[begin:end] * weights[0, begin:end]).sum()))
+        expected[0, begin:end] = number * weights[0, begin:end]
+    assert sums.tolist() == pytest.approx(truth, rel=1e-12)
+    torch.testing.assert_close(grads, expected, rtol=0, atol=0)
+
+
+class _Guarded:
+    """Tensors that lie between guards, so that a write beyond one of them is seen."""
+
+    def __init__(self):
+        self.whole = []
+
+    def place(self, tensor, fill):
+        guard = 4096
+        whole = torch.full((tensor.numel() + 2 * guard,), fill, dtype=tensor.dtype)
+        inside = whole[guard:-guard].view(tensor.shape)
+        inside.copy_(tensor)
+        self.whole.append((whole, whole.clone(), guard))
+        return inside
+
+    def intact(self):
+        return all(
+            torch.equal(now[:guard], then[:guard]) and torch.equal(now[-guard:], then[-guard:])
+            for now, then, guard in self.whole
+        )
+
+
+@pytest.mark.skipif(not available("triton"), reason="Triton's interpreter is not here")
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("case", BAD)
+def test_triton_stays_inside_its_tensors_whatever_the_bounds(case, long, monkeypatch):
+    """The kernels alone, without ops.rising_bounds before them. Around the weights lie ones, so tokens beyond would count."""
+    stage = sys.modules["dpo_kernels.backends.triton.preference_loss"]
+    triton_backend = backends.load("triton", "cpu")
+    monkeypatch.setattr(stage, "LONG", 0 if long else 1 << 20)
+    guarded = _Guarded()
+    values = guarded.place(torch.arange(1.0, TOKENS + 1, dtype=torch.float64)[None], 7.0)
+    weights = guarded.place(torch.ones(1, TOKENS, dtype=torch.float64), 1.0)
+    plain = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda like: guarded.place(plain(like).zero_(), 0.0))
+    bounds = [max(min(bound, 3000), -3000) for bound in BAD[case][0]]  # so that old code meets the guards, not a fault
+    sums = triton_backend.sequence_sums(values, weights, torch.tensor(bounds))
+    assert guarded.intact()
+    if case != "overlapping":  # such spans share scratch: rising_bounds keeps them from the kernels
+        inside = [(min(max(a, 0), TOKENS), min(b, TOKENS)) for a, b in itertools.pairwise(bounds)]
+        assert sums.tolist() == [float(values[0, a:b].sum()) if b > a else 0.0 for a, b in inside]
+
+
+def test_metrics_raise_where_bounds_on_a_device_were_wrong():
+    """On an accelerator nobody waits to look at them; metrics() waits anyway. (Its check is called as _output builds it.)"""
+    logits, labels, bounds = torch.randn(1, 6, VOCAB), torch.zeros(1, 6, dtype=torch.int64), torch.tensor([0, 5, 9])
+    weights = torch.ones(1, 6)
+    batch = functional._Batch(logits, VOCAB, labels, weights, ops.rising_bounds(bounds, 6), 2, "triton", bounds)
+    with pytest.raises(ValueError, match="must rise from 0 to at most 6"):
+        functional._late_check(batch, -100)()
+    functional._late_check(dataclasses.replace(batch, given_bounds=torch.tensor([0, 5, 6])), -100)()

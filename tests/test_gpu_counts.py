@@ -1,0 +1,42 @@
+"""What a call costs on a GPU beside its kernels: counted here, committed, and shown in docs/gpu.md."""
+
+import json
+
+import pytest
+
+from benchmarks import gpu_counts
+from benchmarks.readme_table import with_block
+
+COMMITTED = {(row["case"], row["backend"]): row for row in json.loads(gpu_counts.RESULTS.read_text())}
+REFRESH = "run: python -m benchmarks.gpu_counts --write"
+
+
+@pytest.mark.parametrize("backend_name", ["triton", "cuda"])
+@pytest.mark.parametrize("case", gpu_counts.CASES)
+def test_counts_are_the_committed_ones(case, backend_name):
+    found = gpu_counts.count(case, backend_name)
+    assert found == COMMITTED.get((case, backend_name)), REFRESH
+
+
+def test_nothing_else_is_committed():
+    assert len(COMMITTED) == 2 * len(gpu_counts.CASES), REFRESH
+
+
+def test_the_logits_path_never_waits():
+    assert all(row["waits"] == 0 for row in COMMITTED.values() if row["case"].startswith("dpo_loss"))
+
+
+def test_the_linear_path_waits_once_a_call_however_many_chunks():
+    linear = [row for row in COMMITTED.values() if row["case"].startswith("linear")]
+    assert {row["waits"] for row in linear} == {1}
+
+
+def test_forward_and_gradient_are_two_launches_of_the_cuda_backend():
+    """And one more, which counts the scored tokens of each sequence (DPOOutput.token_counts)."""
+    assert COMMITTED["dpo_loss", "cuda"]["kernels"] == 3
+
+
+def test_the_page_shows_the_committed_counts():
+    page = gpu_counts.PAGE.read_text(encoding="utf-8")
+    rows = [COMMITTED[case, name] for case in gpu_counts.CASES for name in ("triton", "cuda")]
+    assert page == with_block(page, gpu_counts.render(rows), gpu_counts.MARKERS), REFRESH

@@ -1,0 +1,254 @@
+"""The linear path on a pretend GPU: what it waits for, what its gradients move, how its logits lie, and what it borrows.
+
+The numbers are checked as on a CPU (test_linear.py's cases and budgets); the kernels run in Triton's interpreter.
+"""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from pretend_gpu import PretendGPU
+from test_linear import BY_NAME, CASES, Case, check_rows, make_inputs, row_budget, textbook
+
+from dpo_kernels import linear_logps, memory
+from dpo_kernels.backends.triton.launch import rows_aligned
+from dpo_kernels.linear.chunk import logits_buffer
+from dpo_kernels.planner import GPU_SHARE
+
+_BF16, _F16, _F32, _F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# numpy, which the interpreter runs on, announces the NaN that the kernels are made to produce.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a pretend GPU stands where none is"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_card_was_ever_short():
+    memory._short.clear()
+    yield
+    memory._short.clear()
+
+
+def on(gpu, inputs):
+    """The inputs on the pretend GPU, leaves as they were."""
+
+    def move(value):
+        moved = gpu.tensor(value) if isinstance(value, torch.Tensor) else value
+        return moved.requires_grad_() if isinstance(value, torch.Tensor) and value.requires_grad else moved
+
+    words = {name: move(value) for name, value in inputs.keywords.items()}
+    return dataclasses.replace(
+        inputs,
+        hidden=move(inputs.hidden),
+        weight=move(inputs.weight),
+        bias=move(inputs.bias),
+        labels=move(inputs.labels),
+        keywords=words,
+    )
+
+
+def step(gpu, inputs, factor=1.0):
+    """(loss, gradients) on the CPU, of `factor` times the loss."""
+    moved = on(gpu, inputs)
+    gpu.reset()
+    out = moved.loss(grad_filter=None)
+    gradients = torch.autograd.grad(out.loss.sum() * factor, moved.trained)
+    return out.loss.inner, [gradient.inner for gradient in gradients]
+
+
+def for_gpu(case):
+    """The case's inputs, its budget being that of a GPU's rows."""
+    inputs = make_inputs(case)
+    if case.rows is not None:
+        inputs.keywords["memory_budget"] = row_budget(case, case.rows, "cuda")
+    return inputs
+
+
+#: One of each strategy and chunking, every kind of loss; the other cases take a minute.
+QUICK = {
+    "whole_pairs",
+    "pairs_beyond_the_budget",
+    "bfloat16_in_groups_packed",
+    "float64",
+    "ref_logps",
+    "ipo_in_groups",
+    "frozen_head_in_chunks",
+    "coupled",
+    "coupled_two_pass",
+    "kl_term",
+    "tdpo_packed_in_groups",
+    "wpo",
+}
+
+
+@pytest.mark.parametrize(
+    "case", [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES], ids=str
+)
+def test_a_call_waits_once_and_its_rows_hold_the_float64_truth(case):
+    """Forward and backward, in every strategy and chunking: the counts of the scored tokens are read, and nothing else."""
+    inputs = for_gpu(case)
+    with PretendGPU() as gpu:
+        loss, gradients = step(gpu, inputs)
+    if case.dtype != _F64:  # its backend is the eager one, which waits where it likes
+        assert gpu.syncs in (["tolist"], ["nonzero"])
+    truth_loss, truth = textbook(inputs.cast(_F64))
+    eager = textbook(inputs)[1]
+    torch.testing.assert_close(loss.double(), truth_loss, rtol=0.02 if case.dtype.itemsize == 2 else 1e-5, atol=1e-6)
+    for mine, true, theirs in zip(gradients, truth, eager, strict=True):
+        check_rows(mine, true, theirs)
+
+
+def run_filtered(gpu, inputs, **words):
+    moved = on(gpu, inputs)
+    gpu.reset()
+    out = moved.loss(statistics=("grad_dropped_mass",), **words)
+    torch.autograd.grad(out.loss, moved.trained)
+    return out.grad_dropped_mass.inner
+
+
+def test_the_block_filter_waits_once_as_well():
+    inputs = make_inputs(dataclasses.replace(BY_NAME["bfloat16"], vocab=600, hidden_size=32))
+    with torch.no_grad():
+        inputs.weight *= 4
+    for loss_type in ("sigmoid", "aot"):  # whole pairs, two passes
+        with PretendGPU() as gpu:
+            dropped = run_filtered(gpu, inputs, grad_filter=0.01, loss_type=loss_type)
+        assert gpu.syncs in (["tolist"], ["nonzero"])
+        assert bool(dropped.any())
+
+
+def test_auto_is_exact_on_a_gpu_and_the_plan_says_so(caplog):
+    """A narrow bfloat16 head, which a guess about the kernels' rate used to filter."""
+    inputs = make_inputs(
+        dataclasses.replace(BY_NAME["coupled_two_pass_bfloat16"], vocab=600, hidden_size=32, rows=None)
+    )
+    with torch.no_grad():
+        inputs.weight *= 4
+    with caplog.at_level(logging.DEBUG, "dpo_kernels.linear"), PretendGPU() as gpu:
+        dropped = run_filtered(gpu, inputs, grad_filter="auto")
+    assert not dropped.any()
+    assert "the gradient is exact" in caplog.text
+
+
+# --- dW -------------------------------------------------------------------------------------------------------------
+
+#: A head whose gradient is all that is large: 16 tokens, 2,048 x 64 entries.
+TALL = Case("tall", dtype=_BF16, vocab=2048, hidden_size=64, pairs=2, length=4)
+ENTRIES = TALL.vocab * TALL.hidden_size
+
+
+def moved(case, main_grad=False, tokens=False, factor=0.37):
+    """(bytes that operations other than products move for each entry of dW, the gradient, allocations) of one step."""
+    inputs = for_gpu(case)
+    with PretendGPU() as gpu:
+        there = on(gpu, inputs)
+        if main_grad:
+            there.weight.main_grad = gpu.tensor(torch.zeros(case.vocab, case.hidden_size))
+        gpu.reset()
+        if tokens:
+            words = {"memory_budget": there.keywords.get("memory_budget")}
+            loss = linear_logps(there.hidden, there.weight, there.labels, **words).sum()
+        else:
+            loss = there.loss().loss
+        (loss * factor).backward()
+        found = there.weight.main_grad if main_grad else there.weight.grad
+        assert (there.weight.grad is None) == main_grad
+        return gpu.bytes / ENTRIES, found.inner, gpu.allocated
+
+
+# 4 bytes of each float32 entry and 2 of each 16-bit one are read or written; half a byte is left for everything small.
+@pytest.mark.parametrize(
+    ("rows", "main_grad", "tokens", "most"),
+    [
+        (None, False, False, 0),  # one chunk: the product writes the weight's dtype
+        (None, False, True, 0),
+        (None, True, False, 0),  # or adds to the buffer
+        (6, False, False, 6),  # several chunks: one pass scales and casts
+        (6, False, True, 6),
+        (6, True, False, 12),  # or scales and adds
+        (6, True, True, 0),
+    ],
+)
+def test_gradients_of_the_head_move_once_at_most(rows, main_grad, tokens, most):
+    case = dataclasses.replace(TALL, rows=rows)
+    each, gradient, allocated = moved(case, main_grad, tokens)
+    assert most <= each < most + 0.5
+    assert gradient.dtype == (_F32 if main_grad else _BF16)
+    assert (4 * ENTRIES in allocated) == ((rows is not None and not main_grad) or (rows is not None and not tokens))
+    if not tokens:
+        inputs = make_inputs(case)
+        index = [t is inputs.weight for t in inputs.trained].index(True)
+        truth, eager = (textbook(x)[1][index] * 0.37 for x in (inputs.cast(_F64), inputs))
+        check_rows(gradient, truth, eager if not main_grad else eager.float())
+
+
+def test_a_loss_scale_saves_float16_gradients_from_underflow():
+    """A GradScaler's factor must reach dz before dz is rounded: entries of dW of 1e-9 survive only so."""
+    case = dataclasses.replace(TALL, dtype=_F16, options={"beta": 1e-5})
+    _, gradient, _ = moved(case, factor=2.0**15)
+    inputs = make_inputs(case)
+    truth = textbook(inputs.cast(_F64))[1][1] * 2.0**15
+    error = (gradient.double() - truth).norm() / truth.norm()
+    assert float(error) < 0.01
+
+
+# --- rows of logits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [2047, 50257, 151669])
+def test_products_get_rows_of_logits_that_begin_at_128_bytes(vocab):
+    case = Case("odd", dtype=_BF16, vocab=vocab, hidden_size=8, pairs=1, length=2)
+    inputs = make_inputs(case)
+    stride = -(-vocab // 64) * 64
+    with PretendGPU() as gpu:
+        _, gradients = step(gpu, inputs)
+        strides = [operand.stride for _, operands in gpu.products for operand in operands if vocab in operand.shape]
+        buffer = logits_buffer(3, vocab, _BF16, torch.device("cuda"))
+        assert rows_aligned(buffer.inner.unsqueeze(0), 8)
+    # Two projections, dH and dW, the logits being an operand of each; the head's are the other strides.
+    wide = [value for value in strides if max(value) > 8]
+    assert len(wide) >= 4
+    assert all(max(value) == stride for value in wide)
+    truth, eager = textbook(inputs.cast(_F64))[1], textbook(inputs)[1]
+    for mine, true, theirs in zip(gradients, truth, eager, strict=True):
+        check_rows(mine, true, theirs)
+
+
+# --- the budget -----------------------------------------------------------------------------------------------------
+
+
+def test_the_default_budget_is_a_share_of_the_card_and_the_plan_says_it(caplog):
+    inputs = for_gpu(BY_NAME["whole_pairs"])
+    with caplog.at_level(logging.DEBUG, "dpo_kernels.linear"), PretendGPU(memory=85 * 10**9) as gpu:
+        step(gpu, inputs)
+    assert f"of {GPU_SHARE * 85e9 / 2**20:.1f} MiB" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["whole_pairs", "coupled", "frozen_head"])
+def test_a_card_without_room_gets_smaller_chunks_and_the_same_numbers(name, caplog):
+    case = dataclasses.replace(BY_NAME[name], rows=None)
+    inputs = make_inputs(case)
+    with PretendGPU() as gpu:
+        _, whole = step(gpu, inputs)
+    largest = 5 * 97 * 4 * 4  # five rows with what stands beside them, and more than dW
+    with caplog.at_level(logging.DEBUG, "dpo_kernels.linear"), PretendGPU(largest=largest) as gpu:
+        _, parts = step(gpu, inputs)
+        assert gpu.syncs in (["tolist"], ["nonzero"])
+    assert "no room for the budget" in caplog.text
+    assert max(gpu.allocated) <= largest
+    for mine, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+
+
+def test_a_card_that_was_short_is_asked_for_its_free_memory_first():
+    device = torch.device("cuda", 0)
+    with PretendGPU(largest=1000):
+        assert memory.available(device, 600, 900)
+        assert not memory.available(device, 600, 1001)
+        # The driver says 1,000 free: two blocks that would pass one by one are refused without trying.
+        assert not memory.available(device, 600, 900)
+        assert memory.available(device, 600, 300)
+    assert memory.available(torch.device("cpu"), 2**60)

@@ -1,0 +1,108 @@
+"""No compilation in mid-training: a step of other lengths, or tensors that lie elsewhere, must find its kernels compiled.
+
+Triton compiles a kernel anew for every specialisation of its arguments, which costs seconds. The specialisation is computed
+by Triton's own code, for a GPU that need not be there; a process of its own runs without the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+#: Settings of a run; each has its own kernels, and 50 steps of a run may bring no others.
+RUNS = {
+    "bfloat16": {},
+    "float32, packed": {"dtype": "float32", "packed": True},
+    "every statistic": {"statistics": ["entropy", "kl", "accuracy", "mean_logits"]},
+    "odd vocabulary": {"vocab": 1001},
+    "given sums, robust": {"ref": "sums", "loss_type": "robust", "label_smoothing": 0.1},
+    "divergence": {"kl_coef": 0.1},
+    "packed, another objective": {"packed": True, "loss_type": "ipo"},
+}
+STEPS = 50
+
+
+def specialisations(run: dict) -> list[list[str]]:
+    """What Triton would compile for, step by step: the launches are recorded and not run. For a process of its own."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from dpo_kernels import backends, dpo_loss, use_backend
+    from dpo_kernels.backends import triton as stages
+    from dpo_kernels.backends.triton.launch import Launch
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found: list[str] = []
+
+    def record(launch: Launch, _) -> None:
+        binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        _, specialisation, options = binder(**launch.arguments, **launch.options, debug=False)
+        found.append(repr((launch.kernel.fn.__name__, specialisation, options)))
+
+    stages.check_available = lambda device_type: None
+    Launch.run = record
+    backends._attempt.cache_clear()
+    dtype, vocab = getattr(torch, run.get("dtype", "bfloat16")), run.get("vocab", 1000)
+    packed, has_logits = run.get("packed", False), run.get("ref", "logits") == "logits"
+    settings = {key: run[key] for key in ("statistics", "loss_type", "label_smoothing", "kl_coef") if key in run}
+    generator = torch.Generator().manual_seed(0)
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        """The same values at an address that is a multiple of their size, and of 16 bytes by chance only."""
+        start = int(torch.randint(1, 8, (), generator=generator))
+        whole = torch.empty(tensor.numel() + 8, dtype=tensor.dtype)
+        return whole[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    steps = []
+    for _ in range(STEPS):
+        pairs, length = (int(n) for n in torch.randint(1, 40, (2,), generator=generator))
+        shape = (2 * pairs * length,) if packed else (2 * pairs, length)
+        logits = torch.zeros(*shape, vocab, dtype=dtype).requires_grad_()
+        reference = {"ref_logits": torch.zeros(*shape, vocab, dtype=dtype)}
+        if not has_logits:
+            reference = {"ref_logps": place(torch.zeros(2 * pairs, dtype=torch.float64))}
+        if packed:
+            reference["cu_seqlens"] = place(torch.arange(2 * pairs + 1) * length)
+        found.clear()
+        with use_backend("triton"):
+            out = dpo_loss(
+                logits,
+                place(torch.zeros(shape, dtype=torch.int64)),
+                beta=place(torch.full((pairs,), 0.1, dtype=torch.float64)),
+                **reference,
+                **settings,
+            )
+            out.loss.backward()
+        steps.append(sorted(set(found)))
+    return steps
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_no_step_after_the_first_compiles(run, recorded):
+    first, *others = recorded[run]
+    assert len(first) >= 3  # forward, pair loss, gradient
+    for step, kernels in enumerate(others, start=1):
+        new = [kernel for kernel in kernels if kernel not in first]
+        assert not new, f"step {step} compiles again: {new[0]}, where the first step compiled {first}"
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: specialisations(run) for name, run in RUNS.items()}))
