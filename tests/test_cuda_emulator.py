@@ -844,6 +844,25 @@ def test_the_other_tests_of_token_divergences(cuda_backend):
     test_objectives_kl.test_the_stage_gives_impossible_tokens_nothing(cuda_backend, device)
 
 
+@pytest.mark.parametrize("kl", [False, True])
+def test_kernel_launches_of_a_call(cuda_backend, library, kl):
+    """Two in all, whatever is asked for, and the memset that clears the forward's counters."""
+    em = Emulator(library)  # the operators run the same library, so its counts are theirs
+    logits, ref, labels, weights, _ = fused_case(torch.bfloat16, [3, 1, 4, 2], 300, packed=False)
+
+    def counts() -> tuple[int, int]:
+        return em.launches(), em.memsets()
+
+    before = counts()
+    options = dict(EVERYTHING, kl=kl)
+    tokens, _ = cuda.fused_forward(logits, labels, ref, weights, None, None, *pairs(2), False, **options)
+    forward = counts()
+    divergence = TokenKL(ref, tokens[2], tokens[4], weights, weights) if kl else None
+    cuda.logits_grad(logits, labels, *tokens[:2], weights, **PLAIN, out=logits, token_kl=divergence)
+    assert forward == (before[0] + 1, before[1] + 1)
+    assert counts() == (forward[0] + 1, forward[1])
+
+
 def test_nothing_of_a_call_outlives_it(cuda_backend):
     """Memory from a CUDA graph's pool would be taken from a later call: torch.compile(mode="reduce-overhead")."""
 

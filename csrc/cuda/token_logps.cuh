@@ -23,16 +23,17 @@
 // one sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the
 // loss. The counters are cleared by a memset before the launch (params.h says why).
 //
-// Little's law for [8192, 128256] bf16, forward without statistics, one pass over HBM (2.10 GB; 0.63 ms at 3.35 TB/s):
-//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM. Each thread has 4 x 16 B in
-//   flight: 64 KB per SM while all wait. Needed at full bandwidth (700 ns): H100 3.35 TB/s x 700 ns / 132 = 18 KB, H200
-//   25 KB, B200 38 KB. A warp computes instead of waiting for slots / budget of the time (5.5 of 17.7 slots a logit on
-//   H100, of 12.4 on H200, of 8.8 on B200; tests/test_cuda_machine_code.py holds the 5.5), so on average
-//   64 KB x (1 - 5.5 / 17.7) = 44 KB are in flight on an H100, 36 KB on an H200, 24 KB on a B200: 2.5, 1.4 and 0.6
-//   times what is needed. A row's ends (label, first loads, merge, finish: about 2 us of the 46 us that 256 KB take at
-//   a quarter of an SM's share of 3.0 TB/s) empty one block of four for 4 % of the time: 42 KB are left. 8,192 rows
-//   over 528 resident blocks are 15.5 rounds, but blocks run free of one another, so the end costs about half a row
-//   time: 3 %. min(1, 42 / 18) x 0.97 >= 0.9.
+// Why the loop keeps HBM busy, for [8192, 128256] bf16 without statistics (2.10 GB read once, 0.63 ms at 3.35 TB/s), by
+// the model at the head of benchmarks/machine_code.py (bandwidth_share), whose figures a test holds:
+//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM, so 8 warps share each
+//   scheduler. An iteration of the loop is 32 logits of a thread in 4 loads of 16 bytes, 64 KB on an SM. It costs a
+//   warp 1,450 cycles of waiting (H100: 700 ns for the loads, and 2 us at a row's ends spread over its 15.7 iterations)
+//   and 272 cycles of its scheduler (34 MUFU of 8 cycles each; the 177 instructions issue meanwhile).
+//   The 8 warps take 1,450 + 8 x 272 = 3,630 cycles for it if they all wait and then all compute, and 2,380 if they are
+//   independent of one another. 64 KB at full bandwidth take an SM of an H100 4,530 cycles, of an H200 3,160, of a
+//   B200 2,240: supply is 1.25 to 1.9, 0.87 to 1.3 and 0.61 to 0.93 times the demand.
+//   8,192 rows over 528 resident blocks are 15.5 rounds, and blocks run free of one another, so the launch's end costs
+//   2 % at most. Shares: H100 0.98 to 0.99, H200 0.84 to 0.98, B200 0.58 to 0.89. On a B200 the exponentials bind.
 #pragma once
 
 #include <cmath>
