@@ -36,7 +36,7 @@ struct TokenRange {
 DPO_DEVICE TokenRange sequence_range(const int64_t* cu_seqlens, int64_t tokens, int64_t sequence) {
   if (cu_seqlens == nullptr) return {sequence * tokens, (sequence + 1) * tokens};
   const int64_t first = cu_seqlens[sequence], last = cu_seqlens[sequence + 1];
-  const int64_t begin = first < 0 ? 0 : first;
+  const int64_t begin = first < 0 ? 0 : first < tokens ? first : tokens;
   const int64_t end = last < tokens ? last : tokens;
   return {begin, end < begin ? begin : end};
 }
