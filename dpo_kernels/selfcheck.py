@@ -152,17 +152,17 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float32)
 
-    small = {"labels": place(labels), "weights": place(weights), "cu_seqlens": cu_seqlens}
+    small: dict[str, Any] = {"labels": place(labels), "weights": place(weights), "cu_seqlens": cu_seqlens}
     small |= {"ref_sums": None if ref_sums is None else ref_sums.to(device), "upstream": upstream.to(device)}
     if variant.linear is not None:
         head = noise(vocab, HIDDEN) * (2 / HIDDEN**0.5)
         # Every other label is likely, as in a trained model: its row of the head points along the hidden state.
         hidden = noise(sequences, length, HIDDEN)
         hidden[:, ::2] += head[index.squeeze(-1)[:, ::2]]
-        ref = hidden + 0.3 * noise(sequences, length, HIDDEN)
+        ref_hidden = hidden + 0.3 * noise(sequences, length, HIDDEN)
         bias = (0.5 * noise(vocab)).to(device, variant.dtype) if variant.linear.bias else None
-        ref = place(ref.to(variant.dtype)) if variant.reference in (variant.dtype,) else None
-        return _Inputs(place(hidden.to(variant.dtype)), ref, head=head.to(device, variant.dtype), bias=bias, **small)
+        given = place(ref_hidden.to(variant.dtype)) if isinstance(variant.reference, torch.dtype) else None
+        return _Inputs(place(hidden.to(variant.dtype)), given, head=head.to(device, variant.dtype), bias=bias, **small)
     # A policy that draws the label half of the time, or nearly always: an accuracy of 0 everywhere would check nothing.
     raised = torch.where(position % 2 == 0, math.log(vocab) + 5.0, 0.0).expand(sequences, length)
     if case.confident:
@@ -183,8 +183,8 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
             values = torch.cat([values, values[:, :1]], dim=1).to(device)[:, :-1]
         return place(values)
 
-    ref = rows(ref_logits, variant.reference) if isinstance(variant.reference, torch.dtype) else None
-    return _Inputs(rows(logits, variant.dtype), ref, **small)
+    reference_rows = rows(ref_logits, variant.reference) if isinstance(variant.reference, torch.dtype) else None
+    return _Inputs(rows(logits, variant.dtype), reference_rows, **small)
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def _subject(case: Case, inputs: _Inputs, backend: str, inplace: bool = False) -
         logits = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
         logits.copy_(inputs.logits)
     leaves = _leaves(variant, {"gradient": logits})
-    small = {"dtype": inputs.weights.dtype, "device": logits.device}
+    small: dict[str, Any] = {"dtype": inputs.weights.dtype, "device": logits.device}
     pairs = 2
     beta, smoothing = (torch.full((pairs,), value, **small) for value in (BETA, SMOOTHING))
     settings: dict[str, Any] = dict(_settings(variant), backend=backend, inplace_backward=inplace)
@@ -360,7 +360,7 @@ def _linear_subject(case: Case, inputs: _Inputs, backend: str) -> _Found:
     if need.strategy != "whole_pairs":
         tokens = linear.linear_logps(hidden, head, bias, call)
         return _finish(variant, inputs, tokens, {"sums": sums_of(tokens["logps"])}, sums_of, leaves)
-    small = {"dtype": inputs.weights.dtype, "device": hidden.device}
+    small: dict[str, Any] = {"dtype": inputs.weights.dtype, "device": hidden.device}
     beta, smoothing = (torch.full((2,), value, **small) for value in (BETA, SMOOTHING))
     functions = objectives.resolve(variant.loss)
     pair = linear.PairCall(

@@ -198,7 +198,11 @@ class _Store:
     def __init__(self, name: str, device: torch.device) -> None:
         self.identity = identity(name, device)
         tag = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = _build.cache_folder() / "selfcheck" / f"{name}.{tag}.json"
+        try:
+            folder = _build.cache_folder()
+        except RuntimeError:  # a user without a home folder: nothing can be kept
+            folder = Path(os.devnull)
+        self.path = folder / "selfcheck" / f"{name}.{tag}.json"
         #: Names of the cases that passed; the sentence about one that did not.
         self.right: set[str] = set()
         self.wrong: str | None = None

@@ -268,6 +268,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(plant, runs, tmp_path, r
     assert not recwarn.list
 
 
+def test_a_user_without_a_home_folder_is_checked_all_the_same(plant, runs, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    plant()
+    monkeypatch.setattr(trust._build, "cache_folder", no_home)
+    step()
+    assert len(runs) == 1
+    assert backends.resolve("cpu", torch.float32) == "triton"
+
+
 def test_a_backend_that_was_asked_for_raises(plant, monkeypatch):
     plant(FAULTS["sign_flipped"][0])
     sentence = r"triton kernels failed their self-check on cpu \(.*gradient, label entries off by 2, allowed"

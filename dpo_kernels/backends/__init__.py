@@ -116,8 +116,8 @@ class Variant(NamedTuple):
         words += [name.replace("_", " ") for name in flags if getattr(self, name)]
         words += [] if self.few_rows else ["many rows"]
         if self.linear is not None:
-            flags = ("fused", "blocks", "bias", "hidden", "weight")
-            words += ["linear", self.linear.strategy, *(name for name in flags if getattr(self.linear, name))]
+            parts = ("fused", "blocks", "bias", "hidden", "weight")
+            words += ["linear", self.linear.strategy, *(name for name in parts if getattr(self.linear, name))]
         return ", ".join(words)
 
 
@@ -176,7 +176,7 @@ def _checked(
     forced: str | None, name: str, device_type: str, index: int | None, fields: tuple, linear: tuple | None
 ) -> str:
     # Plain tuples: the constants that torch.compile hands over when it traces a call must be of built-in types.
-    variant = Variant(*fields, linear=None if linear is None else LinearVariant(*linear))
+    variant = Variant._make((*fields, None if linear is None else LinearVariant._make(linear)))
     if (name, device_type, index, variant) in trusted:
         return name
     from .. import trust  # only where there is something to check
