@@ -76,8 +76,7 @@ def test_the_public_loss_is_the_separate_stages_bit_for_bit(stages, packed, monk
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_bad_bounds_are_clamped_and_leave_nothing_behind(stages):
-    """They would otherwise spoil every later call on the stream."""
+def test_bad_bounds_are_clamped(stages):
     logits, ref, labels = batch((1, 64, 1000), torch.bfloat16)
     weights = (labels >= 0).double()
     beta, zero = (torch.full((2,), value, dtype=torch.float64, device="cuda") for value in (0.1, 0.0))
@@ -166,6 +165,27 @@ def test_cuda_graph_replays(stages):
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_graph_trees_beside_eager_calls_on_another_stream(stages):
+    """torch.compile(mode="reduce-overhead") allocates from a graph's pool whatever a call allocates."""
+    inputs = make_inputs(next(c for c in CASES if c.name == "bfloat16"), "cuda")
+
+    def loss_of(logits):
+        with use_backend("cuda"):
+            return dpo_loss(logits, inputs.labels, **inputs.keywords).losses
+
+    compiled = torch.compile(loss_of, mode="reduce-overhead")
+    expected, stream = loss_of(inputs.logits), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(5):  # warm-up, recording, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        replayed = compiled(inputs.logits)
+        with torch.cuda.stream(stream):
+            beside = loss_of(inputs.logits)
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, expected)
+        assert torch.equal(beside, expected)
 
 
 def test_more_than_two_to_the_thirty_one_logits(stages):

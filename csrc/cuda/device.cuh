@@ -10,6 +10,10 @@
 #include "emulator.h"
 #else
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
 #endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -137,7 +141,8 @@ DPO_DEVICE int count_arrival(int* counter) {
 #endif
 }
 
-// ---- Thread-block clusters. On targets before sm_90 a launch never asks for one, and a block is its own cluster. ----
+// ---- Thread-block clusters. In code compiled for a target before sm_90 a block is its own cluster, and a launch must
+// not ask for more (has_cluster_code). ----
 
 #if defined(DPO_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define DPO_HAS_CLUSTERS 1
@@ -187,15 +192,15 @@ DPO_DEVICE void cluster_wait() {
 }
 
 // Stores into block 0's copy of a shared variable (distributed shared memory).
-DPO_DEVICE void store_to_leader(double* own_copy, double value) {
+DPO_DEVICE void store_to_leader(float* own_copy, float value) {
 #if defined(DPO_EMULATOR)
   *emu::leader_copy(own_copy) = value;
 #elif DPO_HAS_CLUSTERS
   uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(own_copy));
   asm volatile(
       "{\n .reg .u32 remote;\n mapa.shared::cluster.u32 remote, %0, 0;\n"
-      " st.shared::cluster.f64 [remote], %1;\n}" ::"r"(own),
-      "d"(value)
+      " st.shared::cluster.f32 [remote], %1;\n}" ::"r"(own),
+      "f"(value)
       : "memory");
 #else
   *own_copy = value;
@@ -213,11 +218,47 @@ DPO_DEVICE void store_to_leader(double* own_copy, double value) {
 #define DPO_SHARED(type, name) __shared__ type name
 #endif
 
+// Tells the compiler that an argument of a function that is not inlined lies in shared memory: 32-bit addresses then,
+// and instructions that need not find out.
+DPO_DEVICE void assume_shared(const void* address) {
+#if defined(DPO_EMULATOR)
+  (void)address;
+#else
+  __builtin_assume(__isShared(address));
+#endif
+}
+
 // The barrier between the warps' partial results and the warp that merges them. The emulator's negative test compiles
 // the kernel without it and must see wrong results.
 #if !defined(DPO_BARRIER_BEFORE_MERGE)
 #define DPO_BARRIER_BEFORE_MERGE() __syncthreads()
 #endif
+
+// Was the kernel that a launch on this device would run compiled for a target with clusters? The device cannot tell: an
+// H100 also runs PTX of compute_80, in which a block takes itself for its own cluster. Asked for once.
+template <typename Params>
+bool has_cluster_code(void (*kernel)(Params), int device) {
+#if defined(DPO_EMULATOR)
+  (void)kernel, (void)device;
+  return emu::has_cluster_code();
+#else
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(reinterpret_cast<const void*>(kernel), device);
+  auto found = known.find(key);
+  if (found == known.end()) {
+    cudaFuncAttributes attributes{};
+    // ptxVersion is the virtual architecture, __CUDA_ARCH__ / 10, of SASS and of PTX that the driver compiled.
+    if (cudaFuncGetAttributes(&attributes, key.first) != cudaSuccess) {
+      cudaGetLastError();  // the launch will say what is wrong
+      return false;
+    }
+    found = known.emplace(key, attributes.ptxVersion >= 90).first;
+  }
+  return found->second;
+#endif
+}
 
 struct LaunchShape {
   dim3 grid;

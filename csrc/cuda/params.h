@@ -35,7 +35,7 @@ struct PreferenceParams {
   double* sums;                   // [2 * pairs]
   double* ref_sums;               // [2 * pairs]
   double* coef;                   // [2 * pairs]: d losses[p] / d sums[s]
-  int* counters;                  // [3 * pairs] zeros, left as zeros: rows done per sequence, sequences done per pair
+  int* counters;                  // [3 * pairs], cleared by the call: rows done per sequence, sequences done per pair
   int64_t pairs;
   int robust;
 };
@@ -105,6 +105,7 @@ struct LogitsGradParams {
 struct Device {
   int sm_count;
   int has_clusters;  // compute capability 9.0 and later
+  int index;
 };
 
 // One per dtype of the policy's logits: each is a translation unit of its own.
@@ -123,6 +124,14 @@ inline cudaError_t token_logps(const TokenLogpsParams& params, const Device& dev
     // No row will complete a pair: the separate stage writes what empty sequences give.
     const PreferenceLossParams empty{params.logps, params.ref_logps, params.tokens, params.preference};
     return preference_loss(empty, stream);
+  }
+  // A node in the stream, so that a call depends on no earlier one: counters that every launch left as zeros would be
+  // shared by calls on several streams, by a graph's replays and eager calls, and spoiled by a launch that failed. It
+  // costs the host one short call of the driver, where counters that live on had to be found from Python by stream.
+  if (params.preference.losses != nullptr) {
+    const size_t bytes = 3 * sizeof(int) * static_cast<size_t>(params.preference.pairs);
+    const cudaError_t error = cudaMemsetAsync(params.preference.counters, 0, bytes, stream);
+    if (error != cudaSuccess) return error;
   }
   switch (params.policy.dtype) {
     case DType::float32:

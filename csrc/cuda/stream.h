@@ -23,7 +23,7 @@ inline const char* error_text(cudaError_t) { return emu::settings().error.c_str(
 class OnDevice {
  public:
   explicit OnDevice(const torch::stable::Tensor&) {}
-  Device device() const { return {132, 1}; }  // an H100, as far as the heuristics care
+  Device device() const { return {132, 1, 0}; }  // an H100, as far as the heuristics care
   cudaStream_t stream() const { return nullptr; }
 };
 
@@ -66,7 +66,7 @@ inline Device describe(int device) {
       int sm_count = 1, major = 0;
       cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, i);
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i);
-      found.push_back({sm_count, major >= 9});
+      found.push_back({sm_count, major >= 9, i});
     }
     return found;
   }();

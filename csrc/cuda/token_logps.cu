@@ -11,7 +11,8 @@ template <typename Tr>
 cudaError_t run(const TokenLogpsParams& p, const Device& device, cudaStream_t stream) {
   const int64_t rows = p.batch * p.tokens;
   const bool two_sided = p.reference.data != nullptr && !Tr::kKl;
-  const RowPlan plan = plan_rows(rows * (two_sided ? 2 : 1), p.vocab, Tr::kSize * kTileGroups, kRowThreads, device);
+  RowPlan plan = plan_rows(rows * (two_sided ? 2 : 1), p.vocab, Tr::kSize * kTileGroups, kRowThreads, device);
+  if (plan.blocks > 1 && !has_cluster_code(token_logps_kernel<Tr>, device.index)) plan.blocks = 1;
   const int64_t spare = p.preference.losses != nullptr && p.preference.cu_seqlens != nullptr ? 1 : 0;
   LaunchShape shape{};
   shape.grid = dim3(static_cast<unsigned>((rows + spare) * plan.blocks), two_sided ? 2 : 1);

@@ -4,8 +4,8 @@
 // Data flow. A row of V logits is shared by `threads` threads of a block, or of a cluster of blocks when there are few
 // rows. Every logit is read from HBM once, 16 bytes at a time, four loads in flight per thread. Each thread keeps its
 // own running maximum and sums in registers; no barrier and no shuffle stands in the main loop. The threads' states are
-// merged once, at the end of the row: shuffles within a warp, shared memory (of the cluster's first block, through
-// distributed shared memory) between warps, always in the same order. Only a few float64 numbers per row are written.
+// merged once, at the end of the row, by one warp and always in the same order, through shared memory (of the cluster's
+// first block, distributed shared memory). Only a few float64 numbers per row are written.
 //
 // The label stays out of the running sum (common/online_softmax.h). The group that holds it is skipped by the loops;
 // its other logits are taken one by one, one per thread, together with those after the last whole group. So every group
@@ -21,18 +21,19 @@
 //
 // Single launch. A block that finished a row counts one arrival for the row's sequence; the block that brings the last
 // one sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the
-// loss. The last arrival resets its counter, so no launch or memset prepares the next call.
+// loss. The counters are cleared by a memset before the launch (params.h says why).
 //
-// Little's law for [8192, 128256] bf16, forward without statistics, one pass over HBM (2.10 GB; 0.63 ms at 3.35 TB/s):
-//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM. Each thread has 4 x 16 B in
-//   flight: 64 KB per SM while all wait. Needed at full bandwidth (700 ns): H100 3.35 TB/s x 700 ns / 132 = 18 KB, H200
-//   25 KB, B200 38 KB. A warp computes instead of waiting for slots / budget of the time (5.5 of 17.7 slots a logit on
-//   H100, of 12.4 on H200, of 8.8 on B200; tests/test_cuda_machine_code.py holds the 5.5), so on average
-//   64 KB x (1 - 5.5 / 17.7) = 44 KB are in flight on an H100, 36 KB on an H200, 24 KB on a B200: 2.5, 1.4 and 0.6
-//   times what is needed. A row's ends (label, first loads, merge, finish: about 2 us of the 46 us that 256 KB take at
-//   a quarter of an SM's share of 3.0 TB/s) empty one block of four for 4 % of the time: 42 KB are left. 8,192 rows
-//   over 528 resident blocks are 15.5 rounds, but blocks run free of one another, so the end costs about half a row
-//   time: 3 %. min(1, 42 / 18) x 0.97 >= 0.9.
+// Why the loop keeps HBM busy, for [8192, 128256] bf16 without statistics (2.10 GB read once, 0.63 ms at 3.35 TB/s), by
+// the model at the head of benchmarks/machine_code.py (bandwidth_share), whose figures a test holds:
+//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM, so 8 warps share each
+//   scheduler. An iteration of the loop is 32 logits of a thread in 4 loads of 16 bytes, 64 KB on an SM. It costs a
+//   warp 1,450 cycles of waiting (H100: 700 ns for the loads, and 2 us at a row's ends spread over its 15.7 iterations)
+//   and 272 cycles of its scheduler (34 MUFU of 8 cycles each; the 177 instructions issue meanwhile).
+//   The 8 warps take 1,450 + 8 x 272 = 3,630 cycles for it if they all wait and then all compute, and 2,380 if they are
+//   independent of one another. 64 KB at full bandwidth take an SM of an H100 4,530 cycles, of an H200 3,160, of a
+//   B200 2,240: supply is 1.25 to 1.9, 0.87 to 1.3 and 0.61 to 0.93 times the demand.
+//   8,192 rows over 528 resident blocks are 15.5 rounds, and blocks run free of one another, so the launch's end costs
+//   2 % at most. Shares: H100 0.98 to 0.99, H200 0.84 to 0.98, B200 0.58 to 0.89. On a B200 the exponentials bind.
 #pragma once
 
 #include <cmath>
@@ -59,8 +60,17 @@ struct Traits {
   // Groups of each tensor that a thread loads before it uses the first: 64 bytes in flight, pair or not.
   static constexpr int kUnroll = kKl ? DPO_ROW_UNROLL / 2 : DPO_ROW_UNROLL;
   // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a
-  // reference.
-  static constexpr int kResident = (kKl || kEntropy || kMean || kSquares ? 3 : 4) * 256 / DPO_ROW_THREADS;
+  // reference; 128 for everything at once on two dtypes, which would use the stack and is bound by its tangents.
+  static constexpr bool kWidest = kKl && kSquares && kSoftcap && !std::is_same_v<T_, R_>;
+  static constexpr int kResident = (kWidest ? 2 : kKl || kEntropy || kMean || kSquares ? 3 : 4) * 256 / DPO_ROW_THREADS;
+  // What a thread hands to the merge, in this order.
+  static constexpr int kOrigin = 0, kTop = 1, kSum = 2;
+  static constexpr int kShifted = 3;
+  static constexpr int kTotal = kShifted + kEntropy;
+  static constexpr int kSquared = kTotal + kMean;
+  static constexpr int kDrift = kSquared + kSquares;
+  static constexpr int kRefOrigin = kDrift + 1, kRefSum = kDrift + 2;
+  static constexpr int kFields = kDrift + (kKl ? 3 : 0);
 };
 
 // How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of
@@ -278,11 +288,10 @@ DPO_DEVICE ThreadState<Tr> add_row(const Transform<Tr>& f, const typename Tr::T*
   }
 }
 
-// A state on its way through the merge. Sums are float64: the merge adds no rounding of its own.
+// The row's state. Sums are float64: the merge adds no rounding of its own.
 struct MergedState {
   double origin, top, sum, shifted, drift, total, ref_origin, ref_sum, squares;
 };
-constexpr int kStateFields = 9;
 
 DPO_DEVICE float warp_max(float value) {
 #pragma unroll
@@ -292,48 +301,67 @@ DPO_DEVICE float warp_max(float value) {
   return value;
 }
 
-// Every lane of a full warp calls this; every lane gets the result. The tree's order is fixed.
+DPO_DEVICE float add_chains(const float (&chains)[kChains]) { return chains[0] + chains[1]; }
+
+// Threads' states in the shared memory of the row's first block, by field and thread.
 template <typename Tr>
-DPO_DEVICE MergedState merge_warp(MergedState s) {
-  const float origin = warp_max(static_cast<float>(s.origin));
-  const float delta = static_cast<float>(s.origin) - origin;
-  const double factor = fast_exp2(delta);
+using States = float[Tr::kFields][kRowThreads];
+
+template <typename Tr>
+DPO_DEVICE void hand_to_leader(const ThreadState<Tr>& s, States<Tr>& states, int thread) {
+  store_to_leader(&states[Tr::kOrigin][thread], s.origin);
+  store_to_leader(&states[Tr::kTop][thread], s.top);
+  store_to_leader(&states[Tr::kSum][thread], add_chains(s.sum));
+  if constexpr (Tr::kEntropy) store_to_leader(&states[Tr::kShifted][thread], add_chains(s.shifted));
+  if constexpr (Tr::kMean) store_to_leader(&states[Tr::kTotal][thread], add_chains(s.total));
+  if constexpr (Tr::kSquares) store_to_leader(&states[Tr::kSquared][thread], add_chains(s.squares));
+  if constexpr (Tr::kKl) {
+    store_to_leader(&states[Tr::kDrift][thread], add_chains(s.drift));
+    store_to_leader(&states[Tr::kRefOrigin][thread], s.ref_origin);
+    store_to_leader(&states[Tr::kRefSum][thread], add_chains(s.ref_sum));
+  }
+}
+
+// One warp merges the states of all threads of the row; every lane gets the result. The order is fixed: each lane takes
+// its own lane of every warp, then the lanes are added by a tree. float64 is slow (1/64 of the float32 rate on consumer
+// cards), so no other warp does any.
+template <typename Tr>
+DPO_DEVICE MergedState merge_row(const States<Tr>& states, int threads) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  float origin = kFloor, top = -INFINITY, ref_origin = kFloor;
+  for (int i = lane; i < threads; i += kWarp) {
+    origin = fmaxf(origin, states[Tr::kOrigin][i]);
+    top = fmaxf(top, states[Tr::kTop][i]);
+    if constexpr (Tr::kKl) ref_origin = fmaxf(ref_origin, states[Tr::kRefOrigin][i]);
+  }
+  origin = warp_max(origin);
+  if constexpr (Tr::kKl) ref_origin = warp_max(ref_origin);
   MergedState out{};
+  for (int i = lane; i < threads; i += kWarp) {
+    const float delta = states[Tr::kOrigin][i] - origin;
+    const double factor = fast_exp2(delta), sum = states[Tr::kSum][i];
+    out.sum += factor * sum;
+    if constexpr (Tr::kEntropy) out.shifted += factor * (states[Tr::kShifted][i] + delta * sum);
+    if constexpr (Tr::kMean) out.total += states[Tr::kTotal][i];
+    if constexpr (Tr::kSquares) out.squares += factor * factor * states[Tr::kSquared][i];
+    if constexpr (Tr::kKl) {
+      out.drift += factor * states[Tr::kDrift][i];
+      out.ref_sum += static_cast<double>(fast_exp2(states[Tr::kRefOrigin][i] - ref_origin)) * states[Tr::kRefSum][i];
+    }
+  }
   out.origin = origin;
-  out.top = warp_max(static_cast<float>(s.top));
-  out.sum = warp_sum(factor * s.sum);
-  if constexpr (Tr::kEntropy) out.shifted = warp_sum(factor * (s.shifted + delta * s.sum));
-  if constexpr (Tr::kMean) out.total = warp_sum(s.total);
-  if constexpr (Tr::kSquares) out.squares = warp_sum(factor * factor * s.squares);
+  out.top = warp_max(top);
+  out.sum = warp_sum(out.sum);
+  if constexpr (Tr::kEntropy) out.shifted = warp_sum(out.shifted);
+  if constexpr (Tr::kMean) out.total = warp_sum(out.total);
+  if constexpr (Tr::kSquares) out.squares = warp_sum(out.squares);
   if constexpr (Tr::kKl) {
-    out.drift = warp_sum(factor * s.drift);
-    out.ref_origin = warp_max(static_cast<float>(s.ref_origin));
-    const double ref_factor = fast_exp2(static_cast<float>(s.ref_origin - out.ref_origin));
-    out.ref_sum = warp_sum(ref_factor * s.ref_sum);
+    out.drift = warp_sum(out.drift);
+    out.ref_origin = ref_origin;
+    out.ref_sum = warp_sum(out.ref_sum);
   }
   return out;
 }
-
-DPO_DEVICE double add_chains(const float (&chains)[kChains]) { return static_cast<double>(chains[0]) + chains[1]; }
-
-template <typename Tr>
-DPO_DEVICE MergedState widen_state(const ThreadState<Tr>& s) {
-  MergedState out{};
-  out.origin = s.origin;
-  out.top = s.top;
-  out.sum = add_chains(s.sum);
-  if constexpr (Tr::kEntropy) out.shifted = add_chains(s.shifted);
-  if constexpr (Tr::kMean) out.total = add_chains(s.total);
-  if constexpr (Tr::kSquares) out.squares = add_chains(s.squares);
-  if constexpr (Tr::kKl) {
-    out.drift = add_chains(s.drift);
-    out.ref_origin = s.ref_origin;
-    out.ref_sum = add_chains(s.ref_sum);
-  }
-  return out;
-}
-
-DPO_DEVICE MergedState no_state() { return {kFloor, -INFINITY, 0.0, 0.0, 0.0, 0.0, kFloor, 0.0, 0.0}; }
 
 // ---- Finishing a row: one thread, float64 ----
 
@@ -404,41 +432,42 @@ DPO_DEVICE void store_token(const TokenLogpsParams& p, int64_t token, const Toke
 
 // ---- Single launch: sequences and pairs ----
 
-// One warp, in which lane 0 has just stored a row's results: the row arrives at a sequence that holds its token.
-// `sides` rows (policy, reference) make a token.
-DPO_DEVICE void arrive_at_sequence(const TokenLogpsParams& params, int64_t sequence, int sides,
-                                   SequenceScratch& scratch) {
+// The first thread, when a sequence has been summed: the pair's loss, if the other sequence is done. Not inlined: the
+// addresses that it needs would cost the block's sum registers.
+static __device__ __noinline__ void arrive_at_pair(const TokenLogpsParams& params, int64_t sequence, SequenceSums own) {
   const PreferenceParams& p = params.preference;
-  const bool first_lane = threadIdx.x % kWarp == 0;
-  const TokenRange range = sequence_range(p.cu_seqlens, params.tokens, sequence);
-  int arrived = first_lane ? count_arrival(&p.counters[sequence]) + 1 : 0;
-  arrived = __shfl_sync(kAllLanes, arrived, 0);
-  __syncwarp();  // what lane 0 acquired is visible to the lanes that now read: a shuffle alone orders no memory
-  if (arrived < range.size() * sides) return;
-  if (first_lane) p.counters[sequence] = 0;
-
-  const SequenceSums own = finish_sequence(p, params.logps, params.ref_logps, sequence, range, scratch);
   const bool chosen = sequence < p.pairs;
   const int64_t pair = chosen ? sequence : sequence - p.pairs;
   const int64_t partner = chosen ? sequence + p.pairs : pair;
-  const bool partner_empty = sequence_range(p.cu_seqlens, params.tokens, partner).size() == 0;
-  if (!first_lane) return;
   SequenceSums other{};
-  if (partner_empty) {
+  if (sequence_range(p.cu_seqlens, params.tokens, partner).size() == 0) {
     // No row will ever arrive for it.
     other.reference = p.given_ref_sums != nullptr && params.ref_logps == nullptr ? p.given_ref_sums[partner] : 0.0;
     p.sums[partner] = 0.0;
     p.ref_sums[partner] = other.reference;
   } else {
-    int* counter = &p.counters[2 * p.pairs + pair];
-    if (count_arrival(counter) == 0) return;
-    *counter = 0;
+    if (count_arrival(&p.counters[2 * p.pairs + pair]) == 0) return;
     other = {load_coherent(&p.sums[partner]), load_coherent(&p.ref_sums[partner])};
   }
   finish_pair(p, pair, chosen ? own : other, chosen ? other : own);
 }
 
-// One warp. The first sequence from `from` on whose tokens include this one, or -1.
+// The whole block, whose first thread has just stored a row's results: the row arrives at a sequence that holds its
+// token. `sides` rows (policy, reference) make a token.
+DPO_DEVICE void arrive_at_sequence(const TokenLogpsParams& params, int64_t sequence, int sides,
+                                   SequenceScratch& scratch) {
+  const PreferenceParams& p = params.preference;
+  const int thread = static_cast<int>(threadIdx.x);
+  const TokenRange range = sequence_range(p.cu_seqlens, params.tokens, sequence);
+  // What the first thread acquired is visible to the threads that now read: the barrier orders memory.
+  const bool last = thread == 0 && count_arrival(&p.counters[sequence]) + 1 == range.size() * sides;
+  if (__syncthreads_or(last) == 0) return;
+  const SequenceSums own = finish_sequence(p, params.logps, params.ref_logps, sequence, range, range.size(), thread,
+                                           static_cast<int>(blockDim.x), scratch);
+  if (thread == 0) arrive_at_pair(params, sequence, own);
+}
+
+// A full warp. The first sequence from `from` on whose tokens include this one, or -1.
 DPO_DEVICE int64_t next_holder(const PreferenceParams& p, int64_t tokens, int64_t token, int64_t from) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int64_t base = from; base < 2 * p.pairs; base += kWarp) {
@@ -453,11 +482,11 @@ DPO_DEVICE int64_t next_holder(const PreferenceParams& p, int64_t tokens, int64_
   return -1;
 }
 
-// One warp. A packed token belongs to one sequence as a rule. Bounds that do not rise, which the host cannot see, may
-// give it none or several; asking each sequence for its own range keeps every counter's arrivals equal to what it waits
-// for, so that it ends at zero, whatever the bounds.
-DPO_DEVICE void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides,
-                                       SequenceScratch& scratch) {
+// The whole block. A packed token belongs to one sequence as a rule. Bounds that do not rise, which the host cannot
+// see, may give it none or several; asking each sequence for its own range keeps every counter's arrivals equal to what
+// it waits for, whatever the bounds.
+static __device__ __noinline__ void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides,
+                                                           SequenceScratch& scratch) {
   const PreferenceParams& p = params.preference;
   if (p.cu_seqlens == nullptr) {
     arrive_at_sequence(params, token / params.tokens, sides, scratch);
@@ -489,21 +518,20 @@ static __device__ __noinline__ void finish_empty_pairs(const TokenLogpsParams& p
   }
 }
 
-// One warp: everything that follows the merge of a row, in float64. Not inlined: a few hundred rare instructions that
-// would otherwise be compiled into each of the kernels.
+// The first thread: a row's results from its merged state, in float64. Not inlined, as what follows it is not: a few
+// hundred rare instructions that would otherwise be compiled into each of the kernels, and apart, so that neither needs
+// more registers than the loops leave.
 static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, const RowSummary& row, int64_t token,
-                                                        bool is_reference, int sides, SequenceScratch& scratch) {
-  if (threadIdx.x == 0) {
-    const bool scored = p.labels[token] != p.ignore_index;
-    const TokenValues values = row.legal && scored ? finish_token(p, row) : all_tokens(scored ? NAN : 0.0);
-    if (is_reference) {
-      p.ref_logps[token] = values.logps;
-    } else {
-      store_token(p, token, values);
-      if (row.pair) p.ref_logps[token] = values.ref_logps;
-    }
+                                                        bool is_reference) {
+  assume_shared(&row);
+  const bool scored = p.labels[token] != p.ignore_index;
+  const TokenValues values = row.legal && scored ? finish_token(p, row) : all_tokens(scored ? NAN : 0.0);
+  if (is_reference) {
+    p.ref_logps[token] = values.logps;
+  } else {
+    store_token(p, token, values);
+    if (row.pair) p.ref_logps[token] = values.ref_logps;
   }
-  if (p.preference.losses != nullptr) finish_row_of_sequence(p, token, sides, scratch);
 }
 
 // ---- The kernel ----
@@ -523,9 +551,12 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     token_logps_kernel(const __grid_constant__ TokenLogpsParams p) {
   using T = typename Tr::T;
   using R = typename Tr::R;
-  using States = double[kRowThreads / kWarp][kStateFields];
-  DPO_SHARED(States, states);
-  DPO_SHARED(SequenceScratch, scratch);
+  // The states are merged before a sequence is summed, with a barrier between.
+  union Scratch {
+    States<Tr> states;
+    SequenceScratch sequence;
+  };
+  DPO_SHARED(Scratch, scratch);
   DPO_SHARED(RowSummary, summary);
   DPO_SHARED(int, tied);
 
@@ -534,8 +565,6 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
   const int64_t token = blockIdx.x / blocks_per_row;
   const int threads = static_cast<int>(blockDim.x) * blocks_per_row;
   const int thread = rank * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-  const int warp = thread / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool leader_warp = threadIdx.x < kWarp;
   // Without kl the reference's rows are rows like the policy's, in the second half of the grid.
   const bool is_reference = blockIdx.y == 1;
@@ -577,21 +606,8 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     const ThreadState<Tr> state = aligned ? add_row<Tr, true>(f, x, ref, row, label, vocab, thread, threads)
                                           : add_row<Tr, false>(f, x, ref, row, label, vocab, thread, threads);
 
-    MergedState merged = merge_warp<Tr>(widen_state(state));
     if (blocks_per_row > 1) cluster_wait();  // block 0 has started: its shared memory is there
-    if (lane == 0) {
-      store_to_leader(&states[warp][0], merged.origin);
-      store_to_leader(&states[warp][1], merged.top);
-      store_to_leader(&states[warp][2], merged.sum);
-      if constexpr (Tr::kEntropy) store_to_leader(&states[warp][3], merged.shifted);
-      if constexpr (Tr::kMean) store_to_leader(&states[warp][4], merged.total);
-      if constexpr (Tr::kSquares) store_to_leader(&states[warp][8], merged.squares);
-      if constexpr (Tr::kKl) {
-        store_to_leader(&states[warp][5], merged.drift);
-        store_to_leader(&states[warp][6], merged.ref_origin);
-        store_to_leader(&states[warp][7], merged.ref_sum);
-      }
-    }
+    hand_to_leader<Tr>(state, scratch.states, thread);
     if (blocks_per_row > 1) {
       cluster_arrive();
       cluster_wait();
@@ -601,31 +617,17 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     if (rank != 0) return;
 
     if (leader_warp) {
-      merged = no_state();
-      if (lane < threads / kWarp) {
-        merged.origin = states[lane][0];
-        merged.top = states[lane][1];
-        merged.sum = states[lane][2];
-        if constexpr (Tr::kEntropy) merged.shifted = states[lane][3];
-        if constexpr (Tr::kMean) merged.total = states[lane][4];
-        if constexpr (Tr::kSquares) merged.squares = states[lane][8];
-        if constexpr (Tr::kKl) {
-          merged.drift = states[lane][5];
-          merged.ref_origin = states[lane][6];
-          merged.ref_sum = states[lane][7];
-        }
-      }
-      merged = merge_warp<Tr>(merged);
-      if (lane == 0) {
+      const MergedState merged = merge_row<Tr>(scratch.states, threads);
+      if (threadIdx.x == 0) {
         summary.state = merged;
         summary.label_x = label_x;
         summary.label_ref = label_ref;
         summary.earlier_tie = false;
+        tied = merged.top == static_cast<double>(label_x);
       }
     }
     if (p.accuracy != nullptr && !is_reference) {
       // argmax takes the first of equals: only a tie with the maximum sends the block over the row's start again.
-      if (threadIdx.x == 0) tied = merged.top == static_cast<double>(label_x);
       __syncthreads();
       if (tied) {
         const bool found = appears_before(x, label, label_x);
@@ -635,7 +637,9 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
   } else if (blocks_per_row > 1) {
     cluster_wait();
   }
-  if (rank == 0 && leader_warp) finish_row_of_batch(p, summary, token, is_reference, sides, scratch);
+  if (rank != 0) return;
+  if (threadIdx.x == 0) finish_row_of_batch(p, summary, token, is_reference);
+  if (p.preference.losses != nullptr) finish_row_of_sequence(p, token, sides, scratch.sequence);
 }
 
 }  // namespace dpo::cuda

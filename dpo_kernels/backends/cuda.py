@@ -24,9 +24,6 @@ PairOutputs = tuple[Tensor, Tensor, Tensor, Tensor]
 # The library's operators. (Tests put those of the emulator here.)
 _kernels = torch.ops.dpo_kernels_cuda
 
-# Zeroed counters of fused_forward for each device and stream; every launch leaves them as zeros.
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
 
 def _load() -> None:
     try:
@@ -146,20 +143,6 @@ def logits_grad(
     _kernels.logits_grad(logits, labels, logps, lse, grad_logps, *settings, out, *reference)
 
 
-def _zeroed_counters(device: torch.device, count: int) -> Tensor:
-    """int32 zeros that a launch returns as zeros: kept per stream, so that only the first call pays for clearing them."""
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            # A graph may be replayed beside other work: its counters are its own, cleared by a node of the graph.
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    held = _counters.get((device, stream))
-    if held is None or held.numel() < count:
-        held = _counters[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return held
-
-
 def fused_forward(
     logits: Tensor,
     labels: Tensor,
@@ -188,7 +171,8 @@ def fused_forward(
     wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
     tokens = _token_outputs(labels, wanted)
     pairs = _pair_outputs(beta)
-    counters = _zeroed_counters(logits.device, 3 * beta.shape[0])
+    # Of this call alone, and cleared by it (csrc/cuda/params.h): nothing that a CUDA graph's pool owns outlives the call.
+    counters = torch.empty(3 * beta.shape[0], dtype=torch.int32, device=logits.device)
     _kernels.fused_forward(
         logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *tokens,
         weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, *pairs, counters,

@@ -174,7 +174,8 @@ def _logits(tensor: Tensor | None) -> ctypes.Structure:
 class Emulator:
     """The four stages and the fused forward, run by the emulated kernels.
 
-    order, seed, resident: the schedule. sm_count, clusters: the device that the launch heuristics see.
+    order, seed, resident: the schedule. sm_count, clusters: the device that the launch heuristics see. code_arch: the
+    architecture that the kernels pretend to be compiled for, which may be older than the device.
     """
 
     def __init__(
@@ -186,11 +187,13 @@ class Emulator:
         resident: int = 2,
         sm_count: int = SM_COUNT,
         clusters: bool = True,
+        code_arch: int = 90,
     ) -> None:
         self.lib = ctypes.CDLL(str(library or build()))
         self.lib.emu_error.restype = ctypes.c_char_p
         self.lib.emu_launches.restype = ctypes.c_int64
-        self.schedule = (int(order), ctypes.c_uint64(seed), resident)
+        self.lib.emu_memsets.restype = ctypes.c_int64
+        self.schedule = (int(order), ctypes.c_uint64(seed), resident, code_arch)
         self.device = (sm_count, int(clusters))
 
     def call(self, name: str, *args: object) -> None:
@@ -203,6 +206,10 @@ class Emulator:
     def launches(self) -> int:
         """Kernel launches so far."""
         return self.lib.emu_launches()
+
+    def memsets(self) -> int:
+        """Asynchronous clears of memory so far."""
+        return self.lib.emu_memsets()
 
     def plan_rows(self, rows: int, vocab: int, logits_per_thread: int, max_threads: int = 256) -> tuple[int, int]:
         """(threads, blocks) that share a row."""

@@ -67,8 +67,10 @@ struct Settings {
   Order order = Order::forward;
   uint64_t seed = 0;
   int resident = 2;
-  std::string error;  // of the last failed launch
+  int code_arch = 90;  // what the kernels pretend to be compiled for; before 90 a block is its own cluster
+  std::string error;   // of the last failed launch
   int64_t launches = 0;
+  int64_t memsets = 0;
 };
 
 inline Settings& settings() {
@@ -434,10 +436,13 @@ inline T* dynamic_shared() {
   return reinterpret_cast<T*>(current().block->dynamic);
 }
 
-inline int cluster_size() { return static_cast<int>(current().block->cluster->blocks.size()); }
-inline int cluster_rank() { return current().block->rank; }
+inline bool has_cluster_code() { return settings().code_arch >= 90; }
+
+inline int cluster_size() { return has_cluster_code() ? static_cast<int>(current().block->cluster->blocks.size()) : 1; }
+inline int cluster_rank() { return has_cluster_code() ? current().block->rank : 0; }
 
 inline void cluster_arrive() {
+  if (!has_cluster_code()) return;
   Fibre& f = current();
   f.cluster_phase = f.block->cluster->barrier.generation + 1;
   f.block->cluster->barrier.arrive();
@@ -445,6 +450,7 @@ inline void cluster_arrive() {
 }
 
 inline void cluster_wait() {
+  if (!has_cluster_code()) return;
   Fibre& f = current();
   Barrier& b = f.block->cluster->barrier;
   const int64_t phase = f.cluster_phase;
@@ -454,6 +460,7 @@ inline void cluster_wait() {
 // The address in block 0 of the cluster that corresponds to one in this block's shared memory.
 template <typename T>
 inline T* leader_copy(T* own) {
+  if (!has_cluster_code()) return own;
   Block& b = *current().block;
   Block& leader = *b.cluster->blocks[0];
   for (auto& item : b.statics) {
@@ -506,6 +513,12 @@ inline void store16(void* address, uint4 v) {
 #define blockIdx (emu::current().block->index)
 #define blockDim (emu::machine().block)
 #define gridDim (emu::machine().grid)
+
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  ++emu::settings().memsets;
+  std::memset(address, value, bytes);
+  return cudaSuccess;
+}
 
 inline void __syncthreads() {
   emu::Barrier& b = emu::current().block->barrier;

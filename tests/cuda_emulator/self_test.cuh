@@ -32,17 +32,17 @@ void block_sum(Params p) {
 
 // out[cluster] = sum over the cluster's blocks of rank + 1, stored by every block into block 0's shared memory.
 void cluster_sum(Params p) {
-  using Slots = double[8];
+  using Slots = float[8];
   DPO_SHARED(Slots, slots);
   const int rank = dpo::cuda::cluster_rank();
   dpo::cuda::cluster_arrive();
   dpo::cuda::cluster_wait();
-  if (threadIdx.x == 0) dpo::cuda::store_to_leader(&slots[rank], rank + 1.0);
+  if (threadIdx.x == 0) dpo::cuda::store_to_leader(&slots[rank], static_cast<float>(rank) + 1.0f);
   dpo::cuda::cluster_arrive();
   dpo::cuda::cluster_wait();
   if (rank != 0 || threadIdx.x != 0) return;
   float sum = 0.0f;
-  for (int k = 0; k < dpo::cuda::cluster_size(); ++k) sum += static_cast<float>(slots[k]);
+  for (int k = 0; k < dpo::cuda::cluster_size(); ++k) sum += slots[k];
   p.out[blockIdx.x / static_cast<unsigned>(dpo::cuda::cluster_size())] = sum;
 }
 
