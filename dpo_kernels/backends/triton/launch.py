@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED
+from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED, TARGET
 
 #: One argued configuration, no autotuning (a first-call stall, and results that depend on who tuned).
-#: 4 warps x 4 loads of 16 bytes: a block has 8 KB in flight (16 KB where it reads the reference too). Registers let 9 to
+#: A thread holds one group of a load: 4 warps, or 2 wavefronts of 64 threads on AMD's GPUs.
+#: 128 lanes x 4 loads of 16 bytes: a block has 8 KB in flight (16 KB where it reads the reference too). Registers let 9 to
 #: 16 blocks be resident per SM (4 or 5 with the reference), so 64 KB and more are in flight where a B200 needs 40. A tile
 #: is 8 KB (4,096 16-bit logits): small enough that a vocabulary of 32,000 still has 7 of them, so that the masked tile of
 #: the label stays a small part. More warps per row would lengthen the merge at the end of every row; fewer would need more
 #: rows to fill the machine.
-NUM_WARPS = 4
-LANES = 32 * NUM_WARPS
+LANES = 128
+NUM_WARPS = LANES // (64 if TARGET == "hip" else 32)
 #: The interpreter takes a quarter of that tile, so that small vocabularies reach every loop.
 UNROLL = 1 if INTERPRETED.value else 4
 

@@ -72,7 +72,15 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 @device_function
 def _entries(
-    x, ref_x, row, inner, log2_scale, MAP: tl.constexpr, SHORT: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr
+    x,
+    ref_x,
+    row,
+    inner,
+    log2_scale,
+    MAP: tl.constexpr,
+    SHORT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FORWARD: tl.constexpr,
 ):
     """Gradient of logits x beside the label: (p (factor + by_gap (d - center)) - by_q q) dz/dx / scale, d = x - ref_x.
 
@@ -212,7 +220,9 @@ def logits_grad_kernel(
         if REVERSE or FORWARD:
             ref_start = b * ref_stride_b + t * ref_stride_t + ref_base
             ref_logp = tl.load(ref_logps + row)
-            ref_lse = scaled_label(tl.load(ref_logits + ref_start + label).to(tl.float32), scale, cap, MAP)[0] - ref_logp
+            ref_lse = (
+                scaled_label(tl.load(ref_logits + ref_start + label).to(tl.float32), scale, cap, MAP)[0] - ref_logp
+            )
         if REVERSE:
             divergence = tl.load(kl + row)
             p_label = tl.exp(logp)
