@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-COMPILE = """
+COMPILE = r"""
 import json, re, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
