@@ -205,7 +205,7 @@ def _load_one_by_one(pointer, start, group, mask, GROUP: tl.constexpr, MASKED: t
         parts = ()
         for i in tl.static_range(4):
             parts = parts + (_load(pointer + start + group * 4 + i, mask, MASKED),)  # noqa: RUF005
-    pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))  # type: ignore[misc]
     return tl.reshape(pairs, [group.shape[0], 4])
 
 
