@@ -9,9 +9,7 @@ kernel in the cache.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -87,23 +85,6 @@ def record(calls: Iterable[tuple[str, Callable[[], object]]]) -> tuple[list[Any]
     return list(launches.values()), stopped
 
 
-def settle_cache_keys() -> None:
-    """Compute the cache keys of all our kernels in one fixed order; every process of a session does so first.
-
-    In Triton 3.6 and 3.7 a function's key holds the constants of a function that it calls only if that one's key was computed
-    before (`DependenciesFinder._update_hash` reads them first). Without a fixed order, a process that launches in another order
-    than the one that compiled misses the cache.
-    """
-    from triton.runtime.jit import JITFunction
-
-    importlib.import_module("dpo_kernels.backends.triton")
-    ours = [module for name, module in sorted(sys.modules.items()) if name.startswith("dpo_kernels.backends.triton")]
-    for module in ours:
-        for _, function in sorted(vars(module).items()):
-            if isinstance(function, JITFunction):
-                _ = function.cache_key
-
-
 #: Set before the processes are forked: launches hold functions and tensors, which do not travel.
 _launches: list[Any] = []
 _target: Any = None
@@ -154,7 +135,6 @@ def compile_all(
     target: what to compile for. launcher: as `compile_launch` takes it.
     """
     global _launches, _target, _launcher
-    settle_cache_keys()
     _launches, _target, _launcher = launches, target, launcher
     result: dict[str, Any] = {"kernels": len(launches), "compiled": 0, "cached": 0, "failed": {}, "not run": []}
     deadline, begin = time.monotonic() + seconds, time.monotonic()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo_kernels import backends
+from dpo_kernels.backends.eager import TokenKL
 from dpo_kernels.reference import token_statistics, transform_logits
 
 from checks import BUDGET, row_errors
@@ -223,6 +224,33 @@ def test_gradient_in_place_out_of_place_and_into_a_view_are_bitwise_equal(vocab)
     # Nothing beside the rows is touched.
     assert torch.equal(whole[:, -1], last)
     assert bool((memory[:, [0, 3]] == 7).all())
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_the_labels_logit_may_already_be_its_gradient(cap):
+    """In place, one warp may store the label's gradient before another has begun: nothing may depend on that logit.
+
+    Labels in the fragments, in a tile and in the last tile; what stands there is what a faster warp would have written.
+    """
+    logits, ref_logits = (random_logits(1, 3, 1037, seed=s) for s in (30, 31))
+    labels = torch.tensor([[3, 600, 1036]], device=DEVICE)
+    grads = [
+        torch.tensor([values], dtype=torch.float64, device=DEVICE) for values in ([0.7, -0.3, 1.0], [0.5, 2.0, -1.0])
+    ]
+    settings = PLAIN | {"logit_softcap": cap}
+    found = forward(logits, labels, ref_logits, kl=True, logit_softcap=cap)
+    token_kl = TokenKL(ref_logits, found["ref_logps"], found["kl"], grads[1], grads[0])
+
+    def gradient(logits, out):
+        triton_backend.logits_grad(
+            logits, labels, found["logps"], found["lse"], grads[0], out=out, token_kl=token_kl, **settings
+        )
+        return out
+
+    expected = gradient(logits, torch.empty_like(logits))
+    place = labels.unsqueeze(-1)
+    late = logits.scatter(-1, place, expected.gather(-1, place))
+    assert torch.equal(gradient(late, late), expected)
 
 
 def test_rows_without_gradient_are_zeroed_without_being_read():

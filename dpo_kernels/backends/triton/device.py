@@ -30,6 +30,18 @@ import triton.language as tl
 #: True where Triton's CPU interpreter runs the kernels; it has no fused multiply-add.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+if INTERPRETED.value:
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_with_index(tensor, scope):
+        """The interpreter of Triton 3.6 makes a loop's bound of an array of one element, which numpy >= 2.4 refuses."""
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_with_index
+
 #: What the kernels are compiled for, "cuda" or "hip": this PyTorch's own GPUs, unless the environment names another, for
 #: compiling ahead of time. Read once, on import.
 TARGET = os.environ.get("DPO_KERNELS_TRITON_TARGET") or ("cuda" if torch.version.hip is None else "hip")
@@ -193,7 +205,7 @@ def _load_one_by_one(pointer, start, group, mask, GROUP: tl.constexpr, MASKED: t
         parts = ()
         for i in tl.static_range(4):
             parts = parts + (_load(pointer + start + group * 4 + i, mask, MASKED),)  # noqa: RUF005
-    pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))  # type: ignore[misc]
     return tl.reshape(pairs, [group.shape[0], 4])
 
 

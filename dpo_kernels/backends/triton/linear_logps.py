@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import FLOOR, HIDDEN, INTERPRETED, LN2, device_function, exp2_fast, fused, rounded, scaled_label
+from .device import FLOOR, HIDDEN, INTERPRETED, LN2, PTX, device_function, exp2_fast, fused, rounded, scaled_label
 from .launch import SMALL, Launch, arch_of, exponent_map, tile_of
 from .token_logps import _finish, _merge, _put, _raise_max, _variable
 
@@ -47,21 +47,19 @@ def at_label_of(x, place, label):
 
     One instruction sequence a logit, as in the next two: a mask of the whole tile, kept for a second use, is 128 registers.
     """
-    if INTERPRETED:
-        return tl.where(place == label, x, 0.0)
-    else:
+    if PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.eq.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }", "=f,f,r,r", [x, place, label],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
+    else:
+        return tl.where(place == label, x, 0.0)
 
 
 @device_function
 def others_of(x, place, label, vocab, other: tl.constexpr):
     """x with `other` (0 or HIDDEN) at the label and past the vocabulary."""
-    if INTERPRETED:
-        return tl.where((place == label) | (place >= vocab), other, x)
-    else:
+    if PTX:
         asm: tl.constexpr = (
             "{ .reg .pred p, q; setp.ge.s32 q, $2, $4; setp.eq.or.s32 p, $2, $3, q; selp.f32 $0, $5, $1, p; }"
         )
@@ -69,18 +67,20 @@ def others_of(x, place, label, vocab, other: tl.constexpr):
             asm, "=f,f,r,r,r,f", [x, place, label, vocab, tl.full((), other, tl.float32)],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
+    else:
+        return tl.where((place == label) | (place >= vocab), other, x)
 
 
 @device_function
 def below(x, entry, limit, other: tl.constexpr):
     """x where entry < limit, else `other` (0 or HIDDEN)."""
-    if INTERPRETED:
-        return tl.where(entry < limit, x, other)
-    else:
+    if PTX:
         asm: tl.constexpr = "{ .reg .pred p; setp.lt.s32 p, $2, $3; selp.f32 $0, $1, $4, p; }"
         return tl.inline_asm_elementwise(
             asm, "=f,f,r,r,f", [x, entry, limit, tl.full((), other, tl.float32)], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return tl.where(entry < limit, x, other)
 
 
 @device_function

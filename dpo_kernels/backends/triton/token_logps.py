@@ -28,6 +28,9 @@ A row is one program's, so fewer rows than about 8 per SM leave a GPU partly idl
 launch or counters, and the shapes of preference training (thousands of tokens) do not ask for it.
 """
 
+# mypy: disable-error-code="assignment"
+# (A tuple that grows is one type to Triton's compiler and many to mypy.)
+
 from __future__ import annotations
 
 from typing import Any
