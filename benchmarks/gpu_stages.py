@@ -60,11 +60,9 @@ class CudaMachine:
     trainer_steps, trainer_batch = 6, 8
 
     def prepare(self) -> None:
-        """Before anything else in a stage's process: the packed CUDA library, and fixed cache keys for Triton's kernels."""
+        """Before anything else in a stage's process: the packed CUDA library."""
         if (pack := gpu_pack.in_use()) and "DPO_VARIANT" not in os.environ:
             pack.load()
-        with contextlib.suppress(ImportError):
-            gpu_compile.settle_cache_keys()
 
     def describe(self) -> dict[str, Any]:
         """Name, size and state of the GPU."""

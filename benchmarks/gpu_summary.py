@@ -256,7 +256,7 @@ def _tune(calls: dict[str, Any]) -> list[str]:
     if rates := stage(calls, "head_rates").get("rows"):
         from benchmarks.head_rates import table
 
-        lines += ["What the planner assumes of the linear path's products:", "", *table(rates).splitlines(), ""]
+        lines += ["Rates of the linear path's products:", "", *table(rates).splitlines(), ""]
     return lines
 
 

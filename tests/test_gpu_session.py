@@ -335,7 +335,6 @@ if sys.argv[1] == "ahead":
     assert found["compiled"] + found["cached"] == 2 == len(parts), found
     assert (found["failed"], found["not run"]) == ({}, []), found
 else:  # another process, the launches in another order
-    gpu_compile.settle_cache_keys()
     triton.runtime.driver.set_active(gpu_compile.CompileOnlyDriver(machine.compile_target()[0]))
     late = gpu_stages.count_compilations()
     for launch in reversed(some):

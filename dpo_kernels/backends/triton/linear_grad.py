@@ -87,11 +87,13 @@ def logits_block_grad_kernel(
     e = exp2_fast(fused(x, log2_scale, c[:, None]))
     others = others_of(e, place[None, :], label[:, None], vocab, 0.0)
     mass = tl.sum(others, 1)
-    top = tl.max(tl.max(others, 1), 0)
-    has_label = tl.max(((label >= first) & (label < first + BLOCK_V)).to(tl.int32), 0)
-    total = tl.sum(mass, 0)
+    has_label = (label >= first) & (label < first + BLOCK_V)
     # A NaN must come out: it is not less than eps.
-    alive = (top > eps) | (has_label > 0) | (total != total)
+    row_alive = (tl.max(others, 1) > eps) | has_label | (mass != mass)
+    # Counted, not reduced: for sm_100 Triton 3.6 and 3.7 do not compile a reduction over rows that came from the product's
+    # layout in tensor memory.
+    counts = tl.histogram(row_alive.to(tl.int32), 32)
+    alive = tl.sum(tl.where(tl.arange(0, 32) == 1, counts, 0), 0) > 0
     tl.store(live + block_row * blocks + block, alive.to(tl.int8))
     mark = row.to(tl.int64) * blocks + block
     tl.store(dropped + mark, tl.where(alive, 0.0, mass), mask=inside)

@@ -12,7 +12,7 @@ Segments are cut by the vocabulary alone, so no bit of a token's result depends 
 Work: 2 N H V flops. The hidden states and the head stream from L2, (1/256 + 1/128) H items a logit; programs that run at
 the same time differ in their tokens first, so the head comes from memory once per wave of them. What it saves against a
 library product and token_logps is the logits' way to memory and back, 4 bytes a 16-bit logit; what it costs is the distance
-between Triton's products and the library's (planner.py weighs the two). float32 multiplies in full precision on the
+between Triton's products and the library's (benchmarks/head_rates.py measures it). float32 multiplies in full precision on the
 ordinary cores, at a fifteenth of the tensor cores' 16-bit rate on an H100: TF32's 10 bits of mantissa would miss the
 contract by three digits.
 
