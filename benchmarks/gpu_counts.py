@@ -73,7 +73,7 @@ CASES: dict[str, Callable[[PretendGPU], Callable[[], Tensor]]] = {
     "dpo_loss, every statistic": lambda gpu: _logits(gpu, statistics=EVERYTHING),
     "dpo_loss, ipo": lambda gpu: _logits(gpu, loss_type="ipo"),
     "linear_dpo_loss": _linear,
-    "linear_dpo_loss, four chunks": lambda gpu: _linear(gpu, memory_budget=3 * LENGTH * VOCAB * 2),
+    "linear_dpo_loss, many chunks": lambda gpu: _linear(gpu, memory_budget=3 * LENGTH * VOCAB * 2),
     "linear_dpo_loss, frozen head": lambda gpu: _linear(gpu, frozen=True),
     "linear_logps": lambda gpu: _linear(gpu, tokens=True),
 }
