@@ -10,20 +10,21 @@ import sys
 
 import pytest
 import torch
+from bad_bounds import bad_bounds, clamped_spans, clamped_sums
 
 from dpo_kernels import backends, functional, ops
 
 TOKENS, VOCAB = 12, 23
+
+
+def rising(bounds):
+    """Each bound within the tokens, and not below the largest before it."""
+    return list(itertools.accumulate((min(max(bound, 0), TOKENS) for bound in bounds), max))
+
+
 #: Bounds as they may come, and what they are taken for.
-BAD = {
-    "right": ([0, 3, 6, 9, 12], [0, 3, 6, 9, 12]),
-    "first above 0": ([2, 3, 6, 9, 12], [2, 3, 6, 9, 12]),
-    "negative": ([-4, 3, -1, 9, 12], [0, 3, 3, 9, 12]),
-    "decreasing": ([0, 9, 6, 3, 1], [0, 9, 9, 9, 9]),
-    "overlapping": ([0, 8, 4, 10, 12], [0, 8, 8, 10, 12]),
-    "beyond the tokens": ([0, 3, 6, 9, 40], [0, 3, 6, 9, 12]),
-    "all beyond": ([30, 31, 32, 2**62, 40], [12, 12, 12, 12, 12]),
-}
+BAD = {name: (bounds, rising(bounds)) for name, bounds in [("right", [0, 3, 6, 9, 12]), *bad_bounds(TOKENS)]}
+assert BAD["one step back: two sequences overlap"][1] == [0, 9, 9, 9, 12]
 
 
 def available(name):
@@ -110,9 +111,10 @@ def test_triton_stays_inside_its_tensors_whatever_the_bounds(case, long, monkeyp
     bounds = [max(min(bound, 3000), -3000) for bound in BAD[case][0]]  # so that old code meets the guards, not a fault
     sums = triton_backend.sequence_sums(values, weights, torch.tensor(bounds))
     assert guarded.intact()
-    if case != "overlapping":  # such spans share scratch: rising_bounds keeps them from the kernels
-        inside = [(min(max(a, 0), TOKENS), min(b, TOKENS)) for a, b in itertools.pairwise(bounds)]
-        assert sums.tolist() == [float(values[0, a:b].sum()) if b > a else 0.0 for a, b in inside]
+    filled = sorted(span for span in clamped_spans(bounds, TOKENS) if span[0] < span[1])
+    if all(one[1] <= two[0] for one, two in itertools.pairwise(filled)):
+        assert sums.tolist() == clamped_sums(values, weights, bounds).tolist()
+    # Spans that overlap share scratch: rising_bounds keeps them from the kernels.
 
 
 def test_metrics_raise_where_bounds_on_a_device_were_wrong():
