@@ -403,6 +403,17 @@ def may_overwrite(logits: Tensor) -> bool:
     return plain and not overlapping and logits.stride(-1) == 1 and not torch.is_grad_enabled()
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the first to the last element of a and those of b lie in common memory: views of one buffer, say."""
+
+    def span(x: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+    (a_start, a_end), (b_start, b_end) = span(a), span(b)
+    return a.device == b.device and a.numel() > 0 and b.numel() > 0 and a_start < b_end and b_start < a_end
+
+
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
     """The saved tensors, or an error that says why they are gone (autograd's own would not)."""
     if ctx.overwritten:

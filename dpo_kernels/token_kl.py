@@ -178,8 +178,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     by_kl, by_forward = (None if grad is None or grad.dim() == 1 else grad for grad in (by_kl, by_forward))
     by_logps = torch.zeros_like(saved[2]) if by_logps is None else by_logps
     arguments = (*saved, by_logps, by_kl, by_forward, *ctx.transform, ctx.backend)
-    # A policy that is its own reference is still being read.
-    if ctx.inplace and ops.may_overwrite(logits) and logits.data_ptr() != saved[1].data_ptr():
+    # A reference that shares the policy's memory is still being read: for other rows, or by other threads of the row.
+    if ctx.inplace and ops.may_overwrite(logits) and not ops.share_memory(logits, saved[1]):
         ctx.overwritten = True
         logits = logits.detach()
         _ops.token_kl_grad_(logits, *arguments)

@@ -282,6 +282,21 @@ def test_inplace_backward_overwrites_the_logits_and_says_so_the_second_time():
         loss.backward()
 
 
+def test_a_reference_that_shares_the_policys_memory_is_not_overwritten(backend):
+    """Views of one buffer, a token apart: the gradient of one row would destroy the reference of another."""
+    labels = make()[2]
+    buffer = torch.randn(2 * P, T + 1, V, generator=torch.Generator().manual_seed(5))
+    gradients = []
+    for inplace in (False, True):
+        kept = buffer.clone()
+        policy, ref = kept[:, :-1].detach().requires_grad_(), kept[:, 1:].detach()
+        with use_backend(backend):
+            dpo_loss(policy, labels, ref_logits=ref, kl_coef=0.3, inplace_backward=inplace).loss.backward()
+        gradients.append(policy.grad)
+        assert torch.equal(kept, buffer)
+    assert torch.equal(*gradients)
+
+
 def test_a_float64_reference_of_a_float32_policy_is_served():
     logits, ref, labels = make(torch.float32)
     with use_backend("cpu"):
