@@ -94,10 +94,11 @@ _MAX_BLOCKS = 32
 
 @dataclass(frozen=True)
 class Binary:
-    """A cubin, and the bytes of shared memory that a launch adds to the cubin's own."""
+    """A cubin, the bytes of shared memory that a launch adds to the cubin's own, and the PTX where there is one."""
 
     code: bytes
     dynamic_shared: int = 0
+    ptx: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a cubin shows; *_loop and per-logit figures are of the main loop, None for kernels that stream nothing."""
+    """What a cubin shows; loop_* and per-logit figures are of the main loop, None for kernels that stream nothing."""
 
     name: str
     arch: int
@@ -140,6 +141,8 @@ class Figures:
     threads: int
     resident_threads: int
     instructions: int
+    doubles: int
+    doubles_by_all: int | None
     loop_instructions: int | None
     logits_per_iteration: int | None
     slots_per_logit: float | None
@@ -335,6 +338,25 @@ def bandwidth_share(
     return share(lock_step), share(independent)
 
 
+def _doubles(code: list[str]) -> int:
+    """Arithmetic in float64, each instruction counted once."""
+    return sum(opcode(i).split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for i in code)
+
+
+def doubles_by_all(ptx: str) -> int | None:
+    """Arithmetic in float64 before only a program's first warp goes on (device.first_warp); None where all warps do."""
+    ptx = re.sub(r"^\s*\.loc\b.*\n", "", ptx, flags=re.MULTILINE)
+    turn = re.search(r"// begin inline asm\s+mov\.u32\s+%r\d+, %tid\.x;\s+// end inline asm", ptx)
+    arithmetic = r"^\s+(?:add|sub|mul|fma|div|neg|setp)\.\S*f64\b"
+    if turn is None:
+        return None
+    branch = re.search(r"\bbra\b", ptx[turn.end() :])
+    first = re.search(arithmetic, ptx[turn.end() :], re.MULTILINE)
+    if branch is None or first is None or first.start() < branch.start():
+        return None
+    return len(re.findall(arithmetic, ptx[: turn.end()], re.MULTILINE))
+
+
 def inspect(kernel: Kernel) -> Figures:
     """Compile a kernel of the registry, if need be, and read its figures."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -356,6 +378,8 @@ def inspect(kernel: Kernel) -> Figures:
         "threads": kernel.threads,
         "resident_threads": resident,
         "instructions": sum(opcode(i) != "NOP" for i in listing.code),
+        "doubles": _doubles(listing.code),
+        "doubles_by_all": doubles_by_all(binary.ptx),
     }
     if kernel.multiplies:
         operations = [opcode(i) for i in listing.code]
@@ -388,7 +412,7 @@ def inspect(kernel: Kernel) -> Figures:
         mufu_per_logit=round(mufu, 3),
         loop_barriers=sum(o in ("BAR", "SYNCS", "WARPSYNC") for o in operations),
         loop_shuffles=operations.count("SHFL"),
-        loop_doubles=sum(o in ("DADD", "DMUL", "DFMA", "DSETP") for o in operations),
+        loop_doubles=_doubles(loop),
         loads_128=sum(width == 16 for width in loads),
         loads_narrower=sum(width < 16 for width in loads),
         stores_128=sum(width == 16 for width in stores),
@@ -421,7 +445,7 @@ class TritonCubin:
         types, constants, attributes = self.launch.signature()
         source = ASTSource(self.launch.kernel, types, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=self.launch.options)
-        return Binary(compiled.asm["cubin"], compiled.metadata.shared)
+        return Binary(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"])
 
 
 def triton_kernels(arch: int) -> Iterator[Kernel]:

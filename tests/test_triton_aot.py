@@ -127,19 +127,34 @@ def test_every_streaming_kernel_is_compiled_for_three_architectures_and_has_a_li
         assert sum("logits_grad" in kernel for kernel in found) >= 4
 
 
-#: The one exception: on sm_90 a dozen instructions once a tile, beside the 64 steps of its product.
+#: The exceptions. On sm_90 a dozen instructions once a tile, beside the 64 steps of its product; with Triton 3.7 two numbers
+#: once a pair, around the call of a float64 division.
 SPILLS = {"triton linear_logps bf16 stored in order, sm_90": 16}
+SPILLS_OF = {("3.7.1", "triton preference_loss, sm_90"): 4}
 
 
-def test_nothing_spills(report):
+def test_nothing_spills(report, version):
     for row in report:
-        assert row["spills"] <= SPILLS.get(name(row), 0), name(row)
-        assert row["local_bytes"] <= 4 * SPILLS.get(name(row), 0), name(row)
+        allowed = SPILLS_OF.get((version, name(row)), SPILLS.get(name(row), 0))
+        assert row["spills"] <= allowed, name(row)
+        assert row["local_bytes"] <= 4 * allowed, name(row)
 
 
 def test_main_loops_hold_no_barrier_no_shuffle_and_no_float64(report):
     for row in streaming(report):
         assert row["loop_barriers"] == row["loop_shuffles"] == row["loop_doubles"] == 0, name(row)
+
+
+def test_float64_is_little_or_the_first_warps(report):
+    """Cards with one float64 unit for 64 of float32 take 16 cycles a warp and instruction; a program has four warps."""
+    for row in streaming(report):
+        if "token_logps" in row["name"]:
+            # All warps add up the row; with moments, they may also look at it again.
+            moments = any(statistic in row["name"] for statistic in ("entropy", "kl", "all statistics"))
+            assert row["doubles_by_all"] is not None, name(row)
+            assert row["doubles_by_all"] <= (75 if moments else 16), name(row)
+        else:
+            assert row["doubles"] <= (130 if "KL" in row["name"] else 95 if "softcap" in row["name"] else 60), name(row)
 
 
 def test_main_loops_stay_within_their_issue_slots(report):

@@ -3,7 +3,8 @@
 Data flow, one program (4 warps) a token:
     read     labels, logps, lse and grad_logps once; the row's logits once, or not at all if its gradient is zero
     on chip  nothing but the tile in hand: c = float32(lse log2(e)) and the factor -grad_logps 2^(c - lse log2(e)) are two
-             numbers a row, from float64
+             numbers a row, from float64. Every thread works them out, in about 50 float64 instructions: no division, no
+             log, quotients that depend on the call alone come from the host.
     write    the row's gradient once, as aligned 128-bit stores; in place, every thread writes what it has just read
 The label's entry is grad_logps (1 - p) with 1 - p = -expm1(logp) in float64. As in the forward its tile and the last,
 partial one come first, and the main loop has no mask.
@@ -32,12 +33,13 @@ from torch import Tensor
 from ..eager import TokenKL
 from .device import (
     FOLDED,
+    LN2,
     LOG2E,
     SOFTCAPPED,
     columns,
     device_function,
     exp2_fast,
-    expm1_double,
+    exp_expm1,
     fragments,
     fused,
     load_tile,
@@ -153,7 +155,8 @@ def logits_grad_kernel(
     stride_b: tl.int64, stride_t: tl.int64, base,
     out_stride_b: tl.int64, out_stride_t: tl.int64, out_base,
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
-    scale: tl.float64, cap: tl.float64, unit: tl.float64, log2_scale: tl.float32,
+    scale: tl.float64, cap: tl.float64, unit: tl.float64, per_unit: tl.float64, log2_per_nat: tl.float64,
+    log2_scale: tl.float32,
     MAP: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
     ALIGNED: tl.constexpr, IN_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, FRAGMENTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -162,6 +165,8 @@ def logits_grad_kernel(
     scale = tl.full((), scale, tl.float64)
     cap = tl.full((), cap, tl.float64)
     unit = tl.full((), unit, tl.float64)
+    per_unit = tl.full((), per_unit, tl.float64)
+    log2_per_nat = tl.full((), log2_per_nat, tl.float64)
     inner = (scale / cap).to(tl.float32)
     SHORT: tl.constexpr = element.primitive_bitwidth == 16
     row = tl.program_id(0).to(tl.int64)
@@ -205,10 +210,10 @@ def logits_grad_kernel(
         start = b * stride_b + t * stride_t + base
         # p = 2^(x log2_scale - c) 2^(c - lse log2): c is a float32, and what its rounding drops goes into the factor of
         # the row, in float64. lse counts in units of the rounded log2_scale, so that the largest p are the most exact.
-        step = tl.full((), log2_scale, tl.float32).to(tl.float64)
         row_lse = tl.load(lse + row)
-        exact = row_lse * tl.where(unit == 0, LOG2E, step / unit)
+        exact = row_lse * log2_per_nat
         c = exact.to(tl.float32)
+        dropped = exp_expm1((c.to(tl.float64) - exact) * LN2)[0]
         # The policy's logit at the label is never read here: in place, another warp may have written its gradient by then.
         # What is needed of it follows from lse and logp.
         logp = tl.load(logps + row)
@@ -217,7 +222,8 @@ def logits_grad_kernel(
             tanh = (row_lse + logp) / cap
             label_slope = scale * ((1.0 - tanh) * (1.0 + tanh))
         # 1 - p(label) without cancellation.
-        others = -expm1_double(logp)
+        p_label, less_one = exp_expm1(logp)
+        others = -less_one
         by_p = -grad
         label_terms = grad * others
         ref_start = start
@@ -230,20 +236,19 @@ def logits_grad_kernel(
             )
         if REVERSE:
             divergence = tl.load(kl + row)
-            p_label = tl.exp(logp)
             label_terms -= tl.where(p_label > 0, by_kl * p_label * (divergence - logp + ref_logp), 0.0)
             # D = unit * center + what joins by_p.
             mean = divergence + row_lse - ref_lse
-            center = tl.where(unit == 0, 0.0, mean / unit).to(tl.float32)
+            center = (mean * per_unit).to(tl.float32)
             by_p -= by_kl * (mean - unit * center)
-            by_gap = (by_kl * scale * unit * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
+            by_gap = (by_kl * scale * unit * dropped).to(tl.float32)
         if FORWARD:
             by_p += by_forward
-            label_terms += by_forward * (-expm1_double(ref_logp) - others)
-            ref_exact = ref_lse * tl.where(unit == 0, LOG2E, step / unit)
+            label_terms += by_forward * (less_one - exp_expm1(ref_logp)[1])
+            ref_exact = ref_lse * log2_per_nat
             ref_c = ref_exact.to(tl.float32)
-            by_q = (by_forward * scale * tl.exp2(ref_c.to(tl.float64) - ref_exact)).to(tl.float32)
-        factor = (by_p * scale * tl.exp2(c.to(tl.float64) - exact)).to(tl.float32)
+            by_q = (by_forward * scale * exp_expm1((ref_c.to(tl.float64) - ref_exact) * LN2)[0]).to(tl.float32)
+        factor = (by_p * scale * dropped).to(tl.float32)
         at_label = (label_terms * label_slope).to(tl.float32)
         whole_row = (c, factor, ref_c, by_gap, center, by_q)
 
@@ -295,6 +300,7 @@ def logits_grad_launch(
     out_pointer, out_base = aligned_base(out)
     # No maximum is taken here, so a negative scale folds into the exponential's FFMA as well.
     mapping, unit = (SOFTCAPPED, logit_softcap) if logit_softcap else (FOLDED, logit_scale)
+    log2_scale = round_to_float32(unit * LOG2E.value)
     arguments = {
         "logits": pointer,
         "out": out_pointer,
@@ -322,7 +328,9 @@ def logits_grad_launch(
         "scale": logit_scale,
         "cap": logit_softcap,
         "unit": unit,
-        "log2_scale": round_to_float32(unit * LOG2E.value),
+        "per_unit": 1.0 / unit if unit else 0.0,
+        "log2_per_nat": log2_scale / unit if unit else LOG2E.value,
+        "log2_scale": log2_scale,
         "MAP": mapping.value,
         "REVERSE": grad_kl is not None,
         "FORWARD": grad_forward_kl is not None,

@@ -5,7 +5,7 @@ Data flow, one program (4 warps) a token:
              the label's logit, then the row's logits, once, and with kl the reference's row, once, in the same loop
     on chip  per lane (thread): maximum m, c = m log2(e), sum of 2^(x log2(e) - c), and where asked the two moments, the
              sum of squares and the sum of x. No lane looks at another before the loop is over; then one merge in a fixed
-             order.
+             order. The last steps, in float64, are the first warp's alone.
     write    8 bytes per token and output
 
 The label's own term stays out of the sum: with d = log(sum of the others) - z_label, logp = -softplus(d), which keeps
@@ -50,6 +50,7 @@ from .device import (
     columns,
     device_function,
     exp2_fast,
+    first_warp,
     fragments,
     fused,
     lane_dot,
@@ -306,12 +307,10 @@ def token_logps_kernel(
         groups = vocab // GROUP
         x_raw = tl.load(logits + start + label).to(tl.float32)
         x_label = _variable(x_raw, inner, MAP)
-        z_label = scaled_label(x_raw, scale, cap, MAP)[0]
         ref_start = start
         if KL:
             ref_start = b * ref_stride_b + t_index * ref_stride_t + ref_base
             ref_raw_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
-            ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
 
         m = tl.full([LANES], FLOOR, tl.float32)
         zero = tl.zeros([LANES], tl.float32)
@@ -355,45 +354,52 @@ def token_logps_kernel(
         m, c, s, t, k, q = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
-        logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
-        tl.store(logps + row, logp)
-        tl.store(lse + row, lse_row)
-        p_label = tl.exp(logp)
-
+        t_row, k_row, q_row, ref_s_row, total_row = s_row, s_row, s_row, s_row, s_row
+        ref_top, ref_c_top, hit = top, c_top, x_label > top
         if ENTROPY or KL:
             t_row = tl.sum((rescale * (t + shift * s)).to(tl.float64), 0)
             k_row = tl.sum((rescale * k).to(tl.float64), 0)
-            if ((t_row != t_row) | (k_row != k_row)) & (lse_row == lse_row):
+            if ((t_row != t_row) | (k_row != k_row)) & (s_row == s_row):
                 t_row, k_row = _guarded_moments(
                     logits, ref_logits, start, ref_start, vocab, label, c_top, log2_scale, inner, MAP, ENTROPY, KL
                 )
-            some = s_row > 0
-            mean_y = t_row / tl.where(some, s_row, 1.0)
-            mean_drift = k_row / tl.where(some, s_row, 1.0)
-            if ENTROPY:
-                others = tl.where(s_row == 0, 0.0, p_others * (log_mass - LN2 * mean_y))
-                tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
-            if KL:
-                ref_m, ref_c, ref_s = ref_state
-                ref_top, ref_c_top, _, ref_rescale = _merge(ref_m, ref_c, log2_scale)
-                ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
-                ref_logp, ref_lse, _, _ = _finish(ref_s_row, ref_top, ref_c_top, ref_z_label, unit, log2_scale)
-                tl.store(ref_logps + row, ref_logp)
-                others = tl.where(s_row == 0, 0.0, p_others * (unit * mean_drift))
-                at_label = tl.where(p_label > 0, p_label * (z_label - ref_z_label), 0.0 * p_label)
-                tl.store(kl + row, others + at_label - lse_row + ref_lse)
+        if KL:
+            ref_m, ref_c, ref_s = ref_state
+            ref_top, ref_c_top, ref_shift, ref_rescale = _merge(ref_m, ref_c, log2_scale)
+            ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
         if SQUARES:
-            # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
             q_row = tl.sum((rescale * rescale * q).to(tl.float64), 0)
-            share = p_others / tl.where(s_row > 0, s_row, 1.0)
-            tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
-        if ACCURACY:
-            hit = x_label > top
+        if ACCURACY:  # noqa: SIM102 (known when the kernel is compiled)
             if x_label == top:
                 hit = _equal_before(logits, start, label, x_label, inner, MAP) == 0
-            tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
         if MEAN:
-            tl.store(mean_logits + row, unit * tl.sum(total.to(tl.float64), 0) / vocab)
+            total_row = tl.sum(total.to(tl.float64), 0)
+
+        if first_warp():
+            z_label = scaled_label(x_raw, scale, cap, MAP)[0]
+            logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
+            tl.store(logps + row, logp)
+            tl.store(lse + row, lse_row)
+            p_label = tl.exp(logp)
+            # Each of the others' means counts with p_others / s.
+            share = p_others / tl.where(s_row > 0, s_row, 1.0)
+            if ENTROPY:
+                others = tl.where(s_row == 0, 0.0, p_others * log_mass - LN2 * (share * t_row))
+                tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
+            if KL:
+                ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
+                ref_logp, ref_lse, ref_p_others, ref_mass = _finish(ref_s_row, ref_top, ref_c_top, ref_z_label, unit, log2_scale)
+                tl.store(ref_logps + row, ref_logp)
+                others = tl.where(s_row == 0, 0.0, unit * (share * k_row))
+                at_label = tl.where(p_label > 0, p_label * (z_label - ref_z_label), 0.0 * p_label)
+                tl.store(kl + row, others + at_label - lse_row + ref_lse)
+            if SQUARES:
+                # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
+                tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
+            if ACCURACY:
+                tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
+            if MEAN:
+                tl.store(mean_logits + row, unit * total_row / vocab)
     else:
         # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
         fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
