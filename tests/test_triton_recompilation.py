@@ -24,6 +24,10 @@ RUNS = {
     "given sums, robust": {"ref": "sums", "loss_type": "robust", "label_smoothing": 0.1},
     "divergence": {"kl_coef": 0.1},
     "packed, another objective": {"packed": True, "loss_type": "ipo"},
+    # Several chunks of rows in the longer steps; the logits' rows are padded.
+    "linear": {"linear": {"memory_budget": 1 << 19}, "vocab": 257},
+    "linear, packed, divergence": {"linear": {}, "vocab": 257, "packed": True, "kl_coef": 0.1},
+    "linear, frozen head, another objective": {"linear": {"frozen": True}, "vocab": 257, "loss_type": "ipo"},
 }
 STEPS = 50
 
@@ -34,7 +38,9 @@ def specialisations(run: dict) -> list[list[str]]:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from dpo_kernels import backends, dpo_loss, use_backend
+    import pretend_gpu
+
+    from dpo_kernels import backends, dpo_loss, linear_dpo_loss, use_backend
     from dpo_kernels.backends import triton as stages
     from dpo_kernels.backends.triton.launch import Launch
 
@@ -47,7 +53,7 @@ def specialisations(run: dict) -> list[list[str]]:
         found.append(repr((launch.kernel.fn.__name__, specialisation, options)))
 
     stages.check_available = lambda device_type: None
-    Launch.run = record
+    Launch.run = pretend_gpu._run_launch = record
     backends._attempt.cache_clear()
     dtype, vocab = getattr(torch, run.get("dtype", "bfloat16")), run.get("vocab", 1000)
     packed, has_logits = run.get("packed", False), run.get("ref", "logits") == "logits"
@@ -60,16 +66,46 @@ def specialisations(run: dict) -> list[list[str]]:
         whole = torch.empty(tensor.numel() + 8, dtype=tensor.dtype)
         return whole[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
+    def on_gpu(tensor: torch.Tensor) -> pretend_gpu.OnGPU:
+        return pretend_gpu.OnGPU(place(tensor))
+
+    def linear_step(shape: tuple[int, ...], bounds: torch.Tensor | None) -> None:
+        """The linear path chunks and pads as on a GPU only where its tensors lie there."""
+        words = dict(run["linear"])
+        head_learns = not words.pop("frozen", False)
+        hidden, ref_hidden = (pretend_gpu.OnGPU(torch.zeros(*shape, 64, dtype=dtype)) for _ in range(2))
+        head = pretend_gpu.OnGPU(torch.zeros(vocab, 64, dtype=dtype))
+        with pretend_gpu.PretendGPU():
+            if bounds is not None:
+                words["cu_seqlens"] = on_gpu(bounds)
+            out = linear_dpo_loss(
+                hidden.requires_grad_(),
+                head.requires_grad_(head_learns),
+                on_gpu(torch.zeros(shape, dtype=torch.int64)),
+                ref_hidden=ref_hidden,
+                ref_weight=head.detach(),
+                **words,
+                **settings,
+            )
+            out.loss.backward()
+
     steps = []
     for _ in range(STEPS):
         pairs, length = (int(n) for n in torch.randint(1, 40, (2,), generator=generator))
         shape = (2 * pairs * length,) if packed else (2 * pairs, length)
+        bounds = torch.arange(2 * pairs + 1) * length if packed else None
+        if "linear" in run:
+            found.clear()
+            with use_backend("triton"):
+                linear_step(shape, bounds)
+            steps.append(sorted(set(found)))
+            continue
         logits = torch.zeros(*shape, vocab, dtype=dtype).requires_grad_()
         reference = {"ref_logits": torch.zeros(*shape, vocab, dtype=dtype)}
         if not has_logits:
             reference = {"ref_logps": place(torch.zeros(2 * pairs, dtype=torch.float64))}
-        if packed:
-            reference["cu_seqlens"] = place(torch.arange(2 * pairs + 1) * length)
+        if bounds is not None:
+            reference["cu_seqlens"] = place(bounds)
         found.clear()
         with use_backend("triton"):
             out = dpo_loss(
