@@ -749,6 +749,19 @@ def markdown() -> str:
             share = now[newest].get((name, figures.arch), {}).get("bandwidth_share", {}).get(card)
             cells.append("-" if share is None else f"{share[0]:.0%} to {share[1]:.0%}")
         lines.append(f"| {name.removeprefix('triton ')} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Float64 instructions of a row, sm_90, Triton {newest}: what all four warps of a program execute, and what its first warp",
+        "executes alone. Where a card has one float64 unit for 64 of float32 (GeForce, B300), each takes a multiprocessor 16 cycles",
+        "a warp. With moments (entropy, KL) most of the first column belongs to the rare second look at a row that holds -inf.",
+        "",
+        "| kernel | all warps | first warp alone |",
+        "|---|---:|---:|",
+    ]
+    for name in names:
+        if row := now[newest].get((name, 90)):
+            everywhere = row["doubles"] if row["doubles_by_all"] is None else row["doubles_by_all"]
+            lines.append(f"| {name.removeprefix('triton ')} | {everywhere} | {row['doubles'] - everywhere} |")
     return "\n".join(lines)
 
 
