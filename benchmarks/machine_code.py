@@ -751,9 +751,10 @@ def markdown() -> str:
         lines.append(f"| {name.removeprefix('triton ')} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Float64 instructions of a row, sm_90, Triton {newest}: what all four warps of a program execute, and what its first warp",
-        "executes alone. Where a card has one float64 unit for 64 of float32 (GeForce, B300), each takes a multiprocessor 16 cycles",
-        "a warp. With moments (entropy, KL) most of the first column belongs to the rare second look at a row that holds -inf.",
+        f"Float64 instructions of a row, sm_90, Triton {newest}: what all four warps of a program execute, and what its first",
+        "warp executes alone. Where a card has one float64 unit for 64 of float32 (GeForce, B300), each instruction takes a",
+        "multiprocessor 16 cycles a warp. With entropy or KL most of the first column is a second look at the row, which only",
+        "rows that hold -inf get.",
         "",
         "| kernel | all warps | first warp alone |",
         "|---|---:|---:|",

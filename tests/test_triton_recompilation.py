@@ -34,11 +34,10 @@ STEPS = 50
 
 def specialisations(run: dict) -> list[list[str]]:
     """What Triton would compile for, step by step: the launches are recorded and not run. For a process of its own."""
+    import pretend_gpu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
-
-    import pretend_gpu
 
     from dpo_kernels import backends, dpo_loss, linear_dpo_loss, use_backend
     from dpo_kernels.backends import triton as stages

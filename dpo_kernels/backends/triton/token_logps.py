@@ -47,6 +47,7 @@ from .device import (
     HIDDEN,
     LN2,
     SOFTCAPPED,
+    TARGET,
     columns,
     device_function,
     exp2_fast,
@@ -63,7 +64,11 @@ from .device import (
     tanh_accurate,
     to_float,
 )
-from .launch import LANES, SMALL, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
+from .launch import LANES, OPTIONS, SMALL, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
+
+#: With the entropy some ptxas take 90 registers for what follows the main loop, which needs 64 at most: a third of the warps
+#: would be lost. With kl the loop itself needs more.
+MOMENTS = OPTIONS | ({"maxnreg": 64} if TARGET == "cuda" else {})
 
 #: Columns per step of the two rare second looks at a row (-inf under a moment, a tie with the label).
 SCAN = tl.constexpr(1024)
@@ -355,7 +360,7 @@ def token_logps_kernel(
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
         t_row, k_row, q_row, ref_s_row, total_row = s_row, s_row, s_row, s_row, s_row
-        ref_top, ref_c_top, hit = top, c_top, x_label > top
+        hit = x_label > top
         if ENTROPY or KL:
             t_row = tl.sum((rescale * (t + shift * s)).to(tl.float64), 0)
             k_row = tl.sum((rescale * k).to(tl.float64), 0)
@@ -365,7 +370,7 @@ def token_logps_kernel(
                 )
         if KL:
             ref_m, ref_c, ref_s = ref_state
-            ref_top, ref_c_top, ref_shift, ref_rescale = _merge(ref_m, ref_c, log2_scale)
+            ref_top, ref_c_top, _ref_shift, ref_rescale = _merge(ref_m, ref_c, log2_scale)
             ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
         if SQUARES:
             q_row = tl.sum((rescale * rescale * q).to(tl.float64), 0)
@@ -388,7 +393,9 @@ def token_logps_kernel(
                 tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
             if KL:
                 ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
-                ref_logp, ref_lse, ref_p_others, ref_mass = _finish(ref_s_row, ref_top, ref_c_top, ref_z_label, unit, log2_scale)
+                ref_logp, ref_lse, _ref_p_others, _ref_mass = _finish(
+                    ref_s_row, ref_top, ref_c_top, ref_z_label, unit, log2_scale
+                )
                 tl.store(ref_logps + row, ref_logp)
                 others = tl.where(s_row == 0, 0.0, unit * (share * k_row))
                 at_label = tl.where(p_label > 0, p_label * (z_label - ref_z_label), 0.0 * p_label)
@@ -470,7 +477,9 @@ def token_logps_launch(
         "LANES": LANES,
         "GROUP": group,
     }
-    return Launch(token_logps_kernel, (labels.numel(),), arguments)
+    return Launch(
+        token_logps_kernel, (labels.numel(),), arguments, MOMENTS if entropy is not None and kl is None else OPTIONS
+    )
 
 
 def token_logps(
