@@ -579,7 +579,6 @@ def _linear_call(batch: _Batch, weight: Tensor, bias: Tensor | None, **options: 
         linear=backends.LinearVariant(
             "two_pass" if call.terms else call.strategy,
             call.fused,
-            call.fused,
             bias is not None,
             call.needs_hidden,
             call.needs_weight,

@@ -345,7 +345,7 @@ def _linear_subject(case: Case, inputs: _Inputs, backend: str) -> _Found:
         strategy=need.strategy,
         terms=variant.terms,
         # Below every probability: all blocks are multiplied, and the gradient is exact.
-        eps=1e-30 if need.blocks and not exact else 0.0,
+        eps=1e-30 if need.fused and not exact else 0.0,
         fused=need.fused and not exact,
         needs_hidden=need.hidden,
         needs_weight=need.weight,
@@ -541,7 +541,7 @@ def _logits_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
     def case(aligned: bool, strategy: str, **changes: Any) -> Case:
-        needs = {name: changes.pop(name) for name in ("fused", "blocks", "bias", "hidden", "weight") if name in changes}
+        needs = {name: changes.pop(name) for name in ("fused", "bias", "hidden", "weight") if name in changes}
         loss = "sigmoid" if strategy == "whole_pairs" else "sums"
         variant = Variant(dtype, aligned=aligned, loss=loss, linear=LinearVariant(strategy, **needs))
         return Case(variant._replace(**changes))
@@ -552,15 +552,13 @@ def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield case(aligned, "whole_pairs", bias=bias, reference=dtype)
             yield case(aligned, "two_pass", bias=bias)
             yield case(aligned, "forward", bias=bias, statistics=_ALL, reference=dtype, **nothing)
-            yield case(aligned, "whole_pairs", bias=bias, fused=True, blocks=True, reference=dtype)
-            yield case(aligned, "two_pass", bias=bias, fused=True, blocks=True)
-            yield case(aligned, "forward", bias=bias, fused=True, **nothing)
+            yield case(aligned, "whole_pairs", bias=bias, fused=True, reference=dtype)
+            yield case(aligned, "two_pass", bias=bias, fused=True)
         yield case(aligned, "whole_pairs", statistics=_ALL, reference=dtype, softcap=True)
         yield case(aligned, "frozen_head", weight=False)
         yield case(aligned, "two_pass", terms=("kl", "forward_kl"), reference=dtype)
         some = tuple(name for name in _ALL if name != "kl")
-        yield case(aligned, "forward", fused=True, statistics=some, softcap=True, reference=dtype, **nothing)
-        yield case(aligned, "whole_pairs", fused=True, blocks=True, statistics=some, reference=dtype, softcap=True)
+        yield case(aligned, "whole_pairs", fused=True, statistics=some, reference=dtype, softcap=True)
 
 
 #: Every case. What a backend does not have is left out by `serves`.

@@ -76,7 +76,6 @@ class LinearVariant(NamedTuple):
 
     strategy: str
     fused: bool = False
-    blocks: bool = False
     bias: bool = False
     hidden: bool = True
     weight: bool = True
@@ -116,7 +115,7 @@ class Variant(NamedTuple):
         words += [name.replace("_", " ") for name in flags if getattr(self, name)]
         words += [] if self.few_rows else ["many rows"]
         if self.linear is not None:
-            parts = ("fused", "blocks", "bias", "hidden", "weight")
+            parts = ("fused", "bias", "hidden", "weight")
             words += ["linear", self.linear.strategy, *(name for name in parts if getattr(self.linear, name))]
         return ", ".join(words)
 
