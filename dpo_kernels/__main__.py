@@ -80,7 +80,7 @@ def check(backend: str | None, device_name: str | None, cases: tuple[selfcheck.C
     """Run the operator table on every backend that serves the device, or on one; 1 if a case is wrong, else 0."""
     device = device_of(device_name)
     if backend is None:
-        names = backends.candidates(device.type)
+        names = list(backends.candidates(device.type))
     else:
         try:
             backends.load(backends.check_name(backend), device.type)
@@ -135,15 +135,22 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--device", help="index of a CUDA device, or cpu; default: the first GPU, else the CPU")
     given = parser.parse_args(arguments)
     try:
+        if wish := os.environ.get("DPO_KERNELS_BACKEND"):
+            try:
+                backends.check_name(wish)
+            except ValueError as reason:
+                raise UsageError(f"DPO_KERNELS_BACKEND: {reason}") from None
         if given.command == "check":
             return check(given.backend, given.device)
         if given.command == "bench":
+            if not given.seconds > 0:
+                raise UsageError(f"--seconds must be positive, not {given.seconds:g}")
             bench.run(device_of(given.device), given.shape, given.dtype, given.seconds)
-            return 0
-    except (UsageError, bench.ShapeError) as reason:
-        print(f"dpo_kernels {given.command}: {reason}", file=sys.stderr)
+        else:
+            report()
+    except (UsageError, bench.ShapeError, BackendUnavailable) as reason:
+        print(f"dpo_kernels {given.command or 'report'}: {reason}", file=sys.stderr)
         return 2
-    report()
     return 0
 
 

@@ -70,6 +70,19 @@ def test_a_backend_that_cannot_serve_says_why():
             dpo_loss(z, y, ref_logits=z)
 
 
+def test_a_backend_is_asked_only_when_those_before_it_do_not_serve(monkeypatch):
+    """To ask the cuda backend may compile its library for minutes, which a GPU that Triton serves must not wait for."""
+    asked = []
+
+    def attempt(name, device_type):
+        asked.append(name)
+        return object()
+
+    monkeypatch.setattr(backends, "_attempt", attempt)
+    assert backends.default("cuda") == "triton"
+    assert set(asked) == {"triton"}
+
+
 def test_first_use_compiles_into_the_cache_in_one_line_and_the_next_is_silent(tmp_path):
     first = run_fresh(tmp_path)
     assert first.returncode == 0, first.stderr

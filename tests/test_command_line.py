@@ -55,6 +55,7 @@ check = command.check
         (["bench", "--shape", "8x0"], "--shape must be TOKENSxVOCAB"),
         (["bench", "--shape", "7x100"], "must be even"),
         (["bench", "--shape", "3x4x100"], "must be even"),
+        (["bench", "--seconds", "-3"], "--seconds must be positive, not -3"),
         (["bench", "--shape", "80000000x128256", "--device", "cpu"], r"needs .* GB beside eager PyTorch, and cpu has"),
     ],
     ids=str,
@@ -65,6 +66,15 @@ def test_what_cannot_run_is_said_in_one_line_with_exit_status_2(arguments, said,
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert re.search(said, printed.err)
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"], ["bench"]], ids=str)
+def test_an_unknown_backend_in_the_environment_is_said_in_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("DPO_KERNELS_BACKEND", "tpu")
+    assert command.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.endswith("DPO_KERNELS_BACKEND: unknown backend 'tpu'; known: eager, cpu, triton, cuda\n")
 
 
 def test_shapes_are_read_as_tokens_or_sequences():

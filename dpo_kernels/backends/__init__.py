@@ -128,13 +128,16 @@ def _name_of(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def candidates(device_type: str) -> list[str]:
-    """The backends that serve a device type, in the order in which they are tried; eager always does."""
+def candidates(device_type: str) -> Iterator[str]:
+    """The backends that serve a device type, in the order in which they are tried; eager always does.
+
+    One is asked only when those before it were not enough: to ask the cuda backend may compile its library.
+    """
     order = PREFERENCE.get(device_type, ("eager",))
     reason = why_not(order[0], device_type)
     if reason is not None:
         _warn_once(f"dpo-kernels: {order[0]} backend not used: {reason}")
-    return [name for name in order if why_not(name, device_type) is None]
+    yield from (name for name in order if why_not(name, device_type) is None)
 
 
 @functools.cache

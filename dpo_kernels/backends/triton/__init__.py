@@ -60,6 +60,8 @@ def check_available(device_type: str) -> None:
             f"Triton kernels run on CUDA tensors, not on {device_type} ones "
             "(set TRITON_INTERPRET=1 before importing triton to interpret them on a CPU)"
         )
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("this torch sees no GPU")
     if TARGET == "hip":
         name = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
         if name not in WAVE64:
