@@ -55,7 +55,7 @@ check = command.check
         (["bench", "--shape", "8x0"], "--shape must be TOKENSxVOCAB"),
         (["bench", "--shape", "7x100"], "must be even"),
         (["bench", "--shape", "3x4x100"], "must be even"),
-        (["bench", "--seconds", "-3"], "--seconds must be positive, not -3"),
+        (["bench", "--seconds", "-3"], "--seconds must not be negative: -3"),
         (["bench", "--shape", "80000000x128256", "--device", "cpu"], r"needs .* GB beside eager PyTorch, and cpu has"),
     ],
     ids=str,
