@@ -63,8 +63,9 @@ def make(folder: Path, arch: str, python: str, variants: bool = True) -> list[st
     LIMIT, _build.BuildError if nvcc is missing or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("cuda.*.so.xz"), *folder.glob("*.whl")):
-        stale.unlink()
+    # The manifest goes first and comes last: a folder without one is no pack, so a failure leaves none that looks whole.
+    for stale in (folder / "manifest.json", *folder.glob("cuda.*.so.xz"), *folder.glob("*.whl")):
+        stale.unlink(missing_ok=True)
     libraries = {}
     for index, defines in enumerate(VARIANTS if variants else VARIANTS[:1]):
         name = " ".join(defines) or DEFAULT
@@ -102,6 +103,9 @@ def unpack(folder: Path, into: Path) -> dict[str, str]:
     """
     if not (folder / "manifest.json").is_file():
         raise PackError(f"{folder} holds no pack; python benchmarks/gpu_session.py --pack {folder} makes one")
+    libraries = json.loads((folder / "manifest.json").read_text())["libraries"].values()
+    if lost := [name for name in libraries if not (folder / name).is_file()]:
+        raise PackError(f"{folder} lacks {', '.join(lost)}: copy it again")
     into.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "manifest.json", into)
     for path in folder.glob("cuda.*.so.xz"):

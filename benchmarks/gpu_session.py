@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ if not __package__:  # run as a file: this folder leaves the path, where its pro
 from benchmarks import gpu_pack, gpu_stages  # noqa: E402
 from benchmarks.gpu_stages import MAX_FILE, STAGES, write  # noqa: E402
 from benchmarks.gpu_summary import roofline_seconds, summary  # noqa: E402
+from dpo_kernels._build import BuildError  # noqa: E402
 
 #: The calls: seconds in all, and the stages with their limits, in order. The sum of the limits leaves the rest of a call for
 #: starting, unpacking and writing. Time that a stage does not use is shared by the later ones.
@@ -72,6 +74,12 @@ CALLS: dict[str, tuple[float, dict[str, float]]] = {
 }
 #: Of a stage's limit, what it is told it has: the rest is for starting Python and for writing what it found.
 INNER = 0.85
+#: Exit status of a stage that found no GPU: no other stage would find one.
+NO_DEVICE = 3
+
+
+class KitError(RuntimeError):
+    """The command cannot run as it was given; the message says why in one line."""
 
 
 def _machine(name: str) -> Any:
@@ -134,7 +142,7 @@ def run_stage(
     if stopped:
         report["stopped"] = f"at its limit of {limit:.0f} s"
     elif status != 0:  # what it had found until then is kept
-        report["failed"] = f"exit status {status}, see log.txt"
+        report["failed"] = "no GPU" if status == NO_DEVICE else f"exit status {status}, see log.txt"
     return report
 
 
@@ -150,14 +158,14 @@ def session(
 
     Returns call -> stage -> report. scale multiplies every limit. run: how a stage is run.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").write_text("")
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="dpo_gpu_pack_") as scratch:
         # Kernels are checked by a stage here, not on first use; a library that is missing is not compiled inside a limit.
         environment = {"DPO_KERNELS_SELFCHECK": "0", "DPO_KERNELS_JIT": "0"}
         if pack is not None:
             environment |= gpu_pack.unpack(pack, Path(scratch))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.txt").write_text("")
         for call in calls:
             found[call] = {}
             left = dict(CALLS[call][1])
@@ -169,6 +177,8 @@ def session(
                     continue
                 found[call][name] = run(name, machine, out, limit, environment)
                 save(out, found)
+                if found[call][name].get("failed") == "no GPU":
+                    return found
     log = out / "log.txt"
     if log.stat().st_size > MAX_FILE:
         log.write_bytes(log.read_bytes()[-MAX_FILE // 2 :])
@@ -183,6 +193,9 @@ def save(out: Path, calls: dict[str, dict[str, Any]]) -> None:
 
 def merge(folders: list[Path], out: Path) -> None:
     """Put the calls of several folders into one results.json and summary.md; other files are copied, a log a call."""
+    for folder in folders:
+        if not (folder / "results.json").is_file():
+            raise KitError(f"{folder} holds no results of a session")
     out.mkdir(parents=True, exist_ok=True)
     calls: dict[str, dict[str, Any]] = {}
     for folder in folders:
@@ -198,7 +211,11 @@ def run_one(stage: str, machine_name: str, out: Path, seconds: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     gpu_stages.PARTIAL = out / f".{stage}.json"
     machine = _machine(machine_name)
-    machine.prepare()
+    try:
+        machine.prepare()
+    except gpu_stages.NoDevice as reason:
+        print(reason)
+        sys.exit(NO_DEVICE)
     late = gpu_stages.count_compilations()
     result = STAGES[stage](machine, out, seconds)
     if late and stage != "compile":
@@ -218,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pack", dest="make", type=Path, metavar="DIR", help="collect library and wheels into DIR; no run"
     )
-    parser.add_argument("--arch", default="90", help="of the card, for --pack: 80, 90, 100 ...")
+    parser.add_argument("--arch", type=_architecture, default="90", help="of the card, for --pack: 80, 90, 100 ...")
     parser.add_argument("--python", default="3.12", help="of the GPU's machine, for --pack")
     parser.add_argument("--no-variants", action="store_true", help="--pack without the sweep's libraries")
     parser.add_argument(
@@ -232,8 +249,23 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def _architecture(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d+[af]?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability without its point, such as 90")
+    return text
+
+
+def main() -> int:
+    """Run the command line; the exit status is 1 where a stage failed, 2 where the command could not run."""
     arguments = parser().parse_args()
+    try:
+        return _run(arguments)
+    except (KitError, gpu_pack.PackError, BuildError) as reason:
+        print(f"gpu_session: {reason}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.stage:
         signal.signal(signal.SIGTERM, lambda *_: gpu_stages.end_with_tools())
         left = arguments.seconds - (time.monotonic() - BEGIN)
@@ -244,9 +276,11 @@ def main() -> None:
         merge(arguments.merge, arguments.out)
     else:
         calls = [arguments.only] if arguments.only else list(CALLS)
-        session(arguments.machine, arguments.out, calls, arguments.pack, arguments.scale)
+        found = session(arguments.machine, arguments.out, calls, arguments.pack, arguments.scale)
         print((arguments.out / "summary.md").read_text())
+        return int(any("failed" in report for stages in found.values() for report in stages.values()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,9 +68,9 @@ def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.3f} ms"
 
 
-def _outcome(name: str, report: dict[str, Any] | None) -> str:
+def _outcome(name: str, report: dict[str, Any] | None, why_none: str = "the time was over") -> str:
     if report is None:
-        return "not run: the time was over"
+        return f"not run: {why_none}"
     result = report.get("result", {})
     if isinstance(result.get("not run"), str):
         return f"not run: {result['not run']}"
@@ -81,13 +81,15 @@ def _outcome(name: str, report: dict[str, Any] | None) -> str:
     elif name == "correctness":
         wrong = sum(len(row.get("failed", {})) for row in result.get("table", {}).values())
         cases = sum(row.get("cases", 0) for row in result.get("table", {}).values())
-        outcome = f"{wrong} cases WRONG" if wrong else f"all {cases} cases right"
+        outcome = f"{wrong} cases WRONG" if wrong else f"all {cases} cases right" if cases else "no case ran"
     elif name == "memcheck" and "clean" in result:
         outcome = "clean" if result["clean"] else "NOT clean"
     elif name == "compile" and "kernels" in result:
         done = result["compiled"] + result["cached"]
         outcome = f"{done} of {result['kernels']} kernels in {result.get('seconds', 0)} s"
         outcome += f", {len(result['failed'])} FAILED" if result["failed"] else ""
+    elif result.get("failed") and "rows" in result:
+        outcome = f"{len(result['rows'])} measured, {len(result['failed'])} FAILED: {', '.join(result['failed'])}"
     if late := result.get("kernels compiled late"):
         outcome += f" ({late} kernels compiled late)"
     for ending in ("stopped", "failed"):
@@ -276,11 +278,12 @@ def summary(calls: dict[str, Any], planned: dict[str, list[str]]) -> str:
         if call not in calls:
             lines += [f"Call {call}: not run.", ""]
             continue
+        no_gpu = any(report.get("failed") == "no GPU" for report in calls[call].values())
         rows = []
         for one in stages:
             report = calls[call].get(one)
             seconds = ["-", "-"] if report is None else [str(report["took"]), str(report.get("limit", "-"))]
-            rows.append([one, *seconds, _outcome(one, report)])
+            rows.append([one, *seconds, _outcome(one, report, "no GPU" if no_gpu else "the time was over")])
         lines += [f"Call {call}:", "", *_table(["stage", "seconds", "limit", "outcome"], rows)]
     return "\n".join(lines)
 

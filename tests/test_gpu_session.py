@@ -7,14 +7,17 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import gpu_pack, gpu_session, gpu_stages, gpu_summary, readme_table, roofline
 
@@ -433,6 +436,51 @@ def test_a_pack_that_is_too_large_says_what_takes_the_room(packed, monkeypatch):
         file.truncate(gpu_pack.LIMIT)
     with pytest.raises(gpu_pack.PackError, match=r"64\.0 MiB  large\.whl"):
         gpu_pack.sizes(packed)
+
+
+def test_a_pack_that_lost_a_library_is_refused(packed, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(packed, folder)
+    next(folder.glob("cuda.*.so.xz")).unlink()
+    with pytest.raises(gpu_pack.PackError, match=r"lacks cuda\..*copy it again"):
+        gpu_pack.unpack(folder, tmp_path / "into")
+
+
+def test_a_pack_that_could_not_be_made_is_none(packed, monkeypatch):
+    def fail(*_):
+        raise gpu_pack._build.BuildError("no compiler")
+
+    monkeypatch.setattr(gpu_pack._build, "build_cuda", fail)
+    with pytest.raises(gpu_pack._build.BuildError):
+        gpu_pack.make(packed, "90", "3.12")
+    with pytest.raises(gpu_pack.PackError, match="holds no pack"):
+        gpu_pack.unpack(packed, packed / "into")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_without_a_gpu_the_first_stage_says_so_and_is_the_last(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--only", "headline", "--out", str(tmp_path / "out")])
+    assert gpu_session.main() == 1
+    said = capfd.readouterr().out
+    assert "sees no GPU" in said
+    assert "Traceback" not in said
+    assert said.count("not run: no GPU") == len(gpu_session.CALLS["headline"][1]) - 1
+
+
+@pytest.mark.parametrize("option", ["--from", "--merge"])
+def test_a_folder_that_is_not_there_is_said_in_one_line(option, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", option, str(tmp_path / "none"), "--out", str(out)])
+    assert gpu_session.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_nothing_but_skipped_tests_has_not_passed():
+    machine = SimpleNamespace(command=lambda arguments, seconds: (0, "144 skipped in 3.1s"))
+    assert not gpu_stages.tests(machine, None, 100)["passed"]
+    machine = SimpleNamespace(command=lambda arguments, seconds: (0, "140 passed, 4 skipped in 3.1s"))
+    assert gpu_stages.tests(machine, None, 100)["passed"]
 
 
 def test_a_folder_without_a_pack_is_refused(tmp_path):
