@@ -718,8 +718,8 @@ def markdown() -> str:
     names = sorted({name for rows in now.values() for name, _ in rows if name.startswith("triton")})
     versions = sorted(now, key=lambda version: [int(number) for number in re.findall(r"\d+", version)])
     lines = [
-        "Issue slots (warp instructions) a logit in the main loop, for each Triton that a supported torch brings; fewer are better.",
-        "*before*: tiles of three dimensions, whose layout the compiler chose. In parentheses: shuffles in that loop, if any.",
+        "Issue slots (warp instructions) a logit in the main loop, for each Triton that a supported torch brings; fewer are",
+        "better. *before*: tiles of three dimensions, whose layout the compiler chose. In parentheses: shuffles in that loop.",
     ]
     for arch in ARCHITECTURES:
         columns = [
