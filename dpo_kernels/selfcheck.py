@@ -26,10 +26,11 @@ from .backends import LinearVariant, Variant
 
 #: Allowed error: this multiple of the baseline's. GPU kernels spend up to 2.5 times eager's rounding on cheaper arithmetic.
 BUDGET = 3.0
-#: A row of a gradient may never be this far off (relative), however much the baseline loses: faults of 5 % must show.
+#: A gradient may be no further off (relative) than this, or than TWICE the baseline where that is more: faults of 5 % must
+#: show. Where tokens nearly cancel in a row of dW, 16-bit rounding alone makes 6 % of it, for right kernels as for eager: there
+#: the gradient as a whole, in which nothing cancels, is what shows them.
 GRADIENT_CAP = 0.02
-#: And a row of the linear path's gradients, which 16-bit logits, gradients of logits and products round three times.
-LINEAR_CAP = 0.04
+TWICE = 2.0
 IGNORE = -100
 SCALE, SOFTCAP, KL_COEF, BETA, SMOOTHING = 0.7, 15.0, 0.3, 0.1, 0.15
 HIDDEN = 64
@@ -452,9 +453,14 @@ def _compare_gradient(
         parts = {what: (_row_errors(mine[None], true[None]), _row_errors(other[None], true[None]))}
     else:
         parts = {"dH" if what == "gradient" else what: (_row_errors(mine, true), _row_errors(other, true))}
+    if linear_path:
+        part = next(iter(parts))
+        whole, ours_whole, other_whole = (grad.flatten()[None] for grad in (true, mine, other))
+        parts[f"{part} as a whole"] = (_row_errors(ours_whole, whole), _row_errors(other_whole, whole))
     for part, (errors, allowed) in parts.items():
-        budget = BUDGET * max(_worst(allowed), rounding * (4 if linear_path and rounding < 1e-6 else 1))
-        yield Result(name, part, _worst(errors), min(budget, LINEAR_CAP if linear_path else GRADIENT_CAP))
+        least = _worst(allowed)
+        budget = BUDGET * max(least, rounding * (4 if linear_path and rounding < 1e-6 else 1))
+        yield Result(name, part, _worst(errors), min(budget, max(GRADIENT_CAP, TWICE * least)))
 
 
 def run_case(case: Case, backend: str, device: torch.device) -> list[Result]:
