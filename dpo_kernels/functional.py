@@ -256,6 +256,8 @@ def dpo_loss(
             raise TypeError("ref_logits must be a float32, bfloat16, float16 or float64 tensor")
         _check_tensor("ref_logits", ref_logits, tuple(logits.shape), logits.device, "that of logits")
         ref_logits = ref_logits.detach().view(batch.logits.shape) if cu_seqlens is None else ref_logits.detach()[None]
+        if ref_logits.dtype == torch.float64:  # which not every backend reads beside narrower logits
+            batch = replace(batch, backend=backends.resolve(logits.device, torch.float64))
     ref_sums = _reference_sums(ref_logps, batch)
     if not kl_coef >= 0:
         raise ValueError(f"kl_coef must not be negative; got {kl_coef}")

@@ -22,6 +22,7 @@ import platform
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _stores: dict[tuple[str, torch.device], _Store] = {}
+#: How often a check could not run. A variant is served unchecked from then on: a check a call would cost more than it tells.
+_failures: Counter[tuple[Any, ...]] = Counter()
+TRIES = 3
 
 
 def decide(name: str, device_type: str, index: int | None, variant: Variant, *, asked: bool) -> str:
@@ -44,19 +48,33 @@ def decide(name: str, device_type: str, index: int | None, variant: Variant, *, 
     Raises BackendUnavailable where `name` fails and the user `asked` for it.
     """
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    with _lock:
-        reason = _verdict(name, device, variant)
+    # Autograd has one thread for a device's backward. A check runs a backward of its own, so a call from inside one (a
+    # recomputation, a hook) would wait for its own thread: it starts no check, and waits for nobody else's.
+    if not _lock.acquire(blocking=not _in_backward()):
+        return name
+    try:
+        case = selfcheck.case_of(variant)
+        if asked or selfcheck.serves(name, case):
+            reason = _verdict(name, device, variant)
+        else:
+            reason = f"the {name} kernels do not have this call ({case})"
         if reason is None:
             return name
         if asked:
             raise BackendUnavailable(f"{reason}. Choose another backend; DPO_KERNELS_SELFCHECK=0 uses it all the same.")
         instead = "eager"
         for other in backends.candidates(device_type):
-            if other != name and _verdict(other, device, variant) is None:
+            if other != name and selfcheck.serves(other, case) and _verdict(other, device, variant) is None:
                 instead = other
                 break
         _warn_once(f"dpo-kernels: {reason}. The {instead} backend serves instead.")
         return instead
+    finally:
+        _lock.release()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 @functools.cache
@@ -86,6 +104,12 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
     if key in backends.refused:
         return backends.refused[key]
     if str(case) not in store.right:
+        if _in_backward():
+            _warn_once(
+                f"dpo-kernels: the {name} kernels are first called inside a backward pass, where their self-check cannot run "
+                f"({case}); they serve unchecked"
+            )
+            return None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # A check launches, allocates and waits, none of which a capture allows. The next call outside is checked.
             _warn_once(
@@ -96,7 +120,12 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
         try:
             result = _in_a_clean_thread(name, device, case)
         except Exception as error:  # out of memory, or a fault of the check itself: it says nothing about the kernels
-            _warn_once(f"dpo-kernels: the self-check could not run ({case}): {type(error).__name__}: {error}"[:500])
+            _failures[key, variant] += 1
+            if _failures[key, variant] == 1:
+                text = f"dpo-kernels: the self-check could not run ({case}): {type(error).__name__}: {error}"
+                warnings.warn(text[:500], RuntimeWarning, stacklevel=5)
+            elif _failures[key, variant] == TRIES:
+                backends.trusted.add((*key, variant))
             return None
         if not result.ok:
             where = f"{device} ({device_name(device)})"
@@ -137,14 +166,17 @@ def _ordinary_settings() -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     default_dtype = torch.get_default_dtype()
     sync_debug = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0
-    torch.use_deterministic_algorithms(False)
+    compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
+    # Not torch.use_deterministic_algorithms, which would also set what the compiler has been told.
+    torch._C._set_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
     if sync_debug:
         torch.cuda.set_sync_debug_mode(0)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch._C._set_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.compiler._is_compiling_flag = compiling
         torch.set_default_dtype(default_dtype)
         if sync_debug:
             torch.cuda.set_sync_debug_mode(sync_debug)

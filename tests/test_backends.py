@@ -83,6 +83,16 @@ def test_a_backend_is_asked_only_when_those_before_it_do_not_serve(monkeypatch):
     assert set(asked) == {"triton"}
 
 
+def test_a_backend_whose_import_fails_in_any_way_is_not_used(monkeypatch):
+    """An old Triton lacks attributes that the kernels ask for when they are imported."""
+
+    def fail(name):
+        raise AttributeError("module 'triton' has no attribute 'knobs'")
+
+    monkeypatch.setattr(backends.importlib, "import_module", fail)
+    assert backends._attempt.__wrapped__("triton", "cuda") == "AttributeError: module 'triton' has no attribute 'knobs'"
+
+
 def test_first_use_compiles_into_the_cache_in_one_line_and_the_next_is_silent(tmp_path):
     first = run_fresh(tmp_path)
     assert first.returncode == 0, first.stderr

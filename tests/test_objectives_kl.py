@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpo_kernels import DPOLoss, backends, dpo_loss, reference, use_backend
+from dpo_kernels.backends import eager
 from dpo_kernels.backends.eager import TokenKL
 from dpo_kernels.reference import transform_logits
 
@@ -280,6 +281,27 @@ def test_inplace_backward_overwrites_the_logits_and_says_so_the_second_time():
     assert torch.equal(plain.grad, taken.grad)
     with pytest.raises(RuntimeError, match="overwritten"):
         loss.backward()
+
+
+@pytest.mark.parametrize("grad_kl", [None, 0.3])
+def test_a_label_outside_the_vocabulary_is_a_row_of_nan_and_never_an_index(grad_kl):
+    """Eager's gradient on a GPU, whose labels nobody reads before: an index out of bounds would end its context."""
+    logits, ref, labels = make(torch.float32)
+    settings = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
+    asked = {"entropy": False, "accuracy": False, "mean_logits": False, "log_sum_sq": False}
+    outputs = eager.token_logps(logits, labels, ref, kl=True, **asked, **settings)
+    logps, lse, ref_logps, _, kl, *_ = (values.clone() for values in outputs)
+    bad = torch.zeros_like(labels, dtype=torch.bool)
+    bad[0, 0] = bad[2, 1] = True
+    labels[0, 0], labels[2, 1] = V + 40, -7
+    for values in (logps, lse, ref_logps, kl):  # as stage 1 has them on a GPU
+        values[bad] = float("nan")
+    ones = torch.ones_like(logps)
+    terms = None if grad_kl is None else TokenKL(ref, ref_logps, kl, grad_kl * ones, None)
+    out = torch.empty_like(logits)
+    eager.logits_grad(logits, labels, logps, lse, ones, out=out, token_kl=terms, **settings)
+    assert bool(out[bad].isnan().all())
+    assert bool(out[~bad].isfinite().all())
 
 
 def test_a_reference_that_shares_the_policys_memory_is_not_overwritten(backend):

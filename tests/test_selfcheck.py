@@ -34,6 +34,7 @@ def forget() -> None:
     backends.trusted.clear()
     backends.refused.clear()
     trust._stores.clear()
+    trust._failures.clear()
     trust._warn_once.cache_clear()
     backends._warn_once.cache_clear()
 
@@ -318,6 +319,96 @@ def test_a_check_that_runs_out_of_memory_says_nothing(plant, monkeypatch):
     monkeypatch.setattr(selfcheck, "run_case", run_case)
     step()
     assert len(backends.trusted) == 1
+
+
+def test_a_check_that_never_can_run_is_given_up(plant, monkeypatch, recwarn):
+    """It would cost every step a check, and wait for the device each time."""
+    plant()
+    tried = []
+
+    def full(*arguments):
+        tried.append(arguments)
+        raise torch.OutOfMemoryError(f"no room for {len(tried)} bytes")
+
+    monkeypatch.setattr(selfcheck, "run_case", full)
+    for _ in range(6):
+        step()
+    assert len(tried) == trust.TRIES
+    assert sum("could not run" in str(warning.message) for warning in recwarn) == 1
+
+
+def in_a_backward(call):
+    """What `call()` returns inside a backward pass."""
+    found = []
+
+    class Calling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(call())
+            return grad
+
+    Calling.apply(torch.zeros(1, requires_grad=True)).sum().backward()
+    return found[0]
+
+
+def test_inside_a_backward_no_check_runs_and_none_is_waited_for(plant, runs):
+    """A GPU's backward has one thread, which a check's own backward needs: a recomputation would wait for itself."""
+    plant()
+
+    def decide():
+        return trust.decide("triton", "cpu", None, VARIANT, asked=False)
+
+    with pytest.warns(RuntimeWarning, match="first called inside a backward pass"):
+        assert in_a_backward(decide) == "triton"
+    with trust._lock:  # another thread checks
+        assert in_a_backward(decide) == "triton"
+    assert runs == []
+    assert backends.trusted == set()
+    assert decide() == "triton"
+    assert len(runs) == 1
+
+
+def test_a_call_that_a_default_backend_does_not_have_goes_to_the_next(plant, runs):
+    plant()
+    variant = VARIANT._replace(negative_scale=True)
+    with pytest.warns(RuntimeWarning, match="the cuda kernels do not have this call"):
+        assert trust.decide("cuda", "cpu", None, variant, asked=False) == "triton"
+    assert backends.refused == {}
+
+
+def test_a_float64_reference_refuses_no_backend(plant, runs):
+    """The kernels read no float64 beside narrower logits: such a call goes to eager, and the others stay."""
+    plant({"token_logps": raises})
+    g = torch.Generator().manual_seed(1)
+    logits, labels = torch.randn(2, 3, 16, generator=g), torch.randint(0, 16, (2, 3), generator=g)
+    out = dpo_loss(logits.requires_grad_(), labels, ref_logits=logits.detach().double() + 1)
+    out.loss.backward()
+    assert runs == []
+    assert backends.refused == {}
+
+
+def test_a_fault_in_place_is_found_while_a_graph_is_compiled(plant):
+    """A compiler's flag belongs to the process, and switches in-place gradients off: the check must not see it."""
+
+    def logits_grad(logits, labels, *arguments, out, **keywords):
+        inplace = out.data_ptr() == logits.data_ptr()
+        eager.logits_grad(logits, labels, *arguments, out=out, **keywords)
+        if inplace:
+            out.mul_(2)
+
+    plant({"logits_grad": logits_grad})
+    torch._dynamo.reset()
+    logits, labels = torch.randn(2, 3, 16), torch.zeros(2, 3, dtype=torch.long)
+    graph = torch.compile(
+        lambda x: dpo_loss(x, labels, ref_logits=x.detach()).loss, fullgraph=True, backend="aot_eager"
+    )
+    with pytest.warns(RuntimeWarning, match="gradient in place differs"):
+        graph(logits.requires_grad_())
+    torch._dynamo.reset()
 
 
 def test_nothing_of_the_callers_moves_and_none_of_its_modes_reach_the_check(plant, runs):

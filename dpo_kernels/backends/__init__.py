@@ -52,7 +52,7 @@ def _attempt(name: str, device_type: str) -> ModuleType | str:
         module.check_available(device_type)
     except BackendUnavailable as reason:
         return str(reason)
-    except ImportError as error:
+    except Exception as error:  # an old Triton, a broken driver: another backend serves, and the reason is told
         return f"{type(error).__name__}: {error}"
     return module
 

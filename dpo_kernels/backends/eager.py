@@ -202,7 +202,7 @@ def logits_grad(
     work = _work_dtype(logits)
     z = transform_logits(logits.to(work), logit_scale, logit_softcap)
     live = (labels != ignore_index) & (grad_logps != 0)
-    index = torch.where(live, labels, 0).unsqueeze(-1)
+    index = _indexable(torch.where(live, labels, 0), logits.shape[-1]).unsqueeze(-1)
     origin = lse.to(work)
     factor = (grad_logps * torch.exp(origin.to(lse.dtype) - lse)).to(work)
     gradient = -(z - origin.unsqueeze(-1)).exp() * factor.unsqueeze(-1)
@@ -212,6 +212,11 @@ def logits_grad(
         gradient = gradient * (1 - (z / logit_softcap) ** 2)
     gradient = torch.where(live.unsqueeze(-1), gradient * logit_scale, 0.0)
     out.copy_(gradient)
+
+
+def _indexable(labels: Tensor, vocab: int) -> Tensor:
+    """0 in the place of labels outside the vocabulary. Their rows are NaN by lse; an index would end a GPU's context."""
+    return torch.where((labels >= 0) & (labels < vocab), labels, 0)
 
 
 def logits_grad_with_kl(
@@ -243,7 +248,7 @@ def logits_grad_with_kl(
         b, t = row[at], column[at]
         z = transform_logits(logits[b, t].to(work), logit_scale, logit_softcap)
         ref_z = transform_logits(ref_logits[b, t].to(work), logit_scale, logit_softcap)
-        label = labels[b, t].unsqueeze(-1)
+        label = _indexable(labels[b, t], logits.shape[-1]).unsqueeze(-1)
         # lse' is not an output of stage 1, but the label's logit minus its log-probability.
         ref_lse = ref_z.gather(-1, label).squeeze(-1).to(lse.dtype) - ref_logps[b, t]
 
