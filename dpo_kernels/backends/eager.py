@@ -202,7 +202,7 @@ def logits_grad(
     work = _work_dtype(logits)
     z = transform_logits(logits.to(work), logit_scale, logit_softcap)
     live = (labels != ignore_index) & (grad_logps != 0)
-    index = _indexable(torch.where(live, labels, 0), logits.shape[-1]).unsqueeze(-1)
+    index = _indexable(labels, logits.shape[-1]).unsqueeze(-1)  # rows that are not live become 0 below
     origin = lse.to(work)
     factor = (grad_logps * torch.exp(origin.to(lse.dtype) - lse)).to(work)
     gradient = -(z - origin.unsqueeze(-1)).exp() * factor.unsqueeze(-1)

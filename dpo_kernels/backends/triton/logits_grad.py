@@ -213,7 +213,7 @@ def logits_grad_kernel(
         row_lse = tl.load(lse + row)
         exact = row_lse * log2_per_nat
         c = exact.to(tl.float32)
-        dropped = exp_expm1((c.to(tl.float64) - exact) * LN2)[0]
+        c_rounding = exp_expm1((c.to(tl.float64) - exact) * LN2)[0]
         # The policy's logit at the label is never read here: in place, another warp may have written its gradient by then.
         # What is needed of it follows from lse and logp.
         logp = tl.load(logps + row)
@@ -241,14 +241,14 @@ def logits_grad_kernel(
             mean = divergence + row_lse - ref_lse
             center = (mean * per_unit).to(tl.float32)
             by_p -= by_kl * (mean - unit * center)
-            by_gap = (by_kl * scale * unit * dropped).to(tl.float32)
+            by_gap = (by_kl * scale * unit * c_rounding).to(tl.float32)
         if FORWARD:
             by_p += by_forward
             label_terms += by_forward * (less_one - exp_expm1(ref_logp)[1])
             ref_exact = ref_lse * log2_per_nat
             ref_c = ref_exact.to(tl.float32)
             by_q = (by_forward * scale * exp_expm1((ref_c.to(tl.float64) - ref_exact) * LN2)[0]).to(tl.float32)
-        factor = (by_p * scale * dropped).to(tl.float32)
+        factor = (by_p * scale * c_rounding).to(tl.float32)
         at_label = (label_terms * label_slope).to(tl.float32)
         whole_row = (c, factor, ref_c, by_gap, center, by_q)
 

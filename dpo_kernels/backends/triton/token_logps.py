@@ -359,8 +359,6 @@ def token_logps_kernel(
         m, c, s, t, k, q = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
-        t_row, k_row, q_row, ref_s_row, total_row = s_row, s_row, s_row, s_row, s_row
-        hit = x_label > top
         if ENTROPY or KL:
             t_row = tl.sum((rescale * (t + shift * s)).to(tl.float64), 0)
             k_row = tl.sum((rescale * k).to(tl.float64), 0)
@@ -374,7 +372,8 @@ def token_logps_kernel(
             ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
         if SQUARES:
             q_row = tl.sum((rescale * rescale * q).to(tl.float64), 0)
-        if ACCURACY:  # noqa: SIM102 (known when the kernel is compiled)
+        if ACCURACY:
+            hit = x_label > top
             if x_label == top:
                 hit = _equal_before(logits, start, label, x_label, inner, MAP) == 0
         if MEAN:
