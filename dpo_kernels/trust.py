@@ -54,8 +54,10 @@ def decide(name: str, device_type: str, index: int | None, variant: Variant, *, 
         return name
     try:
         case = selfcheck.case_of(variant)
-        if asked or selfcheck.serves(name, case):
+        if selfcheck.serves(name, case):
             reason = _verdict(name, device, variant)
+        elif asked:
+            return name  # the call itself says what is missing
         else:
             reason = f"the {name} kernels do not have this call ({case})"
         if reason is None:
@@ -90,11 +92,12 @@ def _switched_on(device: torch.device) -> bool:
 def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
     """None if the backend may serve, else the sentence that says why not."""
     key = (name, device.type, device.index)
+    served = (*key, variant)
     if name not in backends.GPU_BACKENDS:
         return None
     case = selfcheck.case_of(variant)
-    if not _switched_on(device) or not selfcheck.serves(name, case):
-        backends.trusted.add((*key, variant))
+    if not _switched_on(device):
+        backends.trusted.add(served)
         return None
     store = _stores.get((name, device))
     if store is None:
@@ -120,12 +123,12 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
         try:
             result = _in_a_clean_thread(name, device, case)
         except Exception as error:  # out of memory, or a fault of the check itself: it says nothing about the kernels
-            _failures[key, variant] += 1
-            if _failures[key, variant] == 1:
+            _failures[served] += 1
+            if _failures[served] == 1:
                 text = f"dpo-kernels: the self-check could not run ({case}): {type(error).__name__}: {error}"
                 warnings.warn(text[:500], RuntimeWarning, stacklevel=5)
-            elif _failures[key, variant] == TRIES:
-                backends.trusted.add((*key, variant))
+            elif _failures[served] == TRIES:
+                backends.trusted.add(served)
             return None
         if not result.ok:
             where = f"{device} ({device_name(device)})"
@@ -136,7 +139,7 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
             return reason
         store.add(case, None, right=True)
         logger.debug("%s on %s passed its self-check: %s", name, device, result)
-    backends.trusted.add((*key, variant))
+    backends.trusted.add(served)
     return None
 
 
