@@ -76,17 +76,22 @@ def device_of(text: str | None) -> torch.device:
     return device
 
 
+def _known(backend: str, who: str = "") -> str:
+    """The name itself. Raises UsageError, whose message begins with `who`, for an unknown one."""
+    try:
+        return backends.check_name(backend)
+    except ValueError as reason:
+        raise UsageError(f"{who}{reason}") from None
+
+
 def check(backend: str | None, device_name: str | None, cases: tuple[selfcheck.Case, ...] = selfcheck.TABLE) -> int:
     """Run the operator table on every backend that serves the device, or on one; 1 if a case is wrong, else 0."""
     device = device_of(device_name)
     if backend is None:
         names = list(backends.candidates(device.type))
     else:
-        try:
-            backends.load(backends.check_name(backend), device.type)
-        except (ValueError, BackendUnavailable) as reason:
-            raise UsageError(str(reason)) from None
-        names = [backend]
+        names = [_known(backend)]
+        backends.load(backend, device.type)
     wrong = 0
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -136,10 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if wish := os.environ.get("DPO_KERNELS_BACKEND"):
-            try:
-                backends.check_name(wish)
-            except ValueError as reason:
-                raise UsageError(f"DPO_KERNELS_BACKEND: {reason}") from None
+            _known(wish, "DPO_KERNELS_BACKEND: ")
         if given.command == "check":
             return check(given.backend, given.device)
         if given.command == "bench":
