@@ -36,7 +36,7 @@ if not __package__:  # run as a file: this folder leaves the path, where its pro
 
 from benchmarks import gpu_pack, gpu_stages  # noqa: E402
 from benchmarks.gpu_stages import MAX_FILE, STAGES, write  # noqa: E402
-from benchmarks.gpu_summary import roofline_seconds, summary  # noqa: E402
+from benchmarks.gpu_summary import NO_GPU, roofline_seconds, summary  # noqa: E402
 from dpo_kernels._build import BuildError  # noqa: E402
 
 #: The calls: seconds in all, and the stages with their limits, in order. The sum of the limits leaves the rest of a call for
@@ -142,7 +142,7 @@ def run_stage(
     if stopped:
         report["stopped"] = f"at its limit of {limit:.0f} s"
     elif status != 0:  # what it had found until then is kept
-        report["failed"] = "no GPU" if status == NO_DEVICE else f"exit status {status}, see log.txt"
+        report["failed"] = NO_GPU if status == NO_DEVICE else f"exit status {status}, see log.txt"
     return report
 
 
@@ -177,7 +177,7 @@ def session(
                     continue
                 found[call][name] = run(name, machine, out, limit, environment)
                 save(out, found)
-                if found[call][name].get("failed") == "no GPU":
+                if found[call][name].get("failed") == NO_GPU:
                     return found
     log = out / "log.txt"
     if log.stat().st_size > MAX_FILE:

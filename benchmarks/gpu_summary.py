@@ -30,6 +30,10 @@ ANCHORS = (
 )
 
 
+#: How a stage is said to have failed that found no GPU.
+NO_GPU = "no GPU"
+
+
 def stage(calls: dict[str, Any], name: str) -> dict[str, Any]:
     """A stage's result from whichever call has it; empty if none has."""
     for stages in calls.values():
@@ -278,12 +282,12 @@ def summary(calls: dict[str, Any], planned: dict[str, list[str]]) -> str:
         if call not in calls:
             lines += [f"Call {call}: not run.", ""]
             continue
-        no_gpu = any(report.get("failed") == "no GPU" for report in calls[call].values())
+        no_gpu = any(report.get("failed") == NO_GPU for report in calls[call].values())
         rows = []
         for one in stages:
             report = calls[call].get(one)
             seconds = ["-", "-"] if report is None else [str(report["took"]), str(report.get("limit", "-"))]
-            rows.append([one, *seconds, _outcome(one, report, "no GPU" if no_gpu else "the time was over")])
+            rows.append([one, *seconds, _outcome(one, report, NO_GPU if no_gpu else "the time was over")])
         lines += [f"Call {call}:", "", *_table(["stage", "seconds", "limit", "outcome"], rows)]
     return "\n".join(lines)
 
