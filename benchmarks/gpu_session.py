@@ -149,12 +149,12 @@ def run_stage(
 def session(
     machine: str,
     out: Path,
-    calls: list[str],
+    names: list[str],
     pack: Path | None = None,
     scale: float = 1.0,
     run: Callable[..., dict[str, Any]] = run_stage,
 ) -> dict[str, dict[str, Any]]:
-    """Run the stages of the calls, writing results and summary after each, so that a cut session keeps what it has.
+    """Run the named calls and stages, writing results and summary after each, so that a cut session keeps what it has.
 
     Returns call -> stage -> report. scale multiplies every limit. run: how a stage is run.
     """
@@ -166,11 +166,13 @@ def session(
             environment |= gpu_pack.unpack(pack, Path(scratch))
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.txt").write_text("")
-        for call in calls:
+        for call, (_, limits) in CALLS.items():
+            left = {name: limit for name, limit in limits.items() if call in names or name in names}
+            if not left:
+                continue
             found[call] = {}
-            left = dict(CALLS[call][1])
             end = time.monotonic() + scale * sum(left.values())
-            for name in CALLS[call][1]:
+            for name in list(left):
                 limit = max(0.0, end - time.monotonic()) * left[name] / sum(left.values())
                 del left[name]
                 if limit < 1:
@@ -192,14 +194,18 @@ def save(out: Path, calls: dict[str, dict[str, Any]]) -> None:
 
 
 def merge(folders: list[Path], out: Path) -> None:
-    """Put the calls of several folders into one results.json and summary.md; other files are copied, a log a call."""
+    """Put the stages of several folders into one results.json and summary.md, a later folder's over an earlier one's.
+
+    The trace and the counters are copied.
+    """
     for folder in folders:
         if not (folder / "results.json").is_file():
             raise KitError(f"{folder} holds no results of a session")
     out.mkdir(parents=True, exist_ok=True)
     calls: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        calls |= json.loads((folder / "results.json").read_text())["calls"]
+        for call, stages in json.loads((folder / "results.json").read_text())["calls"].items():
+            calls[call] = {**calls.get(call, {}), **stages}
         for name in ("trace.json.gz", "ncu.txt"):
             if (folder / name).is_file():
                 (out / name).write_bytes((folder / name).read_bytes())
@@ -229,7 +235,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_session"))
-    parser.add_argument("--only", choices=list(CALLS), help="one of the two calls; both if not given")
+    known = list(dict.fromkeys([*CALLS, *(name for _, limits in CALLS.values() for name in limits)]))
+    parser.add_argument("--only", choices=known, nargs="+", metavar="NAME", default=list(CALLS),
+                        help=f"calls and stages to run, of {', '.join(known)}; everything if not given")  # fmt: skip
     parser.add_argument("--from", dest="pack", type=Path, help="folder that --pack has filled")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's limit of seconds")
     parser.add_argument(
@@ -275,8 +283,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.merge:
         merge(arguments.merge, arguments.out)
     else:
-        calls = [arguments.only] if arguments.only else list(CALLS)
-        found = session(arguments.machine, arguments.out, calls, arguments.pack, arguments.scale)
+        found = session(arguments.machine, arguments.out, arguments.only, arguments.pack, arguments.scale)
         print((arguments.out / "summary.md").read_text())
         return int(any("failed" in report for stages in found.values() for report in stages.values()))
     return 0

@@ -166,6 +166,19 @@ def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
     assert list(merged) == CALLS
     assert "# GPU session on A card" in (tmp_path / "merged" / "summary.md").read_text()
     assert (tmp_path / "merged" / "ncu.txt").exists()
+    # One stage again, in a later folder: it replaces that stage and nothing else.
+    again = {"took": 9, "limit": 9, "result": {"not run": "no counters"}}
+    (other / "results.json").write_text(json.dumps({"calls": {"depth": {"ncu": again}}}))
+    gpu_session.merge([out, other], tmp_path / "mended")
+    mended = json.loads((tmp_path / "mended" / "results.json").read_text())["calls"]["depth"]
+    assert mended == {**json.loads(json.dumps(stages)), "ncu": again}
+
+
+def test_stages_can_be_run_by_name(in_process, tmp_path):
+    calls = gpu_session.session(STUB, tmp_path, ["environment", "latency"], run=in_process)
+    assert {call: list(stages) for call, stages in calls.items()} == {
+        "headline": ["environment", "latency"], "depth": ["environment"],
+    }  # fmt: skip
 
 
 #: In the place of Python: one stage fails, one hangs with a part of its result kept (and with a child), one succeeds.
@@ -507,7 +520,7 @@ def documented_commands() -> list[str]:
 def test_the_documented_commands_are_the_kits(command):
     words = shlex.split(re.split(r"\s{2,}", command)[0])
     arguments = gpu_session.parser().parse_args(words[2:])
-    assert arguments.only in (None, *CALLS)
+    assert set(arguments.only) <= {*CALLS, *gpu_stages.STAGES}
 
 
 def test_the_kit_starts_as_a_file():
