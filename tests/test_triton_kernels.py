@@ -15,6 +15,7 @@ from dpo_kernels.backends.eager import TokenKL
 from dpo_kernels.reference import token_statistics, transform_logits
 
 from checks import BUDGET, row_errors
+from contraction import fused_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton_backend = backends.load("triton", DEVICE)
@@ -484,3 +485,15 @@ def test_backend_says_why_it_does_not_serve_a_device(monkeypatch):
     monkeypatch.setattr(module.INTERPRETED, "value", False)
     with pytest.raises(backends.BackendUnavailable, match="CUDA tensors, not on cpu ones"):
         module.check_available("cpu")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's compiler joins products and sums itself")
+@pytest.mark.parametrize("first", ["left", "right"])
+@pytest.mark.parametrize("vocab", [33, 700])
+def test_right_whichever_product_a_compiler_joins_with_a_sum(first, vocab):
+    """Rows shorter than a tile leave lanes at FLOOR, where what the rounding of a product drops is 10^17."""
+    logits, ref_logits = random_logits(1, 3, vocab), random_logits(1, 3, vocab, seed=1)
+    labels = torch.randint(0, vocab, (1, 3), device=DEVICE)
+    with fused_products(first):
+        found = forward(logits, labels, ref_logits, **EVERYTHING)
+    check_forward(found, logits, labels, ref_logits, NAMES)

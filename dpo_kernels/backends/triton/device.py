@@ -105,6 +105,20 @@ def fused(x, factor, offset):
 
 
 @device_function
+def rounded_product(x, factor):
+    """x * factor as a rounded float32.
+
+    A compiler joins a plain product with a sum that it feeds, and then a difference of two such products, equal once both are
+    rounded, is what the rounding of one dropped: 10^17 at FLOOR, and 2 to the power of that inf.
+    """
+    if INTERPRETED:
+        return (x.to(tl.float64) * factor).to(tl.float32)
+    else:
+        # With + 0 it is a fused multiply-add already (+ -0 would be a plain product to the compiler).
+        return tl.fma(x, factor, 0.0)
+
+
+@device_function
 def _max_bf16(a, b):
     return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
 

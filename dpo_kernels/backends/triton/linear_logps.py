@@ -29,7 +29,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import FLOOR, HIDDEN, INTERPRETED, LN2, PTX, device_function, exp2_fast, fused, rounded, scaled_label
+from .device import (
+    FLOOR,
+    HIDDEN,
+    INTERPRETED,
+    LN2,
+    PTX,
+    device_function,
+    exp2_fast,
+    fused,
+    rounded,
+    rounded_product,
+    scaled_label,
+)
 from .launch import SMALL, Launch, arch_of, exponent_map, tile_of
 from .token_logps import _finish, _merge, _put, _raise_max, _variable
 
@@ -168,7 +180,7 @@ def linear_logps_kernel(
         label = tl.where(label >= 0, tl.load(places + tl.maximum(label, 0)), -1)
 
     m = tl.full([BLOCK_N], FLOOR, tl.float32)
-    c = m * log2_scale
+    c = rounded_product(m, log2_scale)
     s = tl.zeros([BLOCK_N], tl.float32)
     at_label = tl.zeros([BLOCK_N], tl.float32)
     t = tl.zeros([BLOCK_N], tl.float32)
@@ -255,7 +267,7 @@ def merge_kernel(
         s = _part(parts, MASS, row, rows, segments, segment, 0.0)
         # One segment holds the label; the others hold 0.
         raw = tl.sum(_part(parts, LABEL, row, rows, segments, segment, 0.0), 0)
-        c = m * log2_scale
+        c = rounded_product(m, log2_scale)
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum(rescale.to(tl.float64) * s, 0)
         z_label = scaled_label(raw, scale, cap, MAP)[0]

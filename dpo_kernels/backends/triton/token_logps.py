@@ -60,6 +60,7 @@ from .device import (
     load_tile,
     log1p_double,
     raw_lane_max,
+    rounded_product,
     scaled_label,
     tanh_accurate,
     to_float,
@@ -89,7 +90,7 @@ def _variable(x, inner, MAP: tl.constexpr):
 def _raise_max(m, c, top, log2_scale):
     """Move each lane's origin up to include `top`: (m, c, shift, rescale), c = m * log2_scale as rounded."""
     m = tl.maximum(m, top)
-    c_new = m * log2_scale
+    c_new = rounded_product(m, log2_scale)
     shift = c - c_new
     return m, c_new, shift, exp2_fast(shift)
 
@@ -240,7 +241,7 @@ def _equal_before(logits, start, label, value, inner, MAP: tl.constexpr):
 def _merge(m, c, log2_scale):
     """(maximum over lanes, its c, each lane's shift and rescale to it)."""
     top = tl.max(m, 0)
-    c_top = top * log2_scale
+    c_top = rounded_product(top, log2_scale)
     shift = c - c_top
     return top, c_top, shift, exp2_fast(shift)
 
@@ -319,8 +320,9 @@ def token_logps_kernel(
 
         m = tl.full([LANES], FLOOR, tl.float32)
         zero = tl.zeros([LANES], tl.float32)
-        state = (m, m * log2_scale, zero, zero, zero, zero)
-        ref_state = (m, m * log2_scale, zero)
+        c = rounded_product(m, log2_scale)
+        state = (m, c, zero, zero, zero, zero)
+        ref_state = (m, c, zero)
         total = zero
 
         if TAIL:
