@@ -312,13 +312,6 @@ def _tensors(machine: Any, tokens: int, vocab: int) -> tuple[Any, ...]:
     return logits, ref, labels
 
 
-PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-
-
-def _options(on: bool) -> dict[str, Any]:
-    return dict(PLAIN, entropy=on, kl=on, accuracy=on, mean_logits=on, log_sum_sq=False)
-
-
 # ---- stages: each returns what goes into results.json under its name ----
 
 
@@ -449,7 +442,7 @@ def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     """Every kernel of the first two backends once, with heads, tails, clusters and several blocks: what memcheck watches."""
     import torch
 
-    from dpo_kernels.backends.eager import TokenKL
+    from dpo_kernels.stages import STATISTICS, TokenKL, Transform
 
     launches = 0
     for name in [name for name in _served(machine) if name != "eager"]:
@@ -461,10 +454,10 @@ def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
                 for job in _jobs(stages, logits, labels, ref).values():
                     job()
                     launches += 1
-                tokens = stages.token_logps(logits, labels, ref, **dict(_options(True), log_sum_sq=True))
+                tokens = stages.token_logps(logits, labels, ref, Transform(), STATISTICS)
                 ones = torch.ones_like(tokens[0])
                 both = TokenKL(ref, tokens[2], tokens[4], ones, ones)
-                stages.logits_grad(logits, labels, *tokens[:2], ones, **PLAIN, out=logits, token_kl=both)
+                stages.logits_grad(logits, labels, *tokens[:2], ones, Transform(), logits, both)
                 machine.synchronize()
                 print(f"{name} {dtype} V {vocab}: done", flush=True)
     return {"launches": launches}
@@ -532,28 +525,28 @@ def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable
     """The kernels to time, by the names of the roofline's paths."""
     import torch
 
-    from dpo_kernels.backends.eager import TokenKL
+    from dpo_kernels import STATISTICS
+    from dpo_kernels.stages import TokenKL, Transform
 
-    logps, lse, ref_logps, _, kl, *_ = stages.token_logps(logits, labels, ref, **dict(_options(False), kl=True))
+    plain, alone = Transform(), tuple(name for name in STATISTICS if name != "kl")
+    logps, lse, ref_logps, kl = stages.token_logps(logits, labels, ref, plain, ("kl",))
     weights, gradient = torch.ones_like(logps), torch.empty_like(logits)
-    statistics_alone = dict(_options(True), kl=False)
+    backward = (logits, labels, logps, lse, weights, plain, gradient)
     token_kl = TokenKL(ref, ref_logps, kl, weights, None)
     jobs = {
-        "token_logps": lambda: stages.token_logps(logits, labels, None, **_options(False)),
-        "token_logps with statistics": lambda: stages.token_logps(logits, labels, None, **statistics_alone),
-        "token_logps with reference": lambda: stages.token_logps(logits, labels, ref, **_options(False)),
-        "token_logps with reference and kl": lambda: stages.token_logps(logits, labels, ref, **_options(True)),
-        "logits_grad": lambda: stages.logits_grad(logits, labels, logps, lse, weights, **PLAIN, out=gradient),
-        "logits_grad with kl": lambda: stages.logits_grad(
-            logits, labels, logps, lse, weights, **PLAIN, out=gradient, token_kl=token_kl
-        ),
+        "token_logps": lambda: stages.token_logps(logits, labels, None, plain, ()),
+        "token_logps with statistics": lambda: stages.token_logps(logits, labels, None, plain, alone),
+        "token_logps with reference": lambda: stages.token_logps(logits, labels, ref, plain, ()),
+        "token_logps with reference and kl": lambda: stages.token_logps(logits, labels, ref, plain, STATISTICS),
+        "logits_grad": lambda: stages.logits_grad(*backward),
+        "logits_grad with kl": lambda: stages.logits_grad(*backward, token_kl),
     }
-    if hasattr(stages, "fused_forward"):
+    if hasattr(stages, "token_logps_and_loss"):
         bounds = torch.tensor([0, logps.numel() // 2, logps.numel()], device=logits.device)
         pair = torch.full((1,), 0.1, dtype=torch.float64, device=logits.device)
-        flat = [t.view(1, -1, *t.shape[2:]) for t in (logits, labels, ref, weights)]
-        jobs["single-launch forward with reference"] = lambda: stages.fused_forward(
-            *flat, bounds, None, pair, pair, False, **_options(False)
+        *flat, weight = (t.view(1, -1, *t.shape[2:]) for t in (logits, labels, ref, weights))
+        jobs["single-launch forward with reference"] = lambda: stages.token_logps_and_loss(
+            *flat, plain, (), weight, bounds, None, pair, pair, False
         )
     return jobs
 
@@ -889,6 +882,7 @@ def variant(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     import torch
 
     from dpo_kernels.backends import eager
+    from dpo_kernels.stages import Transform
 
     stages = machine.load_variant(os.environ["DPO_VARIANT"])
     vocab = machine.shapes[0][1]
@@ -896,7 +890,7 @@ def variant(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     for tokens in machine.sweep_tokens:
         logits, ref, labels = _tensors(machine, tokens, vocab)
         few = (logits[:, :4], labels[:, :4].contiguous(), None)
-        ours, theirs = (s.token_logps(*few, **_options(False))[0] for s in (stages, eager))
+        ours, theirs = (s.token_logps(*few, Transform(), ())[0] for s in (stages, eager))
         if not bool(torch.isclose(ours, theirs, rtol=1e-4, atol=1e-4).all()):
             raise AssertionError("wrong log-probabilities under these parameters")
         for path, job in _jobs(stages, logits, labels, ref).items():

@@ -452,19 +452,18 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     """The Triton backend's kernels, built from the launches that a real call would make, on tensors without data."""
     import torch
 
-    from dpo_kernels.backends.eager import TokenKL
     from dpo_kernels.backends.triton.launch import LANES
     from dpo_kernels.backends.triton.logits_grad import logits_grad_launch
     from dpo_kernels.backends.triton.preference_loss import preference_loss_launches, sequence_sums_launches
     from dpo_kernels.backends.triton.token_logps import token_logps_launch
+    from dpo_kernels.stages import STATISTICS, TokenKL, Transform, token_rows
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     labels, small = empty(8, 1024, dtype=torch.int64), empty(8, 1024)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    plain = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-    capped = dict(plain, logit_softcap=30.0)
+    plain, capped = Transform(), Transform(softcap=30.0)
 
     def streaming(name: str, launch: Any, logit_bytes: int, moved_bytes: int) -> Kernel:
         tensors = 1 if launch.arguments.get("ref_logits") is None else 2
@@ -474,40 +473,38 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
             name, arch, cubin, LANES, logit_bytes, moved_bytes, logits_per_iteration=logits, tensors=tensors
         )  # fmt: skip
 
-    def forward(name: str, dtype: torch.dtype, statistics: str, vocab: int = 128256, **settings: float) -> Kernel:
+    def forward(
+        name: str, dtype: torch.dtype, *statistics: str, vocab: int = 128256, transform: Transform = plain
+    ) -> Kernel:
         logits = empty(8, 1024, vocab, dtype=dtype)
-        outputs = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
-        asked: dict[str, Any] = dict.fromkeys(outputs)
-        for one in ["logps", "lse", *statistics.split()]:
-            asked[one] = small
-        if asked["kl"] is not None:
-            asked["ref_logps"] = small
-        reference = logits if asked["kl"] is not None else None
-        launch = token_logps_launch(logits, labels, reference, tuple(asked.values()), **(settings or plain))
+        reference = logits if "kl" in statistics else None
+        rows = dict.fromkeys(token_rows(reference is not None, statistics), small)
+        launch = token_logps_launch(logits, labels, reference, rows, transform)
         return streaming(f"triton token_logps {names[dtype]} {name}", launch, dtype.itemsize, dtype.itemsize)
 
     def backward(
-        name: str, dtype: torch.dtype, vocab: int = 128256, shifted: bool = False, kl: bool = False, **settings: float
-    ) -> Kernel:
+        name: str, dtype: torch.dtype, vocab: int = 128256, shifted: bool = False, kl: bool = False,
+        transform: Transform = plain,
+    ) -> Kernel:  # fmt: skip
         whole = empty(8, 1025 if shifted else 1024, vocab, dtype=dtype)
         logits = whole[:, :-1] if shifted else whole
         out = empty(8, 1024, vocab, dtype=dtype)
         token_kl = TokenKL(logits, small, small, small, small) if kl else None
-        launch = logits_grad_launch(logits, labels, small, small, small, out, token_kl=token_kl, **(settings or plain))
+        launch = logits_grad_launch(logits, labels, small, small, small, transform, out, token_kl)
         # Per logit that is read: with a KL there are two for each that is written.
         moved = (3 if kl else 4) * dtype.itemsize // 2
         return streaming(f"triton logits_grad {names[dtype]} {name}".strip(), launch, dtype.itemsize, moved)
 
-    everything = "entropy kl accuracy mean_logits"
-    yield forward("alone", torch.bfloat16, "")
-    yield forward("entropy+accuracy+mean", torch.bfloat16, "entropy accuracy mean_logits")
+    reported = ("entropy", "kl", "accuracy", "mean_logits")
+    yield forward("alone", torch.bfloat16)
+    yield forward("entropy+accuracy+mean", torch.bfloat16, "entropy", "accuracy", "mean_logits")
     yield forward("log_sum_sq", torch.bfloat16, "log_sum_sq")
     yield forward("reference+kl", torch.bfloat16, "kl")
-    yield forward("reference, all statistics", torch.bfloat16, everything)
-    yield forward("alone, V odd", torch.bfloat16, "", vocab=50257)
-    yield forward("reference, all statistics, V odd", torch.bfloat16, everything, vocab=50257)
-    yield forward("alone", torch.float32, "")
-    yield forward("reference, all statistics", torch.float32, everything)
+    yield forward("reference, all statistics", torch.bfloat16, *reported)
+    yield forward("alone, V odd", torch.bfloat16, vocab=50257)
+    yield forward("reference, all statistics, V odd", torch.bfloat16, *reported, vocab=50257)
+    yield forward("alone", torch.float32)
+    yield forward("reference, all statistics", torch.float32, *reported)
     yield backward("", torch.bfloat16)
     yield backward("V odd", torch.bfloat16, vocab=50257)
     yield backward("V odd, shifted rows", torch.bfloat16, vocab=50257, shifted=True)
@@ -516,11 +513,11 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     yield backward("both KL", torch.float32, kl=True)
     if arch == 90:
         # What differs from the above in a conversion or a few operations a logit is inspected for one architecture.
-        yield forward("alone", torch.float16, "")
-        yield forward("alone, softcap", torch.bfloat16, "", **capped)
-        yield forward("reference, all statistics, log_sum_sq", torch.bfloat16, f"{everything} log_sum_sq")
+        yield forward("alone", torch.float16)
+        yield forward("alone, softcap", torch.bfloat16, transform=capped)
+        yield forward("reference, all statistics, log_sum_sq", torch.bfloat16, *STATISTICS)
         yield backward("", torch.float16)
-        yield backward("softcap", torch.bfloat16, **capped)
+        yield backward("softcap", torch.bfloat16, transform=capped)
 
     pairs, sequences, bounds = empty(4), empty(8), empty(9, dtype=torch.int64)
     outputs = (pairs, sequences, sequences, sequences)

@@ -26,6 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dpo_kernels import STATISTICS, backends, filtered, linear_dpo_loss
+from dpo_kernels.stages import Transform
 
 from . import charts, method
 from .conftest import DTYPES
@@ -66,23 +67,21 @@ def make_call(
 ) -> Callable[[], Any]:
     """A call of the kernel alone, on inputs that the stages before it have made."""
     logits, ref, labels = problem.logits.detach(), problem.ref_logits, problem.labels
-    shared = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-    flags = {name: name in statistics for name in (*STATISTICS, "log_sum_sq")}
 
     def token_logps() -> Any:
-        return stages.token_logps(logits, labels, ref, **shared, **flags)
+        return stages.token_logps(logits, labels, ref, Transform(), statistics)
 
     if kernel == "token_logps":
         return token_logps
     if kernel == "dpo_loss":
         return lambda: step(problem, statistics=statistics)
-    logps, lse, ref_logps, *_ = token_logps()
+    logps, lse, ref_logps = token_logps()[:3]
     ones = torch.ones_like(logps)
     if kernel == "preference_loss":
         pairs = torch.full((labels.shape[0] // 2,), 0.1, dtype=logps.dtype, device=logps.device)
         return lambda: stages.preference_loss(logps, ref_logps, ones, None, None, pairs, 0 * pairs, False)
     # Into the reference's memory, which is not needed any more: the logits stay what they were.
-    return lambda: stages.logits_grad(logits, labels, logps, lse, 0.05 * ones, **shared, out=ref)
+    return lambda: stages.logits_grad(logits, labels, logps, lse, 0.05 * ones, Transform(), ref)
 
 
 def make_linear_call(arguments: argparse.Namespace, statistics: tuple[str, ...]) -> Callable[[], Any]:

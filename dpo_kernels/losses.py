@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import objectives
-from .functional import LINEAR_STATISTICS, _check_statistics, dpo_loss, linear_dpo_loss
+from .arguments import LINEAR_STATISTICS, STATISTICS, check_settings, check_statistics
+from .functional import dpo_loss, linear_dpo_loss
+from .linear.door import threshold
+from .linear.planner import parse_budget
 from .objectives import Objective
 from .output import DPOOutput
 
 
 class _PairLoss(nn.Module):
-    """The hyper-parameters that both losses share, checked once."""
+    """The hyper-parameters of a loss as attributes, checked once; `_arguments` names those that each call takes."""
 
-    def __init__(
-        self,
-        beta: float,
-        loss_type: str | Objective | Sequence[str | Objective],
-        *,
-        loss_weights: Sequence[float] | None,
-        label_smoothing: float,
-        ignore_index: int,
-        logit_scale: float,
-        logit_softcap: float | None,
-        statistics: tuple[str, ...],
-        reduction: str,
-    ) -> None:
+    beta: float
+    loss_type: list[Objective]
+    label_smoothing: float
+    statistics: tuple[str, ...]
+
+    def __init__(self, known_statistics: tuple[str, ...], **settings: Any) -> None:
         super().__init__()
-        self.beta = beta
-        self.loss_type = objectives.build(loss_type)
-        objectives.check(self.loss_type, loss_weights, label_smoothing)
+        settings["loss_type"] = functions = objectives.build(settings["loss_type"])
+        settings["statistics"] = check_statistics(settings["statistics"], known_statistics)
+        shared = ("loss_weights", "label_smoothing", "logit_softcap", "kl_coef", "reduction")
+        check_settings(functions, **{name: settings[name] for name in shared})
         # Objectives with a running mean are modules; registered, they follow state_dict, .to and .train.
-        self.running = nn.ModuleList(entry for entry in self.loss_type if isinstance(entry, nn.Module))
-        self.loss_weights = loss_weights
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.logit_scale = logit_scale
-        self.logit_softcap = logit_softcap
-        self.statistics = statistics
-        self.reduction = reduction
+        self.running = nn.ModuleList(entry for entry in functions if isinstance(entry, nn.Module))
+        self._arguments = tuple(settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def _settings(self, *, with_kl: bool) -> dict[str, Any]:
+        settings = {name: getattr(self, name) for name in self._arguments}
+        # A KL needs the reference's logits; with precomputed sums there is none to report.
+        settings["statistics"] = tuple(name for name in self.statistics if name != "kl" or with_kl)
+        return settings
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""
@@ -58,7 +59,8 @@ class DPOLoss(_PairLoss):
     Arguments are those of `dpo_loss`; they are checked here, once.
 
     Raises:
-        ValueError: unknown objective or statistic, or label_smoothing outside the objective's range.
+        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap, coefficient, reduction that
+            no call can have.
     """
 
     def __init__(
@@ -78,19 +80,20 @@ class DPOLoss(_PairLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(
-            beta,
-            loss_type,
+            STATISTICS,
+            beta=beta,
+            loss_type=loss_type,
             loss_weights=loss_weights,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
-            statistics=_check_statistics(statistics),
+            statistics=statistics,
+            kl_coef=kl_coef,
+            use_weighting=use_weighting,
+            inplace_backward=inplace_backward,
             reduction=reduction,
         )
-        self.kl_coef = kl_coef
-        self.use_weighting = use_weighting
-        self.inplace_backward = inplace_backward
 
     def forward(
         self,
@@ -104,28 +107,15 @@ class DPOLoss(_PairLoss):
         pair_weights: Tensor | None = None,
     ) -> DPOOutput:
         """See `dpo_loss`: logits [2P, T, V] or packed [N, V], labels [2P, T] or [N]."""
-        # A KL needs the reference's logits; with precomputed sums there is none to report.
-        statistics = tuple(name for name in self.statistics if name != "kl" or ref_logits is not None)
         return dpo_loss(
             logits,
             labels,
             ref_logits=ref_logits,
             ref_logps=ref_logps,
-            beta=self.beta,
-            loss_type=self.loss_type,
-            loss_weights=self.loss_weights,
-            label_smoothing=self.label_smoothing,
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
             pair_weights=pair_weights,
-            ignore_index=self.ignore_index,
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
-            statistics=statistics,
-            kl_coef=self.kl_coef,
-            use_weighting=self.use_weighting,
-            inplace_backward=self.inplace_backward,
-            reduction=self.reduction,
+            **self._settings(with_kl=ref_logits is not None),
         )
 
 
@@ -139,7 +129,8 @@ class LinearDPOLoss(_PairLoss):
     Arguments are those of `linear_dpo_loss`; they are checked here, once.
 
     Raises:
-        ValueError: unknown objective or statistic, or label_smoothing outside the objective's range.
+        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap, coefficient, reduction, budget
+            or filter that no call can have.
     """
 
     def __init__(
@@ -160,20 +151,23 @@ class LinearDPOLoss(_PairLoss):
         grad_filter: float | str | None = "auto",
     ) -> None:
         super().__init__(
-            beta,
-            loss_type,
+            LINEAR_STATISTICS,
+            beta=beta,
+            loss_type=loss_type,
             loss_weights=loss_weights,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
-            statistics=_check_statistics(statistics, LINEAR_STATISTICS),
+            statistics=statistics,
+            kl_coef=kl_coef,
+            use_weighting=use_weighting,
             reduction=reduction,
+            memory_budget=memory_budget,
+            grad_filter=grad_filter,
         )
-        self.kl_coef = kl_coef
-        self.use_weighting = use_weighting
-        self.memory_budget = memory_budget
-        self.grad_filter = grad_filter
+        parse_budget(memory_budget, 1, 1)
+        threshold(grad_filter, torch.float32, "eager")
 
     def forward(
         self,
@@ -191,8 +185,6 @@ class LinearDPOLoss(_PairLoss):
         pair_weights: Tensor | None = None,
     ) -> DPOOutput:
         """See `linear_dpo_loss`: hidden [2P, T, H] or packed [N, H], weight [V, H], labels [2P, T] or [N]."""
-        # A KL needs the reference's logits; with precomputed sums there is none to report.
-        statistics = tuple(name for name in self.statistics if name != "kl" or ref_hidden is not None)
         return linear_dpo_loss(
             hidden,
             weight,
@@ -202,20 +194,8 @@ class LinearDPOLoss(_PairLoss):
             ref_weight=ref_weight,
             ref_bias=ref_bias,
             ref_logps=ref_logps,
-            memory_budget=self.memory_budget,
-            grad_filter=self.grad_filter,
-            beta=self.beta,
-            loss_type=self.loss_type,
-            loss_weights=self.loss_weights,
-            label_smoothing=self.label_smoothing,
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
             pair_weights=pair_weights,
-            ignore_index=self.ignore_index,
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
-            statistics=statistics,
-            kl_coef=self.kl_coef,
-            use_weighting=self.use_weighting,
-            reduction=self.reduction,
+            **self._settings(with_kl=ref_hidden is not None),
         )

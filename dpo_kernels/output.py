@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .linear.planner import Plan
 
-@dataclass
+#: Attributes that are half of a vector per sequence: (vector, whether the rejected half).
+_HALVES = {
+    f"{prefix}{side}_{what}": (f"{prefix}{what}", side == "rejected")
+    for side in ("chosen", "rejected")
+    for prefix, what in (("", "logps"), ("ref_", "logps"), ("", "rewards"))
+}
+#: Those that are a vector per sequence.
+_WHOLE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass")
+
+
 class DPOOutput:
     """Result of `dpo_loss`. P pairs; all tensors on the logits' device; log-probabilities and KL in nats.
 
     Only `loss` carries gradient; the rest is detached, so keeping it keeps no graph alive. dtype is float32 (float64 for
-    float64 logits).
+    float64 logits). An attribute is computed when it is first read.
 
     Attributes:
         loss: scalar, or [P] with reduction="none".
@@ -26,9 +37,9 @@ class DPOOutput:
             kl is the exact KL(policy || reference) of the next-token distributions; accuracy counts argmax hits.
         grad_dropped_mass: [2P] or None; mean probability mass that a filtered gradient spread uniformly (linear path).
         token_counts: [2P], scored tokens in each sequence.
+        plan: how the linear path computed it (`dpo_kernels.linear.planner.Plan`), else None.
     """
 
-    loss: Tensor
     losses: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -37,13 +48,75 @@ class DPOOutput:
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     token_counts: Tensor
-    entropy: Tensor | None = None
-    kl: Tensor | None = None
-    accuracy: Tensor | None = None
-    mean_logits: Tensor | None = None
-    grad_dropped_mass: Tensor | None = None
-    #: Raises if a label or a sequence bound was out of range; run by metrics(), which waits for the device anyway.
-    _check: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    entropy: Tensor | None
+    kl: Tensor | None
+    accuracy: Tensor | None
+    mean_logits: Tensor | None
+    grad_dropped_mass: Tensor | None
+
+    def __init__(self, loss: Tensor, **fields: Tensor | None) -> None:
+        """An output of finished attributes, as `fields()` gives them."""
+        unknown = fields.keys() - {"losses", *_HALVES, *_WHOLE}
+        if unknown:
+            raise TypeError(f"DPOOutput has no attribute {min(unknown)!r}")
+        self.loss = loss
+        self.plan: Plan | None = None
+        self._check: Callable[[], None] | None = None
+        self._sequences: dict[str, Tensor] = {}
+        self._dtype = loss.dtype
+        self.__dict__.update(fields)
+
+    @classmethod
+    def of(
+        cls,
+        loss: Tensor,
+        losses: Tensor,
+        sequences: dict[str, Tensor],
+        *,
+        check: Callable[[], None] | None = None,
+        plan: Plan | None = None,
+    ) -> DPOOutput:
+        """The output whose attributes are views of these results, in the loss's dtype.
+
+        Args:
+            losses: [P].
+            sequences: "logps", "ref_logps", "rewards", "token_counts" and statistics, [2P] each.
+            check: raises if a label or a sequence bound was out of range; run by metrics(), which waits for the device anyway.
+        """
+        output = cls(loss)
+        output.plan, output._check = plan, check
+        output._sequences = {"losses": losses, **sequences}
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        sequences = self.__dict__.get("_sequences", {})
+        if name in _HALVES:
+            vector, rejected = _HALVES[name]
+            value = sequences.get(vector)
+            value = None if value is None else value.chunk(2)[rejected]
+        elif name == "losses" or name in _WHOLE:
+            value = sequences.get(name)
+        else:
+            raise AttributeError(f"DPOOutput has no attribute {name!r}")
+        if value is not None and name != "token_counts":
+            value = value.to(self._dtype)
+        self.__dict__[name] = value
+        return value
+
+    def detach(self) -> DPOOutput:
+        """The same without the graph that `loss` holds."""
+        output = DPOOutput(self.loss.detach(), **self.fields())
+        output.plan, output._check = self.plan, self._check
+        return output
+
+    def fields(self) -> dict[str, Tensor]:
+        """Every attribute but `loss` that is not None, by name: what `DPOOutput(loss, **fields)` takes."""
+        found = {name: getattr(self, name) for name in ("losses", *_HALVES, *_WHOLE)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in {"loss": self.loss, **self.fields()}.items())
+        return f"DPOOutput({shown})"
 
     def _per_token(self, values: Tensor, part: slice) -> Tensor:
         """Mean over the scored tokens of some sequences; NaN when they have none."""

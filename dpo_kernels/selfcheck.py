@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, linear, objectives, ops, reference, token_kl
+from . import backends, linear, objectives, ops, reference
+from .arguments import PairSettings
 from .backends import LinearVariant, Variant
+from .pair_loss import Tokens
+from .stages import STATISTICS, Transform, token_rows
 
 #: Allowed error: this multiple of the baseline's. GPU kernels spend up to 2.5 times eager's rounding on cheaper arithmetic.
 BUDGET = 3.0
@@ -194,9 +197,9 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
 _Found = dict[str, Tensor]
 
 
-def _settings(variant: Variant) -> dict[str, Any]:
+def _transform(variant: Variant) -> Transform:
     scale = -SCALE if variant.negative_scale else SCALE if variant.softcap else 1.0
-    return {"ignore_index": IGNORE, "logit_scale": scale, "logit_softcap": SOFTCAP if variant.softcap else 0.0}
+    return Transform(IGNORE, scale, SOFTCAP if variant.softcap else 0.0)
 
 
 def _sigmoid_losses(sums: Tensor, ref_sums: Tensor, robust: bool) -> Tensor:
@@ -228,12 +231,19 @@ def _definition(case: Case, inputs: _Inputs, dtype: torch.dtype) -> _Found:
         if ref is not None:
             fixed = None if bias is None else bias.detach()
             ref_logits = torch.nn.functional.linear(ref, head.detach(), fixed).to(dtype)
-    settings = _settings(variant)
-    tokens = reference.token_statistics(logits, inputs.labels, ref_logits=ref_logits, **settings)
+    ignore_index, scale, softcap = _transform(variant)
+    tokens = reference.token_statistics(
+        logits,
+        inputs.labels,
+        ref_logits=ref_logits,
+        ignore_index=ignore_index,
+        logit_scale=scale,
+        logit_softcap=softcap,
+    )
     live = inputs.labels != IGNORE
     if "forward_kl" in variant.terms:
         assert ref_logits is not None
-        divergence = reference._forward_kl(logits, ref_logits, settings["logit_scale"], settings["logit_softcap"])
+        divergence = reference._forward_kl(logits, ref_logits, scale, softcap)
         tokens["forward_kl"] = torch.where(live, divergence, 0.0)
     weights = inputs.weights.to(dtype)
 
@@ -297,33 +307,40 @@ def _subject(case: Case, inputs: _Inputs, backend: str, inplace: bool = False) -
         logits = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
         logits.copy_(inputs.logits)
     leaves = _leaves(variant, {"gradient": logits})
-    small: dict[str, Any] = {"dtype": inputs.weights.dtype, "device": logits.device}
-    pairs = 2
-    beta, smoothing = (torch.full((pairs,), value, **small) for value in (BETA, SMOOTHING))
-    settings: dict[str, Any] = dict(_settings(variant), backend=backend, inplace_backward=inplace)
-    labels, weights, cu = inputs.labels, inputs.weights, inputs.cu_seqlens
+    labels, weights, cu, ref = inputs.labels, inputs.weights, inputs.cu_seqlens, inputs.ref_logits
+    transform, robust = _transform(variant), variant.loss == "robust"
 
     def sums_of(values: Tensor) -> Tensor:
         return ops.sequence_sums(values, weights, cu, backend)
 
-    robust, ref = variant.loss == "robust", inputs.ref_logits
-    family = (weights, cu, inputs.ref_sums, beta, smoothing, robust)
     if variant.loss != "sums" and not variant.terms:
-        tokens, losses, sums, _ = ops.fused_forward(
-            logits, labels, ref, *family, statistics=variant.statistics, **settings
-        )
-        return _finish(variant, inputs, tokens, {"sums": sums, "losses": losses}, sums_of, leaves)
-    if variant.terms:
-        assert ref is not None
-        forward_kl = "forward_kl" in variant.terms
-        tokens = token_kl.token_logps(
-            logits, labels, ref, forward_kl=forward_kl, statistics=variant.statistics, **settings
-        )
-    else:
-        tokens = ops.token_logps(logits, labels, ref, statistics=variant.statistics, **settings)
+        rows, sequences, losses, loss = ops.preference_forward(
+            logits, labels, ref, *transform, list(variant.statistics), weights, cu, None, "none",
+            inputs.ref_sums, None, BETA, None, SMOOTHING, robust, inplace, backend,
+        )  # fmt: skip
+        names = token_rows(ref is not None, variant.statistics)
+        tokens = dict(zip(names, rows.unbind(0), strict=True))
+        found = {"sums": sequences[0], "losses": losses}
+        if leaves:
+            (found["gradient"],) = torch.autograd.grad(loss, logits, inputs.upstream.to(loss.dtype))
+        return _finish(variant, inputs, tokens, found, sums_of, {})
+    tokens = ops.token_logps(
+        logits,
+        labels,
+        ref,
+        transform,
+        variant.statistics,
+        terms=variant.terms,
+        inplace_backward=inplace,
+        backend=backend,
+    )
     if variant.loss == "sums":
         return _finish(variant, inputs, tokens, {"sums": sums_of(tokens["logps"])}, sums_of, leaves)
-    losses, sums, _ = ops.preference_loss(tokens["logps"], tokens.get("ref_logps"), *family, backend)
+    small: dict[str, Any] = {"dtype": weights.dtype, "device": logits.device}
+    beta, smoothing = (torch.full((2,), value, **small) for value in (BETA, SMOOTHING))
+    losses, sums, *_ = ops.preference_loss(
+        tokens["logps"], tokens.get("ref_logps"), weights, cu, inputs.ref_sums, beta, smoothing, robust, backend
+    )
     return _finish(variant, inputs, tokens, {"sums": sums, "losses": losses}, sums_of, leaves)
 
 
@@ -333,51 +350,45 @@ def _linear_subject(case: Case, inputs: _Inputs, backend: str) -> _Found:
     assert inputs.head is not None
     hidden, head = inputs.logits.detach(), inputs.head.detach()
     bias = None if inputs.bias is None else inputs.bias.detach()
-    ref = inputs.ref_logits
-    exact = backend == "eager"
+    reference = linear.NO_REFERENCE
+    if inputs.ref_logits is not None:
+        reference = linear.Reference(inputs.ref_logits, head.clone(), None if bias is None else bias.clone())
+    fused = need.fused and backend != "eager"
+    needs = linear.Needs(need.hidden, need.weight, need.weight and need.bias)
+    statistics = tuple(name for name in variant.statistics if name != "grad_dropped_mass")
+    sizes = linear.sizes_of(hidden, head.shape[0], reference, statistics, variant.terms, variant.dtype, needs)
     call = linear.Call(
         inputs.labels,
-        ref,
-        None if ref is None else head.clone(),
-        None if ref is None or bias is None else bias.clone(),
-        statistics=tuple(name for name in variant.statistics if name != "grad_dropped_mass"),
-        compute_dtype=variant.dtype,
+        reference,
+        _transform(variant),
+        statistics,
+        variant.terms,
+        variant.dtype,
+        backend,
+        need.strategy,
+        replace(sizes, fused=fused),
+        needs,
         budget=64 << 20,
-        backend=backend,
-        strategy=need.strategy,
-        terms=variant.terms,
         # Below every probability: all blocks are multiplied, and the gradient is exact.
-        eps=1e-30 if need.fused and not exact else 0.0,
-        fused=need.fused and not exact,
-        needs_hidden=need.hidden,
-        needs_weight=need.weight,
-        needs_bias=need.weight and need.bias,
-        **_settings(variant),
+        eps=1e-30 if fused else 0.0,
     )
     leaves = _leaves(variant, {"gradient": hidden, "dW": head, "dbias": bias})
 
     def sums_of(values: Tensor) -> Tensor:
         return ops.sequence_sums(values, inputs.weights, inputs.cu_seqlens, backend)
 
+    lm_head = linear.LMHead(head, bias)
     if need.strategy != "whole_pairs":
-        tokens = linear.linear_logps(hidden, head, bias, call)
+        tokens, _ = linear.linear_logps(hidden, lm_head, call)
         return _finish(variant, inputs, tokens, {"sums": sums_of(tokens["logps"])}, sums_of, leaves)
-    small: dict[str, Any] = {"dtype": inputs.weights.dtype, "device": hidden.device}
-    beta, smoothing = (torch.full((2,), value, **small) for value in (BETA, SMOOTHING))
+    scored = (inputs.labels != IGNORE).to(inputs.weights.dtype)
+    places = Tokens(inputs.weights, scored, inputs.cu_seqlens, backend)
     functions = objectives.resolve(variant.loss)
-    pair = linear.PairCall(
-        inputs.weights,
-        inputs.cu_seqlens,
-        inputs.ref_sums,
-        beta,
-        smoothing,
-        inputs.upstream,
-        functions,
-        None,
-        (variant.loss == "robust",),
+    settings = PairSettings(
+        2, functions, None, BETA, SMOOTHING, inputs.upstream, inputs.ref_sums, reduction="sum"
     )
-    loss, losses, sums, _, tokens = linear.whole_pairs(hidden, head, bias, call, pair)
-    found = {"sums": sums, "losses": losses}
+    loss, done, tokens, _ = linear.whole_pairs(hidden, lm_head, call, places, settings)
+    found = {"sums": done.sums, "losses": done.losses}
     if leaves:
         found |= dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     return _finish(variant, inputs, tokens, found, sums_of, {})
@@ -508,7 +519,7 @@ def serves(backend: str, case: Case) -> bool:
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (_F32, _BF16, _F16)
-_ALL = ("entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
+_ALL = STATISTICS
 
 
 def _logits_cases(dtype: torch.dtype) -> Iterator[Case]:

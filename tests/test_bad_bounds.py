@@ -13,6 +13,7 @@ import torch
 from bad_bounds import bad_bounds, clamped_spans, clamped_sums
 
 from dpo_kernels import backends, functional, ops
+from dpo_kernels import stages as stages_contract
 
 TOKENS, VOCAB = 12, 23
 
@@ -62,7 +63,7 @@ def test_sums_and_gradients_follow_the_bounds_that_are_meant(case, server):
     if meant[0] > 0:  # on a CPU such bounds are refused, so the operator is not asked
         stages = backends.load(server, "cpu")
         sums = stages.sequence_sums(leaf.detach(), weights, bounds)
-        grads = ops._spread(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), weights, bounds)
+        grads = stages_contract.spread(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), weights, bounds)
     else:
         sums = ops.sequence_sums(leaf, weights, bounds, server)
         (grads,) = torch.autograd.grad((sums * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum(), leaf)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_kernels import STATISTICS, DPOLoss, dpo_loss, ops, use_backend
+from dpo_kernels import STATISTICS, DPOLoss, dpo_loss, ops, stages, use_backend
 
 from cases import Case, loss_of, make_inputs
 
@@ -20,23 +20,26 @@ def op_arguments(backend, device):
     packed = torch.tensor([0, 3, 6, 10, 12], device=device)
     values = torch.randn(4, 3, **small)
     pair = torch.full((2,), 0.1, **small)
-    flags = (*(True,) * 5, False)
-    yield _ops.token_logps, (z.clone().requires_grad_(), y, r, -100, 1.0, 0.0, *flags, backend)
-    yield _ops.token_logps, (z.bfloat16().requires_grad_(), y, None, -100, 0.5, 9.0, *(False,) * 6, backend)
+    plain, capped = (-100, 1.0, 0.0), (-100, 0.5, 9.0)
+    everything = list(stages.STATISTICS)
+    narrow = z.bfloat16().view(1, 12, 33).requires_grad_()
+    yield _ops.token_logps, (z.clone().requires_grad_(), y, r, *plain, everything, [], False, backend)
+    yield _ops.token_logps, (z.clone().requires_grad_(), y, r, *plain, [], ["kl", "forward_kl"], False, backend)
+    yield _ops.token_logps, (z.bfloat16().requires_grad_(), y, None, *capped, [], [], False, backend)
     yield _ops.sequence_sums, (values.clone().requires_grad_(), w, None, backend)
     yield _ops.sequence_sums, (values.view(1, 12).clone().requires_grad_(), w.view(1, 12), packed, backend)
     yield _ops.preference_loss, (values.clone().requires_grad_(), values * 2, w, None, None, pair, pair, False, backend)
     sums = torch.randn(4, **small)
     flat = values.view(1, 12).clone().requires_grad_()
     yield _ops.preference_loss, (flat, None, w.view(1, 12), packed, sums, pair, pair, True, backend)
-    family = (w, None, None, pair, pair, False)
-    yield _ops.fused_forward, (z.clone().requires_grad_(), y, r, *family, -100, 1.0, 0.0, *flags, backend)
-    row = (z.bfloat16().view(1, 12, 33).requires_grad_(), y.view(1, 12), None)
-    family = (w.view(1, 12), packed, sums, pair, pair, True)
-    yield _ops.fused_forward, (*row, *family, -100, 0.5, 9.0, *(False,) * 6, backend)
-    logps, lse, *_ = _ops.token_logps(z, y, None, -100, 1.0, 0.0, *(False,) * 6, backend)
-    yield _ops.logits_grad, (z, y, logps, lse, values, -100, 1.0, 0.0, backend)
-    yield _ops.logits_grad_, (z.clone(), y, logps, lse, values, -100, 1.0, 0.0, backend)
+    call = (y, r, *plain, everything, None, None, None, "mean", None, None, 0.1, None, 0.0, False)
+    yield _ops.preference_forward, (z.clone().requires_grad_(), *call, False, backend)
+    rest = (w.view(1, 12), packed, pair, "none", sums, pair, 0.0, pair, 0.0, True)
+    yield _ops.preference_forward, (narrow, y.view(1, 12), None, *capped, [], *rest, False, backend)
+    tokens, sequences, _, loss = _ops.preference_forward(z, *call, False, backend)
+    yield _ops.preference_backward, (z, y, tokens, sequences, loss, *plain, None, None, None, "mean", backend)
+    yield _ops.logits_grad, (z, y, *tokens[:2], values, *plain, *[None] * 5, backend)
+    yield _ops.logits_grad, (z, y, *tokens[:2], values, *plain, r, tokens[2], tokens[4], values, values, backend)
 
 
 def test_opcheck_passes_for_every_operator(backend, device):
@@ -44,7 +47,7 @@ def test_opcheck_passes_for_every_operator(backend, device):
     for op, arguments in op_arguments(backend, device):
         torch.library.opcheck(op.default, arguments)
         seen.add(op.default.name().split("::")[1])
-    assert seen == {name for name in dir(ops._ops) if not name.startswith("_") and name != "name"} or len(seen) >= 5
+    assert seen == {operator.name for operator in ops.OPERATORS}
 
 
 @pytest.fixture

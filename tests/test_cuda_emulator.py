@@ -24,25 +24,24 @@ from torch import Tensor
 
 from dpo_kernels import backends, dpo_loss, use_backend
 from dpo_kernels.backends import cuda, eager
-from dpo_kernels.backends.eager import TokenKL
+from dpo_kernels.stages import STATISTICS, Stages, TokenKL, Transform, token_rows
 
 from cases import CASES, make_inputs
 
 IGNORE = -100
-OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
-PLAIN = {"ignore_index": IGNORE, "logit_scale": 1.0, "logit_softcap": 0.0}
-NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False, log_sum_sq=False)
-EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True, log_sum_sq=True)
+PLAIN = Transform()
+NO_KL = ("entropy", "accuracy", "mean_logits", "log_sum_sq")
 # Each compiled variant of the kernel: without squares, and with them alone and beside the others.
 VARIANTS = [
-    NO_STATISTICS,
-    EVERYTHING,
-    dict(EVERYTHING, kl=False),
-    dict(NO_STATISTICS, kl=True),
-    dict(EVERYTHING, log_sum_sq=False),
-    dict(EVERYTHING, kl=False, log_sum_sq=False),
-    dict(NO_STATISTICS, log_sum_sq=True),
+    (),
+    STATISTICS,
+    NO_KL,
+    ("kl",),
+    ("entropy", "kl", "accuracy", "mean_logits"),
+    ("entropy", "accuracy", "mean_logits"),
+    ("log_sum_sq",),
 ]
+with_and_without_kl = pytest.mark.parametrize("statistics", [STATISTICS, NO_KL], ids=["kl", "no kl"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = [
     {"order": Order.FORWARD},
@@ -74,14 +73,17 @@ def make(seed: int, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 3
 
 
 def assert_within_eager(
-    ours: tuple[Tensor, ...], logits: Tensor, labels: Tensor, ref: Tensor | None, options: dict
+    ours: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    ref: Tensor | None,
+    statistics: tuple[str, ...],
+    transform: Transform = PLAIN,
 ) -> None:
-    truth = eager.token_logps(logits.double(), labels, None if ref is None else ref.double(), **options)
-    lost = eager.token_logps(logits, labels, ref, **options)
-    for name, mine, true, theirs in zip(OUTPUTS, ours, truth, lost, strict=True):
-        assert mine.shape == true.shape, name
-        if true.numel() == 0:
-            continue
+    truth = eager.token_logps(logits.double(), labels, None if ref is None else ref.double(), transform, statistics)
+    lost = eager.token_logps(logits, labels, ref, transform, statistics)
+    assert ours.shape == truth.shape
+    for name, mine, true, theirs in zip(token_rows(ref is not None, statistics), ours, truth, lost, strict=True):
         assert torch.equal(mine.isnan(), true.isnan()), name
         finite = true.isfinite()
         torch.testing.assert_close(mine[~finite], true[~finite], rtol=0, atol=0, equal_nan=True)
@@ -152,59 +154,55 @@ def test_exactly_one_block_is_last(library, schedule):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_logps_against_float64(library, dtype, vocab):
     logits, ref, labels = make(vocab, (2, 3, vocab), dtype)
-    for i, options in enumerate(VARIANTS):
-        ours = Emulator(library, **SCHEDULES[i % len(SCHEDULES)]).token_logps(logits, labels, ref, **options)
-        assert_within_eager(ours, logits, labels, ref, options)
+    for i, statistics in enumerate(VARIANTS):
+        em = Emulator(library, **SCHEDULES[i % len(SCHEDULES)])
+        ours = em.token_logps(logits, labels, ref, PLAIN, statistics)
+        assert_within_eager(ours, logits, labels, ref, statistics)
 
 
-@pytest.mark.parametrize("flag", ["entropy", "mean_logits", "accuracy", "log_sum_sq"])
+@pytest.mark.parametrize("name", NO_KL)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_statistic_alone(library, dtype, flag):
+def test_each_statistic_alone(library, dtype, name):
     logits, _, labels = make(3, (2, 2, 999), dtype)
-    options = dict(NO_STATISTICS, **{flag: True})
-    assert_within_eager(Emulator(library).token_logps(logits, labels, None, **options), logits, labels, None, options)
+    ours = Emulator(library).token_logps(logits, labels, None, PLAIN, (name,))
+    assert_within_eager(ours, logits, labels, None, (name,))
 
 
 @pytest.mark.parametrize("ref_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kl", [False, True])
-def test_reference_of_another_dtype(library, dtype, ref_dtype, kl):
+@with_and_without_kl
+def test_reference_of_another_dtype(library, dtype, ref_dtype, statistics):
     logits, ref, labels = make(5, (2, 2, 2600), dtype)
     ref = ref.to(ref_dtype)
-    options = dict(EVERYTHING, kl=kl)
-    ours = Emulator(library, order=Order.RANDOM, seed=4).token_logps(logits, labels, ref, **options)
-    assert_within_eager(ours, logits, labels, ref, options)
+    ours = Emulator(library, order=Order.RANDOM, seed=4).token_logps(logits, labels, ref, PLAIN, statistics)
+    assert_within_eager(ours, logits, labels, ref, statistics)
 
 
-@pytest.mark.parametrize("kl", [False, True])
+@with_and_without_kl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_and_softcap(library, dtype, kl):
+def test_scale_and_softcap(library, dtype, statistics):
     logits, ref, labels = make(6, (2, 2, 1500), dtype, scale=20.0)
     for scale, cap in [(0.25, 0.0), (3.0, 0.0), (1.0, 30.0), (0.5, 5.0)]:
-        for squares in (False, True):
-            options = dict(EVERYTHING, kl=kl, logit_scale=scale, logit_softcap=cap, log_sum_sq=squares)
-            ours = Emulator(library).token_logps(logits, labels, ref, **options)
-            assert_within_eager(ours, logits, labels, ref, options)
+        transform = Transform(scale=scale, softcap=cap)
+        for asked in (statistics, statistics[:-1]):  # with and without squares
+            ours = Emulator(library).token_logps(logits, labels, ref, transform, asked)
+            assert_within_eager(ours, logits, labels, ref, asked, transform)
 
 
-@pytest.mark.parametrize("kl", [False, True])
+@with_and_without_kl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_views_and_misaligned_references_are_read_in_place(library, dtype, kl):
+def test_strided_views_and_misaligned_references_are_read_in_place(library, dtype, statistics):
     vocab = 1003
-    logits, ref, labels = make(7, (2, 4, vocab), dtype)
-    options = dict(EVERYTHING, kl=kl)
-    plain = Emulator(library).token_logps(
-        logits[:, :-1].contiguous(), labels[:, :-1].contiguous(), ref[:, 1:].contiguous(), **options
-    )
-    views = Emulator(library).token_logps(logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], **options)
-    assert_within_eager(views, logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], options)
+    whole, ref, labels = make(7, (2, 4, vocab), dtype)
+    logits, labels, ref = whole[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:]
+    plain = Emulator(library).token_logps(logits.contiguous(), labels, ref.contiguous(), PLAIN, statistics)
+    views = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
+    assert_within_eager(views, logits, labels, ref, statistics)
     wide = torch.full((2, 4, vocab + 5), float("nan"), dtype=dtype)
-    wide[..., 3 : vocab + 3] = logits  # neighbours are NaN: reading one too many would show
-    inside = Emulator(library).token_logps(
-        wide[:, :-1, 3 : vocab + 3], labels[:, :-1].contiguous(), ref[:, 1:], **options
-    )
-    assert_within_eager(inside, logits[:, :-1], labels[:, :-1].contiguous(), ref[:, 1:], options)
-    assert all(a.shape == b.shape for a, b in zip(plain, views, strict=True))
+    wide[..., 3 : vocab + 3] = whole  # neighbours are NaN: reading one too many would show
+    inside = Emulator(library).token_logps(wide[:, :-1, 3 : vocab + 3], labels, ref, PLAIN, statistics)
+    assert_within_eager(inside, logits, labels, ref, statistics)
+    assert torch.equal(plain, views)
 
 
 def at_every_offset(row: Tensor, step: int) -> Tensor:
@@ -227,18 +225,17 @@ def test_bits_do_not_depend_on_the_rows_address(library, dtype, vocab):
     mixed = at_every_offset(ref[0, 0].to(other), 5)
     for label in (0, vocab // 2, vocab - 1):
         labels = torch.full((1, 16), label)
-        for second, options in [
-            (None, NO_STATISTICS),
-            (None, dict(EVERYTHING, kl=False)),
-            (reference, EVERYTHING),
-            (reference, dict(EVERYTHING, kl=False)),
-            (mixed, EVERYTHING),
+        for second, statistics in [
+            (None, ()),
+            (None, NO_KL),
+            (reference, STATISTICS),
+            (reference, NO_KL),
+            (mixed, STATISTICS),
         ]:
-            ours = Emulator(library).token_logps(policy, labels, second, **options)
-            for name, values in zip(OUTPUTS, ours, strict=True):
-                if values.numel():
-                    assert values.isfinite().all(), name
-                    assert (values == values[0, 0]).all(), f"{name}, label {label}"
+            ours = Emulator(library).token_logps(policy, labels, second, PLAIN, statistics)
+            for name, values in zip(token_rows(second is not None, statistics), ours, strict=True):
+                assert values.isfinite().all(), name
+                assert (values == values[0, 0]).all(), f"{name}, label {label}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -250,26 +247,26 @@ def test_minus_infinity_costs_no_bit_of_the_log_probabilities(library, dtype):
         x[..., masked] = y[..., masked] = float("-inf")
         x.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), 1.0)
         y.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), 0.5)
-        plain = Emulator(library).token_logps(x, labels, y, **NO_STATISTICS)
+        plain = Emulator(library).token_logps(x, labels, y, PLAIN, ())
         for schedule in SCHEDULES[:3]:
-            ours = Emulator(library, **schedule).token_logps(x, labels, y, **EVERYTHING)
-            assert all(torch.equal(a, b) for a, b in zip(ours[:3], plain[:3], strict=True))
-        assert_within_eager(ours, x, labels, y, EVERYTHING)
+            ours = Emulator(library, **schedule).token_logps(x, labels, y, PLAIN, STATISTICS)
+            assert torch.equal(ours[:3], plain)
+        assert_within_eager(ours, x, labels, y, STATISTICS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_schedule_cluster_neighbours_or_statistics(library, dtype):
     logits, ref, labels = make(8, (3, 2, 9000), dtype)
-    plain = Emulator(library).token_logps(logits, labels, ref, **NO_STATISTICS)
-    for options in VARIANTS[1:]:
-        first = Emulator(library).token_logps(logits, labels, ref, **options)
+    plain = Emulator(library).token_logps(logits, labels, ref, PLAIN, ())
+    for statistics in VARIANTS[1:]:
+        first = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
         # Nor on what else is asked for: a reference computed beforehand still gives rewards of exactly 0.
-        assert all(torch.equal(a, b) for a, b in zip(first[:3], plain[:3], strict=True))
+        assert torch.equal(first[:3], plain)
         for schedule in SCHEDULES:
-            again = Emulator(library, **schedule).token_logps(logits, labels, ref, **options)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), schedule
-        alone = Emulator(library).token_logps(logits[2:], labels[2:].contiguous(), ref[2:], **options)
-        assert all(torch.equal(a[2:], b) for a, b in zip(first, alone, strict=True) if a.numel())
+            again = Emulator(library, **schedule).token_logps(logits, labels, ref, PLAIN, statistics)
+            assert torch.equal(first, again), schedule
+        alone = Emulator(library).token_logps(logits[2:], labels[2:].contiguous(), ref[2:], PLAIN, statistics)
+        assert torch.equal(first[:, 2:], alone)
 
 
 def test_plan_uses_clusters_for_few_rows_and_always_the_same_threads_per_row(library):
@@ -298,8 +295,8 @@ def test_minus_infinity_is_legal_off_the_label(library):
         logits[1, 3, others] = float("-inf")
         ref[1, 3, others] = float("-inf")
         for schedule in SCHEDULES[:2]:
-            ours = Emulator(library, **schedule).token_logps(logits, labels, ref, **EVERYTHING)
-            assert_within_eager(ours, logits, labels, ref, EVERYTHING)
+            ours = Emulator(library, **schedule).token_logps(logits, labels, ref, PLAIN, STATISTICS)
+            assert_within_eager(ours, logits, labels, ref, STATISTICS)
             assert ours[4][0].isposinf().all()
             assert ours[4][1].isfinite().all()
 
@@ -309,42 +306,42 @@ def test_infinite_kl_is_seen_where_the_policys_probability_underflows(library):
     logits[..., 7] = -300.0  # exp(-300) is 0 in float32 and positive in truth
     ref[..., 7] = float("-inf")
     labels = torch.zeros(1, 1, dtype=torch.int64)
-    assert Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)[4].item() == math.inf
+    assert Emulator(library).token_logps(logits, labels, ref, PLAIN, STATISTICS)[4].item() == math.inf
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_stays_in_its_row(library, bad):
     logits, ref, labels = make(10, (2, 3, 900), torch.bfloat16)
-    clean = Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)
+    clean = Emulator(library).token_logps(logits, labels, ref, PLAIN, STATISTICS)
     logits[1, 1, 17] = bad
     ref[1, 2, 800] = float("nan")
-    ours = Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)
-    for name, a, b in zip(OUTPUTS, ours, clean, strict=True):
+    ours = Emulator(library).token_logps(logits, labels, ref, PLAIN, STATISTICS)
+    for name, a, b in zip(token_rows(True, STATISTICS), ours, clean, strict=True):
         if name == "ref_logps":
             assert a[1, 2].isnan()
         elif not (name == "mean_logits" and bad == math.inf):
             assert a[1, 1].isnan(), name
         a[1, 1:], b[1, 1:] = 0.0, 0.0
         assert torch.equal(a, b), name
-    assert ours[4].shape == labels.shape
+    assert ours.shape[1:] == labels.shape
 
 
 def test_labels_outside_the_vocabulary_give_nan_and_touch_nothing(library):
     logits, ref, labels = make(11, (2, 3, 70), torch.float32)
     labels[1] = torch.tensor([70, -1, 2**40])
-    for options in (EVERYTHING, dict(EVERYTHING, kl=False)):
-        ours = Emulator(library).token_logps(logits, labels, ref, **options)
-        assert all(o[1].isnan().all() for o in ours if o.numel())
-        assert all(o[0].isfinite().all() for o in ours if o.numel())
+    for statistics in (STATISTICS, NO_KL):
+        ours = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
+        assert ours[:, 1].isnan().all()
+        assert ours[:, 0].isfinite().all()
 
 
 def test_unscored_rows_are_never_read(library):
     logits, ref, labels = make(12, (2, 3, 500), torch.bfloat16)
     labels[:, 1] = IGNORE
     logits[:, 1], ref[:, 1] = float("nan"), float("nan")
-    for options in (EVERYTHING, dict(EVERYTHING, kl=False)):
-        ours = Emulator(library).token_logps(logits, labels, ref, **options)
-        assert all((o[:, 1] == 0).all() for o in ours if o.numel())
+    for statistics in (STATISTICS, NO_KL):
+        ours = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
+        assert (ours[:, :, 1] == 0).all()
 
 
 def test_accuracy_gives_ties_to_the_first(library):
@@ -355,8 +352,8 @@ def test_accuracy_gives_ties_to_the_first(library):
     logits[0, 4, [99, 100]] = 2.0  # the label comes second
     logits[0, 5, 4500] = 2.0
     for schedule in SCHEDULES:
-        ours = Emulator(library, **schedule).token_logps(logits, labels, None, **dict(NO_STATISTICS, accuracy=True))
-        assert ours[5].tolist() == [[1.0, 0.0, 0.0, 1.0, 0.0, 1.0]]
+        _, _, accuracy = Emulator(library, **schedule).token_logps(logits, labels, None, PLAIN, ("accuracy",))
+        assert accuracy.tolist() == [[1.0, 0.0, 0.0, 1.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("gap", [10.0, 16.0, 24.0, 80.0])
@@ -365,8 +362,8 @@ def test_logp_keeps_its_precision_when_the_label_is_almost_certain(library, gap)
     logits = torch.randn(1, 3, 4096, generator=g)
     labels = torch.tensor([[3, 1000, 4095]])
     logits.scatter_(-1, labels.unsqueeze(-1), gap + 8.0)
-    ours = Emulator(library).token_logps(logits, labels, logits, **EVERYTHING)
-    truth = eager.token_logps(logits.double(), labels, logits.double(), **EVERYTHING)
+    ours = Emulator(library).token_logps(logits, labels, logits, PLAIN, STATISTICS)
+    truth = eager.token_logps(logits.double(), labels, logits.double(), PLAIN, STATISTICS)
     assert ((ours[0] - truth[0]).abs() <= 4e-7 * truth[0].abs() * (1 + gap / 10)).all()
     assert ((ours[3] - truth[3]).abs() <= 1e-6 * truth[3].abs() * (1 + gap / 10)).all()
     assert (ours[4] == 0).all()
@@ -375,7 +372,7 @@ def test_logp_keeps_its_precision_when_the_label_is_almost_certain(library, gap)
 def test_policy_equal_to_reference_has_no_divergence(library):
     for dtype in DTYPES:
         logits, _, labels = make(13, (2, 3, 3000), dtype)
-        ours = Emulator(library).token_logps(logits, labels, logits.clone(), **EVERYTHING)
+        ours = Emulator(library).token_logps(logits, labels, logits.clone(), PLAIN, STATISTICS)
         assert torch.equal(ours[0], ours[2])
         assert (ours[4] == 0).all()
 
@@ -384,8 +381,8 @@ def test_policy_equal_to_reference_has_no_divergence(library):
 def test_large_common_offsets(library, offset):
     logits, ref, labels = make(14, (1, 3, 2000), torch.float32)
     logits, ref = logits + offset, ref + offset
-    ours = Emulator(library).token_logps(logits, labels, ref, **EVERYTHING)
-    assert_within_eager(ours, logits, labels, ref, EVERYTHING)
+    ours = Emulator(library).token_logps(logits, labels, ref, PLAIN, STATISTICS)
+    assert_within_eager(ours, logits, labels, ref, STATISTICS)
 
 
 def test_empty_inputs_launch_nothing(library):
@@ -394,8 +391,8 @@ def test_empty_inputs_launch_nothing(library):
     for shape in [(0, 4, 10), (2, 0, 10)]:
         logits = torch.zeros(shape)
         labels = torch.zeros(shape[:2], dtype=torch.int64)
-        em.token_logps(logits, labels, logits, **EVERYTHING)
-        em.logits_grad(logits, labels, *[torch.zeros(shape[:2], dtype=torch.float64)] * 3, **PLAIN, out=logits)
+        em.token_logps(logits, labels, logits, PLAIN, STATISTICS)
+        em.logits_grad(logits, labels, *[torch.zeros(shape[:2], dtype=torch.float64)] * 3, PLAIN, logits)
     assert em.launches() == before
 
 
@@ -405,12 +402,11 @@ def test_rows_lie_further_apart_than_32_bits_count(library):
     stride = 2**31 + 24
     far = torch.empty(stride + 700, dtype=torch.bfloat16).as_strided((2, 1, 700), (stride, 700, 1))
     far.copy_(near)
-    expected = Emulator(library).token_logps(near, labels, ref, **EVERYTHING)
-    ours = Emulator(library).token_logps(far, labels, ref, **EVERYTHING)
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    expected = Emulator(library).token_logps(near, labels, ref, PLAIN, STATISTICS)
+    assert torch.equal(Emulator(library).token_logps(far, labels, ref, PLAIN, STATISTICS), expected)
     ones = torch.ones(2, 1, dtype=torch.float64)
     for logits in (near, far):
-        Emulator(library).logits_grad(logits, labels, *expected[:2], ones, **PLAIN, out=logits)
+        Emulator(library).logits_grad(logits, labels, *expected[:2], ones, PLAIN, logits)
     assert torch.equal(far, near)
 
 
@@ -504,10 +500,9 @@ def fused_case(dtype: torch.dtype, lengths: list[int], vocab: int, packed: bool)
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kl", [False, True])
-def test_single_launch_equals_the_separate_stages(library, kl, packed, schedule):
+@with_and_without_kl
+def test_single_launch_equals_the_separate_stages(library, statistics, packed, schedule):
     """Whatever its counters hold before it: memory of another stream's call, or of a launch that failed halfway."""
-    options = dict(EVERYTHING, kl=kl)
     counters = torch.tensor([3, -1, 0, 1, 2**31 - 1, 7, 1, -(2**31), 2], dtype=torch.int32)
     # An empty chosen side, an empty pair, and ordinary ones.
     lengths = [3, 0, 0, 2, 4, 0] if packed else [3, 1, 4, 2, 4, 4]
@@ -516,12 +511,12 @@ def test_single_launch_equals_the_separate_stages(library, kl, packed, schedule)
         beta, smoothing = pairs(3)
         em = Emulator(library, **schedule)
         before = em.launches(), em.memsets()
-        tokens, fused = em.fused_forward(
-            logits, labels, ref, weights, cu, None, beta, smoothing, False, counters=counters, **options
+        tokens, fused = em.token_logps_and_loss(
+            logits, labels, ref, PLAIN, statistics, weights, cu, None, beta, smoothing, False, counters=counters
         )
         assert (em.launches(), em.memsets()) == (before[0] + 1, before[1] + 1)
-        separate = Emulator(library).token_logps(logits, labels, ref, **options)
-        assert all(torch.equal(a, b) for a, b in zip(tokens, separate, strict=True))
+        separate = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
+        assert torch.equal(tokens, separate)
         stage2 = Emulator(library).preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
         assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
 
@@ -530,10 +525,9 @@ def test_single_launch_equals_the_separate_stages(library, kl, packed, schedule)
 def test_single_launch_with_given_or_no_reference(library, packed):
     logits, _, labels, weights, cu = fused_case(torch.float32, [3, 2, 4, 4] if not packed else [3, 0, 0, 0], 50, packed)
     beta, smoothing = pairs(2)
-    counters = torch.zeros(6, dtype=torch.int32)
     for ref_sums in (None, torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)):
-        tokens, fused = Emulator(library, order=Order.REVERSE).fused_forward(
-            logits, labels, None, weights, cu, ref_sums, beta, smoothing, False, counters=counters, **NO_STATISTICS
+        tokens, fused = Emulator(library, order=Order.REVERSE).token_logps_and_loss(
+            logits, labels, None, PLAIN, (), weights, cu, ref_sums, beta, smoothing, False
         )
         stage2 = Emulator(library).preference_loss(tokens[0], None, weights, cu, ref_sums, beta, smoothing, False)
         assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
@@ -552,10 +546,7 @@ def test_a_long_sequence_has_the_same_sum_however_many_threads_share_it(library,
     cu = torch.tensor([0, count - 7, count])
     em = Emulator(library, order=Order.RANDOM, seed=8, clusters=False)
     assert em.plan_rows(count, vocab, 32)[0] == (64 if vocab == 40 else 256)
-    tokens, fused = em.fused_forward(
-        logits, labels, None, weights, cu, None, beta, smoothing, False,
-        counters=torch.zeros(3, dtype=torch.int32), **NO_STATISTICS,
-    )  # fmt: skip
+    tokens, fused = em.token_logps_and_loss(logits, labels, None, PLAIN, (), weights, cu, None, beta, smoothing, False)
     compact = tokens[0][:, keep].contiguous(), weights[:, keep].contiguous()
     bounds = torch.tensor([0, int(keep[: count - 7].sum()), int(keep.sum())])
     assert torch.equal(em.sequence_sums(*compact, bounds), fused[1])
@@ -565,10 +556,9 @@ def test_a_long_sequence_has_the_same_sum_however_many_threads_share_it(library,
 def test_single_launch_without_any_token(library):
     beta, smoothing = pairs(2)
     nothing = torch.zeros(4, 0, dtype=torch.float64)
-    _, fused = Emulator(library).fused_forward(
-        torch.zeros(4, 0, 9), nothing.long(), None, nothing, None, None, beta, smoothing, False,
-        counters=torch.zeros(6, dtype=torch.int32), **NO_STATISTICS,
-    )  # fmt: skip
+    _, fused = Emulator(library).token_logps_and_loss(
+        torch.zeros(4, 0, 9), nothing.long(), None, PLAIN, (), nothing, None, None, beta, smoothing, False
+    )
     assert fused[0].tolist() == [math.log(2)] * 2
 
 
@@ -578,10 +568,9 @@ def test_tokens_outside_every_sequence_count_for_none(library):
     weights = torch.ones(1, 9, dtype=torch.float64)
     cu = torch.tensor([2, 5, 8])
     beta, smoothing = pairs(1)
-    tokens, fused = Emulator(library).fused_forward(
-        logits, labels, ref, weights, cu, None, beta, smoothing, False,
-        counters=torch.zeros(3, dtype=torch.int32), **EVERYTHING,
-    )  # fmt: skip
+    tokens, fused = Emulator(library).token_logps_and_loss(
+        logits, labels, ref, PLAIN, STATISTICS, weights, cu, None, beta, smoothing, False
+    )
     torch.testing.assert_close(fused[1], torch.stack([tokens[0][0, 2:5].sum(), tokens[0][0, 5:8].sum()]))
 
 
@@ -594,13 +583,11 @@ def test_bad_bounds_are_clamped(library, count, bounds):
     logits, ref, labels = make(22, (1, count, 30), torch.float32)
     weights, cu = (labels != IGNORE).double() * torch.linspace(0.5, 1.5, count).double(), torch.tensor(bounds)
     beta, smoothing = pairs(2)
-    counters = torch.zeros(6, dtype=torch.int32)
-    for kl, schedule in zip((True, False, True, False, True), SCHEDULES, strict=True):
+    for i, schedule in enumerate(SCHEDULES):
         em = Emulator(library, **schedule)
-        tokens, fused = em.fused_forward(
-            logits, labels, ref, weights, cu, None, beta, smoothing, False,
-            counters=counters, **dict(EVERYTHING, kl=kl),
-        )  # fmt: skip
+        tokens, fused = em.token_logps_and_loss(
+            logits, labels, ref, PLAIN, NO_KL if i % 2 else STATISTICS, weights, cu, None, beta, smoothing, False
+        )
         stages = em.preference_loss(tokens[0], tokens[2], weights, cu, None, beta, smoothing, False)
         assert all(torch.equal(a, b) for a, b in zip(fused, stages, strict=True))
         assert torch.equal(em.sequence_sums(tokens[0], weights, cu), fused[1])
@@ -611,9 +598,11 @@ def test_bad_bounds_are_clamped(library, count, bounds):
 # ---- Stage 3 ----
 
 
-def gradient(em: Emulator, logits: Tensor, labels: Tensor, g: Tensor, out: Tensor, **transform: float) -> None:
-    logps, lse, *_ = eager.token_logps(logits.double(), labels, None, **dict(NO_STATISTICS, **transform))
-    em.logits_grad(logits, labels, logps, lse, g, **dict(PLAIN, **transform), out=out)
+def gradient(
+    stages: Stages, logits: Tensor, labels: Tensor, g: Tensor, out: Tensor, transform: Transform = PLAIN
+) -> None:
+    logps, lse = eager.token_logps(logits.double(), labels, None, transform, ())
+    stages.logits_grad(logits, labels, logps, lse, g, transform, out)
 
 
 def split_errors(mine: Tensor, truth: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -639,9 +628,9 @@ def test_logits_grad_against_float64(library, dtype, vocab):
     g = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     g[1, 2] = 0.0
     truth = torch.empty(logits.shape, dtype=torch.float64)
-    gradient(_EAGER, logits.double(), labels, g, truth)
+    gradient(eager, logits.double(), labels, g, truth)
     eager32 = torch.empty_like(logits)
-    gradient(_EAGER, logits, labels, g, eager32)
+    gradient(eager, logits, labels, g, eager32)
     lost = split_errors(eager32, truth, labels)
     for schedule, in_place in zip(SCHEDULES, (False, True, False, True, True), strict=True):
         x = logits.clone()
@@ -656,25 +645,18 @@ def test_logits_grad_against_float64(library, dtype, vocab):
         assert (out[1, 2] == 0).all()
 
 
-class _EagerStages:
-    logits_grad = staticmethod(eager.logits_grad)
-
-
-_EAGER = _EagerStages()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_scaled_and_capped_logits(library, dtype):
     logits, _, labels = make(30, (2, 2, 777), dtype, scale=10.0)
     g = torch.ones(2, 2, dtype=torch.float64)
     for scale, cap in [(0.5, 0.0), (1.0, 20.0), (2.0, 30.0)]:
-        transform = {"logit_scale": scale, "logit_softcap": cap}
+        transform = Transform(scale=scale, softcap=cap)
         truth = torch.empty(logits.shape, dtype=torch.float64)
-        gradient(_EAGER, logits.double(), labels, g, truth, **transform)
+        gradient(eager, logits.double(), labels, g, truth, transform)
         eager32 = torch.empty_like(logits)
-        gradient(_EAGER, logits, labels, g, eager32, **transform)
+        gradient(eager, logits, labels, g, eager32, transform)
         out = logits.clone()
-        gradient(Emulator(library), out, labels, g, out, **transform)
+        gradient(Emulator(library), out, labels, g, out, transform)
         for part, lost in zip(split_errors(out, truth, labels), split_errors(eager32, truth, labels), strict=True):
             assert part <= 2 * max(lost, UNIT[dtype])
 
@@ -712,10 +694,10 @@ def test_illegal_labels_and_nan_rows_give_nan_rows(library):
     logits, _, labels = make(33, (1, 3, 100), torch.float32)
     labels[0] = torch.tensor([100, 5, 6])
     nan, g = torch.full((1, 3), float("nan"), dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
-    logps, lse, *_ = eager.token_logps(logits.double(), labels.clamp(max=99), None, **NO_STATISTICS)
+    logps, lse = eager.token_logps(logits.double(), labels.clamp(max=99), None, PLAIN, ())
     logps[0, :2], lse[0, :2] = nan[0, :2], nan[0, :2]
     out = torch.zeros_like(logits)
-    Emulator(library).logits_grad(logits, labels, logps, lse, g, **PLAIN, out=out)
+    Emulator(library).logits_grad(logits, labels, logps, lse, g, PLAIN, out)
     assert out[0, :2].isnan().all()
     assert out[0, 2].isfinite().all()
 
@@ -727,7 +709,7 @@ def test_label_gradient_when_the_label_is_almost_certain(library):
     logits.scatter_(-1, labels.unsqueeze(-1), 25.0)
     g = torch.ones(1, 2, dtype=torch.float64)
     truth, out = torch.empty(1, 2, 600, dtype=torch.float64), torch.empty_like(logits)
-    gradient(_EAGER, logits.double(), labels, g, truth)
+    gradient(eager, logits.double(), labels, g, truth)
     gradient(Emulator(library), logits, labels, g, out)
     assert max(split_errors(out, truth, labels)) < 4e-6
 
@@ -739,11 +721,10 @@ def divergence_gradient(
     em: Emulator, logits: Tensor, ref: Tensor, labels: Tensor, out: Tensor, grads: tuple[float | None, float | None]
 ) -> Tensor:
     """The gradient with g = 0.7 and `grads` of KL(policy || reference) and KL(reference || policy), into out."""
-    options = dict(NO_STATISTICS, kl=True)
-    logps, lse, ref_logps, _, kl, *_ = Emulator().token_logps(logits, labels, ref, **options)
+    logps, lse, ref_logps, kl = Emulator().token_logps(logits, labels, ref, PLAIN, ("kl",))
     by = [None if g is None else torch.full_like(logps, g) for g in grads]
     token_kl = TokenKL(ref, ref_logps, kl, *by)
-    em.logits_grad(logits, labels, logps, lse, torch.full_like(logps, 0.7), **PLAIN, out=out, token_kl=token_kl)
+    em.logits_grad(logits, labels, logps, lse, torch.full_like(logps, 0.7), PLAIN, out, token_kl)
     return out
 
 
@@ -778,15 +759,12 @@ def test_a_row_without_a_divergence_stands_beside_one_with(library):
     logits, ref, labels = make(35, (1, 2, 70), torch.float32)
     labels[0] = torch.tensor([3, 60])
     ref[0, 0, 9] = float("-inf")
-    logps, lse, ref_logps, _, kl, *_ = Emulator(library).token_logps(
-        logits, labels, ref, **dict(NO_STATISTICS, kl=True)
-    )
+    logps, lse, ref_logps, kl = Emulator(library).token_logps(logits, labels, ref, PLAIN, ("kl",))
     assert kl[0].tolist()[0] == math.inf
     by_kl, by_forward = torch.tensor([[0.0, 0.5]]).double(), torch.tensor([[0.6, 0.0]]).double()
     out, zero = torch.empty_like(logits), torch.zeros_like(logps)
-    Emulator(library).logits_grad(
-        logits, labels, logps, lse, zero, **PLAIN, out=out, token_kl=TokenKL(ref, ref_logps, kl, by_kl, by_forward)
-    )
+    token_kl = TokenKL(ref, ref_logps, kl, by_kl, by_forward)
+    Emulator(library).logits_grad(logits, labels, logps, lse, zero, PLAIN, out, token_kl)
     log_p, log_q = logits.double().log_softmax(-1), ref.double().log_softmax(-1)
     torch.testing.assert_close(out[0, 0].double(), 0.6 * (log_p.exp() - log_q.exp())[0, 0], rtol=1e-5, atol=1e-8)
     p, gap = log_p.exp()[0, 1], (log_p - log_q)[0, 1]
@@ -844,8 +822,8 @@ def test_the_other_tests_of_token_divergences(cuda_backend):
     test_objectives_kl.test_the_stage_gives_impossible_tokens_nothing(cuda_backend, device)
 
 
-@pytest.mark.parametrize("kl", [False, True])
-def test_kernel_launches_of_a_call(cuda_backend, library, kl):
+@with_and_without_kl
+def test_kernel_launches_of_a_call(cuda_backend, library, statistics):
     """Two in all, whatever is asked for, and the memset that clears the forward's counters."""
     em = Emulator(library)  # the operators run the same library, so its counts are theirs
     logits, ref, labels, weights, _ = fused_case(torch.bfloat16, [3, 1, 4, 2], 300, packed=False)
@@ -854,11 +832,10 @@ def test_kernel_launches_of_a_call(cuda_backend, library, kl):
         return em.launches(), em.memsets()
 
     before = counts()
-    options = dict(EVERYTHING, kl=kl)
-    tokens, _ = cuda.fused_forward(logits, labels, ref, weights, None, None, *pairs(2), False, **options)
+    tokens, _ = cuda.token_logps_and_loss(logits, labels, ref, PLAIN, statistics, weights, None, None, *pairs(2), False)
     forward = counts()
-    divergence = TokenKL(ref, tokens[2], tokens[4], weights, weights) if kl else None
-    cuda.logits_grad(logits, labels, *tokens[:2], weights, **PLAIN, out=logits, token_kl=divergence)
+    divergence = TokenKL(ref, tokens[2], tokens[4], weights, weights) if "kl" in statistics else None
+    cuda.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, logits, divergence)
     assert forward == (before[0] + 1, before[1] + 1)
     assert counts() == (forward[0] + 1, forward[1])
 
@@ -871,24 +848,25 @@ def test_nothing_of_a_call_outlives_it(cuda_backend):
         return {id(t) for t in gc.get_objects() if isinstance(t, Tensor)}
 
     logits, ref, labels, weights, _ = fused_case(torch.float32, [2, 2], 9, packed=False)
-    inputs = (logits, labels, ref, weights, None, None, *pairs(1), False)
+    inputs = (logits, labels, ref, PLAIN, (), weights, None, None, *pairs(1), False)
     before = live()
-    cuda.fused_forward(*inputs, **NO_STATISTICS)
+    cuda.token_logps_and_loss(*inputs)
     assert live() <= before
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_fused_forward_of_the_backend(cuda_backend, packed):
+def test_single_launch_of_the_backend(cuda_backend, packed):
     logits, ref, labels, weights, cu = fused_case(torch.bfloat16, [3, 1, 4, 2, 4, 4], 300, packed)
     beta, smoothing = pairs(3)
-    for options in (NO_STATISTICS, EVERYTHING):
+    for statistics in ((), STATISTICS):
         for _ in range(2):
-            tokens, fused = cuda.fused_forward(
-                logits, labels, ref, weights, cu, None, beta, smoothing, False, **options
+            tokens, fused = cuda.token_logps_and_loss(
+                logits, labels, ref, PLAIN, statistics, weights, cu, None, beta, smoothing, False
             )
-            separate = cuda.token_logps(logits, labels, ref, **options)
+            separate = cuda.token_logps(logits, labels, ref, PLAIN, statistics)
+            assert torch.equal(tokens, separate)
             stage2 = cuda.preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
-            assert all(torch.equal(a, b) for a, b in zip(tokens + fused, separate + stage2, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
 
 
 # The sigmoid family, and an objective that the kernels do not know.
@@ -908,7 +886,7 @@ def test_the_public_loss_takes_one_launch_forward_and_one_backward(cuda_backend,
     results = []
     for separate in (False, True):
         if separate:
-            monkeypatch.delattr(cuda, "fused_forward")
+            monkeypatch.delattr(cuda, "token_logps_and_loss")
         logits = inputs.logits.clone().requires_grad_()
         with use_backend(cuda_backend):
             before = em.launches()
@@ -930,7 +908,7 @@ def test_the_public_loss_takes_one_launch_forward_and_one_backward(cuda_backend,
 
 def test_the_fused_forward_passes_opcheck_and_compiles_without_a_graph_break(cuda_backend):
     for op, arguments in test_compile.op_arguments(cuda_backend, torch.device("cpu")):
-        if op is torch.ops.dpo_kernels.fused_forward:
+        if op is torch.ops.dpo_kernels.preference_forward:
             torch.library.opcheck(op.default, arguments)
     inputs = make_inputs(CASES[1])
 
@@ -952,11 +930,11 @@ def test_the_fused_forward_passes_opcheck_and_compiles_without_a_graph_break(cud
 def test_the_backend_refuses_what_its_kernels_cannot_read(cuda_backend):
     labels = torch.zeros(2, 2, dtype=torch.int64)
     with pytest.raises(TypeError, match="float64"):
-        cuda.token_logps(torch.zeros(2, 2, 5, dtype=torch.float64), labels, None, **NO_STATISTICS)
+        cuda.token_logps(torch.zeros(2, 2, 5, dtype=torch.float64), labels, None, PLAIN, ())
     with pytest.raises(RuntimeError, match="positive logit_scale"):
-        cuda.token_logps(torch.zeros(2, 2, 5), labels, None, **dict(NO_STATISTICS, logit_scale=-1.0))
+        cuda.token_logps(torch.zeros(2, 2, 5), labels, None, Transform(scale=-1.0), ())
     with pytest.raises(RuntimeError, match="unit stride"):
-        cuda.token_logps(torch.zeros(2, 5, 2).transpose(1, 2), labels, None, **NO_STATISTICS)
+        cuda.token_logps(torch.zeros(2, 5, 2).transpose(1, 2), labels, None, PLAIN, ())
 
 
 # ---- Can these tests fail? ----
@@ -965,10 +943,10 @@ def test_the_backend_refuses_what_its_kernels_cannot_read(cuda_backend):
 def test_a_removed_barrier_in_the_row_kernel_is_noticed():
     broken = build(defines=("DPO_BARRIER_BEFORE_MERGE()=",))
     logits, _, labels = make(40, (2, 3, 5000), torch.bfloat16)
-    right = Emulator().token_logps(logits, labels, None, **NO_STATISTICS)[0]
+    right = Emulator().token_logps(logits, labels, None, PLAIN, ())[0]
     noticed = 0
     for schedule in ({"order": Order.FORWARD}, {"order": Order.RANDOM, "seed": 3}, {"order": Order.RANDOM, "seed": 4}):
-        wrong = Emulator(broken, clusters=False, **schedule).token_logps(logits, labels, None, **NO_STATISTICS)[0]
+        wrong = Emulator(broken, clusters=False, **schedule).token_logps(logits, labels, None, PLAIN, ())[0]
         noticed += not torch.equal(right, wrong)
     assert noticed == 3
 

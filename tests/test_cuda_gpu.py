@@ -1,4 +1,4 @@
-"""The compiled CUDA library on a real GPU: the operator table, the fused forward, streams, graphs, sizes no CPU test reaches."""
+"""The compiled CUDA library on a real GPU: the operator table, the single launch, streams, graphs, sizes no CPU test reaches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bad_bounds import bad_bounds, clamped_sums
 
 from dpo_kernels import dpo_loss, use_backend
 from dpo_kernels.backends import eager
+from dpo_kernels.stages import STATISTICS, Transform
 
 from cases import CASES, make_inputs
 
@@ -20,9 +21,7 @@ pytestmark = [
     ),
 ]
 
-PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-NO_STATISTICS = dict(PLAIN, entropy=False, kl=False, accuracy=False, mean_logits=False, log_sum_sq=False)
-EVERYTHING = dict(PLAIN, entropy=True, kl=True, accuracy=True, mean_logits=True, log_sum_sq=True)
+PLAIN = Transform()
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_the_public_loss_is_the_separate_stages_bit_for_bit(stages, packed, monk
     found = []
     for separate in (False, True):
         if separate:
-            monkeypatch.delattr(stages, "fused_forward")
+            monkeypatch.delattr(stages, "token_logps_and_loss")
         logits = inputs.logits.clone().requires_grad_()
         with use_backend("cuda"):
             out = dpo_loss(logits, inputs.labels, statistics=("entropy", "kl"), **inputs.keywords)
@@ -82,7 +81,9 @@ def test_bad_bounds_are_clamped(stages):
     beta, zero = (torch.full((2,), value, dtype=torch.float64, device="cuda") for value in (0.1, 0.0))
     for _, bounds in [*bad_bounds(64), ("sound", [0, 16, 32, 48, 64])]:
         cu = torch.tensor(bounds, device="cuda")
-        tokens, pairs = stages.fused_forward(logits, labels, ref, weights, cu, None, beta, zero, False, **EVERYTHING)
+        tokens, pairs = stages.token_logps_and_loss(
+            logits, labels, ref, PLAIN, STATISTICS, weights, cu, None, beta, zero, False
+        )
         separate = stages.preference_loss(tokens[0], tokens[2], weights, cu, None, beta, zero, False)
         assert all(torch.equal(a, b) for a, b in zip(pairs, separate, strict=True))
         torch.testing.assert_close(pairs[1], clamped_sums(tokens[0], weights, bounds), rtol=1e-12, atol=1e-12)
@@ -94,48 +95,48 @@ def test_bad_bounds_are_clamped(stages):
 def test_real_vocabularies(stages, dtype, vocab):
     # 4 rows run in clusters on sm_90 and later, 4,096 do not: same bits.
     logits, ref, labels = batch((4, 8, vocab), dtype)
-    for options in (NO_STATISTICS, EVERYTHING):
-        ours = stages.token_logps(logits, labels, ref, **options)
-        truth = eager.token_logps(logits.double(), labels, ref.double(), **options)
-        lost = eager.token_logps(logits, labels, ref, **options)
+    for statistics in ((), STATISTICS):
+        ours = stages.token_logps(logits, labels, ref, PLAIN, statistics)
+        truth = eager.token_logps(logits.double(), labels, ref.double(), PLAIN, statistics)
+        lost = eager.token_logps(logits, labels, ref, PLAIN, statistics)
         for mine, true, theirs in zip(ours, truth, lost, strict=True):
-            if true.numel():
-                budget = (theirs - true).abs().max() + 4 * 2**-24 * true.abs().clamp(min=1.0)
-                assert ((mine - true).abs() <= budget).all()
-        many = stages.token_logps(*(t.repeat(32, 1, *[1] * (t.dim() - 2)) for t in (logits, labels, ref)), **options)
-        assert all(torch.equal(m[:4], o) for m, o in zip(many, ours, strict=True) if o.numel())
+            budget = (theirs - true).abs().max() + 4 * 2**-24 * true.abs().clamp(min=1.0)
+            assert ((mine - true).abs() <= budget).all()
+        repeated = (t.repeat(32, 1, *[1] * (t.dim() - 2)) for t in (logits, labels, ref))
+        assert torch.equal(stages.token_logps(*repeated, PLAIN, statistics)[:, :4], ours)
 
 
-def test_fused_forward_equals_the_stages_every_time(stages):
+def test_single_launch_equals_the_stages_every_time(stages):
     logits, ref, labels = batch((16, 64, 4096), torch.bfloat16)
     weights = (labels >= 0).double()
     beta, smoothing = (
         torch.full((8,), 0.1, dtype=torch.float64, device="cuda"),
         torch.zeros(8, dtype=torch.float64, device="cuda"),
     )
-    for options in (NO_STATISTICS, EVERYTHING):
-        separate = stages.token_logps(logits, labels, ref, **options)
+    for statistics in ((), STATISTICS):
+        separate = stages.token_logps(logits, labels, ref, PLAIN, statistics)
         stage2 = stages.preference_loss(separate[0], separate[2], weights, None, None, beta, smoothing, False)
         for _ in range(50):  # the order in which blocks finish changes from run to run, the bits must not
-            tokens, pairs = stages.fused_forward(
-                logits, labels, ref, weights, None, None, beta, smoothing, False, **options
+            tokens, pairs = stages.token_logps_and_loss(
+                logits, labels, ref, PLAIN, statistics, weights, None, None, beta, smoothing, False
             )
-            assert all(torch.equal(a, b) for a, b in zip(tokens + pairs, separate + stage2, strict=True))
+            assert torch.equal(tokens, separate)
+            assert all(torch.equal(a, b) for a, b in zip(pairs, stage2, strict=True))
 
 
 def test_current_stream_is_used(stages):
     """On a stream that waits for the logits' writer; on the default stream the kernel would read zeros."""
     logits, ref, labels = batch((2, 16, 32000), torch.bfloat16)
-    expected = stages.token_logps(logits, labels, ref, **EVERYTHING)
+    expected = stages.token_logps(logits, labels, ref, PLAIN, STATISTICS)
     late = torch.zeros_like(logits)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         late.copy_(logits)
-        found = stages.token_logps(late, labels, ref, **EVERYTHING)
+        found = stages.token_logps(late, labels, ref, PLAIN, STATISTICS)
     stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(found, expected)
 
 
 def test_cuda_graph_replays(stages):
@@ -147,12 +148,12 @@ def test_cuda_graph_replays(stages):
     )
 
     def step():
-        tokens, pairs = stages.fused_forward(
-            logits, labels, ref, weights, None, None, beta, smoothing, False, **EVERYTHING
+        tokens, pairs = stages.token_logps_and_loss(
+            logits, labels, ref, PLAIN, STATISTICS, weights, None, None, beta, smoothing, False
         )
         out = torch.empty_like(logits)
-        stages.logits_grad(logits, labels, tokens[0], tokens[1], weights, **PLAIN, out=out)
-        return (*tokens, *pairs, out)
+        stages.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, out)
+        return (tokens, *pairs, out)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -195,11 +196,11 @@ def test_more_than_two_to_the_thirty_one_logits(stages):
     logits = torch.zeros(1, tokens, vocab, dtype=torch.bfloat16, device="cuda")
     logits[0, -1, 7] = 20.0
     labels = torch.full((1, tokens), 7, device="cuda")
-    logps, lse, *_ = stages.token_logps(logits, labels, None, **NO_STATISTICS)
+    logps, lse = stages.token_logps(logits, labels, None, PLAIN, ())
     assert logps[0, 0].item() == pytest.approx(-torch.tensor(float(vocab)).log().item(), rel=1e-6)
     assert logps[0, -1].item() > -1e-3
     g = torch.ones_like(logps)
-    stages.logits_grad(logits, labels, logps, lse, g, **PLAIN, out=logits)
+    stages.logits_grad(logits, labels, logps, lse, g, PLAIN, logits)
     torch.testing.assert_close(logits[0, 0].float().sum().item(), 0.0, atol=2e-2, rtol=0)
     assert logits[0, -1, 7].item() == pytest.approx(-torch.expm1(logps[0, -1]).item(), rel=1e-2)
 

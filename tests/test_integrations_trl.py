@@ -11,7 +11,7 @@ import pytest
 import torch
 from trainer.tiny import build_model, build_pairs, build_tokenizer
 
-from dpo_kernels import planner
+from dpo_kernels.linear import planner
 from dpo_kernels.integrations import trl as integration
 from dpo_kernels.integrations.trl import apply_to_trl, trl_patched
 

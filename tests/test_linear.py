@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from dpo_kernels import LinearDPOLoss, dpo_loss, linear_dpo_loss, linear_logps, objective, reference, use_backend
 from dpo_kernels.linear.chunk import logits_buffer
-from dpo_kernels.planner import Head, row_stride
+from dpo_kernels.linear.gpu import row_stride
+from dpo_kernels.linear.planner import Head
 
 from checks import BUDGET
 from conftest import BACKENDS, DEVICE
@@ -577,11 +578,11 @@ def test_opcheck_passes_for_the_operators():
     ops = torch.ops.dpo_kernels
     torch.library.opcheck(ops.linear_logps.default, (inputs.hidden, inputs.weight, inputs.bias, *shared))
     leaves = tuple(t.detach() for t in (inputs.hidden, inputs.weight, inputs.bias))
-    logps, lse, ref_logps, _, kl, *_ = ops.linear_logps(*leaves, *shared)
-    saved = (logps, lse, ref_logps, kl)
-    for needs, divergences in (((True, True, True), 2), ((True, False, False), 0)):
-        upstream = [torch.rand_like(logps) for _ in range(1 + divergences)] + [None] * (2 - divergences)
-        torch.library.opcheck(ops.linear_logps_grad.default, (*leaves, *shared, *saved, *upstream, *needs))
+    found = ops.linear_logps(*leaves, *shared)
+    alone = (inputs.labels, None, None, None, *shared[4:7], [], [], *shared[9:])
+    for needs, call in (((True, True, True), shared), ((True, False, False), alone)):
+        upstream = [torch.rand_like(found[0]) for _ in range(1 + len(call[8]))] + [None] * (2 - len(call[8]))
+        torch.library.opcheck(ops.linear_logps_grad.default, (*leaves, *call, found, *upstream, *needs))
 
 
 def test_the_module_equals_the_function_and_follows_its_hyper_parameters():
@@ -677,7 +678,7 @@ for options in ({}, {"loss_type": "aot"}, {"frozen": True}, {"statistics": ("kl"
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory")
 @pytest.mark.parametrize("dtype", [_F32, _BF16, _F64])
 def test_rows_of_the_logits_buffer_lie_apart_on_a_cpu(dtype):
-    """V = 4,096 would put a column of them into one set of the cache (`planner.row_stride`)."""
+    """V = 4,096 would put a column of them into one set of the cache (`gpu.row_stride`)."""
     buffer = logits_buffer(5, 4096, dtype, torch.device("cpu"))
     assert buffer.shape == (5, 4096)
     assert buffer.stride() == (row_stride(4096, dtype.itemsize), 1)

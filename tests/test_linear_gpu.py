@@ -14,7 +14,7 @@ from test_linear import BY_NAME, CASES, Case, check_rows, make_inputs, row_budge
 from dpo_kernels import linear_logps, memory
 from dpo_kernels.backends.triton.launch import rows_aligned
 from dpo_kernels.linear.chunk import logits_buffer
-from dpo_kernels.planner import GPU_SHARE
+from dpo_kernels.linear.gpu import GPU_SHARE
 
 _BF16, _F16, _F32, _F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpo_kernels import ops, reference, sequence_logps, use_backend
+from dpo_kernels.stages import Transform
 
 from cases import loss_of
 from checks import row_errors
@@ -100,11 +101,8 @@ def test_log_sum_sq_of_rows_at_the_edge(backend, device):
         logits,
         labels,
         None,
-        ignore_index=-100,
-        logit_scale=1.0,
-        logit_softcap=0.0,
-        statistics=("log_sum_sq",),
-        inplace_backward=False,
+        Transform(),
+        ("log_sum_sq",),
         backend=backend,
     )["log_sum_sq"].double()
     even = -math.log(VOCAB)

@@ -5,8 +5,8 @@ import torch
 
 from dpo_kernels import DPOLoss, backends, dpo_loss, reference, use_backend
 from dpo_kernels.backends import eager
-from dpo_kernels.backends.eager import TokenKL
 from dpo_kernels.reference import transform_logits
+from dpo_kernels.stages import TokenKL, Transform
 
 from checks import check_gradient, row_errors
 
@@ -112,15 +112,12 @@ def test_operators_are_sound():
         -100,
         1.0,
         0.0,
-        True,
-        False,
-        True,
-        True,
-        True,
+        ["entropy", "mean_logits", "log_sum_sq"],
+        ["kl", "forward_kl"],
         False,
         "eager",
     )
-    torch.library.opcheck(torch.ops.dpo_kernels.token_kl.default, arguments)
+    torch.library.opcheck(torch.ops.dpo_kernels.token_logps.default, arguments)
 
 
 def test_compiles_without_graph_breaks():
@@ -139,9 +136,9 @@ def test_wpo_weights_cost_no_further_read_of_the_logits(kernels, options, monkey
     stages = backends.load(kernels, "cpu")
     token_logps, reads = stages.token_logps, []
 
-    def counted(*arguments, **flags):
-        reads.append(flags["log_sum_sq"])
-        return token_logps(*arguments, **flags)
+    def counted(logits, labels, ref_logits, transform, statistics):
+        reads.append("log_sum_sq" in statistics)
+        return token_logps(logits, labels, ref_logits, transform, statistics)
 
     monkeypatch.setattr(stages, "token_logps", counted)
     logits, ref, labels = make(torch.float32)
@@ -190,14 +187,12 @@ def divergences(logits, ref, labels, upstream, scale=1.0, cap=0.0):
 def staged(backend, logits, ref, labels, upstream, scale=1.0, cap=0.0, out=None):
     """The same by a backend's stages 1 and 3."""
     stages = backends.load(backend, logits.device.type)
-    settings = {"ignore_index": -100, "logit_scale": scale, "logit_softcap": cap}
-    off = {"entropy": False, "accuracy": False, "mean_logits": False, "log_sum_sq": False}
-    logps, lse, ref_logps, _, kl, *_ = stages.token_logps(logits, labels, ref, kl=True, **off, **settings)
+    transform = Transform(scale=scale, softcap=cap)
+    logps, lse, ref_logps, kl = stages.token_logps(logits, labels, ref, transform, ("kl",))
     by = [None if g is None else torch.full_like(logps, g) for g in upstream]
     out = torch.empty_like(logits) if out is None else out
-    stages.logits_grad(
-        logits, labels, logps, lse, by[0], out=out, token_kl=TokenKL(ref, ref_logps, kl, by[1], by[2]), **settings
-    )
+    token_kl = TokenKL(ref, ref_logps, kl, by[1], by[2])
+    stages.logits_grad(logits, labels, logps, lse, by[0], transform, out, token_kl)
     return out
 
 
@@ -287,19 +282,16 @@ def test_inplace_backward_overwrites_the_logits_and_says_so_the_second_time():
 def test_a_label_outside_the_vocabulary_is_a_row_of_nan_and_never_an_index(grad_kl):
     """Eager's gradient on a GPU, whose labels nobody reads before: an index out of bounds would end its context."""
     logits, ref, labels = make(torch.float32)
-    settings = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-    asked = {"entropy": False, "accuracy": False, "mean_logits": False, "log_sum_sq": False}
-    outputs = eager.token_logps(logits, labels, ref, kl=True, **asked, **settings)
-    logps, lse, ref_logps, _, kl, *_ = (values.clone() for values in outputs)
+    tokens = eager.token_logps(logits, labels, ref, Transform(), ("kl",))
     bad = torch.zeros_like(labels, dtype=torch.bool)
     bad[0, 0] = bad[2, 1] = True
     labels[0, 0], labels[2, 1] = V + 40, -7
-    for values in (logps, lse, ref_logps, kl):  # as stage 1 has them on a GPU
-        values[bad] = float("nan")
+    tokens[:, bad] = float("nan")  # as stage 1 has them on a GPU
+    logps, lse, ref_logps, kl = tokens
     ones = torch.ones_like(logps)
     terms = None if grad_kl is None else TokenKL(ref, ref_logps, kl, grad_kl * ones, None)
     out = torch.empty_like(logits)
-    eager.logits_grad(logits, labels, logps, lse, ones, out=out, token_kl=terms, **settings)
+    eager.logits_grad(logits, labels, logps, lse, ones, Transform(), out, terms)
     assert bool(out[bad].isnan().all())
     assert bool(out[~bad].isfinite().all())
 

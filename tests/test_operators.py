@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpo_kernels import STATISTICS, dpo_loss, ops, reference, use_backend
+from dpo_kernels.stages import Transform
 
 from cases import CASES, Case, make_inputs
 from checks import check_gradient
@@ -110,9 +111,9 @@ def test_log_sum_sq_equals_the_float64_reference(backend, case, device):
     if case.packed:
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
     options = {k: inputs.keywords.get(k, default) for k, default in (("logit_scale", 1.0), ("logit_softcap", 0.0))}
-    call = {"ignore_index": -100, "inplace_backward": False, "backend": backend, **options}
-    found = ops.token_logps(logits, labels, None, statistics=("log_sum_sq",), **call)
-    ours, plain = found["log_sum_sq"], ops.token_logps(logits, labels, None, statistics=(), **call)
+    transform = Transform(-100, options["logit_scale"], options["logit_softcap"])
+    found = ops.token_logps(logits, labels, None, transform, ("log_sum_sq",), backend=backend)
+    ours, plain = found["log_sum_sq"], ops.token_logps(logits, labels, None, transform, backend=backend)
     assert all(torch.equal(found[name], plain[name]) for name in ("logps", "lse"))
     assert bool((ours[labels == -100] == 0).all())
     truth, eager = (

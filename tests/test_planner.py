@@ -5,18 +5,15 @@ import json
 
 import pytest
 
-from dpo_kernels.planner import (
-    CPU,
-    Device,
+from dpo_kernels.linear.gpu import CPU, Device, fuse, row_stride
+from dpo_kernels.linear.planner import (
     Head,
     budget_of,
     choose_strategy,
     default_budget,
-    fuse,
     parse_budget,
     plan_pairs,
     plan_tokens,
-    row_stride,
     step_budget,
 )
 

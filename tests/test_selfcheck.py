@@ -24,6 +24,7 @@ from dpo_kernels import (
     use_backend,
 )
 from dpo_kernels.backends import LinearVariant, Variant, eager
+from dpo_kernels.stages import token_rows
 
 CPU = torch.device("cpu")
 VARIANT = Variant(torch.float32, reference=torch.float32)
@@ -56,8 +57,8 @@ def first_use(monkeypatch, tmp_path):
 def wrong_gradient(change):
     """Stage 3 whose result goes through `change(gradient, labels)`."""
 
-    def logits_grad(logits, labels, *arguments, out, **keywords):
-        eager.logits_grad(logits, labels, *arguments, out=out, **keywords)
+    def logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl=None):
+        eager.logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
         out.copy_(change(out.clone(), labels))
 
     return {"logits_grad": logits_grad}
@@ -77,15 +78,16 @@ def one_row_lost(gradient, labels):
     return gradient
 
 
-def off_by_one(logits, labels, *arguments, **keywords):
-    return eager.token_logps(logits, torch.where(labels > 0, labels - 1, labels), *arguments, **keywords)
+def off_by_one(logits, labels, ref_logits, transform, statistics):
+    return eager.token_logps(logits, torch.where(labels > 0, labels - 1, labels), ref_logits, transform, statistics)
 
 
-def wrong_statistic(position, amount):
-    def token_logps(*arguments, **keywords):
-        outputs = list(eager.token_logps(*arguments, **keywords))
-        outputs[position] = outputs[position] + amount
-        return tuple(outputs)
+def wrong_entropy(amount):
+    def token_logps(logits, labels, ref_logits, transform, statistics):
+        tokens = eager.token_logps(logits, labels, ref_logits, transform, statistics)
+        if "entropy" in statistics:
+            tokens[token_rows(ref_logits is not None, statistics).index("entropy")] += amount
+        return tokens
 
     return {"token_logps": token_logps}
 
@@ -108,8 +110,8 @@ FAULTS = {
     "leak": (wrong_gradient(leak), "gradient of tokens without weight off by 1"),
     "nan": (wrong_gradient(lambda g, y: g * float("nan")), "gradient of tokens without weight off by 1"),
     "label_off_by_one": ({"token_logps": off_by_one}, "sums off by"),
-    "one_statistic": (wrong_statistic(3, 1e-3), "entropy off by 0.001"),
-    "nan_statistic": (wrong_statistic(3, float("nan")), "entropy off by nan"),
+    "one_statistic": (wrong_entropy(1e-3), "entropy off by 0.001"),
+    "nan_statistic": (wrong_entropy(float("nan")), "entropy off by nan"),
     "kernel_raises": ({"logits_grad": raises}, "RuntimeError: ptxas died"),
     "pairs_wrong": ({"preference_loss": lambda *a: tuple(v * 1.01 for v in eager.preference_loss(*a))}, "sums off by"),
 }
@@ -394,9 +396,9 @@ def test_a_float64_reference_refuses_no_backend(plant, runs):
 def test_a_fault_in_place_is_found_while_a_graph_is_compiled(plant):
     """A compiler's flag belongs to the process, and switches in-place gradients off: the check must not see it."""
 
-    def logits_grad(logits, labels, *arguments, out, **keywords):
+    def logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl=None):
         inplace = out.data_ptr() == logits.data_ptr()
-        eager.logits_grad(logits, labels, *arguments, out=out, **keywords)
+        eager.logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
         if inplace:
             out.mul_(2)
 
@@ -593,8 +595,8 @@ def test_triton_in_the_interpreter(scaled, monkeypatch, runs):
     stages = backends.load("triton", "cpu")
     logits_grad = stages.logits_grad
 
-    def planted(*arguments, out, **keywords):
-        logits_grad(*arguments, out=out, **keywords)
+    def planted(logits, labels, logps, lse, grad_logps, transform, out, token_kl=None):
+        logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
         if scaled != 1.0:
             out.mul_(scaled)
 

@@ -107,6 +107,17 @@ std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t
   return tokens;
 }
 
+// Rows of work that a thread takes at least: below some tens of microseconds waking a second one costs more than it does.
+int64_t grain_of(int64_t vocab) { return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(vocab, 1)); }
+
+void run_token_logps(TokenLogpsParams& p, int64_t count, int64_t ignore_index) {
+  const auto tokens = scored_tokens(p.labels, count, p.seq_len, p.vocab, ignore_index);
+  p.tokens = tokens.data();
+  [[maybe_unused]] const bool wide = is_wide(p.policy, p.reference);
+  torch::stable::parallel_for(0, static_cast<int64_t>(tokens.size()), grain_of(p.vocab),
+                              [&](int64_t begin, int64_t end) { DPO_RUN(token_logps, wide, p, begin, end); });
+}
+
 void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
                     double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
                     Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq) {
@@ -127,11 +138,29 @@ void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logi
   p.accuracy = out_of(accuracy);
   p.mean_logits = out_of(mean_logits);
   p.log_sum_sq = out_of(log_sum_sq);
-  const auto tokens = scored_tokens(p.labels, labels.numel(), seq_len, vocab, ignore_index);
-  p.tokens = tokens.data();
-  [[maybe_unused]] const bool wide = is_wide(p.policy, p.reference);
-  torch::stable::parallel_for(0, static_cast<int64_t>(tokens.size()), 1,
-                              [&](int64_t begin, int64_t end) { DPO_RUN(token_logps, wide, p, begin, end); });
+  run_token_logps(p, labels.numel(), ignore_index);
+}
+
+// Rows without gradient are cleared without being read.
+void run_logits_grad(LogitsGradParams& p, int64_t count, int64_t ignore_index) {
+  std::vector<int64_t> live, zero;
+  live.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool moves = p.grad_logps[i] != 0.0 || (p.grad_kl && p.grad_kl[i] != 0.0) ||
+                       (p.grad_forward_kl && p.grad_forward_kl[i] != 0.0);
+    (p.labels[i] != ignore_index && moves ? live : zero).push_back(i);
+  }
+  const int64_t size = p.logits.dtype == DType::float64 ? 8 : p.logits.dtype == DType::float32 ? 4 : 2;
+  torch::stable::parallel_for(0, static_cast<int64_t>(zero.size()), grain_of(p.vocab), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t offset = (zero[k] / p.seq_len) * p.out_stride_b + (zero[k] % p.seq_len) * p.out_stride_t;
+      std::memset(static_cast<char*>(p.out) + offset * size, 0, p.vocab * size);
+    }
+  });
+  p.tokens = live.data();
+  [[maybe_unused]] const bool wide = p.logits.dtype == DType::float64;
+  torch::stable::parallel_for(0, static_cast<int64_t>(live.size()), grain_of(p.vocab),
+                              [&](int64_t begin, int64_t end) { DPO_RUN(logits_grad, wide, p, begin, end); });
 }
 
 void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
@@ -157,26 +186,7 @@ void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tens
   p.vocab = vocab;
   p.logit_scale = logit_scale;
   p.logit_softcap = logit_softcap;
-
-  // Rows without gradient are cleared without being read.
-  std::vector<int64_t> live, zero;
-  live.reserve(labels.numel());
-  for (int64_t i = 0; i < labels.numel(); ++i) {
-    const bool moves = p.grad_logps[i] != 0.0 || (p.grad_kl && p.grad_kl[i] != 0.0) ||
-                       (p.grad_forward_kl && p.grad_forward_kl[i] != 0.0);
-    (p.labels[i] != ignore_index && moves ? live : zero).push_back(i);
-  }
-  const int64_t size = p.logits.dtype == DType::float64 ? 8 : p.logits.dtype == DType::float32 ? 4 : 2;
-  torch::stable::parallel_for(0, static_cast<int64_t>(zero.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t offset = (zero[k] / seq_len) * p.out_stride_b + (zero[k] % seq_len) * p.out_stride_t;
-      std::memset(static_cast<char*>(p.out) + offset * size, 0, vocab * size);
-    }
-  });
-  p.tokens = live.data();
-  [[maybe_unused]] const bool wide = p.logits.dtype == DType::float64;
-  torch::stable::parallel_for(0, static_cast<int64_t>(live.size()), 1,
-                              [&](int64_t begin, int64_t end) { DPO_RUN(logits_grad, wide, p, begin, end); });
+  run_logits_grad(p, labels.numel(), ignore_index);
 }
 
 Sequences sequences_of(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens) {
@@ -209,6 +219,147 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   p.ref_sums_out = out_of(ref_sums_out);
   p.coef = out_of(coef);
   torch::stable::parallel_for(0, p.pairs, 32, [&](int64_t begin, int64_t end) { preference_loss(p, begin, end); });
+}
+
+// ---- A whole call (dpo_kernels/backends/whole_call.py has the contract, and the same from the stages one by one) ----
+
+constexpr int64_t kSequenceRows = 5;  // SEQUENCE_ROWS there: logps, ref_logps, rewards, coef, counts
+
+const int64_t* labels_of(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
+
+// The weight of every token; 0 where it is not scored.
+std::vector<double> weights_of(const Tensor& labels, const double* given, int64_t ignore_index) {
+  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  std::vector<double> weights(labels.numel());
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = label[i] == ignore_index ? 0.0 : given ? given[i] : 1.0;
+  return weights;
+}
+
+std::vector<double> each_of(const std::optional<Tensor>& given, double value, int64_t pairs) {
+  if (!given) return std::vector<double>(pairs, value);
+  return std::vector<double>(in_of(*given), in_of(*given) + pairs);
+}
+
+enum Reduction : int64_t { kMean, kSum, kNone };
+
+void store_loss(const Tensor& loss, int64_t i, double value) {
+  if (loss.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(loss.mutable_data_ptr())[i] = value;
+  } else {
+    static_cast<float*>(loss.mutable_data_ptr())[i] = static_cast<float>(value);
+  }
+}
+
+double load_grad(const Tensor& grad, int64_t i) {
+  return grad.scalar_type() == ScalarType::Double ? static_cast<const double*>(grad.const_data_ptr())[i]
+                                                  : static_cast<const float*>(grad.const_data_ptr())[i];
+}
+
+// `asked` has a bit for each of stage 1's rows, in their order; `tokens` [R, B, T] has those rows.
+void point_at_rows(TokenLogpsParams& p, const Tensor& tokens, int64_t count, int64_t asked) {
+  double** fields[] = {&p.logps, &p.lse, &p.ref_logps, &p.entropy, &p.kl, &p.accuracy, &p.mean_logits, &p.log_sum_sq};
+  double* row = static_cast<double*>(tokens.mutable_data_ptr());
+  std::memset(row, 0, sizeof(double) * tokens.numel());  // unscored tokens are never visited
+  for (int bit = 0; bit < 8; ++bit) {
+    if (!(asked >> bit & 1)) continue;
+    *fields[bit] = row;
+    row += count;
+  }
+}
+
+void preference_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
+                           double logit_scale, double logit_softcap, int64_t asked,
+                           std::optional<Tensor> token_weights, std::optional<Tensor> cu_seqlens,
+                           std::optional<Tensor> pair_weights, int64_t reduction, std::optional<Tensor> ref_sums,
+                           std::optional<Tensor> betas, double beta, std::optional<Tensor> label_smoothings,
+                           double label_smoothing, bool robust, Tensor tokens, Tensor sequences, Tensor losses,
+                           Tensor loss) {
+  const int64_t count = labels.numel(), pairs = losses.numel();
+  TokenLogpsParams p{};
+  p.policy = logits_of(logits);
+  if (ref_logits) p.reference = logits_of(*ref_logits);
+  p.labels = labels_of(labels);
+  p.seq_len = logits.size(1);
+  p.vocab = logits.size(2);
+  p.logit_scale = logit_scale;
+  p.logit_softcap = logit_softcap;
+  point_at_rows(p, tokens, count, asked);
+  run_token_logps(p, count, ignore_index);
+
+  const std::vector<double> weights = weights_of(labels, in_of(token_weights), ignore_index);
+  const std::vector<double> scored = token_weights ? weights_of(labels, nullptr, ignore_index) : weights;
+  const std::vector<double> beta_of = each_of(betas, beta, pairs);
+  const std::vector<double> smoothing_of = each_of(label_smoothings, label_smoothing, pairs);
+  double* result = static_cast<double*>(sequences.mutable_data_ptr());
+  double *sums = result, *refs = result + 2 * pairs, *rewards = refs + 2 * pairs, *coef = rewards + 2 * pairs;
+  double *counts = coef + 2 * pairs, *means = counts + 2 * pairs;
+  PreferenceLossParams q{};
+  q.logps = p.logps;
+  q.ref_logps = p.ref_logps;
+  q.weights = weights.data();
+  q.ref_sums = in_of(ref_sums);
+  q.sequences = sequences_of(labels, cu_seqlens);
+  q.beta = beta_of.data();
+  q.label_smoothing = smoothing_of.data();
+  q.robust = robust;
+  q.pairs = pairs;
+  q.losses = static_cast<double*>(losses.mutable_data_ptr());
+  q.sums = sums;
+  q.ref_sums_out = refs;
+  q.coef = coef;
+  preference_loss(q, 0, pairs);
+  // The statistics' rows are the last ones.
+  const int64_t statistics = sequences.size(0) - kSequenceRows;
+  const double* first = static_cast<const double*>(tokens.const_data_ptr()) + (tokens.size(0) - statistics) * count;
+  for (int64_t s = 0; s < 2 * pairs; ++s) {
+    rewards[s] = beta_of[s % pairs] * (sums[s] - refs[s]);
+    counts[s] = sequence_sum(scored.data(), scored.data(), q.sequences, s);
+    for (int64_t k = 0; k < statistics; ++k) {
+      means[2 * pairs * k + s] =
+          sequence_sum(first + k * count, scored.data(), q.sequences, s) / std::max(counts[s], 1.0);
+    }
+  }
+  const double* share = in_of(pair_weights);
+  double total = 0.0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const double weighted = share ? q.losses[pair] * share[pair] : q.losses[pair];
+    if (reduction == kNone) store_loss(loss, pair, weighted);
+    total += weighted;
+  }
+  if (reduction != kNone) store_loss(loss, 0, reduction == kMean ? total / std::max<int64_t>(pairs, 1) : total);
+}
+
+void preference_backward_op(Tensor logits, Tensor labels, Tensor tokens, Tensor sequences, Tensor grad_loss,
+                            int64_t ignore_index, double logit_scale, double logit_softcap,
+                            std::optional<Tensor> token_weights, std::optional<Tensor> cu_seqlens,
+                            std::optional<Tensor> pair_weights, int64_t reduction, Tensor out) {
+  const int64_t count = labels.numel(), pairs = sequences.size(1) / 2;
+  const std::vector<double> weights = weights_of(labels, in_of(token_weights), ignore_index);
+  const Sequences places = sequences_of(labels, cu_seqlens);
+  const double* coef = static_cast<const double*>(sequences.const_data_ptr()) + 3 * 2 * pairs;
+  const double* share = in_of(pair_weights);
+  std::vector<double> grad_logps(count, 0.0);
+  for (int64_t s = 0; s < 2 * pairs; ++s) {
+    const int64_t pair = s % pairs;
+    double grad = load_grad(grad_loss, reduction == kNone ? pair : 0);
+    if (reduction == kMean) grad /= static_cast<double>(pairs);
+    if (share) grad *= share[pair];
+    spread(coef[s] * grad, weights.data(), places, s, grad_logps.data());
+  }
+  LogitsGradParams p{};
+  p.logits = logits_of(logits);
+  p.out = out.mutable_data_ptr();
+  p.out_stride_b = out.stride(0);
+  p.out_stride_t = out.stride(1);
+  p.labels = labels_of(labels);
+  p.logps = in_of(tokens);
+  p.lse = in_of(tokens) + count;
+  p.grad_logps = grad_logps.data();
+  p.seq_len = logits.size(1);
+  p.vocab = logits.size(2);
+  p.logit_scale = logit_scale;
+  p.logit_softcap = logit_softcap;
+  run_logits_grad(p, count, ignore_index);
 }
 
 Logits matrix_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), 0, t.stride(0)}; }
@@ -318,6 +469,15 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
       "Tensor beta, Tensor label_smoothing, bool robust, Tensor(a!) losses, Tensor(b!) sums, Tensor(c!) ref_sums_out, "
       "Tensor(d!) coef) -> ()");
   m.def(
+      "preference_forward(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
+      "float logit_softcap, int asked, Tensor? token_weights, Tensor? cu_seqlens, Tensor? pair_weights, int reduction, "
+      "Tensor? ref_sums, Tensor? betas, float beta, Tensor? label_smoothings, float label_smoothing, bool robust, "
+      "Tensor(a!) tokens, Tensor(b!) sequences, Tensor(c!) losses, Tensor(d!) loss) -> ()");
+  m.def(
+      "preference_backward(Tensor logits, Tensor labels, Tensor tokens, Tensor sequences, Tensor grad_loss, "
+      "int ignore_index, float logit_scale, float logit_softcap, Tensor? token_weights, Tensor? cu_seqlens, "
+      "Tensor? pair_weights, int reduction, Tensor(a!) out) -> ()");
+  m.def(
       "filter_count(Tensor logits, Tensor labels, Tensor lse, float eps, float logit_scale, float logit_softcap, "
       "Tensor(a!) counts) -> ()");
   m.def(
@@ -339,6 +499,8 @@ STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CPU, m) {
   m.impl("logits_grad", TORCH_BOX(&dpo::cpu::logits_grad_op));
   m.impl("sequence_sums", TORCH_BOX(&dpo::cpu::sequence_sums_op));
   m.impl("preference_loss", TORCH_BOX(&dpo::cpu::preference_loss_op));
+  m.impl("preference_forward", TORCH_BOX(&dpo::cpu::preference_forward_op));
+  m.impl("preference_backward", TORCH_BOX(&dpo::cpu::preference_backward_op));
   m.impl("filter_count", TORCH_BOX(&dpo::cpu::filter_count_op));
   m.impl("filter_fill", TORCH_BOX(&dpo::cpu::filter_fill_op));
   m.impl("filtered_grad_hidden", TORCH_BOX(&dpo::cpu::filtered_grad_hidden_op));

@@ -32,6 +32,13 @@ double sequence_sum(const double* values, const double* weights, const Sequences
   return sum;
 }
 
+void spread(double value, const double* weights, const Sequences& sequences, int64_t i, double* tokens) {
+  const Span span = span_of(sequences, i);
+  for (int64_t t = span.begin; t < span.end; ++t) {
+    if (weights[t] != 0.0) tokens[t] = weights[t] * value;
+  }
+}
+
 void preference_loss(const PreferenceLossParams& p, int64_t begin, int64_t end) {
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t sides[2] = {pair, pair + p.pairs};

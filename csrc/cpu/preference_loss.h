@@ -28,6 +28,8 @@ struct PreferenceLossParams {
 };
 
 double sequence_sum(const double* values, const double* weights, const Sequences& sequences, int64_t i);
+// Writes weight * value to the tokens of sequence i; nothing to tokens of weight 0.
+void spread(double value, const double* weights, const Sequences& sequences, int64_t i, double* tokens);
 void preference_loss(const PreferenceLossParams& params, int64_t begin, int64_t end);
 
 }  // namespace dpo::cpu

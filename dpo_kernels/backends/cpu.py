@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from ..stages import STATISTICS, TokenKL, Transform, token_rows
 from . import BackendUnavailable, eager
-from .eager import TokenKL, TokenOutputs
+from .whole_call import SEQUENCE_ROWS, Family, Weighting, result_dtype
 
 logger = logging.getLogger(__name__)
+
+_ALL_ROWS = token_rows(True, STATISTICS)
 
 
 def _load() -> None:
@@ -41,24 +44,17 @@ def token_logps(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    entropy: bool,
-    kl: bool,
-    accuracy: bool,
-    mean_logits: bool,
-    log_sum_sq: bool,
-) -> TokenOutputs:
-    """Stage 1. See dpo_kernels/ops.py for the contract."""
-    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
+    transform: Transform,
+    statistics: tuple[str, ...],
+) -> Tensor:
+    """Stage 1."""
+    names = token_rows(ref_logits is not None, statistics)
     # Unscored tokens are 0 because the kernel never visits them.
-    outputs = tuple(torch.zeros(labels.shape if want else 0, dtype=torch.float64) for want in wanted)
-    torch.ops.dpo_kernels_cpu.token_logps(
-        logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *outputs
-    )
-    return outputs  # type: ignore[return-value]
+    tokens = torch.zeros(len(names), *labels.shape, dtype=torch.float64)
+    rows, nothing = dict(zip(names, tokens.unbind(0), strict=True)), tokens.new_empty(0)
+    outputs = (rows.get(name, nothing) for name in _ALL_ROWS)
+    torch.ops.dpo_kernels_cpu.token_logps(logits, labels, ref_logits, *transform, *outputs)
+    return tokens
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -95,19 +91,59 @@ def logits_grad(
     logps: Tensor,
     lse: Tensor,
     grad_logps: Tensor,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
+    transform: Transform,
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3, into `out` (may be `logits`)."""
-    settings = (ignore_index, logit_scale, logit_softcap)
+    """Stage 3."""
     if token_kl is not None and token_kl.ref_logits.dtype == torch.float64 != logits.dtype:
         # The row kernels compute in float64 only where the gradient is stored in it.
-        arguments = (logits, labels, logps, lse, grad_logps)
-        eager.logits_grad_with_kl(*arguments, token_kl, *settings, out)
+        eager.logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
         return
     reference = (None,) * 5 if token_kl is None else token_kl
-    torch.ops.dpo_kernels_cpu.logits_grad(logits, labels, logps, lse, grad_logps, *settings, out, *reference)
+    torch.ops.dpo_kernels_cpu.logits_grad(logits, labels, logps, lse, grad_logps, *transform, out, *reference)
+
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def preference_forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    transform: Transform,
+    statistics: tuple[str, ...],
+    weighting: Weighting,
+    family: Family,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`whole_call.preference_forward` in one call of the library."""
+    names = token_rows(ref_logits is not None, statistics)
+    pairs = weighting.pairs(labels)
+    small = {"dtype": torch.float64}
+    tokens = torch.empty((len(names), *labels.shape), **small)
+    sequences = torch.empty((len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), **small)
+    losses = torch.empty(pairs, **small)
+    loss = torch.empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
+    asked = sum(1 << row for row, name in enumerate(_ALL_ROWS) if name in names)
+    torch.ops.dpo_kernels_cpu.preference_forward.default(
+        logits, labels, ref_logits, *transform, asked, *weighting[:3], _REDUCTIONS.index(weighting.reduction), *family,
+        tokens, sequences, losses, loss,
+    )  # fmt: skip
+    return tokens, sequences, losses, loss
+
+
+def preference_backward(
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    sequences: Tensor,
+    grad_loss: Tensor,
+    transform: Transform,
+    weighting: Weighting,
+    out: Tensor,
+) -> None:
+    """`whole_call.preference_backward` in one call of the library."""
+    reduction = _REDUCTIONS.index(weighting.reduction)
+    torch.ops.dpo_kernels_cpu.preference_backward.default(
+        logits, labels, tokens, sequences, grad_loss.contiguous(), *transform, *weighting[:3], reduction, out
+    )

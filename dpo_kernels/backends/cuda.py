@@ -1,6 +1,6 @@
 """The stages in CUDA C++ (csrc/cuda): loads the library, or compiles it on first use, and allocates the outputs.
 
-Beside the four stages there is `fused_forward`: stages 1 and 2 in one launch, for the sigmoid family.
+Beside the four stages there is `token_logps_and_loss`: stages 1 and 2 in one launch, for the sigmoid family.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from ..stages import STATISTICS, TokenKL, Transform, token_rows
 from . import BackendUnavailable
-from .eager import TokenKL, TokenOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,14 @@ def _check_logits(logits: Tensor, ref_logits: Tensor | None) -> None:
             )
 
 
-def _token_outputs(labels: Tensor, wanted: tuple[bool, ...]) -> TokenOutputs:
-    # The kernels write every token, scored or not.
-    like = functools.partial(torch.empty, dtype=torch.float64, device=labels.device)
-    return tuple(like(labels.shape if want else 0) for want in wanted)  # type: ignore[return-value]
+def _token_outputs(
+    labels: Tensor, ref_logits: Tensor | None, statistics: tuple[str, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(the rows [R, B, T], which the kernels write for every token, and the operators' outputs: empty where not asked)."""
+    names = token_rows(ref_logits is not None, statistics)
+    tokens = torch.empty(len(names), *labels.shape, dtype=torch.float64, device=labels.device)
+    rows, nothing = dict(zip(names, tokens.unbind(0), strict=True)), tokens.new_empty(0)
+    return tokens, tuple(rows.get(name, nothing) for name in token_rows(True, STATISTICS))
 
 
 def _pair_outputs(beta: Tensor) -> PairOutputs:
@@ -78,22 +82,14 @@ def token_logps(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    entropy: bool,
-    kl: bool,
-    accuracy: bool,
-    mean_logits: bool,
-    log_sum_sq: bool,
-) -> TokenOutputs:
-    """Stage 1. See dpo_kernels/ops.py for the contract. A label outside [0, V) gives NaN for its token."""
+    transform: Transform,
+    statistics: tuple[str, ...],
+) -> Tensor:
+    """Stage 1."""
     _check_logits(logits, ref_logits)
-    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
-    outputs = _token_outputs(labels, wanted)
-    _kernels.token_logps(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *outputs)
-    return outputs
+    tokens, outputs = _token_outputs(labels, ref_logits, statistics)
+    _kernels.token_logps(logits, labels, ref_logits, *transform, *outputs)
+    return tokens
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -126,55 +122,40 @@ def logits_grad(
     logps: Tensor,
     lse: Tensor,
     grad_logps: Tensor,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
+    transform: Transform,
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself.
-
-    `token_kl` adds the gradients of token-level divergences; its logits are float32, bfloat16 or float16.
-    """
+    """Stage 3."""
     _check_logits(logits, None if token_kl is None else token_kl.ref_logits)
-    settings = (ignore_index, logit_scale, logit_softcap)
     reference = (None,) * 5 if token_kl is None else token_kl
-    _kernels.logits_grad(logits, labels, logps, lse, grad_logps, *settings, out, *reference)
+    _kernels.logits_grad(logits, labels, logps, lse, grad_logps, *transform, out, *reference)
 
 
-def fused_forward(
+def token_logps_and_loss(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
+    transform: Transform,
+    statistics: tuple[str, ...],
     weights: Tensor,
     cu_seqlens: Tensor | None,
     ref_sums: Tensor | None,
     beta: Tensor,
     label_smoothing: Tensor,
     robust: bool,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    entropy: bool,
-    kl: bool,
-    accuracy: bool,
-    mean_logits: bool,
-    log_sum_sq: bool,
-) -> tuple[TokenOutputs, PairOutputs]:
+) -> tuple[Tensor, PairOutputs]:
     """Stages 1 and 2 in a single launch, bit for bit what `token_logps` and then `preference_loss` give.
 
     Arguments as theirs: weights [B, T] float64 contiguous, 0 on unscored tokens; ref_sums only without ref_logits.
     """
     _check_logits(logits, ref_logits)
-    wanted = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
-    tokens = _token_outputs(labels, wanted)
+    tokens, outputs = _token_outputs(labels, ref_logits, statistics)
     pairs = _pair_outputs(beta)
     # Of this call alone, and cleared by it (csrc/cuda/params.h): nothing that a CUDA graph's pool owns outlives the call.
     counters = torch.empty(3 * beta.shape[0], dtype=torch.int32, device=logits.device)
     _kernels.fused_forward(
-        logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, *tokens,
+        logits, labels, ref_logits, *transform, *outputs,
         weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, *pairs, counters,
     )  # fmt: skip
     return tokens, pairs

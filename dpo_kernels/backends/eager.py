@@ -7,59 +7,23 @@ backend computes the same numbers in one read (forward) and one read and one wri
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import transform_logits
-
-TokenOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+from ..stages import TokenKL, Transform, check_labels, small_dtype, token_rows
 
 #: Elements of a block of `logits_grad_with_kl`; some ten temporaries of this size exist at a time.
 BLOCK = 1 << 20
-
-
-class TokenKL(NamedTuple):
-    """What stage 3 needs to differentiate token-level KL divergences as well.
-
-    Attributes:
-        ref_logits: [B, T, V], unit stride on V, any floating dtype.
-        ref_logps: [B, T], of stage 1.
-        kl: [B, T], KL(policy || reference), of stage 1; read only where grad_kl is not 0.
-        grad_kl: [B, T], gradient of the loss with respect to it, or None.
-        grad_forward_kl: [B, T], gradient with respect to KL(reference || policy), or None.
-    """
-
-    ref_logits: Tensor
-    ref_logps: Tensor
-    kl: Tensor
-    grad_kl: Tensor | None
-    grad_forward_kl: Tensor | None
 
 
 def check_available(device_type: str) -> None:
     """Eager PyTorch serves every device: never raises."""
 
 
-def small_dtype(device: torch.device) -> torch.dtype:
-    """dtype of everything of size [tokens] or less: float64, or float32 where the device (MPS) has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _work_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise ValueError naming row and position of the first label outside [0, vocab) that is not ignore_index."""
-    bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-    if bad.any():
-        row, position = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"label {labels[row, position].item()} at row {row}, position {position} is outside the vocabulary "
-            f"[0, {vocab}) and is not ignore_index ({ignore_index})"
-        )
 
 
 def _log_softmax_parts(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,32 +43,20 @@ def token_logps(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    entropy: bool,
-    kl: bool,
-    accuracy: bool,
-    mean_logits: bool,
-    log_sum_sq: bool,
-) -> TokenOutputs:
-    """Stage 1. See dpo_kernels/ops.py for the contract."""
+    transform: Transform,
+    statistics: tuple[str, ...],
+) -> Tensor:
+    """Stage 1."""
     if logits.device.type == "cpu":
-        check_labels(labels, logits.shape[-1], ignore_index)
+        check_labels(labels, logits.shape[-1], transform.ignore_index)
     small = small_dtype(logits.device)
-    scored = labels != ignore_index
+    scored = labels != transform.ignore_index
     in_range = (labels >= 0) & (labels < logits.shape[-1])
     index = torch.where(scored & in_range, labels, 0).unsqueeze(-1)
-    nothing = [torch.empty(0, dtype=small, device=logits.device) for _ in range(6)]  # outputs may not alias
-
-    def keep(values: Tensor) -> Tensor:
-        return torch.where(scored, torch.where(in_range, values.to(small), float("nan")), 0.0)
-
     work = _work_dtype(logits, ref_logits)
-    z = transform_logits(logits.to(work), logit_scale, logit_softcap)
-    logp, lse = _log_softmax_parts(z, index)
-    outputs = [keep(logp), keep(lse), *nothing]
+    z = transform_logits(logits.to(work), transform.scale, transform.softcap)
+    found: dict[str, Tensor] = {}
+    found["logps"], found["lse"] = logp, lse = _log_softmax_parts(z, index)
     # Moments under e = exp(z - top), divided by their own sum: rounding top or lse cancels.
     top = z.amax(-1, keepdim=True)
     top = torch.where(top.isinf(), 0.0, top)
@@ -112,23 +64,23 @@ def token_logps(
     e = shifted.exp()
     mass = e.sum(-1).to(small)
     if ref_logits is not None:
-        ref_z = transform_logits(ref_logits.to(work), logit_scale, logit_softcap)
-        ref_logp, ref_lse = _log_softmax_parts(ref_z, index)
-        outputs[2] = keep(ref_logp)
-        if kl:
+        ref_z = transform_logits(ref_logits.to(work), transform.scale, transform.softcap)
+        found["ref_logps"], ref_lse = _log_softmax_parts(ref_z, index)
+        if "kl" in statistics:
             # Where e is 0 the difference may be infinite; such entries carry no mass.
             drift = torch.where(e == 0, 0.0, e * (z - ref_z)).sum(-1).to(small) / mass
-            outputs[4] = keep(drift - lse + ref_lse)
-    if entropy:
+            found["kl"] = drift - lse + ref_lse
+    if "entropy" in statistics:
         drop = torch.where(e == 0, 0.0, e * shifted).sum(-1).to(small) / mass
-        outputs[3] = keep((lse - top.squeeze(-1).to(small)) - drop)
-    if accuracy:
-        outputs[5] = keep((z.argmax(-1) == index.squeeze(-1)).to(small))
-    if mean_logits:
-        outputs[6] = keep(z.mean(-1))
-    if log_sum_sq:
-        outputs[7] = keep(e.square().sum(-1).to(small).log() - 2 * mass.log())
-    return tuple(outputs)  # type: ignore[return-value]
+        found["entropy"] = (lse - top.squeeze(-1).to(small)) - drop
+    if "accuracy" in statistics:
+        found["accuracy"] = z.argmax(-1) == index.squeeze(-1)
+    if "mean_logits" in statistics:
+        found["mean_logits"] = z.mean(-1)
+    if "log_sum_sq" in statistics:
+        found["log_sum_sq"] = e.square().sum(-1).to(small).log() - 2 * mass.log()
+    rows = torch.stack([found[name].to(small) for name in token_rows(ref_logits is not None, statistics)])
+    return torch.where(scored, torch.where(in_range, rows, float("nan")), 0.0)
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -183,34 +135,26 @@ def logits_grad(
     logps: Tensor,
     lse: Tensor,
     grad_logps: Tensor,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
+    transform: Transform,
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself.
-
-    With `token_kl` the gradients of the token-level divergences are added: see `logits_grad_with_kl`.
-    """
+    """Stage 3. With `token_kl` see `logits_grad_with_kl`."""
     if token_kl is not None:
-        logits_grad_with_kl(
-            logits, labels, logps, lse, grad_logps, token_kl, ignore_index, logit_scale, logit_softcap, out
-        )
+        logits_grad_with_kl(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
         return
     work = _work_dtype(logits)
-    z = transform_logits(logits.to(work), logit_scale, logit_softcap)
-    live = (labels != ignore_index) & (grad_logps != 0)
+    z = transform_logits(logits.to(work), transform.scale, transform.softcap)
+    live = (labels != transform.ignore_index) & (grad_logps != 0)
     index = _indexable(labels, logits.shape[-1]).unsqueeze(-1)  # rows that are not live become 0 below
     origin = lse.to(work)
     factor = (grad_logps * torch.exp(origin.to(lse.dtype) - lse)).to(work)
     gradient = -(z - origin.unsqueeze(-1)).exp() * factor.unsqueeze(-1)
     at_label = (-grad_logps * torch.expm1(logps)).to(work)
     gradient.scatter_(-1, index, at_label.unsqueeze(-1))
-    if logit_softcap:
-        gradient = gradient * (1 - (z / logit_softcap) ** 2)
-    gradient = torch.where(live.unsqueeze(-1), gradient * logit_scale, 0.0)
+    if transform.softcap:
+        gradient = gradient * (1 - (z / transform.softcap) ** 2)
+    gradient = torch.where(live.unsqueeze(-1), gradient * transform.scale, 0.0)
     out.copy_(gradient)
 
 
@@ -225,11 +169,9 @@ def logits_grad_with_kl(
     logps: Tensor,
     lse: Tensor,
     grad_logps: Tensor,
-    token_kl: TokenKL,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
+    transform: Transform,
     out: Tensor,
+    token_kl: TokenKL,
 ) -> None:
     """Stage 3 with token-level KL divergences. With d_v = z_v - z'_v and D = sum p d, per row:
 
@@ -241,13 +183,13 @@ def logits_grad_with_kl(
     moves = grad_logps != 0
     for grad in (grad_kl, grad_forward_kl):
         moves = moves if grad is None else moves | (grad != 0)
-    live = moves & (labels != ignore_index)
+    live = moves & (labels != transform.ignore_index)
     row, column = live.nonzero(as_tuple=True)
     work = _work_dtype(logits, ref_logits)
     for at in torch.arange(row.numel(), device=row.device).split(max(1, BLOCK // logits.shape[-1])):
         b, t = row[at], column[at]
-        z = transform_logits(logits[b, t].to(work), logit_scale, logit_softcap)
-        ref_z = transform_logits(ref_logits[b, t].to(work), logit_scale, logit_softcap)
+        z = transform_logits(logits[b, t].to(work), transform.scale, transform.softcap)
+        ref_z = transform_logits(ref_logits[b, t].to(work), transform.scale, transform.softcap)
         label = _indexable(labels[b, t], logits.shape[-1]).unsqueeze(-1)
         # lse' is not an output of stage 1, but the label's logit minus its log-probability.
         ref_lse = ref_z.gather(-1, label).squeeze(-1).to(lse.dtype) - ref_logps[b, t]
@@ -273,7 +215,7 @@ def logits_grad_with_kl(
             gradient += column_of(grad_kl[b, t]) * p * (gap - column_of(mean))
         if grad_forward_kl is not None:
             gradient += column_of(grad_forward_kl[b, t]) * (p - softmax(ref_z, ref_lse))
-        if logit_softcap:
-            gradient *= 1 - (z / logit_softcap) ** 2
-        out[b, t] = (gradient * logit_scale).to(out.dtype)
+        if transform.softcap:
+            gradient *= 1 - (z / transform.softcap) ** 2
+        out[b, t] = (gradient * transform.scale).to(out.dtype)
     out.masked_fill_(~live.unsqueeze(-1), 0.0)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import linear, planner
+from .. import linear
 from ..functional import linear_logps
 
 # A step of TRL's on a CPU maps gigabytes anew and pays for every page of it: 2 MB instead of 4 KB. torch reads this when it first
@@ -106,7 +106,7 @@ def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: in
             softcap = None if final_logit_softcapping is None else final_logit_softcapping / temperature
             budget = memory_budget
             if budget is None:
-                budget = planner.step_budget(head.shape[1], head.shape[0], linear.card_memory(hidden.device))
+                budget = linear.planner.step_budget(head.shape[1], head.shape[0], linear.card_memory(hidden.device))
             logps, found = linear_logps(
                 hidden,
                 head,

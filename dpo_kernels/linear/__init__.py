@@ -10,6 +10,8 @@ Data flow of a chunk of c scored tokens (planner.py chooses c, and the strategy)
 
 Unscored tokens are never gathered, so prompts and padding cost nothing.
 
+    door.py        from a caller's tensors to a call: heads checked, strategy and budget chosen
+    planner.py     strategies, chunks and budgets, as pure functions of sizes; gpu.py has what is particular to a GPU
     call.py        what a call is, but for the tensors that may need a gradient
     chunk.py       the logits buffer, a chunk's way through the stages, the head's gradient
     tokens.py      log-probabilities per token, for any upstream gradient: all strategies but the next
@@ -25,74 +27,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, planner
-from . import operators  # noqa: F401 (registers what torch.compile calls)
-from .call import AUTO_FILTER, KL_TERMS, TOKEN_OUTPUTS, Call
-from .pairs import PairCall, WholePairs, wpo_weights
+from ..arguments import PairSettings
+from ..pair_loss import PairLosses, Tokens
+from . import operators
+from .call import NO_REFERENCE, Call, LMHead, Needs, Reference, sizes_of
+from .door import AUTO_FILTER, head_of, plan_call, reference_of
+from .gpu import card_memory
+from .pairs import WholePairs
+from .planner import Plan
 from .tokens import LinearLogps
 
 __all__ = [
     "AUTO_FILTER",
-    "KL_TERMS",
+    "NO_REFERENCE",
     "Call",
-    "PairCall",
+    "LMHead",
+    "Needs",
+    "Plan",
+    "Reference",
     "card_memory",
-    "device_of",
+    "head_of",
     "linear_logps",
+    "plan_call",
+    "reference_of",
+    "sizes_of",
     "whole_pairs",
-    "wpo_weights",
 ]
 
 
-def card_memory(device: torch.device) -> int:
-    """Bytes of the GPU's memory, of which a call's default budget is a share; 0 on other devices."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+def linear_logps(hidden: Tensor, head: LMHead, call: Call) -> tuple[dict[str, Tensor], Plan | None]:
+    """(what is found of each token by name, [B, T]; the plan). "logps" and the divergences among the terms are differentiable.
 
-
-def device_of(backend: str, device: torch.device, dtype: torch.dtype) -> planner.Device:
-    """What the planner knows of the device: its memory, and whether this backend's products may be the fused Triton kernels.
-
-    They serve the cuda backend too, where Triton is there; and in Triton's interpreter a CPU.
+    A compiled graph has no plan: it does not know how many tokens are scored.
     """
+    plan = None
     if torch.compiler.is_compiling():
-        return planner.Device(device.type)
-    fused = backend in ("triton", "cuda") and dtype != torch.float64 and backends.why_not("triton", device.type) is None
-    return planner.Device(device.type, card_memory(device), fused)
-
-
-def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> dict[str, Tensor]:
-    """Stage 1's results by name, [B, T]; "logps" and the divergences among the terms are differentiable."""
-    if torch.compiler.is_compiling():
-        outputs = torch.ops.dpo_kernels.linear_logps(
-            hidden,
-            weight,
-            bias,
-            call.labels,
-            call.ref_hidden,
-            call.ref_weight,
-            call.ref_bias,
-            call.ignore_index,
-            call.logit_scale,
-            call.logit_softcap,
-            list(call.statistics),
-            list(call.terms),
-            call.compute_dtype,
-            call.budget,
-            call.backend,
-        )
+        found = operators.linear_logps(hidden, head, call)
     else:
-        outputs = LinearLogps.apply(hidden, weight, bias, call)
-    return {name: value for name, value in zip(TOKEN_OUTPUTS, outputs, strict=True) if value.dim() > 1}
+        found, plan = LinearLogps.apply(hidden, *head, call)
+    return dict(zip(call.rows, found.unbind(0), strict=True)), plan
 
 
 def whole_pairs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    call: Call,
-    pair: PairCall,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, losses [P], sums, reference sums [2P], token results by name); only `loss` is differentiable."""
-    loss, losses, sums, ref_sums, *tokens = WholePairs.apply(hidden, weight, bias, call, pair)
-    found = {name: value for name, value in zip(TOKEN_OUTPUTS, tokens, strict=True) if value.dim() > 1}
-    return loss, losses, sums, ref_sums, found
+    hidden: Tensor, head: LMHead, call: Call, tokens: Tokens, settings: PairSettings
+) -> tuple[Tensor, PairLosses, dict[str, Tensor], Plan]:
+    """(loss, what `pair_losses` gives, what is found of each token by name, the plan); only `loss` is differentiable."""
+    loss, *vectors, found, plan = WholePairs.apply(hidden, *head, call, tokens, settings)
+    return loss, PairLosses(*vectors), dict(zip(call.rows, found.unbind(0), strict=True)), plan

@@ -1,93 +1,141 @@
-"""What a call of the linear path is, but for the tensors that may need a gradient, and the names of what it finds per token."""
+"""What a call of the linear path is, but for the tensors that may need a gradient."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends, planner
+from .. import backends
+from ..arguments import check_tensor
+from ..stages import KL_TERMS, Stages, Transform, all_rows
+from . import planner
 
-#: Names of a stage-1 result, in its order, and of what this module adds.
-STAGE_OUTPUTS = ("logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
-TOKEN_OUTPUTS = (*STAGE_OUTPUTS, "grad_dropped_mass", "forward_kl")
-#: Those that a loss may be differentiated by: KL(policy || reference) and KL(reference || policy) where a term, and these.
-KL_TERMS = ("kl", "forward_kl")
 
-#: What `grad_filter="auto"` means on a CPU: the threshold whose error in dH stays below the dtype's own rounding
-#: (docs/linear.md). On a GPU it means exact.
-AUTO_FILTER = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-20}
+class LMHead(NamedTuple):
+    """A head: weight [V, H], and bias [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def vocab(self) -> int:
+        """V; 0 where the weight is no matrix, which `check` says."""
+        return self.weight.shape[0] if isinstance(self.weight, Tensor) and self.weight.dim() else 0
+
+    def check(self, hidden: Tensor, vocab: int | None = None, prefix: str = "") -> None:
+        """Raise unless the head goes with its hidden states and the vocabulary; `prefix` is that of the caller's names."""
+        name, weight = f"{prefix}weight", self.weight
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name} must be the head's weight [V, H]; got {got}")
+        rows = weight.shape[0] if vocab is None else vocab
+        if rows == 0:
+            raise ValueError(f"{name} has an empty vocabulary: {list(weight.shape)}")
+        why = f"[V, H], H being that of {prefix}hidden"
+        check_tensor(name, weight, (rows, hidden.shape[-1]), hidden.device, why)
+        if self.bias is not None:
+            check_tensor(f"{prefix}bias", self.bias, (rows,), hidden.device, f"one per row of {name}")
+        if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"{name} is {weight.dtype}, {prefix}hidden is {hidden.dtype}; cast one, or call under torch.autocast"
+            )
+
+
+class Reference(NamedTuple):
+    """The reference's hidden states [B, T, Hr] and head [V, Hr], or nothing."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Whose gradients are wanted."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+NO_REFERENCE = Reference()
 
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call but the tensors that may need a gradient; labels and weights are [B, T].
+    """Everything about a call but the tensors that may need a gradient.
 
     Attributes:
-        ref_hidden: [B, T, Hr] or None; with ref_weight [V, Hr] and ref_bias [V] or None.
-        statistics: names of stage 1's statistics.
-        terms: the divergences that the loss reads of each token, differentiable: "kl" and "forward_kl".
+        labels: [B, T].
+        statistics: names of stage 1's statistics, and "grad_dropped_mass".
+        terms: the divergences that the loss reads of each token, differentiable (stages.KL_TERMS).
         compute_dtype: what the products and logits are in.
+        strategy, reason: see planner.py.
+        sizes: what the planner knows of the head.
+        budget: bytes.
         eps: filter threshold on probabilities, 0 for exact gradients.
-        fused: the products are the fused Triton kernels' (fused.py), which leave out blocks without probability.
     """
 
     labels: Tensor
-    ref_hidden: Tensor | None
-    ref_weight: Tensor | None
-    ref_bias: Tensor | None
-    ignore_index: int
-    logit_scale: float
-    logit_softcap: float
+    reference: Reference
+    transform: Transform
     statistics: tuple[str, ...]
+    terms: tuple[str, ...]
     compute_dtype: torch.dtype
-    budget: int
     backend: str
     strategy: str
-    terms: tuple[str, ...] = ()
+    sizes: planner.Head
+    needs: Needs
+    budget: int
     reason: str = ""
     eps: float = 0.0
-    fused: bool = False
-    needs_hidden: bool = False
-    needs_weight: bool = False
-    needs_bias: bool = False
 
     @property
-    def stages(self) -> ModuleType:
+    def fused(self) -> bool:
+        """The products are the fused Triton kernels' (fused.py), which leave out blocks without probability."""
+        return self.sizes.fused
+
+    @property
+    def stages(self) -> Stages:
         """The backend's stage functions."""
-        return backends.load(self.backend, self.labels.device.type)
+        return backends.load(self.backend, self.labels.device.type)  # type: ignore[return-value]
 
     @property
-    def given(self) -> frozenset[str]:
-        """Names of everything that is found per token beside logps, lse and ref_logps."""
-        return frozenset((*self.statistics, *self.terms))
-
-    @property
-    def kl_gradient(self) -> bool:
-        """Whether a token-level KL is differentiated."""
-        return bool(self.terms)
+    def rows(self) -> tuple[str, ...]:
+        """Names of what is found of each token."""
+        return all_rows(self.reference.hidden is not None, self.statistics, self.terms)
 
     def without_reference(self) -> Call:
         """The call for a backward of log-probabilities alone: the reference needs no second projection."""
-        return replace(self, ref_hidden=None, ref_weight=None, ref_bias=None, statistics=(), terms=())
+        sizes = replace(self.sizes, projects_reference=False, kl=False, kl_gradient=False)
+        return replace(self, reference=NO_REFERENCE, statistics=(), terms=(), sizes=sizes)
 
-    def sizes(self, hidden_size: int, vocab: int) -> planner.Head:
-        """What the planner needs to know."""
-        return planner.Head(
-            hidden_size,
-            vocab,
-            self.compute_dtype.itemsize,
-            self.needs_hidden,
-            self.needs_weight or self.needs_bias,
-            self.ref_hidden is not None,
-            not self.given.isdisjoint(KL_TERMS),
-            self.labels.device.type == "cpu" and self.compute_dtype.itemsize == 2,
-            self.kl_gradient,
-            self.fused,
-            self.labels.device.type,
-        )
+
+def sizes_of(
+    hidden: Tensor,
+    vocab: int,
+    reference: Reference,
+    statistics: tuple[str, ...],
+    terms: tuple[str, ...],
+    compute_dtype: torch.dtype,
+    needs: Needs,
+) -> planner.Head:
+    """What the planner needs to know of a call with hidden states [B, T, H]; `fused` is its own decision."""
+    device = hidden.device.type
+    return planner.Head(
+        hidden.shape[-1],
+        vocab,
+        compute_dtype.itemsize,
+        needs_hidden=needs.hidden,
+        needs_weight=needs.weight or needs.bias,
+        projects_reference=reference.hidden is not None,
+        kl=not {*statistics, *terms}.isdisjoint(KL_TERMS),
+        widens=device == "cpu" and compute_dtype.itemsize == 2,
+        kl_gradient=bool(terms),
+        device_type=device,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import filtered, planner
-from ..backends.eager import TokenKL, check_labels, small_dtype
+from .. import filtered
 from ..memory import available, fresh
-from .call import KL_TERMS, STAGE_OUTPUTS, TOKEN_OUTPUTS, Call, KLGradients
+from ..stages import STATISTICS, TokenKL, check_labels, small_dtype, token_rows
+from . import planner
+from .call import Call, KLGradients
+from .gpu import row_stride
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # The dtypes of the products are chosen once, in functional.py; autocast must not choose again inside.
+    # The dtypes of the products are chosen once, in door.py; autocast must not choose again inside.
     return torch.autocast(device.type, enabled=False)
 
 
@@ -87,9 +89,9 @@ class HeadGradient:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.started = into is not None
-        if call.needs_weight:
+        if call.needs.weight:
             self.weight = fresh((vocab, hidden_size), dtype or self.dtype, device) if into is None else into
-        if call.needs_bias:
+        if call.needs.bias:
             self.bias = torch.zeros(vocab, dtype=self.dtype, device=device)
 
     def add(self, dz: Tensor, rows: Tensor) -> None:
@@ -137,9 +139,10 @@ class Projection:
         self.hidden = hidden
         self.weight = weight.to(call.compute_dtype)
         self.bias = None if bias is None else bias.to(call.compute_dtype)
-        self.ref_weight = None if call.ref_weight is None else call.ref_weight.to(call.compute_dtype)
-        self.ref_bias = None if call.ref_bias is None else call.ref_bias.to(call.compute_dtype)
-        self.side_by_side = call.ref_hidden is not None and not call.given.isdisjoint(KL_TERMS)
+        _, ref_weight, ref_bias = call.reference
+        self.ref_weight = None if ref_weight is None else ref_weight.to(call.compute_dtype)
+        self.ref_bias = None if ref_bias is None else ref_bias.to(call.compute_dtype)
+        self.side_by_side = call.sizes.projects_reference and call.sizes.kl
         vocab = weight.shape[0]
         self.buffer = logits_buffer(rows, vocab, call.compute_dtype, hidden.device)
         self.ref_buffer = self.buffer
@@ -157,55 +160,38 @@ class Projection:
 
     def project_reference(self, tokens: Tensor) -> Tensor:
         """The reference's logits [c, V], in its buffer."""
-        assert self.call.ref_hidden is not None
+        assert self.call.reference.hidden is not None
         assert self.ref_weight is not None
-        ref_rows = gather(self.call.ref_hidden, tokens, self.call.compute_dtype)
+        ref_rows = gather(self.call.reference.hidden, tokens, self.call.compute_dtype)
         return _project(ref_rows, self.ref_weight, self.ref_bias, self.ref_buffer)
 
     def measure(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(logits [c, V] of the policy, stage 1's results [c] by name) of a chunk."""
         call = self.call
         ref_logits, ref_logps = None, None
-        if call.ref_hidden is not None:
+        if call.reference.hidden is not None:
             ref_logits = self.project_reference(tokens)
             if not self.side_by_side:
                 # Without a KL the two need not meet: one buffer serves both in turn.
                 ref_logps = self._stage_1(ref_logits, tokens, None)["logps"]
                 ref_logits = None
         logits = self.project(rows)
-        found = self._stage_1(logits, tokens, ref_logits, call.given, kl=self.side_by_side)
+        names = tuple(name for name in STATISTICS if name in call.rows)
+        found = self._stage_1(logits, tokens, ref_logits, names)
         if ref_logps is not None:
             found["ref_logps"] = ref_logps
         if "forward_kl" in call.terms:
             assert ref_logits is not None
-            found["forward_kl"] = self._stage_1(ref_logits, tokens, logits, kl=True)["kl"]
+            found["forward_kl"] = self._stage_1(ref_logits, tokens, logits, ("kl",))["kl"]
         return logits, found
 
     def _stage_1(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        ref_logits: Tensor | None,
-        names: Collection[str] = (),
-        *,
-        kl: bool = False,
+        self, logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, statistics: tuple[str, ...] = ()
     ) -> dict[str, Tensor]:
-        call = self.call
-        outputs = call.stages.token_logps(
-            logits.unsqueeze(0),
-            self.labels[tokens].unsqueeze(0),
-            None if ref_logits is None else ref_logits.unsqueeze(0),
-            ignore_index=call.ignore_index,
-            logit_scale=call.logit_scale,
-            logit_softcap=call.logit_softcap,
-            entropy="entropy" in names,
-            kl=kl,
-            accuracy="accuracy" in names,
-            mean_logits="mean_logits" in names,
-            log_sum_sq="log_sum_sq" in names,
-        )
-        found = zip(STAGE_OUTPUTS, outputs, strict=True)
-        return {name: value[0] for name, value in found if value.dim() > 1}
+        ref_logits = None if ref_logits is None else ref_logits.unsqueeze(0)
+        labels = self.labels[tokens].unsqueeze(0)
+        found = self.call.stages.token_logps(logits.unsqueeze(0), labels, ref_logits, self.call.transform, statistics)
+        return dict(zip(token_rows(ref_logits is not None, statistics), found[:, 0].unbind(0), strict=True))
 
     def differentiate(
         self,
@@ -231,18 +217,9 @@ class Projection:
                 row(divergences.grad_kl),
                 row(divergences.grad_forward_kl),
             )
-        call.stages.logits_grad(
-            logits.unsqueeze(0),
-            self.labels[tokens].unsqueeze(0),
-            row(logps),
-            row(lse),
-            row(grad_logps),
-            ignore_index=call.ignore_index,
-            logit_scale=call.logit_scale,
-            logit_softcap=call.logit_softcap,
-            out=logits.unsqueeze(0),
-            token_kl=token_kl,
-        )
+        labels, every = self.labels[tokens].unsqueeze(0), logits.unsqueeze(0)
+        small = (row(values) for values in (logps, lse, grad_logps))
+        call.stages.logits_grad(every, labels, *small, call.transform, every, token_kl)  # type: ignore[arg-type]
         return logits
 
     def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:
@@ -254,8 +231,8 @@ class Projection:
             found["logps"].contiguous(),
             found["lse"].contiguous(),
             eps=call.eps,
-            logit_scale=call.logit_scale,
-            logit_softcap=call.logit_softcap,
+            logit_scale=call.transform.scale,
+            logit_softcap=call.transform.softcap,
         )
         if result is None:
             return None
@@ -283,14 +260,14 @@ class Projection:
     ) -> Tensor | None:
         """dH rows [c, H] of a chunk if the call needs them, its part of the head's gradient joining `gradient`."""
         dz = self.differentiate(logits, tokens, logps, lse, grad_logps, divergences)
-        grad_hidden = self.hidden_gradient(dz) if self.call.needs_hidden else None
+        grad_hidden = self.hidden_gradient(dz) if self.call.needs.hidden else None
         gradient.add(dz, rows)
         return grad_hidden
 
 
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for [rows, V] logits, whose rows lie `planner.row_stride` apart."""
-    stride = planner.row_stride(vocab, dtype.itemsize, device.type)
+    """Room for [rows, V] logits, whose rows lie `row_stride` apart."""
+    stride = row_stride(vocab, dtype.itemsize, device.type)
     return fresh((rows, stride), dtype, device)[:, :vocab]
 
 
@@ -309,39 +286,29 @@ def scatter(like: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 class TokenTable:
-    """Stage 1's results of all tokens, [B, T], filled chunk by chunk; 0 on unscored tokens."""
+    """Numbers of all tokens, filled chunk by chunk: `all` [R, B, T], and `rows` by name; 0 on unscored tokens."""
 
-    def __init__(self, call: Call) -> None:
-        given = {"logps", "lse", *call.given}
-        given |= {"ref_logps"} if call.ref_hidden is not None else set()
-        # The gradient of either divergence starts from this one's value.
-        given |= {"kl"} if call.kl_gradient else set()
-        device = call.labels.device
-        shape, dtype = call.labels.shape, small_dtype(device)
-        self.values = {
-            name: torch.zeros(shape if name in given else 0, dtype=dtype, device=device) for name in TOKEN_OUTPUTS
-        }
+    def __init__(self, names: tuple[str, ...], labels: Tensor) -> None:
+        shape = (len(names), *labels.shape)
+        self.all = torch.zeros(shape, dtype=small_dtype(labels.device), device=labels.device)
+        self.rows = dict(zip(names, self.all.unbind(0), strict=True))
 
     def put(self, tokens: Tensor, found: dict[str, Tensor]) -> None:
         """Store a chunk's results."""
         for name, value in found.items():
-            if self.values[name].dim() > 1:
-                self.values[name].view(-1)[tokens] = value
-
-    def tuple(self) -> tuple[Tensor, ...]:
-        """In stage 1's order."""
-        return tuple(self.values[name] for name in TOKEN_OUTPUTS)
+            if name in self.rows:
+                self.rows[name].view(-1)[tokens] = value
 
 
 def scored(call: Call) -> Tensor:
     """Flat indices of the scored tokens, [N]."""
-    return (call.labels.reshape(-1) != call.ignore_index).nonzero().squeeze(-1)
+    return (call.labels.reshape(-1) != call.transform.ignore_index).nonzero().squeeze(-1)
 
 
 def check_all_labels(call: Call, vocab: int) -> None:
     # Chunks are compacted, so only here can an error name the caller's row and position. Accelerators write NaN instead.
     if call.labels.device.type == "cpu":
-        check_labels(call.labels, vocab, call.ignore_index)
+        check_labels(call.labels, vocab, call.transform.ignore_index)
 
 
 def main_grad(weight: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..stages import STATISTICS
 from .call import Call, KLGradients
 from .chunk import HeadGradient, gather
 
@@ -30,10 +31,10 @@ class FusedProjection:
         self.hidden = hidden
         self.labels = call.labels.reshape(-1)
         weight = weight.to(call.compute_dtype).contiguous()
-        self.head = self.grad.HeadCall(weight, narrow(bias), None, call.logit_scale, call.logit_softcap, call.eps)
-        self.ref_weight, self.ref_bias = narrow(call.ref_weight), narrow(call.ref_bias)
+        self.head = self.grad.HeadCall(weight, narrow(bias), None, call.transform.scale, call.transform.softcap, call.eps)
+        self.ref_weight, self.ref_bias = narrow(call.reference.weight), narrow(call.reference.bias)
         self.stores = call.strategy == "whole_pairs"
-        self.names = frozenset(call.given & {"entropy", "log_sum_sq", "accuracy", "mean_logits"})
+        self.names = frozenset(STATISTICS) & frozenset(call.rows) - {"kl"}
         shape = (rows, self.grad.padded(weight.shape[0], call.compute_dtype))
         self.buffer = torch.empty(shape, dtype=call.compute_dtype, device=hidden.device)
         self.dropped = torch.empty(0)
@@ -47,7 +48,7 @@ class FusedProjection:
     def sort(self, total: Tensor, count: int) -> None:
         """Order the vocabulary by the mean logit of `count` tokens whose hidden states add up to `total` [H] float32."""
         order = self.grad.order_by_mean_logit(
-            self.head.weight, self.head.bias, total / max(count, 1), self.call.logit_scale
+            self.head.weight, self.head.bias, total / max(count, 1), self.call.transform.scale
         )
         self.head = self.grad.with_order(self.head, order)
 
@@ -73,8 +74,8 @@ class FusedProjection:
             bias,
             self.labels[tokens],
             names,
-            logit_scale=self.call.logit_scale,
-            logit_softcap=self.call.logit_softcap,
+            logit_scale=self.call.transform.scale,
+            logit_softcap=self.call.transform.softcap,
             order=self.head.order if self.stores else None,
             logits=stored,
             wide=not (self.names or self.stores),
@@ -83,9 +84,9 @@ class FusedProjection:
     def measure(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """(logits of the policy where they are stored, stage 1's results [c] by name) of a chunk."""
         ref_logps = None
-        if self.call.ref_hidden is not None:
+        if self.call.reference.hidden is not None:
             assert self.ref_weight is not None
-            ref_rows = gather(self.call.ref_hidden, tokens, self.call.compute_dtype).contiguous()
+            ref_rows = gather(self.call.reference.hidden, tokens, self.call.compute_dtype).contiguous()
             ref_logps = self._logps(ref_rows, self.ref_weight, self.ref_bias, tokens, frozenset())["logps"]
         found = self._logps(rows, self.head.weight, self.head.bias, tokens, self.names)
         if ref_logps is not None:
@@ -138,7 +139,7 @@ class FusedProjection:
             back = torch.where(grad == 0, 0.0, grad * found.tail).sum() / gradient.bias.shape[0]
             gradient.bias += self.grad.bias_grad(self.head, found) - back.float()
         gradient.started = True
-        if not self.call.needs_hidden:
+        if not self.call.needs.hidden:
             return None
         if self._mean_row is None:
             self._mean_row = self.head.weight.mean(0, dtype=torch.float32)

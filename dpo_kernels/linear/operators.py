@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.eager import small_dtype
-from .call import TOKEN_OUTPUTS, Call, KLGradients
+from ..stages import Transform, small_dtype
+from .call import Call, KLGradients, LMHead, Needs, Reference, sizes_of
 from .chunk import no_autocast
-from .tokens import backward_tokens, constants, forward_tokens, upstream
+from .tokens import backward_tokens, forward_tokens, upstream
 
 _library = torch.library.Library("dpo_kernels", "FRAGMENT")
 _ARGUMENTS = (
@@ -20,79 +20,58 @@ _ARGUMENTS = (
     "Tensor? ref_bias, int ignore_index, float logit_scale, float logit_softcap, str[] statistics, str[] terms, "
     "ScalarType compute_dtype, int budget, str backend"
 )
+_library.define(f"linear_logps({_ARGUMENTS}) -> Tensor")
 _library.define(
-    f"linear_logps({_ARGUMENTS}) -> (Tensor logps, Tensor lse, Tensor ref_logps, Tensor entropy, Tensor kl, "
-    "Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq, Tensor grad_dropped_mass, Tensor forward_kl)"
-)
-_library.define(
-    f"linear_logps_grad({_ARGUMENTS}, Tensor logps, Tensor lse, Tensor ref_logps, Tensor kl, Tensor grad_logps, "
-    "Tensor? grad_kl, Tensor? grad_forward_kl, bool needs_hidden, bool needs_weight, bool needs_bias) "
+    f"linear_logps_grad({_ARGUMENTS}, Tensor found, Tensor grad_logps, Tensor? grad_kl, Tensor? grad_forward_kl, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _ops = torch.ops.dpo_kernels
 _COUNT = 15  # tensors and options of _ARGUMENTS
 
 
-def _call_of(
-    arguments: Sequence[Any], needs_hidden: bool = False, needs_weight: bool = False, needs_bias: bool = False
-) -> tuple[Call, Tensor, Tensor, Tensor | None]:
-    (
+def linear_logps(hidden: Tensor, head: LMHead, call: Call) -> Tensor:
+    """`LinearLogps` for torch.compile: what is found of all tokens, [R, B, T]."""
+    return _ops.linear_logps(
         hidden,
-        weight,
-        bias,
-        labels,
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        ignore,
-        scale,
-        cap,
-        names,
-        terms,
-        dtype,
-        budget,
-        backend,
-    ) = arguments
-    call = Call(
-        labels,
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        ignore,
-        scale,
-        cap,
-        tuple(names),
-        dtype,
-        budget,
-        backend,
-        "forward",
-        tuple(terms),
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-        needs_bias=needs_bias,
+        *head,
+        call.labels,
+        *call.reference,
+        *call.transform,
+        list(call.statistics),
+        list(call.terms),
+        call.compute_dtype,
+        call.budget,
+        call.backend,
     )
+
+
+def _call_of(arguments: Sequence[Any], needs: Needs) -> tuple[Call, Tensor, Tensor, Tensor | None]:
+    hidden, weight, bias, labels, *rest = arguments
+    reference, transform = Reference(*rest[:3]), Transform(*rest[3:6])
+    statistics, terms, dtype, budget, backend = rest[6:]
+    statistics, terms = tuple(statistics), tuple(terms)
+    sizes = sizes_of(hidden, weight.shape[0], reference, statistics, terms, dtype, needs)
+    call = Call(labels, reference, transform, statistics, terms, dtype, backend, "forward", sizes, needs, budget)
     return call, hidden, weight, bias
 
 
-def _linear_logps(*arguments: Any) -> tuple[Tensor, ...]:
-    call, hidden, weight, bias = _call_of(arguments)
+def _linear_logps(*arguments: Any) -> Tensor:
+    call, hidden, weight, bias = _call_of(arguments, Needs())
     with no_autocast(hidden.device):
-        run = forward_tokens(call, hidden, weight, bias)
-    return run.table.tuple()
+        return forward_tokens(call, hidden, weight, bias).table.all
 
 
 def _linear_logps_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    logps, lse, ref_logps, kl, grad_logps, grad_kl, grad_forward_kl, *needs = arguments[_COUNT:]
-    needs_hidden, needs_weight, needs_bias = needs
+    found, grad_logps, grad_kl, grad_forward_kl, *needs = arguments[_COUNT:]
+    call, hidden, weight, bias = _call_of(arguments[:_COUNT], Needs(*needs))
     divergences = None
-    if grad_kl is not None or grad_forward_kl is not None:
-        divergences = KLGradients(ref_logps, kl, grad_kl, grad_forward_kl)
-    call, hidden, weight, bias = _call_of(
-        arguments[:_COUNT], needs_hidden=needs_hidden, needs_weight=needs_weight, needs_bias=needs_bias
-    )
+    if call.terms:
+        rows = dict(zip(call.rows, found.unbind(0), strict=True))
+        divergences = KLGradients(rows["ref_logps"], rows["kl"], grad_kl, grad_forward_kl)
     with no_autocast(hidden.device):
         grad_hidden, gradient = backward_tokens(
-            call, hidden, weight, bias, logps, lse, grad_logps, divergences=divergences
+            call, hidden, weight, bias, found, grad_logps, divergences=divergences
         )
     nothing = hidden.new_empty(0)
     return (
@@ -107,18 +86,15 @@ _library.impl("linear_logps_grad", _linear_logps_grad, "CompositeExplicitAutogra
 
 
 @torch.library.register_fake("dpo_kernels::linear_logps", lib=_library)
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, labels, ref_hidden, statistics, terms = (arguments[i] for i in (0, 3, 4, 10, 11))
-    given = {"logps", "lse", *statistics, *terms, *(["ref_logps"] if ref_hidden is not None else [])}
-    given |= {"kl"} if terms else set()
-    small = small_dtype(hidden.device)
-    return tuple(hidden.new_empty(labels.shape if name in given else (0,), dtype=small) for name in TOKEN_OUTPUTS)
+def _(*arguments: Any) -> Tensor:
+    call, hidden, *_ = _call_of(arguments, Needs())
+    return hidden.new_empty((len(call.rows), *call.labels.shape), dtype=small_dtype(hidden.device))
 
 
 @torch.library.register_fake("dpo_kernels::linear_logps_grad", lib=_library)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = arguments[:3]
-    needs_hidden, needs_weight, needs_bias = arguments[_COUNT + 7 :]
+    needs_hidden, needs_weight, needs_bias = arguments[_COUNT + 4 :]
     return (
         torch.empty(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
         torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype, device=weight.device),
@@ -128,32 +104,30 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output[:3], output[4])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7], output)
     ctx.options = inputs[7:]
-    ctx.mark_non_differentiable(*constants(inputs[11], output))
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, logps, lse, ref_logps, kl = ctx.saved_tensors
-    grad_logps, divergences = upstream(grads, logps, ref_logps, kl)
-    if grad_logps is None:
+def _op_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_tokens is None:
         return (None,) * _COUNT
+    *tensors, found = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    by_kl = by_forward = None
-    ignore_index, scale, cap, _, terms, *rest = ctx.options
+    call, *_ = _call_of((*tensors, *ctx.options), Needs(*needs))
+    grad_logps, divergences = upstream(call, grad_tokens, found)
+    options = list(ctx.options)
+    by_terms: tuple[Tensor | None, ...] = (None, None)
     if divergences is None:
         # The reference needs no second projection.
-        tensors, terms = [*tensors[:4], None, None, None], []
+        tensors, options[3:5] = [*tensors[:4], None, None, None], [[], []]
     else:
-        by_kl, by_forward = divergences.grad_kl, divergences.grad_forward_kl
-    options = [ignore_index, scale, cap, [], terms, *rest]
-    saved = (logps, lse, ref_logps, kl)
-    gradients = _ops.linear_logps_grad(*tensors, *options, *saved, grad_logps, by_kl, by_forward, *needs)
-    found = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return (*found, *(None,) * (_COUNT - 3))
+        by_terms = (divergences.grad_kl, divergences.grad_forward_kl)
+    gradients = _ops.linear_logps_grad(*tensors, *options, found, grad_logps, *by_terms, *needs)
+    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return (*wanted, *(None,) * (_COUNT - 3))
 
 
 torch.library.register_autograd("dpo_kernels::linear_logps", _op_backward, setup_context=_setup, lib=_library)
-torch.library.register_autograd("dpo_kernels::linear_logps_grad", ops._no_double_backward, lib=_library)
+torch.library.register_autograd("dpo_kernels::linear_logps_grad", ops.no_double_backward, lib=_library)

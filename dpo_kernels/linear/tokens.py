@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import filtered, planner
-from .call import KL_TERMS, TOKEN_OUTPUTS, Call, KLGradients
+from .. import filtered
+from ..stages import KL_TERMS
+from . import planner
+from .call import Call, KLGradients
 from .chunk import (
     HeadGradient,
     Projection,
@@ -55,14 +57,14 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
     """Stage 1 over all scored tokens, chunk by chunk, and what the strategy saves for the backward."""
     check_all_labels(call, weight.shape[0])
     tokens = scored(call)
-    head = call.sizes(hidden.shape[-1], weight.shape[0])
+    head = call.sizes
     may_keep = not torch.compiler.is_compiling()
 
     def plan_for(budget: int) -> planner.Plan:
         return planner.plan_tokens(head, call.strategy, tokens.shape[0], budget, call.reason, may_keep=may_keep)
 
     plan = fitting(plan_for, call, head.row_bytes)
-    table = TokenTable(call)
+    table = TokenTable(call.rows, call.labels)
     kind: Any = FusedProjection if call.fused else Projection
     projection = kind(call, hidden, weight, bias, plan.rows)
     total = torch.zeros(hidden.shape[-1], dtype=torch.float32, device=hidden.device) if call.fused else None
@@ -82,7 +84,8 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
                 # The softmax is too flat for lists to pay: the whole call turns exact, and projects again.
                 reason = f"more than {filtered.DENSEST:g} of the entries exceed {call.eps:g}, so the gradient is exact"
                 plan, lists = replace(plan, strategy="two_pass", reason=reason), []
-                table.values["grad_dropped_mass"].zero_()
+                if "grad_dropped_mass" in table.rows:
+                    table.rows["grad_dropped_mass"].zero_()
             else:
                 lists.append(kept)
         table.put(chunk, found)
@@ -114,7 +117,7 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
 
 def _put_dropped_mass(projection: FusedProjection, table: TokenTable, tokens: Tensor, plan: planner.Plan) -> None:
     # Which blocks are dead is known only when all probabilities are, so the report costs one more projection.
-    logps, lse = (table.values[name].view(-1) for name in ("logps", "lse"))
+    logps, lse = (table.rows[name].view(-1) for name in ("logps", "lse"))
     for begin, end in plan.groups[0].chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] > 0:
@@ -135,7 +138,7 @@ def _backward_filtered(
     grad = grad_logps.reshape(-1)[tokens].double()
     gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
     grad_hidden = None
-    if call.needs_hidden:
+    if call.needs.hidden:
         grad_hidden = scatter(hidden, tokens, filtered.grad_hidden(kept, grad, weight.to(call.compute_dtype)))
     if gradient.weight is not None:
         rows = gather(hidden, tokens, call.compute_dtype)
@@ -150,8 +153,7 @@ def backward_tokens(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    logps: Tensor,
-    lse: Tensor,
+    found: Tensor,
     grad_logps: Tensor,
     *,
     tokens: Tensor | None = None,
@@ -162,7 +164,7 @@ def backward_tokens(
 ) -> tuple[Tensor | None, HeadGradient]:
     """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again.
 
-    `tokens` are the forward's, in the order of `kept_logits`. `divergences` add theirs, and the reference is projected again
+    `found` are the forward's rows [R, B, T]. `tokens` are the forward's, in the order of `kept_logits`. `divergences` add theirs, and the reference is projected again
     as well.
     """
     call = call.without_reference() if divergences is None else call
@@ -170,18 +172,18 @@ def backward_tokens(
     # Kept logits are there for every scored token, and the blocks are those that the forward reported; otherwise tokens
     # without gradient need no second projection. To find them on a GPU the host would wait for the stream a second time.
     if tokens is None or not (kept_logits is not None or call.fused or hidden.device.type != "cpu"):
-        live = call.labels.reshape(-1) != call.ignore_index
+        live = call.labels.reshape(-1) != call.transform.ignore_index
         if kept_logits is None and not call.fused:
             live &= small != 0 if divergences is None else (small != 0) | divergences.moves().reshape(-1)
         tokens = live.nonzero().squeeze(-1)
-    head = call.sizes(hidden.shape[-1], weight.shape[0])
+    head = call.sizes
     count = tokens.shape[0]
 
     def plan_for(budget: int) -> planner.Plan:
         return planner.plan_tokens(head, "two_pass", count, budget, may_keep=False)
 
     def beside(plan: planner.Plan) -> int:
-        held = call.needs_weight and into is None
+        held = call.needs.weight and into is None
         return held * weight.numel() * gradient_dtype(call, weight, len(plan.groups[0].chunks)).itemsize
 
     rows, chunks = 0, [(0, count)]
@@ -190,14 +192,14 @@ def backward_tokens(
         rows, chunks = plan.rows, plan.groups[0].chunks
     dtype = gradient_dtype(call, weight, len(chunks))
     gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into, dtype)
-    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if call.needs_hidden else None
+    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if call.needs.hidden else None
     projection: Any
     if call.fused:
         projection = FusedProjection(call, hidden, weight, bias, rows)
         projection.take_order(order, tokens, chunks)
     else:
         projection = Projection(call, hidden, weight, bias, rows)
-    logps, lse = logps.reshape(-1), lse.reshape(-1)
+    logps, lse = (found[row].reshape(-1) for row in range(2))
     for begin, end in chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] == 0:
@@ -230,48 +232,41 @@ def take_weight(gradient: HeadGradient, weight: Tensor, into: Tensor | None) -> 
     return gradient.weight.to(weight.dtype)
 
 
-def constants(terms: Sequence[str], outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Those of TOKEN_OUTPUTS that carry no gradient."""
-    moving = {"logps", *terms}
-    return [value for name, value in zip(TOKEN_OUTPUTS, outputs, strict=True) if name not in moving]
-
-
 def upstream(
-    grads: Sequence[Tensor | None], logps: Tensor, ref_logps: Tensor, kl: Tensor
-) -> tuple[Tensor | None, KLGradients | None]:
-    """(gradient by the log-probabilities, by the divergences) from those of TOKEN_OUTPUTS; (None, None) if there is none."""
-    by_name = dict(zip(TOKEN_OUTPUTS, grads, strict=True))
-    # A graph compiler may materialise the gradient of an output that is empty because nobody asked for it.
-    by_kl, by_forward = (None if (g := by_name[name]) is None or g.dim() == 1 else g for name in KL_TERMS)
-    if by_kl is None and by_forward is None:
-        return by_name["logps"], None
-    by_logps = torch.zeros_like(logps) if by_name["logps"] is None else by_name["logps"]
-    return by_logps, KLGradients(ref_logps, kl, by_kl, by_forward)
+    call: Call, grad_tokens: Tensor, tokens: Tensor
+) -> tuple[Tensor, KLGradients | None]:
+    """(gradient by the log-probabilities, by the divergences among the terms), from that of all rows [R, B, T]."""
+    grads = dict(zip(call.rows, grad_tokens.unbind(0), strict=True))
+    if not call.terms:
+        return grads["logps"], None
+    rows = dict(zip(call.rows, tokens.unbind(0), strict=True))
+    by_terms = (grads[name] if name in call.terms else None for name in KL_TERMS)
+    return grads["logps"], KLGradients(rows["ref_logps"], rows["kl"], *by_terms)
 
 
 class LinearLogps(torch.autograd.Function):
-    """Token log-probabilities from hidden states (eager): every strategy but whole_pairs."""
+    """What is found of all tokens [R, B, T], from hidden states (eager): every strategy but whole_pairs. And the plan."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+    ) -> tuple[Tensor, planner.Plan]:
         with no_autocast(hidden.device):
             run = forward_tokens(call, hidden, weight, bias)
         logger.debug("%s", run.plan.describe())
-        outputs = run.table.tuple()
         ctx.call, ctx.strategy, ctx.used = call, run.plan.strategy, False
-        ctx.save_for_backward(hidden, weight, bias, *outputs[:3], outputs[4], run.tokens, *run.saved)
-        ctx.mark_non_differentiable(*constants(call.terms, outputs))
+        ctx.save_for_backward(hidden, weight, bias, run.table.all, run.tokens, *run.saved)
         ctx.set_materialize_grads(False)
-        return outputs
+        return run.table.all, run.plan
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, logps, lse, ref_logps, kl, tokens, *saved = ctx.saved_tensors
-        grad_logps, divergences = upstream(grads, logps, ref_logps, kl)
-        if grad_logps is None:
+    def backward(ctx: Any, grad_tokens: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, found, tokens, *saved = ctx.saved_tensors
+        if grad_tokens is None:
             return (None,) * 4
         call: Call = ctx.call
+        grad_logps, divergences = upstream(call, grad_tokens, found)
         with no_autocast(hidden.device):
             if ctx.strategy == "frozen_head":
                 scale = grad_logps.reshape(-1)[tokens].unsqueeze(-1)
@@ -279,7 +274,7 @@ class LinearLogps(torch.autograd.Function):
                 # 0 * inf: a token without gradient gets an exact 0 whatever its log-probability's slope.
                 rows = torch.where(scale == 0, torch.zeros_like(rows), rows)
                 return scatter(hidden, tokens, rows), None, None, None
-            into = main_grad(weight) if call.needs_weight else None
+            into = main_grad(weight) if call.needs.weight else None
             kept = None
             if ctx.strategy == "kept_logits" and not ctx.used:
                 # dz goes over the kept logits; a second backward of the same graph projects again. `.data` keeps the
@@ -294,8 +289,7 @@ class LinearLogps(torch.autograd.Function):
                     hidden,
                     weight,
                     bias,
-                    logps,
-                    lse,
+                    found,
                     grad_logps,
                     tokens=tokens,
                     divergences=divergences,

@@ -57,8 +57,8 @@ class BoundObjective:
         return self.info.reward(self._own(pairs))
 
     @property
-    def kernel(self) -> tuple[bool] | None:
-        """(robust,) if the stage-2 kernel computes exactly this; None otherwise."""
+    def kernel(self) -> str | None:
+        """ "sigmoid" or "robust" if stage 2 computes exactly this; None otherwise."""
         plain = self.beta is None and self.label_smoothing is None and self.divergence == "reverse_kl"
         return self.info.kernel if plain else None
 

@@ -104,7 +104,7 @@ class ObjectiveInfo:
         observe: for objectives that keep a running mean between calls: the values it is the mean of.
         reward: what is reported as rewards/chosen and rewards/rejected.
         typical_beta: where to start.
-        kernel: (robust,) if the stage-2 kernel computes it in the forward launch itself; None otherwise.
+        kernel: "sigmoid" or "robust", if stage 2 computes it itself; None otherwise.
     """
 
     name: str
@@ -121,7 +121,7 @@ class ObjectiveInfo:
     observe: Callable[[Pairs], Tensor] | None = None
     reward: Callable[[Pairs], Rewards] = logratio_rewards
     typical_beta: float = 0.1
-    kernel: tuple[bool] | None = None
+    kernel: str | None = None
 
 
 _SMOOTHING = Range(0, 1)
@@ -137,7 +137,7 @@ _ROWS = (
         "The default. With label smoothing (conservative DPO) when some labels are wrong.",
         _SMOOTHING,
         divergence=True,
-        kernel=(False,),
+        kernel="sigmoid",
     ),
     ObjectiveInfo(
         "sigmoid_norm",
@@ -157,7 +157,7 @@ _ROWS = (
         "When a known share e of the labels is flipped at random: unbiased, at a higher variance than smoothing.",
         Range(0, 0.5, closed_high=False),
         divergence=True,
-        kernel=(True,),
+        kernel="robust",
     ),
     ObjectiveInfo(
         "hinge",

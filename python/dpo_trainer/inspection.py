@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +12,8 @@ import torch
 from torch import nn
 from transformers.trainer_utils import has_length
 
-from dpo_kernels import objectives, planner
+from dpo_kernels import objectives
+from dpo_kernels.linear import planner
 
 from .data import REFERENCE
 from .loss_path import memory_budget
@@ -193,15 +192,14 @@ class Inspector(DPOTrainer):
         middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2 :][:2]
         batch = self._prepare_inputs(self.data_collator([dict(dataset[row]) for row in middle]))  # type: ignore[arg-type]
         model: Any = self.policy.model
-        was_training, seconds, plans = model.training, 0.0, []
+        was_training, seconds, plan = model.training, 0.0, None
         model.train()
         for item in self._objectives:
             if isinstance(item, nn.Module):
                 item.eval()
         try:
             for timed in (self._example_batch(), batch):
-                with _plans() as plans:
-                    seconds = self._seconds(timed)  # type: ignore[arg-type]
+                seconds, plan = self._seconds(timed)  # type: ignore[arg-type]
                 model.zero_grad(set_to_none=True)
         finally:
             model.train(was_training)
@@ -211,10 +209,11 @@ class Inspector(DPOTrainer):
             "timed_tokens": tokens,
             "timed_seconds": seconds,
             "estimated_seconds_per_step": seconds / tokens * per_step,
-            "head_of_timed_batch": plans[-1] if plans else None,
+            "head_of_timed_batch": None if plan is None else plan.describe(),
         }
 
-    def _seconds(self, batch: Batch) -> float:
+    def _seconds(self, batch: Batch) -> tuple[float, planner.Plan | None]:
+        """(seconds of forward and backward, the linear path's plan)."""
         pairs = (len(batch["cu_seqlens"]) - 1) // 2
         if self.reference is None and "ref_logps" not in batch and objectives.needs_reference(self._objectives):
             nothing = torch.zeros(2 * pairs, dtype=torch.float64, device=batch["labels"].device)
@@ -225,32 +224,10 @@ class Inspector(DPOTrainer):
             output = self.pair_loss(batch, torch.ones(pairs, device=batch["labels"].device))
         output.loss.backward()
         _synchronize(self.args.device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, output.plan
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _plans() -> Iterator[list[str]]:
-    """Collects what the linear path says of its plans meanwhile."""
-    found: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    source, handler = logging.getLogger("dpo_kernels.linear"), Collect(logging.DEBUG)
-    level, propagate = source.level, source.propagate
-    source.addHandler(handler)
-    source.setLevel(logging.DEBUG)
-    source.propagate = False
-    try:
-        yield found
-    finally:
-        source.removeHandler(handler)
-        source.setLevel(level)
-        source.propagate = propagate
 
 
 def _synchronize(device: torch.device) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_kernels import DPOOutput, dpo_loss, linear, linear_dpo_loss, planner
+from dpo_kernels import DPOOutput, dpo_loss, linear, linear_dpo_loss
+from dpo_kernels.linear import planner
 
 from .errors import ConfigError
 from .model import Batch, SplitModel

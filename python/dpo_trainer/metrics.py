@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ class MetricWindow:
 
     def add(self, output: DPOOutput, weights: Tensor, tokens: Tensor) -> None:
         """Add a batch, the weights [P] of its pairs, and the number of its real tokens, prompts included."""
-        self._outputs.append(replace(output, loss=output.loss.detach()))
+        self._outputs.append(output.detach())
         self._weights.append(weights)
         self._tokens.append(tokens)
 

@@ -1,6 +1,6 @@
 """Runs csrc/cuda on the CPU: builds the emulator library and offers the backend's stage functions on top of it.
 
-`Emulator()` has the same four stage functions as `dpo_kernels.backends.cuda`, so a test table can take it for a backend.
+`Emulator()` has the functions of `dpo_kernels.backends.cuda` under their names, so a test table can take it for a backend.
 The library is compiled once per source state and variant, into the folder `DPO_EMULATOR_CACHE` or the temporary one.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import _build
-from dpo_kernels.backends.eager import TokenKL
+from dpo_kernels.stages import STATISTICS, TokenKL, Transform, token_rows
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -172,7 +172,7 @@ def _logits(tensor: Tensor | None) -> ctypes.Structure:
 
 
 class Emulator:
-    """The four stages and the fused forward, run by the emulated kernels.
+    """The four stages, and the first two in one launch, run by the emulated kernels.
 
     order, seed, resident: the schedule. sm_count, clusters: the device that the launch heuristics see. code_arch: the
     architecture that the kernels pretend to be compiled for, which may be older than the device.
@@ -224,38 +224,31 @@ class Emulator:
         logits: Tensor,
         labels: Tensor,
         ref_logits: Tensor | None,
-        *,
-        ignore_index: int,
-        logit_scale: float,
-        logit_softcap: float,
-        entropy: bool,
-        kl: bool,
-        accuracy: bool,
-        mean_logits: bool,
-        log_sum_sq: bool,
-    ) -> tuple[ctypes.Structure, tuple[Tensor, ...]]:
-        batch, tokens, vocab = logits.shape
-
-        def output(wanted: bool) -> Tensor:
-            # Filled with NaN: an output that a kernel forgets is noticed.
-            return torch.full((batch, tokens) if wanted else (0,), float("nan"), dtype=torch.float64)
-
-        flags = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
-        outputs = tuple(output(f) for f in flags)
-        addresses = [_address(t) if f else None for t, f in zip(outputs, flags, strict=True)]
+        transform: Transform,
+        statistics: tuple[str, ...],
+    ) -> tuple[ctypes.Structure, Tensor]:
+        names = token_rows(ref_logits is not None, statistics)
+        # Filled with NaN: an output that a kernel forgets is noticed.
+        tokens = torch.full((len(names), *labels.shape), float("nan"), dtype=torch.float64)
+        addresses = dict(zip(names, map(_address, tokens.unbind(0)), strict=True))
         params = TokenLogpsParams(
-            _logits(logits), _logits(ref_logits), _address(labels), *addresses,
-            batch, tokens, vocab, ignore_index, logit_scale, logit_softcap, PreferenceParams(),
+            _logits(logits), _logits(ref_logits), _address(labels), *map(addresses.get, token_rows(True, STATISTICS)),
+            *logits.shape, *transform, PreferenceParams(),
         )  # fmt: skip
-        return params, outputs
+        return params, tokens
 
     def token_logps(
-        self, logits: Tensor, labels: Tensor, ref_logits: Tensor | None, **options: object
-    ) -> tuple[Tensor, ...]:
-        """Stage 1; the contract of dpo_kernels.backends.cuda.token_logps."""
-        params, outputs = self._token_params(logits, labels, ref_logits, **options)
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logits: Tensor | None,
+        transform: Transform,
+        statistics: tuple[str, ...],
+    ) -> Tensor:
+        """Stage 1."""
+        params, tokens = self._token_params(logits, labels, ref_logits, transform, statistics)
         self.call("emu_token_logps", ctypes.byref(params), *self.device)
-        return outputs
+        return tokens
 
     def _preference_params(
         self,
@@ -304,11 +297,13 @@ class Emulator:
         self.call("emu_sequence_sums", ctypes.byref(params))
         return sums
 
-    def fused_forward(
+    def token_logps_and_loss(
         self,
         logits: Tensor,
         labels: Tensor,
         ref_logits: Tensor | None,
+        transform: Transform,
+        statistics: tuple[str, ...],
         weights: Tensor,
         cu_seqlens: Tensor | None,
         ref_sums: Tensor | None,
@@ -316,11 +311,15 @@ class Emulator:
         label_smoothing: Tensor,
         robust: bool,
         *,
-        counters: Tensor,
-        **options: object,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Stages 1 and 2 in one launch: (token outputs, (losses, sums, ref_sums, coef))."""
-        params, tokens = self._token_params(logits, labels, ref_logits, **options)
+        counters: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Stages 1 and 2 in one launch: (tokens, (losses, sums, ref_sums, coef)).
+
+        counters: [3P] int32, which the call clears and counts in; some that hold rubbish where not given.
+        """
+        if counters is None:
+            counters = torch.full((3 * beta.shape[0],), -7, dtype=torch.int32)
+        params, tokens = self._token_params(logits, labels, ref_logits, transform, statistics)
         preference, outputs = self._preference_params(
             weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, counters
         )
@@ -335,19 +334,15 @@ class Emulator:
         logps: Tensor,
         lse: Tensor,
         grad_logps: Tensor,
-        *,
-        ignore_index: int,
-        logit_scale: float,
-        logit_softcap: float,
+        transform: Transform,
         out: Tensor,
         token_kl: TokenKL | None = None,
     ) -> None:
         """Stage 3: writes into out, which may be logits."""
-        batch, tokens, vocab = logits.shape
         ref_logits, *of_reference = (None,) * 5 if token_kl is None else token_kl
         params = LogitsGradParams(
             _logits(logits), _address(out), out.stride(0), out.stride(1), _address(labels), _address(logps),
             _address(lse), _address(grad_logps), _logits(ref_logits), *map(_address, of_reference),
-            batch, tokens, vocab, ignore_index, logit_scale, logit_softcap,
+            *logits.shape, *transform,
         )  # fmt: skip
         self.call("emu_logits_grad", ctypes.byref(params), *self.device)

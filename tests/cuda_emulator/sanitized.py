@@ -16,11 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, for c
 from bad_bounds import bad_bounds
 
 from cuda_emulator import Emulator, Order
-from dpo_kernels.backends.eager import TokenKL
+from dpo_kernels.stages import STATISTICS, TokenKL, Transform
 
-PLAIN = {"ignore_index": -100, "logit_scale": 1.0, "logit_softcap": 0.0}
-NOTHING = {"entropy": False, "kl": False, "accuracy": False, "mean_logits": False, "log_sum_sq": False}
-EVERYTHING = dict.fromkeys(NOTHING, True)
+PLAIN = Transform()
 
 
 def table(library: Path) -> None:
@@ -35,33 +33,31 @@ def table(library: Path) -> None:
                 labels = torch.randint(0, vocab, (2, 2))
                 labels[0, 1] = -100
                 weights = (labels >= 0).double()
-                counters = torch.zeros(3, dtype=torch.int32)
-                for options in (NOTHING, EVERYTHING):
-                    tokens, _ = em.fused_forward(
-                        logits, labels, ref, weights, None, None, beta, smoothing, False,
-                        counters=counters, **PLAIN, **options,
-                    )  # fmt: skip
+                for statistics in ((), STATISTICS):
+                    tokens, _ = em.token_logps_and_loss(
+                        logits, labels, ref, PLAIN, statistics, weights, None, None, beta, smoothing, False
+                    )
                     out = torch.empty_like(logits)
-                    em.logits_grad(logits, labels, tokens[0], tokens[1], weights, **PLAIN, out=out)
-                # tokens: of EVERYTHING, with the reference and kl
+                    em.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, out)
+                # tokens: of all statistics, with the reference's log-probabilities and kl
                 for grads in ((weights, None), (weights, weights)):
                     divergences = TokenKL(ref, tokens[2], tokens[4], *grads)
-                    em.logits_grad(logits, labels, *tokens[:2], weights, **PLAIN, out=out, token_kl=divergences)
+                    em.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, out, divergences)
                 other = TokenKL(ref.to(torch.bfloat16), tokens[2], tokens[4], weights, weights)
-                em.logits_grad(logits, labels, *tokens[:2], weights, **PLAIN, out=logits, token_kl=other)
+                em.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, logits, other)
                 logits = ref.clone()
-                em.token_logps(logits[:, :1], labels[:, :1].contiguous(), ref[:, 1:], **PLAIN, **EVERYTHING)
+                em.token_logps(logits[:, :1], labels[:, :1].contiguous(), ref[:, 1:], PLAIN, STATISTICS)
                 cu = torch.tensor([0, 3, 4])
                 em.preference_loss(
                     *(t.reshape(1, 4) for t in (tokens[0], tokens[2], weights)), cu, None, beta, smoothing, True
                 )
         em = Emulator(library, order=order)
         logits = torch.randn(1, 2, 300)
-        labels, capped = torch.zeros(1, 2, dtype=torch.int64), {**PLAIN, "logit_softcap": 5.0}
-        tokens = em.token_logps(logits, labels, logits, **capped, **EVERYTHING)
+        labels, capped = torch.zeros(1, 2, dtype=torch.int64), Transform(softcap=5.0)
+        tokens = em.token_logps(logits, labels, logits, capped, STATISTICS)
         ones = torch.ones(1, 2, dtype=torch.float64)
         divergences = TokenKL(logits, tokens[2], tokens[4], ones, ones)
-        em.logits_grad(logits, labels, *tokens[:2], ones, **capped, out=torch.empty_like(logits), token_kl=divergences)
+        em.logits_grad(logits, labels, *tokens[:2], ones, capped, torch.empty_like(logits), divergences)
         for _, bounds in bad_bounds(8):
             logits, labels, weights = (
                 torch.randn(1, 8, 33),
@@ -69,8 +65,7 @@ def table(library: Path) -> None:
                 torch.ones(1, 8).double(),
             )
             args = (weights, torch.tensor(bounds), None, beta.repeat(2), smoothing.repeat(2), False)
-            counters = torch.zeros(6, dtype=torch.int32)
-            tokens, _ = em.fused_forward(logits, labels, None, *args, counters=counters, **PLAIN, **NOTHING)
+            tokens, _ = em.token_logps_and_loss(logits, labels, None, PLAIN, (), *args)
             em.preference_loss(tokens[0], None, *args)
             em.sequence_sums(tokens[0], *args[:2])
     print("sanitized table done")
@@ -82,10 +77,10 @@ def overrun(library: Path) -> None:
     claimed = torch.as_strided(short, (1, 1, 999), (999, 999, 1))
     em = Emulator(library)
     labels = torch.zeros(1, 1, dtype=torch.int64)
-    params, outputs = em._token_params(claimed, labels, None, **PLAIN, **NOTHING)
+    params, tokens = em._token_params(claimed, labels, None, PLAIN, ())
     params.vocab = 1000
     em.call("emu_token_logps", ctypes.byref(params), *em.device)
-    print(outputs[0])
+    print(tokens)
 
 
 if __name__ == "__main__":

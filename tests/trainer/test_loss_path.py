@@ -10,7 +10,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_kernels import planner, reference
+from dpo_kernels import reference
+from dpo_kernels.linear import planner
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, ModelError, loss_path
 from dpo_trainer.model import SplitModel
 

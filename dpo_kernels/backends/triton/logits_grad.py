@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..eager import TokenKL
+from ...stages import TokenKL, Transform
 from .device import (
     FOLDED,
     LN2,
@@ -285,11 +285,8 @@ def logits_grad_launch(
     logps: Tensor,
     lse: Tensor,
     grad_logps: Tensor,
+    transform: Transform,
     out: Tensor,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
     token_kl: TokenKL | None = None,
 ) -> Launch:
     """The kernel call of `logits_grad`."""
@@ -299,7 +296,7 @@ def logits_grad_launch(
     ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
     out_pointer, out_base = aligned_base(out)
     # No maximum is taken here, so a negative scale folds into the exponential's FFMA as well.
-    mapping, unit = (SOFTCAPPED, logit_softcap) if logit_softcap else (FOLDED, logit_scale)
+    mapping, unit = (SOFTCAPPED, transform.softcap) if transform.softcap else (FOLDED, transform.scale)
     log2_scale = round_to_float32(unit * LOG2E.value)
     arguments = {
         "logits": pointer,
@@ -315,7 +312,7 @@ def logits_grad_launch(
         "grad_forward_kl": grad_forward_kl,
         "tokens": logits.shape[1],
         "vocab": logits.shape[2],
-        "ignore_index": ignore_index,
+        "ignore_index": transform.ignore_index,
         "stride_b": logits.stride(0),
         "stride_t": logits.stride(1),
         "base": base,
@@ -325,8 +322,8 @@ def logits_grad_launch(
         "ref_stride_b": 0 if ref_logits is None else ref_logits.stride(0),
         "ref_stride_t": 0 if ref_logits is None else ref_logits.stride(1),
         "ref_base": ref_base,
-        "scale": logit_scale,
-        "cap": logit_softcap,
+        "scale": transform.scale,
+        "cap": transform.softcap,
         "unit": unit,
         "per_unit": 1.0 / unit if unit else 0.0,
         "log2_per_nat": log2_scale / unit if unit else LOG2E.value,
@@ -351,26 +348,9 @@ def logits_grad(
     logps: Tensor,
     lse: Tensor,
     grad_logps: Tensor,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
+    transform: Transform,
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out` [B, T, V], which may be `logits` itself.
-
-    `token_kl` adds the gradients of token-level divergences; its logits are float32, bfloat16 or float16.
-    """
-    logits_grad_launch(
-        logits,
-        labels,
-        logps,
-        lse,
-        grad_logps,
-        out,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        token_kl=token_kl,
-    ).run(logits)
+    """Stage 3. With `token_kl` its logits are float32, bfloat16 or float16."""
+    logits_grad_launch(logits, labels, logps, lse, grad_logps, transform, out, token_kl).run(logits)

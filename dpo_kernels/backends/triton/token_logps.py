@@ -33,14 +33,12 @@ launch or counters, and the shapes of preference training (thousands of tokens) 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..eager import TokenOutputs
+from ...stages import STATISTICS, Transform, token_rows
 from .device import (
     FLOOR,
     FOLDED,
@@ -425,52 +423,41 @@ def token_logps_launch(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    outputs: tuple[Tensor | None, ...],
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
+    rows: dict[str, Tensor],
+    transform: Transform,
 ) -> Launch:
-    """The one kernel call that fills `outputs`, `token_logps`'s in their order; None where not asked.
+    """The one kernel call that fills `rows`, those of `token_rows` that are asked for, by name.
 
     logits, ref_logits: [B, T, V]; labels [B, T] int64. ref_logits is given exactly when kl is asked.
     """
-    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq = outputs
     group = group_size(logits, ref_logits)
     pointer, base = aligned_base(logits)
     ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
-    mapping, unit, log2_scale = exponent_map(logit_scale, logit_softcap)
+    mapping, unit, log2_scale = exponent_map(transform.scale, transform.softcap)
     arguments = {
         "logits": pointer,
         "ref_logits": ref_pointer,
         "labels": labels,
-        "logps": logps,
-        "lse": lse,
-        "ref_logps": ref_logps,
-        "entropy": entropy,
-        "kl": kl,
-        "accuracy": accuracy,
-        "mean_logits": mean_logits,
-        "log_sum_sq": log_sum_sq,
+        **{name: rows.get(name) for name in token_rows(True, STATISTICS)},
         "tokens": logits.shape[1],
         "vocab": logits.shape[2],
-        "ignore_index": ignore_index,
+        "ignore_index": transform.ignore_index,
         "stride_b": logits.stride(0),
         "stride_t": logits.stride(1),
         "base": base,
         "ref_stride_b": 0 if ref_logits is None else ref_logits.stride(0),
         "ref_stride_t": 0 if ref_logits is None else ref_logits.stride(1),
         "ref_base": ref_base,
-        "scale": logit_scale,
-        "cap": logit_softcap,
+        "scale": transform.scale,
+        "cap": transform.softcap,
         "unit": unit,
         "log2_scale": log2_scale,
         "MAP": mapping,
-        "ENTROPY": entropy is not None,
-        "KL": kl is not None,
-        "ACCURACY": accuracy is not None,
-        "MEAN": mean_logits is not None,
-        "SQUARES": log_sum_sq is not None,
+        "ENTROPY": "entropy" in rows,
+        "KL": "kl" in rows,
+        "ACCURACY": "accuracy" in rows,
+        "MEAN": "mean_logits" in rows,
+        "SQUARES": "log_sum_sq" in rows,
         "ALIGNED": rows_aligned(logits, group),
         "REF_ALIGNED": ref_logits is None or rows_aligned(ref_logits, group),
         "TAIL": logits.shape[2] % group != 0,
@@ -479,7 +466,7 @@ def token_logps_launch(
         "GROUP": group,
     }
     return Launch(
-        token_logps_kernel, (labels.numel(),), arguments, MOMENTS if entropy is not None and kl is None else OPTIONS
+        token_logps_kernel, (labels.numel(),), arguments, MOMENTS if "entropy" in rows and "kl" not in rows else OPTIONS
     )
 
 
@@ -487,38 +474,19 @@ def token_logps(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    *,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    entropy: bool,
-    kl: bool,
-    accuracy: bool,
-    mean_logits: bool,
-    log_sum_sq: bool,
-) -> TokenOutputs:
-    """Stage 1: (logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq), each [B, T] float64, or [0] where
-    not asked.
+    transform: Transform,
+    statistics: tuple[str, ...],
+) -> Tensor:
+    """Stage 1.
 
-    logits, ref_logits: [B, T, V] float32, bfloat16 or float16, V contiguous; labels [B, T] int64. The reference is read
-    in the same pass when kl is asked, else by a second launch that computes its log-probs alone.
+    logits, ref_logits: float32, bfloat16 or float16. The reference is read in the same pass when kl is asked, else by a second
+    launch that computes its log-probs alone.
     """
-
-    def output(asked: bool) -> Tensor:
-        return torch.empty(labels.shape if asked else (0,), dtype=torch.float64, device=logits.device)
-
-    asked = (True, True, ref_logits is not None, entropy, kl, accuracy, mean_logits, log_sum_sq)
-    outputs = tuple(output(one) for one in asked)
-    settings: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "logit_scale": logit_scale,
-        "logit_softcap": logit_softcap,
-    }
-    wanted = [tensor if one else None for tensor, one in zip(outputs, asked, strict=True)]
-    if ref_logits is not None and not kl:
-        wanted[2] = None
-        ref_lse = torch.empty_like(outputs[2])
-        alone = (outputs[2], ref_lse, *(None,) * 6)
-        token_logps_launch(ref_logits, labels, None, alone, **settings).run(logits)
-    token_logps_launch(logits, labels, ref_logits if kl else None, tuple(wanted), **settings).run(logits)
-    return outputs  # type: ignore[return-value]
+    names = token_rows(ref_logits is not None, statistics)
+    tokens = torch.empty(len(names), *labels.shape, dtype=torch.float64, device=logits.device)
+    rows = dict(zip(names, tokens.unbind(0), strict=True))
+    if ref_logits is not None and "kl" not in rows:
+        alone = {"logps": rows.pop("ref_logps"), "lse": torch.empty_like(tokens[0])}
+        token_logps_launch(ref_logits, labels, None, alone, transform).run(logits)
+    token_logps_launch(logits, labels, ref_logits if "kl" in rows else None, rows, transform).run(logits)
+    return tokens

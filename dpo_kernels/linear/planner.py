@@ -11,8 +11,7 @@ a label and a weight), H is the hidden size, V the vocabulary. One product of [N
     kept_logits    any gradient; the scored tokens' logits fit in the budget         3
     two_pass       any gradient; the backward projects again                         4
 
-On a GPU the products are the library's, with the stages between them. The fused kernels (backends/triton: linear_logps,
-linear_grad) keep logits on chip and leave out blocks of the gradient; they serve where the caller gives a threshold (`fuse`).
+What is particular to a GPU is in gpu.py.
 
 A reference that is projected too (`ref_hidden`) adds one product to each. A differentiated token-level KL (kl_coef, TDPO)
 takes whole_pairs or two_pass, whose recomputation then covers the reference as well.
@@ -25,40 +24,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from .gpu import BLOCK, GPU_SHARE, fused_row_bytes, row_stride
+
 #: What the planner assumes. Nothing else in this module is a guess or a matter of taste.
 #:
 #: default budget, at least, in bytes; and at least for a trainer's step, whose activations take gigabytes.
 _FLOOR, _STEP_FLOOR = 64 * 2**20, 256 * 2**20
-#: Share of a card's memory that a call may borrow unasked: 2.4 GiB of 80 GB, 8,192 tokens' 16-bit logits at V = 128k.
-GPU_SHARE = 0.03
 #: Rows of a chunk beyond which a CPU's products gain little; half as many cost 10%, as each product packs the whole head.
 _WIDE_ROWS = 512
 #: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear/chunk.py).
 WIDENED_COLUMNS = 2048
 #: Small float64 values per token in flight: log-probabilities, statistics, weights, indices.
 _SMALL_BYTES = 16 * 8
-#: Bytes of a CPU's cache line, and elements that rows of logits on a GPU are a multiple of.
-_LINE, _GPU_ROW = 64, 64
-#: How the fused kernels cut: blocks, segments, partial results a segment, and splits of the vocabulary.
-_BLOCK, _SEGMENT, _PARTS, _SPLITS = 128, 2048, 7, 4
 
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 #: Strategies whose chunks are gone before a gradient of the head is made, if one ever is.
 _CHUNKS_ALONE = ("forward", "frozen_head", "filtered")
-
-
-def row_stride(vocab: int, item_size: int, device_type: str = "cpu") -> int:
-    """Elements from one row of a logits buffer to the next.
-
-    CPU: an odd number of cache lines. Where rows lie a multiple of 4 KB apart, as with V = 49,152, a column of them falls into
-    one set of the first-level cache, and products that go down columns evict what they are about to use.
-    GPU: a multiple of 64 elements. Rows of an odd V, such as 50,257 or 151,669, would otherwise start at any address, and
-    cuBLAS and the kernels read them an element at a time instead of 16 bytes.
-    """
-    if device_type != "cpu":
-        return -(-vocab // _GPU_ROW) * _GPU_ROW
-    lines = -(-vocab * item_size // _LINE)
-    return (lines + 1 - lines % 2) * _LINE // item_size
 
 
 def default_budget(hidden_size: int, vocab: int, wide_bytes: int = 0, memory: int = 0) -> int:
@@ -115,24 +96,6 @@ def parse_budget(memory_budget: int | str | None, hidden_size: int, vocab: int) 
 
 
 @dataclass(frozen=True)
-class Device:
-    """Where a call runs.
-
-    Attributes:
-        type: torch's name, "cpu" or "cuda".
-        memory: bytes of the card, 0 on a CPU.
-        fused: whether the fused kernels can run.
-    """
-
-    type: str = "cpu"
-    memory: int = 0
-    fused: bool = False
-
-
-CPU = Device()
-
-
-@dataclass(frozen=True)
 class Head:
     """The sizes that a plan depends on.
 
@@ -164,21 +127,12 @@ class Head:
     def row_bytes(self) -> int:
         """Working bytes per token of a chunk: its logits, and what the stages and products need beside them."""
         if self.fused:
-            return self._fused_row_bytes
+            return fused_row_bytes(self.hidden_size, self.vocab, self.item_size) + _SMALL_BYTES
         row = row_stride(self.vocab, self.item_size, self.device_type) * self.item_size
         logits = row * (2 if self.kl and self.projects_reference else 1)
         gathered = 3 * self.hidden_size * self.item_size
         widened = 4 * (min(self.vocab, WIDENED_COLUMNS) + self.hidden_size) if self.widens and self.needs_weight else 0
         return logits + gathered + widened + _SMALL_BYTES
-
-    @property
-    def _fused_row_bytes(self) -> int:
-        parts = 4 * _PARTS * -(-self.vocab // _SEGMENT)
-        columns = -(-self.vocab // _BLOCK)
-        dropped = 2 * 4 * columns
-        gradient = 4 * (_SPLITS + 2) * self.hidden_size
-        rows = 2 * self.hidden_size * self.item_size
-        return columns * _BLOCK * self.item_size + rows + parts + dropped + gradient + _SMALL_BYTES
 
     @property
     def product(self) -> int:
@@ -261,23 +215,6 @@ def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filte
     return "two_pass", "the upstream gradient is known only in the backward"
 
 
-def fuse(head: Head, strategy: str, device: Device, eps: float) -> tuple[bool, str]:
-    """(whether the fused kernels multiply and filter the gradient by blocks, why or why not) on a GPU; (False, "") elsewhere.
-
-    Args:
-        strategy: from `choose_strategy` without a filter.
-        eps: the threshold that the caller gave, or 0. Without one the gradient is exact: no card has measured yet where
-            the blocks pay.
-    """
-    if (device.type == "cpu" and not device.fused) or strategy not in ("whole_pairs", "two_pass"):
-        return False, ""
-    if eps == 0:
-        return False, "the gradient is exact"
-    if not device.fused or head.kl or head.kl_gradient:
-        return False, "the gradient is exact, for the block filter cannot serve here"
-    return True, "blocks of the gradient without probability are left out"
-
-
 def _cut(begin: int, end: int, rows: int) -> tuple[int, ...]:
     """Bounds of the fewest chunks of at most `rows`, as even as possible: a short last chunk wastes the product's blocks."""
     count = max(1, -(-(end - begin) // rows))
@@ -286,8 +223,8 @@ def _cut(begin: int, end: int, rows: int) -> tuple[int, ...]:
 
 def _rows(head: Head, budget: int) -> int:
     rows = budget // head.row_bytes
-    if head.fused and rows > _BLOCK:
-        rows -= rows % _BLOCK
+    if head.fused and rows > BLOCK:
+        rows -= rows % BLOCK
     if rows < 1:
         raise ValueError(
             f"memory_budget of {budget} bytes cannot hold the logits of one token: a vocabulary of {head.vocab} needs at "

@@ -1,0 +1,133 @@
+"""From the tokens' log-probabilities to the loss of the pairs: the one way that all paths but the whole-call kernels take.
+
+    tokens [B, T]   --weighted sums-->   sequences [2P]   --objective-->   losses [P]   --weights, KL shares, reduction-->   loss
+
+Everything is differentiable by "logps", and by the divergences of a loss that has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import objectives, ops
+from .arguments import Batch, PairSettings
+from .backends.whole_call import reduce
+from .objectives import Pairs
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where tokens belong: weights and scored [B, T], which is 1 on scored tokens and else 0; cu_seqlens [2P + 1] or None.
+
+    `share` is the number of pairs of the call by that of its scored tokens, where these tokens are a part of the call only.
+    """
+
+    weights: Tensor
+    scored: Tensor
+    cu_seqlens: Tensor | None
+    backend: str
+    share: Tensor | float | None = None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Tokens:
+        """A batch's."""
+        scored = batch.scored()
+        return cls(scored if batch.token_weights is None else batch.weights(), scored, batch.cu_seqlens, batch.backend)
+
+    def sums(self, values: Tensor, *, weighted: bool = True) -> Tensor:
+        """Sum over each sequence's tokens, [2P]: weighted, or over the scored ones."""
+        return ops.sequence_sums(values, self.weights if weighted else self.scored, self.cu_seqlens, self.backend)
+
+    def counts(self) -> Tensor:
+        """Scored tokens of each sequence, [2P]."""
+        return self.sums(self.scored, weighted=False)
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """Of P pairs: `weighted` [P] is what the loss adds up, differentiable; losses [P]; sums, ref_sums and rewards [2P]."""
+
+    weighted: Tensor
+    losses: Tensor
+    sums: Tensor
+    ref_sums: Tensor
+    rewards: Tensor
+
+    def tuple(self) -> tuple[Tensor, ...]:
+        """The fields."""
+        return self.weighted, self.losses, self.sums, self.ref_sums, self.rewards
+
+    @classmethod
+    def join(cls, parts: Sequence[PairLosses], like: Tensor) -> PairLosses:
+        """Those of consecutive pairs as one, without gradient; dtype and device of `like` where there is no part."""
+        if not parts:
+            return cls(*(like.new_zeros(0) for _ in range(5)))
+        fields = [[values.detach() for values in field] for field in zip(*(part.tuple() for part in parts), strict=True)]
+        each = [torch.cat(field) for field in fields[:2]]
+        sides = [torch.cat([values.view(2, -1) for values in field], dim=1).view(-1) for field in fields[2:]]
+        return cls(*each, *sides)
+
+
+def pair_losses(found: dict[str, Tensor], tokens: Tokens, settings: PairSettings) -> PairLosses:
+    """The losses of pairs whose tokens' results [B, T] are `found`, by the names of stage 1."""
+    losses, sums, ref_sums, rewards = _objective(found, tokens, settings)
+    if settings.use_weighting:
+        losses = losses * _wpo_weights(found, tokens)
+    weighted = losses if settings.pair_weights is None else losses * settings.pair_weights
+    if settings.kl_coef:
+        shares = settings.kl_coef * _kl_shares(found["kl"], tokens)
+        losses, weighted = losses + shares, weighted + shares
+    return PairLosses(weighted, losses.detach(), sums.detach(), ref_sums.detach(), rewards.detach())
+
+
+def _objective(
+    found: dict[str, Tensor], tokens: Tokens, settings: PairSettings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(losses [P], sums, reference sums and rewards [2P]); the sigmoid family in stage 2, the rest from vectors."""
+    beta, smoothing = (settings.each(value, tokens.weights) for value in (settings.beta, settings.label_smoothing))
+    if settings.family is not None:
+        losses, sums, ref_sums, _ = ops.preference_loss(
+            found["logps"],
+            found.get("ref_logps"),
+            tokens.weights,
+            tokens.cu_seqlens,
+            settings.ref_sums,
+            beta,
+            smoothing,
+            settings.family == "robust",
+            tokens.backend,
+        )
+        return losses, sums, ref_sums, beta.repeat(2) * (sums.detach() - ref_sums)
+    sums = tokens.sums(found["logps"])
+    if "ref_logps" in found:
+        ref_sums = tokens.sums(found["ref_logps"])
+    else:
+        ref_sums = torch.zeros_like(sums.detach()) if settings.ref_sums is None else settings.ref_sums
+    lengths = tokens.sums(torch.ones_like(tokens.weights))
+    kl_sums = tokens.sums(found["forward_kl"]) if "forward_kl" in found else None
+    pairs = Pairs.from_sums(sums, ref_sums, lengths, beta, smoothing, kl_sums)
+    losses = objectives.mix(pairs, settings.functions, settings.loss_weights)
+    if losses.shape != beta.shape:
+        raise ValueError(f"an objective must return one loss per pair, [{beta.shape[0]}]; got {list(losses.shape)}")
+    return losses, sums, ref_sums, torch.cat(objectives.rewards(pairs, settings.functions))
+
+
+@torch.no_grad()
+def _wpo_weights(found: dict[str, Tensor], tokens: Tokens) -> Tensor:
+    """WPO's weight of each pair [P] (Zhou et al. 2024, equation 2)."""
+    aligned = tokens.sums(found["logps"] - found["log_sum_sq"], weighted=False)
+    chosen, rejected = (aligned / tokens.counts().clamp(min=1)).chunk(2)
+    return (chosen + rejected).exp()
+
+
+def _kl_shares(kl: Tensor, tokens: Tokens) -> Tensor:
+    """[P], whose mean over the call's pairs is the mean of `kl` over its scored tokens."""
+    chosen, rejected = tokens.sums(kl, weighted=False).chunk(2)
+    share = tokens.share
+    if share is None:
+        share = chosen.shape[0] / tokens.counts().sum().clamp(min=1)
+    return (chosen + rejected) * share
