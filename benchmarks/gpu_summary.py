@@ -162,8 +162,8 @@ def _kernels(calls: dict[str, Any]) -> list[str]:
     for name, rate in (("copy (read + write)", copied), ("read", read)):
         lines.append(f"Measured {name} bandwidth: {f'{rate / 1e12:.2f} TB/s' if rate else 'not measured'}.")
     lines += [
-        "In brackets the share of the higher of the two. Ours are timed as a CUDA graph's replay, without launch gaps; the host's "
-        "time of our quicker call stands apart.", "",
+        "In brackets the share of the higher of the two. Ours are timed as a CUDA graph's replay, without launch gaps; the "
+        "host's time of our quicker call stands apart.", "",
         *_table(["path", "floor", *backends, "host", "predicted share"], rows),
     ]  # fmt: skip
     lines += _missing(measured)

@@ -1,4 +1,4 @@
-"""What callers pass, checked once and brought into the one shape that the stages know. Every error uses the caller's own names."""
+"""What callers pass, checked once and brought into the one shape that the stages know. Errors use the caller's own names."""
 
 from __future__ import annotations
 
@@ -140,9 +140,7 @@ def batch_of(
         token_weights = None if token_weights is None else token_weights.unsqueeze(0)
     backend = backends.resolve(device, rows.dtype)
     vocab = rows.shape[-1] if vocab is None else vocab
-    return Batch(
-        rows, vocab, labels.to(torch.int64), token_weights, cu_seqlens, ignore_index, backend, given_bounds
-    )
+    return Batch(rows, vocab, labels.to(torch.int64), token_weights, cu_seqlens, ignore_index, backend, given_bounds)
 
 
 def count_pairs(batch: Batch) -> int:
@@ -259,8 +257,11 @@ class PairSettings:
 
     def whole_family(self) -> Family:
         """And of the loss."""
-        each = [(v, 0.0) if isinstance(v, Tensor) else (None, float(v)) for v in (self.beta, self.label_smoothing)]
-        return Family(self.ref_sums, *each[0], *each[1], self.family == "robust")
+        (betas, beta), (smoothings, smoothing) = (
+            (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
+            for value in (self.beta, self.label_smoothing)
+        )
+        return Family(self.ref_sums, betas, beta, smoothings, smoothing, self.family == "robust")
 
 
 def settings_of(
@@ -293,7 +294,9 @@ def settings_of(
         ref_sums = ref_logps.detach().to(small).contiguous()
     if pair_weights is not None:
         weights = per_pair("pair_weights", pair_weights)
-        pair_weights = weights if isinstance(weights, Tensor) else torch.full((pairs,), weights, dtype=small, device=device)
+        pair_weights = (
+            weights if isinstance(weights, Tensor) else torch.full((pairs,), weights, dtype=small, device=device)
+        )
     return PairSettings(
         pairs,
         functions,

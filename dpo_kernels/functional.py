@@ -161,7 +161,7 @@ def dpo_loss(
     statistics = settings.statistics(reported)
     batch = _checked(batch, transform, statistics, ref_logits, settings)
     if settings.family is not None and not (settings.terms or use_weighting):
-        tokens, sequences, losses, loss = ops.preference_forward(
+        _, sequences, losses, loss = ops.preference_forward(
             batch.rows,
             batch.labels,
             ref_logits,
@@ -188,9 +188,7 @@ def dpo_loss(
     return _from_tokens(found, batch, settings, reported)
 
 
-def _check_divergences(
-    reported: tuple[str, ...], settings: PairSettings, reference: Tensor | None, name: str
-) -> None:
+def _check_divergences(reported: tuple[str, ...], settings: PairSettings, reference: Tensor | None, name: str) -> None:
     """Raise where a divergence of distributions is asked for without the reference's distributions (`name`)."""
     if reference is not None:
         return
@@ -199,9 +197,7 @@ def _check_divergences(
     needy = ["kl_coef"] if settings.kl_coef else []
     needy += [f"loss_type {entry}" for entry in settings.functions if objectives.needs_token_kl([entry])]
     if needy:
-        raise ValueError(
-            f"{needy[0]} needs {name}: the KL divergence of distributions is not determined by ref_logps"
-        )
+        raise ValueError(f"{needy[0]} needs {name}: the KL divergence of distributions is not determined by ref_logps")
 
 
 def _checked(
@@ -367,9 +363,7 @@ def linear_dpo_loss(
         ValueError, TypeError: as `dpo_loss`; also for a budget that cannot hold one token's logits.
     """
     head = linear.head_of(weight, bias)
-    batch = batch_of(
-        hidden, labels, cu_seqlens, token_weights, ignore_index, name="hidden", axis="H", vocab=head.vocab
-    )
+    batch = batch_of(hidden, labels, cu_seqlens, token_weights, ignore_index, name="hidden", axis="H", vocab=head.vocab)
     functions = objectives.resolve(loss_type)
     check_settings(
         functions,

@@ -59,8 +59,8 @@ class DPOLoss(_PairLoss):
     Arguments are those of `dpo_loss`; they are checked here, once.
 
     Raises:
-        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap, coefficient, reduction that
-            no call can have.
+        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap,
+            coefficient or reduction that no call can have.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class LinearDPOLoss(_PairLoss):
     Arguments are those of `linear_dpo_loss`; they are checked here, once.
 
     Raises:
-        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap, coefficient, reduction, budget
-            or filter that no call can have.
+        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap,
+            coefficient, reduction, budget or filter that no call can have.
     """
 
     def __init__(

@@ -68,23 +68,30 @@ class _Operator:
         )
         self.forward, self.registered = forward, getattr(_ops, name)
         if setup is not None and backward is not None:
-
-            def forward_and_setup(ctx: Any, *arguments: Any) -> Any:
-                output = forward(*arguments)
-                setup(ctx, arguments, output)
-                return output
-
-            # Not with a `setup_context` of its own: PyTorch then binds arguments by name at every call, for 80 us.
-            rules = {"forward": staticmethod(forward_and_setup), "backward": staticmethod(backward)}
-            self.function = type(name, (torch.autograd.Function,), rules)
+            self.function = _function(name, forward, setup, backward)
 
     def __call__(self, tensor: Tensor, *arguments: Any) -> Any:
         """The operator on `tensor`, its first argument, and the others."""
         if not is_plain(tensor):
             return self.registered(tensor, *arguments)
         if torch.is_grad_enabled() and tensor.requires_grad:
-            return self.function.apply(tensor, *arguments)  # type: ignore[attr-defined]
+            return self.function.apply(tensor, arguments)
         return self.forward(tensor, *arguments)
+
+
+def _function(
+    name: str, forward: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The operator as an autograd function of its first argument; the others come as one tuple, which saves their handling."""
+
+    def run(ctx: Any, tensor: Tensor, arguments: tuple[Any, ...]) -> Any:
+        output = forward(tensor, *arguments)
+        setup(ctx, (tensor, *arguments), output)
+        return output
+
+    # Without a `setup_context` of its own, for which PyTorch binds arguments by name at every call: 80 us.
+    rules = {"forward": staticmethod(run), "backward": staticmethod(lambda ctx, *g: (backward(ctx, *g)[0], None))}
+    return type(name, (torch.autograd.Function,), rules)
 
 
 def no_double_backward(ctx: Any, *grads: Any) -> None:
@@ -93,12 +100,8 @@ def no_double_backward(ctx: Any, *grads: Any) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is eager PyTorch's own: no subclass, no compiler, no functorch transform at work."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    """Whether a tensor is eager PyTorch's own: no subclass, no compiler at work."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
@@ -167,44 +170,20 @@ def _like_logits(logits: Tensor, *_: Any) -> Tensor:
 # --- stages 1 and 3 --------------------------------------------------------------------------------------------------
 
 
-def _token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    statistics: list[str],
-    terms: list[str],
-    inplace_backward: bool,
-    backend: str,
-) -> Tensor:
+def _token_logps(logits: Tensor, labels: Tensor, ref_logits: Tensor | None, *rest: Any) -> Tensor:
+    transform, (statistics, terms, _, backend) = Transform(*rest[:3]), rest[3:]
     stage = backends.load(backend, logits.device.type).token_logps
-    transform = Transform(ignore_index, logit_scale, logit_softcap)
     logits, labels, ref_logits = _unit_stride(logits), labels.contiguous(), _optional(ref_logits, _unit_stride)
-    asked = (*statistics, *(["kl"] if terms else []))
-    tokens = stage(logits, labels, ref_logits, transform, asked)
+    tokens = stage(logits, labels, ref_logits, transform, (*statistics, *(["kl"] if terms else [])))
     if "forward_kl" not in terms:
         return tokens
     # KL(reference || policy) is the same kernel with the roles exchanged: a second read.
-    exchanged = stage(ref_logits, labels, logits, transform, ("kl",))
-    return torch.cat([tokens, exchanged[-1:]])
+    return torch.cat([tokens, stage(ref_logits, labels, logits, transform, ("kl",))[-1:]])
 
 
-def _token_logps_fake(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    statistics: list[str],
-    terms: list[str],
-    inplace_backward: bool,
-    backend: str,
-) -> Tensor:
-    rows = len(all_rows(ref_logits is not None, statistics, terms))
-    return logits.new_empty((rows, *labels.shape), dtype=small_dtype(logits.device))
+def _token_logps_fake(logits: Tensor, labels: Tensor, ref_logits: Tensor | None, *rest: Any) -> Tensor:
+    rows = all_rows(ref_logits is not None, *rest[3:5])
+    return logits.new_empty((len(rows), *labels.shape), dtype=small_dtype(logits.device))
 
 
 def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -239,36 +218,14 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
 
 
 def _write_logits_grad(
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    lse: Tensor,
-    grad_logps: Tensor,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    ref_logits: Tensor | None,
-    ref_logps: Tensor | None,
-    kl: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_forward_kl: Tensor | None,
-    backend: str,
-    *,
-    out: Tensor,
+    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, grad_logps: Tensor, *rest: Any, out: Tensor
 ) -> None:
+    transform, divergence, backend = Transform(*rest[:3]), rest[3:8], rest[8]
     token_kl = None
-    if ref_logits is not None:
-        assert ref_logps is not None
-        assert kl is not None
-        token_kl = TokenKL(
-            _unit_stride(ref_logits),
-            ref_logps.contiguous(),
-            kl.contiguous(),
-            _optional(grad_kl),
-            _optional(grad_forward_kl),
-        )
+    if divergence[0] is not None:
+        ref_logits, *values = divergence
+        token_kl = TokenKL(_unit_stride(ref_logits), *(_optional(value) for value in values))  # type: ignore[arg-type]
     small = (labels.contiguous(), logps.contiguous(), lse.contiguous(), grad_logps.contiguous())
-    transform = Transform(ignore_index, logit_scale, logit_softcap)
     backends.load(backend, logits.device.type).logits_grad(logits, *small, transform, out, token_kl)
 
 
@@ -346,32 +303,15 @@ sequence_sums = _Operator(
 )
 
 
-def _preference_loss(
-    logps: Tensor,
-    ref_logps: Tensor | None,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    ref_sums: Tensor | None,
-    beta: Tensor,
-    label_smoothing: Tensor,
-    robust: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    check_cu_seqlens(cu_seqlens, logps.shape[1])
-    return backends.load(backend, logps.device.type).preference_loss(
-        logps.contiguous(),
-        _optional(ref_logps),
-        weights.contiguous(),
-        cu_seqlens,
-        _optional(ref_sums),
-        beta.contiguous(),
-        label_smoothing.contiguous(),
-        robust,
-    )
+def _preference_loss(logps: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, robust, backend = arguments
+    check_cu_seqlens(tensors[2], logps.shape[1])
+    stage = backends.load(backend, logps.device.type).preference_loss
+    return stage(logps.contiguous(), *(_optional(tensor) for tensor in tensors), robust)
 
 
-def _preference_loss_fake(logps: Tensor, ref_logps: Any, weights: Any, cu: Any, ref_sums: Any, beta: Tensor, *_: Any) -> Any:
-    pairs = beta.shape[0]
+def _preference_loss_fake(logps: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    pairs = arguments[4].shape[0]
     return (logps.new_empty(pairs), *(logps.new_empty(2 * pairs) for _ in range(3)))
 
 
@@ -407,37 +347,23 @@ preference_loss = _Operator(
 
 
 def _preference_forward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    statistics: list[str],
-    *rest: Any,
+    logits: Tensor, labels: Tensor, ref_logits: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weighting, family, backend = Weighting(*rest[:4]), Family(*rest[4:10]), rest[-1]
+    weighting, backend = Weighting(*rest[4:8]), rest[-1]
     check_cu_seqlens(weighting.cu_seqlens, labels.shape[1])
     stages = backends.load(backend, logits.device.type)
-    arguments = (
-        _unit_stride(logits),
-        labels.contiguous(),
-        _optional(ref_logits, _unit_stride),
-        Transform(ignore_index, logit_scale, logit_softcap),
-        tuple(statistics),
-        weighting,
-        family,
-    )
+    tensors = (_unit_stride(logits), labels.contiguous(), _optional(ref_logits, _unit_stride))
+    arguments = (*tensors, Transform(*rest[:3]), tuple(rest[3]), weighting, Family(*rest[8:14]))
     own = getattr(stages, "preference_forward", None)
     return whole_call.preference_forward(stages, *arguments) if own is None else own(*arguments)
 
 
 def _preference_forward_fake(
-    logits: Tensor, labels: Tensor, ref_logits: Tensor | None, i: int, s: float, c: float, statistics: list[str], *rest: Any
+    logits: Tensor, labels: Tensor, ref_logits: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    weighting = Weighting(*rest[:4])
+    statistics, weighting = tuple(rest[3]), Weighting(*rest[4:8])
     pairs, small = weighting.pairs(labels), small_dtype(logits.device)
-    rows = len(token_rows(ref_logits is not None, tuple(statistics)))
+    rows = len(token_rows(ref_logits is not None, statistics))
     return (
         logits.new_empty((rows, *labels.shape), dtype=small),
         logits.new_empty((len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), dtype=small),
@@ -472,21 +398,11 @@ def _preference_rule(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 
 
 def _write_preference_backward(
-    logits: Tensor,
-    labels: Tensor,
-    tokens: Tensor,
-    sequences: Tensor,
-    grad_loss: Tensor,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float,
-    *weighting: Any,
-    out: Tensor,
+    logits: Tensor, labels: Tensor, tokens: Tensor, sequences: Tensor, grad_loss: Tensor, *rest: Any, out: Tensor
 ) -> None:
-    *weighting, backend = weighting  # type: ignore[assignment]
-    stages = backends.load(backend, logits.device.type)
-    transform = Transform(ignore_index, logit_scale, logit_softcap)
-    arguments = (logits, labels.contiguous(), tokens, sequences, grad_loss, transform, Weighting(*weighting), out)
+    stages = backends.load(rest[-1], logits.device.type)
+    results = (labels.contiguous(), tokens, sequences, grad_loss)
+    arguments = (logits, *results, Transform(*rest[:3]), Weighting(*rest[3:7]), out)
     own = getattr(stages, "preference_backward", None)
     if own is None:
         whole_call.preference_backward(stages, *arguments)
@@ -502,9 +418,7 @@ def _preference_backward(logits: Tensor, *arguments: Any) -> Tensor:
 
 
 _WEIGHTING = "Tensor? token_weights, Tensor? cu_seqlens, Tensor? pair_weights, str reduction"
-_FAMILY = (
-    "Tensor? ref_sums, Tensor? betas, float beta, Tensor? label_smoothings, float label_smoothing, bool robust"
-)
+_FAMILY = "Tensor? ref_sums, Tensor? betas, float beta, Tensor? label_smoothings, float label_smoothing, bool robust"
 #: `whole_call.preference_forward` without its first argument, each field of its tuples an argument, then inplace_backward and
 #: the backend's name.
 preference_forward = _Operator(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import objectives, ops
 from .arguments import Batch, PairSettings
-from .backends.whole_call import reduce
 from .objectives import Pairs
 
 
@@ -66,7 +65,9 @@ class PairLosses:
         """Those of consecutive pairs as one, without gradient; dtype and device of `like` where there is no part."""
         if not parts:
             return cls(*(like.new_zeros(0) for _ in range(5)))
-        fields = [[values.detach() for values in field] for field in zip(*(part.tuple() for part in parts), strict=True)]
+        fields = [
+            [values.detach() for values in field] for field in zip(*(part.tuple() for part in parts), strict=True)
+        ]
         each = [torch.cat(field) for field in fields[:2]]
         sides = [torch.cat([values.view(2, -1) for values in field], dim=1).view(-1) for field in fields[2:]]
         return cls(*each, *sides)

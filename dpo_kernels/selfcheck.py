@@ -384,9 +384,7 @@ def _linear_subject(case: Case, inputs: _Inputs, backend: str) -> _Found:
     scored = (inputs.labels != IGNORE).to(inputs.weights.dtype)
     places = Tokens(inputs.weights, scored, inputs.cu_seqlens, backend)
     functions = objectives.resolve(variant.loss)
-    settings = PairSettings(
-        2, functions, None, BETA, SMOOTHING, inputs.upstream, inputs.ref_sums, reduction="sum"
-    )
+    settings = PairSettings(2, functions, None, BETA, SMOOTHING, inputs.upstream, inputs.ref_sums, reduction="sum")
     loss, done, tokens, _ = linear.whole_pairs(hidden, lm_head, call, places, settings)
     found = {"sums": done.sums, "losses": done.losses}
     if leaves:

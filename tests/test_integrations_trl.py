@@ -11,9 +11,9 @@ import pytest
 import torch
 from trainer.tiny import build_model, build_pairs, build_tokenizer
 
-from dpo_kernels.linear import planner
 from dpo_kernels.integrations import trl as integration
 from dpo_kernels.integrations.trl import apply_to_trl, trl_patched
+from dpo_kernels.linear import planner
 
 pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0 (the extra `peers`)")
 

@@ -119,10 +119,9 @@ def preference_forward(
     """`whole_call.preference_forward` in one call of the library."""
     names = token_rows(ref_logits is not None, statistics)
     pairs = weighting.pairs(labels)
-    small = {"dtype": torch.float64}
-    tokens = torch.empty((len(names), *labels.shape), **small)
-    sequences = torch.empty((len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), **small)
-    losses = torch.empty(pairs, **small)
+    tokens = torch.empty((len(names), *labels.shape), dtype=torch.float64)
+    sequences = torch.empty((len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), dtype=torch.float64)
+    losses = torch.empty(pairs, dtype=torch.float64)
     loss = torch.empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
     asked = sum(1 << row for row, name in enumerate(_ALL_ROWS) if name in names)
     torch.ops.dpo_kernels_cpu.preference_forward.default(

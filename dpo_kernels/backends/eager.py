@@ -56,7 +56,8 @@ def token_logps(
     work = _work_dtype(logits, ref_logits)
     z = transform_logits(logits.to(work), transform.scale, transform.softcap)
     found: dict[str, Tensor] = {}
-    found["logps"], found["lse"] = logp, lse = _log_softmax_parts(z, index)
+    found["logps"], lse = _log_softmax_parts(z, index)
+    found["lse"] = lse
     # Moments under e = exp(z - top), divided by their own sum: rounding top or lse cancels.
     top = z.amax(-1, keepdim=True)
     top = torch.where(top.isinf(), 0.0, top)

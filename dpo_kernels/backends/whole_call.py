@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..stages import Stages, Transform, small_dtype, spread, token_rows
 
-#: Rows of a call's results per sequence, [2P] each, before the means of the statistics: sums of log-probabilities under policy and
-#: reference, rewards, d loss / d sum, and the number of scored tokens.
+#: Rows of a call's results per sequence, [2P] each, before the means of the statistics: sums of log-probabilities under
+#: policy and reference, rewards, d loss / d sum, and the number of scored tokens.
 SEQUENCE_ROWS = ("logps", "ref_logps", "rewards", "coef", "counts")
 
 
@@ -109,7 +109,11 @@ def preference_forward(
         losses, sums, ref_sums, coef = stages.preference_loss(rows["logps"], rows.get("ref_logps"), *pair_side)
     scored = weights if weighting.token_weights is None else (labels != transform.ignore_index).to(small)
     counts = stages.sequence_sums(scored, scored, cu_seqlens)
-    means = [stages.sequence_sums(rows[name], scored, cu_seqlens) / counts.clamp(min=1) for name in names if name in statistics]
+    means = [
+        stages.sequence_sums(rows[name], scored, cu_seqlens) / counts.clamp(min=1)
+        for name in names
+        if name in statistics
+    ]
     rewards = beta.repeat(2) * (sums - ref_sums)
     sequences = torch.stack([sums, ref_sums, rewards, coef, counts, *means])
     weighted = losses if weighting.pair_weights is None else losses * weighting.pair_weights

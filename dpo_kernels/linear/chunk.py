@@ -205,21 +205,15 @@ class Projection:
         """dz [c, V] over `logits`; all else [c]. With `divergences` the reference's logits are in their buffer."""
         call = self.call
 
-        def row(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.unsqueeze(0).contiguous()
-
         token_kl = None
         if divergences is not None:
-            token_kl = TokenKL(
-                self.ref_buffer[: logits.shape[0]].unsqueeze(0),
-                row(divergences.ref_logps),  # type: ignore[arg-type]
-                row(divergences.kl),  # type: ignore[arg-type]
-                row(divergences.grad_kl),
-                row(divergences.grad_forward_kl),
-            )
+            ref_logits = self.ref_buffer[: logits.shape[0]].unsqueeze(0)
+            small = divergences.ref_logps, divergences.kl, divergences.grad_kl, divergences.grad_forward_kl
+            token_kl = TokenKL(ref_logits, *(None if v is None else _row(v) for v in small))  # type: ignore[arg-type]
         labels, every = self.labels[tokens].unsqueeze(0), logits.unsqueeze(0)
-        small = (row(values) for values in (logps, lse, grad_logps))
-        call.stages.logits_grad(every, labels, *small, call.transform, every, token_kl)  # type: ignore[arg-type]
+        call.stages.logits_grad(
+            every, labels, _row(logps), _row(lse), _row(grad_logps), call.transform, every, token_kl
+        )
         return logits
 
     def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:
@@ -263,6 +257,11 @@ class Projection:
         grad_hidden = self.hidden_gradient(dz) if self.call.needs.hidden else None
         gradient.add(dz, rows)
         return grad_hidden
+
+
+def _row(values: Tensor) -> Tensor:
+    """[c] as a batch of one row."""
+    return values.unsqueeze(0).contiguous()
 
 
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -31,7 +31,9 @@ class FusedProjection:
         self.hidden = hidden
         self.labels = call.labels.reshape(-1)
         weight = weight.to(call.compute_dtype).contiguous()
-        self.head = self.grad.HeadCall(weight, narrow(bias), None, call.transform.scale, call.transform.softcap, call.eps)
+        self.head = self.grad.HeadCall(
+            weight, narrow(bias), None, call.transform.scale, call.transform.softcap, call.eps
+        )
         self.ref_weight, self.ref_bias = narrow(call.reference.weight), narrow(call.reference.bias)
         self.stores = call.strategy == "whole_pairs"
         self.names = frozenset(STATISTICS) & frozenset(call.rows) - {"kl"}

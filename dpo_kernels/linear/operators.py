@@ -70,9 +70,7 @@ def _linear_logps_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         rows = dict(zip(call.rows, found.unbind(0), strict=True))
         divergences = KLGradients(rows["ref_logps"], rows["kl"], grad_kl, grad_forward_kl)
     with no_autocast(hidden.device):
-        grad_hidden, gradient = backward_tokens(
-            call, hidden, weight, bias, found, grad_logps, divergences=divergences
-        )
+        grad_hidden, gradient = backward_tokens(call, hidden, weight, bias, found, grad_logps, divergences=divergences)
     nothing = hidden.new_empty(0)
     return (
         nothing if grad_hidden is None else grad_hidden,

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import PairSettings
+from ..backends.whole_call import reduce
 from ..memory import fresh
 from ..ops import check_cu_seqlens
-from ..pair_loss import PairLosses, Tokens, pair_losses, reduce
+from ..pair_loss import PairLosses, Tokens, pair_losses
 from ..stages import owners
 from . import planner
 from .call import Call, KLGradients

@@ -164,8 +164,8 @@ def backward_tokens(
 ) -> tuple[Tensor | None, HeadGradient]:
     """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again.
 
-    `found` are the forward's rows [R, B, T]. `tokens` are the forward's, in the order of `kept_logits`. `divergences` add theirs, and the reference is projected again
-    as well.
+    `found` are the forward's rows [R, B, T]. `tokens` are the forward's, in the order of `kept_logits`. `divergences` add
+    theirs, and the reference is projected again as well.
     """
     call = call.without_reference() if divergences is None else call
     small = grad_logps.reshape(-1)
@@ -232,9 +232,7 @@ def take_weight(gradient: HeadGradient, weight: Tensor, into: Tensor | None) -> 
     return gradient.weight.to(weight.dtype)
 
 
-def upstream(
-    call: Call, grad_tokens: Tensor, tokens: Tensor
-) -> tuple[Tensor, KLGradients | None]:
+def upstream(call: Call, grad_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, KLGradients | None]:
     """(gradient by the log-probabilities, by the divergences among the terms), from that of all rows [R, B, T]."""
     grads = dict(zip(call.rows, grad_tokens.unbind(0), strict=True))
     if not call.terms:

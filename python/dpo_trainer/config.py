@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from dpo_kernels import objectives
 from dpo_kernels.backends import NAMES as BACKENDS
 from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
-from dpo_kernels.objectives import OBJECTIVES
 from dpo_kernels.linear.planner import parse_budget
+from dpo_kernels.objectives import OBJECTIVES
 
 from .batches import STRATEGIES
 from .checks import check_ranges
