@@ -60,6 +60,7 @@ SENTENCES = (
     "prefix_sharing",
     "memory",
     "scaling",
+    "latency",
     "threads",
     "compile",
     "startup",
