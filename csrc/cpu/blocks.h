@@ -1,8 +1,12 @@
 // Reading and writing a row of logits in blocks that stay in the first-level cache.
 //
-// A block is read from memory once; the maximum pass and the exponential pass over it then hit the cache. Float rows
-// without scale or softcap are used in place; everything else is converted into a buffer on the way.
+// A block is read from memory once; the maximum pass and the exponential pass over it then hit the cache. Rows without
+// scale or softcap are used in place, in the type in which they are stored; everything else is converted into a buffer
+// on the way.
 #pragma once
+
+#include <algorithm>
+#include <limits>
 
 #include "stages.h"
 #include "vec.h"
@@ -33,8 +37,7 @@ template <typename T>
 struct Convert16 {
   static DPO_INLINE vf vector(const T* p) { return load_as_float(p); }
   static DPO_INLINE float scalar(const T* p) {
-    T lanes[Vec<float>::lanes] = {};
-    lanes[0] = *p;
+    T lanes[Vec<float>::lanes] = {*p};
     return load_as_float(lanes)[0];
   }
   static DPO_INLINE void put(T* p, vf v) { store_from_float(p, v); }
@@ -68,7 +71,7 @@ DPO_INLINE typename Vec<A>::type transformed(typename Vec<A>::type x, LogitTrans
   return x;
 }
 
-// n logits from p into buffer as A, transformed; the last vector is padded with -inf up to a whole number of lanes.
+// n logits from p into buffer as A, transformed, and padded with -inf up to a whole number of vector pairs.
 template <typename A, typename T>
 DPO_INLINE void convert_block(const T* p, int64_t n, LogitTransform t, A* buffer) {
   constexpr int lanes = Vec<A>::lanes;
@@ -85,7 +88,62 @@ DPO_INLINE void convert_block(const T* p, int64_t n, LogitTransform t, A* buffer
     if (!t.identity()) v = transformed<A>(v, t);
     for (int64_t j = n - i; j < lanes; ++j) v[j] = -INFINITY;
     store<A>(buffer + i, v);
+    i += lanes;
   }
+  if (i % (2 * lanes) != 0) store<A>(buffer + i, splat<A>(-INFINITY));
+}
+
+template <typename S>
+constexpr S kMinusInfinity = -std::numeric_limits<S>::infinity();
+template <>
+constexpr BFloat16 kMinusInfinity<BFloat16>{0xff80};
+template <>
+constexpr Half kMinusInfinity<Half>{0xfc00};
+
+template <typename S>
+constexpr dpo::cpu::DType kDType = sizeof(S) == 8 ? dpo::cpu::DType::float64 : dpo::cpu::DType::float32;
+template <>
+constexpr dpo::cpu::DType kDType<BFloat16> = dpo::cpu::DType::bfloat16;
+template <>
+constexpr dpo::cpu::DType kDType<Half> = dpo::cpu::DType::float16;
+
+// The extremes of 16-bit logits, n of them, a whole number of registers, found in their own format. Both formats are a
+// sign and a magnitude. As signed integers numbers from 0 on keep their order; negative ones come first, in reverse.
+//
+// The largest integer is the maximum, unless all are negative: then the smallest is. NaN counts as infinity: the row is
+// NaN anyway.
+template <typename S>
+DPO_INLINE float narrow_max(const S* z, int64_t n) {
+  using shorts = Vec<float>::shorts;
+  constexpr int step = 2 * Vec<float>::lanes;
+  auto largest = *reinterpret_cast<const shorts*>(z), smallest = largest;
+  for (int64_t i = step; i < n; i += step) {
+    const auto v = *reinterpret_cast<const shorts*>(z + i);
+    largest = v > largest ? v : largest;
+    smallest = v < smallest ? v : smallest;
+  }
+  int16_t high = largest[0], low = smallest[0];
+  for (int i = 1; i < step; ++i) high = std::max<int16_t>(high, largest[i]), low = std::min<int16_t>(low, smallest[i]);
+  const S top{static_cast<uint16_t>(high >= 0 ? high : low)};
+  const float value = Convert<float, S>::scalar(&top);
+  return value == value ? value : INFINITY;
+}
+
+// The minimum or 0, whichever is less: as an unsigned integer, the largest. NaN or not where a NaN is negative.
+template <typename S>
+DPO_INLINE float narrow_min(const S* z, int64_t n) {
+  using unsigneds = Vec<float>::unsigneds;
+  constexpr int step = 2 * Vec<float>::lanes;
+  auto largest = *reinterpret_cast<const unsigneds*>(z);
+  for (int64_t i = step; i < n; i += step) {
+    const auto v = *reinterpret_cast<const unsigneds*>(z + i);
+    largest = v > largest ? v : largest;
+  }
+  uint16_t bits = largest[0];
+  for (int i = 1; i < step; ++i) bits = std::max<uint16_t>(bits, largest[i]);
+  const S bottom{bits};
+  const float value = Convert<float, S>::scalar(&bottom);
+  return value > 0.0f ? 0.0f : value;
 }
 
 // Where the row goes on in memory after the block at hand, and how many bytes a vocabulary entry takes there.
@@ -109,14 +167,14 @@ struct Row {
     return {static_cast<const char*>(logits.data) + offset * size, logits.dtype, t};
   }
 
-  // Logits start .. start + n as A, readable up to a whole number of vectors (padding is -inf). Either a pointer into
-  // the row itself or `buffer`.
+  // Logits start .. start + n as A, readable up to a whole number of vector pairs (padding is -inf). Either a pointer
+  // into the row itself or `buffer`, of kBlock entries.
   DPO_INLINE const A* block(int64_t start, int64_t n, A* buffer) const {
     using dpo::cpu::DType;
     const bool own = sizeof(A) == 8 ? dtype == DType::float64 : dtype == DType::float32;
     if (own) {
       const A* p = reinterpret_cast<const A*>(data) + start;
-      if (transform.identity() && n % Vec<A>::lanes == 0) return p;
+      if (transform.identity() && n % (2 * Vec<A>::lanes) == 0) return p;
       convert_block<A, A>(p, n, transform, buffer);
     } else if (dtype == DType::bfloat16) {
       convert_block<A, BFloat16>(reinterpret_cast<const BFloat16*>(data) + start, n, transform, buffer);
@@ -128,6 +186,22 @@ struct Row {
     return buffer;
   }
 
+  // Whether the row's logits are what is stored, as S.
+  template <typename S>
+  DPO_INLINE bool stores() const {
+    return dtype == kDType<S> && transform.identity();
+  }
+
+  // The same of a row that stores<S>(), as it is stored.
+  template <typename S>
+  DPO_INLINE const S* block(int64_t start, int64_t n, S* buffer) const {
+    constexpr int64_t step = 2 * Vec<A>::lanes;
+    const S* p = reinterpret_cast<const S*>(data) + start;
+    if (n % step == 0) return p;
+    std::fill(std::copy_n(p, n, buffer), buffer + (n + step - 1) / step * step, kMinusInfinity<S>);
+    return buffer;
+  }
+
   // The row's memory from logit `start` on (perhaps past its end), for prefetching only.
   DPO_INLINE Ahead ahead(int64_t start) const {
     const int64_t bytes = dtype == dpo::cpu::DType::float64 ? 8 : dtype == dpo::cpu::DType::float32 ? 4 : 2;
@@ -135,7 +209,7 @@ struct Row {
   }
 
   DPO_INLINE A at(int64_t v) const {
-    A one[Vec<A>::lanes];
+    A one[2 * Vec<A>::lanes];
     return block(v, 1, one)[0];
   }
 };
