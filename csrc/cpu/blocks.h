@@ -107,6 +107,17 @@ constexpr dpo::cpu::DType kDType<BFloat16> = dpo::cpu::DType::bfloat16;
 template <>
 constexpr dpo::cpu::DType kDType<Half> = dpo::cpu::DType::float16;
 
+// Calls take(p) for each register of n 16-bit logits.
+template <typename S, typename F>
+DPO_INLINE void each_register(const S* z, int64_t n, F take) {
+  constexpr int step = 2 * Vec<float>::lanes;
+  int64_t i = 0;
+  for (; i + 4 * step <= n; i += 4 * step) {
+    for (int k = 0; k < 4; ++k) take(z + i + k * step);
+  }
+  for (; i < n; i += step) take(z + i);
+}
+
 // The extremes of 16-bit logits, n of them, a whole number of registers, found in their own format. Both formats are a
 // sign and a magnitude. As signed integers numbers from 0 on keep their order; negative ones come first, in reverse.
 //
@@ -114,33 +125,32 @@ constexpr dpo::cpu::DType kDType<Half> = dpo::cpu::DType::float16;
 // NaN anyway.
 template <typename S>
 DPO_INLINE float narrow_max(const S* z, int64_t n) {
-  using shorts = Vec<float>::shorts;
-  constexpr int step = 2 * Vec<float>::lanes;
-  auto largest = *reinterpret_cast<const shorts*>(z), smallest = largest;
-  for (int64_t i = step; i < n; i += step) {
-    const auto v = *reinterpret_cast<const shorts*>(z + i);
+  auto largest = *reinterpret_cast<const Vec<float>::shorts*>(z), smallest = largest;
+  each_register(z, n, [&](const S* p) __attribute__((always_inline)) {
+    const auto v = *reinterpret_cast<const Vec<float>::shorts*>(p);
     largest = v > largest ? v : largest;
     smallest = v < smallest ? v : smallest;
-  }
+  });
   int16_t high = largest[0], low = smallest[0];
-  for (int i = 1; i < step; ++i) high = std::max<int16_t>(high, largest[i]), low = std::min<int16_t>(low, smallest[i]);
+  for (int i = 1; i < 2 * Vec<float>::lanes; ++i) {
+    high = std::max<int16_t>(high, largest[i]);
+    low = std::min<int16_t>(low, smallest[i]);
+  }
   const S top{static_cast<uint16_t>(high >= 0 ? high : low)};
   const float value = Convert<float, S>::scalar(&top);
   return value == value ? value : INFINITY;
 }
 
-// The minimum or 0, whichever is less: as an unsigned integer, the largest. NaN or not where a NaN is negative.
+// The minimum or 0, whichever is less: as an unsigned integer, the largest. A NaN may be missed if it is positive.
 template <typename S>
 DPO_INLINE float narrow_min(const S* z, int64_t n) {
-  using unsigneds = Vec<float>::unsigneds;
-  constexpr int step = 2 * Vec<float>::lanes;
-  auto largest = *reinterpret_cast<const unsigneds*>(z);
-  for (int64_t i = step; i < n; i += step) {
-    const auto v = *reinterpret_cast<const unsigneds*>(z + i);
+  auto largest = *reinterpret_cast<const Vec<float>::unsigneds*>(z);
+  each_register(z, n, [&](const S* p) __attribute__((always_inline)) {
+    const auto v = *reinterpret_cast<const Vec<float>::unsigneds*>(p);
     largest = v > largest ? v : largest;
-  }
+  });
   uint16_t bits = largest[0];
-  for (int i = 1; i < step; ++i) bits = std::max<uint16_t>(bits, largest[i]);
+  for (int i = 1; i < 2 * Vec<float>::lanes; ++i) bits = std::max<uint16_t>(bits, largest[i]);
   const S bottom{bits};
   const float value = Convert<float, S>::scalar(&bottom);
   return value > 0.0f ? 0.0f : value;

@@ -83,15 +83,21 @@ struct Powers<Half> {
   }
 };
 
-// n entries, a whole number of vector pairs.
+// n entries, a whole number of vector pairs. The next block is asked for meanwhile (see token_logps.cpp).
 template <typename T>
 DPO_INLINE void put_powers(const T* z, int64_t n, float offset, bool negative, T* out) {
   constexpr int step = 2 * Vec<float>::lanes;
   const Powers<T> powers(negative);
-  for (int64_t i = 0; i < n; i += step) {
-    const Two<float> logits = load_two(z + i);
-    powers.put(out + i, {logits.first * kLog2E + offset, logits.second * kLog2E + offset});
+  const auto put = [&](int64_t i) __attribute__((always_inline)) {
+    powers.put(out + i, load_two(z + i) * kLog2E + Two<float>{splat(offset), splat(offset)});
+  };
+  int64_t i = 0;
+  for (; i + 2 * step <= n; i += 2 * step) {
+    __builtin_prefetch(z + n + i);
+    put(i);
+    put(i + step);
   }
+  for (; i < n; i += step) put(i);
 }
 
 template <bool kReverse, bool kForward, typename A, typename T>

@@ -50,22 +50,29 @@ DPO_INLINE A block_max(const A* z, int64_t n) {
 // The statistics that ride along in the exponential pass.
 template <typename A>
 struct Moments {
-  typename Vec<A>::type sum = {};
-  typename Vec<A>::type shifted = {};
-  typename Vec<A>::type drift = {};
-  typename Vec<A>::type squares = {};
+  Two<A> sum = {}, shifted = {}, drift = {}, squares = {};
 };
 
+// Where e is 0, x may be infinite: such entries carry no mass and must not make 0 * inf.
+template <typename A>
+DPO_INLINE Two<A> carried(Two<A> e, Two<A> x) {
+  return {e.first > 0 ? e.first * x.first : e.first, e.second > 0 ? e.second * x.second : e.second};
+}
+
 template <bool kEntropy, bool kKl, bool kSquares, typename A>
-DPO_INLINE void add_vector(Moments<A>& m, typename Vec<A>::type logit, typename Vec<A>::type ref,
-                           typename Vec<A>::type minus_max) {
+DPO_INLINE void add_two(Moments<A>& m, Two<A> logit, Two<A> ref, Two<A> minus_max) {
   const auto x = logit + minus_max;
   const auto e = exp_nonpositive(x);
-  m.sum += e;
-  // Where e is 0, x or z - z' may be infinite: those entries carry no mass and must not make 0 * inf.
-  if (kEntropy) m.shifted += e > 0 ? e * x : e;
-  if (kKl) m.drift += e > 0 ? e * (logit - ref) : e;
-  if (kSquares) m.squares += e * e;
+  m.sum = m.sum + e;
+  if (kEntropy) m.shifted = m.shifted + carried(e, x);
+  if (kKl) m.drift = m.drift + carried(e, logit - ref);
+  if (kSquares) m.squares = m.squares + e * e;
+}
+
+template <typename A>
+DPO_INLINE double total(Two<A> a, Two<A> b) {
+  const auto sum = a + b;
+  return horizontal_sum<A>(sum.first + sum.second);
 }
 
 // Adds z[0 .. n) to the row's state. `ref` is read only with kKl.
@@ -83,13 +90,13 @@ DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const S* z, const S* ref, i
   }
   if (top > state.max) dpo::raise_max(state, top);
   // While everything is -inf there is no origin to subtract (and -inf - -inf would be NaN).
-  const auto minus_max = splat<A>(state.max > -INFINITY ? -state.max : A(0));
+  const A minus_max = state.max > -INFINITY ? -state.max : A(0);
+  const Two<A> shift{splat<A>(minus_max), splat<A>(minus_max)};
   // Four chains hide the latency of the additions; their order is fixed.
-  Moments<A> a, b, c, d;
-  const auto add = [&](Moments<A>& first, Moments<A>& second, int64_t i) __attribute__((always_inline)) {
-    const Two<A> logits = load_two(z + i), refs = kKl ? load_two(ref + i) : logits;
-    add_vector<kEntropy, kKl, kSquares, A>(first, logits.first, refs.first, minus_max);
-    add_vector<kEntropy, kKl, kSquares, A>(second, logits.second, refs.second, minus_max);
+  Moments<A> a, b;
+  const auto add = [&](Moments<A>& to, int64_t i) __attribute__((always_inline)) {
+    const Two<A> logits = load_two(z + i);
+    add_two<kEntropy, kKl, kSquares>(to, logits, kKl ? load_two(ref + i) : logits, shift);
   };
   int64_t i = 0;
   // One request for each 64 bytes of S: for 16-bit logits in a buffer of floats that is two a cache line.
@@ -98,29 +105,26 @@ DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const S* z, const S* ref, i
   const char* next = ahead.data;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
     for (int line = 0; line < lines; ++line, next += hop) __builtin_prefetch(next);
-    add(a, b, i);
-    add(c, d, i + 2 * lanes);
+    add(a, i);
+    add(b, i + 2 * lanes);
   }
-  for (; i < n; i += 2 * lanes) add(a, b, i);
-  state.sum += horizontal_sum<A>((a.sum + b.sum) + (c.sum + d.sum));
-  if (kEntropy) state.shifted += horizontal_sum<A>((a.shifted + b.shifted) + (c.shifted + d.shifted));
-  if (kKl) state.drift += horizontal_sum<A>((a.drift + b.drift) + (c.drift + d.drift));
-  if (kSquares) state.squares += horizontal_sum<A>((a.squares + b.squares) + (c.squares + d.squares));
+  for (; i < n; i += 2 * lanes) add(a, i);
+  state.sum += total(a.sum, b.sum);
+  if (kEntropy) state.shifted += total(a.shifted, b.shifted);
+  if (kKl) state.drift += total(a.drift, b.drift);
+  if (kSquares) state.squares += total(a.squares, b.squares);
 }
 
 template <typename A, typename S>
 DPO_INLINE double plain_sum(const S* z, int64_t n) {
   constexpr int lanes = Vec<A>::lanes;
-  typename Vec<A>::type a = {}, b = {}, c = {}, d = {};
+  Two<A> a = {}, b = {};
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    const Two<A> front = load_two(z + i), back = load_two(z + i + 2 * lanes);
-    a += front.first;
-    b += front.second;
-    c += back.first;
-    d += back.second;
+    a = a + load_two(z + i);
+    b = b + load_two(z + i + 2 * lanes);
   }
-  double s = horizontal_sum<A>((a + b) + (c + d));
+  double s = total(a, b);
   for (; i < n; ++i) s += static_cast<double>(Convert<A, S>::scalar(z + i));
   return s;
 }

@@ -76,6 +76,38 @@ DPO_INLINE void store(A* p, typename Vec<A>::type v) {
   *reinterpret_cast<typename Vec<A>::type*>(p) = v;
 }
 
+// Two vectors: as many numbers as a whole register of 16-bit ones holds. Written as one number, arithmetic on them
+// comes out operation by operation, and the chain of one vector fills the waits of the other's.
+template <typename A>
+struct Two {
+  typename Vec<A>::type first, second;
+};
+
+template <typename A>
+DPO_INLINE Two<A> operator+(Two<A> a, Two<A> b) {
+  return {a.first + b.first, a.second + b.second};
+}
+template <typename A>
+DPO_INLINE Two<A> operator-(Two<A> a, Two<A> b) {
+  return {a.first - b.first, a.second - b.second};
+}
+template <typename A>
+DPO_INLINE Two<A> operator*(Two<A> a, Two<A> b) {
+  return {a.first * b.first, a.second * b.second};
+}
+template <typename A>
+DPO_INLINE Two<A> operator+(Two<A> a, A b) {
+  return {a.first + b, a.second + b};
+}
+template <typename A>
+DPO_INLINE Two<A> operator-(Two<A> a, A b) {
+  return {a.first - b, a.second - b};
+}
+template <typename A>
+DPO_INLINE Two<A> operator*(Two<A> a, A b) {
+  return {a.first * b, a.second * b};
+}
+
 // The second operand wins when either is NaN (what maxps does): put the value that must keep its NaN second.
 DPO_INLINE vf vmax(vf a, vf b) {
 #ifdef DPO_MM
@@ -85,6 +117,14 @@ DPO_INLINE vf vmax(vf a, vf b) {
 #endif
 }
 DPO_INLINE vd vmax(vd a, vd b) { return a > b ? a : b; }
+DPO_INLINE Two<float> vmax(vf a, Two<float> b) { return {vmax(a, b.first), vmax(a, b.second)}; }
+
+// 2^n, n + 127 being the low bits of t.
+DPO_INLINE vf power_in(vf t) {
+  const auto bits = reinterpret_cast<const Vec<float>::integer&>(t) << 23;
+  return reinterpret_cast<const vf&>(bits);
+}
+DPO_INLINE Two<float> power_in(Two<float> t) { return {power_in(t.first), power_in(t.second)}; }
 
 // The whole number below, for |x| < 2^22.
 DPO_INLINE vf round_down(vf x) {
@@ -100,22 +140,24 @@ DPO_INLINE vf round_down(vf x) {
 // NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded once, in the
 // FMA. log2(e) takes two floats: one alone is off by 1.3e-8 of itself, and so exp(x) by 1.3e-8 |x|, all on one side: a
 // KL divergence between distributions that disagree by tens of nats showed it.
-DPO_INLINE vf exp_nonpositive(vf x) {
+template <typename V>
+DPO_INLINE V exp_by_polynomial(V x) {
   constexpr float log2e = 1.44269504088896341f, log2e_rest = 1.925963033500e-8f;
   constexpr float magic = 12582912.0f + 127.0f;
   x = vmax(splat(-88.05f), x);
-  const vf t = x * log2e + magic;
-  const vf n = t - magic;
-  const vf f = x * log2e_rest + (x * log2e - n);
-  vf p = f * 1.5353361903787903e-4f + 1.339887441387677e-3f;
+  const V t = x * log2e + magic;
+  const V n = t - magic;
+  const V f = x * log2e_rest + (x * log2e - n);
+  V p = f * 1.5353361903787903e-4f + 1.339887441387677e-3f;
   p = p * f + 9.618437357683739e-3f;
   p = p * f + 5.550332471126454e-2f;
   p = p * f + 2.402264791362875e-1f;
   p = p * f + 6.931472028550659e-1f;
   p = p * f + 1.0f;
-  const Vec<float>::integer power = reinterpret_cast<const Vec<float>::integer&>(t) << 23;
-  return p * reinterpret_cast<const vf&>(power);
+  return p * power_in(t);
 }
+DPO_INLINE vf exp_nonpositive(vf x) { return exp_by_polynomial(x); }
+DPO_INLINE Two<float> exp_nonpositive(Two<float> x) { return exp_by_polynomial(x); }
 
 // float64 is the checking path: libm, lane by lane.
 DPO_INLINE vd exp_nonpositive(vd x) {
@@ -123,6 +165,8 @@ DPO_INLINE vd exp_nonpositive(vd x) {
   for (int i = 0; i < Vec<double>::lanes; ++i) out[i] = std::exp(x[i]);
   return out;
 }
+
+DPO_INLINE Two<double> exp_nonpositive(Two<double> x) { return {exp_nonpositive(x.first), exp_nonpositive(x.second)}; }
 
 // tanh for the logit softcap. A polynomial near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.
 DPO_INLINE vf tanh_any(vf x) {
@@ -206,12 +250,6 @@ DPO_INLINE void store_from_float(BFloat16* p, vf v) {
   const bits_t out = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
   *reinterpret_cast<Vec<float>::halves*>(p) = __builtin_convertvector(out, Vec<float>::halves);
 }
-
-// Two vectors: as many numbers as a whole register of 16-bit ones holds.
-template <typename A>
-struct Two {
-  typename Vec<A>::type first, second;
-};
 
 template <typename A>
 DPO_INLINE Two<A> load_two(const A* p) {
