@@ -107,52 +107,52 @@ constexpr dpo::cpu::DType kDType<BFloat16> = dpo::cpu::DType::bfloat16;
 template <>
 constexpr dpo::cpu::DType kDType<Half> = dpo::cpu::DType::float16;
 
-// Calls take(p) for each register of n 16-bit logits.
-template <typename S, typename F>
-DPO_INLINE void each_register(const S* z, int64_t n, F take) {
-  constexpr int step = 2 * Vec<float>::lanes;
-  int64_t i = 0;
-  for (; i + 4 * step <= n; i += 4 * step) {
-    for (int k = 0; k < 4; ++k) take(z + i + k * step);
-  }
-  for (; i < n; i += step) take(z + i);
+// Whether a format is quick to read: halves are where the processor converts them. Others go through a buffer.
+template <typename S>
+constexpr bool kQuick = true;
+#ifndef DPO_MM
+template <>
+constexpr bool kQuick<Half> = false;
+#endif
+
+// n 16-bit logits, a whole number of registers, as integers of type I, reduced by `choose`.
+template <typename I, typename S, typename F>
+DPO_INLINE I choose_bits(const S* z, int64_t n, F choose) {
+  typedef I many __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(2), may_alias));
+  constexpr int step = DPO_VECTOR_BYTES / 2;
+  const auto at = [&](int64_t i) __attribute__((always_inline)) { return *reinterpret_cast<const many*>(z + i); };
+  many chosen = at(0);
+  int64_t i = step;
+  for (; i + 4 * step <= n; i += 4 * step)
+    chosen = choose(choose(choose(choose(chosen, at(i)), at(i + step)), at(i + 2 * step)), at(i + 3 * step));
+  for (; i < n; i += step) chosen = choose(chosen, at(i));
+  I one = chosen[0];
+  for (int lane = 1; lane < step; ++lane) one = choose(one, chosen[lane]);
+  return one;
 }
 
-// The extremes of 16-bit logits, n of them, a whole number of registers, found in their own format. Both formats are a
-// sign and a magnitude. As signed integers numbers from 0 on keep their order; negative ones come first, in reverse.
-//
-// The largest integer is the maximum, unless all are negative: then the smallest is. NaN counts as infinity: the row is
-// NaN anyway.
+template <typename S>
+DPO_INLINE float from_bits(uint16_t bits) {
+  const S stored{bits};
+  return Convert<float, S>::scalar(&stored);
+}
+
+// The extremes of 16-bit logits, found in their own format, which is a sign and a magnitude in both. As signed integers
+// numbers from 0 on keep their order; negative ones come before them, in reverse: the largest integer is the maximum,
+// unless it is negative: then the smallest is. A positive NaN counts as infinity, a negative one may be missed: the row
+// is NaN anyway.
 template <typename S>
 DPO_INLINE float narrow_max(const S* z, int64_t n) {
-  auto largest = *reinterpret_cast<const Vec<float>::shorts*>(z), smallest = largest;
-  each_register(z, n, [&](const S* p) __attribute__((always_inline)) {
-    const auto v = *reinterpret_cast<const Vec<float>::shorts*>(p);
-    largest = v > largest ? v : largest;
-    smallest = v < smallest ? v : smallest;
-  });
-  int16_t high = largest[0], low = smallest[0];
-  for (int i = 1; i < 2 * Vec<float>::lanes; ++i) {
-    high = std::max<int16_t>(high, largest[i]);
-    low = std::min<int16_t>(low, smallest[i]);
-  }
-  const S top{static_cast<uint16_t>(high >= 0 ? high : low)};
-  const float value = Convert<float, S>::scalar(&top);
+  int16_t bits = choose_bits<int16_t>(z, n, [](auto a, auto b) { return a > b ? a : b; });
+  if (bits < 0) bits = choose_bits<int16_t>(z, n, [](auto a, auto b) { return a < b ? a : b; });
+  const float value = from_bits<S>(static_cast<uint16_t>(bits));
   return value == value ? value : INFINITY;
 }
 
-// The minimum or 0, whichever is less: as an unsigned integer, the largest. A NaN may be missed if it is positive.
+// The minimum or 0, whichever is less: the largest unsigned integer.
 template <typename S>
 DPO_INLINE float narrow_min(const S* z, int64_t n) {
-  auto largest = *reinterpret_cast<const Vec<float>::unsigneds*>(z);
-  each_register(z, n, [&](const S* p) __attribute__((always_inline)) {
-    const auto v = *reinterpret_cast<const Vec<float>::unsigneds*>(p);
-    largest = v > largest ? v : largest;
-  });
-  uint16_t bits = largest[0];
-  for (int i = 1; i < 2 * Vec<float>::lanes; ++i) bits = std::max<uint16_t>(bits, largest[i]);
-  const S bottom{bits};
-  const float value = Convert<float, S>::scalar(&bottom);
+  const float value = from_bits<S>(choose_bits<uint16_t>(z, n, [](auto a, auto b) { return a > b ? a : b; }));
   return value > 0.0f ? 0.0f : value;
 }
 
@@ -178,8 +178,9 @@ struct Row {
   }
 
   // Logits start .. start + n as A, readable up to a whole number of vector pairs (padding is -inf). Either a pointer
-  // into the row itself or `buffer`, of kBlock entries.
-  DPO_INLINE const A* block(int64_t start, int64_t n, A* buffer) const {
+  // into the row itself or `buffer`, of kBlock entries. Called once a block; inlined, its conversions would be most of
+  // what there is to compile.
+  __attribute__((noinline)) const A* block(int64_t start, int64_t n, A* buffer) const {
     using dpo::cpu::DType;
     const bool own = sizeof(A) == 8 ? dtype == DType::float64 : dtype == DType::float32;
     if (own) {
@@ -218,7 +219,7 @@ struct Row {
     return {data + start * bytes, bytes};
   }
 
-  DPO_INLINE A at(int64_t v) const {
+  A at(int64_t v) const {
     A one[2 * Vec<A>::lanes];
     return block(v, 1, one)[0];
   }

@@ -139,12 +139,11 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   const auto ref_m = splat<A>(ref_origin);
   const double log2_g = std::log2(std::abs(by_p)), log2_lse = token.lse / std::log(2.0);
   const float offset = static_cast<float>(log2_g - log2_lse);
-  const bool powers = sizeof(T) == 2 && !kReverse && !kForward && transform.identity() &&
-                      std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
+  const bool powers = transform.identity() && std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
   const auto center = splat<A>(mean_gap);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, vocab - start);
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2 && kQuick<T> && !kReverse && !kForward) {
       const T* stored = reinterpret_cast<const T*>(row.data) + start;
       if (powers && n % (2 * lanes) == 0 && within(stored, n, offset)) {
         put_powers(stored, n, offset, by_p < 0, out + start);

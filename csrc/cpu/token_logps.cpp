@@ -205,8 +205,10 @@ RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, 
   if constexpr (sizeof(A) == 4) {
     if (policy.template stores<BFloat16>() && reference.template stores<BFloat16>())
       run = run_row_of<kEntropy, kKl, kSquares, A, BFloat16>;
-    if (policy.template stores<Half>() && reference.template stores<Half>())
-      run = run_row_of<kEntropy, kKl, kSquares, A, Half>;
+    if constexpr (kQuick<Half>) {
+      if (policy.template stores<Half>() && reference.template stores<Half>())
+        run = run_row_of<kEntropy, kKl, kSquares, A, Half>;
+    }
   }
   return run(policy, reference, vocab, label, accuracy, mean);
 }

@@ -44,10 +44,8 @@ struct Vec<float> {
   typedef int32_t integer __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint32_t bits __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint16_t halves __attribute__((vector_size(DPO_VECTOR_BYTES / 2), aligned(2), may_alias));
-  // A whole register of 16-bit numbers, twice as many: as neighbours in pairs, and one by one.
+  // A whole register of 16-bit numbers, two by two.
   typedef uint32_t pairs __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(2), may_alias));
-  typedef int16_t shorts __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(2), may_alias));
-  typedef uint16_t unsigneds __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(2), may_alias));
   static constexpr int lanes = DPO_VECTOR_BYTES / 4;
 };
 
