@@ -64,33 +64,31 @@ struct Convert<double, BFloat16> : ConvertWiden<BFloat16> {};
 template <>
 struct Convert<double, Half> : ConvertWiden<Half> {};
 
-template <typename A>
-DPO_INLINE typename Vec<A>::type transformed(typename Vec<A>::type x, LogitTransform t) {
-  x = x * static_cast<A>(t.scale);
-  if (t.softcap != 0.0) x = static_cast<A>(t.softcap) * tanh_any(x * static_cast<A>(1.0 / t.softcap));
-  return x;
-}
-
-// n logits from p into buffer as A, transformed, and padded with -inf up to a whole number of vector pairs.
-template <typename A, typename T>
-DPO_INLINE void convert_block(const T* p, int64_t n, LogitTransform t, A* buffer) {
+// n logits from p into buffer as A, changed by `transform`, and padded with -inf up to a whole number of vector pairs.
+template <typename A, typename T, typename F>
+DPO_INLINE void convert_block_by(const T* p, int64_t n, F transform, A* buffer) {
   constexpr int lanes = Vec<A>::lanes;
   int64_t i = 0;
-  if (t.identity()) {
-    for (; i + lanes <= n; i += lanes) store<A>(buffer + i, Convert<A, T>::vector(p + i));
-  } else {
-    for (; i + lanes <= n; i += lanes) store<A>(buffer + i, transformed<A>(Convert<A, T>::vector(p + i), t));
-  }
+  for (; i + lanes <= n; i += lanes) store<A>(buffer + i, transform(Convert<A, T>::vector(p + i)));
   if (i < n) {
     T tail[lanes] = {};
     for (int64_t j = i; j < n; ++j) tail[j - i] = p[j];
-    auto v = Convert<A, T>::vector(tail);
-    if (!t.identity()) v = transformed<A>(v, t);
+    typename Vec<A>::type v = transform(Convert<A, T>::vector(tail));
     for (int64_t j = n - i; j < lanes; ++j) v[j] = -INFINITY;
     store<A>(buffer + i, v);
     i += lanes;
   }
   if (i % (2 * lanes) != 0) store<A>(buffer + i, splat<A>(-INFINITY));
+}
+
+template <typename A, typename T>
+DPO_INLINE void convert_block(const T* p, int64_t n, LogitTransform t, A* buffer) {
+  using V = typename Vec<A>::type;
+  const A scale = static_cast<A>(t.scale), cap = static_cast<A>(t.softcap);
+  if (t.identity()) return convert_block_by(p, n, [](V x) { return x; }, buffer);
+  if (cap == A(0)) return convert_block_by(p, n, [=](V x) { return x * scale; }, buffer);
+  const A inverse = static_cast<A>(1.0 / t.softcap);
+  convert_block_by(p, n, [=](V x) { return cap * tanh_any(x * scale * inverse); }, buffer);
 }
 
 template <typename S>
