@@ -37,8 +37,8 @@ template <typename T>
 struct Convert16 {
   static DPO_INLINE vf vector(const T* p) { return load_as_float(p); }
   static DPO_INLINE float scalar(const T* p) {
-    T lanes[Vec<float>::lanes] = {*p};
-    return load_as_float(lanes)[0];
+    const auto lanes = Vec<float>::halves{} + p->bits;
+    return load_as_float(reinterpret_cast<const T*>(&lanes))[0];
   }
   static DPO_INLINE void put(T* p, vf v) { store_from_float(p, v); }
 };
