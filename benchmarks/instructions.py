@@ -9,6 +9,12 @@ token for the preference loss. The kernels' objects are compiled as the package 
 sets are counted: the source is the same, the vectors are half or a quarter as wide, and the count is the same on every
 x86-64 machine with AVX2. Counts depend on the compiler; the budget says which one it is for, and another compiler's counts
 are only held below it with more room.
+
+What the arithmetic itself takes on AVX2, a logit, with every load that an instruction can fold folded, and no loops, constants
+that do not fit into registers, or sums of a block:
+
+    token_logps   float32 2.1, bfloat16 2.2, float16 2.1: of a vector of 8, 16 instructions for the exponential and its sum
+    logits_grad   float32 2.3, bfloat16 1.6, float16 1.8: 18, 12.5 and 14.5 a vector
 """
 
 from __future__ import annotations

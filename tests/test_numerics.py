@@ -223,3 +223,35 @@ def test_huge_margins_do_not_overflow(backend, device):
         expected = 0.0 if order == [0, 1] else 10.0 * 2 * 2e4
         assert out.loss.item() == pytest.approx(expected, rel=1e-6)
         assert bool(x.grad.isfinite().all())
+
+
+# What the logits of a row look like, and the upstream gradient of its log-probability.
+REGIMES = {
+    "usual": (lambda z: z, 0.03),
+    "other sign": (lambda z: z, -0.03),
+    "no gradient": (lambda z: z, 0.0),
+    "faint gradient": (lambda z: z, 1e-30),
+    "all negative": (lambda z: z - 40, 0.03),
+    "far from zero": (lambda z: z + 1000, 0.03),
+    "far apart": (lambda z: torch.where(torch.arange(z.shape[-1]) % 50 == 7, -90.0, z), 1.0),
+    "partly minus infinity": (lambda z: torch.where(torch.arange(z.shape[-1]) > 2060, -math.inf, z), 0.03),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_sixteen_bit_gradient_is_the_truth_rounded_once(backend, device, regime, dtype):
+    """Half a unit in the last place, and a hair for float32's own error: no regime may cost a rounding more."""
+    shape, upstream = REGIMES[regime]
+    logits = shape(torch.randn(2, 2, 2101) * 2).to(device, dtype)
+    labels = torch.randint(0, 2060, (2, 2), device=device)
+    x, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with use_backend(backend):
+        sequence_logps(x, labels).backward(torch.full((2,), upstream, device=device))
+    true_logps = torch.log_softmax(exact, -1).gather(-1, labels[..., None])[..., 0].sum(-1)
+    (truth,) = torch.autograd.grad(true_logps, exact, torch.full_like(true_logps, upstream))
+    info = torch.finfo(dtype)
+    exponent = truth.abs().clamp(min=info.smallest_normal).log2().floor()
+    units = (x.grad.double() - truth).abs() / (info.eps * exponent.exp2())
+    assert float(units.max()) < 0.51
+    assert bool((x.grad[truth == 0] == 0).all())

@@ -1,9 +1,10 @@
 // Stage 1 on CPU: log-softmax gather and its statistics, one read of each logits row.
 //
 // Data flow, per scored token: the row streams through in blocks of 2,048 logits. Each block is read from memory once;
-// its maximum is taken, then exp and the requested moments are summed from the first-level cache. Lanes accumulate in
-// float32 over one block only (32 to 128 additions) and join the row's float64 state, so a vocabulary of 200k costs no
-// accuracy. Nothing of size V is written.
+// its maximum is taken (of 16-bit logits in their own format: two instructions for a register of them), then exp and
+// the requested moments are summed from the first-level cache. Lanes accumulate in float32 over one block only (32 to
+// 128 additions) and join the row's float64 state, so a vocabulary of 200k costs no accuracy. Nothing of size V is
+// written.
 //
 // With kl, policy and reference blocks are read side by side and sum p (z - z') is formed on the way.
 #include <cstring>
@@ -49,77 +50,90 @@ DPO_INLINE A block_max(const A* z, int64_t n) {
 // The statistics that ride along in the exponential pass.
 template <typename A>
 struct Moments {
-  typename Vec<A>::type sum = {};
-  typename Vec<A>::type shifted = {};
-  typename Vec<A>::type drift = {};
-  typename Vec<A>::type squares = {};
+  Two<A> sum = {}, shifted = {}, drift = {}, squares = {};
 };
 
+// Where e is 0, x may be infinite: such entries carry no mass and must not make 0 * inf.
+template <typename A>
+DPO_INLINE Two<A> carried(Two<A> e, Two<A> x) {
+  return {e.first > 0 ? e.first * x.first : e.first, e.second > 0 ? e.second * x.second : e.second};
+}
+
 template <bool kEntropy, bool kKl, bool kSquares, typename A>
-DPO_INLINE void add_vector(Moments<A>& m, const A* z, const A* ref, typename Vec<A>::type max) {
-  const auto logit = load<A>(z);
-  const auto x = logit - max;
+DPO_INLINE void add_two(Moments<A>& m, Two<A> logit, Two<A> ref, Two<A> minus_max) {
+  const auto x = logit + minus_max;
   const auto e = exp_nonpositive(x);
-  m.sum += e;
-  // Where e is 0, x or z - z' may be infinite: those entries carry no mass and must not make 0 * inf.
-  if (kEntropy) m.shifted += e > 0 ? e * x : e;
-  if (kKl) m.drift += e > 0 ? e * (logit - load<A>(ref)) : e;
-  if (kSquares) m.squares += e * e;
+  m.sum = m.sum + e;
+  if (kEntropy) m.shifted = m.shifted + carried(e, x);
+  if (kKl) m.drift = m.drift + carried(e, logit - ref);
+  if (kSquares) m.squares = m.squares + e * e;
+}
+
+template <typename A>
+DPO_INLINE double total(Two<A> a, Two<A> b) {
+  const auto sum = a + b;
+  return horizontal_sum<A>(sum.first + sum.second);
 }
 
 // Adds z[0 .. n) to the row's state. `ref` is read only with kKl.
 //
 // The exponential pass works from the first-level cache and would leave the memory bus idle, to be waited for by the
 // next block's first pass: it asks for the next block meanwhile.
-template <bool kEntropy, bool kKl, bool kSquares, typename A>
-DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const A* z, const A* ref, int64_t n, Ahead ahead) {
+template <bool kEntropy, bool kKl, bool kSquares, typename A, typename S>
+DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const S* z, const S* ref, int64_t n, Ahead ahead) {
   constexpr int lanes = Vec<A>::lanes;
-  const A top = block_max<A>(z, n);
+  A top;
+  if constexpr (sizeof(S) == 2) {
+    top = narrow_max(z, n);
+  } else {
+    top = block_max(z, n);
+  }
   if (top > state.max) dpo::raise_max(state, top);
   // While everything is -inf there is no origin to subtract (and -inf - -inf would be NaN).
-  const auto max = splat<A>(state.max > -INFINITY ? state.max : A(0));
+  const A minus_max = state.max > -INFINITY ? -state.max : A(0);
+  const Two<A> shift{splat<A>(minus_max), splat<A>(minus_max)};
   // Four chains hide the latency of the additions; their order is fixed.
-  Moments<A> a, b, c, d;
+  Moments<A> a, b;
+  const auto add = [&](Moments<A>& to, int64_t i) __attribute__((always_inline)) {
+    const Two<A> logits = load_two(z + i);
+    add_two<kEntropy, kKl, kSquares>(to, logits, kKl ? load_two(ref + i) : logits, shift);
+  };
   int64_t i = 0;
-  // One request for each 64 bytes of A: for 16-bit logits that is two a cache line, and no branch.
-  const int64_t hop = 64 / sizeof(A) * ahead.entry_bytes;
+  // One request for each 64 bytes of S: for 16-bit logits in a buffer of floats that is two a cache line.
+  constexpr int lines = std::max<int>(1, 4 * lanes * sizeof(S) / 64);
+  const int64_t hop = 4 * lanes / lines * ahead.entry_bytes;
   const char* next = ahead.data;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    for (int line = 0; line < 4 * lanes * static_cast<int>(sizeof(A)) / 64; ++line, next += hop)
-      __builtin_prefetch(next);
-    add_vector<kEntropy, kKl, kSquares, A>(a, z + i, ref + i, max);
-    add_vector<kEntropy, kKl, kSquares, A>(b, z + i + lanes, ref + i + lanes, max);
-    add_vector<kEntropy, kKl, kSquares, A>(c, z + i + 2 * lanes, ref + i + 2 * lanes, max);
-    add_vector<kEntropy, kKl, kSquares, A>(d, z + i + 3 * lanes, ref + i + 3 * lanes, max);
+    for (int line = 0; line < lines; ++line, next += hop) __builtin_prefetch(next);
+    add(a, i);
+    add(b, i + 2 * lanes);
   }
-  for (; i < n; i += lanes) add_vector<kEntropy, kKl, kSquares, A>(a, z + i, ref + i, max);
-  state.sum += horizontal_sum<A>((a.sum + b.sum) + (c.sum + d.sum));
-  if (kEntropy) state.shifted += horizontal_sum<A>((a.shifted + b.shifted) + (c.shifted + d.shifted));
-  if (kKl) state.drift += horizontal_sum<A>((a.drift + b.drift) + (c.drift + d.drift));
-  if (kSquares) state.squares += horizontal_sum<A>((a.squares + b.squares) + (c.squares + d.squares));
+  for (; i < n; i += 2 * lanes) add(a, i);
+  state.sum += total(a.sum, b.sum);
+  if (kEntropy) state.shifted += total(a.shifted, b.shifted);
+  if (kKl) state.drift += total(a.drift, b.drift);
+  if (kSquares) state.squares += total(a.squares, b.squares);
 }
 
-template <typename A>
-DPO_INLINE double plain_sum(const A* z, int64_t n) {
+template <typename A, typename S>
+DPO_INLINE double plain_sum(const S* z, int64_t n) {
   constexpr int lanes = Vec<A>::lanes;
-  typename Vec<A>::type a = {}, b = {}, c = {}, d = {};
+  Two<A> a = {}, b = {};
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    a += load<A>(z + i);
-    b += load<A>(z + i + lanes);
-    c += load<A>(z + i + 2 * lanes);
-    d += load<A>(z + i + 3 * lanes);
+    a = a + load_two(z + i);
+    b = b + load_two(z + i + 2 * lanes);
   }
-  double s = horizontal_sum<A>((a + b) + (c + d));
-  for (; i < n; ++i) s += static_cast<double>(z[i]);
+  double s = total(a, b);
+  for (; i < n; ++i) s += static_cast<double>(Convert<A, S>::scalar(z + i));
   return s;
 }
 
 // A copy of the block in which the label's logit is -inf: the label joins the row last, in float64 (online_softmax.h).
-template <typename A>
-DPO_INLINE const A* without(int64_t position, const A* z, int64_t n, A* buffer) {
-  if (z != buffer) std::memcpy(buffer, z, n * sizeof(A));
-  buffer[position] = -INFINITY;
+template <typename S>
+DPO_INLINE const S* without(int64_t position, const S* z, int64_t n, S* buffer) {
+  if (z != buffer) std::memcpy(buffer, z, n * sizeof(S));
+  buffer[position] = kMinusInfinity<S>;
   return buffer;
 }
 
@@ -143,24 +157,25 @@ struct RowResult {
   double mean;
 };
 
-template <bool kEntropy, bool kKl, bool kSquares, typename A>
-RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, int64_t label, bool accuracy,
-                  bool mean) {
-  alignas(64) A buffer[kBlock];
-  alignas(64) A ref_buffer[kBlock];
+// S: the type in which the blocks are read; A, or a row's own 16-bit type.
+template <bool kEntropy, bool kKl, bool kSquares, typename A, typename S>
+RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t vocab, int64_t label, bool accuracy,
+                     bool mean) {
+  alignas(64) S buffer[kBlock];
+  alignas(64) S ref_buffer[kBlock];
   auto state = dpo::empty_softmax<A>();
   auto ref_state = dpo::empty_softmax<A>();
   double total = 0.0;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    const A* z = policy.block(start, n, buffer);
+    const S* z = policy.block(start, n, buffer);
     if (mean) total += plain_sum<A>(z, n);
     const bool holds_label = label >= start && label < start + n;
-    if (holds_label) z = without<A>(label - start, z, n, buffer);
-    const A* ref = z;
+    if (holds_label) z = without(label - start, z, n, buffer);
+    const S* ref = z;
     if (kKl) {
       ref = reference.block(start, n, ref_buffer);
-      if (holds_label) ref = without<A>(label - start, ref, n, ref_buffer);
+      if (holds_label) ref = without(label - start, ref, n, ref_buffer);
       absorb<false, false, false, A>(ref_state, ref, ref, n, reference.ahead(start + n));
     }
     absorb<kEntropy, kKl, kSquares, A>(state, z, ref, n, policy.ahead(start + n));
@@ -184,6 +199,21 @@ RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, 
 }
 
 template <bool kEntropy, bool kKl, bool kSquares, typename A>
+RowResult run_row(const Row<A>& policy, const Row<A>& reference, int64_t vocab, int64_t label, bool accuracy,
+                  bool mean) {
+  auto run = run_row_of<kEntropy, kKl, kSquares, A, A>;
+  if constexpr (sizeof(A) == 4) {
+    if (policy.template stores<BFloat16>() && reference.template stores<BFloat16>())
+      run = run_row_of<kEntropy, kKl, kSquares, A, BFloat16>;
+    if constexpr (kQuick<Half>) {
+      if (policy.template stores<Half>() && reference.template stores<Half>())
+        run = run_row_of<kEntropy, kKl, kSquares, A, Half>;
+    }
+  }
+  return run(policy, reference, vocab, label, accuracy, mean);
+}
+
+template <bool kEntropy, bool kKl, bool kSquares, typename A>
 void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end) {
   const LogitTransform transform{p.logit_scale, p.logit_softcap};
   for (int64_t k = begin; k < end; ++k) {
@@ -191,8 +221,8 @@ void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end)
     const int64_t label = p.labels[token];
     const auto policy = Row<A>::of(p.policy, token, p.seq_len, transform);
     const auto reference = p.reference.data ? Row<A>::of(p.reference, token, p.seq_len, transform) : policy;
-    const auto row = run_row<kEntropy, kKl, kSquares, A>(policy, reference, p.vocab, label, p.accuracy != nullptr,
-                                                         p.mean_logits != nullptr);
+    const auto row = run_row<kEntropy, kKl, kSquares, A>(policy, kKl ? reference : policy, p.vocab, label,
+                                                         p.accuracy != nullptr, p.mean_logits != nullptr);
     p.logps[token] = row.policy.logp;
     p.lse[token] = row.policy.lse;
     if (p.accuracy) p.accuracy[token] = row.accuracy;

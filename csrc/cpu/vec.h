@@ -1,4 +1,5 @@
-// Fixed-width vectors for the row kernels, in the compiler's own vector types: no intrinsics.
+// Fixed-width vectors for the row kernels, in the compiler's own vector types. Intrinsics only where g++ 12 does not
+// find the instruction by itself: the maximum with a constant, rounding down, the conversion of halves.
 //
 // The row kernels are compiled once per instruction set (see stages.h); DPO_VECTOR_BYTES is that set's register width.
 // Everything here is in an unnamed namespace and force-inlined: if two copies compiled for different instruction sets
@@ -7,9 +8,18 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifndef DPO_VECTOR_BYTES
 #define DPO_VECTOR_BYTES 16
+#endif
+
+#if defined(__AVX512F__) && DPO_VECTOR_BYTES == 64
+#define DPO_MM(name) _mm512_##name
+#include <immintrin.h>
+#elif defined(__AVX2__) && DPO_VECTOR_BYTES == 32
+#define DPO_MM(name) _mm256_##name
+#include <immintrin.h>
 #endif
 
 #define DPO_INLINE inline __attribute__((always_inline))
@@ -34,6 +44,8 @@ struct Vec<float> {
   typedef int32_t integer __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint32_t bits __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint16_t halves __attribute__((vector_size(DPO_VECTOR_BYTES / 2), aligned(2), may_alias));
+  // A whole register of 16-bit numbers, two by two.
+  typedef uint32_t pairs __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(2), may_alias));
   static constexpr int lanes = DPO_VECTOR_BYTES / 4;
 };
 
@@ -62,30 +74,88 @@ DPO_INLINE void store(A* p, typename Vec<A>::type v) {
   *reinterpret_cast<typename Vec<A>::type*>(p) = v;
 }
 
+// Two vectors: as many numbers as a whole register of 16-bit ones holds. Written as one number, arithmetic on them
+// comes out operation by operation, and the chain of one vector fills the waits of the other's.
+template <typename A>
+struct Two {
+  typename Vec<A>::type first, second;
+};
+
+template <typename A>
+DPO_INLINE Two<A> operator+(Two<A> a, Two<A> b) {
+  return {a.first + b.first, a.second + b.second};
+}
+template <typename A>
+DPO_INLINE Two<A> operator-(Two<A> a, Two<A> b) {
+  return {a.first - b.first, a.second - b.second};
+}
+template <typename A>
+DPO_INLINE Two<A> operator*(Two<A> a, Two<A> b) {
+  return {a.first * b.first, a.second * b.second};
+}
+template <typename A>
+DPO_INLINE Two<A> operator+(Two<A> a, A b) {
+  return {a.first + b, a.second + b};
+}
+template <typename A>
+DPO_INLINE Two<A> operator-(Two<A> a, A b) {
+  return {a.first - b, a.second - b};
+}
+template <typename A>
+DPO_INLINE Two<A> operator*(Two<A> a, A b) {
+  return {a.first * b, a.second * b};
+}
+
 // The second operand wins when either is NaN (what maxps does): put the value that must keep its NaN second.
-DPO_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+DPO_INLINE vf vmax(vf a, vf b) {
+#ifdef DPO_MM
+  return DPO_MM(max_ps)(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 DPO_INLINE vd vmax(vd a, vd b) { return a > b ? a : b; }
+DPO_INLINE Two<float> vmax(vf a, Two<float> b) { return {vmax(a, b.first), vmax(a, b.second)}; }
+
+// 2^n, n + 127 being the low bits of t.
+DPO_INLINE vf power_in(vf t) {
+  const auto bits = reinterpret_cast<const Vec<float>::integer&>(t) << 23;
+  return reinterpret_cast<const vf&>(bits);
+}
+DPO_INLINE Two<float> power_in(Two<float> t) { return {power_in(t.first), power_in(t.second)}; }
+
+// The whole number below, for |x| < 2^22.
+DPO_INLINE vf round_down(vf x) {
+#ifdef DPO_MM
+  return DPO_MM(floor_ps)(x);
+#else
+  const vf nearest = (x + 12582912.0f) - 12582912.0f;
+  return nearest > x ? nearest - 1.0f : nearest;
+#endif
+}
 
 // exp(x) for x <= 0, relative error under 1e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries no mass), NaN for
 // NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded once, in the
 // FMA. log2(e) takes two floats: one alone is off by 1.3e-8 of itself, and so exp(x) by 1.3e-8 |x|, all on one side: a
 // KL divergence between distributions that disagree by tens of nats showed it.
-DPO_INLINE vf exp_nonpositive(vf x) {
+template <typename V>
+DPO_INLINE V exp_by_polynomial(V x) {
   constexpr float log2e = 1.44269504088896341f, log2e_rest = 1.925963033500e-8f;
   constexpr float magic = 12582912.0f + 127.0f;
   x = vmax(splat(-88.05f), x);
-  const vf t = x * log2e + magic;
-  const vf n = t - magic;
-  const vf f = x * log2e_rest + (x * log2e - n);
-  vf p = f * 1.5353361903787903e-4f + 1.339887441387677e-3f;
+  const V t = x * log2e + magic;
+  const V n = t - magic;
+  const V f = x * log2e_rest + (x * log2e - n);
+  V p = f * 1.5353361903787903e-4f + 1.339887441387677e-3f;
   p = p * f + 9.618437357683739e-3f;
   p = p * f + 5.550332471126454e-2f;
   p = p * f + 2.402264791362875e-1f;
   p = p * f + 6.931472028550659e-1f;
   p = p * f + 1.0f;
-  const Vec<float>::integer power = reinterpret_cast<const Vec<float>::integer&>(t) << 23;
-  return p * reinterpret_cast<const vf&>(power);
+  return p * power_in(t);
 }
+DPO_INLINE vf exp_nonpositive(vf x) { return exp_by_polynomial(x); }
+DPO_INLINE Two<float> exp_nonpositive(Two<float> x) { return exp_by_polynomial(x); }
 
 // float64 is the checking path: libm, lane by lane.
 DPO_INLINE vd exp_nonpositive(vd x) {
@@ -93,6 +163,8 @@ DPO_INLINE vd exp_nonpositive(vd x) {
   for (int i = 0; i < Vec<double>::lanes; ++i) out[i] = std::exp(x[i]);
   return out;
 }
+
+DPO_INLINE Two<double> exp_nonpositive(Two<double> x) { return {exp_nonpositive(x.first), exp_nonpositive(x.second)}; }
 
 // tanh for the logit softcap. A polynomial near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.
 DPO_INLINE vf tanh_any(vf x) {
@@ -119,6 +191,24 @@ DPO_INLINE vf load_as_float(const BFloat16* p) {
   return reinterpret_cast<const vf&>(wide);
 }
 
+#ifdef DPO_MM
+#if DPO_VECTOR_BYTES == 64
+using HalfRegister = __m256i;
+#else
+using HalfRegister = __m128i;
+#endif
+DPO_INLINE vf load_as_float(const Half* p) {
+  HalfRegister halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return DPO_MM(cvtph_ps)(halves);
+}
+
+// Rounds to nearest even, as torch does.
+DPO_INLINE void store_from_float(Half* p, vf v) {
+  const HalfRegister halves = DPO_MM(cvtps_ph)(v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &halves, sizeof halves);
+}
+#else
 // Half to float by integer arithmetic: shift the exponent field into place and rescale by 2^112, which also makes
 // subnormals right; infinities and NaN get the full exponent.
 DPO_INLINE vf load_as_float(const Half* p) {
@@ -129,16 +219,6 @@ DPO_INLINE vf load_as_float(const Half* p) {
   bits = (h & 0x7c00u) == 0x7c00u ? (shifted | 0x7f800000u) : bits;
   bits |= (h & 0x8000u) << 16;
   return reinterpret_cast<const vf&>(bits);
-}
-
-// Round to nearest even, as torch does; NaN stays NaN.
-DPO_INLINE void store_from_float(BFloat16* p, vf v) {
-  using bits_t = Vec<float>::bits;
-  const bits_t u = reinterpret_cast<const bits_t&>(v);
-  const bits_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const bits_t quiet = bits_t{} + 0x7fc0u;
-  const bits_t out = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
-  *reinterpret_cast<Vec<float>::halves*>(p) = __builtin_convertvector(out, Vec<float>::halves);
 }
 
 DPO_INLINE void store_from_float(Half* p, vf v) {
@@ -156,6 +236,32 @@ DPO_INLINE void store_from_float(Half* p, vf v) {
   out = u > 0x7f800000u ? bits_t{} + 0x7e00u : out;
   out |= sign >> 16;
   *reinterpret_cast<Vec<float>::halves*>(p) = __builtin_convertvector(out, Vec<float>::halves);
+}
+#endif
+
+// Round to nearest even, as torch does; NaN stays NaN.
+DPO_INLINE void store_from_float(BFloat16* p, vf v) {
+  using bits_t = Vec<float>::bits;
+  const bits_t u = reinterpret_cast<const bits_t&>(v);
+  const bits_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const bits_t quiet = bits_t{} + 0x7fc0u;
+  const bits_t out = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  *reinterpret_cast<Vec<float>::halves*>(p) = __builtin_convertvector(out, Vec<float>::halves);
+}
+
+template <typename A>
+DPO_INLINE Two<A> load_two(const A* p) {
+  return {load<A>(p), load<A>(p + Vec<A>::lanes)};
+}
+
+DPO_INLINE Two<float> load_two(const Half* p) { return {load_as_float(p), load_as_float(p + Vec<float>::lanes)}; }
+
+// The even places, then the odd ones: a bfloat16 is a float's upper half, so each takes one instruction, where keeping
+// the order would take a permutation too. Sums and element-wise work do not mind.
+DPO_INLINE Two<float> load_two(const BFloat16* p) {
+  const auto bits = *reinterpret_cast<const Vec<float>::pairs*>(p);
+  const Vec<float>::bits even = bits << 16, odd = bits & 0xffff0000u;
+  return {reinterpret_cast<const vf&>(even), reinterpret_cast<const vf&>(odd)};
 }
 
 }  // namespace
