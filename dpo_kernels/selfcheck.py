@@ -23,9 +23,10 @@ from torch import Tensor
 
 from . import backends, linear, objectives, ops, reference
 from .arguments import PairSettings
-from .backends import LinearVariant, Variant
+from .backends import Variant
+from .check_table import IGNORE, TABLE, Case, serves
 from .pair_loss import Tokens
-from .stages import STATISTICS, Transform, token_rows
+from .stages import Transform, token_rows
 
 #: Allowed error: this multiple of the baseline's. GPU kernels spend up to 2.5 times eager's rounding on cheaper arithmetic.
 BUDGET = 3.0
@@ -35,36 +36,8 @@ GRADIENT_CAP = 0.02
 #: 16-bit rounding alone makes 6 % of it, for right kernels as for eager; the gradient as a whole, in which nothing cancels,
 #: then shows what is wrong.
 LINEAR_CAP = 2.0
-IGNORE = -100
 SCALE, SOFTCAP, KL_COEF, BETA, SMOOTHING = 0.7, 15.0, 0.3, 0.1, 0.15
 HIDDEN = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call in miniature: which kernels it runs (`variant`), and what is hostile about its input.
-
-    Attributes:
-        vocab: V, or None for the size that reaches every loop of the device's kernels.
-        infinite: a tenth of the logits are -inf.
-        confident: the label's probability is close to 1.
-        empty: one of the sequences has no scored token.
-        strided: logits are a view whose rows lie further apart.
-        weighted: tokens count differently, and some not at all.
-    """
-
-    variant: Variant
-    vocab: int | None = None
-    infinite: bool = False
-    confident: bool = False
-    empty: bool = False
-    strided: bool = False
-    weighted: bool = False
-
-    def __str__(self) -> str:
-        hostile = [name for name in ("infinite", "confident", "empty", "strided", "weighted") if getattr(self, name)]
-        size = [] if self.vocab is None else [f"V = {self.vocab}"]
-        return ", ".join([str(self.variant), *size, *hostile])
 
 
 @dataclass(frozen=True)
@@ -497,89 +470,6 @@ def run_case(case: Case, backend: str, device: torch.device) -> list[Result]:
             line = next(iter(str(error).strip().splitlines()), "")
             results = [Result(str(case), f"{type(error).__name__}: {line}"[:300], math.nan, math.inf)]
         return results
-
-
-def case_of(variant: Variant) -> Case:
-    """The case that stands for a call's variant."""
-    return Case(variant)
-
-
-def serves(backend: str, case: Case) -> bool:
-    """Whether the backend has the case's kernels at all; a call that it has not raises by itself."""
-    need = case.variant.linear
-    if need is not None and need.fused and backend not in ("triton", "cuda"):
-        return False
-    # The CUDA kernels fold the scale into the exponent, which turns their maximum into a minimum.
-    return not (backend == "cuda" and case.variant.negative_scale)
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
-
-_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = (_F32, _BF16, _F16)
-_ALL = STATISTICS
-
-
-def _logits_cases(dtype: torch.dtype) -> Iterator[Case]:
-    plain = Variant(dtype, reference=dtype)
-    everything = plain._replace(statistics=_ALL)
-    for aligned in (True, False):
-        for packed in (False, True):
-            for statistics in ((), *((name,) for name in _ALL), _ALL):
-                yield Case(plain._replace(aligned=aligned, packed=packed, statistics=statistics))
-        for terms in (("kl",), ("forward_kl",), ("kl", "forward_kl")):
-            yield Case(plain._replace(aligned=aligned, terms=terms))
-            yield Case(everything._replace(aligned=aligned, terms=terms, loss="sums"))
-        for other in DTYPES:
-            if other != dtype:
-                yield Case(everything._replace(aligned=aligned, reference=other))
-                yield Case(plain._replace(aligned=aligned, reference=other, terms=("kl", "forward_kl")))
-        for negative_scale in (False, True):
-            yield Case(everything._replace(aligned=aligned, softcap=True, negative_scale=negative_scale))
-        yield Case(plain._replace(aligned=aligned, softcap=True, terms=("kl", "forward_kl")))
-        yield Case(everything._replace(aligned=aligned, negative_scale=True))
-        yield Case(everything._replace(aligned=aligned), infinite=True)
-        yield Case(everything._replace(aligned=aligned), confident=True)
-        yield Case(everything._replace(aligned=aligned), strided=True, weighted=True)
-    for packed in (False, True):
-        yield Case(everything._replace(packed=packed), weighted=True, empty=True)
-        for loss in ("sigmoid", "robust", "sums"):
-            yield Case(plain._replace(packed=packed, loss=loss, reference="sums"), weighted=True)
-        yield Case(plain._replace(packed=packed, loss="robust"))
-        yield Case(plain._replace(packed=packed, loss="sums", reference=None, statistics=("entropy",)))
-    for vocab in (1, 7, 33, 1021):
-        yield Case(everything._replace(aligned=False), vocab=vocab)
-    yield Case(everything._replace(few_rows=False), vocab=1032)
-    yield Case(everything._replace(few_rows=False, aligned=False), vocab=1035)
-    yield Case(everything._replace(grad=False))
-
-
-def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
-    def case(aligned: bool, strategy: str, **changes: Any) -> Case:
-        needs = {name: changes.pop(name) for name in ("fused", "bias", "hidden", "weight") if name in changes}
-        loss = "sigmoid" if strategy == "whole_pairs" else "sums"
-        variant = Variant(dtype, aligned=aligned, loss=loss, linear=LinearVariant(strategy, **needs))
-        return Case(variant._replace(**changes))
-
-    nothing = {"hidden": False, "weight": False}
-    for aligned in (True, False):
-        for bias in (False, True):
-            yield case(aligned, "whole_pairs", bias=bias, reference=dtype)
-            yield case(aligned, "two_pass", bias=bias)
-            yield case(aligned, "forward", bias=bias, statistics=_ALL, reference=dtype, **nothing)
-            yield case(aligned, "whole_pairs", bias=bias, fused=True, reference=dtype)
-            yield case(aligned, "two_pass", bias=bias, fused=True)
-        yield case(aligned, "whole_pairs", statistics=_ALL, reference=dtype, softcap=True)
-        yield case(aligned, "frozen_head", weight=False)
-        yield case(aligned, "two_pass", terms=("kl", "forward_kl"), reference=dtype)
-        some = tuple(name for name in _ALL if name != "kl")
-        yield case(aligned, "whole_pairs", fused=True, statistics=some, reference=dtype, softcap=True)
-
-
-#: Every case. What a backend does not have is left out by `serves`.
-TABLE: tuple[Case, ...] = tuple(
-    dict.fromkeys(case for dtype in DTYPES for cases in (_logits_cases, _linear_cases) for case in cases(dtype))
-)
 
 
 def run_table(

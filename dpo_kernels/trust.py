@@ -32,6 +32,7 @@ import torch
 
 from . import _build, backends, selfcheck
 from .backends import BackendUnavailable, Variant
+from .check_table import Case, case_of, serves
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def decide(name: str, device_type: str, index: int | None, variant: Variant, *, 
     if not _lock.acquire(blocking=not _in_backward()):
         return name
     try:
-        case = selfcheck.case_of(variant)
-        if selfcheck.serves(name, case):
+        case = case_of(variant)
+        if serves(name, case):
             reason = _verdict(name, device, variant)
         elif asked:
             return name  # the call itself says what is missing
@@ -66,7 +67,7 @@ def decide(name: str, device_type: str, index: int | None, variant: Variant, *, 
             raise BackendUnavailable(f"{reason}. Choose another backend; DPO_KERNELS_SELFCHECK=0 uses it all the same.")
         instead = "eager"
         for other in backends.candidates(device_type):
-            if other != name and selfcheck.serves(other, case) and _verdict(other, device, variant) is None:
+            if other != name and serves(other, case) and _verdict(other, device, variant) is None:
                 instead = other
                 break
         _warn_once(f"dpo-kernels: {reason}. The {instead} backend serves instead.")
@@ -95,7 +96,7 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
     served = (*key, variant)
     if name not in backends.GPU_BACKENDS:
         return None
-    case = selfcheck.case_of(variant)
+    case = case_of(variant)
     if not _switched_on(device):
         backends.trusted.add(served)
         return None
@@ -146,7 +147,7 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _in_a_clean_thread(name: str, device: torch.device, case: selfcheck.Case) -> selfcheck.Result:
+def _in_a_clean_thread(name: str, device: torch.device, case: Case) -> selfcheck.Result:
     """A case's worst result. Autocast, grad mode, a compiler's fake tensors and function modes belong to a thread: here there
     are none. The caller's stream is used, behind what it has already been given, so that its memory is reused later."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -256,7 +257,7 @@ class _Store:
             self.right.update(right)
             self.wrong = self.wrong or wrong
 
-    def add(self, case: selfcheck.Case, wrong: str | None, *, right: bool) -> None:
+    def add(self, case: Case, wrong: str | None, *, right: bool) -> None:
         """Keep a verdict; a cache that cannot be written costs the next process a check."""
         self._read()  # what other processes have found meanwhile
         if right:

@@ -8,6 +8,7 @@ so that equal models give equal bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class FusedProjection:
         order = self.grad.order_by_mean_logit(
             self.head.weight, self.head.bias, total / max(count, 1), self.call.transform.scale
         )
-        self.head = self.grad.with_order(self.head, order)
+        self.head = replace(self.head, order=order)
 
     def sort_by(self, tokens: Tensor, chunks: list[tuple[int, int]]) -> None:
         """`sort` by these tokens."""
@@ -64,7 +65,7 @@ class FusedProjection:
     def take_order(self, order: Sequence[Tensor], tokens: Tensor, chunks: list[tuple[int, int]]) -> None:
         """The forward's order, as it was saved; found again where it was not (a second backward of whole pairs)."""
         if order:
-            self.head = self.grad.with_order(self.head, self.grad.Order(*order))
+            self.head = replace(self.head, order=self.grad.Order(*order))
         else:
             self.sort_by(tokens, chunks)
 

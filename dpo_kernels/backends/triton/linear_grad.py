@@ -13,15 +13,15 @@ No sum is shared between programs, so there are no atomics, and every run adds i
 
 Work: 2 N H V flops to recompute (none if the logits were stored) and 4 N H V times the live share. On chip the rows of the
 head are visited in an `order` that sorts them by mean logit, which gathers what is likely in few block columns (how much:
-docs/linear.md). The head itself is not moved: its rows are read through the permutation, each a contiguous run of H. The
-permutation costs one read of the head (for the mean logits) and a sort of V numbers, once a call.
+docs/linear.md). The head is not moved: its rows are read through the permutation, which costs one read of the head and a sort
+of V numbers, once a call.
 
 The mass r_t that the dead blocks hold goes back as a uniform tail over the vocabulary, as filtered.py defines it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -263,11 +263,6 @@ def order_by_mean_logit(weight: Tensor, bias: Tensor | None, mean_hidden: Tensor
     return Order.descending(keys if scale >= 0 else -keys)
 
 
-def with_order(call: HeadCall, order: Order) -> HeadCall:
-    """The same call, its head visited in this order."""
-    return replace(call, order=order)
-
-
 def padded(vocab: int, dtype: torch.dtype) -> int:
     """Columns of a chunk's dz: the vocabulary rounded up to whole blocks."""
     block = tile_of(dtype).v
@@ -293,8 +288,7 @@ class BlockGrad:
     def lists(self, axis: int) -> tuple[Tensor, Tensor]:
         """(indices of the live blocks first, their number), int32, of each block row (axis 1) or block column (axis 0)."""
         live = self.live if axis == 1 else self.live.t().contiguous()
-        first = live.argsort(dim=1, descending=True, stable=True).to(torch.int32)
-        return first, live.sum(1, dtype=torch.int32)
+        return live.argsort(dim=1, descending=True, stable=True).to(torch.int32), live.sum(1, dtype=torch.int32)
 
 
 def logits_block_grad_launch(
@@ -480,11 +474,9 @@ def weight_grad(
 
 def bias_grad(call: HeadCall, found: BlockGrad) -> Tensor:
     """dbias [V] float32 of a chunk's live blocks. It reads them once more: heads with a bias are rare."""
-    dz = found.dz
+    dz, (lists, counts), vocab = found.dz, found.lists(0), call.weight.shape[0]
     assert dz is not None
-    lists, counts = found.lists(0)
     tile = tile_of(dz.dtype)
-    vocab = call.weight.shape[0]
     out = torch.empty(vocab, dtype=torch.float32, device=dz.device)
     arguments = {
         "dz": dz,
