@@ -265,8 +265,7 @@ def order_by_mean_logit(weight: Tensor, bias: Tensor | None, mean_hidden: Tensor
 
 def padded(vocab: int, dtype: torch.dtype) -> int:
     """Columns of a chunk's dz: the vocabulary rounded up to whole blocks."""
-    block = tile_of(dtype).v
-    return -(-vocab // block) * block
+    return triton.cdiv(vocab, tile_of(dtype).v) * tile_of(dtype).v
 
 
 @dataclass(frozen=True)
