@@ -89,7 +89,7 @@ def check_tensor(name: str, value: Tensor, shape: Sequence[int], device: torch.d
     if value.shape != torch.Size(shape):
         raise ValueError(f"{name} must have shape {list(shape)} ({why}); got {list(value.shape)}")
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, but labels must go with tensors on {device}; move it there")
+        raise ValueError(f"{name} is on {value.device}, the call's other tensors are on {device}; move it there")
 
 
 def check_dtype(name: str, value: Tensor) -> None:

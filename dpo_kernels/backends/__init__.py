@@ -147,6 +147,9 @@ def _warn_once(text: str) -> None:
 
 def default(device_type: str, index: int | None = None) -> str:
     """The first backend of the device's preference that serves it and that its self-check has not refused."""
+    first = PREFERENCE.get(device_type, ("eager",))[0]
+    if (first, device_type, index) not in refused and why_not(first, device_type) is None:
+        return first
     return next(name for name in candidates(device_type) if (name, device_type, index) not in refused)
 
 
