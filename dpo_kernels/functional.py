@@ -401,8 +401,8 @@ def linear_dpo_loss(
         settings.terms,
         memory_budget=memory_budget,
         grad_filter=grad_filter,
-        # A compiled graph takes the two-pass operators, whose outputs have static shapes.
-        scalar_loss=reduction != "none" and not torch.compiler.is_compiling(),
+        # A compiled graph knows the sigmoid family alone: other objectives are Python, which no operator can hold.
+        scalar_loss=reduction != "none" and (not torch.compiler.is_compiling() or settings.family is not None),
         couples_pairs=objectives.couples_pairs(functions),
     )
     batch = replace(batch, backend=call.backend)

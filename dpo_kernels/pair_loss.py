@@ -16,6 +16,7 @@ from torch import Tensor
 from . import objectives, ops
 from .arguments import Batch, PairSettings
 from .objectives import Pairs
+from .stages import spread
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,20 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PairLosses:
-    """Of P pairs: `weighted` [P] is what the loss adds up, differentiable; losses [P]; sums, ref_sums and rewards [2P]."""
+    """Of P pairs: `weighted` [P] is what the loss adds up, differentiable; losses [P]; sums, ref_sums and rewards [2P].
+
+    `coef` [2P] is d weighted / d sum, where stage 2 has found it: for the sigmoid family.
+    """
 
     weighted: Tensor
     losses: Tensor
     sums: Tensor
     ref_sums: Tensor
     rewards: Tensor
+    coef: Tensor | None = None
 
     def tuple(self) -> tuple[Tensor, ...]:
-        """The fields."""
+        """The fields but coef."""
         return self.weighted, self.losses, self.sums, self.ref_sums, self.rewards
 
     @classmethod
@@ -75,23 +80,52 @@ class PairLosses:
 
 def pair_losses(found: dict[str, Tensor], tokens: Tokens, settings: PairSettings) -> PairLosses:
     """The losses of pairs whose tokens' results [B, T] are `found`, by the names of stage 1."""
-    losses, sums, ref_sums, rewards = _objective(found, tokens, settings)
+    losses, sums, ref_sums, rewards, coef = _objective(found, tokens, settings)
+    weights = settings.pair_weights
     if settings.use_weighting:
-        losses = losses * _wpo_weights(found, tokens)
-    weighted = losses if settings.pair_weights is None else losses * settings.pair_weights
+        likely = _wpo_weights(found, tokens)
+        losses = losses * likely
+        coef = None if coef is None else coef * likely.repeat(2)
+    weighted = losses if weights is None else losses * weights
+    coef = coef if coef is None or weights is None else coef * weights.repeat(2)
     if settings.kl_coef:
         shares = settings.kl_coef * _kl_shares(found["kl"], tokens)
         losses, weighted = losses + shares, weighted + shares
-    return PairLosses(weighted, losses.detach(), sums.detach(), ref_sums.detach(), rewards.detach())
+    return PairLosses(weighted, losses.detach(), sums.detach(), ref_sums.detach(), rewards.detach(), coef)
+
+
+def token_gradients(
+    found: dict[str, Tensor], tokens: Tokens, settings: PairSettings, scale: float
+) -> tuple[PairLosses, dict[str, Tensor]]:
+    """(`pair_losses`, scale * d (sum of weighted) / d tokens by name, [B, T] each) for the log-probabilities and the terms.
+
+    Of the sigmoid family without autograd, which cannot run inside an operator.
+    """
+    if settings.family is None:
+        names = ("logps", *settings.terms)
+        with torch.enable_grad():
+            leaves = {name: found[name].detach().requires_grad_() for name in names}
+            done = pair_losses({**found, **leaves}, tokens, settings)
+            total = done.weighted.sum() * scale
+            grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        return done, dict(zip(names, grads, strict=True))
+    with torch.no_grad():
+        done = pair_losses(found, tokens, settings)
+        assert done.coef is not None
+        by_name = {"logps": spread(done.coef * scale, tokens.weights, tokens.cu_seqlens)}
+        if settings.kl_coef:
+            assert tokens.share is not None
+            by_name["kl"] = tokens.scored * (settings.kl_coef * tokens.share * scale)
+    return done, by_name
 
 
 def _objective(
     found: dict[str, Tensor], tokens: Tokens, settings: PairSettings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses [P], sums, reference sums and rewards [2P]); the sigmoid family in stage 2, the rest from vectors."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(losses [P]; sums, reference sums, rewards and coef [2P]); the sigmoid family in stage 2, the rest from vectors."""
     beta, smoothing = (settings.each(value, tokens.weights) for value in (settings.beta, settings.label_smoothing))
     if settings.family is not None:
-        losses, sums, ref_sums, _ = ops.preference_loss(
+        losses, sums, ref_sums, coef = ops.preference_loss(
             found["logps"],
             found.get("ref_logps"),
             tokens.weights,
@@ -102,7 +136,7 @@ def _objective(
             settings.family == "robust",
             tokens.backend,
         )
-        return losses, sums, ref_sums, beta.repeat(2) * (sums.detach() - ref_sums)
+        return losses, sums, ref_sums, beta.repeat(2) * (sums.detach() - ref_sums), coef
     sums = tokens.sums(found["logps"])
     if "ref_logps" in found:
         ref_sums = tokens.sums(found["ref_logps"])
@@ -114,7 +148,7 @@ def _objective(
     losses = objectives.mix(pairs, settings.functions, settings.loss_weights)
     if losses.shape != beta.shape:
         raise ValueError(f"an objective must return one loss per pair, [{beta.shape[0]}]; got {list(losses.shape)}")
-    return losses, sums, ref_sums, torch.cat(objectives.rewards(pairs, settings.functions))
+    return losses, sums, ref_sums, torch.cat(objectives.rewards(pairs, settings.functions)), None
 
 
 @torch.no_grad()

@@ -583,6 +583,31 @@ def test_opcheck_passes_for_the_operators():
     for needs, call in (((True, True, True), shared), ((True, False, False), alone)):
         upstream = [torch.rand_like(found[0]) for _ in range(1 + len(call[8]))] + [None] * (2 - len(call[8]))
         torch.library.opcheck(ops.linear_logps_grad.default, (*leaves, *call, found, *upstream, *needs))
+    scored = (inputs.labels != -100).double()
+    each = torch.full((len(inputs.labels) // 2,), 0.1, dtype=torch.float64)
+    pairs = (scored, scored, None, each, each, None, None, "sigmoid", 0.3, True, "mean", True, True, True)
+    shared = (*shared[:8], ["kl"], *shared[9:])
+    torch.library.opcheck(ops.linear_whole_pairs.default, (inputs.hidden, inputs.weight, inputs.bias, *shared, *pairs))
+
+
+def test_a_compiled_graph_projects_no_token_twice(fresh_dynamo, monkeypatch):
+    from dpo_kernels.linear import chunk
+
+    project, rows = chunk.Projection.project, []
+
+    def counted(self, hidden, tokens=None):
+        rows.append(hidden.shape[0])
+        return project(self, hidden, tokens)
+
+    monkeypatch.setattr(chunk.Projection, "project", counted)
+    inputs = make_inputs(BY_NAME["bias"])
+
+    def step(hidden, weight, bias):
+        return linear_dpo_loss(hidden, weight, inputs.labels, bias=bias, **inputs.keywords).loss
+
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(inputs.hidden, inputs.weight, inputs.bias)
+    torch.autograd.grad(loss, inputs.trained)
+    assert sum(rows) == int((inputs.labels != -100).sum())
 
 
 def test_the_module_equals_the_function_and_follows_its_hyper_parameters():

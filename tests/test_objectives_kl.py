@@ -141,6 +141,7 @@ def test_wpo_weights_cost_no_further_read_of_the_logits(kernels, options, monkey
         return token_logps(logits, labels, ref_logits, transform, statistics)
 
     monkeypatch.setattr(stages, "token_logps", counted)
+    monkeypatch.delattr(stages, "preference_forward", raising=False)
     logits, ref, labels = make(torch.float32)
     with use_backend(kernels):
         weighted = dpo_loss(logits, labels, ref_logits=ref, use_weighting=True, **options)

@@ -17,7 +17,7 @@ Unscored tokens are never gathered, so prompts and padding cost nothing.
     tokens.py      log-probabilities per token, for any upstream gradient: all strategies but the next
     pairs.py       whole pairs: a scalar loss whose coefficients are known while a pair's logits are in memory
     fused.py       the same chunks by the fused Triton kernels: logits on chip, and no gradient where there is no probability
-    operators.py   two passes as operators, for torch.compile
+    operators.py   the same as operators, for torch.compile
 
 On a GPU a call waits for the stream once, where it reads how many tokens are scored; everything else is enqueued.
 """
@@ -70,7 +70,12 @@ def linear_logps(hidden: Tensor, head: LMHead, call: Call) -> tuple[dict[str, Te
 
 def whole_pairs(
     hidden: Tensor, head: LMHead, call: Call, tokens: Tokens, settings: PairSettings
-) -> tuple[Tensor, PairLosses, dict[str, Tensor], Plan]:
+) -> tuple[Tensor, PairLosses, dict[str, Tensor], Plan | None]:
     """(loss, what `pair_losses` gives, what is found of each token by name, the plan); only `loss` is differentiable."""
-    loss, *vectors, found, plan = WholePairs.apply(hidden, *head, call, tokens, settings)
-    return loss, PairLosses(*vectors), dict(zip(call.rows, found.unbind(0), strict=True)), plan
+    plan = None
+    if torch.compiler.is_compiling():
+        loss, done, found = operators.linear_whole_pairs(hidden, head, call, tokens, settings)
+    else:
+        loss, *vectors, found, plan = WholePairs.apply(hidden, *head, call, tokens, settings)
+        done = PairLosses(*vectors)
+    return loss, done, dict(zip(call.rows, found.unbind(0), strict=True)), plan

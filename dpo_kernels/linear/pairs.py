@@ -22,7 +22,7 @@ from ..arguments import PairSettings
 from ..backends.whole_call import reduce
 from ..memory import fresh
 from ..ops import check_cu_seqlens
-from ..pair_loss import PairLosses, Tokens, pair_losses
+from ..pair_loss import PairLosses, Tokens, token_gradients
 from ..stages import owners
 from . import planner
 from .call import Call, KLGradients
@@ -101,27 +101,10 @@ class _Scored:
         return torch.cat([first, self.edges[rejected.start + 1 : rejected.stop + 1] - (before + between)])
 
 
-def _differentiate(
-    call: Call, settings: PairSettings, group: planner.Group, found: dict[str, Tensor], tokens: Tokens
-) -> tuple[PairLosses, dict[str, Tensor]]:
-    """(losses of a group, the loss's derivative by its tokens' log-probabilities and divergences, [n] each, by name).
-
-    `found` are the results [n] of the group's tokens.
-    """
-    names = ("logps", *call.terms)
-    found = {name: value.unsqueeze(0) for name, value in found.items()}
-    with torch.enable_grad():
-        leaves = {name: found[name].detach().requires_grad_() for name in names}
-        done = pair_losses({**found, **leaves}, tokens, settings.part(group.first, group.last))
-        total = done.weighted.sum()
-        if settings.reduction == "mean":
-            total = total / max(settings.pairs, 1)
-        grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    return done, {name: grad[0] for name, grad in zip(names, grads, strict=True)}
-
-
 @dataclass
-class _PairResult:
+class PairResult:
+    """What `run_pairs` gives: gradients for d loss = 1, or logits that wait."""
+
     table: TokenTable
     plan: planner.Plan
     losses: PairLosses
@@ -133,39 +116,49 @@ class _PairResult:
     grad_bias: Tensor | None = None
 
 
-def _waits(call: Call, plan: planner.Plan) -> bool:
+def _waits(call: Call, plan: planner.Plan, may_wait: bool) -> bool:
     """Whether the logits wait for the backward: on a GPU, all of them in one buffer."""
     chunks = sum(len(group.chunks) for group in plan.groups)
-    return call.labels.device.type == "cuda" and chunks == 1 and not (call.fused or call.terms)
+    return may_wait and call.labels.device.type == "cuda" and chunks == 1 and not (call.fused or call.terms)
 
 
-def _plan(call: Call, weight: Tensor, counts: list[int]) -> planner.Plan:
+def _plan(call: Call, weight: Tensor, counts: list[int], may_wait: bool) -> planner.Plan:
     def plan_for(budget: int) -> planner.Plan:
         plan = planner.plan_pairs(call.sizes, counts, budget, call.reason)
-        return replace(plan, reason=f"{plan.reason}; they wait for the backward") if _waits(call, plan) else plan
+        return (
+            replace(plan, reason=f"{plan.reason}; they wait for the backward") if _waits(call, plan, may_wait) else plan
+        )
 
     def beside(plan: planner.Plan) -> int:
-        dtype = gradient_dtype(call, weight, 1 if _waits(call, plan) else 2)
+        dtype = gradient_dtype(call, weight, 1 if _waits(call, plan, may_wait) else 2)
         return call.needs.weight * weight.numel() * dtype.itemsize
 
     return fitting(plan_for, call, call.sizes.row_bytes, beside)
 
 
-def _run_pairs(
-    call: Call, tokens: Tokens, settings: PairSettings, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> _PairResult:
+def run_pairs(
+    call: Call,
+    tokens: Tokens,
+    settings: PairSettings,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    may_wait: bool = True,
+) -> PairResult:
     """Loss and gradients of whole pairs, a group of pairs at a time, each token projected once if its pair fits.
 
-    Where the logits wait for the backward there are no gradients yet.
+    Where the logits wait for the backward, if they may, there are no gradients yet.
     """
     vocab, hidden_size = weight.shape
     check_all_labels(call, vocab)
     pairs = settings.pairs
     scored = _Scored.of(call, tokens.cu_seqlens, 2 * pairs)
-    plan = _plan(call, weight, scored.counts())
+    plan = _plan(call, weight, scored.counts(), may_wait)
     order_of_tokens = scored.tokens_of(plan.groups)
     share = pairs / max(order_of_tokens.shape[0], 1)
-    waits = _waits(call, plan)
+    scale = 1 / max(pairs, 1) if settings.reduction == "mean" else 1.0
+    waits = _waits(call, plan, may_wait)
 
     device = hidden.device
     table = TokenTable(call.rows, call.labels)
@@ -202,7 +195,10 @@ def _run_pairs(
         found = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         weights = tokens.weights.reshape(-1)[mine].unsqueeze(0)
         own = Tokens(weights, torch.ones_like(weights), scored.cu_seqlens_of(group), tokens.backend, share)
-        done, grads = _differentiate(call, settings, group, found, own)
+        rows_of_group = {name: value.unsqueeze(0) for name, value in found.items()}
+        part = settings.part(group.first, group.last)
+        done, token_grads_of_group = token_gradients(rows_of_group, own, part, scale)
+        grads = {name: grad[0] for name, grad in token_grads_of_group.items()}
         all_losses.append(done)
         token_grads.put(mine, grads)
         if begin == end or gradient is None:
@@ -235,11 +231,16 @@ def _run_pairs(
             if call.fused and "grad_dropped_mass" in call.statistics:
                 table.put(chunk, {"grad_dropped_mass": projection.dropped})
     logits = projection.buffer if waits else None
-    result = _PairResult(table, plan, PairLosses.join(all_losses, table.all), token_grads, order_of_tokens, logits)
+    result = PairResult(table, plan, PairLosses.join(all_losses, table.all), token_grads, order_of_tokens, logits)
     if gradient is not None:
         gradient.finish()
         result.grad_hidden, result.grad_weight, result.grad_bias = grad_hidden, gradient.weight, gradient.bias
     return result
+
+
+def loss_of(done: PairResult, settings: PairSettings) -> Tensor:
+    """The number that the gradients are of."""
+    return reduce(done.losses.weighted, settings.reduction)
 
 
 class WholePairs(torch.autograd.Function):
@@ -259,9 +260,9 @@ class WholePairs(torch.autograd.Function):
         settings: PairSettings,
     ) -> tuple[Any, ...]:
         with no_autocast(hidden.device):
-            done = _run_pairs(call, tokens, settings, hidden, weight, bias)
+            done = run_pairs(call, tokens, settings, hidden, weight, bias)
         logger.debug("%s", done.plan.describe())
-        loss = reduce(done.losses.weighted, settings.reduction)
+        loss = loss_of(done, settings)
         ctx.call, ctx.handed_over = call, False
         ctx.save_for_backward(
             hidden,
