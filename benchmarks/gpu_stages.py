@@ -732,12 +732,11 @@ def _linear_tables(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
     import torch
 
     from benchmarks.linear_problem import LinearCase, LinearProblem, LinearTruth
-    from benchmarks.peers.linear import GPU_PEERS, LINEAR_PEERS
+    from benchmarks.peers.linear import LINEAR_PEERS
 
     deadline = Deadline(seconds)
     tables: dict[str, Any] = {}
-    everyone = {**LINEAR_PEERS, **GPU_PEERS}
-    order = sorted(everyone, key=lambda name: not everyone[name].ours)
+    order = sorted(LINEAR_PEERS, key=lambda name: not LINEAR_PEERS[name].ours)
     cases = [
         LinearCase("", pairs, length, 0.5, hidden, vocab, frozen=frozen, source="random")
         for frozen in (False, True)
@@ -762,7 +761,7 @@ def _linear_tables(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
             found: Any = found,
         ) -> Iterator[tuple[str, Any]]:  # fmt: skip
             for name in names:
-                peer = everyone[name]
+                peer = LINEAR_PEERS[name]
                 if why := "left out" if name in machine.without else peer.why_missing():
                     found["not run"][name] = why
                     continue

@@ -35,6 +35,8 @@ from .problem import BETA, LogitsProblem, step
 
 #: Stage -> reads and writes of a [2P, T, V] tensor.
 STAGES = {"token_logps": 2, "preference_loss": 0, "logits_grad": 2}
+#: A whole call, where the backend does it in one piece.
+WHOLE = ("preference_forward", "preference_backward")
 #: The linear path's own: range -> function of `dpo_kernels.filtered`.
 FILTERED = {"filter": "keep", "filtered_grad_hidden": "grad_hidden", "filtered_grad_weight": "grad_weight"}
 KERNELS = {**STAGES, "dpo_loss": 4, "linear_dpo_loss": 0}
@@ -55,7 +57,8 @@ def _with_range(name: str, function: Callable[..., Any], device: str) -> Callabl
 def stage_ranges(stages: ModuleType, device: str) -> Iterator[None]:
     """Every call of a backend's stage runs inside a range of the stage's name."""
     with ExitStack() as patches:
-        places = [*((stages, name, name) for name in STAGES), *((filtered, at, name) for name, at in FILTERED.items())]
+        own = [name for name in (*STAGES, *WHOLE) if hasattr(stages, name)]
+        places = [*((stages, name, name) for name in own), *((filtered, at, name) for name, at in FILTERED.items())]
         for module, attribute, name in places:
             wrapped = _with_range(name, getattr(module, attribute), device)
             patches.enter_context(mock.patch.object(module, attribute, wrapped))

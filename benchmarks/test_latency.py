@@ -62,7 +62,9 @@ class Small:
 
     def _sums(self, log_p: Tensor) -> Tensor:
         each = log_p.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
-        return each.sum(-1) if self.cu_seqlens is None else each.new_zeros(2 * self.pairs).index_add(0, self.owner, each)
+        return (
+            each.sum(-1) if self.cu_seqlens is None else each.new_zeros(2 * self.pairs).index_add(0, self.owner, each)
+        )
 
     def textbook(self, logits: Tensor, ref_logits: Tensor) -> Tensor:
         """The loss."""
@@ -95,7 +97,9 @@ class Small:
         family = Family(None, None, BETA, None, 0.0, False)
         tokens, sequences, _, loss = stages.preference_forward(logits, labels, ref, Transform(), (), weighting, family)
         out = torch.empty_like(logits)
-        stages.preference_backward(logits, labels, tokens, sequences, torch.ones_like(loss), Transform(), weighting, out)
+        stages.preference_backward(
+            logits, labels, tokens, sequences, torch.ones_like(loss), Transform(), weighting, out
+        )
         return out
 
     def step(self, name: str) -> Callable[[], object]:

@@ -376,7 +376,7 @@ def test_profile_names_its_ranges_after_the_stages(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     events = json.loads(trace.read_text())["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert sorted(ranges) == sorted(2 * ["token_logps", "preference_loss", "logits_grad"])
+    assert sorted(ranges) == sorted(2 * ["preference_forward", "preference_backward"])
     assert "perf record" in done.stdout
 
 
