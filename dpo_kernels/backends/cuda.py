@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ..stages import TokenKL, Transform, asked_rows, token_rows
+from ..stages import TokenKL, Transform, asked_rows
 from . import BackendUnavailable
 from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
@@ -73,8 +73,8 @@ def token_logps(
 ) -> Tensor:
     """Stage 1."""
     _check_logits(logits, ref_logits)
-    tokens = _empty(labels, len(token_rows(ref_logits is not None, statistics)), *labels.shape)
     asked = asked_rows(ref_logits is not None, statistics)
+    tokens = _empty(labels, asked.bit_count(), *labels.shape)
     _kernels.token_logps(logits, labels, ref_logits, *transform, asked, tokens)
     return tokens
 
@@ -131,16 +131,16 @@ def preference_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`whole_call.preference_forward` in two launches."""
     _check_logits(logits, ref_logits)
-    pairs = weighting.pairs(labels)
-    tokens = _empty(labels, len(token_rows(ref_logits is not None, statistics)), *labels.shape)
+    pairs, asked = weighting.pairs(labels), asked_rows(ref_logits is not None, statistics)
+    tokens = _empty(labels, asked.bit_count(), *labels.shape)
     sequences, losses = _empty(labels, len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), _empty(labels, pairs)
     loss = logits.new_empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
     # Of this call alone, and cleared by its first launch: nothing that a CUDA graph's pool owns outlives the call, and
     # calls on several streams, replays and launches that failed do not meet in it.
     pairs_done = labels.new_empty(1, dtype=torch.int32)
     _kernels.preference_forward.default(
-        logits, labels, ref_logits, *transform, asked_rows(ref_logits is not None, statistics),
-        *weighting[:3], REDUCTIONS.index(weighting.reduction), *family, tokens, sequences, losses, loss, pairs_done,
+        logits, labels, ref_logits, *transform, asked, *weighting[:3], REDUCTIONS.index(weighting.reduction), *family,
+        tokens, sequences, losses, loss, pairs_done,
     )  # fmt: skip
     return tokens, sequences, losses, loss
 
