@@ -79,20 +79,28 @@ CASES: dict[str, Callable[[PretendGPU], Callable[[], Tensor]]] = {
 }
 
 
+#: The launches of each of the CUDA library's operators (csrc/cuda/ops.cpp), which tests/test_cuda_emulator.py counts.
+CUDA_LAUNCHES = {
+    **{name: (name,) for name in ("token_logps", "sequence_sums", "preference_loss", "logits_grad")},
+    "preference_forward": ("token_logps", "preference_loss"),
+    "preference_backward": ("logits_grad",),
+}
+
+
 def _cuda_operators(gpu: PretendGPU) -> SimpleNamespace:
-    """The CUDA library's operators as one launch each (csrc/cuda/ops.cpp); they leave zeros."""
+    """The CUDA library's operators as their launches; they leave zeros."""
 
     def operator(name: str) -> Callable[..., None]:
         def run(*arguments: Any) -> None:
-            gpu.launches.append(f"cuda::{name}")
+            gpu.launches.extend(f"cuda::{launch}" for launch in CUDA_LAUNCHES[name])
             for value in arguments:
                 if isinstance(value, Tensor) and value.dtype == torch.float64 and value.grad_fn is None:
                     value.inner.zero_()
 
+        run.default = run  # type: ignore[attr-defined]
         return run
 
-    names = ("token_logps", "sequence_sums", "preference_loss", "fused_forward", "logits_grad")
-    return SimpleNamespace(**{name: operator(name) for name in names})
+    return SimpleNamespace(**{name: operator(name) for name in CUDA_LAUNCHES})
 
 
 def count(case: str, backend: str) -> dict[str, Any]:

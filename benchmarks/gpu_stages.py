@@ -526,6 +526,7 @@ def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable
     import torch
 
     from dpo_kernels import STATISTICS
+    from dpo_kernels.backends.whole_call import Family, Weighting
     from dpo_kernels.stages import TokenKL, Transform
 
     plain, alone = Transform(), tuple(name for name in STATISTICS if name != "kl")
@@ -541,13 +542,12 @@ def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable
         "logits_grad": lambda: stages.logits_grad(*backward),
         "logits_grad with kl": lambda: stages.logits_grad(*backward, token_kl),
     }
-    if hasattr(stages, "token_logps_and_loss"):
+    if hasattr(stages, "preference_forward"):
         bounds = torch.tensor([0, logps.numel() // 2, logps.numel()], device=logits.device)
-        pair = torch.full((1,), 0.1, dtype=torch.float64, device=logits.device)
-        *flat, weight = (t.view(1, -1, *t.shape[2:]) for t in (logits, labels, ref, weights))
-        jobs["single-launch forward with reference"] = lambda: stages.token_logps_and_loss(
-            *flat, plain, (), weight, bounds, None, pair, pair, False
-        )
+        flat = tuple(t.view(1, -1, *t.shape[2:]) for t in (logits, labels, ref))
+        whole = Weighting(None, bounds, None, "mean")
+        family = Family(None, None, 0.1, None, 0.0, False)
+        jobs["forward of a call with reference"] = lambda: stages.preference_forward(*flat, plain, (), whole, family)
     return jobs
 
 
@@ -982,7 +982,7 @@ def ncu(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     tool = shutil.which("ncu")
     if tool is None:
         return {"not run": "ncu is not installed"}
-    arguments = [tool, "--clock-control", "none", "--kernel-name", "regex:token_logps|logits_grad|fused_forward"]
+    arguments = [tool, "--clock-control", "none", "--kernel-name", "regex:token_logps|logits_grad|preference_loss"]
     arguments += ["--launch-count", "16", "--kill", "yes"]
     for section in ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats"):
         arguments += ["--section", section]

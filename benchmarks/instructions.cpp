@@ -85,14 +85,14 @@ void run_token_logps(const Case& c) {
   p.vocab = c.vocab;
   p.logit_scale = 1.0;
   p.logit_softcap = c.softcap;
-  p.logps = outputs[0].data();
-  p.lse = outputs[1].data();
-  p.ref_logps = c.reference ? outputs[2].data() : nullptr;
-  p.entropy = c.entropy ? outputs[3].data() : nullptr;
-  p.kl = c.kl ? outputs[4].data() : nullptr;
-  p.accuracy = c.accuracy ? outputs[5].data() : nullptr;
-  p.mean_logits = c.mean ? outputs[6].data() : nullptr;
-  p.log_sum_sq = c.squares ? outputs[7].data() : nullptr;
+  p.rows[dpo::token_row::logps] = outputs[0].data();
+  p.rows[dpo::token_row::lse] = outputs[1].data();
+  p.rows[dpo::token_row::ref_logps] = c.reference ? outputs[2].data() : nullptr;
+  p.rows[dpo::token_row::entropy] = c.entropy ? outputs[3].data() : nullptr;
+  p.rows[dpo::token_row::kl] = c.kl ? outputs[4].data() : nullptr;
+  p.rows[dpo::token_row::accuracy] = c.accuracy ? outputs[5].data() : nullptr;
+  p.rows[dpo::token_row::mean_logits] = c.mean ? outputs[6].data() : nullptr;
+  p.rows[dpo::token_row::log_sum_sq] = c.squares ? outputs[7].data() : nullptr;
   DPO_ISA::token_logps(p, 0, kRows);
   // With a reference two tensors are read; the count stays per logit of the policy.
   case_done("token_logps", c.name, kRows * c.vocab);

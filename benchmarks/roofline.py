@@ -57,7 +57,8 @@ LOGITS_PATHS = {
     "token_logps with statistics": 1,
     "token_logps with reference": 2,
     "token_logps with reference and kl": 2,
-    "single-launch forward with reference": 2,
+    "forward of a call with reference": 2,
+    "single-launch forward with reference": 2,  # of results before the loss had a launch of its own
     "logits_grad": 2,
     "logits_grad with kl": 3,
     "step: policy, reference, gradient": 4,

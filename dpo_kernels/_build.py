@@ -98,9 +98,9 @@ def build_cpu(target: Path) -> None:
         os.replace(library, target)
 
 
-# The row kernels are compiled once per dtype of the policy's logits, side by side.
+# The row kernels are compiled once per dtype of the policy's logits, side by side (DType in csrc/common/params.h).
 CUDA_UNITS = (
-    *((source, [f"-DDPO_POLICY={dtype}"]) for source in ("token_logps.cu", "logits_grad.cu") for dtype in range(3)),
+    *((source, [f"-DDPO_POLICY={dtype}"]) for source in ("token_logps.cu", "logits_grad.cu") for dtype in (0, 2, 3)),
     ("preference_loss.cu", []),
 )
 #: Compiled for by default, as far as nvcc knows them; PTX of the newest serves what comes later.

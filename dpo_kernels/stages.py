@@ -132,6 +132,12 @@ def token_rows(has_reference: bool, statistics: Sequence[str]) -> tuple[str, ...
     return ("logps", "lse", "ref_logps", *asked) if has_reference else ("logps", "lse", *asked)
 
 
+def asked_rows(has_reference: bool, statistics: Sequence[str]) -> int:
+    """`token_rows` as compiled kernels take them: a bit for each row that there can be (csrc/common/params.h), in their order."""
+    names = token_rows(has_reference, statistics)
+    return sum(1 << bit for bit, name in enumerate(token_rows(True, STATISTICS)) if name in names)
+
+
 def all_rows(has_reference: bool, statistics: Sequence[str], terms: Sequence[str]) -> tuple[str, ...]:
     """`token_rows`, and what is found around stage 1.
 

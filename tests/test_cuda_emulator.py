@@ -11,7 +11,9 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import test_compile
@@ -23,8 +25,9 @@ from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build, bui
 from torch import Tensor
 
 from dpo_kernels import backends, dpo_loss, use_backend
-from dpo_kernels.backends import cuda, eager
-from dpo_kernels.stages import STATISTICS, Stages, TokenKL, Transform, token_rows
+from dpo_kernels.backends import cuda, eager, whole_call
+from dpo_kernels.backends.whole_call import REDUCTIONS, Family, Weighting, reduce
+from dpo_kernels.stages import STATISTICS, Stages, TokenKL, Transform, rising_bounds, token_rows
 
 from cases import CASES, make_inputs
 
@@ -410,7 +413,7 @@ def test_rows_lie_further_apart_than_32_bits_count(library):
     assert torch.equal(far, near)
 
 
-# ---- Stages 2 and 1 + 2 in one launch ----
+# ---- Stage 2 ----
 
 
 def pairs(count: int) -> tuple[Tensor, Tensor]:
@@ -457,7 +460,8 @@ def test_loss_is_exactly_log2_when_policy_equals_reference(library):
 
 
 def pack(values: Tensor, lengths: list[int]) -> Tensor:
-    return torch.cat([row[:n] for row, n in zip(values, lengths, strict=True)]).unsqueeze(0).contiguous()
+    rows = [row[:n] for row, n in zip(values, lengths, strict=True)]
+    return torch.cat([values[:0].flatten(0, 1), *rows]).unsqueeze(0)
 
 
 def test_sums_do_not_see_padding(library):
@@ -485,93 +489,16 @@ def test_sums_do_not_see_padding(library):
     assert torch.equal(sums, right[1])
 
 
-def fused_case(dtype: torch.dtype, lengths: list[int], vocab: int, packed: bool):
-    """(logits, ref, labels, weights, cu_seqlens) of sequences with these lengths."""
-    tokens = max(lengths)
-    logits, ref, labels = make(20, (len(lengths), tokens, vocab), dtype)
-    for row, n in enumerate(lengths):
-        labels[row, n:] = IGNORE
-    weights = (labels != IGNORE).double()
-    if not packed:
-        return logits, ref, labels, weights, None
-    cu = torch.tensor([0, *lengths]).cumsum(0)
-    return (*tuple(pack(t, lengths) for t in (logits, ref, labels, weights)), cu)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("packed", [False, True])
-@with_and_without_kl
-def test_single_launch_equals_the_separate_stages(library, statistics, packed, schedule):
-    """Whatever its counters hold before it: memory of another stream's call, or of a launch that failed halfway."""
-    counters = torch.tensor([3, -1, 0, 1, 2**31 - 1, 7, 1, -(2**31), 2], dtype=torch.int32)
-    # An empty chosen side, an empty pair, and ordinary ones.
-    lengths = [3, 0, 0, 2, 4, 0] if packed else [3, 1, 4, 2, 4, 4]
-    for vocab in (40, 4500):
-        logits, ref, labels, weights, cu = fused_case(torch.bfloat16, lengths, vocab, packed)
-        beta, smoothing = pairs(3)
-        em = Emulator(library, **schedule)
-        before = em.launches(), em.memsets()
-        tokens, fused = em.token_logps_and_loss(
-            logits, labels, ref, PLAIN, statistics, weights, cu, None, beta, smoothing, False, counters=counters
-        )
-        assert (em.launches(), em.memsets()) == (before[0] + 1, before[1] + 1)
-        separate = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
-        assert torch.equal(tokens, separate)
-        stage2 = Emulator(library).preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
-        assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_single_launch_with_given_or_no_reference(library, packed):
-    logits, _, labels, weights, cu = fused_case(torch.float32, [3, 2, 4, 4] if not packed else [3, 0, 0, 0], 50, packed)
-    beta, smoothing = pairs(2)
-    for ref_sums in (None, torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)):
-        tokens, fused = Emulator(library, order=Order.REVERSE).token_logps_and_loss(
-            logits, labels, None, PLAIN, (), weights, cu, ref_sums, beta, smoothing, False
-        )
-        stage2 = Emulator(library).preference_loss(tokens[0], None, weights, cu, ref_sums, beta, smoothing, False)
-        assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
-
-
-# 1,200 tokens: several steps of either sum, and each of the 256 running sums used more than once.
-@pytest.mark.parametrize("vocab", [40, 4500])
-def test_a_long_sequence_has_the_same_sum_however_many_threads_share_it(library, vocab):
-    """64 threads of the row kernel at this vocabulary, or 256, and 256 of the separate stage; padding does not show."""
-    count = 1200 if vocab == 40 else 300
-    logits, _, labels = make(23, (1, count, vocab), torch.bfloat16)
-    keep = torch.rand(count, generator=torch.Generator().manual_seed(5)) < 0.6
-    labels[0, ~keep] = IGNORE
-    weights = (labels != IGNORE) * torch.linspace(0.1, 2.0, count, dtype=torch.float64)
-    beta, smoothing = pairs(1)
-    cu = torch.tensor([0, count - 7, count])
-    em = Emulator(library, order=Order.RANDOM, seed=8, clusters=False)
-    assert em.plan_rows(count, vocab, 32)[0] == (64 if vocab == 40 else 256)
-    tokens, fused = em.token_logps_and_loss(logits, labels, None, PLAIN, (), weights, cu, None, beta, smoothing, False)
-    compact = tokens[0][:, keep].contiguous(), weights[:, keep].contiguous()
-    bounds = torch.tensor([0, int(keep[: count - 7].sum()), int(keep.sum())])
-    assert torch.equal(em.sequence_sums(*compact, bounds), fused[1])
-    torch.testing.assert_close(fused[1], clamped_sums(tokens[0], weights, cu.tolist()), rtol=1e-14, atol=0)
-
-
-def test_single_launch_without_any_token(library):
-    beta, smoothing = pairs(2)
-    nothing = torch.zeros(4, 0, dtype=torch.float64)
-    _, fused = Emulator(library).token_logps_and_loss(
-        torch.zeros(4, 0, 9), nothing.long(), None, PLAIN, (), nothing, None, None, beta, smoothing, False
-    )
-    assert fused[0].tolist() == [math.log(2)] * 2
-
-
-def test_tokens_outside_every_sequence_count_for_none(library):
-    logits, ref, labels = make(21, (1, 9, 30), torch.float32)
-    labels[0, 0] = 3
-    weights = torch.ones(1, 9, dtype=torch.float64)
-    cu = torch.tensor([2, 5, 8])
-    beta, smoothing = pairs(1)
-    tokens, fused = Emulator(library).token_logps_and_loss(
-        logits, labels, ref, PLAIN, STATISTICS, weights, cu, None, beta, smoothing, False
-    )
-    torch.testing.assert_close(fused[1], torch.stack([tokens[0][0, 2:5].sum(), tokens[0][0, 5:8].sum()]))
+# 1,200 tokens: several steps of the sum, and each of the 256 running sums used more than once.
+def test_the_sum_of_a_long_sequence_does_not_see_padding(library):
+    logps, _, weights = token_values(4, 1, 1200)
+    keep = weights[0] != 0
+    bounds = [0, 1193, 1200]
+    compact = torch.tensor([int(keep[:bound].sum()) for bound in bounds])
+    em = Emulator(library, order=Order.RANDOM, seed=8)
+    sums = em.sequence_sums(logps, weights, torch.tensor(bounds))
+    assert torch.equal(sums, em.sequence_sums(logps[:, keep].contiguous(), weights[:, keep].contiguous(), compact))
+    torch.testing.assert_close(sums, clamped_sums(logps, weights, bounds), rtol=1e-14, atol=0)
 
 
 # 9 tokens: shorter than a warp. 70: sequences of several warps.
@@ -579,19 +506,14 @@ def test_tokens_outside_every_sequence_count_for_none(library):
     ("count", "bounds"), [pytest.param(n, b, id=f"{n}, {name}") for n in (9, 70) for name, b in bad_bounds(n)]
 )
 def test_bad_bounds_are_clamped(library, count, bounds):
-    """A GPU's host cannot look at them. The single launch gives what the stages give."""
-    logits, ref, labels = make(22, (1, count, 30), torch.float32)
-    weights, cu = (labels != IGNORE).double() * torch.linspace(0.5, 1.5, count).double(), torch.tensor(bounds)
-    beta, smoothing = pairs(2)
-    for i, schedule in enumerate(SCHEDULES):
+    """A GPU's host cannot look at them."""
+    logps, refs, weights = token_values(22, 1, count)
+    cu = torch.tensor(bounds)
+    for schedule in SCHEDULES:
         em = Emulator(library, **schedule)
-        tokens, fused = em.token_logps_and_loss(
-            logits, labels, ref, PLAIN, NO_KL if i % 2 else STATISTICS, weights, cu, None, beta, smoothing, False
-        )
-        stages = em.preference_loss(tokens[0], tokens[2], weights, cu, None, beta, smoothing, False)
-        assert all(torch.equal(a, b) for a, b in zip(fused, stages, strict=True))
-        assert torch.equal(em.sequence_sums(tokens[0], weights, cu), fused[1])
-        for mine, values in ((fused[1], tokens[0]), (fused[2], tokens[2])):
+        _, sums, ref_sums, _ = em.preference_loss(logps, refs, weights, cu, None, *pairs(2), False)
+        assert torch.equal(em.sequence_sums(logps, weights, cu), sums)
+        for mine, values in ((sums, logps), (ref_sums, refs)):
             torch.testing.assert_close(mine, clamped_sums(values, weights, bounds), rtol=1e-13, atol=1e-13)
 
 
@@ -822,22 +744,179 @@ def test_the_other_tests_of_token_divergences(cuda_backend):
     test_objectives_kl.test_the_stage_gives_impossible_tokens_nothing(cuda_backend, device)
 
 
-@with_and_without_kl
-def test_kernel_launches_of_a_call(cuda_backend, library, statistics):
-    """Two in all, whatever is asked for, and the memset that clears the forward's counters."""
+# ---- A whole call ----
+
+
+@pytest.fixture
+def dirty_memory():
+    """Fresh memory holds NaN, and integers that are no counts: an output that a kernel forgets is noticed."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Call(NamedTuple):
+    """Arguments of `preference_forward`, and what the backward takes of them."""
+
+    logits: Tensor
+    labels: Tensor
+    ref_logits: Tensor | None
+    transform: Transform
+    statistics: tuple[str, ...]
+    weighting: Weighting
+    family: Family
+
+    def run(self, stages: object, grad_loss: Tensor | None = None, *, in_place: bool = False) -> tuple[Tensor, ...]:
+        """(tokens, sequences, losses, loss, gradient), by the backend itself or by its stages (stages=None)."""
+        forward, backward = (
+            (cuda.preference_forward, cuda.preference_backward)
+            if stages is cuda
+            else (partial(whole_call.preference_forward, cuda), partial(whole_call.preference_backward, cuda))
+        )
+        results = forward(*self)
+        if grad_loss is None:
+            grad_loss = torch.linspace(0.5, 1.5, results[3].numel()).view(results[3].shape)
+        logits = self.logits.clone()
+        out = logits if in_place else torch.empty_like(logits)
+        backward(logits, self.labels, *results[:2], grad_loss, self.transform, self.weighting, out)
+        return (*results, out)
+
+
+def make_call(
+    lengths: list[int],
+    *,
+    packed: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    vocab: int = 41,
+    reference: str = "logits",
+    statistics: tuple[str, ...] = (),
+    weighted: bool = False,
+    per_pair: bool = False,
+    reduction: str = "mean",
+    robust: bool = False,
+    transform: Transform = PLAIN,
+) -> Call:
+    """Sequences with these lengths, chosen ones first. weighted: tokens and pairs; per_pair: beta and smoothing."""
+    count, g = len(lengths) // 2, torch.Generator().manual_seed(7)
+    logits, ref, labels = make(20, (len(lengths), max(lengths, default=3), vocab), dtype)
+    for row, n in enumerate(lengths):
+        labels[row, n:] = IGNORE
+    weights = torch.rand(labels.shape, generator=g, dtype=torch.float64) + 0.1
+    cu = None
+    if packed:
+        cu = torch.tensor([0, *lengths]).cumsum(0)
+        logits, ref, labels, weights = (pack(t, lengths) for t in (logits, ref, labels, weights))
+    pair_weights, beta, smoothing = torch.rand(3, count, generator=g, dtype=torch.float64).unbind(0)
+    ref_sums = torch.randn(2 * count, generator=g, dtype=torch.float64)
+    return Call(
+        logits,
+        labels,
+        ref if reference == "logits" else None,
+        transform,
+        statistics,
+        Weighting(weights if weighted else None, cu, pair_weights if weighted else None, reduction),
+        Family(
+            ref_sums if reference == "sums" else None,
+            *((beta, 0.0, smoothing / 3, 0.0) if per_pair else (None, 0.1, None, 0.1 if robust else 0.0)),
+            robust,
+        ),
+    )
+
+
+def assert_same(call: Call, **settings: object) -> None:
+    """Bit for bit. (A call's own sum of the losses differs from torch's in the last bit of float64, if at all.)"""
+    for mine, theirs in zip(call.run(cuda, **settings), call.run(None, **settings), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_whole_call_equals_its_stages(cuda_backend, library, dirty_memory, schedule, packed, reduction):
+    Emulator(library, **schedule).configure()
+    # An empty chosen side, an empty pair, and ordinary ones.
+    lengths = [3, 0, 0, 2, 4, 0] if packed else [3, 1, 4, 2, 4, 4]
+    for options in (
+        {},
+        {"reference": "sums", "weighted": True, "statistics": ("accuracy",), "dtype": torch.float32},
+        {"reference": "none", "per_pair": True, "statistics": ("entropy", "mean_logits", "log_sum_sq")},
+        {"weighted": True, "per_pair": True, "robust": True, "statistics": STATISTICS, "dtype": torch.float16},
+        {"statistics": ("entropy", "kl"), "transform": Transform(scale=0.5, softcap=9.0), "vocab": 4500},
+    ):
+        assert_same(make_call(lengths, packed=packed, reduction=reduction, **options), in_place=packed)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_whole_call_without_pairs_or_without_tokens(cuda_backend, dirty_memory, packed, reduction):
+    assert_same(make_call([], packed=packed, reduction=reduction, statistics=("entropy",)))
+    assert_same(make_call([0] * 4, packed=packed, reduction=reduction, statistics=("entropy",), reference="sums"))
+    if packed:  # tokens, and nobody to own them
+        call = make_call([2, 3], packed=True, reduction=reduction)
+        no_pairs = call.weighting._replace(cu_seqlens=torch.zeros(1, dtype=torch.int64))
+        assert_same(call._replace(weighting=no_pairs))
+    losses, loss = make_call([0] * 4, packed=packed, reduction=reduction).run(cuda)[2:4]
+    assert losses.tolist() == [math.log(2)] * 2
+    torch.testing.assert_close(loss, reduce(losses, reduction).float())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_an_illegal_label_spoils_its_pair_alone(cuda_backend, dirty_memory, reduction):
+    for bad in (41, -1, 2**40):
+        call = make_call([3, 1, 4, 2], packed=False, statistics=STATISTICS, weighted=True, reduction=reduction)
+        call.labels[2, 1] = bad
+        assert_same(call)
+        _, sequences, losses, loss, gradient = call.run(cuda)
+        assert losses.isnan().tolist() == [True, False]
+        assert loss.isnan().any()
+        assert sequences[:, 1].isfinite().all()
+        if reduction == "none":
+            assert gradient.isnan().any(-1).any(-1).tolist() == [True, False, True, False]
+
+
+def test_tokens_outside_every_sequence_count_for_none(cuda_backend, dirty_memory):
+    call = make_call([4, 5, 4, 5], packed=True, statistics=("entropy",))
+    bounds = torch.tensor([2, 5, 5, 5, 8])
+    call = call._replace(weighting=call.weighting._replace(cu_seqlens=bounds))
+    assert_same(call)
+    tokens, sequences, *_, gradient = call.run(cuda)
+    torch.testing.assert_close(sequences[0, [0, 3]], torch.stack([tokens[0][0, 2:5].sum(), tokens[0][0, 5:8].sum()]))
+    assert (gradient[0, [0, 1, *range(8, 18)]] == 0).all()
+    assert (gradient[0, 2:8] != 0).all(-1).all()
+
+
+@pytest.mark.parametrize("bounds", [pytest.param(b, id=name) for name, b in bad_bounds(18)])
+def test_a_whole_call_with_bad_bounds(cuda_backend, dirty_memory, bounds):
+    """Raw, as no caller hands them on, they are clamped; made to rise, the gradient knows each token's one sequence."""
+    call = make_call([4, 5, 4, 5], packed=True, statistics=("entropy",), weighted=True)
+    raw = call._replace(weighting=call.weighting._replace(cu_seqlens=torch.tensor(bounds)))
+    for mine, theirs in zip(raw.run(cuda), whole_call.preference_forward(cuda, *raw), strict=False):
+        assert torch.equal(mine, theirs)
+    risen = call.weighting._replace(cu_seqlens=rising_bounds(torch.tensor(bounds), 18))
+    assert_same(call._replace(weighting=risen))
+
+
+def test_the_gradient_of_losses_may_be_expanded(cuda_backend, dirty_memory):
+    """As `out.losses.sum().backward()` hands it back: one number in memory for all pairs."""
+    call = make_call([3, 1, 4, 2], packed=False, reduction="none")
+    assert_same(call, grad_loss=torch.tensor(0.3).expand(2))
+    assert_same(call, grad_loss=torch.tensor([0.3, 7.0, 0.0, 7.0])[::2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_launches_of_a_whole_call(cuda_backend, library, packed):
+    """Whatever is asked for; the memset that clears a counter for want of rows is one as well."""
     em = Emulator(library)  # the operators run the same library, so its counts are theirs
-    logits, ref, labels, weights, _ = fused_case(torch.bfloat16, [3, 1, 4, 2], 300, packed=False)
-
-    def counts() -> tuple[int, int]:
-        return em.launches(), em.memsets()
-
-    before = counts()
-    tokens, _ = cuda.token_logps_and_loss(logits, labels, ref, PLAIN, statistics, weights, None, None, *pairs(2), False)
-    forward = counts()
-    divergence = TokenKL(ref, tokens[2], tokens[4], weights, weights) if "kl" in statistics else None
-    cuda.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, logits, divergence)
-    assert forward == (before[0] + 1, before[1] + 1)
-    assert counts() == (forward[0] + 1, forward[1])
+    for lengths in ([3, 1, 4, 2], [0] * 4):
+        for options in ({}, {"statistics": STATISTICS, "weighted": True, "per_pair": True, "reduction": "none"}):
+            call = make_call(lengths, packed=packed, **options)
+            before = em.launches() + em.memsets()
+            tokens, sequences, _, loss = cuda.preference_forward(*call)
+            forward = em.launches() + em.memsets() - before
+            backward = (call.logits, call.labels, tokens, sequences, loss, call.transform, call.weighting, call.logits)
+            cuda.preference_backward(*backward)
+            assert forward == 2
+            assert em.launches() + em.memsets() - before - forward == (1 if call.labels.numel() else 0)
 
 
 def test_nothing_of_a_call_outlives_it(cuda_backend):
@@ -847,26 +926,10 @@ def test_nothing_of_a_call_outlives_it(cuda_backend):
         gc.collect()
         return {id(t) for t in gc.get_objects() if isinstance(t, Tensor)}
 
-    logits, ref, labels, weights, _ = fused_case(torch.float32, [2, 2], 9, packed=False)
-    inputs = (logits, labels, ref, PLAIN, (), weights, None, None, *pairs(1), False)
+    call = make_call([2, 2], packed=False)
     before = live()
-    cuda.token_logps_and_loss(*inputs)
+    cuda.preference_forward(*call)
     assert live() <= before
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_single_launch_of_the_backend(cuda_backend, packed):
-    logits, ref, labels, weights, cu = fused_case(torch.bfloat16, [3, 1, 4, 2, 4, 4], 300, packed)
-    beta, smoothing = pairs(3)
-    for statistics in ((), STATISTICS):
-        for _ in range(2):
-            tokens, fused = cuda.token_logps_and_loss(
-                logits, labels, ref, PLAIN, statistics, weights, cu, None, beta, smoothing, False
-            )
-            separate = cuda.token_logps(logits, labels, ref, PLAIN, statistics)
-            assert torch.equal(tokens, separate)
-            stage2 = cuda.preference_loss(separate[0], separate[2], weights, cu, None, beta, smoothing, False)
-            assert all(torch.equal(a, b) for a, b in zip(fused, stage2, strict=True))
 
 
 # The sigmoid family, and an objective that the kernels do not know.
@@ -874,7 +937,9 @@ def test_single_launch_of_the_backend(cuda_backend, packed):
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("bfloat16", "packed", "weights_everywhere", "ref_logps")], ids=str
 )
-def test_the_public_loss_takes_one_launch_forward_and_one_backward(cuda_backend, library, case, loss_type, monkeypatch):
+def test_the_public_loss_takes_two_launches_forward_and_one_backward(
+    cuda_backend, library, case, loss_type, monkeypatch
+):
     """And gives bit for bit what the separate stages give."""
     inputs = make_inputs(case)
     keywords = dict(inputs.keywords, loss_type=loss_type)
@@ -886,7 +951,8 @@ def test_the_public_loss_takes_one_launch_forward_and_one_backward(cuda_backend,
     results = []
     for separate in (False, True):
         if separate:
-            monkeypatch.delattr(cuda, "token_logps_and_loss")
+            monkeypatch.delattr(cuda, "preference_forward")
+            monkeypatch.delattr(cuda, "preference_backward")
         logits = inputs.logits.clone().requires_grad_()
         with use_backend(cuda_backend):
             before = em.launches()
@@ -896,7 +962,7 @@ def test_the_public_loss_takes_one_launch_forward_and_one_backward(cuda_backend,
             backward = em.launches() - before - forward
         # Three sums of the report: scored tokens and both statistics, per sequence.
         if loss_type != "ipo":
-            assert forward == 3 + (2 if separate else 1)
+            assert forward == (3 + 2 if separate else 2)
         else:
             assert forward > 3 + 1
         assert backward == 1
@@ -906,9 +972,9 @@ def test_the_public_loss_takes_one_launch_forward_and_one_backward(cuda_backend,
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_fused_forward_passes_opcheck_and_compiles_without_a_graph_break(cuda_backend):
+def test_the_whole_call_passes_opcheck_and_compiles_without_a_graph_break(cuda_backend):
     for op, arguments in test_compile.op_arguments(cuda_backend, torch.device("cpu")):
-        if op is torch.ops.dpo_kernels.preference_forward:
+        if op in (torch.ops.dpo_kernels.preference_forward, torch.ops.dpo_kernels.preference_backward):
             torch.library.opcheck(op.default, arguments)
     inputs = make_inputs(CASES[1])
 

@@ -31,9 +31,10 @@ def test_the_linear_path_waits_once_a_call_however_many_chunks():
     assert {row["waits"] for row in linear} == {1}
 
 
-def test_forward_and_gradient_are_two_launches_of_the_cuda_backend():
-    """And one more, which counts the scored tokens of each sequence (DPOOutput.token_counts)."""
-    assert COMMITTED["dpo_loss", "cuda"]["kernels"] == 3
+def test_a_call_is_three_launches_of_the_cuda_backend_whatever_is_asked_for():
+    """Rows of logits, pairs, and the gradient."""
+    asked = ("dpo_loss", "dpo_loss, reference sums given", "dpo_loss, packed", "dpo_loss, every statistic")
+    assert {COMMITTED[case, "cuda"]["kernels"] for case in asked} == {3}
 
 
 def test_the_page_shows_the_committed_counts():

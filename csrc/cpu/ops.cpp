@@ -2,10 +2,9 @@
 // registers the operators through PyTorch's stable ABI (one binary serves every torch >= 2.10 and needs no Python
 // header).
 //
-// Outputs are allocated by the caller (dpo_kernels/backends/cpu.py); an empty output means "not asked for".
+// Outputs are allocated by the caller (dpo_kernels/backends/cpu.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -15,17 +14,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "../common/tensors.h"
 #include "filtered_grad.h"
 #include "preference_loss.h"
 #include "stages.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace dpo::cpu {
 namespace {
@@ -65,29 +59,6 @@ int64_t isa() {
 #endif
 }
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::Double:
-      return DType::float64;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      throw std::runtime_error("dpo_kernels: logits must be float32, float64, bfloat16 or float16");
-  }
-}
-
-Logits logits_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), t.stride(0), t.stride(1)}; }
-
-double* out_of(const Tensor& t) { return t.numel() ? static_cast<double*>(t.mutable_data_ptr()) : nullptr; }
-
-const double* in_of(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
-
-const double* in_of(const std::optional<Tensor>& t) { return t ? in_of(*t) : nullptr; }
-
 // Indices of the scored tokens. Splitting this list over threads, rather than the rows, keeps them equally busy when
 // half of every sequence is prompt.
 std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t seq_len, int64_t vocab,
@@ -107,7 +78,8 @@ std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t
   return tokens;
 }
 
-// Rows of work that a thread takes at least: below some tens of microseconds waking a second one costs more than it does.
+// Rows of work that a thread takes at least: below some tens of microseconds waking a second one costs more than it
+// does.
 int64_t grain_of(int64_t vocab) { return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(vocab, 1)); }
 
 void run_token_logps(TokenLogpsParams& p, int64_t count, int64_t ignore_index) {
@@ -118,26 +90,25 @@ void run_token_logps(TokenLogpsParams& p, int64_t count, int64_t ignore_index) {
                               [&](int64_t begin, int64_t end) { DPO_RUN(token_logps, wide, p, begin, end); });
 }
 
-void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
-                    double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
-                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq) {
-  const int64_t seq_len = logits.size(1), vocab = logits.size(2);
+TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& ref_logits,
+                              double logit_scale, double logit_softcap, int64_t asked, const Tensor& tokens) {
   TokenLogpsParams p{};
   p.policy = logits_of(logits);
   if (ref_logits) p.reference = logits_of(*ref_logits);
-  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
-  p.seq_len = seq_len;
-  p.vocab = vocab;
+  p.labels = labels_of(labels);
+  p.seq_len = logits.size(1);
+  p.vocab = logits.size(2);
   p.logit_scale = logit_scale;
   p.logit_softcap = logit_softcap;
-  p.logps = out_of(logps);
-  p.lse = out_of(lse);
-  p.ref_logps = out_of(ref_logps);
-  p.entropy = out_of(entropy);
-  p.kl = out_of(kl);
-  p.accuracy = out_of(accuracy);
-  p.mean_logits = out_of(mean_logits);
-  p.log_sum_sq = out_of(log_sum_sq);
+  double* const first = out_of(tokens);
+  if (tokens.numel() > 0) std::memset(first, 0, sizeof(double) * tokens.numel());  // unscored tokens are never visited
+  point_at_rows(p.rows, first, labels.numel(), asked);
+  return p;
+}
+
+void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
+                    double logit_scale, double logit_softcap, int64_t asked, Tensor tokens) {
+  TokenLogpsParams p = token_params(logits, labels, ref_logits, logit_scale, logit_softcap, asked, tokens);
   run_token_logps(p, labels.numel(), ignore_index);
 }
 
@@ -163,34 +134,41 @@ void run_logits_grad(LogitsGradParams& p, int64_t count, int64_t ignore_index) {
                               [&](int64_t begin, int64_t end) { DPO_RUN(logits_grad, wide, p, begin, end); });
 }
 
+LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const double* logps, const double* lse,
+                             const double* grad_logps, double logit_scale, double logit_softcap, const Tensor& out) {
+  LogitsGradParams p{};
+  p.logits = logits_of(logits);
+  const Logits gradient = logits_of(out);
+  p.out = out.mutable_data_ptr();
+  p.out_stride_b = gradient.stride_b;
+  p.out_stride_t = gradient.stride_t;
+  p.labels = labels_of(labels);
+  p.logps = logps;
+  p.lse = lse;
+  p.grad_logps = grad_logps;
+  p.seq_len = logits.size(1);
+  p.vocab = logits.size(2);
+  p.logit_scale = logit_scale;
+  p.logit_softcap = logit_softcap;
+  return p;
+}
+
 void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
                     double logit_scale, double logit_softcap, Tensor out, std::optional<Tensor> ref_logits,
                     std::optional<Tensor> ref_logps, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
                     std::optional<Tensor> grad_forward_kl) {
-  const int64_t seq_len = logits.size(1), vocab = logits.size(2);
-  LogitsGradParams p{};
+  LogitsGradParams p =
+      grad_params(logits, labels, in_of(logps), in_of(lse), in_of(grad_logps), logit_scale, logit_softcap, out);
   if (ref_logits) p.reference = logits_of(*ref_logits);
   p.ref_logps = in_of(ref_logps);
   p.kl = in_of(kl);
   p.grad_kl = in_of(grad_kl);
   p.grad_forward_kl = in_of(grad_forward_kl);
-  p.logits = logits_of(logits);
-  p.out = out.mutable_data_ptr();
-  p.out_stride_b = out.stride(0);
-  p.out_stride_t = out.stride(1);
-  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
-  p.logps = in_of(logps);
-  p.lse = in_of(lse);
-  p.grad_logps = in_of(grad_logps);
-  p.seq_len = seq_len;
-  p.vocab = vocab;
-  p.logit_scale = logit_scale;
-  p.logit_softcap = logit_softcap;
   run_logits_grad(p, labels.numel(), ignore_index);
 }
 
 Sequences sequences_of(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens) {
-  return {cu_seqlens ? static_cast<const int64_t*>(cu_seqlens->const_data_ptr()) : nullptr, tokens.size(1)};
+  return {bounds_of(cu_seqlens), tokens.size(1)};
 }
 
 void sequence_sums_op(Tensor values, Tensor weights, std::optional<Tensor> cu_seqlens, Tensor sums) {
@@ -223,13 +201,9 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
 
 // ---- A whole call (dpo_kernels/backends/whole_call.py has the contract, and the same from the stages one by one) ----
 
-constexpr int64_t kSequenceRows = 5;  // SEQUENCE_ROWS there: logps, ref_logps, rewards, coef, counts
-
-const int64_t* labels_of(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
-
 // The weight of every token; 0 where it is not scored.
 std::vector<double> weights_of(const Tensor& labels, const double* given, int64_t ignore_index) {
-  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  const int64_t* label = labels_of(labels);
   std::vector<double> weights(labels.numel());
   for (size_t i = 0; i < weights.size(); ++i) weights[i] = label[i] == ignore_index ? 0.0 : given ? given[i] : 1.0;
   return weights;
@@ -239,8 +213,6 @@ std::vector<double> each_of(const std::optional<Tensor>& given, double value, in
   if (!given) return std::vector<double>(pairs, value);
   return std::vector<double>(in_of(*given), in_of(*given) + pairs);
 }
-
-enum Reduction : int64_t { kMean, kSum, kNone };
 
 void store_loss(const Tensor& loss, int64_t i, double value) {
   if (loss.scalar_type() == ScalarType::Double) {
@@ -255,47 +227,27 @@ double load_grad(const Tensor& grad, int64_t i) {
                                                   : static_cast<const float*>(grad.const_data_ptr())[i];
 }
 
-// `asked` has a bit for each of stage 1's rows, in their order; `tokens` [R, B, T] has those rows.
-void point_at_rows(TokenLogpsParams& p, const Tensor& tokens, int64_t count, int64_t asked) {
-  double** fields[] = {&p.logps, &p.lse, &p.ref_logps, &p.entropy, &p.kl, &p.accuracy, &p.mean_logits, &p.log_sum_sq};
-  double* row = static_cast<double*>(tokens.mutable_data_ptr());
-  std::memset(row, 0, sizeof(double) * tokens.numel());  // unscored tokens are never visited
-  for (int bit = 0; bit < 8; ++bit) {
-    if (!(asked >> bit & 1)) continue;
-    *fields[bit] = row;
-    row += count;
-  }
-}
-
 void preference_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
-                           double logit_scale, double logit_softcap, int64_t asked,
-                           std::optional<Tensor> token_weights, std::optional<Tensor> cu_seqlens,
-                           std::optional<Tensor> pair_weights, int64_t reduction, std::optional<Tensor> ref_sums,
-                           std::optional<Tensor> betas, double beta, std::optional<Tensor> label_smoothings,
-                           double label_smoothing, bool robust, Tensor tokens, Tensor sequences, Tensor losses,
-                           Tensor loss) {
+                           double logit_scale, double logit_softcap, int64_t asked, std::optional<Tensor> token_weights,
+                           std::optional<Tensor> cu_seqlens, std::optional<Tensor> pair_weights, int64_t reduction,
+                           std::optional<Tensor> ref_sums, std::optional<Tensor> betas, double beta,
+                           std::optional<Tensor> label_smoothings, double label_smoothing, bool robust, Tensor tokens,
+                           Tensor sequences, Tensor losses, Tensor loss) {
   const int64_t count = labels.numel(), pairs = losses.numel();
-  TokenLogpsParams p{};
-  p.policy = logits_of(logits);
-  if (ref_logits) p.reference = logits_of(*ref_logits);
-  p.labels = labels_of(labels);
-  p.seq_len = logits.size(1);
-  p.vocab = logits.size(2);
-  p.logit_scale = logit_scale;
-  p.logit_softcap = logit_softcap;
-  point_at_rows(p, tokens, count, asked);
+  TokenLogpsParams p = token_params(logits, labels, ref_logits, logit_scale, logit_softcap, asked, tokens);
   run_token_logps(p, count, ignore_index);
 
   const std::vector<double> weights = weights_of(labels, in_of(token_weights), ignore_index);
   const std::vector<double> scored = token_weights ? weights_of(labels, nullptr, ignore_index) : weights;
   const std::vector<double> beta_of = each_of(betas, beta, pairs);
   const std::vector<double> smoothing_of = each_of(label_smoothings, label_smoothing, pairs);
-  double* result = static_cast<double*>(sequences.mutable_data_ptr());
-  double *sums = result, *refs = result + 2 * pairs, *rewards = refs + 2 * pairs, *coef = rewards + 2 * pairs;
-  double *counts = coef + 2 * pairs, *means = counts + 2 * pairs;
+  double* const results = out_of(sequences);
+  const auto row = [&](int name) { return results + name * 2 * pairs; };
+  double *sums = row(sequence_row::logps), *refs = row(sequence_row::ref_logps), *rewards = row(sequence_row::rewards);
+  double *counts = row(sequence_row::counts), *means = row(sequence_row::means);
   PreferenceLossParams q{};
-  q.logps = p.logps;
-  q.ref_logps = p.ref_logps;
+  q.logps = p.rows[token_row::logps];
+  q.ref_logps = p.rows[token_row::ref_logps];
   q.weights = weights.data();
   q.ref_sums = in_of(ref_sums);
   q.sequences = sequences_of(labels, cu_seqlens);
@@ -303,14 +255,14 @@ void preference_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> r
   q.label_smoothing = smoothing_of.data();
   q.robust = robust;
   q.pairs = pairs;
-  q.losses = static_cast<double*>(losses.mutable_data_ptr());
+  q.losses = out_of(losses);
   q.sums = sums;
   q.ref_sums_out = refs;
-  q.coef = coef;
+  q.coef = row(sequence_row::coef);
   preference_loss(q, 0, pairs);
   // The statistics' rows are the last ones.
-  const int64_t statistics = sequences.size(0) - kSequenceRows;
-  const double* first = static_cast<const double*>(tokens.const_data_ptr()) + (tokens.size(0) - statistics) * count;
+  const int64_t statistics = sequences.size(0) - sequence_row::means;
+  const double* first = in_of(tokens) + (tokens.size(0) - statistics) * count;
   for (int64_t s = 0; s < 2 * pairs; ++s) {
     rewards[s] = beta_of[s % pairs] * (sums[s] - refs[s]);
     counts[s] = sequence_sum(scored.data(), scored.data(), q.sequences, s);
@@ -336,7 +288,7 @@ void preference_backward_op(Tensor logits, Tensor labels, Tensor tokens, Tensor 
   const int64_t count = labels.numel(), pairs = sequences.size(1) / 2;
   const std::vector<double> weights = weights_of(labels, in_of(token_weights), ignore_index);
   const Sequences places = sequences_of(labels, cu_seqlens);
-  const double* coef = static_cast<const double*>(sequences.const_data_ptr()) + 3 * 2 * pairs;
+  const double* coef = in_of(sequences) + sequence_row::coef * 2 * pairs;
   const double* share = in_of(pair_weights);
   std::vector<double> grad_logps(count, 0.0);
   for (int64_t s = 0; s < 2 * pairs; ++s) {
@@ -346,19 +298,8 @@ void preference_backward_op(Tensor logits, Tensor labels, Tensor tokens, Tensor 
     if (share) grad *= share[pair];
     spread(coef[s] * grad, weights.data(), places, s, grad_logps.data());
   }
-  LogitsGradParams p{};
-  p.logits = logits_of(logits);
-  p.out = out.mutable_data_ptr();
-  p.out_stride_b = out.stride(0);
-  p.out_stride_t = out.stride(1);
-  p.labels = labels_of(labels);
-  p.logps = in_of(tokens);
-  p.lse = in_of(tokens) + count;
-  p.grad_logps = grad_logps.data();
-  p.seq_len = logits.size(1);
-  p.vocab = logits.size(2);
-  p.logit_scale = logit_scale;
-  p.logit_softcap = logit_softcap;
+  LogitsGradParams p = grad_params(logits, labels, in_of(tokens), in_of(tokens) + count, grad_logps.data(), logit_scale,
+                                   logit_softcap, out);
   run_logits_grad(p, count, ignore_index);
 }
 
@@ -370,7 +311,7 @@ FilterParams filter_of(const Tensor& logits, const Tensor& labels, const Tensor&
                        double logit_softcap) {
   FilterParams p{};
   p.logits = matrix_of(logits);
-  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  p.labels = labels_of(labels);
   p.lse = in_of(lse);
   p.log_eps = std::log(eps);
   p.vocab = logits.size(1);
@@ -457,8 +398,7 @@ void prefer_huge_pages_op([[maybe_unused]] Tensor fresh) {
 STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
   m.def(
       "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
-      "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
-      "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor(h!) log_sum_sq) -> ()");
+      "float logit_softcap, int asked, Tensor(a!) tokens) -> ()");
   m.def(
       "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
       "float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, "

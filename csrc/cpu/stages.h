@@ -8,17 +8,12 @@
 
 #include <cstdint>
 
+#include "../common/params.h"
+
 namespace dpo::cpu {
 
-enum class DType : int { float32, float64, bfloat16, float16 };
-
-// A [B, T, V] tensor, unit stride on V. Strides count elements.
-struct Logits {
-  const void* data;
-  DType dtype;
-  int64_t stride_b;
-  int64_t stride_t;
-};
+using dpo::DType;
+using dpo::Logits;
 
 // Arithmetic is in float64 as soon as one of the pair is float64, else in float32.
 inline bool is_wide(const Logits& policy, const Logits& reference) {
@@ -33,16 +28,8 @@ struct TokenLogpsParams {
   int64_t seq_len;        // T
   int64_t vocab;          // V
   double logit_scale;
-  double logit_softcap;  // 0: none
-  // [B * T] each; nullptr: not asked for
-  double* logps;
-  double* lse;
-  double* ref_logps;
-  double* entropy;
-  double* kl;
-  double* accuracy;
-  double* mean_logits;
-  double* log_sum_sq;
+  double logit_softcap;            // 0: none
+  double* rows[token_row::count];  // [B * T] each; nullptr: not asked for
 };
 
 struct LogitsGradParams {

@@ -18,6 +18,8 @@
 
 namespace {
 
+namespace token_row = dpo::token_row;
+
 template <typename A>
 DPO_INLINE A horizontal_max(typename Vec<A>::type v) {
   A m = -INFINITY;
@@ -222,18 +224,19 @@ void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end)
     const auto policy = Row<A>::of(p.policy, token, p.seq_len, transform);
     const auto reference = p.reference.data ? Row<A>::of(p.reference, token, p.seq_len, transform) : policy;
     const auto row = run_row<kEntropy, kKl, kSquares, A>(policy, kKl ? reference : policy, p.vocab, label,
-                                                         p.accuracy != nullptr, p.mean_logits != nullptr);
-    p.logps[token] = row.policy.logp;
-    p.lse[token] = row.policy.lse;
-    if (p.accuracy) p.accuracy[token] = row.accuracy;
-    if (p.mean_logits) p.mean_logits[token] = row.mean;
-    if (kEntropy) p.entropy[token] = row.policy.entropy;
-    if (kSquares) p.log_sum_sq[token] = row.policy.log_sum_sq;
+                                                         p.rows[token_row::accuracy] != nullptr,
+                                                         p.rows[token_row::mean_logits] != nullptr);
+    p.rows[token_row::logps][token] = row.policy.logp;
+    p.rows[token_row::lse][token] = row.policy.lse;
+    if (p.rows[token_row::accuracy]) p.rows[token_row::accuracy][token] = row.accuracy;
+    if (p.rows[token_row::mean_logits]) p.rows[token_row::mean_logits][token] = row.mean;
+    if (kEntropy) p.rows[token_row::entropy][token] = row.policy.entropy;
+    if (kSquares) p.rows[token_row::log_sum_sq][token] = row.policy.log_sum_sq;
     if (kKl) {
-      p.kl[token] = row.policy.kl_mean - row.policy.lse + row.reference.lse;
-      p.ref_logps[token] = row.reference.logp;
+      p.rows[token_row::kl][token] = row.policy.kl_mean - row.policy.lse + row.reference.lse;
+      p.rows[token_row::ref_logps][token] = row.reference.logp;
     } else if (p.reference.data) {
-      p.ref_logps[token] =
+      p.rows[token_row::ref_logps][token] =
           run_row<false, false, false, A>(reference, reference, p.vocab, label, false, false).policy.logp;
     }
   }
@@ -241,15 +244,18 @@ void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end)
 
 template <bool kEntropy, bool kKl, typename A>
 void with_squares(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end) {
-  p.log_sum_sq ? run_tokens<kEntropy, kKl, true, A>(p, begin, end) : run_tokens<kEntropy, kKl, false, A>(p, begin, end);
+  p.rows[token_row::log_sum_sq] ? run_tokens<kEntropy, kKl, true, A>(p, begin, end)
+                                : run_tokens<kEntropy, kKl, false, A>(p, begin, end);
 }
 
 template <typename A>
 void dispatch(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end) {
-  if (p.kl) {
-    p.entropy ? with_squares<true, true, A>(p, begin, end) : with_squares<false, true, A>(p, begin, end);
+  if (p.rows[token_row::kl]) {
+    p.rows[token_row::entropy] ? with_squares<true, true, A>(p, begin, end)
+                               : with_squares<false, true, A>(p, begin, end);
   } else {
-    p.entropy ? with_squares<true, false, A>(p, begin, end) : with_squares<false, false, A>(p, begin, end);
+    p.rows[token_row::entropy] ? with_squares<true, false, A>(p, begin, end)
+                               : with_squares<false, false, A>(p, begin, end);
   }
 }
 

@@ -141,6 +141,12 @@ DPO_DEVICE int count_arrival(int* counter) {
 #endif
 }
 
+DPO_DEVICE double warp_sum(double value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
 // ---- Thread-block clusters. In code compiled for a target before sm_90 a block is its own cluster, and a launch must
 // not ask for more (has_cluster_code). ----
 

@@ -16,8 +16,8 @@
 //
 // Vectors follow the alignment of `out`: a store that is not whole would cost more than a load that is not.
 //
-// One translation unit per dtype of the logits (-DDPO_POLICY=0, 1 or 2, a DType), so that they compile side by side;
-// without it, all of them in one.
+// One translation unit per dtype of the logits (-DDPO_POLICY, the number of a DType), so that they compile side by
+// side; without it, all of them in one.
 #include <cmath>
 #include <type_traits>
 
@@ -163,9 +163,38 @@ struct TokenGrads {
   DPO_DEVICE bool any() const { return logp != 0.0 || kl != 0.0 || forward_kl != 0.0; }
 };
 
+// The sequence of a packed token: -1 or `sequences` for a token of none. bounds rise (`rising_bounds` in stages.py).
+DPO_DEVICE int64_t owner(const int64_t* bounds, int64_t sequences, int64_t token) {
+  int64_t low = 0, high = sequences + 1;  // the first bound beyond the token lies between them
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (bounds[middle] <= token) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low - 1;
+}
+
+// One thread: the gradient of a token's log-probability. In a whole call it is found here, with the roundings of
+// `preference_backward` (dpo_kernels/backends/whole_call.py) in their order. Not inlined, so that its registers and its
+// division are none of the kernel's.
+static __device__ __noinline__ double grad_of_logp(const LogitsGradParams& p, int64_t token) {
+  if (p.grad_logps != nullptr) return p.grad_logps[token];
+  const SpreadParams& s = p.spread;
+  const int64_t sequence = s.cu_seqlens == nullptr ? token / p.tokens : owner(s.cu_seqlens, 2 * s.pairs, token);
+  const double weight = weight_of(s.weights, token);
+  if (weight == 0.0 || sequence < 0 || sequence >= 2 * s.pairs) return 0.0;
+  const int64_t pair = sequence < s.pairs ? sequence : sequence - s.pairs;
+  double grad = static_cast<double>(s.grad_loss[pair * s.grad_stride]) / s.divisor;
+  if (s.pair_weights != nullptr) grad *= s.pair_weights[pair];
+  return weight * (s.coef[sequence] * grad);
+}
+
 template <typename Tr>
-DPO_DEVICE TokenGrads token_grads(const LogitsGradParams& p, int64_t token) {
-  TokenGrads g{p.grad_logps[token], 0.0, 0.0};
+DPO_DEVICE TokenGrads token_grads(const LogitsGradParams& p, int64_t token, double grad_logp) {
+  TokenGrads g{grad_logp, 0.0, 0.0};
   if constexpr (Tr::kKl) {
     if (p.grad_kl != nullptr) g.kl = p.grad_kl[token];
     if (p.grad_forward_kl != nullptr) g.forward_kl = p.grad_forward_kl[token];
@@ -176,8 +205,8 @@ DPO_DEVICE TokenGrads token_grads(const LogitsGradParams& p, int64_t token) {
 // The label's own entry, in float64. Its numbers are read anew after the row: kept from before, they would cost the
 // loop registers.
 template <typename Tr>
-DPO_DEVICE float label_entry(const LogitsGradParams& p, int64_t token) {
-  const TokenGrads g = token_grads<Tr>(p, token);
+DPO_DEVICE float label_entry(const LogitsGradParams& p, int64_t token, double grad_logp) {
+  const TokenGrads g = token_grads<Tr>(p, token, grad_logp);
   const double logp = p.logps[token];
   double dz = -g.logp * expm1(logp);
   if constexpr (Tr::kKl) {
@@ -200,6 +229,9 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   using R = typename Tr::R;
   constexpr int kSize = Tr::kSize;
   const int64_t token = blockIdx.x;
+  DPO_SHARED(double, grad_logp);
+  if (threadIdx.x == 0) grad_logp = grad_of_logp(p, token);
+  __syncthreads();
   const int64_t b = token / p.tokens, t = token % p.tokens;
   T* out = static_cast<T*>(p.out) + b * p.out_stride_b + t * p.out_stride_t;
   const int vocab = static_cast<int>(p.vocab);
@@ -219,7 +251,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   }
 
   const int64_t label = p.labels[token];
-  const TokenGrads g = token_grads<Tr>(p, token);
+  const TokenGrads g = token_grads<Tr>(p, token, grad_logp);
   if (label == p.ignore_index || !g.any()) {
     if (single >= 0) out[single] = Vector<T>::narrow(0.0f);
     write_zeros<T, kSize>(out + head, groups);
@@ -285,7 +317,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   } else {
     write_row<Tr, false>(f, x + head, ref_groups, out + head, groups);
   }
-  if (owns_label) out[label] = Vector<T>::narrow(label_entry<Tr>(p, token));
+  if (owns_label) out[label] = Vector<T>::narrow(label_entry<Tr>(p, token, grad_logp));
 }
 
 namespace {
@@ -325,8 +357,9 @@ cudaError_t with_reference(const LogitsGradParams& p, const Device& device, cuda
       return with_divergences<T, __nv_bfloat16>(p, device, stream);
     case DType::float16:
       return with_divergences<T, __half>(p, device, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -338,10 +371,10 @@ cudaError_t with_reference(const LogitsGradParams& p, const Device& device, cuda
 #if !defined(DPO_POLICY) || DPO_POLICY == 0
 DPO_FOR_POLICY(float32, float)
 #endif
-#if !defined(DPO_POLICY) || DPO_POLICY == 1
+#if !defined(DPO_POLICY) || DPO_POLICY == 2
 DPO_FOR_POLICY(bfloat16, __nv_bfloat16)
 #endif
-#if !defined(DPO_POLICY) || DPO_POLICY == 2
+#if !defined(DPO_POLICY) || DPO_POLICY == 3
 DPO_FOR_POLICY(float16, __half)
 #endif
 

@@ -2,19 +2,12 @@
 // and registers the operators through PyTorch's stable ABI. No kernel is here and no synchronisation: a call costs its
 // launch.
 //
-// Outputs are allocated by the caller (dpo_kernels/backends/cuda.py); an empty output means "not asked for".
+// Outputs are allocated by the caller (dpo_kernels/backends/cuda.py).
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <stdexcept>
-#include <string>
-
+#include "../common/tensors.h"
 #include "params.h"
 #include "stream.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace dpo::cuda {
 namespace {
@@ -23,46 +16,12 @@ void check(cudaError_t error, const char* stage) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("dpo_kernels: ") + stage + ": " + error_text(error));
 }
 
-void require(bool condition, const char* message) {
-  if (!condition) throw std::runtime_error(std::string("dpo_kernels: ") + message);
+// Kernels index a row with 32-bit integers and the rows themselves with 64-bit ones.
+Logits row_logits_of(const Tensor& t) {
+  require(t.dim() != 3 || t.size(2) <= (int64_t{1} << 30), "a vocabulary of at most 2^30 is supported");
+  require(t.scalar_type() != ScalarType::Double, "the CUDA kernels take float32, bfloat16 or float16 logits");
+  return logits_of(t);
 }
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      throw std::runtime_error("dpo_kernels: the CUDA kernels take float32, bfloat16 or float16 logits");
-  }
-}
-
-// Rows of unit stride; kernels index a row with 32-bit integers and the rows themselves with 64-bit ones.
-Logits logits_of(const Tensor& t) {
-  require(t.dim() == 3, "logits must be [B, T, V]");
-  require(t.size(2) <= 1 || t.stride(2) == 1, "logits must have unit stride along the vocabulary");
-  require(t.size(2) <= (int64_t{1} << 30), "a vocabulary of at most 2^30 is supported");
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), dtype_of(t)};
-}
-
-double* out_of(const Tensor& t) { return t.numel() ? static_cast<double*>(t.mutable_data_ptr()) : nullptr; }
-
-const double* in_of(const Tensor& t) {
-  require(t.scalar_type() == ScalarType::Double && t.is_contiguous(), "token values must be contiguous float64");
-  return static_cast<const double*>(t.const_data_ptr());
-}
-
-const double* in_of(const std::optional<Tensor>& t) { return t ? in_of(*t) : nullptr; }
-
-const int64_t* labels_of(const Tensor& t) {
-  require(t.scalar_type() == ScalarType::Long && t.is_contiguous(), "labels must be contiguous int64");
-  return static_cast<const int64_t*>(t.const_data_ptr());
-}
-
-const int64_t* bounds_of(const std::optional<Tensor>& t) { return t ? labels_of(*t) : nullptr; }
 
 float softcap_of(double logit_scale, double logit_softcap) {
   require(logit_scale > 0.0, "the CUDA kernels need a positive logit_scale");
@@ -70,41 +29,14 @@ float softcap_of(double logit_scale, double logit_softcap) {
   return static_cast<float>(logit_softcap);
 }
 
-PreferenceParams preference_of(const Tensor& weights, const std::optional<Tensor>& cu_seqlens,
-                               const std::optional<Tensor>& ref_sums, const Tensor& beta, const Tensor& label_smoothing,
-                               bool robust, const Tensor& losses, const Tensor& sums, const Tensor& ref_sums_out,
-                               const Tensor& coef) {
-  PreferenceParams p{};
-  p.weights = in_of(weights);
-  p.cu_seqlens = bounds_of(cu_seqlens);
-  p.given_ref_sums = in_of(ref_sums);
-  p.beta = in_of(beta);
-  p.label_smoothing = in_of(label_smoothing);
-  p.losses = out_of(losses);
-  p.sums = out_of(sums);
-  p.ref_sums = out_of(ref_sums_out);
-  p.coef = out_of(coef);
-  p.pairs = losses.numel();
-  p.robust = robust;
-  return p;
-}
-
 TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& ref_logits,
-                              int64_t ignore_index, double logit_scale, double logit_softcap, const Tensor& logps,
-                              const Tensor& lse, const Tensor& ref_logps, const Tensor& entropy, const Tensor& kl,
-                              const Tensor& accuracy, const Tensor& mean_logits, const Tensor& log_sum_sq) {
+                              int64_t ignore_index, double logit_scale, double logit_softcap, int64_t asked,
+                              const Tensor& tokens) {
   TokenLogpsParams p{};
-  p.policy = logits_of(logits);
-  if (ref_logits) p.reference = logits_of(*ref_logits);
+  p.policy = row_logits_of(logits);
+  if (ref_logits) p.reference = row_logits_of(*ref_logits);
   p.labels = labels_of(labels);
-  p.logps = out_of(logps);
-  p.lse = out_of(lse);
-  p.ref_logps = out_of(ref_logps);
-  p.entropy = out_of(entropy);
-  p.kl = out_of(kl);
-  p.accuracy = out_of(accuracy);
-  p.mean_logits = out_of(mean_logits);
-  p.log_sum_sq = out_of(log_sum_sq);
+  point_at_rows(p.rows, out_of(tokens), labels.numel(), asked);
   p.batch = logits.size(0);
   p.tokens = logits.size(1);
   p.vocab = logits.size(2);
@@ -115,29 +47,11 @@ TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const 
 }
 
 void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
-                    double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
-                    Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq) {
+                    double logit_scale, double logit_softcap, int64_t asked, Tensor tokens) {
   const OnDevice here(logits);
-  const TokenLogpsParams p = token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, logps,
-                                          lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq);
+  const TokenLogpsParams p =
+      token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, asked, tokens);
   check(token_logps(p, here.device(), here.stream()), "token_logps");
-}
-
-void fused_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
-                      double logit_scale, double logit_softcap, Tensor logps, Tensor lse, Tensor ref_logps,
-                      Tensor entropy, Tensor kl, Tensor accuracy, Tensor mean_logits, Tensor log_sum_sq, Tensor weights,
-                      std::optional<Tensor> cu_seqlens, std::optional<Tensor> ref_sums, Tensor beta,
-                      Tensor label_smoothing, bool robust, Tensor losses, Tensor sums, Tensor ref_sums_out, Tensor coef,
-                      Tensor counters) {
-  const OnDevice here(logits);
-  TokenLogpsParams p = token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, logps, lse,
-                                    ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq);
-  p.preference =
-      preference_of(weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef);
-  require(counters.scalar_type() == ScalarType::Int && counters.numel() >= 3 * p.preference.pairs,
-          "counters must be int32, three for each pair");
-  p.preference.counters = static_cast<int*>(counters.mutable_data_ptr());
-  check(token_logps(p, here.device(), here.stream()), "fused_forward");
 }
 
 void sequence_sums_op(Tensor values, Tensor weights, std::optional<Tensor> cu_seqlens, Tensor sums) {
@@ -160,9 +74,39 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   p.logps = in_of(logps);
   p.ref_logps = in_of(ref_logps);
   p.tokens = logps.size(1);
-  p.preference =
-      preference_of(weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef);
+  p.weights.given = in_of(weights);
+  p.cu_seqlens = bounds_of(cu_seqlens);
+  p.given_ref_sums = in_of(ref_sums);
+  p.betas = in_of(beta);
+  p.label_smoothings = in_of(label_smoothing);
+  p.pairs = losses.numel();
+  p.robust = robust;
+  p.losses = out_of(losses);
+  p.sums = out_of(sums);
+  p.ref_sums = out_of(ref_sums_out);
+  p.coef = out_of(coef);
   check(preference_loss(p, here.stream()), "preference_loss");
+}
+
+LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const double* logps, const double* lse,
+                             int64_t ignore_index, double logit_scale, double logit_softcap, const Tensor& out) {
+  LogitsGradParams p{};
+  p.logits = row_logits_of(logits);
+  const Logits gradient = row_logits_of(out);
+  require(gradient.dtype == p.logits.dtype, "the gradient has the dtype of the logits");
+  p.out = out.mutable_data_ptr();
+  p.out_stride_b = gradient.stride_b;
+  p.out_stride_t = gradient.stride_t;
+  p.labels = labels_of(labels);
+  p.logps = logps;
+  p.lse = lse;
+  p.batch = logits.size(0);
+  p.tokens = logits.size(1);
+  p.vocab = logits.size(2);
+  p.ignore_index = ignore_index;
+  p.logit_scale = static_cast<float>(logit_scale);
+  p.logit_softcap = softcap_of(logit_scale, logit_softcap);
+  return p;
 }
 
 void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
@@ -170,30 +114,90 @@ void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tens
                     std::optional<Tensor> ref_logps, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
                     std::optional<Tensor> grad_forward_kl) {
   const OnDevice here(logits);
-  LogitsGradParams p{};
+  LogitsGradParams p =
+      grad_params(logits, labels, in_of(logps), in_of(lse), ignore_index, logit_scale, logit_softcap, out);
+  p.grad_logps = in_of(grad_logps);
   if (ref_logits) {
     require(ref_logps && kl, "the gradient of a divergence needs ref_logps and kl");
-    p.reference = logits_of(*ref_logits);
+    p.reference = row_logits_of(*ref_logits);
   }
   p.ref_logps = in_of(ref_logps);
   p.kl = in_of(kl);
   p.grad_kl = in_of(grad_kl);
   p.grad_forward_kl = in_of(grad_forward_kl);
-  p.logits = logits_of(logits);
-  require(logits_of(out).dtype == p.logits.dtype, "the gradient has the dtype of the logits");
-  p.out = out.mutable_data_ptr();
-  p.out_stride_b = out.stride(0);
-  p.out_stride_t = out.stride(1);
-  p.labels = labels_of(labels);
-  p.logps = in_of(logps);
-  p.lse = in_of(lse);
-  p.grad_logps = in_of(grad_logps);
-  p.batch = logits.size(0);
-  p.tokens = logits.size(1);
-  p.vocab = logits.size(2);
-  p.ignore_index = ignore_index;
-  p.logit_scale = static_cast<float>(logit_scale);
-  p.logit_softcap = softcap_of(logit_scale, logit_softcap);
+  check(logits_grad(p, here.device(), here.stream()), "logits_grad");
+}
+
+// ---- A whole call (dpo_kernels/backends/whole_call.py has the contract, and the same from the stages one by one) ----
+
+double divisor_of(int64_t reduction, int64_t pairs) {
+  return reduction == kMean && pairs > 0 ? static_cast<double>(pairs) : 1.0;
+}
+
+void preference_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logits, int64_t ignore_index,
+                           double logit_scale, double logit_softcap, int64_t asked, std::optional<Tensor> token_weights,
+                           std::optional<Tensor> cu_seqlens, std::optional<Tensor> pair_weights, int64_t reduction,
+                           std::optional<Tensor> ref_sums, std::optional<Tensor> betas, double beta,
+                           std::optional<Tensor> label_smoothings, double label_smoothing, bool robust, Tensor tokens,
+                           Tensor sequences, Tensor losses, Tensor loss, Tensor pairs_done) {
+  const OnDevice here(logits);
+  require(loss.scalar_type() == ScalarType::Float, "the loss must be float32");
+  require(pairs_done.scalar_type() == ScalarType::Int && pairs_done.numel() == 1, "pairs_done must be one int32");
+  TokenLogpsParams p =
+      token_params(logits, labels, ref_logits, ignore_index, logit_scale, logit_softcap, asked, tokens);
+  p.to_clear = static_cast<int*>(pairs_done.mutable_data_ptr());
+  check(token_logps(p, here.device(), here.stream()), "token_logps");
+
+  PreferenceLossParams q{};
+  q.logps = p.rows[token_row::logps];
+  q.ref_logps = p.rows[token_row::ref_logps];
+  q.tokens = p.tokens;
+  q.weights = {p.labels, ignore_index, in_of(token_weights)};
+  q.cu_seqlens = bounds_of(cu_seqlens);
+  q.given_ref_sums = in_of(ref_sums);
+  q.betas = in_of(betas);
+  q.beta = beta;
+  q.label_smoothings = in_of(label_smoothings);
+  q.label_smoothing = label_smoothing;
+  q.pairs = losses.numel();
+  q.robust = robust;
+  q.losses = out_of(losses);
+  double* const results = out_of(sequences);
+  const int64_t width = 2 * q.pairs;
+  q.sums = results + sequence_row::logps * width;
+  q.ref_sums = results + sequence_row::ref_logps * width;
+  q.rewards = results + sequence_row::rewards * width;
+  q.coef = results + sequence_row::coef * width;
+  q.counts = results + sequence_row::counts * width;
+  q.means = results + sequence_row::means * width;
+  q.statistics = static_cast<int>(sequences.size(0)) - sequence_row::means;
+  q.values = labels.numel();
+  q.first_values =
+      in_of(tokens) + (tokens.size(0) - q.statistics) * q.values;  // the statistics' rows are the last ones
+  q.pair_weights = in_of(pair_weights);
+  q.divisor = reduction == kNone ? 0.0 : divisor_of(reduction, q.pairs);
+  q.loss = static_cast<float*>(loss.mutable_data_ptr());
+  q.pairs_done = p.to_clear;
+  check(preference_loss(q, here.stream()), "preference_loss");
+}
+
+void preference_backward_op(Tensor logits, Tensor labels, Tensor tokens, Tensor sequences, Tensor grad_loss,
+                            int64_t ignore_index, double logit_scale, double logit_softcap,
+                            std::optional<Tensor> token_weights, std::optional<Tensor> cu_seqlens,
+                            std::optional<Tensor> pair_weights, int64_t reduction, Tensor out) {
+  const OnDevice here(logits);
+  require(grad_loss.scalar_type() == ScalarType::Float, "the loss and its gradient must be float32");
+  LogitsGradParams p = grad_params(logits, labels, in_of(tokens), in_of(tokens) + labels.numel(), ignore_index,
+                                   logit_scale, logit_softcap, out);
+  SpreadParams& s = p.spread;
+  s.weights = {p.labels, ignore_index, in_of(token_weights)};
+  s.cu_seqlens = bounds_of(cu_seqlens);
+  s.coef = in_of(sequences) + sequence_row::coef * sequences.size(1);
+  s.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
+  s.grad_stride = grad_loss.dim() == 0 ? 0 : grad_loss.stride(0);
+  s.pair_weights = in_of(pair_weights);
+  s.pairs = sequences.size(1) / 2;
+  s.divisor = divisor_of(reduction, s.pairs);
   check(logits_grad(p, here.device(), here.stream()), "logits_grad");
 }
 
@@ -203,14 +207,7 @@ void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tens
 STABLE_TORCH_LIBRARY(DPO_LIBRARY, m) {
   m.def(
       "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
-      "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
-      "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor(h!) log_sum_sq) -> ()");
-  m.def(
-      "fused_forward(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
-      "float logit_softcap, Tensor(a!) logps, Tensor(b!) lse, Tensor(c!) ref_logps, Tensor(d!) entropy, Tensor(e!) kl, "
-      "Tensor(f!) accuracy, Tensor(g!) mean_logits, Tensor(h!) log_sum_sq, Tensor weights, Tensor? cu_seqlens, "
-      "Tensor? ref_sums, Tensor beta, Tensor label_smoothing, bool robust, Tensor(i!) losses, Tensor(j!) sums, "
-      "Tensor(k!) ref_sums_out, Tensor(l!) coef, Tensor(m!) counters) -> ()");
+      "float logit_softcap, int asked, Tensor(a!) tokens) -> ()");
   m.def("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, Tensor(a!) sums) -> ()");
   m.def(
       "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
@@ -220,12 +217,22 @@ STABLE_TORCH_LIBRARY(DPO_LIBRARY, m) {
       "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
       "float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, "
       "Tensor? grad_kl, Tensor? grad_forward_kl) -> ()");
+  m.def(
+      "preference_forward(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
+      "float logit_softcap, int asked, Tensor? token_weights, Tensor? cu_seqlens, Tensor? pair_weights, int reduction, "
+      "Tensor? ref_sums, Tensor? betas, float beta, Tensor? label_smoothings, float label_smoothing, bool robust, "
+      "Tensor(a!) tokens, Tensor(b!) sequences, Tensor(c!) losses, Tensor(d!) loss, Tensor(e!) pairs_done) -> ()");
+  m.def(
+      "preference_backward(Tensor logits, Tensor labels, Tensor tokens, Tensor sequences, Tensor grad_loss, "
+      "int ignore_index, float logit_scale, float logit_softcap, Tensor? token_weights, Tensor? cu_seqlens, "
+      "Tensor? pair_weights, int reduction, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DPO_LIBRARY, DPO_DISPATCH_KEY, m) {
   m.impl("token_logps", TORCH_BOX(&dpo::cuda::token_logps_op));
-  m.impl("fused_forward", TORCH_BOX(&dpo::cuda::fused_forward_op));
   m.impl("sequence_sums", TORCH_BOX(&dpo::cuda::sequence_sums_op));
   m.impl("preference_loss", TORCH_BOX(&dpo::cuda::preference_loss_op));
   m.impl("logits_grad", TORCH_BOX(&dpo::cuda::logits_grad_op));
+  m.impl("preference_forward", TORCH_BOX(&dpo::cuda::preference_forward_op));
+  m.impl("preference_backward", TORCH_BOX(&dpo::cuda::preference_backward_op));
 }

@@ -6,6 +6,9 @@
 
 #include <cstdint>
 
+#include "../common/hd.h"
+#include "../common/params.h"
+
 #if defined(DPO_EMULATOR)
 #include "emulator.h"
 #else
@@ -14,59 +17,61 @@
 
 namespace dpo::cuda {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-
-struct Logits {
-  const void* data;
-  int64_t stride_b;
-  int64_t stride_t;
-  DType dtype;
+struct Weights {
+  const int64_t* labels;  // [B, T]; ignored tokens have weight 0. nullptr: the weights say it themselves
+  int64_t ignore_index;
+  const double* given;  // [B, T], or nullptr for 1
 };
 
-// Weighted sums of sequences and the sigmoid-family loss of each pair. Sequences 0..pairs-1 are chosen, the next
-// `pairs` rejected. Sequence s is row s of [B, T], or tokens cu_seqlens[s] .. cu_seqlens[s + 1] of the flattened batch.
-struct PreferenceParams {
-  const double* weights;          // [B, T]; tokens of weight 0 are skipped, whatever they hold
-  const int64_t* cu_seqlens;      // [2 * pairs + 1] or nullptr
-  const double* given_ref_sums;   // [2 * pairs] or nullptr
-  const double* beta;             // [pairs]
-  const double* label_smoothing;  // [pairs]
-  double* losses;                 // [pairs]
-  double* sums;                   // [2 * pairs]
-  double* ref_sums;               // [2 * pairs]
-  double* coef;                   // [2 * pairs]: d losses[p] / d sums[s]
-  int* counters;                  // [3 * pairs], cleared by the call: rows done per sequence, sequences done per pair
-  int64_t pairs;
-  int robust;
-};
+DPO_HD double weight_of(const Weights& weights, int64_t token) {
+  if (weights.labels != nullptr && weights.labels[token] == weights.ignore_index) return 0.0;
+  return weights.given != nullptr ? weights.given[token] : 1.0;
+}
 
 struct TokenLogpsParams {
   Logits policy;
-  Logits reference;       // data == nullptr: none
-  const int64_t* labels;  // [B, T]
-  // [B, T] each; nullptr: not asked for. ref_logps goes with reference, kl needs it.
-  double* logps;
-  double* lse;
-  double* ref_logps;
-  double* entropy;
-  double* kl;
-  double* accuracy;
-  double* mean_logits;
-  double* log_sum_sq;
+  Logits reference;                // data == nullptr: none
+  const int64_t* labels;           // [B, T]
+  double* rows[token_row::count];  // [B, T] each; nullptr: not asked for. ref_logps goes with reference, kl needs it
   int64_t batch;
   int64_t tokens;
   int64_t vocab;
   int64_t ignore_index;
   float logit_scale;
-  float logit_softcap;          // 0: none
-  PreferenceParams preference;  // losses == nullptr: token statistics only
+  float logit_softcap;  // 0: none
+  int* to_clear;        // a counter of the launch that follows, or nullptr
 };
 
+// Weighted sums of sequences and the sigmoid-family loss of each pair. Sequences 0..pairs-1 are chosen, the next
+// `pairs` rejected. Sequence s is row s of [B, T], or tokens cu_seqlens[s] .. cu_seqlens[s + 1] of the flattened batch.
 struct PreferenceLossParams {
-  const double* logps;      // [B, T]
-  const double* ref_logps;  // [B, T] or nullptr
-  int64_t tokens;           // T
-  PreferenceParams preference;
+  const double* logps;             // [B, T]
+  const double* ref_logps;         // [B, T] or nullptr
+  int64_t tokens;                  // T
+  Weights weights;                 // tokens of weight 0 are skipped, whatever they hold
+  const int64_t* cu_seqlens;       // [2 * pairs + 1] or nullptr
+  const double* given_ref_sums;    // [2 * pairs] or nullptr
+  const double* betas;             // [pairs], or nullptr where beta holds for every pair
+  const double* label_smoothings;  // and so on
+  double beta;
+  double label_smoothing;
+  int64_t pairs;
+  int robust;
+  double* losses;    // [pairs]
+  double* sums;      // [2 * pairs], as all that follow
+  double* ref_sums;  //
+  double* coef;      // d losses[p] / d sums[s]
+  // A whole call's; loss == nullptr: none of it.
+  double* rewards;
+  double* counts;              // of scored tokens
+  double* means;               // [statistics, 2 * pairs], over scored tokens
+  const double* first_values;  // [statistics, B, T]
+  int64_t values;              // B * T
+  int statistics;
+  const double* pair_weights;  // [pairs] or nullptr for 1
+  double divisor;              // of the losses' sum; 0: no sum, each is wanted
+  float* loss;                 // [1] or [pairs]
+  int* pairs_done;             // 0 when the launch begins
 };
 
 struct SequenceSumsParams {
@@ -78,6 +83,18 @@ struct SequenceSumsParams {
   int64_t tokens;
 };
 
+// How the gradient of a whole call's loss reaches the tokens.
+struct SpreadParams {
+  Weights weights;
+  const int64_t* cu_seqlens;   // [2 * pairs + 1] or nullptr
+  const double* coef;          // [2 * pairs]: d losses[p] / d sums[s]
+  const float* grad_loss;      // of the reduced loss, or [pairs]
+  int64_t grad_stride;         // 0 where one number is every pair's
+  const double* pair_weights;  // [pairs] or nullptr for 1
+  double divisor;              // of the losses' sum
+  int64_t pairs;
+};
+
 struct LogitsGradParams {
   Logits logits;
   void* out;  // dtype of logits; may be the same memory with the same strides
@@ -86,7 +103,8 @@ struct LogitsGradParams {
   const int64_t* labels;     // [B, T]
   const double* logps;       // [B, T]
   const double* lse;         // [B, T]
-  const double* grad_logps;  // [B, T]
+  const double* grad_logps;  // [B, T]; nullptr: by `spread`
+  SpreadParams spread;
   // Token-level KL divergences; reference.data == nullptr: none.
   Logits reference;
   const double* ref_logps;        // [B, T]
@@ -119,19 +137,9 @@ cudaError_t logits_grad_bfloat16(const LogitsGradParams& params, const Device& d
 cudaError_t logits_grad_float16(const LogitsGradParams& params, const Device& device, cudaStream_t stream);
 
 inline cudaError_t token_logps(const TokenLogpsParams& params, const Device& device, cudaStream_t stream) {
+  // Without rows no launch would clear the counter.
   if (params.batch * params.tokens == 0) {
-    if (params.preference.losses == nullptr) return cudaSuccess;
-    // No row will complete a pair: the separate stage writes what empty sequences give.
-    const PreferenceLossParams empty{params.logps, params.ref_logps, params.tokens, params.preference};
-    return preference_loss(empty, stream);
-  }
-  // A node in the stream, so that a call depends on no earlier one: counters that every launch left as zeros would be
-  // shared by calls on several streams, by a graph's replays and eager calls, and spoiled by a launch that failed. It
-  // costs the host one short call of the driver, where counters that live on had to be found from Python by stream.
-  if (params.preference.losses != nullptr) {
-    const size_t bytes = 3 * sizeof(int) * static_cast<size_t>(params.preference.pairs);
-    const cudaError_t error = cudaMemsetAsync(params.preference.counters, 0, bytes, stream);
-    if (error != cudaSuccess) return error;
+    return params.to_clear == nullptr ? cudaSuccess : cudaMemsetAsync(params.to_clear, 0, sizeof(int), stream);
   }
   switch (params.policy.dtype) {
     case DType::float32:
@@ -140,8 +148,9 @@ inline cudaError_t token_logps(const TokenLogpsParams& params, const Device& dev
       return token_logps_bfloat16(params, device, stream);
     case DType::float16:
       return token_logps_float16(params, device, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 inline cudaError_t logits_grad(const LogitsGradParams& params, const Device& device, cudaStream_t stream) {
@@ -153,8 +162,9 @@ inline cudaError_t logits_grad(const LogitsGradParams& params, const Device& dev
       return logits_grad_bfloat16(params, device, stream);
     case DType::float16:
       return logits_grad_float16(params, device, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace dpo::cuda

@@ -1,6 +1,6 @@
 // Stage 1 on CUDA: picks the kernel of token_logps.cuh for the dtypes and statistics asked for, and launches it.
 //
-// One translation unit per policy dtype (-DDPO_POLICY=0, 1 or 2, a DType), so that they compile side by side;
+// One translation unit per policy dtype (-DDPO_POLICY, the number of a DType), so that they compile side by side;
 // without it, all of them in one.
 #include "token_logps.cuh"
 
@@ -13,9 +13,8 @@ cudaError_t run(const TokenLogpsParams& p, const Device& device, cudaStream_t st
   const bool two_sided = p.reference.data != nullptr && !Tr::kKl;
   RowPlan plan = plan_rows(rows * (two_sided ? 2 : 1), p.vocab, Tr::kSize * kTileGroups, kRowThreads, device);
   if (plan.blocks > 1 && !has_cluster_code(token_logps_kernel<Tr>, device.index)) plan.blocks = 1;
-  const int64_t spare = p.preference.losses != nullptr && p.preference.cu_seqlens != nullptr ? 1 : 0;
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>((rows + spare) * plan.blocks), two_sided ? 2 : 1);
+  shape.grid = dim3(static_cast<unsigned>(rows * plan.blocks), two_sided ? 2 : 1);
   shape.threads = plan.threads / plan.blocks;
   shape.cluster = plan.blocks;
   return launch(token_logps_kernel<Tr>, shape, stream, p);
@@ -26,9 +25,10 @@ cudaError_t run(const TokenLogpsParams& p, const Device& device, cudaStream_t st
 template <typename T, typename R>
 cudaError_t with_statistics(const TokenLogpsParams& p, const Device& device, cudaStream_t stream) {
   constexpr bool kAlone = std::is_same_v<R, NoReference>, kMixed = !kAlone && !std::is_same_v<R, T>;
-  const bool entropy = p.entropy != nullptr, mean = p.mean_logits != nullptr, softcap = p.logit_softcap != 0.0f;
+  const bool entropy = p.rows[token_row::entropy] != nullptr, mean = p.rows[token_row::mean_logits] != nullptr,
+             softcap = p.logit_softcap != 0.0f;
   if constexpr (!kMixed) {
-    if (p.log_sum_sq == nullptr) {
+    if (p.rows[token_row::log_sum_sq] == nullptr) {
       if (softcap) return run<Traits<T, R, true, true, false, true>>(p, device, stream);
       if (!entropy && !mean) return run<Traits<T, R, false, false, false, false>>(p, device, stream);
       if constexpr (kAlone) {
@@ -48,7 +48,7 @@ cudaError_t with_statistics(const TokenLogpsParams& p, const Device& device, cud
 template <typename T>
 cudaError_t with_reference(const TokenLogpsParams& p, const Device& device, cudaStream_t stream) {
   // Two dtypes cannot share the row kernel, so they go through the pair kernel whether kl is wanted or not.
-  if (p.reference.data == nullptr || (p.kl == nullptr && p.reference.dtype == p.policy.dtype)) {
+  if (p.reference.data == nullptr || (p.rows[token_row::kl] == nullptr && p.reference.dtype == p.policy.dtype)) {
     return with_statistics<T, NoReference>(p, device, stream);
   }
   switch (p.reference.dtype) {
@@ -58,8 +58,9 @@ cudaError_t with_reference(const TokenLogpsParams& p, const Device& device, cuda
       return with_statistics<T, __nv_bfloat16>(p, device, stream);
     case DType::float16:
       return with_statistics<T, __half>(p, device, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -71,10 +72,10 @@ cudaError_t with_reference(const TokenLogpsParams& p, const Device& device, cuda
 #if !defined(DPO_POLICY) || DPO_POLICY == 0
 DPO_FOR_POLICY(float32, float)
 #endif
-#if !defined(DPO_POLICY) || DPO_POLICY == 1
+#if !defined(DPO_POLICY) || DPO_POLICY == 2
 DPO_FOR_POLICY(bfloat16, __nv_bfloat16)
 #endif
-#if !defined(DPO_POLICY) || DPO_POLICY == 2
+#if !defined(DPO_POLICY) || DPO_POLICY == 3
 DPO_FOR_POLICY(float16, __half)
 #endif
 

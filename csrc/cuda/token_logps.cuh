@@ -1,5 +1,4 @@
-// The kernel of stage 1 on CUDA: log-softmax gather with its statistics, and, in the same launch, stage 2 (sequence
-// sums and loss).
+// The kernel of stage 1 on CUDA: log-softmax gather with its statistics.
 //
 // Data flow. A row of V logits is shared by `threads` threads of a block, or of a cluster of blocks when there are few
 // rows. Every logit is read from HBM once, 16 bytes at a time, four loads in flight per thread. Each thread keeps its
@@ -19,10 +18,6 @@
 // and going over the thread's share again, guarded, costs rare rows time; guarding each logit would cost each row a
 // slot.
 //
-// Single launch. A block that finished a row counts one arrival for the row's sequence; the block that brings the last
-// one sums the sequence (sequence.cuh), counts it for its pair, and the block that completes the pair computes the
-// loss. The counters are cleared by a memset before the launch (params.h says why).
-//
 // Why the loop keeps HBM busy, for [8192, 128256] bf16 without statistics (2.10 GB read once, 0.63 ms at 3.35 TB/s), by
 // the model at the head of benchmarks/machine_code.py (bandwidth_share), whose figures a test holds:
 //   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM, so 8 warps share each
@@ -40,8 +35,8 @@
 #include <type_traits>
 
 #include "../common/online_softmax.h"
+#include "device.cuh"
 #include "plan.h"
-#include "sequence.cuh"
 #include "vectors.cuh"
 
 namespace dpo::cuda {
@@ -371,10 +366,8 @@ DPO_DEVICE OnlineSoftmax<double> to_natural(double origin, double sum, double sh
 }
 
 struct TokenValues {
-  double logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq;
+  double of[token_row::count];
 };
-
-DPO_DEVICE TokenValues all_tokens(double value) { return {value, value, value, value, value, value, value, value}; }
 
 // A row on its way from the templated kernel to finish_row_of_batch, in shared memory.
 struct RowSummary {
@@ -402,136 +395,47 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary&
   const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch, s.squares),
                                      z * stretch, (z - ref_z) * stretch);
   TokenValues out{};
-  out.logps = row.logp / stretch;
-  out.lse = label_x == -INFINITY ? row.lse / stretch : z - out.logps;
   const bool nan = row.logp != row.logp;
-  out.entropy = nan ? NAN : row.entropy;
-  out.log_sum_sq = row.log_sum_sq;
-  out.mean_logits = (s.total + (capped ? z : label_x)) * unit / static_cast<double>(p.vocab);
+  const double logp = row.logp / stretch, top = static_cast<double>(label_x);
+  out.of[token_row::logps] = logp;
+  out.of[token_row::lse] = label_x == -INFINITY ? row.lse / stretch : z - logp;
+  out.of[token_row::entropy] = nan ? NAN : row.entropy;
+  out.of[token_row::accuracy] = nan ? NAN : (top > s.top || (top == s.top && !summary.earlier_tie));
+  out.of[token_row::mean_logits] = (s.total + (capped ? z : label_x)) * unit / static_cast<double>(p.vocab);
+  out.of[token_row::log_sum_sq] = row.log_sum_sq;
   if (summary.pair) {
     const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0, 0.0), ref_z * stretch, 0.0);
-    out.ref_logps = ref.logp / stretch;
-    out.kl = row.kl_mean - row.lse + ref.lse;
+    out.of[token_row::ref_logps] = ref.logp / stretch;
+    const double kl = row.kl_mean - row.lse + ref.lse;
     // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
-    if (out.kl != out.kl && !nan && ref.lse == ref.lse) out.kl = INFINITY;
+    out.of[token_row::kl] = kl != kl && !nan && ref.lse == ref.lse ? INFINITY : kl;
   }
-  const double top = static_cast<double>(label_x);
-  out.accuracy = nan ? NAN : (top > s.top || (top == s.top && !summary.earlier_tie));
   return out;
 }
 
-DPO_DEVICE void store_token(const TokenLogpsParams& p, int64_t token, const TokenValues& v) {
-  p.logps[token] = v.logps;
-  p.lse[token] = v.lse;
-  if (p.kl != nullptr) p.kl[token] = v.kl;
-  if (p.entropy != nullptr) p.entropy[token] = v.entropy;
-  if (p.accuracy != nullptr) p.accuracy[token] = v.accuracy;
-  if (p.mean_logits != nullptr) p.mean_logits[token] = v.mean_logits;
-  if (p.log_sum_sq != nullptr) p.log_sum_sq[token] = v.log_sum_sq;
-}
-
-// ---- Single launch: sequences and pairs ----
-
-// The first thread, when a sequence has been summed: the pair's loss, if the other sequence is done. Not inlined: the
-// addresses that it needs would cost the block's sum registers.
-static __device__ __noinline__ void arrive_at_pair(const TokenLogpsParams& params, int64_t sequence, SequenceSums own) {
-  const PreferenceParams& p = params.preference;
-  const bool chosen = sequence < p.pairs;
-  const int64_t pair = chosen ? sequence : sequence - p.pairs;
-  const int64_t partner = chosen ? sequence + p.pairs : pair;
-  SequenceSums other{};
-  if (sequence_range(p.cu_seqlens, params.tokens, partner).size() == 0) {
-    // No row will ever arrive for it.
-    other.reference = p.given_ref_sums != nullptr && params.ref_logps == nullptr ? p.given_ref_sums[partner] : 0.0;
-    p.sums[partner] = 0.0;
-    p.ref_sums[partner] = other.reference;
-  } else {
-    if (count_arrival(&p.counters[2 * p.pairs + pair]) == 0) return;
-    other = {load_coherent(&p.sums[partner]), load_coherent(&p.ref_sums[partner])};
-  }
-  finish_pair(p, pair, chosen ? own : other, chosen ? other : own);
-}
-
-// The whole block, whose first thread has just stored a row's results: the row arrives at a sequence that holds its
-// token. `sides` rows (policy, reference) make a token.
-DPO_DEVICE void arrive_at_sequence(const TokenLogpsParams& params, int64_t sequence, int sides,
-                                   SequenceScratch& scratch) {
-  const PreferenceParams& p = params.preference;
-  const int thread = static_cast<int>(threadIdx.x);
-  const TokenRange range = sequence_range(p.cu_seqlens, params.tokens, sequence);
-  // What the first thread acquired is visible to the threads that now read: the barrier orders memory.
-  const bool last = thread == 0 && count_arrival(&p.counters[sequence]) + 1 == range.size() * sides;
-  if (__syncthreads_or(last) == 0) return;
-  const SequenceSums own = finish_sequence(p, params.logps, params.ref_logps, sequence, range, range.size(), thread,
-                                           static_cast<int>(blockDim.x), scratch);
-  if (thread == 0) arrive_at_pair(params, sequence, own);
-}
-
-// A full warp. The first sequence from `from` on whose tokens include this one, or -1.
-DPO_DEVICE int64_t next_holder(const PreferenceParams& p, int64_t tokens, int64_t token, int64_t from) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int64_t base = from; base < 2 * p.pairs; base += kWarp) {
-    bool holds = false;
-    if (base + lane < 2 * p.pairs) {
-      const TokenRange range = sequence_range(p.cu_seqlens, tokens, base + lane);
-      holds = range.begin <= token && token < range.end;
-    }
-    const unsigned found = __ballot_sync(kAllLanes, holds);
-    if (found != 0) return base + __ffs(static_cast<int>(found)) - 1;
-  }
-  return -1;
-}
-
-// The whole block. A packed token belongs to one sequence as a rule. Bounds that do not rise, which the host cannot
-// see, may give it none or several; asking each sequence for its own range keeps every counter's arrivals equal to what
-// it waits for, whatever the bounds.
-static __device__ __noinline__ void finish_row_of_sequence(const TokenLogpsParams& params, int64_t token, int sides,
-                                                           SequenceScratch& scratch) {
-  const PreferenceParams& p = params.preference;
-  if (p.cu_seqlens == nullptr) {
-    arrive_at_sequence(params, token / params.tokens, sides, scratch);
-    return;
-  }
-  int64_t sequence = -1;
-  while ((sequence = next_holder(p, params.tokens, token, sequence + 1)) >= 0) {
-    arrive_at_sequence(params, sequence, sides, scratch);
-  }
-}
-
-// Pairs of two empty sequences have no rows. The launch holds one more block for them when sequences are packed.
-static __device__ __noinline__ void finish_empty_pairs(const TokenLogpsParams& params) {
-  const PreferenceParams& p = params.preference;
-  for (int64_t pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
-    SequenceSums sums[2] = {};
-    bool empty = true;
-    for (int side = 0; side < 2; ++side) {
-      const int64_t s = pair + side * p.pairs;
-      empty = empty && sequence_range(p.cu_seqlens, params.tokens, s).size() == 0;
-      if (p.given_ref_sums != nullptr && params.ref_logps == nullptr) sums[side].reference = p.given_ref_sums[s];
-    }
-    if (!empty) continue;
-    for (int side = 0; side < 2; ++side) {
-      p.sums[pair + side * p.pairs] = 0.0;
-      p.ref_sums[pair + side * p.pairs] = sums[side].reference;
-    }
-    finish_pair(p, pair, sums[0], sums[1]);
-  }
-}
-
-// The first thread: a row's results from its merged state, in float64. Not inlined, as what follows it is not: a few
-// hundred rare instructions that would otherwise be compiled into each of the kernels, and apart, so that neither needs
-// more registers than the loops leave.
+// The first thread: a row's results from its merged state, in float64. Not inlined: a few hundred rare instructions
+// that would otherwise be compiled into each of the kernels, and need more registers than the loops leave.
 static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, const RowSummary& row, int64_t token,
                                                         bool is_reference) {
   assume_shared(&row);
   const bool scored = p.labels[token] != p.ignore_index;
-  const TokenValues values = row.legal && scored ? finish_token(p, row) : all_tokens(scored ? NAN : 0.0);
-  if (is_reference) {
-    p.ref_logps[token] = values.logps;
-  } else {
-    store_token(p, token, values);
-    if (row.pair) p.ref_logps[token] = values.ref_logps;
+  TokenValues values{};
+  if (row.legal && scored) {
+    values = finish_token(p, row);
+  } else if (scored) {
+#pragma unroll
+    for (double& value : values.of) value = NAN;
   }
+  if (is_reference) {
+    p.rows[token_row::ref_logps][token] = values.of[token_row::logps];
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < token_row::count; ++r) {
+    const bool found = r != token_row::ref_logps || row.pair;  // else the reference's own row finds it
+    if (found && p.rows[r] != nullptr) p.rows[r][token] = values.of[r];
+  }
+  if (token == 0 && p.to_clear != nullptr) *p.to_clear = 0;
 }
 
 // ---- The kernel ----
@@ -551,12 +455,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     token_logps_kernel(const __grid_constant__ TokenLogpsParams p) {
   using T = typename Tr::T;
   using R = typename Tr::R;
-  // The states are merged before a sequence is summed, with a barrier between.
-  union Scratch {
-    States<Tr> states;
-    SequenceScratch sequence;
-  };
-  DPO_SHARED(Scratch, scratch);
+  DPO_SHARED(States<Tr>, states);
   DPO_SHARED(RowSummary, summary);
   DPO_SHARED(int, tied);
 
@@ -568,14 +467,8 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
   const bool leader_warp = threadIdx.x < kWarp;
   // Without kl the reference's rows are rows like the policy's, in the second half of the grid.
   const bool is_reference = blockIdx.y == 1;
-  const int sides = Tr::kKl ? 1 : static_cast<int>(gridDim.y);
   if (blocks_per_row > 1) cluster_arrive();
 
-  if (token == p.batch * p.tokens) {
-    if (rank == 0 && !is_reference) finish_empty_pairs(p);
-    if (blocks_per_row > 1) cluster_wait();
-    return;
-  }
   const int64_t label64 = p.labels[token];
   const bool legal = label64 != p.ignore_index && label64 >= 0 && label64 < p.vocab;
   if (threadIdx.x == 0) {
@@ -607,7 +500,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
                                           : add_row<Tr, false>(f, x, ref, row, label, vocab, thread, threads);
 
     if (blocks_per_row > 1) cluster_wait();  // block 0 has started: its shared memory is there
-    hand_to_leader<Tr>(state, scratch.states, thread);
+    hand_to_leader<Tr>(state, states, thread);
     if (blocks_per_row > 1) {
       cluster_arrive();
       cluster_wait();
@@ -617,7 +510,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     if (rank != 0) return;
 
     if (leader_warp) {
-      const MergedState merged = merge_row<Tr>(scratch.states, threads);
+      const MergedState merged = merge_row<Tr>(states, threads);
       if (threadIdx.x == 0) {
         summary.state = merged;
         summary.label_x = label_x;
@@ -626,7 +519,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
         tied = merged.top == static_cast<double>(label_x);
       }
     }
-    if (p.accuracy != nullptr && !is_reference) {
+    if (p.rows[token_row::accuracy] != nullptr && !is_reference) {
       // argmax takes the first of equals: only a tie with the maximum sends the block over the row's start again.
       __syncthreads();
       if (tied) {
@@ -637,9 +530,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
   } else if (blocks_per_row > 1) {
     cluster_wait();
   }
-  if (rank != 0) return;
-  if (threadIdx.x == 0) finish_row_of_batch(p, summary, token, is_reference);
-  if (p.preference.losses != nullptr) finish_row_of_sequence(p, token, sides, scratch.sequence);
+  if (rank == 0 && threadIdx.x == 0) finish_row_of_batch(p, summary, token, is_reference);
 }
 
 }  // namespace dpo::cuda

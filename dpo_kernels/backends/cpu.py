@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ..stages import STATISTICS, TokenKL, Transform, token_rows
+from ..stages import TokenKL, Transform, asked_rows
 from . import BackendUnavailable, eager
-from .whole_call import SEQUENCE_ROWS, Family, Weighting, result_dtype
+from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
 logger = logging.getLogger(__name__)
-
-_ALL_ROWS = token_rows(True, STATISTICS)
 
 
 def _load() -> None:
@@ -48,12 +46,9 @@ def token_logps(
     statistics: tuple[str, ...],
 ) -> Tensor:
     """Stage 1."""
-    names = token_rows(ref_logits is not None, statistics)
-    # Unscored tokens are 0 because the kernel never visits them.
-    tokens = torch.zeros(len(names), *labels.shape, dtype=torch.float64)
-    rows, nothing = dict(zip(names, tokens.unbind(0), strict=True)), tokens.new_empty(0)
-    outputs = (rows.get(name, nothing) for name in _ALL_ROWS)
-    torch.ops.dpo_kernels_cpu.token_logps(logits, labels, ref_logits, *transform, *outputs)
+    asked = asked_rows(ref_logits is not None, statistics)
+    tokens = torch.empty((asked.bit_count(), *labels.shape), dtype=torch.float64)
+    torch.ops.dpo_kernels_cpu.token_logps.default(logits, labels, ref_logits, *transform, asked, tokens)
     return tokens
 
 
@@ -104,9 +99,6 @@ def logits_grad(
     torch.ops.dpo_kernels_cpu.logits_grad(logits, labels, logps, lse, grad_logps, *transform, out, *reference)
 
 
-_REDUCTIONS = ("mean", "sum", "none")
-
-
 def preference_forward(
     logits: Tensor,
     labels: Tensor,
@@ -117,15 +109,14 @@ def preference_forward(
     family: Family,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`whole_call.preference_forward` in one call of the library."""
-    names = token_rows(ref_logits is not None, statistics)
+    asked = asked_rows(ref_logits is not None, statistics)
     pairs = weighting.pairs(labels)
-    tokens = torch.empty((len(names), *labels.shape), dtype=torch.float64)
+    tokens = torch.empty((asked.bit_count(), *labels.shape), dtype=torch.float64)
     sequences = torch.empty((len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), dtype=torch.float64)
     losses = torch.empty(pairs, dtype=torch.float64)
     loss = torch.empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
-    asked = sum(1 << row for row, name in enumerate(_ALL_ROWS) if name in names)
     torch.ops.dpo_kernels_cpu.preference_forward.default(
-        logits, labels, ref_logits, *transform, asked, *weighting[:3], _REDUCTIONS.index(weighting.reduction), *family,
+        logits, labels, ref_logits, *transform, asked, *weighting[:3], REDUCTIONS.index(weighting.reduction), *family,
         tokens, sequences, losses, loss,
     )  # fmt: skip
     return tokens, sequences, losses, loss
@@ -142,7 +133,7 @@ def preference_backward(
     out: Tensor,
 ) -> None:
     """`whole_call.preference_backward` in one call of the library."""
-    reduction = _REDUCTIONS.index(weighting.reduction)
+    reduction = REDUCTIONS.index(weighting.reduction)
     torch.ops.dpo_kernels_cpu.preference_backward.default(
         logits, labels, tokens, sequences, grad_loss.contiguous(), *transform, *weighting[:3], reduction, out
     )

@@ -1,11 +1,10 @@
 """The stages in CUDA C++ (csrc/cuda): loads the library, or compiles it on first use, and allocates the outputs.
 
-Beside the four stages there is `token_logps_and_loss`: stages 1 and 2 in one launch, for the sigmoid family.
+A whole call of the sigmoid family is two launches forward and one backward.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ..stages import STATISTICS, TokenKL, Transform, token_rows
+from ..stages import TokenKL, Transform, asked_rows
 from . import BackendUnavailable
+from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
 logger = logging.getLogger(__name__)
-
-PairOutputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # The library's operators. (Tests put those of the emulator here.)
 _kernels = torch.ops.dpo_kernels_cuda
@@ -62,20 +60,8 @@ def _check_logits(logits: Tensor, ref_logits: Tensor | None) -> None:
             )
 
 
-def _token_outputs(
-    labels: Tensor, ref_logits: Tensor | None, statistics: tuple[str, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(the rows [R, B, T], which the kernels write for every token, and the operators' outputs: empty where not asked)."""
-    names = token_rows(ref_logits is not None, statistics)
-    tokens = torch.empty(len(names), *labels.shape, dtype=torch.float64, device=labels.device)
-    rows, nothing = dict(zip(names, tokens.unbind(0), strict=True)), tokens.new_empty(0)
-    return tokens, tuple(rows.get(name, nothing) for name in token_rows(True, STATISTICS))
-
-
-def _pair_outputs(beta: Tensor) -> PairOutputs:
-    pairs = beta.shape[0]
-    like = functools.partial(torch.empty, dtype=torch.float64, device=beta.device)
-    return like(pairs), like(2 * pairs), like(2 * pairs), like(2 * pairs)
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
 def token_logps(
@@ -87,15 +73,16 @@ def token_logps(
 ) -> Tensor:
     """Stage 1."""
     _check_logits(logits, ref_logits)
-    tokens, outputs = _token_outputs(labels, ref_logits, statistics)
-    _kernels.token_logps(logits, labels, ref_logits, *transform, *outputs)
+    asked = asked_rows(ref_logits is not None, statistics)
+    tokens = _empty(labels, asked.bit_count(), *labels.shape)
+    _kernels.token_logps(logits, labels, ref_logits, *transform, asked, tokens)
     return tokens
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Weighted sums over each sequence's tokens, [2P] float64."""
     count = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sums = torch.empty(count, dtype=torch.float64, device=values.device)
+    sums = _empty(values, count)
     _kernels.sequence_sums(values, weights, cu_seqlens, sums)
     return sums
 
@@ -109,9 +96,10 @@ def preference_loss(
     beta: Tensor,
     label_smoothing: Tensor,
     robust: bool,
-) -> PairOutputs:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stage 2: (losses [P], sums [2P], ref_sums [2P], coef [2P]); the formulas of csrc/common/sigmoid_family.h."""
-    outputs = _pair_outputs(beta)
+    pairs = beta.shape[0]
+    outputs = _empty(beta, pairs), _empty(beta, 2 * pairs), _empty(beta, 2 * pairs), _empty(beta, 2 * pairs)
     _kernels.preference_loss(logps, ref_logps, weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, *outputs)
     return outputs
 
@@ -132,30 +120,44 @@ def logits_grad(
     _kernels.logits_grad(logits, labels, logps, lse, grad_logps, *transform, out, *reference)
 
 
-def token_logps_and_loss(
+def preference_forward(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
     transform: Transform,
     statistics: tuple[str, ...],
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    ref_sums: Tensor | None,
-    beta: Tensor,
-    label_smoothing: Tensor,
-    robust: bool,
-) -> tuple[Tensor, PairOutputs]:
-    """Stages 1 and 2 in a single launch, bit for bit what `token_logps` and then `preference_loss` give.
-
-    Arguments as theirs: weights [B, T] float64 contiguous, 0 on unscored tokens; ref_sums only without ref_logits.
-    """
+    weighting: Weighting,
+    family: Family,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`whole_call.preference_forward` in two launches."""
     _check_logits(logits, ref_logits)
-    tokens, outputs = _token_outputs(labels, ref_logits, statistics)
-    pairs = _pair_outputs(beta)
-    # Of this call alone, and cleared by it (csrc/cuda/params.h): nothing that a CUDA graph's pool owns outlives the call.
-    counters = torch.empty(3 * beta.shape[0], dtype=torch.int32, device=logits.device)
-    _kernels.fused_forward(
-        logits, labels, ref_logits, *transform, *outputs,
-        weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, *pairs, counters,
+    pairs, asked = weighting.pairs(labels), asked_rows(ref_logits is not None, statistics)
+    tokens = _empty(labels, asked.bit_count(), *labels.shape)
+    sequences, losses = _empty(labels, len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), _empty(labels, pairs)
+    loss = logits.new_empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
+    # Of this call alone, and cleared by its first launch: nothing that a CUDA graph's pool owns outlives the call, and
+    # calls on several streams, replays and launches that failed do not meet in it.
+    pairs_done = labels.new_empty(1, dtype=torch.int32)
+    _kernels.preference_forward.default(
+        logits, labels, ref_logits, *transform, asked, *weighting[:3], REDUCTIONS.index(weighting.reduction), *family,
+        tokens, sequences, losses, loss, pairs_done,
     )  # fmt: skip
-    return tokens, pairs
+    return tokens, sequences, losses, loss
+
+
+def preference_backward(
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    sequences: Tensor,
+    grad_loss: Tensor,
+    transform: Transform,
+    weighting: Weighting,
+    out: Tensor,
+) -> None:
+    """`whole_call.preference_backward` in one launch."""
+    _check_logits(logits, None)
+    reduction = REDUCTIONS.index(weighting.reduction)
+    _kernels.preference_backward.default(
+        logits, labels, tokens, sequences, grad_loss, *transform, *weighting[:3], reduction, out
+    )

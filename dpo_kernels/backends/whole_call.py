@@ -16,6 +16,8 @@ from ..stages import Stages, Transform, small_dtype, spread, token_rows
 #: Rows of a call's results per sequence, [2P] each, before the means of the statistics: sums of log-probabilities under
 #: policy and reference, rewards, d loss / d sum, and the number of scored tokens.
 SEQUENCE_ROWS = ("logps", "ref_logps", "rewards", "coef", "counts")
+#: Compiled kernels know them by their numbers.
+REDUCTIONS = ("mean", "sum", "none")
 
 
 class Weighting(NamedTuple):
@@ -25,7 +27,7 @@ class Weighting(NamedTuple):
         token_weights: [B, T] or None for 1; read on scored tokens only, where none is 0.
         cu_seqlens: [2P + 1] int64, or None where row s is sequence s.
         pair_weights: [P] or None for 1.
-        reduction: "mean", "sum" or "none".
+        reduction: one of REDUCTIONS.
     """
 
     token_weights: Tensor | None
@@ -97,16 +99,12 @@ def preference_forward(
     beta = each(family.betas, family.beta)
     smoothing = each(family.label_smoothings, family.label_smoothing)
     weights = weighting.of_tokens(labels, transform.ignore_index)
-    pair_side = (weights, cu_seqlens, family.ref_sums, beta, smoothing, family.robust)
-    both = getattr(stages, "token_logps_and_loss", None)
+    tokens = stages.token_logps(logits, labels, ref_logits, transform, statistics)
     names = token_rows(ref_logits is not None, statistics)
-    if both is not None:
-        tokens, (losses, sums, ref_sums, coef) = both(logits, labels, ref_logits, transform, statistics, *pair_side)
-        rows = dict(zip(names, tokens.unbind(0), strict=True))
-    else:
-        tokens = stages.token_logps(logits, labels, ref_logits, transform, statistics)
-        rows = dict(zip(names, tokens.unbind(0), strict=True))
-        losses, sums, ref_sums, coef = stages.preference_loss(rows["logps"], rows.get("ref_logps"), *pair_side)
+    rows = dict(zip(names, tokens.unbind(0), strict=True))
+    losses, sums, ref_sums, coef = stages.preference_loss(
+        rows["logps"], rows.get("ref_logps"), weights, cu_seqlens, family.ref_sums, beta, smoothing, family.robust
+    )
     scored = weights if weighting.token_weights is None else (labels != transform.ignore_index).to(small)
     counts = stages.sequence_sums(scored, scored, cu_seqlens)
     means = [

@@ -25,7 +25,7 @@ from dpo_kernels.stages import STATISTICS, TokenKL, Transform, token_rows
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 SANITIZERS = "address,undefined"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 # Device the launch heuristics are shown: an H100, unless a test says otherwise.
 SM_COUNT = 132
@@ -53,12 +53,12 @@ def cuda_include() -> Path:
 UNITS = (*((CSRC / "cuda" / source, flags) for source, flags in _build.CUDA_UNITS), (HERE / "harness.cpp", []))
 
 
-def build_operators() -> Path:
+def build_operators(emulator: Path | None = None) -> Path:
     """Compile csrc/cuda/ops.cpp over the emulator: `torch.ops.dpo_kernels_cuda_emulated`, for CPU tensors.
 
     With it in place of the real library, `dpo_kernels.backends.cuda` runs from its Python down to the kernels.
     """
-    emulator = build()
+    emulator = emulator or build()
     target = emulator.with_name(emulator.stem.replace("emulator", "operators") + ".so")
     if not target.exists():
         torch_dir = _build.torch_folder()
@@ -122,7 +122,13 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
 
 def _struct(name: str, fields: str) -> type[ctypes.Structure]:
     """A ctypes.Structure from "type name" lines that mirror csrc/cuda/params.h."""
-    types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "int": ctypes.c_int, "f32": ctypes.c_float}
+    types = {
+        "ptr": ctypes.c_void_p,
+        "i64": ctypes.c_int64,
+        "int": ctypes.c_int,
+        "f32": ctypes.c_float,
+        "f64": ctypes.c_double,
+    }
     parsed = []
     for field in fields.split(";"):
         kind, names = field.split(maxsplit=1)
@@ -130,23 +136,29 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": parsed})
 
 
-Logits = _struct("Logits", "ptr data; i64 stride_b, stride_t; int dtype")
-PreferenceParams = _struct(
-    "PreferenceParams",
-    "ptr weights, cu_seqlens, given_ref_sums, beta, label_smoothing, losses, sums, ref_sums, coef, counters;"
-    "i64 pairs; int robust",
-)
+Logits = _struct("Logits", "ptr data; int dtype; i64 stride_b, stride_t")
+Weights = _struct("Weights", "ptr labels; i64 ignore_index; ptr given")
+ROWS = token_rows(True, STATISTICS)
 TokenLogpsParams = _struct(
     "TokenLogpsParams",
-    "Logits policy, reference; ptr labels, logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq;"
-    "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap; PreferenceParams preference",
+    f"Logits policy, reference; ptr labels, {', '.join(ROWS)};"
+    "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap; ptr to_clear",
 )
-PreferenceLossParams = _struct("PreferenceLossParams", "ptr logps, ref_logps; i64 tokens; PreferenceParams preference")
+PreferenceLossParams = _struct(
+    "PreferenceLossParams",
+    "ptr logps, ref_logps; i64 tokens; Weights weights; ptr cu_seqlens, given_ref_sums, betas, label_smoothings;"
+    "f64 beta, label_smoothing; i64 pairs; int robust; ptr losses, sums, ref_sums, coef, rewards, counts, means;"
+    "ptr first_values; i64 values; int statistics; ptr pair_weights; f64 divisor; ptr loss, pairs_done",
+)
 SequenceSumsParams = _struct("SequenceSumsParams", "ptr values, weights, cu_seqlens, sums; i64 sequences, tokens")
+SpreadParams = _struct(
+    "SpreadParams",
+    "Weights weights; ptr cu_seqlens, coef, grad_loss; i64 grad_stride; ptr pair_weights; f64 divisor; i64 pairs",
+)
 LogitsGradParams = _struct(
     "LogitsGradParams",
     "Logits logits; ptr out; i64 out_stride_b, out_stride_t; ptr labels, logps, lse, grad_logps;"
-    "Logits reference; ptr ref_logps, kl, grad_kl, grad_forward_kl;"
+    "SpreadParams spread; Logits reference; ptr ref_logps, kl, grad_kl, grad_forward_kl;"
     "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap",
 )
 
@@ -168,11 +180,11 @@ _PLACEHOLDER = ctypes.c_double()
 def _logits(tensor: Tensor | None) -> ctypes.Structure:
     if tensor is None:
         return Logits(None, 0, 0, 0)
-    return Logits(_address(tensor), tensor.stride(0), tensor.stride(1), DTYPES[tensor.dtype])
+    return Logits(_address(tensor), DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1))
 
 
 class Emulator:
-    """The four stages, and the first two in one launch, run by the emulated kernels.
+    """The four stages, run by the emulated kernels.
 
     order, seed, resident: the schedule. sm_count, clusters: the device that the launch heuristics see. code_arch: the
     architecture that the kernels pretend to be compiled for, which may be older than the device.
@@ -196,9 +208,13 @@ class Emulator:
         self.schedule = (int(order), ctypes.c_uint64(seed), resident, code_arch)
         self.device = (sm_count, int(clusters))
 
+    def configure(self) -> None:
+        """Make the schedule that of all launches to come, also those of `build_operators`' library."""
+        self.lib.emu_configure(*self.schedule)
+
     def call(self, name: str, *args: object) -> None:
         """Run one exported function; raise EmulatorError with the emulator's reason when it fails."""
-        self.lib.emu_configure(*self.schedule)
+        self.configure()
         code = getattr(self.lib, name)(*args)
         if code != 0:
             raise EmulatorError(f"{name}: error {code}: {self.lib.emu_error().decode()}")
@@ -219,24 +235,6 @@ class Emulator:
         )
         return out[0], out[1]
 
-    def _token_params(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ref_logits: Tensor | None,
-        transform: Transform,
-        statistics: tuple[str, ...],
-    ) -> tuple[ctypes.Structure, Tensor]:
-        names = token_rows(ref_logits is not None, statistics)
-        # Filled with NaN: an output that a kernel forgets is noticed.
-        tokens = torch.full((len(names), *labels.shape), float("nan"), dtype=torch.float64)
-        addresses = dict(zip(names, map(_address, tokens.unbind(0)), strict=True))
-        params = TokenLogpsParams(
-            _logits(logits), _logits(ref_logits), _address(labels), *map(addresses.get, token_rows(True, STATISTICS)),
-            *logits.shape, *transform, PreferenceParams(),
-        )  # fmt: skip
-        return params, tokens
-
     def token_logps(
         self,
         logits: Tensor,
@@ -244,29 +242,20 @@ class Emulator:
         ref_logits: Tensor | None,
         transform: Transform,
         statistics: tuple[str, ...],
+        *,
+        vocab: int | None = None,
     ) -> Tensor:
-        """Stage 1."""
-        params, tokens = self._token_params(logits, labels, ref_logits, transform, statistics)
+        """Stage 1. vocab: what the kernel is told instead of the truth."""
+        names = token_rows(ref_logits is not None, statistics)
+        # Filled with NaN: an output that a kernel forgets is noticed.
+        tokens = torch.full((len(names), *labels.shape), float("nan"), dtype=torch.float64)
+        addresses = dict(zip(names, map(_address, tokens.unbind(0)), strict=True))
+        params = TokenLogpsParams(
+            _logits(logits), _logits(ref_logits), _address(labels), *map(addresses.get, ROWS),
+            *logits.shape[:2], vocab or logits.shape[2], *transform,
+        )  # fmt: skip
         self.call("emu_token_logps", ctypes.byref(params), *self.device)
         return tokens
-
-    def _preference_params(
-        self,
-        weights: Tensor,
-        cu_seqlens: Tensor | None,
-        ref_sums: Tensor | None,
-        beta: Tensor,
-        label_smoothing: Tensor,
-        robust: bool,
-        counters: Tensor | None,
-    ) -> tuple[ctypes.Structure, tuple[Tensor, ...]]:
-        pairs = beta.shape[0]
-        outputs = tuple(torch.full((n,), float("nan"), dtype=torch.float64) for n in (pairs, *[2 * pairs] * 3))
-        params = PreferenceParams(
-            _address(weights), _address(cu_seqlens), _address(ref_sums), _address(beta), _address(label_smoothing),
-            *map(_address, outputs), _address(counters), pairs, int(robust),
-        )  # fmt: skip
-        return params, outputs
 
     def preference_loss(
         self,
@@ -280,10 +269,13 @@ class Emulator:
         robust: bool,
     ) -> tuple[Tensor, ...]:
         """Stage 2: (losses, sums, ref_sums, coef)."""
-        preference, outputs = self._preference_params(
-            weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, None
-        )
-        params = PreferenceLossParams(_address(logps), _address(ref_logps), logps.shape[1], preference)
+        pairs = beta.shape[0]
+        outputs = tuple(torch.full((n,), float("nan"), dtype=torch.float64) for n in (pairs, *[2 * pairs] * 3))
+        params = PreferenceLossParams(
+            _address(logps), _address(ref_logps), logps.shape[1], Weights(given=_address(weights)),
+            *map(_address, (cu_seqlens, ref_sums, beta, label_smoothing)), 0.0, 0.0, pairs, int(robust),
+            *map(_address, outputs),
+        )  # fmt: skip
         self.call("emu_preference_loss", ctypes.byref(params))
         return outputs
 
@@ -296,36 +288,6 @@ class Emulator:
         )
         self.call("emu_sequence_sums", ctypes.byref(params))
         return sums
-
-    def token_logps_and_loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ref_logits: Tensor | None,
-        transform: Transform,
-        statistics: tuple[str, ...],
-        weights: Tensor,
-        cu_seqlens: Tensor | None,
-        ref_sums: Tensor | None,
-        beta: Tensor,
-        label_smoothing: Tensor,
-        robust: bool,
-        *,
-        counters: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Stages 1 and 2 in one launch: (tokens, (losses, sums, ref_sums, coef)).
-
-        counters: [3P] int32, which the call clears and counts in; some that hold rubbish where not given.
-        """
-        if counters is None:
-            counters = torch.full((3 * beta.shape[0],), -7, dtype=torch.int32)
-        params, tokens = self._token_params(logits, labels, ref_logits, transform, statistics)
-        preference, outputs = self._preference_params(
-            weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, counters
-        )
-        params.preference = preference
-        self.call("emu_token_logps", ctypes.byref(params), *self.device)
-        return tokens, outputs
 
     def logits_grad(
         self,
@@ -342,7 +304,7 @@ class Emulator:
         ref_logits, *of_reference = (None,) * 5 if token_kl is None else token_kl
         params = LogitsGradParams(
             _logits(logits), _address(out), out.stride(0), out.stride(1), _address(labels), _address(logps),
-            _address(lse), _address(grad_logps), _logits(ref_logits), *map(_address, of_reference),
+            _address(lse), _address(grad_logps), SpreadParams(), _logits(ref_logits), *map(_address, of_reference),
             *logits.shape, *transform,
         )  # fmt: skip
         self.call("emu_logits_grad", ctypes.byref(params), *self.device)

@@ -6,7 +6,6 @@ short, which must end in a report.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from pathlib import Path
 
@@ -15,7 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, for cuda_emulator
 from bad_bounds import bad_bounds
 
-from cuda_emulator import Emulator, Order
+from cuda_emulator import Emulator, Order, build_operators
+from dpo_kernels.backends import cuda
+from dpo_kernels.backends.whole_call import Family, Weighting
 from dpo_kernels.stages import STATISTICS, TokenKL, Transform
 
 PLAIN = Transform()
@@ -34,9 +35,7 @@ def table(library: Path) -> None:
                 labels[0, 1] = -100
                 weights = (labels >= 0).double()
                 for statistics in ((), STATISTICS):
-                    tokens, _ = em.token_logps_and_loss(
-                        logits, labels, ref, PLAIN, statistics, weights, None, None, beta, smoothing, False
-                    )
+                    tokens = em.token_logps(logits, labels, ref, PLAIN, statistics)
                     out = torch.empty_like(logits)
                     em.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, out)
                 # tokens: of all statistics, with the reference's log-probabilities and kl
@@ -65,23 +64,47 @@ def table(library: Path) -> None:
                 torch.ones(1, 8).double(),
             )
             args = (weights, torch.tensor(bounds), None, beta.repeat(2), smoothing.repeat(2), False)
-            tokens, _ = em.token_logps_and_loss(logits, labels, None, PLAIN, (), *args)
+            tokens = em.token_logps(logits, labels, None, PLAIN, ())
             em.preference_loss(tokens[0], None, *args)
             em.sequence_sums(tokens[0], *args[:2])
-    print("sanitized table done")
+
+
+def whole_calls(library: Path) -> None:
+    """The backend itself, from Python: packed and padded, with all that a call may have and with nothing, and bad bounds."""
+    torch.ops.load_library(str(build_operators(library)))
+    cuda._kernels = torch.ops.dpo_kernels_cuda_emulated
+    each, sums = torch.rand(2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    settings = [
+        ((), None, "mean", Family(None, None, 0.1, None, 0.0, False)),
+        (STATISTICS, each, "none", Family(sums, each, 0.0, each / 3, 0.0, True)),
+    ]
+    bounds = [None, torch.tensor([0, 3, 3, 4, 8]), torch.zeros(5, dtype=torch.int64)]
+    for cu in (*bounds, *(torch.tensor(b) for _, b in bad_bounds(8))):
+        for statistics, pair_weights, reduction, family in settings:
+            shape = (4, 2) if cu is None else (1, 8)
+            logits, ref, labels = torch.randn(*shape, 33), torch.randn(*shape, 33), torch.randint(0, 33, shape)
+            labels[0, 1] = -100
+            labels[-1, -1] = 33
+            token_weights = None if pair_weights is None else torch.rand(shape, dtype=torch.float64) + 0.1
+            weighting = Weighting(token_weights, cu, pair_weights, reduction)
+            tokens, sequences, _, loss = cuda.preference_forward(
+                logits, labels, ref, PLAIN, statistics, weighting, family
+            )
+            cuda.preference_backward(logits, labels, tokens, sequences, loss, PLAIN, weighting, logits)
 
 
 def overrun(library: Path) -> None:
     """A tensor that claims one logit more than it has."""
     short = torch.randn(999)
     claimed = torch.as_strided(short, (1, 1, 999), (999, 999, 1))
-    em = Emulator(library)
-    labels = torch.zeros(1, 1, dtype=torch.int64)
-    params, tokens = em._token_params(claimed, labels, None, PLAIN, ())
-    params.vocab = 1000
-    em.call("emu_token_logps", ctypes.byref(params), *em.device)
-    print(tokens)
+    print(Emulator(library).token_logps(claimed, torch.zeros(1, 1, dtype=torch.int64), None, PLAIN, (), vocab=1000))
 
 
 if __name__ == "__main__":
-    (overrun if len(sys.argv) > 2 else table)(Path(sys.argv[1]))
+    emulator = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        overrun(emulator)
+    else:
+        table(emulator)
+        whole_calls(emulator)
+        print("sanitized table done")
