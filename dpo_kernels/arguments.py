@@ -12,10 +12,11 @@ from torch import Tensor
 from . import backends, objectives
 from .backends.whole_call import Family, Weighting
 from .objectives import Objective
+from .stages import STATISTICS as ALL_STATISTICS
 from .stages import Transform, check_bounds, check_labels, rising_bounds, small_dtype
 
-#: What `statistics` may name.
-STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
+#: What `statistics` may name: all but what only WPO's weights read.
+STATISTICS = tuple(name for name in ALL_STATISTICS if name != "log_sum_sq")
 #: And on the linear path: "grad_dropped_mass" is the probability mass that `grad_filter` left out of a token's gradient.
 LINEAR_STATISTICS = (*STATISTICS, "grad_dropped_mass")
 #: Those of log-probabilities without a reference, token by token; "log_sum_sq" is log sum_v p_v^2, what WPO's weights compare

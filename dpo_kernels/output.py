@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .arguments import LINEAR_STATISTICS
+
 if TYPE_CHECKING:
     from .linear.planner import Plan
 
@@ -18,7 +20,7 @@ _HALVES = {
     for prefix, what in (("", "logps"), ("ref_", "logps"), ("", "rewards"))
 }
 #: Those that are a vector per sequence.
-_WHOLE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass")
+_WHOLE = ("token_counts", *LINEAR_STATISTICS)
 
 
 class DPOOutput:
