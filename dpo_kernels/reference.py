@@ -56,7 +56,6 @@ def token_statistics(
         "accuracy": (z.argmax(-1) == index.squeeze(-1)).to(z.dtype),
         "mean_logits": z.mean(-1),
         "log_sum_sq": (2 * log_p).logsumexp(-1),
-        "top_prob": p.amax(-1),
     }
     if ref_logits is not None:
         ref_log_p = transform_logits(ref_logits.to(z.dtype), logit_scale, logit_softcap or 0.0).log_softmax(-1)

@@ -33,9 +33,8 @@ from torch import Tensor
 #:   kl           KL(policy || reference); needs the reference's logits
 #:   accuracy     1 where the label is the most likely token, else 0
 #:   mean_logits  mean of z over the vocabulary
-#:   top_prob     probability of the most likely token
 #:   log_sum_sq   log sum_v p_v^2, which WPO's weights compare the log-probability with
-STATISTICS = ("entropy", "kl", "accuracy", "mean_logits", "log_sum_sq", "top_prob")
+STATISTICS = ("entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
 #: The divergences that a loss may be differentiated by: KL(policy || reference) and KL(reference || policy).
 KL_TERMS = ("kl", "forward_kl")
 

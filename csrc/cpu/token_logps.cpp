@@ -157,7 +157,6 @@ struct RowResult {
   dpo::FinishedRow reference;
   double accuracy;
   double mean;
-  double top_prob;
 };
 
 // S: the type in which the blocks are read; A, or a row's own 16-bit type.
@@ -192,8 +191,6 @@ RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t voca
     out.reference = dpo::finish_row(ref_state, ref_label, 0.0);
   }
   out.policy = dpo::finish_row(state, z_label, gap);
-  const double top = static_cast<double>(z_label > state.max ? z_label : state.max);
-  out.top_prob = std::exp(top - out.policy.lse);
   if (mean) out.mean = total / static_cast<double>(vocab);
   if (accuracy) {
     // argmax takes the first of equals, so an equal logit beats the label only from an earlier place.
@@ -233,7 +230,6 @@ void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end)
     p.rows[token_row::lse][token] = row.policy.lse;
     if (p.rows[token_row::accuracy]) p.rows[token_row::accuracy][token] = row.accuracy;
     if (p.rows[token_row::mean_logits]) p.rows[token_row::mean_logits][token] = row.mean;
-    if (p.rows[token_row::top_prob]) p.rows[token_row::top_prob][token] = row.top_prob;
     if (kEntropy) p.rows[token_row::entropy][token] = row.policy.entropy;
     if (kSquares) p.rows[token_row::log_sum_sq][token] = row.policy.log_sum_sq;
     if (kKl) {

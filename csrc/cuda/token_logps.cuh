@@ -403,9 +403,6 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary&
   out.of[token_row::accuracy] = nan ? NAN : (top > s.top || (top == s.top && !summary.earlier_tie));
   out.of[token_row::mean_logits] = (s.total + (capped ? z : label_x)) * unit / static_cast<double>(p.vocab);
   out.of[token_row::log_sum_sq] = row.log_sum_sq;
-  double z_top = fmax(static_cast<double>(s.top), top) * scale;
-  if (capped) z_top = cap * tanh(z_top / cap);
-  out.of[token_row::top_prob] = nan ? NAN : exp(z_top * stretch - row.lse);
   if (summary.pair) {
     const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0, 0.0), ref_z * stretch, 0.0);
     out.of[token_row::ref_logps] = ref.logp / stretch;

@@ -80,8 +80,6 @@ def token_logps(
         found["mean_logits"] = z.mean(-1)
     if "log_sum_sq" in statistics:
         found["log_sum_sq"] = e.square().sum(-1).to(small).log() - 2 * mass.log()
-    if "top_prob" in statistics:
-        found["top_prob"] = 1 / mass
     rows = torch.stack([found[name].to(small) for name in token_rows(ref_logits is not None, statistics)])
     return torch.where(scored, torch.where(in_range, rows, float("nan")), 0.0)
 

@@ -285,13 +285,13 @@ def token_logps_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
     ref_logits,  # like logits, or None
     labels,  # [B T] int64
-    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq, top_prob,  # [B T] float64, or None where not asked
+    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq,  # [B T] float64, or None where not asked
     tokens, vocab, ignore_index: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, base,
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, log2_scale: tl.float32,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
-    SQUARES: tl.constexpr, TOP: tl.constexpr,
+    SQUARES: tl.constexpr,
     ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, TAIL: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -402,9 +402,6 @@ def token_logps_kernel(
             if SQUARES:
                 # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
                 tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
-            if TOP:
-                # The others' likeliest has share / 1 of their mass at the common origin.
-                tl.store(top_prob + row, tl.where(lse_row == lse_row, tl.maximum(p_label, share), float("nan")))
             if ACCURACY:
                 tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
             if MEAN:
@@ -420,7 +417,6 @@ def token_logps_kernel(
         _put(accuracy, row, fill)
         _put(mean_logits, row, fill)
         _put(log_sum_sq, row, fill)
-        _put(top_prob, row, fill)
 
 
 def token_logps_launch(
@@ -462,7 +458,6 @@ def token_logps_launch(
         "ACCURACY": "accuracy" in rows,
         "MEAN": "mean_logits" in rows,
         "SQUARES": "log_sum_sq" in rows,
-        "TOP": "top_prob" in rows,
         "ALIGNED": rows_aligned(logits, group),
         "REF_ALIGNED": ref_logits is None or rows_aligned(ref_logits, group),
         "TAIL": logits.shape[2] % group != 0,
