@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   using R = typename Tr::R;
   constexpr int kSize = Tr::kSize;
   const int64_t token = blockIdx.x;
-  const int64_t label = p.labels[token];
+  // Before anything else is at hand: what lived across the call would cost registers.
   DPO_SHARED(double, grad_logp);
   if (threadIdx.x == 0) grad_logp = grad_of_logp(p, token);
   __syncthreads();
@@ -251,6 +251,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
     }
   }
 
+  const int64_t label = p.labels[token];
   const TokenGrads g = token_grads<Tr>(p, token, grad_logp);
   if (label == p.ignore_index || !g.any()) {
     if (single >= 0) out[single] = Vector<T>::narrow(0.0f);
