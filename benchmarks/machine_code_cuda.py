@@ -161,8 +161,8 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
             function=_symbol("logits_grad", "GradTraits", "LogitsGradParams", dtype, reference, *flags),
         )  # fmt: skip
     for stage, threads, params in (
-        ("preference_loss", 64, "PreferenceLossParams"),
-        ("sequence_sums", 32, "SequenceSumsParams"),
+        ("preference_loss", 512, "PreferenceLossParams"),
+        ("sequence_sums", 256, "SequenceSumsParams"),
     ):
         kernel = f"{stage}_kernel"
         symbol = f"_ZN3dpo4cuda{len(kernel)}{kernel}ENS0_{len(params)}{params}E"

@@ -1,4 +1,4 @@
-"""The compiled CUDA library on a real GPU: the operator table, the single launch, streams, graphs, sizes no CPU test reaches."""
+"""The compiled CUDA library on a real GPU: the operator table, whole calls, streams, graphs, sizes no CPU test reaches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from bad_bounds import bad_bounds, clamped_sums
 
 from dpo_kernels import dpo_loss, use_backend
-from dpo_kernels.backends import eager
+from dpo_kernels.backends import eager, whole_call
+from dpo_kernels.backends.whole_call import Family, Weighting
 from dpo_kernels.stages import STATISTICS, Transform
 
 from cases import CASES, make_inputs
@@ -22,6 +23,7 @@ pytestmark = [
 ]
 
 PLAIN = Transform()
+SIGMOID = Family(None, None, 0.1, None, 0.0, False)
 
 
 @pytest.fixture
@@ -66,7 +68,8 @@ def test_the_public_loss_is_the_separate_stages_bit_for_bit(stages, packed, monk
     found = []
     for separate in (False, True):
         if separate:
-            monkeypatch.delattr(stages, "token_logps_and_loss")
+            monkeypatch.delattr(stages, "preference_forward")
+            monkeypatch.delattr(stages, "preference_backward")
         logits = inputs.logits.clone().requires_grad_()
         with use_backend("cuda"):
             out = dpo_loss(logits, inputs.labels, statistics=("entropy", "kl"), **inputs.keywords)
@@ -78,15 +81,15 @@ def test_the_public_loss_is_the_separate_stages_bit_for_bit(stages, packed, monk
 def test_bad_bounds_are_clamped(stages):
     logits, ref, labels = batch((1, 64, 1000), torch.bfloat16)
     weights = (labels >= 0).double()
-    beta, zero = (torch.full((2,), value, dtype=torch.float64, device="cuda") for value in (0.1, 0.0))
     for _, bounds in [*bad_bounds(64), ("sound", [0, 16, 32, 48, 64])]:
         cu = torch.tensor(bounds, device="cuda")
-        tokens, pairs = stages.token_logps_and_loss(
-            logits, labels, ref, PLAIN, STATISTICS, weights, cu, None, beta, zero, False
-        )
-        separate = stages.preference_loss(tokens[0], tokens[2], weights, cu, None, beta, zero, False)
-        assert all(torch.equal(a, b) for a, b in zip(pairs, separate, strict=True))
-        torch.testing.assert_close(pairs[1], clamped_sums(tokens[0], weights, bounds), rtol=1e-12, atol=1e-12)
+        call = (logits, labels, ref, PLAIN, STATISTICS, Weighting(None, cu, None, "mean"), SIGMOID)
+        results = stages.preference_forward(*call)
+        separate = whole_call.preference_forward(stages, *call)
+        assert all(torch.equal(a, b) for a, b in zip(results[:3], separate[:3], strict=True))
+        tokens, sequences, *_ = results
+        torch.testing.assert_close(sequences[0], clamped_sums(tokens[0], weights, bounds), rtol=1e-12, atol=1e-12)
+        stages.preference_backward(logits, labels, *results[:2], results[3], PLAIN, call[5], torch.empty_like(logits))
 
 
 # Real vocabularies: SmolLM2, GPT-2 (odd), Llama 3, Qwen 3 (odd), Gemma.
@@ -106,22 +109,25 @@ def test_real_vocabularies(stages, dtype, vocab):
         assert torch.equal(stages.token_logps(*repeated, PLAIN, statistics)[:, :4], ours)
 
 
-def test_single_launch_equals_the_stages_every_time(stages):
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_whole_call_equals_its_stages_every_time(stages, reduction):
     logits, ref, labels = batch((16, 64, 4096), torch.bfloat16)
-    weights = (labels >= 0).double()
-    beta, smoothing = (
-        torch.full((8,), 0.1, dtype=torch.float64, device="cuda"),
-        torch.zeros(8, dtype=torch.float64, device="cuda"),
-    )
+    small = {"dtype": torch.float64, "device": "cuda"}
+    every = torch.linspace(0.1, 0.4, 8, **small)
+    weighting = Weighting(torch.rand(16, 64, **small) + 0.1, None, every, reduction)
     for statistics in ((), STATISTICS):
-        separate = stages.token_logps(logits, labels, ref, PLAIN, statistics)
-        stage2 = stages.preference_loss(separate[0], separate[2], weights, None, None, beta, smoothing, False)
+        call = (logits, labels, ref, PLAIN, statistics, weighting, Family(None, every, 0.0, every, 0.0, False))
+        separate = whole_call.preference_forward(stages, *call)
+        grad_loss, expected = torch.full_like(separate[3], 0.7), torch.empty_like(logits)
+        backward = (labels, *separate[:2], grad_loss, PLAIN, weighting)
+        whole_call.preference_backward(stages, logits, *backward, expected)
         for _ in range(50):  # the order in which blocks finish changes from run to run, the bits must not
-            tokens, pairs = stages.token_logps_and_loss(
-                logits, labels, ref, PLAIN, statistics, weights, None, None, beta, smoothing, False
-            )
-            assert torch.equal(tokens, separate)
-            assert all(torch.equal(a, b) for a, b in zip(pairs, stage2, strict=True))
+            results = stages.preference_forward(*call)
+            assert all(torch.equal(a, b) for a, b in zip(results[:3], separate[:3], strict=True))
+            torch.testing.assert_close(results[3], separate[3], rtol=2e-7, atol=0)
+        out = torch.empty_like(logits)
+        stages.preference_backward(logits, *backward, out)
+        assert torch.equal(out, expected)
 
 
 def test_current_stream_is_used(stages):
@@ -141,19 +147,13 @@ def test_current_stream_is_used(stages):
 
 def test_cuda_graph_replays(stages):
     logits, ref, labels = batch((4, 16, 32000), torch.bfloat16)
-    weights = (labels >= 0).double()
-    beta, smoothing = (
-        torch.full((2,), 0.1, dtype=torch.float64, device="cuda"),
-        torch.zeros(2, dtype=torch.float64, device="cuda"),
-    )
+    weighting = Weighting(None, None, None, "mean")
 
     def step():
-        tokens, pairs = stages.token_logps_and_loss(
-            logits, labels, ref, PLAIN, STATISTICS, weights, None, None, beta, smoothing, False
-        )
+        results = stages.preference_forward(logits, labels, ref, PLAIN, STATISTICS, weighting, SIGMOID)
         out = torch.empty_like(logits)
-        stages.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, out)
-        return (tokens, *pairs, out)
+        stages.preference_backward(logits, labels, *results[:2], results[3], PLAIN, weighting, out)
+        return (*results, out)
 
     step()
     graph = torch.cuda.CUDAGraph()

@@ -229,6 +229,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   using R = typename Tr::R;
   constexpr int kSize = Tr::kSize;
   const int64_t token = blockIdx.x;
+  // Before anything else is at hand: what lived across the call would cost registers.
   DPO_SHARED(double, grad_logp);
   if (threadIdx.x == 0) grad_logp = grad_of_logp(p, token);
   __syncthreads();
