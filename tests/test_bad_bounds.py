@@ -1,6 +1,6 @@
 """cu_seqlens that nobody can check without waiting for the device: negative, decreasing, overlapping, beyond the tokens.
 
-Whatever they say, no kernel leaves its tensors, each sum is over the sequence that ops.rising_bounds names, and a token's
+Whatever they say, no kernel leaves its tensors, each sum is over the sequence that stages.rising_bounds names, and a token's
 gradient goes to that sequence alone.
 """
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from bad_bounds import bad_bounds, clamped_spans, clamped_sums
 
-from dpo_kernels import backends, functional, ops
+from dpo_kernels import arguments, backends, ops
 from dpo_kernels import stages as stages_contract
 
 TOKENS, VOCAB = 12, 23
@@ -45,7 +45,7 @@ def test_bounds_are_moved_to_the_nearest_that_rise(case):
     for dtype in (torch.int64, torch.int32):
         small = [max(min(bound, 2**31 - 1), -(2**31)) for bound in given]
         bounds = torch.tensor(given if dtype == torch.int64 else small, dtype=dtype)
-        assert ops.rising_bounds(bounds, TOKENS).tolist() == meant
+        assert stages_contract.rising_bounds(bounds, TOKENS).tolist() == meant
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -100,7 +100,7 @@ class _Guarded:
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("case", BAD)
 def test_triton_stays_inside_its_tensors_whatever_the_bounds(case, long, monkeypatch):
-    """The kernels alone, without ops.rising_bounds before them. Around the weights lie ones, so tokens beyond would count."""
+    """The kernels alone, without stages.rising_bounds before them. Around the weights lie ones, so tokens beyond would count."""
     stage = sys.modules["dpo_kernels.backends.triton.preference_loss"]
     triton_backend = backends.load("triton", "cpu")
     monkeypatch.setattr(stage, "LONG", 0 if long else 1 << 20)
@@ -119,10 +119,10 @@ def test_triton_stays_inside_its_tensors_whatever_the_bounds(case, long, monkeyp
 
 
 def test_metrics_raise_where_bounds_on_a_device_were_wrong():
-    """On an accelerator nobody waits to look at them; metrics() waits anyway. (Its check is called as _output builds it.)"""
+    """On an accelerator nobody waits to look at them; metrics() waits anyway. (The check is called as the batch builds it.)"""
     logits, labels, bounds = torch.randn(1, 6, VOCAB), torch.zeros(1, 6, dtype=torch.int64), torch.tensor([0, 5, 9])
-    weights = torch.ones(1, 6)
-    batch = functional._Batch(logits, VOCAB, labels, weights, ops.rising_bounds(bounds, 6), 2, "triton", bounds)
+    risen = stages_contract.rising_bounds(bounds, 6)
+    batch = arguments.Batch(logits, VOCAB, labels, None, risen, -100, "triton", bounds)
     with pytest.raises(ValueError, match="must rise from 0 to at most 6"):
-        functional._late_check(batch, -100)()
-    functional._late_check(dataclasses.replace(batch, given_bounds=torch.tensor([0, 5, 6])), -100)()
+        batch.late_check()()
+    dataclasses.replace(batch, given_bounds=torch.tensor([0, 5, 6])).late_check()()
