@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ _HALVES = {
 _WHOLE = ("token_counts", *LINEAR_STATISTICS)
 
 
+# A dataclass, because that is how DistributedDataParallel finds the loss among what a module returns.
+@dataclass(init=False, repr=False, eq=False)
 class DPOOutput:
     """Result of `dpo_loss`. P pairs; all tensors on the logits' device; log-probabilities and KL in nats.
 
@@ -42,6 +45,7 @@ class DPOOutput:
         plan: how the linear path computed it (`dpo_kernels.linear.planner.Plan`), else None.
     """
 
+    loss: Tensor
     losses: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor

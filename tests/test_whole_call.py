@@ -1,5 +1,7 @@
 """A whole call in one piece gives the bits of the stages one by one, and its output is computed when it is read."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -96,6 +98,9 @@ def test_an_attribute_is_computed_when_it_is_read():
     assert out.kl is None
     with pytest.raises(AttributeError, match="speed"):
         _ = out.speed
+    # DistributedDataParallel looks for tensors in the fields of a dataclass.
+    assert any(getattr(out, field.name) is out.loss for field in dataclasses.fields(out))
+    assert dataclasses.replace(out, loss=out.loss * 2).entropy is out.entropy
     again = DPOOutput(out.loss, **out.fields())
     assert again.metrics() == out.metrics()
     assert out.detach().loss.grad_fn is None
