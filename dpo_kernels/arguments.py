@@ -134,7 +134,7 @@ def batch_of(
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     if token_weights is not None:
         check_tensor("token_weights", token_weights, labels.shape, device, "one per label")
-        token_weights = token_weights.detach().to(small_dtype(device)).contiguous()
+        token_weights = token_weights.detach().to(small_dtype(device), copy=True).contiguous()
         labels = torch.where(token_weights != 0, labels, ignore_index)
     if packed:
         rows, labels = rows.unsqueeze(0), labels.unsqueeze(0)
@@ -287,7 +287,7 @@ def settings_of(
         if value.dim() == 0:
             return value.detach().to(device=device, dtype=small).expand(pairs).contiguous()
         check_tensor(name, value, (pairs,), device, "one per pair, or a number")
-        return value.detach().to(small).contiguous()
+        return value.detach().to(small, copy=True).contiguous()
 
     ref_sums = None
     if ref_logps is not None:

@@ -375,7 +375,9 @@ def _preference_forward_fake(
 def _preference_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, _, *ctx.transform, _, token_weights, cu_seqlens, pair_weights, ctx.reduction = inputs[:11]
     ctx.inplace, ctx.backend = inputs[-2:]
-    ctx.save_for_backward(logits, labels, *output[:2], token_weights, cu_seqlens, pair_weights)
+    # Callers get views of `sequences`, and may write into them: `coef` is none of these, so a version of its own is right.
+    sequences = output[1].data if is_plain(output[1]) else output[1]
+    ctx.save_for_backward(logits, labels, output[0], sequences, token_weights, cu_seqlens, pair_weights)
     ctx.mark_non_differentiable(*output[:3])
     ctx.set_materialize_grads(False)
     ctx.overwritten = False

@@ -139,3 +139,28 @@ def test_errors_of_the_linear_path_use_the_callers_names(words, message):
     given |= {"ref_hidden": torch.randn(2, 5, 8), **words}
     with pytest.raises((ValueError, TypeError), match=message):
         linear_dpo_loss(given.pop("hidden"), given.pop("weight"), given.pop("labels"), **given)
+
+
+def test_attributes_and_weights_are_the_callers_to_write_into():
+    inputs = make_inputs(Case("weighted", weighted=True))
+    logits = inputs.logits.double().requires_grad_()
+    weights = inputs.keywords.pop("token_weights").double()
+    out = dpo_loss(logits, inputs.labels, token_weights=weights, **inputs.keywords)
+    (expected,) = torch.autograd.grad(out.loss, logits, retain_graph=True)
+    weights.zero_()
+    for value in out.fields().values():
+        value.zero_()
+    (gradient,) = torch.autograd.grad(out.loss, logits)
+    assert torch.equal(gradient, expected)
+    each = dpo_loss(logits, inputs.labels, **inputs.keywords, reduction="none", loss_type="ipo")
+    with torch.no_grad():
+        each.loss.zero_()
+    assert bool((each.losses != 0).all())
+
+
+def test_a_label_outside_the_vocabulary_is_a_value_error_with_its_place():
+    logits, labels = torch.randn(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64)
+    labels[1, 2] = 7
+    for options in ({}, {"loss_type": "ipo"}):
+        with pytest.raises(ValueError, match="label 7 at row 1, position 2 is outside"):
+            dpo_loss(logits, labels, ref_logps=torch.zeros(2), **options)

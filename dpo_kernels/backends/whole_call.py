@@ -72,7 +72,7 @@ def result_dtype(logits: Tensor) -> torch.dtype:
 def reduce(losses: Tensor, reduction: str) -> Tensor:
     """Mean, sum, or each of losses [P]. The mean over no pairs is 0: a rank with an empty batch still takes part in the step."""
     if reduction == "none":
-        return losses
+        return losses.clone()  # the loss is nobody else's memory
     total = losses.sum()
     return total if reduction == "sum" else total / max(losses.shape[0], 1)
 
@@ -116,7 +116,7 @@ def preference_forward(
     sequences = torch.stack([sums, ref_sums, rewards, coef, counts, *means])
     weighted = losses if weighting.pair_weights is None else losses * weighting.pair_weights
     loss = reduce(weighted, weighting.reduction).to(result_dtype(logits))
-    return tokens, sequences, losses, loss.clone() if weighting.reduction == "none" else loss
+    return tokens, sequences, losses, loss
 
 
 def preference_backward(

@@ -113,6 +113,11 @@ def rounded_product(x, factor):
     """
     if INTERPRETED:
         return (x.to(tl.float64) * factor).to(tl.float32)
+    elif PTX:
+        # A product whose rounding is spelled out is never joined.
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, factor], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         # With + 0 it is a fused multiply-add already (+ -0 would be a plain product to the compiler).
         return tl.fma(x, factor, 0.0)
