@@ -152,7 +152,8 @@ def test_attributes_and_weights_are_the_callers_to_write_into():
         value.zero_()
     (gradient,) = torch.autograd.grad(out.loss, logits)
     assert torch.equal(gradient, expected)
-    each = dpo_loss(logits, inputs.labels, **inputs.keywords, reduction="none", loss_type="ipo")
+    ref_logits = inputs.keywords["ref_logits"]
+    each = dpo_loss(logits, inputs.labels, ref_logits=ref_logits, reduction="none", loss_type="ipo")
     with torch.no_grad():
         each.loss.zero_()
     assert bool((each.losses != 0).all())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ..stages import TokenKL, Transform, asked_rows
+from ..stages import TokenKL, Transform, asked_rows, check_labels
 from . import BackendUnavailable, eager
 from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
@@ -48,7 +48,11 @@ def token_logps(
     """Stage 1."""
     asked = asked_rows(ref_logits is not None, statistics)
     tokens = torch.empty((asked.bit_count(), *labels.shape), dtype=torch.float64)
-    torch.ops.dpo_kernels_cpu.token_logps.default(logits, labels, ref_logits, *transform, asked, tokens)
+    try:
+        torch.ops.dpo_kernels_cpu.token_logps.default(logits, labels, ref_logits, *transform, asked, tokens)
+    except RuntimeError:
+        check_labels(labels, logits.shape[-1], transform.ignore_index)  # C++ cannot raise a ValueError
+        raise
     return tokens
 
 
@@ -115,10 +119,14 @@ def preference_forward(
     sequences = torch.empty((len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), dtype=torch.float64)
     losses = torch.empty(pairs, dtype=torch.float64)
     loss = torch.empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
-    torch.ops.dpo_kernels_cpu.preference_forward.default(
-        logits, labels, ref_logits, *transform, asked, *weighting[:3], REDUCTIONS.index(weighting.reduction), *family,
-        tokens, sequences, losses, loss,
-    )  # fmt: skip
+    try:
+        torch.ops.dpo_kernels_cpu.preference_forward.default(
+            logits, labels, ref_logits, *transform, asked, *weighting[:3], REDUCTIONS.index(weighting.reduction),
+            *family, tokens, sequences, losses, loss,
+        )  # fmt: skip
+    except RuntimeError:
+        check_labels(labels, logits.shape[-1], transform.ignore_index)
+        raise
     return tokens, sequences, losses, loss
 
 
