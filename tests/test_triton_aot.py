@@ -132,6 +132,8 @@ def test_every_streaming_kernel_is_compiled_for_three_architectures_and_has_a_li
 SPILLS = {"triton linear_logps bf16 stored in order, sm_90": 16}
 SPILLS_OF = {
     ("3.6.0", "triton token_logps bf16 entropy+accuracy+mean, sm_100"): 3,
+    ("3.6.0", "triton token_logps bf16 reference+kl, sm_100"): 4,
+    ("3.8.0", "triton linear_logps fp32 alone, sm_100"): 2,
     ("3.7.1", "triton preference_loss, sm_90"): 4,
     ("3.7.1", "triton token_logps fp32 reference, all statistics, sm_80"): 2,
     ("3.8.0", "triton token_logps fp32 reference, all statistics, sm_90"): 2,
