@@ -136,12 +136,13 @@ def batch_of(
         check_tensor("token_weights", token_weights, labels.shape, device, "one per label")
         token_weights = token_weights.detach().to(small_dtype(device), copy=True).contiguous()
         labels = torch.where(token_weights != 0, labels, ignore_index)
+    labels = labels if labels.dtype == torch.int64 else labels.to(torch.int64)
     if packed:
         rows, labels = rows.unsqueeze(0), labels.unsqueeze(0)
         token_weights = None if token_weights is None else token_weights.unsqueeze(0)
     backend = backends.resolve(device, rows.dtype)
     vocab = rows.shape[-1] if vocab is None else vocab
-    return Batch(rows, vocab, labels.to(torch.int64), token_weights, cu_seqlens, ignore_index, backend, given_bounds)
+    return Batch(rows, vocab, labels, token_weights, cu_seqlens, ignore_index, backend, given_bounds)
 
 
 def count_pairs(batch: Batch) -> int:

@@ -141,7 +141,8 @@ def dpo_loss(
     if ref_logits is not None:
         check_dtype("ref_logits", ref_logits)
         check_tensor("ref_logits", ref_logits, logits.shape, logits.device, "that of logits")
-        ref_logits = ref_logits.detach().view(batch.rows.shape) if cu_seqlens is None else ref_logits.detach()[None]
+        ref_logits = ref_logits.detach() if ref_logits.requires_grad else ref_logits
+        ref_logits = ref_logits if cu_seqlens is None else ref_logits.unsqueeze(0)
         if ref_logits.dtype == torch.float64:  # which not every backend reads beside narrower logits
             batch = replace(batch, backend=backends.resolve(logits.device, torch.float64))
     settings = settings_of(
@@ -173,8 +174,7 @@ def dpo_loss(
             batch.backend,
         )
         names = ("logps", "ref_logps", "rewards", "coef", "token_counts", *reported)
-        rows = dict(zip(names, sequences.unbind(0), strict=True))
-        return DPOOutput.of(loss, losses, rows, check=batch.late_check())
+        return DPOOutput.of(loss, losses, (names, sequences), check=batch.late_check())
     found = ops.token_logps(
         batch.rows,
         batch.labels,

@@ -68,7 +68,8 @@ class DPOOutput:
         self.loss = loss
         self.plan: Plan | None = None
         self._check: Callable[[], None] | None = None
-        self._sequences: dict[str, Tensor] = {}
+        self._losses: Tensor | None = None
+        self._sequences: dict[str, Tensor] | tuple[tuple[str, ...], Tensor] = {}
         self._dtype = loss.dtype
         self.__dict__.update(fields)
 
@@ -77,7 +78,7 @@ class DPOOutput:
         cls,
         loss: Tensor,
         losses: Tensor,
-        sequences: dict[str, Tensor],
+        sequences: dict[str, Tensor] | tuple[tuple[str, ...], Tensor],
         *,
         check: Callable[[], None] | None = None,
         plan: Plan | None = None,
@@ -86,21 +87,26 @@ class DPOOutput:
 
         Args:
             losses: [P].
-            sequences: "logps", "ref_logps", "rewards", "token_counts" and statistics, [2P] each.
+            sequences: "logps", "ref_logps", "rewards", "token_counts" and statistics, [2P] each, by name; or their names and
+                one tensor of such rows.
             check: raises if a label or a sequence bound was out of range; run by metrics(), which waits for the device anyway.
         """
         output = cls(loss)
         output.plan, output._check = plan, check
-        output._sequences = {"losses": losses, **sequences}
+        output._losses, output._sequences = losses, sequences
         return output
 
     def __getattr__(self, name: str) -> Any:
         sequences = self.__dict__.get("_sequences", {})
+        if isinstance(sequences, tuple):
+            self._sequences = sequences = dict(zip(sequences[0], sequences[1].unbind(0), strict=True))
         if name in _HALVES:
             vector, rejected = _HALVES[name]
             value = sequences.get(vector)
             value = None if value is None else value.chunk(2)[rejected]
-        elif name == "losses" or name in _WHOLE:
+        elif name == "losses":
+            value = self.__dict__.get("_losses")
+        elif name in _WHOLE:
             value = sequences.get(name)
         else:
             raise AttributeError(f"DPOOutput has no attribute {name!r}")
