@@ -72,11 +72,11 @@ class OnGPU(torch.Tensor):
     def get_device(self) -> int:
         return DEVICE.index
 
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+    def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         if args and isinstance(args[0], Tensor):
-            return self.to(args[0].device, args[0].dtype)
+            return self.to(args[0].device, args[0].dtype, copy=copy)
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        moved = self if dtype is None else super().to(dtype)
+        moved = super().to(self.dtype if dtype is None else dtype, copy=copy)
         return moved.cpu() if device is not None and device.type == "cpu" else moved
 
     def cpu(self) -> Tensor:
