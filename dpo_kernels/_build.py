@@ -84,7 +84,7 @@ def build_cpu(target: Path) -> None:
             objects.append(f"{scratch}/{Path(source).stem}.{tag}.o")
             commands.append([cxx, *CXX_FLAGS, *flags, "-c", str(CSRC / "cpu" / source), "-o", objects[-1]])
 
-        for source in ("token_logps.cpp", "logits_grad.cpp", "filtered_grad.cpp"):
+        for source in ("token_logps.cpp", "logits_grad.cpp", "filtered_grad.cpp", "products.cpp"):
             for isa, march, width in isas:
                 flags = [f"-DDPO_ISA={isa}", f"-DDPO_VECTOR_BYTES={width}"]
                 flags += [f"-march={march}"] if march else []

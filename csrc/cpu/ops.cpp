@@ -19,24 +19,25 @@
 #include "../common/tensors.h"
 #include "filtered_grad.h"
 #include "preference_loss.h"
+#include "products.h"
 #include "stages.h"
 
 namespace dpo::cpu {
 namespace {
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define DPO_RUN(stage, wide, params, begin, end) \
-  do {                                           \
-    if (wide || isa() == 0) {                    \
-      baseline::stage(params, begin, end);       \
-    } else if (isa() == 1) {                     \
-      avx2::stage(params, begin, end);           \
-    } else {                                     \
-      avx512::stage(params, begin, end);         \
-    }                                            \
+#define DPO_RUN(stage, wide, ...)   \
+  do {                              \
+    if (wide || isa() == 0) {       \
+      baseline::stage(__VA_ARGS__); \
+    } else if (isa() == 1) {        \
+      avx2::stage(__VA_ARGS__);     \
+    } else {                        \
+      avx512::stage(__VA_ARGS__);   \
+    }                               \
   } while (0)
 #else
-#define DPO_RUN(stage, wide, params, begin, end) baseline::stage(params, begin, end)
+#define DPO_RUN(stage, wide, ...) baseline::stage(__VA_ARGS__)
 #endif
 
 // 0 baseline, 1 AVX2 + FMA, 2 AVX-512; DPO_KERNELS_ISA lowers it (tests run every set the CPU has).
@@ -379,6 +380,60 @@ void filtered_grad_weight_op(Tensor index, Tensor value, Tensor row_ptr, Tensor 
                               [&](int64_t begin, int64_t end) { DPO_RUN(filtered_grad_weight, wide, p, begin, end); });
 }
 
+Matrix matrix_by_strides(const Tensor& t) {
+  require(t.dim() == 2 && (t.stride(0) == 1 || t.stride(1) == 1), "a matrix must have a unit stride");
+  const DType dtype = dtype_of(t);
+  require(dtype != DType::float64, "products are in float32 arithmetic");
+  return {t.const_data_ptr(), dtype, t.stride(0), t.stride(1)};
+}
+
+// How many of `threads` share the rows of [rows, columns], the others its columns: each reads as little as it can.
+int64_t threads_down(int64_t rows, int64_t columns, int64_t threads) {
+  int64_t best = 1;
+  for (int64_t down = 2; down <= threads; ++down) {
+    if (threads % down == 0 && rows / down + columns * down / threads < rows / best + columns * best / threads)
+      best = down;
+  }
+  return best;
+}
+
+void product_op(Tensor a, Tensor b, std::optional<Tensor> bias, bool add, Tensor out) {
+  const int64_t rows = out.size(0), columns = out.size(1);
+  ProductParams p{};
+  p.a = matrix_by_strides(a);
+  p.b = matrix_by_strides(b);
+  p.depth = a.size(1);
+  require(a.size(0) == rows && b.size(0) == p.depth && b.size(1) == columns, "shapes of a product do not match");
+  require(columns <= 1 || out.stride(1) == 1, "a product must have unit stride along its rows");
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = dtype_of(out);
+  p.out_row = out.stride(0);
+  p.add = add;
+  require(p.out_dtype == DType::float32 || (p.out_dtype != DType::float64 && !add), "sums are in float32");
+  if (bias) {
+    require(!add && dtype_of(*bias) == DType::float32 && bias->is_contiguous() && bias->numel() == columns,
+            "a bias must be float32, one per column");
+    p.bias = static_cast<const float*>(bias->const_data_ptr());
+  }
+  if (rows == 0 || columns == 0) return;
+  const bool small = rows * columns * p.depth < (int64_t{1} << 20);
+  const int64_t threads = small ? 1 : torch::stable::get_num_threads();
+  const int64_t down = threads_down(rows, columns, threads), across = threads / down;
+  // Edges in whole tiles of every instruction set: 42 rows, 32 columns.
+  const auto edge = [](int64_t size, int64_t i, int64_t count, int64_t step) {
+    return std::min(size, (size * i / count + step - 1) / step * step);
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t top = edge(rows, i / across, down, 42), bottom = edge(rows, i / across + 1, down, 42);
+      const int64_t left = edge(columns, i % across, across, 32), right = edge(columns, i % across + 1, across, 32);
+      if (top == bottom || left == right) continue;
+      const Rectangle part{top, bottom - top, left, right - left};
+      DPO_RUN(product, false, p, part);
+    }
+  });
+}
+
 // Asks the kernel to back fresh memory with 2 MB pages where it has them. A tensor of hundreds of megabytes is
 // otherwise mapped 4 KB at a time as it is written first, and those faults cost several times what writing does. Only
 // whole pages inside the tensor are named, so it takes no more memory; a kernel that refuses changes nothing.
@@ -430,6 +485,7 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
   m.def(
       "filtered_grad_weight(Tensor index, Tensor value, Tensor row_ptr, Tensor grad, Tensor hidden, Tensor tail_row, "
       "bool accumulate, Tensor(a!) out) -> ()");
+  m.def("product(Tensor a, Tensor b, Tensor? bias, bool add, Tensor(a!) out) -> ()");
   m.def("prefer_huge_pages(Tensor(a!) fresh) -> ()");
   m.def("isa() -> int");
 }
@@ -445,6 +501,7 @@ STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CPU, m) {
   m.impl("filter_fill", TORCH_BOX(&dpo::cpu::filter_fill_op));
   m.impl("filtered_grad_hidden", TORCH_BOX(&dpo::cpu::filtered_grad_hidden_op));
   m.impl("filtered_grad_weight", TORCH_BOX(&dpo::cpu::filtered_grad_weight_op));
+  m.impl("product", TORCH_BOX(&dpo::cpu::product_op));
   m.impl("prefer_huge_pages", TORCH_BOX(&dpo::cpu::prefer_huge_pages_op));
 }
 

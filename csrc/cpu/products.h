@@ -1,0 +1,45 @@
+// Parameters of the matrix products on CPU (see products.cpp for the data flow).
+#pragma once
+
+#include <cstdint>
+
+#include "stages.h"
+
+namespace dpo::cpu {
+
+// Strides count elements; one of them is 1.
+struct Matrix {
+  const void* data;
+  DType dtype;  // float32, bfloat16 or float16
+  int64_t row, column;
+};
+
+// out = a b + bias, or out += a b.
+struct ProductParams {
+  Matrix a;           // [M, K]
+  Matrix b;           // [K, N]
+  const float* bias;  // [N], added to every row; nullptr: none
+  void* out;          // [M, N], unit stride on N
+  DType out_dtype;
+  int64_t out_row;  // its other stride
+  int64_t depth;    // K
+  bool add;         // float32 out without bias only
+};
+
+// The part of `out` that a thread computes.
+struct Rectangle {
+  int64_t row, rows, column, columns;
+};
+
+#define DPO_DECLARE_ISA(isa)                                     \
+  namespace isa {                                                \
+  void product(const ProductParams& params, const Rectangle& r); \
+  }
+
+DPO_DECLARE_ISA(baseline)
+DPO_DECLARE_ISA(avx2)
+DPO_DECLARE_ISA(avx512)
+
+#undef DPO_DECLARE_ISA
+
+}  // namespace dpo::cpu
