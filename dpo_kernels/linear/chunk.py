@@ -16,6 +16,7 @@ from ..stages import STATISTICS, TokenKL, check_labels, small_dtype, token_rows
 from . import planner
 from .call import Call, KLGradients
 from .gpu import row_stride
+from .products import multiply
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -85,6 +86,7 @@ class HeadGradient:
         dtype: torch.dtype | None = None,
     ) -> None:
         device = call.labels.device
+        self.backend = call.backend
         self.dtype = accumulator_dtype(call.compute_dtype)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -100,30 +102,8 @@ class HeadGradient:
             self.bias += dz.sum(0, dtype=self.dtype)
         if self.weight is None:
             return
-        if dz.dtype == self.weight.dtype:
-            self._add_block(self.weight, dz, rows)
-        elif dz.device.type == "cuda":
-            torch.addmm(
-                self.weight,
-                dz.t(),
-                rows,
-                out_dtype=self.weight.dtype,
-                beta=1 if self.started else 0,
-                out=self.weight,
-            )
-        else:
-            # CPU products of 16-bit matrices round their result to 16 bits; widened, the sum over chunks stays float32.
-            rows = rows.to(self.dtype)
-            for begin in range(0, dz.shape[1], planner.WIDENED_COLUMNS):
-                part = slice(begin, begin + planner.WIDENED_COLUMNS)
-                self._add_block(self.weight[part], dz[:, part].to(self.dtype), rows)
+        multiply(self.backend, dz.t(), rows, self.weight, add=self.started)
         self.started = True
-
-    def _add_block(self, target: Tensor, dz: Tensor, rows: Tensor) -> None:
-        if self.started:
-            target.addmm_(dz.t(), rows)
-        else:
-            torch.mm(dz.t(), rows, out=target)
 
     def finish(self) -> None:
         """Make the gradient valid even if no chunk came."""
@@ -156,14 +136,17 @@ class Projection:
 
     def project(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The policy's logits [c, V], in the buffer."""
-        return _project(rows, self.weight, self.bias, self.buffer)
+        return self._project(rows, self.weight, self.bias, self.buffer)
 
     def project_reference(self, tokens: Tensor) -> Tensor:
         """The reference's logits [c, V], in its buffer."""
         assert self.call.reference.hidden is not None
         assert self.ref_weight is not None
         ref_rows = gather(self.call.reference.hidden, tokens, self.call.compute_dtype)
-        return _project(ref_rows, self.ref_weight, self.ref_bias, self.ref_buffer)
+        return self._project(ref_rows, self.ref_weight, self.ref_bias, self.ref_buffer)
+
+    def _project(self, rows: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+        return multiply(self.call.backend, rows, weight.t(), buffer[: rows.shape[0]], bias=bias)
 
     def measure(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(logits [c, V] of the policy, stage 1's results [c] by name) of a chunk."""
@@ -237,7 +220,8 @@ class Projection:
 
     def hidden_gradient(self, dz: Tensor) -> Tensor:
         """dH rows [c, H] of a chunk, in the compute dtype."""
-        return torch.mm(dz, self.weight)
+        out = torch.empty(dz.shape[0], self.weight.shape[1], dtype=dz.dtype, device=dz.device)
+        return multiply(self.call.backend, dz, self.weight, out)
 
     def pull_back(
         self,
@@ -268,13 +252,6 @@ def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.devic
     """Room for [rows, V] logits, whose rows lie `row_stride` apart."""
     stride = row_stride(vocab, dtype.itemsize, device.type)
     return fresh((rows, stride), dtype, device)[:, :vocab]
-
-
-def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    out = buffer[: rows.shape[0]]
-    if bias is None:
-        return torch.mm(rows, weight.t(), out=out)
-    return torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def scatter(like: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
