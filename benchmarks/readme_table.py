@@ -54,6 +54,7 @@ TABLES = {
 SENTENCES = (
     "logits_path",
     "linear_path",
+    "products",
     "statistics",
     "objectives",
     "reference_modes",

@@ -38,22 +38,10 @@ REASONS = (
         "as the textbook's is.",
     ),
     Reason(
-        "compile",
-        "test_compile[linear-compiled]",
-        "Inside a compiled graph forward and backward are two operators, and the backward projects the logits again: a "
-        "product more than eager code needs. Compile the backbone and leave the loss outside, as the trainer does.",
-    ),
-    Reason(
         "memory",
         "test_memory[logits-ours]",
         "The gradient itself is all that it allocates; a peer can need no less unless it overwrites the logits, as "
         "inplace_backward=True does.",
-    ),
-    Reason(
-        "linear_path",
-        "test_linear_path[1x128x576x49152-ours]",
-        "Nearly all of it is the library's products of few rows, whose rate varies with their number; at four pairs of "
-        "256 tokens ours is ahead (results/full).",
     ),
     Reason("startup", "test_startup[ours]", "The first call loads the native library, which a process does once."),
 )

@@ -30,9 +30,9 @@ from .gpu import BLOCK, GPU_SHARE, fused_row_bytes, row_stride
 #:
 #: default budget, at least, in bytes; and at least for a trainer's step, whose activations take gigabytes.
 _FLOOR, _STEP_FLOOR = 64 * 2**20, 256 * 2**20
-#: Rows of a chunk beyond which a CPU's products gain little; half as many cost 10%, as each product packs the whole head.
+#: Rows of a chunk beyond which torch's products on a CPU gain little; half as many cost 10%, as each packs the whole head.
 _WIDE_ROWS = 512
-#: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear/chunk.py).
+#: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear/products.py).
 WIDENED_COLUMNS = 2048
 #: Small float64 values per token in flight: log-probabilities, statistics, weights, indices.
 _SMALL_BYTES = 16 * 8
