@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kernels import backends
+from dpo_kernels import backends, memory
 from dpo_kernels.memory import LARGE, fresh
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -28,7 +28,8 @@ def flags_at(address: int) -> set[str]:
 
 
 @pytest.mark.skipif(not THP.exists(), reason="no transparent huge pages here: not Linux, or built without them")
-def test_large_tensors_ask_for_large_pages():
+def test_large_tensors_ask_for_large_pages(monkeypatch):
+    monkeypatch.setattr(memory, "_keeps_large_pages", lambda: True)
     if backends.why_not("cpu", "cpu"):
         pytest.skip(f"the cpu backend does not serve: {backends.why_not('cpu', 'cpu')}")
     large = fresh((LARGE // 4 + 1, 2), torch.float32, "cpu")
@@ -37,6 +38,22 @@ def test_large_tensors_ask_for_large_pages():
     assert large.is_contiguous()
     large.fill_(1.0)
     assert float(large.sum(dtype=torch.float64)) == large.numel()
+
+
+@pytest.mark.parametrize(
+    ("content", "large"), [("9\n", False), ("0\n", False), ("4294967295\n", True), ("", True), (None, True)]
+)
+def test_no_large_pages_where_free_ones_go_back_to_a_host(content, large, tmp_path, monkeypatch):
+    """Linux says -1 as an unsigned number where no host takes pages."""
+    order = tmp_path / "page_reporting_order"
+    if content is not None:
+        order.write_text(content)
+    asked = []
+    monkeypatch.setattr(memory, "_REPORTING", order)
+    monkeypatch.setattr(memory, "_keeps_large_pages", memory._keeps_large_pages.__wrapped__)
+    monkeypatch.setattr(torch.ops.dpo_kernels_cpu, "prefer_huge_pages", asked.append, raising=False)
+    fresh((LARGE,), torch.uint8, "cpu")
+    assert bool(asked) == large
 
 
 @pytest.mark.parametrize("size", [0, 1, LARGE - 1])
