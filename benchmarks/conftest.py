@@ -25,7 +25,7 @@ PEER_NAMES = {**PEERS, **LINEAR_PEERS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Rounds for each of `--sizes`.
-ROUNDS = {"small": 5, "default": 4, "full": 15}
+ROUNDS = {"small": 5, "default": 3, "full": 15}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", default="all", metavar="NAMES", help=f"all, or some of: {','.join(DTYPES)}")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.addoption("--pairs", metavar="FILE", help="preference pairs of the trainers' benchmark; default: the demo's")
-    group.addoption("--pairs-per-step", type=int, default=8, help="the trainers' batch")
+    group.addoption("--pairs-per-step", type=int, help="the trainers' batch; default: 4, or 8 for --sizes full")
     group.addoption("--report", metavar="DIR", help="write JSON, markdown and SVG into DIR/<machine name>")
 
 
@@ -179,7 +179,7 @@ def replay(benchmark: Any) -> Callable[[Samples], None]:
 @pytest.fixture(scope="session")
 def publish(request: pytest.FixtureRequest) -> Callable[[report.Result], report.Result]:
     """Takes a result (or more rows of a known one): the terminal shows it at the end and `--report` writes it."""
-    defaults = {"--sizes": "default", "--dtype": "all", "--device": "auto", "--pairs": None, "--pairs-per-step": 8}
+    defaults = {"--sizes": "default", "--dtype": "all", "--device": "auto", "--pairs": None, "--pairs-per-step": None}
     asked = {name: request.config.getoption(name) for name in defaults}
     options = "".join(f" {name} {value}" for name, value in asked.items() if value != defaults[name])
 

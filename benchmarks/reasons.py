@@ -43,6 +43,12 @@ REASONS = (
         "The gradient itself is all that it allocates; a peer can need no less unless it overwrites the logits, as "
         "inplace_backward=True does.",
     ),
+    Reason(
+        "memory",
+        "test_memory[linear-ours]",
+        "Beside dW and the logits of one chunk, which the best peer holds too, there are the blocks that the products are packed "
+        "in, a MiB a thread.",
+    ),
     Reason("startup", "test_startup[ours]", "The first call loads the native library, which a process does once."),
 )
 

@@ -20,7 +20,7 @@ from .problem import BETA
 from .report import SPREAD, TIME, Column, Result
 
 #: [2P, T], vocabulary, hidden size of a model of one block.
-SIZES = {"small": ((2, 32), 4096, 64), "default": ((4, 64), 49152, 256), "full": ((8, 128), 49152, 576)}
+SIZES = {"small": ((2, 32), 4096, 64), "default": ((4, 32), 49152, 256), "full": ((8, 128), 49152, 576)}
 
 
 class Model(nn.Module):

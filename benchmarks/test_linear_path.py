@@ -39,7 +39,7 @@ CASES = {
     ],
 }
 #: Steps take seconds: fewer rounds than elsewhere.
-ROUNDS = {"small": 3, "default": 3, "full": 5}
+ROUNDS = {"small": 3, "default": 2, "full": 5}
 QUESTION = "Linear path: hidden states and LM head to loss and gradients"
 FLOOR = "the products alone"
 

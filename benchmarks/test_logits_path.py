@@ -20,7 +20,7 @@ from .report import BEST_PEER, EXTRA, FASTER, SPREAD, TIME, TIMES_FLOOR, VS_BEST
 #: [2P, T, V], all tokens scored. The default has SmolLM2's vocabulary, full adds Llama 3's; both exceed any cache.
 SHAPES = {
     "small": [(4, 32, 8192)],
-    "default": [(8, 128, 49152)],
+    "default": [(4, 64, 49152)],
     "full": [(8, 128, 49152), (8, 128, 128256)],
 }
 

@@ -18,7 +18,7 @@ from .report import Column, Result
 #: Scored tokens; vocabulary; hidden size of the linear path, whose inputs are no logits.
 SIZES = {
     "small": ((32, 64), 4096, 64),
-    "default": ((64, 128, 256), 49152, 256),
+    "default": ((64, 256), 49152, 256),
     "full": ((128, 256, 512, 1024), 49152, 576),
 }
 WHAT = {"logits": "logits to their gradient", "linear": "hidden states and head to their gradients"}

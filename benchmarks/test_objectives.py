@@ -18,7 +18,7 @@ from .problem import LogitsProblem, step
 from .report import SPREAD, TIME, TIMES_FLOOR, Column, Result
 
 #: A quarter of the logits path's default: the passes over the logits are the same, the rest is [P] vectors.
-SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 32, 49152)], "full": [(8, 64, 49152)]}
+SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 16, 49152)], "full": [(8, 64, 49152)]}
 
 COLUMNS = [
     Column("title", "objective"),

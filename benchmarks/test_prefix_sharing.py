@@ -15,8 +15,8 @@ from .method import Contender, Samples
 from .report import SPREAD, TIME, Column, Result, counted
 
 #: (pairs, tokens of prompt + answer), by size; the prompt is this percentage of them.
-SIZES = {"small": (1, 32), "default": (1, 128), "full": (4, 256)}
-SHARES = (25, 50, 75)
+SIZES = {"small": (1, 32), "default": (1, 64), "full": (4, 256)}
+SHARES = {"small": (50,), "default": (50,), "full": (25, 50, 75)}
 #: Both as the trainer takes them: shared rows are attended to by sequence.
 LAYOUTS = {"padded": "each side with its own prompt", "shared": "prompt once a pair"}
 #: Sharing alone, where prompts are half of the tokens.
@@ -115,6 +115,10 @@ def samples(
     return found
 
 
-@pytest.mark.parametrize("name", [f"{layout}-{share}" for share in SHARES for layout in LAYOUTS])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    shares = SHARES[Settings.of(metafunc.config).sizes]
+    metafunc.parametrize("name", [f"{layout}-{share}" for share in shares for layout in LAYOUTS])
+
+
 def test_prefix_sharing(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:
     replay(samples[name])

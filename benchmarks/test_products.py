@@ -102,7 +102,7 @@ def samples(
         racers = [Contender(name, operands.product(kind, name.partition("-")[2])) for name in mine]
         if not racers:
             continue
-        here = method.interleave(racers, 2 * settings.rounds if dtype == "float32" else 3, device="cpu")
+        here = method.interleave(racers, settings.rounds if dtype == "float32" else 2, device="cpu")
         found |= here
         for name in mine:
             contender = name.partition("-")[2]

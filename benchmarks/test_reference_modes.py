@@ -22,7 +22,7 @@ from .problem import BETA
 from .report import EXTRA, SPREAD, TIME, Column, Result
 
 #: (pairs, tokens), half of them prompt; vocabulary; hidden size.
-SIZES = {"small": ((1, 32), 4096, 64), "default": ((1, 128), 49152, 576), "full": ((4, 256), 49152, 576)}
+SIZES = {"small": ((1, 32), 4096, 64), "default": ((1, 32), 49152, 576), "full": ((4, 256), 49152, 576)}
 
 MODES = {
     "logits": "whole logits of both",

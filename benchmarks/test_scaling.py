@@ -18,7 +18,7 @@ from .peers.linear import LINEAR_PEERS
 from .problem import LogitsProblem
 from .report import SPREAD, TIME, Column, Result
 
-#: One grid per axis, whose first entry is held: (rows 2P, tokens each), vocabulary, hidden size. Five octaves are enough.
+#: One grid per axis, whose first entry is held: (rows 2P, tokens each), vocabulary, hidden size.
 AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
     "small": {
         "tokens": [(4, tokens, 8192) for tokens in (8, 16, 32)],
@@ -26,9 +26,9 @@ AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
         "hidden": [(32, 4096, hidden) for hidden in (64, 128, 256)],
     },
     "default": {
-        "tokens": [(4, tokens, 49152) for tokens in (8, 16, 32, 64, 128)],
-        "vocabulary": [(4, 32, vocab) for vocab in (8192, 16384, 32768, 65536, 131072)],
-        "hidden": [(64, 16384, hidden) for hidden in (128, 256, 512, 1024, 2048)],
+        "tokens": [(4, tokens, 49152) for tokens in (8, 16, 32, 64)],
+        "vocabulary": [(4, 32, vocab) for vocab in (8192, 16384, 32768, 65536)],
+        "hidden": [(64, 16384, hidden) for hidden in (128, 256, 512, 1024)],
     },
     "full": {
         "tokens": [(8, tokens, 49152) for tokens in (16, 32, 64, 128, 256)],

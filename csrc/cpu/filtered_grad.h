@@ -52,18 +52,9 @@ struct FilteredWeightParams {
   void* out;        // [V, H] float or double
 };
 
-#define DPO_DECLARE_ISA(isa)                                                                 \
-  namespace isa {                                                                            \
-  void filter_count(const FilterParams& params, int64_t begin, int64_t end);                 \
-  void filter_fill(const FilterParams& params, int64_t begin, int64_t end);                  \
-  void filtered_grad_hidden(const FilteredHiddenParams& params, int64_t begin, int64_t end); \
-  void filtered_grad_weight(const FilteredWeightParams& params, int64_t begin, int64_t end); \
-  }
-
-DPO_DECLARE_ISA(baseline)
-DPO_DECLARE_ISA(avx2)
-DPO_DECLARE_ISA(avx512)
-
-#undef DPO_DECLARE_ISA
+DPO_IN_EVERY_ISA(void filter_count(const FilterParams& params, int64_t begin, int64_t end);
+                 void filter_fill(const FilterParams& params, int64_t begin, int64_t end);
+                 void filtered_grad_hidden(const FilteredHiddenParams& params, int64_t begin, int64_t end);
+                 void filtered_grad_weight(const FilteredWeightParams& params, int64_t begin, int64_t end);)
 
 }  // namespace dpo::cpu

@@ -31,15 +31,6 @@ struct Rectangle {
   int64_t row, rows, column, columns;
 };
 
-#define DPO_DECLARE_ISA(isa)                                     \
-  namespace isa {                                                \
-  void product(const ProductParams& params, const Rectangle& r); \
-  }
-
-DPO_DECLARE_ISA(baseline)
-DPO_DECLARE_ISA(avx2)
-DPO_DECLARE_ISA(avx512)
-
-#undef DPO_DECLARE_ISA
+DPO_IN_EVERY_ISA(void product(const ProductParams& params, const Rectangle& part);)
 
 }  // namespace dpo::cpu

@@ -54,17 +54,20 @@ struct LogitsGradParams {
   const double* grad_forward_kl;  // and to KL(reference || policy); nullptr: 0
 };
 
-// Each function handles tokens[begin .. end).
-#define DPO_DECLARE_ISA(isa)                                                    \
-  namespace isa {                                                               \
-  void token_logps(const TokenLogpsParams& params, int64_t begin, int64_t end); \
-  void logits_grad(const LogitsGradParams& params, int64_t begin, int64_t end); \
+// Declares functions once for every instruction set.
+#define DPO_IN_EVERY_ISA(...) \
+  namespace baseline {        \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx512 {          \
+  __VA_ARGS__                 \
   }
 
-DPO_DECLARE_ISA(baseline)
-DPO_DECLARE_ISA(avx2)
-DPO_DECLARE_ISA(avx512)
-
-#undef DPO_DECLARE_ISA
+// Each function handles tokens[begin .. end).
+DPO_IN_EVERY_ISA(void token_logps(const TokenLogpsParams& params, int64_t begin, int64_t end);
+                 void logits_grad(const LogitsGradParams& params, int64_t begin, int64_t end);)
 
 }  // namespace dpo::cpu
