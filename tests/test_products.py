@@ -158,3 +158,18 @@ def test_a_sequence_has_the_same_loss_bits_alone_and_in_a_batch():
     both = linear_dpo_loss(hidden, weight, labels, **given)
     alone = linear_dpo_loss(hidden[[2, 6]], weight, labels[[2, 6]], **given)
     assert torch.equal(alone.loss, both.loss[2:3])
+
+
+def test_a_subclass_of_tensor_multiplies_in_its_own_way():
+    asked = []
+
+    class Quantised(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    a, b = torch.randn(4, 5), torch.randn(5, 6)
+    out = multiply("cpu", a, b.as_subclass(Quantised), torch.empty(4, 6))
+    assert torch.mm in asked
+    assert torch.allclose(out.as_subclass(Tensor), a @ b, atol=1e-5)

@@ -122,23 +122,30 @@ DPO_INLINE const float* as_floats(const S* from, int64_t n, float* buffer) {
 }
 
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+// The numbers of two vectors at the places named, from 8 on the second's. g++ has had clang's word for it since 12.
+#if defined(__clang__) || __GNUC__ >= 12
+#define DPO_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
 typedef int32_t Places __attribute__((vector_size(32)));
+#define DPO_PICK(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
 
 // Eight rows of eight, transposed.
 DPO_INLINE void transpose(const float* from, int64_t stride, Eight (&to)[8]) {
   Eight rows[8], pairs[8], fours[8];
   for (int i = 0; i < 8; ++i) rows[i] = *reinterpret_cast<const Eight*>(from + i * stride);
   for (int i = 0; i < 8; i += 2) {
-    pairs[i] = __builtin_shuffle(rows[i], rows[i + 1], Places{0, 8, 2, 10, 4, 12, 6, 14});
-    pairs[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], Places{1, 9, 3, 11, 5, 13, 7, 15});
+    pairs[i] = DPO_PICK(rows[i], rows[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    pairs[i + 1] = DPO_PICK(rows[i], rows[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
   }
   for (int i : {0, 1, 4, 5}) {
-    fours[i] = __builtin_shuffle(pairs[i], pairs[i + 2], Places{0, 1, 8, 9, 4, 5, 12, 13});
-    fours[i + 2] = __builtin_shuffle(pairs[i], pairs[i + 2], Places{2, 3, 10, 11, 6, 7, 14, 15});
+    fours[i] = DPO_PICK(pairs[i], pairs[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    fours[i + 2] = DPO_PICK(pairs[i], pairs[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
   }
   for (int i = 0; i < 4; ++i) {
-    to[i] = __builtin_shuffle(fours[i], fours[i + 4], Places{0, 1, 2, 3, 8, 9, 10, 11});
-    to[i + 4] = __builtin_shuffle(fours[i], fours[i + 4], Places{4, 5, 6, 7, 12, 13, 14, 15});
+    to[i] = DPO_PICK(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    to[i + 4] = DPO_PICK(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 

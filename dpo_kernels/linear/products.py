@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import backends
 from . import planner
@@ -21,7 +22,9 @@ def multiply(
         bias: [N], for every row; not together with `add`.
         add: add to what is there.
     """
-    if backend == "cpu":
+    # A subclass of Tensor, such as quantised weights, multiplies in its own way.
+    plain = type(a) in (Tensor, Parameter) and type(b) in (Tensor, Parameter)
+    if backend == "cpu" and plain:
         native = backends.load("cpu", "cpu")
         if native.multiplies(a.dtype):
             native.product(a, b, out, bias, add)
