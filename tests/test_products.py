@@ -129,7 +129,16 @@ def test_what_a_product_refuses():
         cpu.product(a.double(), b.double(), out)
     with pytest.raises(RuntimeError, match="float32"):
         cpu.product(a, b, out.bfloat16(), add=True)
-    # Neither dimension of unit stride: copied first.
+    # Without a unit stride a matrix is copied first; one that torch calls contiguous may have none, if it is one entry wide.
+    single = torch.ones(2, 2)[::2, ::2]
+    assert single.is_contiguous()
+    cpu.product(single, single, one := torch.empty(1, 1))
+    assert one.item() == 1.0
+    row = torch.arange(15.0).view(5, 3)[:, 1:2].t()
+    cpu.product(row, b, wide := torch.empty(1, 6))
+    assert torch.allclose(wide, row @ b, atol=1e-5)
+    cpu.product(b.t(), row.t(), tall := torch.empty(6, 2)[:, :1])
+    assert torch.allclose(tall, b.t() @ row.t(), atol=1e-5)
     cpu.product(torch.randn(4, 10)[:, ::2].copy_(a), b, out)
     assert torch.allclose(out, a @ b, atol=1e-5)
 

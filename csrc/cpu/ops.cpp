@@ -381,10 +381,13 @@ void filtered_grad_weight_op(Tensor index, Tensor value, Tensor row_ptr, Tensor 
 }
 
 Matrix matrix_by_strides(const Tensor& t) {
-  require(t.dim() == 2 && (t.stride(0) == 1 || t.stride(1) == 1), "a matrix must have a unit stride");
+  require(t.dim() == 2, "a matrix has two dimensions");
+  // The stride along a dimension of one entry is never used.
+  const int64_t row = t.size(0) <= 1 ? 1 : t.stride(0), column = t.size(1) <= 1 ? 1 : t.stride(1);
+  require(row == 1 || column == 1, "a matrix must have a unit stride");
   const DType dtype = dtype_of(t);
   require(dtype != DType::float64, "products are in float32 arithmetic");
-  return {t.const_data_ptr(), dtype, t.stride(0), t.stride(1)};
+  return {t.const_data_ptr(), dtype, row, column};
 }
 
 // How many of `threads` share the rows of [rows, columns], the others its columns: each reads as little as it can.
