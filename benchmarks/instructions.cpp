@@ -6,10 +6,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "../csrc/cpu/filtered_grad.h"
 #include "../csrc/cpu/preference_loss.h"
+#include "../csrc/cpu/products.h"
 #include "../csrc/cpu/stages.h"
 
 using namespace dpo::cpu;
@@ -196,6 +198,33 @@ void run_preference_loss() {
   case_done("preference_loss", "float64", tokens);
 }
 
+// The linear path's three products, of as many tokens as fill five tiles of AVX2.
+void run_products(const char* dtype_name, DType dtype) {
+  constexpr int64_t tokens = 30, vocab = 2048;
+  const auto rows = draw(dtype, tokens * kHidden, 1), weight = draw(dtype, vocab * kHidden, 2);
+  auto logits = draw(dtype, tokens * vocab, 3), grad_rows = draw(dtype, tokens * kHidden, 4);
+  std::vector<float> grad_weight(vocab * kHidden);
+  const auto run = [&](const char* name, Matrix a, Matrix b, void* out, DType out_dtype, int64_t m, int64_t n,
+                       int64_t depth) {
+    ProductParams p{};
+    p.a = a;
+    p.b = b;
+    p.out = out;
+    p.out_dtype = out_dtype;
+    p.out_row = n;
+    p.depth = depth;
+    DPO_ISA::product(p, {0, m, 0, n});
+    case_done("product", (std::string(dtype_name) + ", " + name).c_str(), m * n * depth);
+  };
+  const auto matrix = [&](const auto& of, int64_t row, int64_t column) {
+    return Matrix{of.data(), dtype, row, column};
+  };
+  run("logits", matrix(rows, kHidden, 1), matrix(weight, 1, kHidden), logits.data(), dtype, tokens, vocab, kHidden);
+  run("dH", matrix(logits, vocab, 1), matrix(weight, kHidden, 1), grad_rows.data(), dtype, tokens, kHidden, vocab);
+  run("dW", matrix(logits, 1, vocab), matrix(rows, kHidden, 1), grad_weight.data(), DType::float32, vocab, kHidden,
+      tokens);
+}
+
 Case with(Case c, void (*change)(Case&)) {
   change(c);
   return c;
@@ -241,5 +270,8 @@ int main() {
   }
   run_filtered("float32", DType::float32);
   run_filtered("bfloat16", DType::bfloat16);
+  run_products("float32", DType::float32);
+  run_products("bfloat16", DType::bfloat16);
+  run_products("float16", DType::float16);
   run_preference_loss();
 }

@@ -4,7 +4,7 @@
     python -m benchmarks.instructions --write    make what was counted the budget (benchmarks/instructions.json)
 
 A unit is a logit for the kernels that read logits, a product of kept entry and hidden unit for the filtered gradients, a
-token for the preference loss. The kernels' objects are compiled as the package compiles them and linked with a small driver
+multiply-add for the matrix products, a token for the preference loss. The kernels' objects are compiled as the package compiles them and linked with a small driver
 (instructions.cpp), because torch under callgrind takes minutes to start. Valgrind knows no AVX-512, so the AVX2 and baseline
 sets are counted: the source is the same, the vectors are half or a quarter as wide, and the count is the same on every
 x86-64 machine with AVX2. Counts depend on the compiler; the budget says which one it is for, and another compiler's counts
@@ -15,6 +15,8 @@ that do not fit into registers, or sums of a block:
 
     token_logps   float32 2.1, bfloat16 2.2, float16 2.1: of a vector of 8, 16 instructions for the exponential and its sum
     logits_grad   float32 2.3, bfloat16 1.6, float16 1.8: 18, 12.5 and 14.5 a vector
+
+and a multiply-add: product 0.21, 20 instructions for a step of a tile, 6 x 16 of them. Packing comes on top.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ STAGES = {
     "filter_fill": ("filtered_grad.cpp", "logit"),
     "filtered_grad_hidden": ("filtered_grad.cpp", "product"),
     "filtered_grad_weight": ("filtered_grad.cpp", "product"),
+    "product": ("products.cpp", "multiply-add"),
     "preference_loss": ("preference_loss.cpp", "token"),
 }
 #: What another compiler than the budget's may need more.
