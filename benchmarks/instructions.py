@@ -4,11 +4,11 @@
     python -m benchmarks.instructions --write    make what was counted the budget (benchmarks/instructions.json)
 
 A unit is a logit for the kernels that read logits, a product of kept entry and hidden unit for the filtered gradients, a
-multiply-add for the matrix products, a token for the preference loss. The kernels' objects are compiled as the package compiles them and linked with a small driver
-(instructions.cpp), because torch under callgrind takes minutes to start. Valgrind knows no AVX-512, so the AVX2 and baseline
-sets are counted: the source is the same, the vectors are half or a quarter as wide, and the count is the same on every
-x86-64 machine with AVX2. Counts depend on the compiler; the budget says which one it is for, and another compiler's counts
-are only held below it with more room.
+multiply-add for the matrix products, a token for the preference loss. The kernels' objects are compiled as the package
+compiles them and linked with a small driver (instructions.cpp), because torch under callgrind takes minutes to start.
+Valgrind knows no AVX-512, so the AVX2 and baseline sets are counted: the source is the same, the vectors are half or a quarter
+as wide, and the count is the same on every x86-64 machine with AVX2. Counts depend on the compiler; the budget says which one
+it is for, and another compiler's counts are only held below it with more room.
 
 What the arithmetic itself takes on AVX2, a logit, with every load that an instruction can fold folded, and no loops, constants
 that do not fit into registers, or sums of a block:

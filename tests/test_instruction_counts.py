@@ -51,7 +51,9 @@ def test_every_native_kernel_has_a_budget() -> None:
     for header in ("stages.h", "filtered_grad.h", "products.h", "preference_loss.h"):
         text = (instructions._build.CSRC / "cpu" / header).read_text()
         declared |= set(
-            re.findall(r"void (\w+)\(const \w+Params& params, (?:int64_t begin, int64_t end|const Rectangle& part)\);", text)
+            re.findall(
+                r"void (\w+)\(const \w+Params& params, (?:int64_t begin, int64_t end|const Rectangle& part)\);", text
+            )
         )
     assert declared == set(instructions.STAGES)
     for cases in instructions.read_budget()["instructions_per_unit"].values():
