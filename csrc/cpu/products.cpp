@@ -6,7 +6,7 @@
 // broadcasts kRows numbers of a, and does 2 kRows multiply-adds. Both operands are copied ("packed") into the order in
 // which the tile reads them. Packing converts 16-bit numbers to float32 and transposes where it must, so that products
 // of every dtype and orientation run at the same speed. A panel of b, kDepth x kColumns, stays in the first-level cache
-// while the rows of a pass; a block of a, kBlockRows x kDepth, stays in the second.
+// while the rows of a go by; a block of a, kBlockRows x kDepth, stays in the second.
 //
 // An entry's sum runs over K in one order: by kDepth, in sequence within. Neither the shape of `out`, nor the number of
 // threads, nor an entry's place in its tile changes it. A token's logits are so the same bits in every batch.
@@ -47,11 +47,9 @@ std::unique_ptr<float, Free> scratch(int64_t count) {
       static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 127) / 64 * 64)));
 }
 
-int64_t parts(int64_t size, int64_t most) { return std::max<int64_t>(1, (size + most - 1) / most); }
-
 // The size of even parts of at most `most` each, in steps.
 int64_t even(int64_t size, int64_t most, int64_t step) {
-  const int64_t count = parts(size, most);
+  const int64_t count = std::max<int64_t>(1, (size + most - 1) / most);
   return ((size + count - 1) / count + step - 1) / step * step;
 }
 

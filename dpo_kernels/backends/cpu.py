@@ -41,8 +41,8 @@ def instruction_set() -> str:
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether `product` is quicker than torch's library for matrices of this dtype.
 
-    It is on CPUs with AVX2 and no AVX-512: 1.0 to 2 times as fast in float32, and in 16-bit formats, for which they have no
-    instruction, 8 to 100 times (docs/linear.md). AVX-512 CPUs were not measured and keep the library.
+    It is on CPUs with AVX2 and no AVX-512, above all in 16-bit formats, for which they have no instruction
+    (benchmarks/test_products.py). AVX-512 CPUs were not measured and keep the library.
     """
     return dtype != torch.float64 and instruction_set() == "avx2"
 

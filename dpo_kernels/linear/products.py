@@ -31,6 +31,10 @@ def multiply(
             return out
     if a.dtype != out.dtype:
         return _widened(a, b, out, add)
+    return _library(a, b, out, bias, add)
+
+
+def _library(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> Tensor:
     if add:
         return out.addmm_(a, b)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
@@ -43,9 +47,5 @@ def _widened(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
     b = b.to(out.dtype)
     for begin in range(0, a.shape[0], planner.WIDENED_COLUMNS):
         part = slice(begin, begin + planner.WIDENED_COLUMNS)
-        widened = a[part].to(out.dtype)
-        if add:
-            out[part].addmm_(widened, b)
-        else:
-            torch.mm(widened, b, out=out[part])
+        _library(a[part].to(out.dtype), b, out[part], None, add)
     return out
