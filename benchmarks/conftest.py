@@ -122,6 +122,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = metafunc.module.CASES[settings.sizes]
         ids = [case.key for case in cases]
         metafunc.parametrize("case", cases, indirect=True, scope="module", ids=ids)
+    if "name" in metafunc.fixturenames and hasattr(metafunc.module, "NAMES"):
+        metafunc.parametrize("name", metafunc.module.NAMES[settings.sizes])
     if "trainer" in metafunc.fixturenames:
         metafunc.parametrize("trainer", metafunc.module.TRAINERS[settings.sizes])
     if "peer" in metafunc.fixturenames:

@@ -19,6 +19,7 @@ SIZES = {"small": (1, 32), "default": (1, 64), "full": (4, 256)}
 SHARES = {"small": (50,), "default": (50,), "full": (25, 50, 75)}
 #: Both as the trainer takes them: shared rows are attended to by sequence.
 LAYOUTS = {"padded": "each side with its own prompt", "shared": "prompt once a pair"}
+NAMES = {sizes: [f"{layout}-{share}" for share in shares for layout in LAYOUTS] for sizes, shares in SHARES.items()}
 #: Sharing alone, where prompts are half of the tokens.
 BAR = 1.2
 #: The same sums in another order: two layouts' hidden states may differ by this share of the largest.
@@ -113,11 +114,6 @@ def samples(
         )
     publish(result)
     return found
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    shares = SHARES[Settings.of(metafunc.config).sizes]
-    metafunc.parametrize("name", [f"{layout}-{share}" for share in shares for layout in LAYOUTS])
 
 
 def test_prefix_sharing(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:

@@ -6,7 +6,7 @@ Three products of a step, by their name here: `logits` (rows W^T), `dH` (dz W) a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,11 +22,29 @@ from .method import Contender, Samples
 from .report import SPREAD, TIME, Column, Result
 
 HIDDEN, VOCAB = 576, 49152
-#: (dtype, tokens). In 16-bit formats the library takes seconds for dH where the CPU has no instruction for them.
+
+
+class ProductCase(NamedTuple):
+    """One size of the benchmark."""
+
+    dtype: str
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """Identifies the case in a test's name."""
+        return f"{self.dtype}-{self.tokens}"
+
+
+#: In 16-bit formats the library takes seconds for dH where the CPU has no instruction for them.
 CASES = {
-    "small": [("float32", 8)],
-    "default": [("float32", 32), ("float32", 128), ("bfloat16", 16)],
-    "full": [*(("float32", tokens) for tokens in (16, 32, 64, 128, 256, 512, 1024)), ("bfloat16", 64), ("float16", 64)],
+    "small": [ProductCase("float32", 8)],
+    "default": [ProductCase("float32", 32), ProductCase("float32", 128), ProductCase("bfloat16", 16)],
+    "full": [
+        *(ProductCase("float32", tokens) for tokens in (16, 32, 64, 128, 256, 512, 1024)),
+        ProductCase("bfloat16", 64),
+        ProductCase("float16", 64),
+    ],
 }
 KINDS = ("logits", "dH", "dW")
 CONTENDERS = {
@@ -84,16 +102,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def samples(
-    product_case: tuple[str, int],
+    case: ProductCase,
     settings: Settings,
     publish: Callable[[Result], Result],
     request: pytest.FixtureRequest,
 ) -> dict[str, Samples]:
     """By "kind-contender"."""
-    dtype, tokens = product_case
+    dtype, tokens = case
     if settings.device != "cpu" or backends.why_not("cpu", "cpu") is not None:
         pytest.skip("the native products are the CPU library's")
-    names = wanted(request, "test_products", "product", product_case=product_case)
+    names = wanted(request, "test_products", "product", case=case)
     operands = Operands(DTYPES[dtype], tokens, 4096 if settings.sizes == "small" else VOCAB)
     found: dict[str, Samples] = {}
     rows = []
@@ -123,14 +141,9 @@ def samples(
     return found
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    settings = Settings.of(metafunc.config)
-    cases = CASES[settings.sizes]
-    ids = [f"{dtype}-{tokens}" for dtype, tokens in cases]
-    metafunc.parametrize("product_case", cases, scope="module", ids=ids)
-    kinds = [(kind, name) for kind in KINDS for name in CONTENDERS if kind == "logits" or name != "library_turned"]
-    metafunc.parametrize("product", [f"{kind}-{name}" for kind, name in kinds])
-
-
+@pytest.mark.parametrize(
+    "product",
+    [f"{kind}-{name}" for kind in KINDS for name in CONTENDERS if kind == "logits" or name != "library_turned"],
+)
 def test_products(samples: dict[str, Samples], product: str, replay: Callable[[Samples], None]) -> None:
     replay(samples[product])

@@ -23,8 +23,6 @@ from .report import FORMATS, SPREAD, Column, Result
 #: [2P, T, V]: small, because what is asked is what a call costs before it works.
 SHAPE = {"small": (2, 8, 4096), "default": (4, 32, 49152), "full": (4, 32, 49152)}
 ROUNDS = {"small": 1, "default": 1, "full": 5}
-#: Left out below full, each a quarter of a minute.
-SLOW = ("triton", "compiled_warm")
 
 #: Statements that leave `step`, a function of the problem; TRITON compiles ahead of time and needs no GPU.
 STEPS = {
@@ -39,6 +37,9 @@ TITLES = {
     "ours": "dpo_kernels, in place",
     "triton": "dpo_kernels, Triton kernels compiled for sm_90",
 }
+#: Below full the slow ones are left out, each a quarter of a minute.
+QUICK = ("eager", "compiled_cold", "ours")
+NAMES = {"small": QUICK, "default": QUICK, "full": tuple(TITLES)}
 SCRIPT = """
 import json, sys, time
 begin = time.perf_counter()
@@ -150,11 +151,6 @@ def measured(
         result.rows.append(row)
     publish(result)
     return found
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    slow = () if Settings.of(metafunc.config).sizes == "full" else SLOW
-    metafunc.parametrize("name", [name for name in TITLES if name not in slow])
 
 
 def test_startup(measured: dict[str, list[dict[str, float]]], name: str, replay: Callable[[Samples], None]) -> None:
