@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,7 +28,11 @@ FLOAT64 = ("eager", "cpu")
 #: Those whose kernels are compiled for the device at hand by compilers that we have not met: their first use is checked.
 GPU_BACKENDS = ("triton", "cuda")
 
-_forced: str | None = None
+#: What `use_backend` asks for in this thread or task.
+_forced: ContextVar[str | None] = ContextVar("dpo_kernels_backend", default=None)
+#: What a `use_backend` that was entered or left last left behind, in any thread: torch.compile cannot look at a ContextVar, and
+#: retraces when this changes.
+_latest: str | None = None
 
 #: (backend, device type, index, variant) that need no further thought, and the backends that failed, with the sentence.
 trusted: set[tuple[str, str, int | None, Variant]] = set()
@@ -160,6 +165,11 @@ def _automatic(device_type: str, index: int | None = None) -> tuple[str, bool]:
     return (check_name(wish), True) if wish else (default(device_type, index), False)
 
 
+def _wish() -> str | None:
+    """The backend that `use_backend` asks for, or None."""
+    return _latest if torch.compiler.is_compiling() else _forced.get()
+
+
 def resolve(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend's name for logits of this kind: `use_backend`, then DPO_KERNELS_BACKEND, then the default.
 
@@ -168,7 +178,8 @@ def resolve(device: torch.device | str, dtype: torch.dtype) -> str:
     """
     if isinstance(device, str):
         device = torch.device(device)
-    name, asked = (_forced, True) if _forced is not None else _automatic(device.type, device.index)
+    forced = _wish()
+    name, asked = (forced, True) if forced is not None else _automatic(device.type, device.index)
     if dtype == torch.float64 and name not in FLOAT64:
         if asked:
             raise TypeError(f"backend {name!r} has no float64 arithmetic; use one of {', '.join(FLOAT64)}")
@@ -199,7 +210,7 @@ def checked(name: str, device: torch.device, variant: Variant) -> str:
     if name not in GPU_BACKENDS:
         return name
     linear = None if variant.linear is None else tuple(variant.linear)
-    return _checked(_forced, name, device.type, device.index, tuple(variant[:-1]), linear)
+    return _checked(_wish(), name, device.type, device.index, tuple(variant[:-1]), linear)
 
 
 @contextmanager
@@ -207,11 +218,14 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve all calls inside the `with` block by one backend: "eager", "cpu", "triton" or "cuda".
 
     Raises ValueError for an unknown name; a call whose tensors it cannot serve raises BackendUnavailable.
-    The choice is one per process, like torch's own backend flags, and a graph keeps it for its backward.
+    The choice holds in this thread (or asyncio task) alone, and a graph keeps it for its backward. What torch.compile traces
+    takes the choice that was made last in any thread.
     """
-    global _forced
-    previous, _forced = _forced, check_name(name)
+    global _latest
+    token = _forced.set(check_name(name))
+    _latest = name
     try:
         yield
     finally:
-        _forced = previous
+        _forced.reset(token)
+        _latest = _forced.get()
