@@ -109,6 +109,7 @@ class Head:
         kl_gradient: a token-level KL is differentiated, so a gradient needs both models' logits of a token at once.
         fused: the products are the fused kernels', which leave out the gradient's blocks without probability.
         device_type: "cpu", or the GPU's.
+        float16: logits and their gradient are float16, whose smallest number is 6e-8.
     """
 
     hidden_size: int
@@ -122,6 +123,7 @@ class Head:
     kl_gradient: bool = False
     fused: bool = False
     device_type: str = "cpu"
+    float16: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -199,19 +201,23 @@ def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filte
     """
     if not (head.needs_hidden or head.needs_weight):
         return "forward", "nothing needs a gradient"
+    # A loss scale comes with the upstream gradient, in the backward: too late for a gradient that has been rounded to 0.
+    whole_pairs = scalar_loss and not couples_pairs and not head.float16
     if head.kl_gradient:
         # Neither kept entries nor unscaled rows of dH hold what the KL's gradient needs.
-        if scalar_loss and not couples_pairs:
+        if whole_pairs:
             return "whole_pairs", "the KL's gradient joins while the logits of policy and reference are in memory"
         return "two_pass", "the KL's gradient needs the logits of policy and reference again, in the backward"
     if not head.needs_weight:
         return "frozen_head", "the head is frozen, and d logp / d hidden needs no coefficients"
     if filtered:
         return "filtered", "the gradient is filtered, and its kept entries are saved"
-    if scalar_loss and not couples_pairs:
+    if whole_pairs:
         return "whole_pairs", "a pair's coefficients are known while its logits are still in memory"
     if couples_pairs:
         return "two_pass", "the objective may couple pairs, so coefficients exist only after all log-probabilities"
+    if scalar_loss:
+        return "two_pass", "in float16 the loss scale must reach the gradient before it is rounded"
     return "two_pass", "the upstream gradient is known only in the backward"
 
 
