@@ -456,7 +456,7 @@ def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
                     launches += 1
                 tokens = stages.token_logps(logits, labels, ref, Transform(), STATISTICS)
                 ones = torch.ones_like(tokens[0])
-                both = TokenKL(ref, tokens[2], tokens[4], ones, ones)
+                both = TokenKL(ref, *tokens[3:6], tokens[7], ones, ones)
                 stages.logits_grad(logits, labels, *tokens[:2], ones, Transform(), logits, both)
                 machine.synchronize()
                 print(f"{name} {dtype} V {vocab}: done", flush=True)
@@ -530,10 +530,10 @@ def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable
     from dpo_kernels.stages import TokenKL, Transform
 
     plain, alone = Transform(), tuple(name for name in STATISTICS if name != "kl")
-    logps, lse, ref_logps, kl = stages.token_logps(logits, labels, ref, plain, ("kl",))
-    weights, gradient = torch.ones_like(logps), torch.empty_like(logits)
-    backward = (logits, labels, logps, lse, weights, plain, gradient)
-    token_kl = TokenKL(ref, ref_logps, kl, weights, None)
+    *small, ref_logps, ref_max, ref_log_sum, kl = stages.token_logps(logits, labels, ref, plain, ("kl",))
+    weights, gradient = torch.ones_like(kl), torch.empty_like(logits)
+    backward = (logits, labels, *small, weights, plain, gradient)
+    token_kl = TokenKL(ref, ref_logps, ref_max, ref_log_sum, kl, weights, None)
     jobs = {
         "token_logps": lambda: stages.token_logps(logits, labels, None, plain, ()),
         "token_logps with statistics": lambda: stages.token_logps(logits, labels, None, plain, alone),
@@ -543,7 +543,7 @@ def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable
         "logits_grad with kl": lambda: stages.logits_grad(*backward, token_kl),
     }
     if hasattr(stages, "preference_forward"):
-        bounds = torch.tensor([0, logps.numel() // 2, logps.numel()], device=logits.device)
+        bounds = torch.tensor([0, kl.numel() // 2, kl.numel()], device=logits.device)
         flat = tuple(t.view(1, -1, *t.shape[2:]) for t in (logits, labels, ref))
         whole = Weighting(None, bounds, None, "mean")
         family = Family(None, None, 0.1, None, 0.0, False)

@@ -76,7 +76,7 @@ void run_token_logps(const Case& c) {
   const auto policy = draw(c.dtype, kRows * c.vocab, 1), reference = draw(c.dtype, kRows * c.vocab, 2);
   std::vector<int64_t> labels, tokens;
   for (int64_t i = 0; i < kRows; ++i) labels.push_back((i * 12345) % c.vocab), tokens.push_back(i);
-  std::vector<double> outputs[8];
+  std::vector<double> outputs[dpo::token_row::count];
   for (auto& output : outputs) output.resize(kRows);
   TokenLogpsParams p{};
   p.policy = {policy.data(), c.dtype, kRows * c.vocab, c.vocab};
@@ -87,14 +87,16 @@ void run_token_logps(const Case& c) {
   p.vocab = c.vocab;
   p.logit_scale = 1.0;
   p.logit_softcap = c.softcap;
-  p.rows[dpo::token_row::logps] = outputs[0].data();
-  p.rows[dpo::token_row::lse] = outputs[1].data();
-  p.rows[dpo::token_row::ref_logps] = c.reference ? outputs[2].data() : nullptr;
-  p.rows[dpo::token_row::entropy] = c.entropy ? outputs[3].data() : nullptr;
-  p.rows[dpo::token_row::kl] = c.kl ? outputs[4].data() : nullptr;
-  p.rows[dpo::token_row::accuracy] = c.accuracy ? outputs[5].data() : nullptr;
-  p.rows[dpo::token_row::mean_logits] = c.mean ? outputs[6].data() : nullptr;
-  p.rows[dpo::token_row::log_sum_sq] = c.squares ? outputs[7].data() : nullptr;
+  const auto ask = [&](int row, bool asked) { p.rows[row] = asked ? outputs[row].data() : nullptr; };
+  for (int row : {dpo::token_row::logps, dpo::token_row::max, dpo::token_row::log_sum}) ask(row, true);
+  ask(dpo::token_row::ref_logps, c.reference);
+  ask(dpo::token_row::ref_max, c.kl);
+  ask(dpo::token_row::ref_log_sum, c.kl);
+  ask(dpo::token_row::entropy, c.entropy);
+  ask(dpo::token_row::kl, c.kl);
+  ask(dpo::token_row::accuracy, c.accuracy);
+  ask(dpo::token_row::mean_logits, c.mean);
+  ask(dpo::token_row::log_sum_sq, c.squares);
   DPO_ISA::token_logps(p, 0, kRows);
   // With a reference two tensors are read; the count stays per logit of the policy.
   case_done("token_logps", c.name, kRows * c.vocab);
@@ -105,7 +107,7 @@ void run_logits_grad(const Case& c) {
   auto logits = draw(c.dtype, kRows * c.vocab, 1);
   std::vector<int64_t> labels, tokens;
   for (int64_t i = 0; i < kRows; ++i) labels.push_back((i * 12345) % c.vocab), tokens.push_back(i);
-  const std::vector<double> logps(kRows, -9.0), lse(kRows, 12.8), grad(kRows, 0.05), kl(kRows, 0.5);
+  const std::vector<double> logps(kRows, -9.0), max(kRows, 4.0), log_sum(kRows, 8.8), grad(kRows, 0.05), kl(kRows, 0.5);
   LogitsGradParams p{};
   p.logits = {logits.data(), c.dtype, kRows * c.vocab, c.vocab};
   p.out = logits.data();
@@ -114,7 +116,8 @@ void run_logits_grad(const Case& c) {
   p.labels = labels.data();
   p.tokens = tokens.data();
   p.logps = logps.data();
-  p.lse = lse.data();
+  p.max = max.data();
+  p.log_sum = log_sum.data();
   p.grad_logps = grad.data();
   p.seq_len = kRows;
   p.vocab = c.vocab;
@@ -123,6 +126,8 @@ void run_logits_grad(const Case& c) {
   if (c.kl) {
     p.reference = {reference.data(), c.dtype, kRows * c.vocab, c.vocab};
     p.ref_logps = logps.data();
+    p.ref_max = max.data();
+    p.ref_log_sum = log_sum.data();
     p.kl = kl.data();
     p.grad_kl = grad.data();
   }
@@ -140,13 +145,14 @@ void run_filtered(const char* name, DType dtype) {
              weight = draw(dtype, kFilterVocab * kHidden, 3);
   std::vector<int64_t> labels, counts(kFilterRows), row_ptr(1, 0);
   for (int64_t i = 0; i < kFilterRows; ++i) labels.push_back((i * 12345) % kFilterVocab);
-  const std::vector<double> logps(kFilterRows, -9.0), lse(kFilterRows, kLse), grad(kFilterRows, 0.05),
-      row(kHidden, 0.01);
+  const std::vector<double> logps(kFilterRows, -9.0), max(kFilterRows, 4.0), log_sum(kFilterRows, kLse - 4.0),
+      grad(kFilterRows, 0.05), row(kHidden, 0.01);
   std::vector<double> tail(kFilterRows), dropped(kFilterRows);
   FilterParams f{};
   f.logits = {logits.data(), dtype, 0, kFilterVocab};
   f.labels = labels.data();
-  f.lse = lse.data();
+  f.max = max.data();
+  f.log_sum = log_sum.data();
   f.log_eps = kLogEps;
   f.vocab = kFilterVocab;
   f.logit_scale = 1.0;

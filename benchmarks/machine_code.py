@@ -489,8 +489,8 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
         whole = empty(8, 1025 if shifted else 1024, vocab, dtype=dtype)
         logits = whole[:, :-1] if shifted else whole
         out = empty(8, 1024, vocab, dtype=dtype)
-        token_kl = TokenKL(logits, small, small, small, small) if kl else None
-        launch = logits_grad_launch(logits, labels, small, small, small, transform, out, token_kl)
+        token_kl = TokenKL(logits, *[small] * 6) if kl else None
+        launch = logits_grad_launch(logits, labels, *[small] * 4, transform, out, token_kl)
         # Per logit that is read: with a KL there are two for each that is written.
         moved = (3 if kl else 4) * dtype.itemsize // 2
         return streaming(f"triton logits_grad {names[dtype]} {name}".strip(), launch, dtype.itemsize, moved)
@@ -554,7 +554,7 @@ def _fused_kernels(arch: int) -> Iterator[Kernel]:
 
     def forward(dtype: torch.dtype, names: str, stored: bool = False) -> tuple[Any, Any]:
         hidden, weight = empty(tokens, hidden_size, dtype=dtype), empty(vocab, hidden_size, dtype=dtype)
-        outputs = {name: empty(tokens, dtype=torch.float64) for name in ("logps", "lse", *names.split())}
+        outputs = {name: empty(tokens, dtype=torch.float64) for name in ("logps", "max", "log_sum", *names.split())}
         return linear_logps_launches(
             hidden, weight, None, labels, outputs, empty(len(outputs) + 1, tokens, segments_of(vocab)),
             order=order if stored else None,

@@ -78,13 +78,14 @@ def make_call(
         return token_logps
     if kernel == "dpo_loss":
         return lambda: step(problem, statistics=statistics)
-    logps, lse, ref_logps = token_logps()[:3]
+    *small, ref_logps = token_logps()[:4]
+    logps = small[0]
     ones = torch.ones_like(logps)
     if kernel == "preference_loss":
         pairs = torch.full((labels.shape[0] // 2,), 0.1, dtype=logps.dtype, device=logps.device)
         return lambda: stages.preference_loss(logps, ref_logps, ones, None, None, pairs, 0 * pairs, False)
     # Into the reference's memory, which is not needed any more: the logits stay what they were.
-    return lambda: stages.logits_grad(logits, labels, logps, lse, 0.05 * ones, Transform(), ref)
+    return lambda: stages.logits_grad(logits, labels, *small, 0.05 * ones, Transform(), ref)
 
 
 def make_linear_call(arguments: argparse.Namespace, statistics: tuple[str, ...]) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, objectives
 from .backends.whole_call import Family, Weighting
@@ -98,6 +99,22 @@ def check_dtype(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor; got {got}")
+    refuse_transforms(name, value)
+
+
+def refuse_transforms(name: str, value: Tensor) -> None:
+    """Raise NotImplementedError for a tensor inside torch.func or forward-mode differentiation.
+
+    The kernels see plain numbers there, and the derivative would come out as 0.
+    """
+    if torch.compiler.is_compiling():
+        return
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    if wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None):
+        raise NotImplementedError(
+            f"{name} is inside a torch.func transform or forward-mode differentiation; dpo_kernels has first-order "
+            "reverse-mode gradients only (loss.backward() or torch.autograd.grad)"
+        )
 
 
 def batch_of(

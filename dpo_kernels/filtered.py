@@ -55,7 +55,8 @@ def keep(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     *,
     eps: float,
     logit_scale: float,
@@ -65,7 +66,7 @@ def keep(
     ops = torch.ops.dpo_kernels_cpu
     rows, vocab = logits.shape
     row_ptr = torch.zeros(rows + 1, dtype=torch.int64)
-    ops.filter_count(logits, labels, lse, eps, logit_scale, logit_softcap, row_ptr[1:])
+    ops.filter_count(logits, labels, top, log_sum, eps, logit_scale, logit_softcap, row_ptr[1:])
     torch.cumsum(row_ptr[1:], 0, out=row_ptr[1:])
     total = int(row_ptr[-1])
     # A label and a neighbour are always affordable: tiny vocabularies would never filter otherwise.
@@ -74,7 +75,8 @@ def keep(
     index = torch.empty(total, dtype=torch.int32)
     value = torch.empty(total, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
     tail, dropped = torch.empty(2, rows, dtype=torch.float64)
-    ops.filter_fill(logits, labels, logps, lse, eps, logit_scale, logit_softcap, row_ptr, index, value, tail, dropped)
+    softmax = (logps, top, log_sum)
+    ops.filter_fill(logits, labels, *softmax, eps, logit_scale, logit_softcap, row_ptr, index, value, tail, dropped)
     return Kept(index, value, row_ptr, tail), dropped
 
 

@@ -99,6 +99,31 @@ def no_double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("dpo_kernels has no double backward: the gradient kernels are not differentiable")
 
 
+class _Gradients(torch.autograd.Function):
+    """Gradients as they are, in a graph that says what it cannot do instead of dropping what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.count = len(tensors) + 1
+        return tensors[:count]
+
+    backward = staticmethod(no_double_backward)
+
+
+def without_graph(compute: Callable[[], tuple[Tensor | None, ...]], *inputs: Tensor | None) -> tuple[Any, ...]:
+    """The gradients that `compute` returns, computed without a graph; a double backward through them raises.
+
+    inputs: what they depend on.
+    """
+    with torch.no_grad():
+        gradients = compute()
+    if not torch.is_grad_enabled():
+        return gradients
+    # A gradient that was given away must not be an input and an output of a function at once.
+    copies = (None if gradient is None else gradient.detach().clone() for gradient in gradients)
+    return _Gradients.apply(len(gradients), *copies, *inputs)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is eager PyTorch's own: no subclass, no compiler at work."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
@@ -125,7 +150,11 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
 
 def may_overwrite(logits: Tensor) -> bool:
     """Whether the gradient can take the logits' memory: eager tensors of unit stride whose elements do not overlap."""
-    overlapping = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+    # Apart are elements if each stride passes over everything that the smaller ones reach.
+    reach, overlapping = 0, False
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        overlapping |= size > 1 and stride <= reach
+        reach += (size - 1) * stride
     # With create_graph the logits are still needed (the double backward then raises its own error).
     return is_plain(logits) and not overlapping and logits.stride(-1) == 1 and not torch.is_grad_enabled()
 
@@ -200,11 +229,12 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     logits, labels, ref_logits, tokens = _saved(ctx)
     rows = dict(zip(ctx.names, tokens.unbind(0), strict=True))
     grads = dict(zip(ctx.names, grad_tokens.contiguous().unbind(0), strict=True))
-    divergence = (None,) * 5
+    divergence = (None,) * len(TokenKL._fields)
     if ctx.terms:
         by_terms = (grads[name] if name in ctx.terms else None for name in KL_TERMS)
-        divergence = (ref_logits, rows["ref_logps"], rows["kl"], *by_terms)  # type: ignore[assignment]
-    arguments = (labels, rows["logps"], rows["lse"], grads["logps"], *ctx.transform, *divergence, ctx.backend)
+        divergence = (ref_logits, *(rows[name] for name in TokenKL._fields[1:5]), *by_terms)  # type: ignore[assignment]
+    small = (rows["logps"], rows["max"], rows["log_sum"], grads["logps"])
+    arguments = (labels, *small, *ctx.transform, *divergence, ctx.backend)
     return (
         _differentiate(
             ctx,
@@ -217,16 +247,14 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     )
 
 
-def _write_logits_grad(
-    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, grad_logps: Tensor, *rest: Any, out: Tensor
-) -> None:
-    transform, divergence, backend = Transform(*rest[:3]), rest[3:8], rest[8]
+def _write_logits_grad(logits: Tensor, *arguments: Any, out: Tensor) -> None:
+    small, transform, divergence, backend = arguments[:5], Transform(*arguments[5:8]), arguments[8:-1], arguments[-1]
     token_kl = None
     if divergence[0] is not None:
         ref_logits, *values = divergence
         token_kl = TokenKL(_unit_stride(ref_logits), *(_optional(value) for value in values))  # type: ignore[arg-type]
-    small = (labels.contiguous(), logps.contiguous(), lse.contiguous(), grad_logps.contiguous())
-    backends.load(backend, logits.device.type).logits_grad(logits, *small, transform, out, token_kl)
+    stages = backends.load(backend, logits.device.type)
+    stages.logits_grad(logits, *(values.contiguous() for values in small), transform, out, token_kl)
 
 
 def _logits_grad(logits: Tensor, *arguments: Any) -> Tensor:
@@ -247,8 +275,8 @@ token_logps_op = _Operator(
     _token_logps_backward,
 )
 _Operator(
-    f"logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, {_TRANSFORM}, "
-    "Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, Tensor? grad_kl, Tensor? grad_forward_kl, str backend) -> Tensor",
+    f"logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor top, Tensor log_sum, Tensor grad_logps, {_TRANSFORM}, "
+    f"{', '.join(f'Tensor? {name}' for name in TokenKL._fields)}, str backend) -> Tensor",
     _logits_grad,
     _like_logits,
 )

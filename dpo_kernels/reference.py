@@ -24,6 +24,11 @@ def transform_logits(logits: Tensor, logit_scale: float, logit_softcap: float) -
     return torch.tanh(logits / logit_softcap) * logit_softcap if logit_softcap else logits
 
 
+def likeliest(logits: Tensor, logit_scale: float) -> Tensor:
+    """The first of the likeliest entries, [..., T]. Judged before a softcap, whose rounding makes unequal logits equal."""
+    return (logits if logit_scale > 0 else logits * logit_scale).argmax(-1)
+
+
 def token_statistics(
     logits: Tensor,
     labels: Tensor,
@@ -41,8 +46,8 @@ def token_statistics(
         ref_logits: like logits; adds "ref_logps" and "kl".
 
     Returns:
-        "logps", "lse", "entropy", "accuracy", "mean_logits", "log_sum_sq" (log sum_v p_v^2) and, with a reference,
-        "ref_logps" and "kl" (nats; accuracy is 0 or 1).
+        "logps", "max", "log_sum" (log sum_v exp(z_v - max)), "entropy", "accuracy", "mean_logits", "log_sum_sq"
+        (log sum_v p_v^2) and, with a reference, "ref_logps" and "kl" (nats; accuracy is 0 or 1).
     """
     scored = labels != ignore_index
     index = torch.where(scored, labels, 0).unsqueeze(-1)
@@ -51,9 +56,10 @@ def token_statistics(
     p = log_p.exp()
     found = {
         "logps": log_p.gather(-1, index).squeeze(-1),
-        "lse": z.logsumexp(-1),
+        "max": z.amax(-1),
+        "log_sum": (z - z.amax(-1, keepdim=True)).logsumexp(-1),
         "entropy": -torch.where(p > 0, p * log_p, 0.0 * p).sum(-1),
-        "accuracy": (z.argmax(-1) == index.squeeze(-1)).to(z.dtype),
+        "accuracy": (likeliest(logits, logit_scale) == index.squeeze(-1)).to(z.dtype),
         "mean_logits": z.mean(-1),
         "log_sum_sq": (2 * log_p).logsumexp(-1),
     }
@@ -115,7 +121,7 @@ def dpo_loss(
     )
     weights = (labels != ignore_index).to(logits.dtype)
     if token_weights is not None:
-        weights = weights * token_weights.to(logits.dtype)
+        weights = torch.where(weights != 0, token_weights.to(logits.dtype), 0.0)
     sums = sequence_sums(tokens["logps"], weights, cu_seqlens)
     if ref_logits is not None:
         ref_sums = sequence_sums(tokens["ref_logps"], weights, cu_seqlens).detach()
@@ -146,7 +152,8 @@ def dpo_loss(
     if kl_coef:
         scored = (weights != 0).to(weights.dtype)
         chosen, rejected = sequence_sums(tokens["kl"], scored, cu_seqlens).chunk(2)
-        losses = losses + kl_coef * (chosen + rejected) * len(losses) / scored.sum()
+        count = sequence_sums(scored, torch.ones_like(scored), cu_seqlens).sum()
+        losses = losses + kl_coef * (chosen + rejected) * len(losses) / count.clamp(min=1)
     if reduction == "none":
         return losses
     total = losses.sum()

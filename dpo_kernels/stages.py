@@ -58,7 +58,7 @@ class TokenKL(NamedTuple):
 
     Attributes:
         ref_logits: [B, T, V], unit stride on V, any floating dtype.
-        ref_logps: [B, T], of stage 1.
+        ref_logps, ref_max, ref_log_sum: [B, T], of stage 1.
         kl: [B, T], KL(policy || reference), of stage 1; read only where grad_kl is not 0.
         grad_kl: [B, T], gradient of the loss with respect to it, or None.
         grad_forward_kl: [B, T], gradient with respect to KL(reference || policy), or None.
@@ -66,6 +66,8 @@ class TokenKL(NamedTuple):
 
     ref_logits: Tensor
     ref_logps: Tensor
+    ref_max: Tensor
+    ref_log_sum: Tensor
     kl: Tensor
     grad_kl: Tensor | None
     grad_forward_kl: Tensor | None
@@ -114,7 +116,8 @@ class Stages(Protocol):
         logits: Tensor,
         labels: Tensor,
         logps: Tensor,
-        lse: Tensor,
+        top: Tensor,
+        log_sum: Tensor,
         grad_logps: Tensor,
         transform: Transform,
         out: Tensor,
@@ -122,14 +125,21 @@ class Stages(Protocol):
     ) -> None:
         """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself.
 
+        `logps`, `top` and `log_sum` are stage 1's rows "logps", "max" and "log_sum" [B, T].
+
         `token_kl` adds the gradients of token-level divergences; its logits must not share memory with `out`.
         """
 
 
 def token_rows(has_reference: bool, statistics: Sequence[str]) -> tuple[str, ...]:
-    """The names of stage 1's rows."""
+    """The names of stage 1's rows.
+
+    "max" is the largest z of a token and "log_sum" = log sum_v exp(z_v - max), for policy and reference. They stay apart:
+    their sum rounds log_sum away where z is large, and no difference of logits and log-probabilities gives them back.
+    """
     asked = (name for name in STATISTICS if name in statistics)
-    return ("logps", "lse", "ref_logps", *asked) if has_reference else ("logps", "lse", *asked)
+    reference = ("ref_logps", *(("ref_max", "ref_log_sum") if "kl" in statistics else ())) if has_reference else ()
+    return ("logps", "max", "log_sum", *reference, *asked)
 
 
 def asked_rows(has_reference: bool, statistics: Sequence[str]) -> int:

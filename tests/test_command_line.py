@@ -24,8 +24,8 @@ def test_check_counts_the_cases_of_every_backend_that_serves(capsys):
 
 
 def test_check_names_what_is_wrong_and_exits_1(capsys, monkeypatch):
-    def too_long(logits, labels, logps, lse, grad_logps, transform, out, token_kl=None):
-        eager.logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
+    def too_long(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl=None):
+        eager.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         out.mul_(1.05)
 
     stages = types.SimpleNamespace(**{**vars(eager), "logits_grad": too_long})

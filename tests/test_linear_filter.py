@@ -222,11 +222,12 @@ def test_the_filter_adds_to_main_grad():
 
 def test_too_many_entries_are_refused_by_the_kernels_door():
     logits = torch.zeros(4, 100)
-    lse = torch.full((4,), 100.0, dtype=_F64).log()
+    log_sum = torch.full((4,), 100.0, dtype=_F64).log()
+    softmax = (-log_sum, torch.zeros_like(log_sum), log_sum)
     labels = torch.zeros(4, dtype=torch.int64)
     words = {"logit_scale": 1.0, "logit_softcap": 0.0}
-    assert filtered.keep(logits, labels, -lse, lse, eps=1e-3, **words) is None
-    kept, dropped = filtered.keep(logits, labels, -lse, lse, eps=0.5, **words)
+    assert filtered.keep(logits, labels, *softmax, eps=1e-3, **words) is None
+    kept, dropped = filtered.keep(logits, labels, *softmax, eps=0.5, **words)
     assert kept.row_ptr.tolist() == [0, 1, 2, 3, 4]
     torch.testing.assert_close(dropped, torch.full((4,), 0.99, dtype=_F64))
 

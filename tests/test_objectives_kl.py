@@ -189,11 +189,11 @@ def staged(backend, logits, ref, labels, upstream, scale=1.0, cap=0.0, out=None)
     """The same by a backend's stages 1 and 3."""
     stages = backends.load(backend, logits.device.type)
     transform = Transform(scale=scale, softcap=cap)
-    logps, lse, ref_logps, kl = stages.token_logps(logits, labels, ref, transform, ("kl",))
-    by = [None if g is None else torch.full_like(logps, g) for g in upstream]
+    *small, ref_logps, ref_max, ref_log_sum, kl = stages.token_logps(logits, labels, ref, transform, ("kl",))
+    by = [None if g is None else torch.full_like(kl, g) for g in upstream]
     out = torch.empty_like(logits) if out is None else out
-    token_kl = TokenKL(ref, ref_logps, kl, by[1], by[2])
-    stages.logits_grad(logits, labels, logps, lse, by[0], transform, out, token_kl)
+    token_kl = TokenKL(ref, ref_logps, ref_max, ref_log_sum, kl, by[1], by[2])
+    stages.logits_grad(logits, labels, *small, by[0], transform, out, token_kl)
     return out
 
 
@@ -288,11 +288,11 @@ def test_a_label_outside_the_vocabulary_is_a_row_of_nan_and_never_an_index(grad_
     bad[0, 0] = bad[2, 1] = True
     labels[0, 0], labels[2, 1] = V + 40, -7
     tokens[:, bad] = float("nan")  # as stage 1 has them on a GPU
-    logps, lse, ref_logps, kl = tokens
-    ones = torch.ones_like(logps)
-    terms = None if grad_kl is None else TokenKL(ref, ref_logps, kl, grad_kl * ones, None)
+    *small, ref_logps, ref_max, ref_log_sum, kl = tokens
+    ones = torch.ones_like(kl)
+    terms = None if grad_kl is None else TokenKL(ref, ref_logps, ref_max, ref_log_sum, kl, grad_kl * ones, None)
     out = torch.empty_like(logits)
-    eager.logits_grad(logits, labels, logps, lse, ones, Transform(), out, terms)
+    eager.logits_grad(logits, labels, *small, ones, Transform(), out, terms)
     assert bool(out[bad].isnan().all())
     assert bool(out[~bad].isfinite().all())
 

@@ -57,8 +57,8 @@ def first_use(monkeypatch, tmp_path):
 def wrong_gradient(change):
     """Stage 3 whose result goes through `change(gradient, labels)`."""
 
-    def logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl=None):
-        eager.logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
+    def logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl=None):
+        eager.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         out.copy_(change(out.clone(), labels))
 
     return {"logits_grad": logits_grad}
@@ -396,9 +396,9 @@ def test_a_float64_reference_refuses_no_backend(plant, runs):
 def test_a_fault_in_place_is_found_while_a_graph_is_compiled(plant):
     """A compiler's flag belongs to the process, and switches in-place gradients off: the check must not see it."""
 
-    def logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl=None):
+    def logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl=None):
         inplace = out.data_ptr() == logits.data_ptr()
-        eager.logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
+        eager.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         if inplace:
             out.mul_(2)
 
@@ -595,8 +595,8 @@ def test_triton_in_the_interpreter(scaled, monkeypatch, runs):
     stages = backends.load("triton", "cpu")
     logits_grad = stages.logits_grad
 
-    def planted(logits, labels, logps, lse, grad_logps, transform, out, token_kl=None):
-        logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
+    def planted(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl=None):
+        logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         if scaled != 1.0:
             out.mul_(scaled)
 

@@ -1,16 +1,20 @@
 // Online softmax of one row without its label: the running state, its merge, and how a row is finished.
 //
 // The label's own term is kept out of the running sum. With S = sum_{v != y} exp(z_v - m), m = max_{v != y} z_v,
-//     logp = -log1p(S exp(m - z_y)),      lse = z_y - logp,
+//     logp = -log1p(S exp(m - z_y)),
 // so a policy that is almost sure of the label (S exp(m - z_y) ~ 1e-9) keeps full relative precision in logp and in
 // the label's gradient 1 - p = -expm1(logp). Adding 1 to S first would round that information away.
 //
 // Extra accumulators are first moments under the unnormalised weights e_v = exp(z_v - m), and their squares:
 //     entropy: sum e_v (z_v - m)       kl: sum e_v (z_v - z'_v)       log sum p^2: sum e_v^2
 // The likeliest entry's e_v is 1, so the sum of squares loses nothing that the sum keeps.
+//
+// A finished row keeps its maximum and log sum_v exp(z_v - max) apart: of z_v = 1e17 their sum would keep nothing of
+// the log, and where z_y is the lowest finite number z_y - logp says nothing about the other logits.
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #include "hd.h"
 
@@ -37,10 +41,15 @@ DPO_HD void raise_max(OnlineSoftmax<T>& state, T new_max) {
   if (state.max > static_cast<T>(-INFINITY)) {
     const double delta = static_cast<double>(state.max) - static_cast<double>(new_max);
     const double factor = exp(delta);
-    state.shifted = factor * (state.shifted + delta * state.sum);
-    state.sum *= factor;
-    state.drift *= factor;
-    state.squares *= factor * factor;
+    if (factor == 0.0) {
+      // What no longer has mass leaves nothing behind: its moments may be infinite, and 0 * inf is NaN.
+      state = empty_softmax<T>();
+    } else {
+      state.shifted = factor * (state.shifted + delta * state.sum);
+      state.sum *= factor;
+      state.drift *= factor;
+      state.squares *= factor * factor;
+    }
   }
   state.max = new_max;
 }
@@ -59,9 +68,11 @@ DPO_HD void merge(OnlineSoftmax<T>& into, OnlineSoftmax<T> other) {
 
 struct FinishedRow {
   double logp;
-  double lse;
+  double max;      // of the state and the label
+  double log_sum;  // log sum_v exp(z_v - max)
   double entropy;
-  double kl_mean;     // sum_v p_v (z_v - z'_v); the KL divergence is kl_mean - lse + lse'
+  double drift;  // sum_v p_v (z_v - z'_v) over all but the label
+  double p_others, p_label;
   double log_sum_sq;  // log sum_v p_v^2
 };
 
@@ -78,24 +89,41 @@ DPO_HD double label_logp(const OnlineSoftmax<T>& others, T z_label) {
   return -log1p(others.sum * exp(gap));
 }
 
-// z_gap = z_label - z'_label, used only by the KL accumulator.
 template <typename T>
-DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label, double z_gap) {
+DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label) {
   FinishedRow row;
   row.logp = label_logp(state, z_label);
-  row.lse = static_cast<double>(z_label) - row.logp;
-  if (z_label == static_cast<T>(-INFINITY)) row.lse = static_cast<double>(state.max) + log(state.sum);
-
   raise_max(state, z_label > state.max ? z_label : state.max);
-  const double shift = static_cast<double>(z_label) - static_cast<double>(state.max);
+  row.max = static_cast<double>(state.max);
+  const double shift = static_cast<double>(z_label) - row.max;
   const double weight = exp(shift);
   const double sum = state.sum + weight;
   const double shifted = state.shifted + (weight > 0.0 ? weight * shift : 0.0);
-  const double drift = state.drift + (weight > 0.0 ? weight * z_gap : 0.0);
-  row.entropy = (row.lse - static_cast<double>(state.max)) - shifted / sum;
-  row.kl_mean = drift / sum;
+  row.log_sum = log(sum);
+  row.entropy = row.log_sum - shifted / sum;
+  row.drift = state.drift / sum;
+  row.p_others = state.sum / sum;
+  row.p_label = weight / sum;
   row.log_sum_sq = log((state.squares + weight * weight) / (sum * sum));
   return row;
+}
+
+// KL(policy || reference) = sum p (d - log_sum + log_sum'), d = (z - max) - (z' - max'). The drift counts from 0, and
+// is moved to the maxima by itself: of a label at 1e20 a sum with it would keep nothing of the others.
+DPO_HD double kl_of(const FinishedRow& policy, const FinishedRow& reference, double z_label, double ref_label) {
+  const double others = policy.p_others > 0.0 ? policy.drift - policy.p_others * (policy.max - reference.max) : 0.0;
+  const double gap = (z_label - policy.max) - (ref_label - reference.max);
+  const double at_label = policy.p_label > 0.0 ? policy.p_label * gap : 0.0;
+  return (others + at_label) - (policy.log_sum - reference.log_sum);
+}
+
+// Logits, and gaps between them, are added up this much smaller: thousands of the lowest finite ones, which masks are
+// made of, then do not overflow. A power of two, which rounds nothing.
+constexpr double kTiny = 1.0 / (INT64_C(1) << 40);
+
+// kTiny ((z - max) - (z' - max')).
+DPO_HD double tiny_gap(double z, double max, double ref_z, double ref_max) {
+  return (z * kTiny - max * kTiny) - (ref_z * kTiny - ref_max * kTiny);
 }
 
 }  // namespace dpo

@@ -17,7 +17,20 @@ struct Logits {
 
 // Stage 1's rows, in the order of `token_rows` (dpo_kernels/stages.py).
 namespace token_row {
-enum : int { logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq, count };
+enum : int {
+  logps,
+  max,
+  log_sum,
+  ref_logps,
+  ref_max,
+  ref_log_sum,
+  entropy,
+  kl,
+  accuracy,
+  mean_logits,
+  log_sum_sq,
+  count
+};
 }
 
 // A whole call's results per sequence, in the order of SEQUENCE_ROWS (dpo_kernels/backends/whole_call.py); from `means`

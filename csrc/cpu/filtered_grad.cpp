@@ -1,8 +1,8 @@
 // The filtered gradient on CPU: keep the entries of each softmax row that exceed eps, and multiply only those.
 //
 // Data flow
-//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds lse + log(eps),
-//   so
+//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds max + log_sum +
+//   log(eps), so
 //                               only kept entries meet an exponential. They leave as (index, value) lists, a few KB a
 //                               token.
 //   filtered_grad_hidden        dH[t] = g_t (sum_v d_tv W[v] - tail_t mean(W)), threads own tokens.
@@ -37,8 +37,10 @@ constexpr int64_t kTileRows = 1024;
 constexpr int kStripVectors = 8;
 
 template <typename A>
-A cut_of(double lse, double log_eps) {
-  return static_cast<A>(lse + log_eps);
+A cut_of(double max, double log_sum, double log_eps) {
+  const A cut = static_cast<A>(max + (log_sum + log_eps)), top = static_cast<A>(max);
+  // Of a large maximum the sum may keep nothing; the likeliest entries stay above the cut all the same.
+  return log_sum + log_eps < 0.0 && !(cut < top) ? std::nextafter(top, static_cast<A>(-INFINITY)) : cut;
 }
 
 template <typename A>
@@ -142,9 +144,10 @@ void fill_row(const dpo::cpu::FilterParams& p, int64_t r, LogitTransform transfo
   constexpr int lanes = Vec<A>::lanes;
   const auto row = Row<A>::of(p.logits, r, INT64_MAX, transform);
   const int64_t label = p.labels[r];
-  const double lse = p.lse[r], logp = p.logps[r];
-  const A cut = cut_of<A>(lse, p.log_eps), m = static_cast<A>(lse), cap = static_cast<A>(transform.softcap);
-  const double factor = std::exp(static_cast<double>(m) - lse);
+  const double logp = p.logps[r];
+  const A cut = cut_of<A>(p.max[r], p.log_sum[r], p.log_eps), m = static_cast<A>(p.max[r]);
+  const A cap = static_cast<A>(transform.softcap);
+  const double factor = std::exp(-p.log_sum[r]);
   int32_t* index = p.index + p.row_ptr[r];
   A* value = static_cast<A*>(p.value) + p.row_ptr[r];
   alignas(64) A buffer[kBlock];
@@ -319,7 +322,7 @@ static void count_rows(const FilterParams& p, int64_t begin, int64_t end) {
   const LogitTransform transform{p.logit_scale, p.logit_softcap};
   for (int64_t r = begin; r < end; ++r) {
     const auto row = Row<A>::of(p.logits, r, INT64_MAX, transform);
-    p.counts[r] = count_row<A>(row, p.vocab, p.labels[r], cut_of<A>(p.lse[r], p.log_eps));
+    p.counts[r] = count_row<A>(row, p.vocab, p.labels[r], cut_of<A>(p.max[r], p.log_sum[r], p.log_eps));
   }
 }
 

@@ -12,7 +12,8 @@ struct FilterParams {
   Logits logits;  // [1, rows, V]
   const int64_t* labels;
   const double* logps;  // nullptr while counting
-  const double* lse;
+  const double* max;
+  const double* log_sum;
   double log_eps;
   int64_t vocab;
   double logit_scale;

@@ -1,11 +1,11 @@
 // Stage 3 on CPU: dz = g (onehot(label) - softmax(z)), one read and one write of each logits row, in place or not.
 //
-// softmax(z) = exp(z - m) f with m = float32(lse) and f = exp(m - lse) in float64: f joins the row factor g, so
-// rounding lse to float32 (up to 1e-6 relative at lse = 16) costs nothing. The label's entry is g (1 - p) = -g
-// expm1(logp), which does not cancel when p is near 1.
+// softmax(z) = exp(z - max) f with f = exp(-log_sum) in float64, which joins the row factor g: added to the logits,
+// log_sum would be rounded with them. The label's entry is g (1 - p) = -g expm1(logp), which does not cancel when p is
+// near 1.
 //
 // With token-level KL divergences the reference's row is read beside it, once, and
-//   dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
+//   dz += g_kl p (d - D) + g_forward (p - q),    d = (z - max) - (z' - max'), D = sum p d, q = softmax(z')
 // Where one entry is nearly certain, d - D is a small difference of nearly equal numbers there. So D, known in float64,
 // is subtracted in two parts: its float32, which leaves no rounding where d is near it, and the rest, which joins by_p.
 // The label's own D - d = kl - logp + logp' needs no subtraction of logits at all.
@@ -23,8 +23,8 @@ namespace {
 // A token's numbers, in float64.
 struct Token {
   int64_t label;
-  double logp, lse, g;
-  double ref_logp, kl, g_kl, g_forward;  // used with a reference only
+  double logp, max, log_sum, g;
+  double ref_logp, ref_max, ref_log_sum, kl, g_kl, g_forward;  // used with a reference only
 };
 
 // The plain gradient of 16-bit logits: no softcap, scale or reference. Every entry but the label's is then a power of
@@ -106,38 +106,30 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   constexpr int lanes = Vec<A>::lanes;
   alignas(64) A buffer[kBlock];
   alignas(64) A ref_buffer[kBlock];
-  const A origin = static_cast<A>(token.lse);
-  const auto minus_m = splat<A>(-origin);
+  const auto minus_max = splat<A>(static_cast<A>(-token.max));
   // p = e f, so everything that multiplies p joins the exponential's factor.
-  const double f = std::exp(static_cast<double>(origin) - token.lse) * transform.scale;
+  const double f = std::exp(-token.log_sum) * transform.scale;
   const A cap = static_cast<A>(transform.softcap);
   const A z_label = row.at(token.label);
   double by_p = -token.g, at_label = -token.g * std::expm1(token.logp);
-  A mean_gap = 0, ref_origin = 0;
+  A mean_gap = 0;
   auto by_gap = splat<A>(A(0)), by_q = by_gap;
-  if (kReverse || kForward) {
-    const A ref_label = reference.at(token.label);
-    const double ref_lse = static_cast<double>(ref_label) - token.ref_logp;
-    if (kReverse) {
-      const double beyond_label = token.kl - token.logp + token.ref_logp;
-      const double mean = static_cast<double>(z_label) - static_cast<double>(ref_label) + beyond_label;
-      mean_gap = static_cast<A>(mean);
-      by_p -= token.g_kl * (mean - static_cast<double>(mean_gap));
-      by_gap = splat<A>(static_cast<A>(token.g_kl * f));
-      const double p_label = std::exp(token.logp);
-      if (p_label != 0.0) at_label -= token.g_kl * p_label * beyond_label;
-    }
-    if (kForward) {
-      ref_origin = static_cast<A>(ref_lse);
-      by_p += token.g_forward;
-      by_q = splat<A>(
-          static_cast<A>(token.g_forward * std::exp(static_cast<double>(ref_origin) - ref_lse) * transform.scale));
-      at_label += token.g_forward * (std::expm1(token.logp) - std::expm1(token.ref_logp));
-    }
+  if (kReverse) {
+    const double mean = token.kl + token.log_sum - token.ref_log_sum;
+    mean_gap = static_cast<A>(mean);
+    by_p -= token.g_kl * (mean - static_cast<double>(mean_gap));
+    by_gap = splat<A>(static_cast<A>(token.g_kl * f));
+    const double p_label = std::exp(token.logp);
+    if (p_label != 0.0) at_label -= token.g_kl * p_label * (token.kl - token.logp + token.ref_logp);
+  }
+  if (kForward) {
+    by_p += token.g_forward;
+    by_q = splat<A>(static_cast<A>(token.g_forward * std::exp(-token.ref_log_sum) * transform.scale));
+    at_label += token.g_forward * (std::expm1(token.logp) - std::expm1(token.ref_logp));
   }
   const auto factor = splat<A>(static_cast<A>(by_p * f));
-  const auto ref_m = splat<A>(ref_origin);
-  const double log2_g = std::log2(std::abs(by_p)), log2_lse = token.lse / std::log(2.0);
+  const auto minus_ref_max = splat<A>(static_cast<A>(-token.ref_max));
+  const double log2_g = std::log2(std::abs(by_p)), log2_lse = (token.max + token.log_sum) / std::log(2.0);
   const float offset = static_cast<float>(log2_g - log2_lse);
   const bool powers = transform.identity() && std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
   const auto center = splat<A>(mean_gap);
@@ -154,15 +146,15 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
     const A* ref = kReverse || kForward ? reference.block(start, n, ref_buffer) : z;
     T* to = out + start;
     const auto gradient = [&](int64_t i, auto capped) __attribute__((always_inline)) {
-      const auto logit = load<A>(z + i);
-      const auto e = exp_nonpositive(logit + minus_m);
+      const auto logit = load<A>(z + i), shifted = logit + minus_max;
+      const auto e = exp_nonpositive(shifted);
       auto dz = e * factor;
       if (kReverse) {
-        const auto gap = (logit - load<A>(ref + i)) - center;
+        const auto gap = (shifted - (load<A>(ref + i) + minus_ref_max)) - center;
         // Where e is 0 the gap may be infinite; such entries carry no mass.
         dz = e > 0 ? e * (gap * by_gap + factor) : dz;
       }
-      if (kForward) dz -= exp_nonpositive(load<A>(ref + i) - ref_m) * by_q;
+      if (kForward) dz -= exp_nonpositive(load<A>(ref + i) + minus_ref_max) * by_q;
       if (capped) {
         const auto t = logit * (A(1) / cap);
         dz *= A(1) - t * t;
@@ -197,13 +189,15 @@ void run_tokens(const dpo::cpu::LogitsGradParams& p, int64_t begin, int64_t end)
     const int64_t at = p.tokens[k];
     const auto row = Row<A>::of(p.logits, at, p.seq_len, transform);
     T* out = static_cast<T*>(p.out) + (at / p.seq_len) * p.out_stride_b + (at % p.seq_len) * p.out_stride_t;
-    Token token{p.labels[at], p.logps[at], p.lse[at], p.grad_logps[at], 0.0, 0.0, 0.0, 0.0};
+    Token token{p.labels[at], p.logps[at], p.max[at], p.log_sum[at], p.grad_logps[at], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
     if (!p.reference.data) {
       grad_row<false, false, A, T>(row, row, out, p.vocab, token, transform);
       continue;
     }
     const auto reference = Row<A>::of(p.reference, at, p.seq_len, transform);
     token.ref_logp = p.ref_logps[at];
+    token.ref_max = p.ref_max[at];
+    token.ref_log_sum = p.ref_log_sum[at];
     token.kl = p.kl[at];
     if (p.grad_kl) token.g_kl = p.grad_kl[at];
     if (p.grad_forward_kl) token.g_forward = p.grad_forward_kl[at];

@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -135,7 +136,8 @@ void run_logits_grad(LogitsGradParams& p, int64_t count, int64_t ignore_index) {
                               [&](int64_t begin, int64_t end) { DPO_RUN(logits_grad, wide, p, begin, end); });
 }
 
-LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const double* logps, const double* lse,
+// softmax: logps, max and log_sum.
+LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const std::array<const double*, 3>& softmax,
                              const double* grad_logps, double logit_scale, double logit_softcap, const Tensor& out) {
   LogitsGradParams p{};
   p.logits = logits_of(logits);
@@ -144,8 +146,9 @@ LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const d
   p.out_stride_b = gradient.stride_b;
   p.out_stride_t = gradient.stride_t;
   p.labels = labels_of(labels);
-  p.logps = logps;
-  p.lse = lse;
+  p.logps = softmax[0];
+  p.max = softmax[1];
+  p.log_sum = softmax[2];
   p.grad_logps = grad_logps;
   p.seq_len = logits.size(1);
   p.vocab = logits.size(2);
@@ -154,14 +157,17 @@ LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const d
   return p;
 }
 
-void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
-                    double logit_scale, double logit_softcap, Tensor out, std::optional<Tensor> ref_logits,
-                    std::optional<Tensor> ref_logps, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
+void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor max, Tensor log_sum, Tensor grad_logps,
+                    int64_t ignore_index, double logit_scale, double logit_softcap, Tensor out,
+                    std::optional<Tensor> ref_logits, std::optional<Tensor> ref_logps, std::optional<Tensor> ref_max,
+                    std::optional<Tensor> ref_log_sum, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
                     std::optional<Tensor> grad_forward_kl) {
-  LogitsGradParams p =
-      grad_params(logits, labels, in_of(logps), in_of(lse), in_of(grad_logps), logit_scale, logit_softcap, out);
+  LogitsGradParams p = grad_params(logits, labels, {in_of(logps), in_of(max), in_of(log_sum)}, in_of(grad_logps),
+                                   logit_scale, logit_softcap, out);
   if (ref_logits) p.reference = logits_of(*ref_logits);
   p.ref_logps = in_of(ref_logps);
+  p.ref_max = in_of(ref_max);
+  p.ref_log_sum = in_of(ref_log_sum);
   p.kl = in_of(kl);
   p.grad_kl = in_of(grad_kl);
   p.grad_forward_kl = in_of(grad_forward_kl);
@@ -299,8 +305,9 @@ void preference_backward_op(Tensor logits, Tensor labels, Tensor tokens, Tensor 
     if (share) grad *= share[pair];
     spread(coef[s] * grad, weights.data(), places, s, grad_logps.data());
   }
-  LogitsGradParams p = grad_params(logits, labels, in_of(tokens), in_of(tokens) + count, grad_logps.data(), logit_scale,
-                                   logit_softcap, out);
+  const double* rows = in_of(tokens);
+  LogitsGradParams p = grad_params(logits, labels, {rows, rows + count, rows + 2 * count}, grad_logps.data(),
+                                   logit_scale, logit_softcap, out);
   run_logits_grad(p, count, ignore_index);
 }
 
@@ -308,12 +315,13 @@ Logits matrix_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), 0, 
 
 int64_t* int64_of(const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); }
 
-FilterParams filter_of(const Tensor& logits, const Tensor& labels, const Tensor& lse, double eps, double logit_scale,
-                       double logit_softcap) {
+FilterParams filter_of(const Tensor& logits, const Tensor& labels, const Tensor& max, const Tensor& log_sum, double eps,
+                       double logit_scale, double logit_softcap) {
   FilterParams p{};
   p.logits = matrix_of(logits);
   p.labels = labels_of(labels);
-  p.lse = in_of(lse);
+  p.max = in_of(max);
+  p.log_sum = in_of(log_sum);
   p.log_eps = std::log(eps);
   p.vocab = logits.size(1);
   p.logit_scale = logit_scale;
@@ -321,18 +329,19 @@ FilterParams filter_of(const Tensor& logits, const Tensor& labels, const Tensor&
   return p;
 }
 
-void filter_count_op(Tensor logits, Tensor labels, Tensor lse, double eps, double logit_scale, double logit_softcap,
-                     Tensor counts) {
-  FilterParams p = filter_of(logits, labels, lse, eps, logit_scale, logit_softcap);
+void filter_count_op(Tensor logits, Tensor labels, Tensor max, Tensor log_sum, double eps, double logit_scale,
+                     double logit_softcap, Tensor counts) {
+  FilterParams p = filter_of(logits, labels, max, log_sum, eps, logit_scale, logit_softcap);
   p.counts = int64_of(counts);
   [[maybe_unused]] const bool wide = p.logits.dtype == DType::float64;
   torch::stable::parallel_for(0, logits.size(0), 1,
                               [&](int64_t begin, int64_t end) { DPO_RUN(filter_count, wide, p, begin, end); });
 }
 
-void filter_fill_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, double eps, double logit_scale,
-                    double logit_softcap, Tensor row_ptr, Tensor index, Tensor value, Tensor tail, Tensor dropped) {
-  FilterParams p = filter_of(logits, labels, lse, eps, logit_scale, logit_softcap);
+void filter_fill_op(Tensor logits, Tensor labels, Tensor logps, Tensor max, Tensor log_sum, double eps,
+                    double logit_scale, double logit_softcap, Tensor row_ptr, Tensor index, Tensor value, Tensor tail,
+                    Tensor dropped) {
+  FilterParams p = filter_of(logits, labels, max, log_sum, eps, logit_scale, logit_softcap);
   p.logps = in_of(logps);
   p.row_ptr = int64_of(row_ptr);
   p.index = static_cast<int32_t*>(index.mutable_data_ptr());
@@ -458,9 +467,10 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
       "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
       "float logit_softcap, int asked, Tensor(a!) tokens) -> ()");
   m.def(
-      "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
-      "float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, "
-      "Tensor? grad_kl, Tensor? grad_forward_kl) -> ()");
+      "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor max, Tensor log_sum, Tensor grad_logps, "
+      "int ignore_index, float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, "
+      "Tensor? ref_logps, Tensor? ref_max, Tensor? ref_log_sum, Tensor? kl, Tensor? grad_kl, Tensor? grad_forward_kl) "
+      "-> ()");
   m.def("sequence_sums(Tensor values, Tensor weights, Tensor? cu_seqlens, Tensor(a!) sums) -> ()");
   m.def(
       "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
@@ -476,10 +486,12 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
       "int ignore_index, float logit_scale, float logit_softcap, Tensor? token_weights, Tensor? cu_seqlens, "
       "Tensor? pair_weights, int reduction, Tensor(a!) out) -> ()");
   m.def(
-      "filter_count(Tensor logits, Tensor labels, Tensor lse, float eps, float logit_scale, float logit_softcap, "
+      "filter_count(Tensor logits, Tensor labels, Tensor max, Tensor log_sum, float eps, float logit_scale, float "
+      "logit_softcap, "
       "Tensor(a!) counts) -> ()");
   m.def(
-      "filter_fill(Tensor logits, Tensor labels, Tensor logps, Tensor lse, float eps, float logit_scale, "
+      "filter_fill(Tensor logits, Tensor labels, Tensor logps, Tensor max, Tensor log_sum, float eps, float "
+      "logit_scale, "
       "float logit_softcap, Tensor row_ptr, Tensor(a!) index, Tensor(b!) value, Tensor(c!) tail, Tensor(d!) dropped) "
       "-> ()");
   m.def(

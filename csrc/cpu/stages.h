@@ -40,7 +40,8 @@ struct LogitsGradParams {
   const int64_t* labels;
   const int64_t* tokens;
   const double* logps;
-  const double* lse;
+  const double* max;
+  const double* log_sum;
   const double* grad_logps;
   int64_t seq_len;
   int64_t vocab;
@@ -49,6 +50,8 @@ struct LogitsGradParams {
   // Token-level KL divergences; reference.data == nullptr: none, and the others are not read.
   Logits reference;
   const double* ref_logps;
+  const double* ref_max;
+  const double* ref_log_sum;
   const double* kl;               // KL(policy || reference)
   const double* grad_kl;          // of the loss with respect to it; nullptr: 0
   const double* grad_forward_kl;  // and to KL(reference || policy); nullptr: 0

@@ -7,6 +7,7 @@
 // written.
 //
 // With kl, policy and reference blocks are read side by side and sum p (z - z') is formed on the way.
+#include <cmath>
 #include <cstring>
 
 #include "../common/online_softmax.h"
@@ -48,6 +49,9 @@ DPO_INLINE A block_max(const A* z, int64_t n) {
   for (; i < n; i += lanes) a = vmax(a, load<A>(z + i));
   return horizontal_max<A>(vmax(vmax(a, b), vmax(c, d)));
 }
+
+// Maxima of policy and reference further apart than this make float32 sums of their differences too coarse.
+constexpr double kNearMaxima = 256.0;
 
 // The statistics that ride along in the exponential pass.
 template <typename A>
@@ -117,17 +121,19 @@ DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const S* z, const S* ref, i
   if (kSquares) state.squares += total(a.squares, b.squares);
 }
 
+// kTiny times the sum.
 template <typename A, typename S>
-DPO_INLINE double plain_sum(const S* z, int64_t n) {
+DPO_INLINE double tiny_sum(const S* z, int64_t n) {
   constexpr int lanes = Vec<A>::lanes;
+  constexpr A tiny = static_cast<A>(dpo::kTiny);
   Two<A> a = {}, b = {};
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    a = a + load_two(z + i);
-    b = b + load_two(z + i + 2 * lanes);
+    a = a + load_two(z + i) * tiny;
+    b = b + load_two(z + i + 2 * lanes) * tiny;
   }
   double s = total(a, b);
-  for (; i < n; ++i) s += static_cast<double>(Convert<A, S>::scalar(z + i));
+  for (; i < n; ++i) s += dpo::kTiny * static_cast<double>(Convert<A, S>::scalar(z + i));
   return s;
 }
 
@@ -139,25 +145,54 @@ DPO_INLINE const S* without(int64_t position, const S* z, int64_t n, S* buffer) 
   return buffer;
 }
 
+// Whether the label is the first of the likeliest entries, by the logits as they are stored: scale and softcap round,
+// and make unequal logits equal.
 template <typename A>
-bool appears_before(const Row<A>& row, A value, int64_t end) {
+bool is_likeliest(Row<A> row, int64_t vocab, int64_t label) {
+  const A sign = row.transform.scale > 0.0 ? A(1) : A(-1);
+  if (row.transform.scale == 0.0) return label == 0;
+  row.transform = {1.0, 0.0};
+  const A own = sign * row.at(label);
   A buffer[kBlock];
-  for (int64_t start = 0; start < end; start += kBlock) {
-    const int64_t n = end - start < kBlock ? end - start : kBlock;
-    const A* z = row.block(start, n, buffer);
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+    const A* x = row.block(start, n, buffer);
     for (int64_t i = 0; i < n; ++i) {
-      if (z[i] == value) return true;
+      const A other = sign * x[i];
+      if (other > own || (other == own && start + i < label)) return false;
     }
   }
-  return false;
+  return true;
 }
 
 struct RowResult {
   dpo::FinishedRow policy;
   dpo::FinishedRow reference;
+  double kl;
   double accuracy;
   double mean;
 };
+
+// KL(policy || reference) by float64 numbers counted from both maxima, for rows whose float32 sums overflow, or whose
+// logits lie so far from the reference's that these sums round: a second look at both.
+template <typename A>
+double careful_kl(const Row<A>& policy, const Row<A>& reference, int64_t vocab, const RowResult& row) {
+  A buffer[kBlock], ref_buffer[kBlock];
+  double mass = 0.0, drift = 0.0;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+    const A* z = policy.block(start, n, buffer);
+    const A* ref = reference.block(start, n, ref_buffer);
+    for (int64_t i = 0; i < n; ++i) {
+      const double e = std::exp(static_cast<double>(z[i]) - row.policy.max);
+      if (!(e > 0.0)) continue;
+      mass += e;
+      drift +=
+          e * dpo::tiny_gap(static_cast<double>(z[i]), row.policy.max, static_cast<double>(ref[i]), row.reference.max);
+    }
+  }
+  return drift / mass / dpo::kTiny - row.policy.log_sum + row.reference.log_sum;
+}
 
 // S: the type in which the blocks are read; A, or a row's own 16-bit type.
 template <bool kEntropy, bool kKl, bool kSquares, typename A, typename S>
@@ -171,7 +206,7 @@ RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t voca
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
     const S* z = policy.block(start, n, buffer);
-    if (mean) total += plain_sum<A>(z, n);
+    if (mean) total += tiny_sum<A>(z, n);
     const bool holds_label = label >= start && label < start + n;
     if (holds_label) z = without(label - start, z, n, buffer);
     const S* ref = z;
@@ -184,18 +219,25 @@ RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t voca
   }
   RowResult out{};
   const A z_label = policy.at(label);
-  double gap = 0.0;
+  out.policy = dpo::finish_row(state, z_label);
   if (kKl) {
     const A ref_label = reference.at(label);
-    gap = static_cast<double>(z_label) - static_cast<double>(ref_label);
-    out.reference = dpo::finish_row(ref_state, ref_label, 0.0);
+    out.reference = dpo::finish_row(ref_state, ref_label);
+    out.kl = dpo::kl_of(out.policy, out.reference, static_cast<double>(z_label), static_cast<double>(ref_label));
+    const bool near = std::abs(out.policy.max - out.reference.max) < kNearMaxima;
+    const bool sound = std::isfinite(out.kl) && near;
+    const bool defined = out.policy.logp == out.policy.logp && out.reference.log_sum == out.reference.log_sum;
+    if (!sound && defined) out.kl = careful_kl(policy, reference, vocab, out);
   }
-  out.policy = dpo::finish_row(state, z_label, gap);
-  if (mean) out.mean = total / static_cast<double>(vocab);
+  if (mean) out.mean = total / static_cast<double>(vocab) / dpo::kTiny;
   if (accuracy) {
-    // argmax takes the first of equals, so an equal logit beats the label only from an earlier place.
-    const bool tied = z_label == state.max && vocab > 1;
-    out.accuracy = z_label > state.max || vocab == 1 || (tied && !appears_before<A>(policy, z_label, label));
+    // Below the maximum by more than the transform rounds, or above it where nothing is rounded, no second look is due.
+    const double slack = policy.transform.identity() ? 0.0 : std::abs(static_cast<double>(state.max)) * 0x1p-20;
+    const double ahead = static_cast<double>(z_label) - static_cast<double>(state.max);
+    out.accuracy = std::isnan(out.policy.logp) ? NAN
+                   : ahead > slack             ? 1.0
+                   : ahead < -slack            ? 0.0
+                                               : is_likeliest<A>(policy, vocab, label);
   }
   return out;
 }
@@ -227,14 +269,17 @@ void run_tokens(const dpo::cpu::TokenLogpsParams& p, int64_t begin, int64_t end)
                                                          p.rows[token_row::accuracy] != nullptr,
                                                          p.rows[token_row::mean_logits] != nullptr);
     p.rows[token_row::logps][token] = row.policy.logp;
-    p.rows[token_row::lse][token] = row.policy.lse;
+    p.rows[token_row::max][token] = row.policy.max;
+    p.rows[token_row::log_sum][token] = row.policy.log_sum;
     if (p.rows[token_row::accuracy]) p.rows[token_row::accuracy][token] = row.accuracy;
     if (p.rows[token_row::mean_logits]) p.rows[token_row::mean_logits][token] = row.mean;
     if (kEntropy) p.rows[token_row::entropy][token] = row.policy.entropy;
     if (kSquares) p.rows[token_row::log_sum_sq][token] = row.policy.log_sum_sq;
     if (kKl) {
-      p.rows[token_row::kl][token] = row.policy.kl_mean - row.policy.lse + row.reference.lse;
+      p.rows[token_row::kl][token] = row.kl;
       p.rows[token_row::ref_logps][token] = row.reference.logp;
+      p.rows[token_row::ref_max][token] = row.reference.max;
+      p.rows[token_row::ref_log_sum][token] = row.reference.log_sum;
     } else if (p.reference.data) {
       p.rows[token_row::ref_logps][token] =
           run_row<false, false, false, A>(reference, reference, p.vocab, label, false, false).policy.logp;

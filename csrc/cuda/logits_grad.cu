@@ -5,19 +5,20 @@
 // n-th of them when few rows would leave SMs idle (no reduction, so the split changes no bit). Rows whose gradient is
 // zero are written without being read.
 //
-// softmax(z) = 2^(z log2(e) - m) * f with m = float32(lse log2(e)), f = 2^(m - lse log2(e)) in float64: f joins the row
-// factor, so rounding lse to float32 costs nothing. The label's entry is -g expm1(logp), which does not cancel when the
-// policy is almost sure; its thread overwrites it after the tile's store.
+// softmax(z) = 2^(z log2(e) - m) * f with lse = max + log_sum, m = float32(lse log2(e)), f = 2^(m - lse log2(e)) in
+// float64: f joins the row factor, so rounding lse to float32 costs nothing. The label's entry is -g expm1(logp), which
+// does not cancel when the policy is almost sure; its thread overwrites it after the tile's store.
 //
 // With token-level KL divergences the reference's row is read beside the policy's, once, two groups of each in flight:
-//   dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
-// with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). The label's z is taken as lse + logp: an in-place
-// gradient may have overwritten the logit by the time that another block would read it.
+//   dz += g_kl p (d - D) + g_forward (p - q),    d = (z - max) - (z' - max'), D = sum p d, q = softmax(z')
+// with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). The label's z is taken as max + log_sum + logp:
+// an in-place gradient may have overwritten the logit by the time that another block would read it.
 //
 // Vectors follow the alignment of `out`: a store that is not whole would cost more than a load that is not.
 //
 // One translation unit per dtype of the logits (-DDPO_POLICY, the number of a DType), so that they compile side by
 // side; without it, all of them in one.
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -52,9 +53,12 @@ struct GradTransform {
   float factor;  // what multiplies p, without the softcap's own slope
   float cap;
   float inverse;
-  // With a reference. by_gap multiplies p (z - z' - center), by_q the reference's softmax around ref_origin.
+  // With a reference. by_gap multiplies p (d - D) = p ((z - top) - (z' - center)), by_q the reference's softmax around
+  // ref_origin.
+  float top;
   float center;
   float by_gap;
+  float ref_log2_scale;
   float ref_origin;
   float by_q;
 
@@ -70,9 +74,9 @@ struct GradTransform {
     float dz;
     if constexpr (Tr::kKl) {
       // Infinite where one of the two is -inf; finite, so that no mass (e = 0) or no g_kl (by_gap = 0) makes 0 of it.
-      const float gap = fminf(fmaxf((z - ref_z) - center, kFloor), -kFloor);
+      const float gap = fminf(fmaxf((z - top) - (ref_z - center), -FLT_MAX), FLT_MAX);
       dz = e * fmaf(gap, by_gap, factor);
-      if constexpr (Tr::kForward) dz = fmaf(-by_q, fast_exp2(fmaf(ref_z, log2_scale, -ref_origin)), dz);
+      if constexpr (Tr::kForward) dz = fmaf(-by_q, fast_exp2(fmaf(ref_z, ref_log2_scale, -ref_origin)), dz);
     } else {
       dz = factor * e;
     }
@@ -150,10 +154,27 @@ DPO_DEVICE void write_zeros(T* out, int groups) {
   }
 }
 
-// exp(origin - lse) for lse in base 2 and the float32 next to it. |r| < 1e-2 unless |lse| > 1e5.
-DPO_DEVICE double rounding_factor(float origin, double lse) {
-  const double r = (static_cast<double>(origin) - lse) * kLn2;
-  return fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r);
+// A row's softmax p = 2^(z log2_scale - origin) factor. max and log_sum are in nats, z the loop's logit.
+struct Softmax {
+  float log2_scale, origin;
+  double factor;
+};
+
+// From kLarge on the rounding of `origin` is beyond any exponent. Only logits equal to the maximum have mass there, and
+// a power of two as scale, which rounds no product, tells them from the others. Not inlined: rare, and in float64.
+static __device__ __noinline__ Softmax softmax_of(double max, double log_sum, double unit, float log2_scale) {
+  constexpr double kLarge = 2147483648.0;
+  if (fabs(max) >= kLarge) {
+    int exponent;
+    frexpf(log2_scale, &exponent);
+    const float coarse = fminf(ldexpf(0.5f, exponent - 1), 0.5f);
+    return {coarse, static_cast<float>(max / unit) * coarse, exp(-log_sum)};
+  }
+  // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
+  const double exact = (max + log_sum) * (static_cast<double>(log2_scale) / unit);
+  const float origin = static_cast<float>(exact);
+  const double r = (static_cast<double>(origin) - exact) * kLn2;
+  return {log2_scale, origin, fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r)};
 }
 
 // The gradients of a token's log-probability and divergences.
@@ -216,7 +237,7 @@ DPO_DEVICE float label_entry(const LogitsGradParams& p, int64_t token, double gr
   }
   double slope = static_cast<double>(p.logit_scale);
   if constexpr (Tr::kSoftcap) {
-    const double t = (p.lse[token] + logp) / static_cast<double>(p.logit_softcap);
+    const double t = (p.max[token] + (p.log_sum[token] + logp)) / static_cast<double>(p.logit_softcap);
     slope *= 1.0 - t * t;
   }
   return static_cast<float>(dz * slope);
@@ -264,7 +285,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   if constexpr (Tr::kKl) {
     ref = static_cast<const R*>(p.reference.data) + b * p.reference.stride_b + t * p.reference.stride_t;
   }
-  // An illegal label has lse = NaN: the whole row becomes NaN and no logit of the label is touched.
+  // An illegal label has max = NaN: the whole row becomes NaN and no logit of the label is touched.
   const bool legal = label >= 0 && label < vocab;
   bool owns_label = false;
   if (legal) {
@@ -278,35 +299,33 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   }
 
   const double scale = static_cast<double>(p.logit_scale);
-  const double lse = p.lse[token];
   GradTransform<Tr> f{};
   f.cap = p.logit_softcap;
   f.inverse = Tr::kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
-  f.log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
-  // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
+  const float log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
   const double unit = Tr::kSoftcap ? 1.0 : scale;  // of the loop's z
-  const double to_log2 = static_cast<double>(f.log2_scale) / unit;
-  f.origin = static_cast<float>(lse * to_log2);
-  const double residue = rounding_factor(f.origin, lse * to_log2);
+  const Softmax own = softmax_of(p.max[token], p.log_sum[token], unit, log2_scale);
+  f.log2_scale = own.log2_scale;
+  f.origin = own.origin;
   double by_p = -g.logp;
   if constexpr (Tr::kKl) {
-    const double logp = p.logps[token], ref_logp = p.ref_logps[token];
-    double ref_label = legal ? scale * static_cast<double>(Vector<R>::widen(ref[label])) : NAN;
-    if constexpr (Tr::kSoftcap) ref_label = f.cap * tanh(ref_label / f.cap);
+    const double ref_max = p.ref_max[token], ref_log_sum = p.ref_log_sum[token];
     if (g.kl != 0.0) {
-      const double mean = (lse + logp - ref_label) + (p.kl[token] - logp + ref_logp);  // D
-      f.center = static_cast<float>(mean / unit);
-      by_p -= g.kl * (mean - unit * static_cast<double>(f.center));
-      f.by_gap = static_cast<float>(g.kl * residue * scale * unit);
+      const double mean = p.kl[token] + p.log_sum[token] - ref_log_sum;  // D
+      f.top = static_cast<float>(p.max[token] / unit);
+      f.center = static_cast<float>((ref_max - mean) / unit);
+      by_p -= g.kl * (unit * static_cast<double>(f.center) - (ref_max - mean));
+      f.by_gap = static_cast<float>(g.kl * own.factor * scale * unit);
     }
     if (g.forward_kl != 0.0) {
-      const double ref_lse = (ref_label - ref_logp) * to_log2;
-      f.ref_origin = static_cast<float>(ref_lse);
-      f.by_q = static_cast<float>(g.forward_kl * rounding_factor(f.ref_origin, ref_lse) * scale);
+      const Softmax other = softmax_of(ref_max, ref_log_sum, unit, log2_scale);
+      f.ref_log2_scale = other.log2_scale;
+      f.ref_origin = other.origin;
+      f.by_q = static_cast<float>(g.forward_kl * other.factor * scale);
       by_p += g.forward_kl;
     }
   }
-  f.factor = static_cast<float>(by_p * scale * residue);
+  f.factor = static_cast<float>(by_p * scale * own.factor);
 
   if (single >= 0 && single != label) {
     const float ref_single = Tr::kKl ? Vector<R>::widen(ref[single]) : 0.0f;

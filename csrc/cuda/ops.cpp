@@ -5,6 +5,8 @@
 // Outputs are allocated by the caller (dpo_kernels/backends/cuda.py).
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+
 #include "../common/tensors.h"
 #include "params.h"
 #include "stream.h"
@@ -88,7 +90,8 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   check(preference_loss(p, here.stream()), "preference_loss");
 }
 
-LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const double* logps, const double* lse,
+// softmax: logps, max and log_sum.
+LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const std::array<const double*, 3>& softmax,
                              int64_t ignore_index, double logit_scale, double logit_softcap, const Tensor& out) {
   LogitsGradParams p{};
   p.logits = row_logits_of(logits);
@@ -98,8 +101,9 @@ LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const d
   p.out_stride_b = gradient.stride_b;
   p.out_stride_t = gradient.stride_t;
   p.labels = labels_of(labels);
-  p.logps = logps;
-  p.lse = lse;
+  p.logps = softmax[0];
+  p.max = softmax[1];
+  p.log_sum = softmax[2];
   p.batch = logits.size(0);
   p.tokens = logits.size(1);
   p.vocab = logits.size(2);
@@ -109,19 +113,23 @@ LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const d
   return p;
 }
 
-void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int64_t ignore_index,
-                    double logit_scale, double logit_softcap, Tensor out, std::optional<Tensor> ref_logits,
-                    std::optional<Tensor> ref_logps, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
+void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor max, Tensor log_sum, Tensor grad_logps,
+                    int64_t ignore_index, double logit_scale, double logit_softcap, Tensor out,
+                    std::optional<Tensor> ref_logits, std::optional<Tensor> ref_logps, std::optional<Tensor> ref_max,
+                    std::optional<Tensor> ref_log_sum, std::optional<Tensor> kl, std::optional<Tensor> grad_kl,
                     std::optional<Tensor> grad_forward_kl) {
   const OnDevice here(logits);
-  LogitsGradParams p =
-      grad_params(logits, labels, in_of(logps), in_of(lse), ignore_index, logit_scale, logit_softcap, out);
+  LogitsGradParams p = grad_params(logits, labels, {in_of(logps), in_of(max), in_of(log_sum)}, ignore_index,
+                                   logit_scale, logit_softcap, out);
   p.grad_logps = in_of(grad_logps);
   if (ref_logits) {
-    require(ref_logps && kl, "the gradient of a divergence needs ref_logps and kl");
+    require(ref_logps && ref_max && ref_log_sum && kl,
+            "the gradient of a divergence needs the reference's rows and kl");
     p.reference = row_logits_of(*ref_logits);
   }
   p.ref_logps = in_of(ref_logps);
+  p.ref_max = in_of(ref_max);
+  p.ref_log_sum = in_of(ref_log_sum);
   p.kl = in_of(kl);
   p.grad_kl = in_of(grad_kl);
   p.grad_forward_kl = in_of(grad_forward_kl);
@@ -187,8 +195,9 @@ void preference_backward_op(Tensor logits, Tensor labels, Tensor tokens, Tensor 
                             std::optional<Tensor> pair_weights, int64_t reduction, Tensor out) {
   const OnDevice here(logits);
   require(grad_loss.scalar_type() == ScalarType::Float, "the loss and its gradient must be float32");
-  LogitsGradParams p = grad_params(logits, labels, in_of(tokens), in_of(tokens) + labels.numel(), ignore_index,
-                                   logit_scale, logit_softcap, out);
+  const double* rows = in_of(tokens);
+  LogitsGradParams p = grad_params(logits, labels, {rows, rows + labels.numel(), rows + 2 * labels.numel()},
+                                   ignore_index, logit_scale, logit_softcap, out);
   SpreadParams& s = p.spread;
   s.weights = {p.labels, ignore_index, in_of(token_weights)};
   s.cu_seqlens = bounds_of(cu_seqlens);
@@ -214,9 +223,10 @@ STABLE_TORCH_LIBRARY(DPO_LIBRARY, m) {
       "Tensor beta, Tensor label_smoothing, bool robust, Tensor(a!) losses, Tensor(b!) sums, Tensor(c!) ref_sums_out, "
       "Tensor(d!) coef) -> ()");
   m.def(
-      "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor lse, Tensor grad_logps, int ignore_index, "
-      "float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, Tensor? ref_logps, Tensor? kl, "
-      "Tensor? grad_kl, Tensor? grad_forward_kl) -> ()");
+      "logits_grad(Tensor logits, Tensor labels, Tensor logps, Tensor max, Tensor log_sum, Tensor grad_logps, "
+      "int ignore_index, float logit_scale, float logit_softcap, Tensor(a!) out, Tensor? ref_logits, "
+      "Tensor? ref_logps, Tensor? ref_max, Tensor? ref_log_sum, Tensor? kl, Tensor? grad_kl, Tensor? grad_forward_kl) "
+      "-> ()");
   m.def(
       "preference_forward(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
       "float logit_softcap, int asked, Tensor? token_weights, Tensor? cu_seqlens, Tensor? pair_weights, int reduction, "

@@ -102,12 +102,15 @@ struct LogitsGradParams {
   int64_t out_stride_t;
   const int64_t* labels;     // [B, T]
   const double* logps;       // [B, T]
-  const double* lse;         // [B, T]
+  const double* max;         // [B, T]
+  const double* log_sum;     // [B, T]
   const double* grad_logps;  // [B, T]; nullptr: by `spread`
   SpreadParams spread;
   // Token-level KL divergences; reference.data == nullptr: none.
   Logits reference;
   const double* ref_logps;        // [B, T]
+  const double* ref_max;          // [B, T]
+  const double* ref_log_sum;      // [B, T]
   const double* kl;               // [B, T], KL(policy || reference) of stage 1; read only where grad_kl is not 0
   const double* grad_kl;          // [B, T] or nullptr
   const double* grad_forward_kl;  // [B, T] or nullptr: of KL(reference || policy)

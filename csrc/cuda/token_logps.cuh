@@ -14,6 +14,8 @@
 // are counted from the row's first logit, so which thread takes which logit, and when, follows from the column and V
 // alone. A row that begins at no multiple of 16 bytes has its groups put together from narrower loads (RowReader).
 //
+// Rows that float32 sums cannot hold are read once more, by one block, in float64 (careful_row).
+//
 // The loops let -inf meet a probability of 0 in the moments (entropy, KL), which makes a NaN: finding that at the end
 // and going over the thread's share again, guarded, costs rare rows time; guarding each logit would cost each row a
 // slot.
@@ -64,8 +66,8 @@ struct Traits {
   static constexpr int kTotal = kShifted + kEntropy;
   static constexpr int kSquared = kTotal + kMean;
   static constexpr int kDrift = kSquared + kSquares;
-  static constexpr int kRefOrigin = kDrift + 1, kRefSum = kDrift + 2;
-  static constexpr int kFields = kDrift + (kKl ? 3 : 0);
+  static constexpr int kRefOrigin = kDrift + 1, kRefTop = kDrift + 2, kRefSum = kDrift + 3;
+  static constexpr int kFields = kDrift + (kKl ? 4 : 0);
 };
 
 // How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of
@@ -89,6 +91,7 @@ struct ThreadState {
   float squares[kChains] = {};  // sum 4^t
   float total[kChains] = {};    // sum z
   float ref_origin = kFloor;
+  float ref_top = -INFINITY;
   float ref_sum[kChains] = {};
 };
 
@@ -180,7 +183,9 @@ DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f, const Gro
   const float peak = multiply(f.value(top), f.log2_scale);
   if (__builtin_expect(peak > s.origin + kSlack, 0)) raise_origin(s, peak);
   if constexpr (Tr::kKl) {
-    const float ref_peak = multiply(f.value(maximum<typename Tr::R, Tr::kSize>(ref)), f.log2_scale);
+    const float ref_top = maximum<typename Tr::R, Tr::kSize>(ref);
+    s.ref_top = fmaxf(s.ref_top, ref_top);
+    const float ref_peak = multiply(f.value(ref_top), f.log2_scale);
     if (__builtin_expect(ref_peak > s.ref_origin + kSlack, 0)) raise_ref_origin(s, ref_peak);
   }
 #pragma unroll
@@ -218,7 +223,10 @@ DPO_DEVICE void add_single(ThreadState<Tr>& s, const Transform<Tr>& f, const typ
   const float ref_value = Tr::kKl ? Vector<typename Tr::R>::widen(ref[i]) : 0.0f;
   s.top = value;
   s.origin = fmaxf(multiply(f.value(value), f.log2_scale), kFloor);
-  if constexpr (Tr::kKl) s.ref_origin = fmaxf(multiply(f.value(ref_value), f.log2_scale), kFloor);
+  if constexpr (Tr::kKl) {
+    s.ref_top = ref_value;
+    s.ref_origin = fmaxf(multiply(f.value(ref_value), f.log2_scale), kFloor);
+  }
   add_logit<Tr, true>(s, f, value, ref_value, 0, true);
 }
 
@@ -283,9 +291,9 @@ DPO_DEVICE ThreadState<Tr> add_row(const Transform<Tr>& f, const typename Tr::T*
   }
 }
 
-// The row's state. Sums are float64: the merge adds no rounding of its own.
+// The row's state. Sums are float64: the merge adds no rounding of its own. The tops are raw logits.
 struct MergedState {
-  double origin, top, sum, shifted, drift, total, ref_origin, ref_sum, squares;
+  double origin, top, sum, shifted, drift, total, ref_origin, ref_top, ref_sum, squares;
 };
 
 DPO_DEVICE float warp_max(float value) {
@@ -313,6 +321,7 @@ DPO_DEVICE void hand_to_leader(const ThreadState<Tr>& s, States<Tr>& states, int
   if constexpr (Tr::kKl) {
     store_to_leader(&states[Tr::kDrift][thread], add_chains(s.drift));
     store_to_leader(&states[Tr::kRefOrigin][thread], s.ref_origin);
+    store_to_leader(&states[Tr::kRefTop][thread], s.ref_top);
     store_to_leader(&states[Tr::kRefSum][thread], add_chains(s.ref_sum));
   }
 }
@@ -323,11 +332,14 @@ DPO_DEVICE void hand_to_leader(const ThreadState<Tr>& s, States<Tr>& states, int
 template <typename Tr>
 DPO_DEVICE MergedState merge_row(const States<Tr>& states, int threads) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  float origin = kFloor, top = -INFINITY, ref_origin = kFloor;
+  float origin = kFloor, top = -INFINITY, ref_origin = kFloor, ref_top = -INFINITY;
   for (int i = lane; i < threads; i += kWarp) {
     origin = fmaxf(origin, states[Tr::kOrigin][i]);
     top = fmaxf(top, states[Tr::kTop][i]);
-    if constexpr (Tr::kKl) ref_origin = fmaxf(ref_origin, states[Tr::kRefOrigin][i]);
+    if constexpr (Tr::kKl) {
+      ref_origin = fmaxf(ref_origin, states[Tr::kRefOrigin][i]);
+      ref_top = fmaxf(ref_top, states[Tr::kRefTop][i]);
+    }
   }
   origin = warp_max(origin);
   if constexpr (Tr::kKl) ref_origin = warp_max(ref_origin);
@@ -353,17 +365,13 @@ DPO_DEVICE MergedState merge_row(const States<Tr>& states, int threads) {
   if constexpr (Tr::kKl) {
     out.drift = warp_sum(out.drift);
     out.ref_origin = ref_origin;
+    out.ref_top = warp_max(ref_top);
     out.ref_sum = warp_sum(out.ref_sum);
   }
   return out;
 }
 
 // ---- Finishing a row: one thread, float64 ----
-
-DPO_DEVICE OnlineSoftmax<double> to_natural(double origin, double sum, double shifted, double drift, double squares) {
-  const bool empty = origin <= static_cast<double>(kFloor) && sum == 0.0;
-  return {empty ? -INFINITY : origin * kLn2, sum, shifted * kLn2, drift, squares};
-}
 
 struct TokenValues {
   double of[token_row::count];
@@ -374,41 +382,93 @@ struct RowSummary {
   MergedState state;
   float label_x, label_ref;
   bool legal, earlier_tie;
-  bool pair;  // the row's reference was read with it
+  bool pair;     // the row's reference was read with it
+  bool careful;  // the state is that of careful_row
 };
+
+// From this size on a logit's product with log2(e) rounds by more than an exponent has room for; maxima of policy and
+// reference further apart than kNear make float32 sums of their gaps too coarse.
+constexpr double kLarge = 2147483648.0, kNear = 256.0;
+
+// What the loops take for the logit x.
+DPO_DEVICE float loop_value(const TokenLogpsParams& p, float x) {
+  return p.logit_softcap != 0.0f ? p.logit_softcap * tanhf(x * (p.logit_scale / p.logit_softcap)) : x;
+}
+
+// Of that in z.
+DPO_DEVICE double unit_of(const TokenLogpsParams& p) {
+  return p.logit_softcap != 0.0f ? 1.0 : static_cast<double>(p.logit_scale);
+}
+
+// Does the row need careful_row? Its logits are so large, or so far from the reference's, that the loops' float32
+// numbers say nothing, or a sum of them overflowed, or nothing but the label has mass. (Or a logit is NaN.)
+static __device__ __noinline__ bool is_hostile(const TokenLogpsParams& p, const MergedState& s, bool pair) {
+  const double unit = unit_of(p), top = unit * loop_value(p, static_cast<float>(s.top));
+  const double ref_top = pair ? unit * loop_value(p, static_cast<float>(s.ref_top)) : 0.0;
+  const double all = s.sum + s.shifted + s.drift + s.total + s.squares + s.ref_sum;
+  const bool far = pair && !(fabs(top - ref_top) <= kNear);
+  return !(fabs(all) < INFINITY) || s.sum == 0.0 || !(fabs(top) < kLarge) || !(fabs(ref_top) < kLarge) || far;
+}
 
 DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary& summary) {
   const MergedState& s = summary.state;
   const float label_x = summary.label_x;
   // The loops scale by log2(e) rounded to float32, which stretches every z by 1 + 1.3e-8. The label and the moments are
-  // stretched alike here, so that they meet the sums on one scale; a log-probability is then brought back.
+  // stretched alike here, so that they meet the sums on one scale; a log-probability is then brought back. All counts
+  // from the largest of the other logits, so that the stretch touches differences alone.
   const bool capped = p.logit_softcap != 0.0f;
   const double scale = static_cast<double>(p.logit_scale), cap = static_cast<double>(p.logit_softcap);
   const float log2_scale = capped ? kLog2E : kLog2E * p.logit_scale;
-  const double unit = capped ? 1.0 : scale;  // of drift and total
+  const double unit = unit_of(p);
   const double stretch = static_cast<double>(log2_scale) * kLn2 / unit;
   double z = label_x * scale, ref_z = summary.label_ref * scale;
   if (capped) {
     z = cap * tanh(z / cap);
     if (summary.pair) ref_z = cap * tanh(ref_z / cap);
   }
-  const FinishedRow row = finish_row(to_natural(s.origin, s.sum, s.shifted, s.drift * unit * stretch, s.squares),
-                                     z * stretch, (z - ref_z) * stretch);
+  // Where no other logit is above -inf, the label's own.
+  const auto base_of = [&](double top, double own) -> double {
+    return top > -INFINITY ? unit * loop_value(p, static_cast<float>(top)) : own;
+  };
+  const auto relative = [&](double origin, double sum, double top) -> double {
+    if (sum == 0.0) return -INFINITY;
+    return summary.careful ? 0.0 : (origin - static_cast<double>(log2_scale) * (top / unit)) * kLn2;
+  };
+  const double top = base_of(s.top, z), ref_top = summary.pair ? base_of(s.ref_top, ref_z) : 0.0;
+  const double tiny = summary.careful ? kTiny : 1.0;
+  double drift = s.drift * unit;
+  if (!summary.careful) drift -= s.sum * (top - ref_top);
+  const OnlineSoftmax<double> others{relative(s.origin, s.sum, top), s.sum, s.shifted * kLn2, drift * stretch,
+                                     s.squares};
+  const double rise = z - top, ref_rise = ref_z - ref_top;
+  const FinishedRow row = finish_row(others, rise * stretch);
   TokenValues out{};
   const bool nan = row.logp != row.logp;
-  const double logp = row.logp / stretch, top = static_cast<double>(label_x);
-  out.of[token_row::logps] = logp;
-  out.of[token_row::lse] = label_x == -INFINITY ? row.lse / stretch : z - logp;
+  // (logp, log_sum) of a finished row whose label lies `rise` above the largest other logit, both on the true scale.
+  // Below it the label's distance is added as it is: of 1e15 a multiplication and a division would lose more than
+  // logp's other part.
+  const auto true_logp = [&](const FinishedRow& r, double rise, double& log_sum) {
+    const double above = fmax(rise, 0.0);
+    log_sum = r.log_sum + (r.max - above * stretch);
+    return rise < 0.0 ? rise - log_sum : r.logp / stretch;
+  };
+  out.of[token_row::logps] = true_logp(row, rise, out.of[token_row::log_sum]);
+  out.of[token_row::max] = top + fmax(rise, 0.0);
   out.of[token_row::entropy] = nan ? NAN : row.entropy;
-  out.of[token_row::accuracy] = nan ? NAN : (top > s.top || (top == s.top && !summary.earlier_tie));
-  out.of[token_row::mean_logits] = (s.total + (capped ? z : label_x)) * unit / static_cast<double>(p.vocab);
+  const double label = static_cast<double>(label_x);
+  out.of[token_row::accuracy] = nan ? NAN : (label > s.top || (label == s.top && !summary.earlier_tie));
+  out.of[token_row::mean_logits] = (s.total + tiny * (capped ? z : label)) * unit / static_cast<double>(p.vocab) / tiny;
   out.of[token_row::log_sum_sq] = row.log_sum_sq;
   if (summary.pair) {
-    const FinishedRow ref = finish_row(to_natural(s.ref_origin, s.ref_sum, 0.0, 0.0, 0.0), ref_z * stretch, 0.0);
-    out.of[token_row::ref_logps] = ref.logp / stretch;
-    const double kl = row.kl_mean - row.lse + ref.lse;
+    const OnlineSoftmax<double> ref_others{relative(s.ref_origin, s.ref_sum, ref_top), s.ref_sum, 0.0, 0.0, 0.0};
+    const FinishedRow ref = finish_row(ref_others, ref_rise * stretch);
+    out.of[token_row::ref_logps] = true_logp(ref, ref_rise, out.of[token_row::ref_log_sum]);
+    out.of[token_row::ref_max] = ref_top + fmax(ref_rise, 0.0);
+    FinishedRow policy = row;
+    policy.drift /= tiny;
+    const double kl = kl_of(policy, ref, rise * stretch, ref_rise * stretch);
     // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
-    out.of[token_row::kl] = kl != kl && !nan && ref.lse == ref.lse ? INFINITY : kl;
+    out.of[token_row::kl] = kl != kl && !nan && ref.log_sum == ref.log_sum ? INFINITY : kl;
   }
   return out;
 }
@@ -438,6 +498,60 @@ static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& 
   if (token == 0 && p.to_clear != nullptr) *p.to_clear = 0;
 }
 
+// ---- A hostile row ----
+
+constexpr int kCarefulSums = 6;
+using CarefulScratch = double[kRowThreads / kWarp][kCarefulSums];
+
+// The row's sums once more, each guarded and in float64, from the exact maxima: exponents and gaps are differences from
+// them; drift and total are kTiny times what they stand for. All threads of the row's first block call this.
+template <typename Tr>
+static __device__ __noinline__ void careful_row(const Transform<Tr>& f, const typename Tr::T* x,
+                                                const typename Tr::R* ref, int label, int vocab,
+                                                CarefulScratch& scratch, RowSummary& summary) {
+  const float top = static_cast<float>(summary.state.top), ref_top = static_cast<float>(summary.state.ref_top);
+  const float origin = top == -INFINITY ? 0.0f : f.value(top);
+  const float ref_origin = !Tr::kKl || ref_top == -INFINITY ? 0.0f : f.value(ref_top);
+  double sums[kCarefulSums] = {};  // sum, shifted, squares, total, drift, ref_sum
+  for (int i = static_cast<int>(threadIdx.x); i < vocab; i += static_cast<int>(blockDim.x)) {
+    if (i == label) continue;
+    const float z = f.value(Vector<typename Tr::T>::widen(x[i]));
+    const float t = (z - origin) * f.log2_scale, e = fast_exp2(t);
+    sums[0] += e;
+    if (e > 0.0f) {
+      sums[1] += static_cast<double>(e) * t;
+      sums[2] += static_cast<double>(e) * e;
+    }
+    sums[3] += kTiny * z;
+    if constexpr (Tr::kKl) {
+      const float ref_z = f.value(Vector<typename Tr::R>::widen(ref[i]));
+      if (e > 0.0f) sums[4] += e * tiny_gap(z, origin, ref_z, ref_origin);
+      sums[5] += fast_exp2((ref_z - ref_origin) * f.log2_scale);
+    }
+  }
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int k = 0; k < kCarefulSums; ++k) {
+    const double sum = warp_sum(sums[k]);
+    if (lane == 0) scratch[warp][k] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double all[kCarefulSums] = {};
+    for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+      for (int k = 0; k < kCarefulSums; ++k) all[k] += scratch[w][k];
+    }
+    MergedState& s = summary.state;
+    s.sum = all[0];
+    s.shifted = all[1];
+    s.squares = all[2];
+    s.total = all[3];
+    s.drift = all[4];
+    s.ref_sum = all[5];
+    summary.careful = true;
+  }
+}
+
 // ---- The kernel ----
 
 // Is a logit equal to the label's found before the label? All threads of the block call this.
@@ -457,7 +571,9 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
   using R = typename Tr::R;
   DPO_SHARED(States<Tr>, states);
   DPO_SHARED(RowSummary, summary);
+  DPO_SHARED(CarefulScratch, scratch);
   DPO_SHARED(int, tied);
+  DPO_SHARED(int, hostile);
 
   const int blocks_per_row = cluster_size();
   const int rank = cluster_rank();
@@ -516,12 +632,15 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
         summary.label_x = label_x;
         summary.label_ref = label_ref;
         summary.earlier_tie = false;
+        summary.careful = false;
+        hostile = is_hostile(p, merged, Tr::kKl);
         tied = merged.top == static_cast<double>(label_x);
       }
     }
+    __syncthreads();
+    if (hostile) careful_row<Tr>(f, x, ref, label, vocab, scratch, summary);
     if (p.rows[token_row::accuracy] != nullptr && !is_reference) {
       // argmax takes the first of equals: only a tie with the maximum sends the block over the row's start again.
-      __syncthreads();
       if (tied) {
         const bool found = appears_before(x, label, label_x);
         if (threadIdx.x == 0) summary.earlier_tie = found;

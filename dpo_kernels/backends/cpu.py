@@ -106,7 +106,8 @@ def logits_grad(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     grad_logps: Tensor,
     transform: Transform,
     out: Tensor,
@@ -115,10 +116,10 @@ def logits_grad(
     """Stage 3."""
     if token_kl is not None and token_kl.ref_logits.dtype == torch.float64 != logits.dtype:
         # The row kernels compute in float64 only where the gradient is stored in it.
-        eager.logits_grad(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
+        eager.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         return
-    reference = (None,) * 5 if token_kl is None else token_kl
-    torch.ops.dpo_kernels_cpu.logits_grad(logits, labels, logps, lse, grad_logps, *transform, out, *reference)
+    reference = (None,) * len(TokenKL._fields) if token_kl is None else token_kl
+    torch.ops.dpo_kernels_cpu.logits_grad(logits, labels, logps, top, log_sum, grad_logps, *transform, out, *reference)
 
 
 def preference_forward(

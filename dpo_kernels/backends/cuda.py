@@ -108,7 +108,8 @@ def logits_grad(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     grad_logps: Tensor,
     transform: Transform,
     out: Tensor,
@@ -116,8 +117,8 @@ def logits_grad(
 ) -> None:
     """Stage 3."""
     _check_logits(logits, None if token_kl is None else token_kl.ref_logits)
-    reference = (None,) * 5 if token_kl is None else token_kl
-    _kernels.logits_grad(logits, labels, logps, lse, grad_logps, *transform, out, *reference)
+    reference = (None,) * len(TokenKL._fields) if token_kl is None else token_kl
+    _kernels.logits_grad(logits, labels, logps, top, log_sum, grad_logps, *transform, out, *reference)
 
 
 def preference_forward(

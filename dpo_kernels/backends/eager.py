@@ -6,16 +6,17 @@ backend computes the same numbers in one read (forward) and one read and one wri
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
-from ..reference import transform_logits
+from ..reference import likeliest, transform_logits
 from ..stages import TokenKL, Transform, check_labels, small_dtype, token_rows
 
 #: Elements of a block of `logits_grad_with_kl`; some ten temporaries of this size exist at a time.
 BLOCK = 1 << 20
+#: Logits, and gaps between them, are added up this much smaller: so thousands of the lowest finite ones, which masks are made
+#: of, do not overflow. A power of two, which rounds nothing.
+TINY = 2.0**-40
 
 
 def check_available(device_type: str) -> None:
@@ -26,17 +27,24 @@ def _work_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _log_softmax_parts(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp, lse) of the indexed entries, the label kept out of the log-sum-exp so that p near 1 does not cancel."""
+def _log_softmax_parts(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp of the indexed entries, maximum, log of the sum of exp(z - maximum)); [B, T] each.
+
+    The label stays out of the sum behind logp, so that a p near 1 does not cancel.
+    """
     small = small_dtype(z.device)
     z_label = z.gather(-1, index).squeeze(-1).to(small)
     rest = z.scatter(-1, index, float("-inf"))
     top = rest.amax(-1, keepdim=True)
     top = torch.where(top == float("-inf"), 0.0, top)
     # Maximum and sum join in float64: a float32 log-sum-exp near 16 would be rounded to 1e-6.
-    others = top.squeeze(-1).to(small) + (rest - top).exp().sum(-1).to(small).log()
-    logp = -torch.logaddexp(torch.zeros_like(others), others - z_label)
-    return logp, torch.where(z_label == float("-inf"), others, z_label - logp)
+    log_others = (rest - top).exp().sum(-1).to(small).log()
+    top = top.squeeze(-1).to(small)
+    gap = log_others + (top - z_label)  # log-odds against the label
+    logp = -torch.logaddexp(torch.zeros_like(gap), gap)
+    largest = z.amax(-1).to(small)
+    log_sum = torch.where(z_label == largest, -logp, torch.logaddexp(log_others, z_label - top))
+    return logp, largest, log_sum
 
 
 def token_logps(
@@ -56,46 +64,50 @@ def token_logps(
     work = _work_dtype(logits, ref_logits)
     z = transform_logits(logits.to(work), transform.scale, transform.softcap)
     found: dict[str, Tensor] = {}
-    found["logps"], lse = _log_softmax_parts(z, index)
-    found["lse"] = lse
-    # Moments under e = exp(z - top), divided by their own sum: rounding top or lse cancels.
-    top = z.amax(-1, keepdim=True)
-    top = torch.where(top.isinf(), 0.0, top)
-    shifted = z - top
+    found["logps"], found["max"], found["log_sum"] = _log_softmax_parts(z, index)
+    # Moments under e = exp(z - top), divided by their own sum: rounding top or log_sum cancels.
+    shifted = _from_top(z)
     e = shifted.exp()
     mass = e.sum(-1).to(small)
     if ref_logits is not None:
         ref_z = transform_logits(ref_logits.to(work), transform.scale, transform.softcap)
-        found["ref_logps"], ref_lse = _log_softmax_parts(ref_z, index)
+        found["ref_logps"], found["ref_max"], found["ref_log_sum"] = _log_softmax_parts(ref_z, index)
         if "kl" in statistics:
             # Where e is 0 the difference may be infinite; such entries carry no mass.
-            drift = torch.where(e == 0, 0.0, e * (z - ref_z)).sum(-1).to(small) / mass
-            found["kl"] = drift - lse + ref_lse
+            drift = torch.where(e == 0, 0.0, e * _scaled_gap(z, ref_z)).sum(-1).to(small) / mass
+            found["kl"] = drift / TINY - found["log_sum"] + found["ref_log_sum"]
     if "entropy" in statistics:
         drop = torch.where(e == 0, 0.0, e * shifted).sum(-1).to(small) / mass
-        found["entropy"] = (lse - top.squeeze(-1).to(small)) - drop
+        found["entropy"] = found["log_sum"] - drop
     if "accuracy" in statistics:
-        found["accuracy"] = z.argmax(-1) == index.squeeze(-1)
+        found["accuracy"] = likeliest(logits.to(work), transform.scale) == index.squeeze(-1)
     if "mean_logits" in statistics:
-        found["mean_logits"] = z.mean(-1)
+        found["mean_logits"] = (z * TINY).mean(-1).to(small) / TINY
     if "log_sum_sq" in statistics:
         found["log_sum_sq"] = e.square().sum(-1).to(small).log() - 2 * mass.log()
     rows = torch.stack([found[name].to(small) for name in token_rows(ref_logits is not None, statistics)])
     return torch.where(scored, torch.where(in_range, rows, float("nan")), 0.0)
 
 
+def _from_top(z: Tensor) -> Tensor:
+    """z less its row's maximum; unchanged where that is infinite."""
+    top = z.amax(-1, keepdim=True)
+    return z - torch.where(top.isinf(), 0.0, top)
+
+
+def _scaled_gap(z: Tensor, ref_z: Tensor) -> Tensor:
+    """TINY ((z - max) - (z' - max')): a sum of such gaps of the lowest finite logits stays finite."""
+    return _from_top(z * TINY) - _from_top(ref_z * TINY)
+
+
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Weighted sum over each sequence's tokens, [2P] in float64; tokens of weight 0 are skipped whatever their value."""
     terms = torch.where(weights != 0, weights * values, 0.0)
-    if cu_seqlens is None:
-        return terms.sum(-1)
-    running = torch.cat([terms.new_zeros(1), terms.reshape(-1).cumsum(0)])
-    if bool(torch.isfinite(running[-1])):
-        return running[cu_seqlens[1:]] - running[cu_seqlens[:-1]]
-    # A NaN or infinity must stay inside its own sequence, which a running sum cannot do.
-    bounds = cu_seqlens.tolist()
-    flat = terms.reshape(-1)
-    return torch.stack([flat[a:b].sum() for a, b in itertools.pairwise(bounds)])
+    bounds = cu_seqlens
+    if bounds is None:
+        bounds = torch.arange(terms.shape[0] + 1, device=terms.device) * terms.shape[1]
+    # Each sequence from its first token to its last: no bit of a sum depends on padding, packing or a neighbour.
+    return torch.segment_reduce(terms.reshape(-1), "sum", offsets=bounds, axis=0, unsafe=True, initial=0.0)
 
 
 def preference_loss(
@@ -134,7 +146,8 @@ def logits_grad(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     grad_logps: Tensor,
     transform: Transform,
     out: Tensor,
@@ -142,15 +155,15 @@ def logits_grad(
 ) -> None:
     """Stage 3. With `token_kl` see `logits_grad_with_kl`."""
     if token_kl is not None:
-        logits_grad_with_kl(logits, labels, logps, lse, grad_logps, transform, out, token_kl)
+        logits_grad_with_kl(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         return
     work = _work_dtype(logits)
     z = transform_logits(logits.to(work), transform.scale, transform.softcap)
     live = (labels != transform.ignore_index) & (grad_logps != 0)
     index = _indexable(labels, logits.shape[-1]).unsqueeze(-1)  # rows that are not live become 0 below
-    origin = lse.to(work)
-    factor = (grad_logps * torch.exp(origin.to(lse.dtype) - lse)).to(work)
-    gradient = -(z - origin.unsqueeze(-1)).exp() * factor.unsqueeze(-1)
+    # log_sum in the row's factor, in float64: added to the logits it would be rounded with them.
+    factor = (grad_logps * torch.exp(-log_sum)).to(work)
+    gradient = -(z - top.to(work).unsqueeze(-1)).exp() * factor.unsqueeze(-1)
     at_label = (-grad_logps * torch.expm1(logps)).to(work)
     gradient.scatter_(-1, index, at_label.unsqueeze(-1))
     if transform.softcap:
@@ -160,7 +173,7 @@ def logits_grad(
 
 
 def _indexable(labels: Tensor, vocab: int) -> Tensor:
-    """0 in the place of labels outside the vocabulary. Their rows are NaN by lse; an index would end a GPU's context."""
+    """0 in the place of labels outside the vocabulary. Their rows are NaN by log_sum; an index would end a GPU's context."""
     return torch.where((labels >= 0) & (labels < vocab), labels, 0)
 
 
@@ -168,7 +181,8 @@ def logits_grad_with_kl(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     grad_logps: Tensor,
     transform: Transform,
     out: Tensor,
@@ -180,7 +194,7 @@ def logits_grad_with_kl(
 
     A few rows at a time, so that the temporaries stay small whatever the batch.
     """
-    ref_logits, ref_logps, _, grad_kl, grad_forward_kl = token_kl
+    ref_logits, _, ref_max, ref_log_sum, _, grad_kl, grad_forward_kl = token_kl
     moves = grad_logps != 0
     for grad in (grad_kl, grad_forward_kl):
         moves = moves if grad is None else moves | (grad != 0)
@@ -192,30 +206,28 @@ def logits_grad_with_kl(
         z = transform_logits(logits[b, t].to(work), transform.scale, transform.softcap)
         ref_z = transform_logits(ref_logits[b, t].to(work), transform.scale, transform.softcap)
         label = _indexable(labels[b, t], logits.shape[-1]).unsqueeze(-1)
-        # lse' is not an output of stage 1, but the label's logit minus its log-probability.
-        ref_lse = ref_z.gather(-1, label).squeeze(-1).to(lse.dtype) - ref_logps[b, t]
 
         def column_of(values: Tensor) -> Tensor:
             return values.to(work).unsqueeze(-1)
 
-        def softmax(values: Tensor, norm: Tensor) -> Tensor:
-            # lse rounded to float32 would tilt the whole row; what rounding took goes into a factor.
-            origin = column_of(norm)
-            return (values - origin).exp() * column_of((origin.squeeze(-1) - norm).exp())
+        def softmax(values: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:
+            return (values - column_of(largest)).exp() * column_of((-log_sum).exp())
 
-        p = softmax(z, lse[b, t])
+        p = softmax(z, top[b, t], log_sum[b, t])
         by_logp = column_of(grad_logps[b, t])
         gradient = -by_logp * p
         # 1 - p by cancellation is lost where p is near 1.
         gradient.scatter_(-1, label, -by_logp * column_of(torch.expm1(logps[b, t])))
         if grad_kl is not None:
             # d counted from the most likely token's: where p is near 1 its d and D agree in all leading digits.
-            gap = torch.where(p > 0, z - ref_z, 0.0)
+            gap = torch.where(p > 0, _scaled_gap(z, ref_z), 0.0)
             gap -= gap.gather(-1, p.argmax(-1, keepdim=True))
-            mean = (p * gap).sum(-1, dtype=lse.dtype) / p.sum(-1, dtype=lse.dtype)
-            gradient += column_of(grad_kl[b, t]) * p * (gap - column_of(mean))
+            mean = (p * gap).sum(-1, dtype=log_sum.dtype) / p.sum(-1, dtype=log_sum.dtype)
+            # The gap may be beyond float32 where grad_kl brings it back.
+            gradient += p * ((gap - column_of(mean)) * column_of(grad_kl[b, t] / TINY))
         if grad_forward_kl is not None:
-            gradient += column_of(grad_forward_kl[b, t]) * (p - softmax(ref_z, ref_lse))
+            q = softmax(ref_z, ref_max[b, t], ref_log_sum[b, t])
+            gradient += column_of(grad_forward_kl[b, t]) * (p - q)
         if transform.softcap:
             gradient *= 1 - (z / transform.softcap) ** 2
         out[b, t] = (gradient * transform.scale).to(out.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..arguments import check_tensor
+from ..arguments import check_tensor, refuse_transforms
 from ..stages import KL_TERMS, Stages, Transform, all_rows
 from . import planner
 
@@ -36,7 +36,9 @@ class LMHead(NamedTuple):
             raise ValueError(f"{name} has an empty vocabulary: {list(weight.shape)}")
         why = f"[V, H], H being that of {prefix}hidden"
         check_tensor(name, weight, (rows, hidden.shape[-1]), hidden.device, why)
+        refuse_transforms(name, weight)
         if self.bias is not None:
+            refuse_transforms(f"{prefix}bias", self.bias)
             check_tensor(f"{prefix}bias", self.bias, (rows,), hidden.device, f"one per row of {name}")
         if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
@@ -135,22 +137,29 @@ def sizes_of(
         widens=device == "cpu" and compute_dtype.itemsize == 2,
         kl_gradient=bool(terms),
         device_type=device,
+        float16=compute_dtype == torch.float16,
     )
 
 
-@dataclass(frozen=True)
-class KLGradients:
+class KLGradients(NamedTuple):
     """What a backward needs to differentiate token-level KL divergences as well; shapes as the log-probabilities'.
 
     Attributes:
-        ref_logps, kl: of stage 1.
+        ref_logps, ref_max, ref_log_sum, kl: of stage 1.
         grad_kl, grad_forward_kl: gradients of the loss by KL(policy || reference) and KL(reference || policy), or None.
     """
 
     ref_logps: Tensor
+    ref_max: Tensor
+    ref_log_sum: Tensor
     kl: Tensor
     grad_kl: Tensor | None
     grad_forward_kl: Tensor | None
+
+    @classmethod
+    def of(cls, rows: dict[str, Tensor], grads: dict[str, Tensor]) -> KLGradients:
+        """From stage 1's rows and the gradients of the loss, both by name."""
+        return cls(*(rows[name] for name in cls._fields[:4]), grads.get("kl"), grads.get("forward_kl"))
 
     def at(self, tokens: Tensor | slice) -> KLGradients:
         """Those of the tokens."""
@@ -158,7 +167,7 @@ class KLGradients:
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.reshape(-1)[tokens]
 
-        return KLGradients(*map(part, (self.ref_logps, self.kl, self.grad_kl, self.grad_forward_kl)))  # type: ignore
+        return KLGradients(*map(part, self))  # type: ignore
 
     def moves(self) -> Tensor:
         """Where one of the gradients is not 0."""

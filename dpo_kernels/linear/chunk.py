@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -180,23 +180,24 @@ class Projection:
         self,
         logits: Tensor,
         tokens: Tensor,
-        logps: Tensor,
-        lse: Tensor,
+        softmax: Sequence[Tensor],
         grad_logps: Tensor,
         divergences: KLGradients | None = None,
     ) -> Tensor:
-        """dz [c, V] over `logits`; all else [c]. With `divergences` the reference's logits are in their buffer."""
+        """dz [c, V] over `logits`; `softmax` as of `softmax_of`, and all else [c].
+
+        With `divergences` the reference's logits are in their buffer.
+        """
         call = self.call
 
         token_kl = None
         if divergences is not None:
             ref_logits = self.ref_buffer[: logits.shape[0]].unsqueeze(0)
-            small = divergences.ref_logps, divergences.kl, divergences.grad_kl, divergences.grad_forward_kl
-            token_kl = TokenKL(ref_logits, *(None if v is None else _row(v) for v in small))  # type: ignore[arg-type]
+            small = (None if values is None else _row(values) for values in divergences)
+            token_kl = TokenKL(ref_logits, *small)  # type: ignore[arg-type]
         labels, every = self.labels[tokens].unsqueeze(0), logits.unsqueeze(0)
-        call.stages.logits_grad(
-            every, labels, _row(logps), _row(lse), _row(grad_logps), call.transform, every, token_kl
-        )
+        small = (_row(values) for values in (*softmax, grad_logps))
+        call.stages.logits_grad(every, labels, *small, call.transform, every, token_kl)
         return logits
 
     def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:
@@ -205,8 +206,7 @@ class Projection:
         result = filtered.keep(
             logits,
             self.labels[tokens],
-            found["logps"].contiguous(),
-            found["lse"].contiguous(),
+            *(row.contiguous() for row in softmax_of(found)),
             eps=call.eps,
             logit_scale=call.transform.scale,
             logit_softcap=call.transform.softcap,
@@ -228,8 +228,7 @@ class Projection:
         logits: Tensor,
         tokens: Tensor,
         rows: Tensor,
-        logps: Tensor,
-        lse: Tensor,
+        softmax: Sequence[Tensor],
         grad_logps: Tensor,
         gradient: HeadGradient,
         *,
@@ -237,10 +236,15 @@ class Projection:
         last: bool = False,
     ) -> Tensor | None:
         """dH rows [c, H] of a chunk if the call needs them, its part of the head's gradient joining `gradient`."""
-        dz = self.differentiate(logits, tokens, logps, lse, grad_logps, divergences)
+        dz = self.differentiate(logits, tokens, softmax, grad_logps, divergences)
         grad_hidden = self.hidden_gradient(dz) if self.call.needs.hidden else None
         gradient.add(dz, rows)
         return grad_hidden
+
+
+def softmax_of(found: dict[str, Tensor]) -> list[Tensor]:
+    """What of stage 1's rows a gradient takes to find the probabilities again."""
+    return [found[name] for name in ("logps", "max", "log_sum")]
 
 
 def _row(values: Tensor) -> Tensor:

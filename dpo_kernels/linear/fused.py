@@ -103,17 +103,16 @@ class FusedProjection:
         self._logps(rows, self.head.weight, self.head.bias, tokens, frozenset())
         return self.buffer[: rows.shape[0]]
 
-    def dropped_mass(self, tokens: Tensor, rows: Tensor, logps: Tensor, lse: Tensor) -> Tensor:
+    def dropped_mass(self, tokens: Tensor, rows: Tensor, softmax: Sequence[Tensor]) -> Tensor:
         """Probability [c] in the blocks that the backward will leave out. Costs a projection."""
-        return self.grad.logits_block_grad(self.head, rows, self.labels[tokens], logps, lse, None).dropped
+        return self.grad.logits_block_grad(self.head, rows, self.labels[tokens], *softmax, None).dropped
 
     def pull_back(
         self,
         logits: Tensor | None,
         tokens: Tensor,
         rows: Tensor,
-        logps: Tensor,
-        lse: Tensor,
+        softmax: Sequence[Tensor],
         grad_logps: Tensor,
         gradient: HeadGradient,
         *,
@@ -124,7 +123,7 @@ class FusedProjection:
         assert divergences is None
         grad = grad_logps.double()
         found = self.grad.logits_block_grad(
-            self.head, rows, self.labels[tokens], logps, lse, grad, logits=logits, out=self.buffer[: rows.shape[0]]
+            self.head, rows, self.labels[tokens], *softmax, grad, logits=logits, out=self.buffer[: rows.shape[0]]
         )
         self.dropped = found.dropped
         if gradient.weight is not None:

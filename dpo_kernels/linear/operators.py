@@ -72,7 +72,8 @@ def _linear_logps_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     divergences = None
     if call.terms:
         rows = dict(zip(call.rows, found.unbind(0), strict=True))
-        divergences = KLGradients(rows["ref_logps"], rows["kl"], grad_kl, grad_forward_kl)
+        grads = {"kl": grad_kl, "forward_kl": grad_forward_kl}
+        divergences = KLGradients.of(rows, grads)
     with no_autocast(hidden.device):
         grad_hidden, gradient = backward_tokens(call, hidden, weight, bias, found, grad_logps, divergences=divergences)
     nothing = hidden.new_empty(0)

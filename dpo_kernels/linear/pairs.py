@@ -21,7 +21,7 @@ from torch import Tensor
 from ..arguments import PairSettings
 from ..backends.whole_call import reduce
 from ..memory import fresh
-from ..ops import check_cu_seqlens
+from ..ops import check_cu_seqlens, without_graph
 from ..pair_loss import PairLosses, Tokens, token_gradients
 from ..stages import owners
 from . import planner
@@ -35,6 +35,7 @@ from .chunk import (
     gradient_dtype,
     main_grad,
     no_autocast,
+    softmax_of,
 )
 from .fused import FusedProjection
 from .tokens import backward_tokens, take_weight
@@ -205,7 +206,7 @@ def run_pairs(
             continue
         divergences = None
         if call.terms:
-            divergences = KLGradients(found["ref_logps"], found["kl"], grads.get("kl"), grads.get("forward_kl"))
+            divergences = KLGradients.of(found, grads)
         # The last chunk's logits are still in the buffer; earlier ones of a pair beyond the budget come back.
         for number, (a, b) in reversed(list(enumerate(group.chunks))):
             chunk, local = order_of_tokens[a:b], slice(a - begin, b - begin)
@@ -219,8 +220,7 @@ def run_pairs(
                 logits,
                 chunk,
                 rows,
-                found["logps"][local],
-                found["lse"][local],
+                [row[local] for row in softmax_of(found)],
                 grads["logps"][local],
                 gradient,
                 divergences=None if divergences is None else divergences.at(local),
@@ -268,6 +268,9 @@ class WholePairs(torch.autograd.Function):
             hidden,
             weight,
             bias,
+            # So that autograd notices if somebody writes into them before the backward.
+            call.labels,
+            *call.reference,
             done.table.all,
             done.token_grads.all,
             done.tokens,
@@ -282,11 +285,15 @@ class WholePairs(torch.autograd.Function):
         return loss, *vectors, done.table.all, done.plan
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 6
-        hidden, weight, bias, found, token_grads, tokens, logits, *gradients = ctx.saved_tensors
+        head = ctx.saved_tensors[:3]
+        return without_graph(lambda: WholePairs._gradients(ctx, grad_loss), *head, grad_loss)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, _, _, _, _, found, token_grads, tokens, logits, *gradients = ctx.saved_tensors
         grad_hidden, grad_weight, grad_bias = gradients
         call: Call = ctx.call
         into = main_grad(weight) if call.needs.weight else None
@@ -299,7 +306,7 @@ class WholePairs(torch.autograd.Function):
             divergences = None
             if call.terms:
                 rows = dict(zip(call.rows, found.unbind(0), strict=True))
-                divergences = KLGradients(rows["ref_logps"], rows["kl"], grads.get("kl"), grads.get("forward_kl"))
+                divergences = KLGradients.of(rows, grads)
             with no_autocast(hidden.device):
                 grad_hidden, gradient = backward_tokens(
                     call,

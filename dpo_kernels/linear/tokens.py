@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import filtered
-from ..stages import KL_TERMS
+from ..ops import without_graph
 from . import planner
 from .call import Call, KLGradients
 from .chunk import (
@@ -31,6 +31,7 @@ from .chunk import (
     no_autocast,
     scatter,
     scored,
+    softmax_of,
 )
 from .fused import FusedProjection
 
@@ -97,7 +98,7 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
                 units.append(filtered.grad_hidden(kept, ones, projection.weight))
                 table.put(chunk, found)
             else:
-                dz = projection.differentiate(logits, chunk, found["logps"], found["lse"], ones)
+                dz = projection.differentiate(logits, chunk, softmax_of(found), ones)
                 units.append(projection.hidden_gradient(dz))
     saved: tuple[Tensor, ...] = ()
     if total is not None:
@@ -117,11 +118,11 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
 
 def _put_dropped_mass(projection: FusedProjection, table: TokenTable, tokens: Tensor, plan: planner.Plan) -> None:
     # Which blocks are dead is known only when all probabilities are, so the report costs one more projection.
-    logps, lse = (table.rows[name].view(-1) for name in ("logps", "lse"))
+    softmax = softmax_of(table.rows)
     for begin, end in plan.groups[0].chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] > 0:
-            mass = projection.dropped_mass(chunk, projection.rows(chunk), logps[chunk], lse[chunk])
+            mass = projection.dropped_mass(chunk, projection.rows(chunk), [row.view(-1)[chunk] for row in softmax])
             table.put(chunk, {"grad_dropped_mass": mass})
 
 
@@ -199,7 +200,7 @@ def backward_tokens(
         projection.take_order(order, tokens, chunks)
     else:
         projection = Projection(call, hidden, weight, bias, rows)
-    logps, lse = (found[row].reshape(-1) for row in range(2))
+    softmax = found[:3].reshape(3, -1)  # the rows that `softmax_of` names
     for begin, end in chunks:
         chunk = tokens[begin:end]
         if chunk.shape[0] == 0:
@@ -212,8 +213,7 @@ def backward_tokens(
             logits,
             chunk,
             rows,
-            logps[chunk],
-            lse[chunk],
+            softmax[:, chunk].unbind(0),
             small[chunk],
             gradient,
             divergences=None if divergences is None else divergences.at(chunk),
@@ -238,8 +238,7 @@ def upstream(call: Call, grad_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, K
     if not call.terms:
         return grads["logps"], None
     rows = dict(zip(call.rows, tokens.unbind(0), strict=True))
-    by_terms = (grads[name] if name in call.terms else None for name in KL_TERMS)
-    return grads["logps"], KLGradients(rows["ref_logps"], rows["kl"], *by_terms)
+    return grads["logps"], KLGradients.of(rows, {name: grads[name] for name in call.terms})
 
 
 class LinearLogps(torch.autograd.Function):
@@ -253,16 +252,21 @@ class LinearLogps(torch.autograd.Function):
             run = forward_tokens(call, hidden, weight, bias)
         logger.debug("%s", run.plan.describe())
         ctx.call, ctx.strategy, ctx.used = call, run.plan.strategy, False
-        ctx.save_for_backward(hidden, weight, bias, run.table.all, run.tokens, *run.saved)
+        # Labels and reference are saved so that autograd notices if somebody writes into them before the backward.
+        ctx.save_for_backward(hidden, weight, bias, call.labels, *call.reference, run.table.all, run.tokens, *run.saved)
         ctx.set_materialize_grads(False)
         return run.table.all, run.plan
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_tokens: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, found, tokens, *saved = ctx.saved_tensors
         if grad_tokens is None:
             return (None,) * 4
+        head = ctx.saved_tensors[:3]
+        return without_graph(lambda: LinearLogps._gradients(ctx, grad_tokens), *head, grad_tokens)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, _, _, _, _, found, tokens, *saved = ctx.saved_tensors
         call: Call = ctx.call
         grad_logps, divergences = upstream(call, grad_tokens, found)
         with no_autocast(hidden.device):

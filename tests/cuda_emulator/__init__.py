@@ -157,8 +157,8 @@ SpreadParams = _struct(
 )
 LogitsGradParams = _struct(
     "LogitsGradParams",
-    "Logits logits; ptr out; i64 out_stride_b, out_stride_t; ptr labels, logps, lse, grad_logps;"
-    "SpreadParams spread; Logits reference; ptr ref_logps, kl, grad_kl, grad_forward_kl;"
+    "Logits logits; ptr out; i64 out_stride_b, out_stride_t; ptr labels, logps, max, log_sum, grad_logps;"
+    "SpreadParams spread; Logits reference; ptr ref_logps, ref_max, ref_log_sum, kl, grad_kl, grad_forward_kl;"
     "i64 batch, tokens, vocab, ignore_index; f32 logit_scale, logit_softcap",
 )
 
@@ -294,17 +294,18 @@ class Emulator:
         logits: Tensor,
         labels: Tensor,
         logps: Tensor,
-        lse: Tensor,
+        top: Tensor,
+        log_sum: Tensor,
         grad_logps: Tensor,
         transform: Transform,
         out: Tensor,
         token_kl: TokenKL | None = None,
     ) -> None:
         """Stage 3: writes into out, which may be logits."""
-        ref_logits, *of_reference = (None,) * 5 if token_kl is None else token_kl
+        ref_logits, *of_reference = (None,) * len(TokenKL._fields) if token_kl is None else token_kl
         params = LogitsGradParams(
             _logits(logits), _address(out), out.stride(0), out.stride(1), _address(labels), _address(logps),
-            _address(lse), _address(grad_logps), SpreadParams(), _logits(ref_logits), *map(_address, of_reference),
-            *logits.shape, *transform,
+            _address(top), _address(log_sum), _address(grad_logps), SpreadParams(),
+            _logits(ref_logits), *map(_address, of_reference), *logits.shape, *transform,
         )  # fmt: skip
         self.call("emu_logits_grad", ctypes.byref(params), *self.device)

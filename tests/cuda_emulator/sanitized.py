@@ -37,13 +37,13 @@ def table(library: Path) -> None:
                 for statistics in ((), STATISTICS):
                     tokens = em.token_logps(logits, labels, ref, PLAIN, statistics)
                     out = torch.empty_like(logits)
-                    em.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, out)
+                    em.logits_grad(logits, labels, *tokens[:3], weights, PLAIN, out)
                 # tokens: of all statistics, with the reference's log-probabilities and kl
                 for grads in ((weights, None), (weights, weights)):
-                    divergences = TokenKL(ref, tokens[2], tokens[4], *grads)
-                    em.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, out, divergences)
-                other = TokenKL(ref.to(torch.bfloat16), tokens[2], tokens[4], weights, weights)
-                em.logits_grad(logits, labels, *tokens[:2], weights, PLAIN, logits, other)
+                    divergences = TokenKL(ref, *tokens[3:6], tokens[7], *grads)
+                    em.logits_grad(logits, labels, *tokens[:3], weights, PLAIN, out, divergences)
+                other = TokenKL(ref.to(torch.bfloat16), *tokens[3:6], tokens[7], weights, weights)
+                em.logits_grad(logits, labels, *tokens[:3], weights, PLAIN, logits, other)
                 logits = ref.clone()
                 em.token_logps(logits[:, :1], labels[:, :1].contiguous(), ref[:, 1:], PLAIN, STATISTICS)
                 cu = torch.tensor([0, 3, 4])
@@ -55,8 +55,8 @@ def table(library: Path) -> None:
         labels, capped = torch.zeros(1, 2, dtype=torch.int64), Transform(softcap=5.0)
         tokens = em.token_logps(logits, labels, logits, capped, STATISTICS)
         ones = torch.ones(1, 2, dtype=torch.float64)
-        divergences = TokenKL(logits, tokens[2], tokens[4], ones, ones)
-        em.logits_grad(logits, labels, *tokens[:2], ones, capped, torch.empty_like(logits), divergences)
+        divergences = TokenKL(logits, *tokens[3:6], tokens[7], ones, ones)
+        em.logits_grad(logits, labels, *tokens[:3], ones, capped, torch.empty_like(logits), divergences)
         for _, bounds in bad_bounds(8):
             logits, labels, weights = (
                 torch.randn(1, 8, 33),

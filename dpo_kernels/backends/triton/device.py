@@ -65,6 +65,12 @@ FLOOR = tl.constexpr(-1.0e25)
 #: needs no guard in the moments.
 HIDDEN = tl.constexpr(-1.0e30)
 
+#: Logits, and gaps between them, are added up this much smaller where they may be so large that their sum overflows.
+TINY = tl.constexpr(2.0**-40)
+#: From this size on a float32 logit's neighbours are 256 away or more, and its product with log2(e) rounds by more than an
+#: exponent has room for.
+LARGE = tl.constexpr(2.0**31)
+
 #: How a logit x becomes z: folded into the exponential's FFMA, multiplied first (scale <= 0), or softcapped.
 FOLDED, SCALED, SOFTCAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -145,6 +151,16 @@ def _unpack(pairs, element: tl.constexpr):
 
 
 @device_function
+def widen(x):
+    """Stored logits as float32."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter's own conversion takes subnormal numbers for 0.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@device_function
 def to_float(raw, element: tl.constexpr):
     """The float32 parts of a tile as load_tile returned it."""
     parts = ()
@@ -153,7 +169,7 @@ def to_float(raw, element: tl.constexpr):
             low, high = _unpack(raw[u], element)
             parts = parts + (low, high)  # noqa: RUF005 (no star in Triton)
         else:
-            parts = parts + (raw[u].to(tl.float32),)  # noqa: RUF005
+            parts = parts + (widen(raw[u]),)  # noqa: RUF005
     return parts
 
 

@@ -35,7 +35,7 @@ OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 #: to call, so no kernel may be specialised on it: compiling it anew would stop a training run for seconds.
 SMALL = [
     "labels", "weights", "values", "other_values", "cu_seqlens", "scratch", "other_scratch", "ref_scratch", "counts",
-    "logps", "lse", "ref_logps", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq",
+    "logps", "max", "log_sum", "ref_logps", "ref_max", "ref_log_sum", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq",
     "grad_logps", "grad_kl", "grad_forward_kl", "tail",
     "beta", "label_smoothing", "given_ref_sums", "losses", "sums", "ref_sums", "coef",
 ]  # fmt: skip
@@ -182,6 +182,12 @@ def shifted_alike(tensor: Tensor, other: Tensor, group: int) -> bool:
 def round_to_float32(value: float) -> float:
     """The nearest float32, as a Python float: what a float32 kernel argument will hold."""
     return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def power_of_two_below(value: float) -> float:
+    """The power of two with the sign of `value`, at most half as large and at most 1/2; 0 for 0."""
+    mantissa, exponent = math.frexp(value)
+    return math.copysign(min(math.ldexp(0.5, exponent - 1), 0.5), value) if mantissa else 0.0
 
 
 def exponent_map(logit_scale: float, logit_softcap: float) -> tuple[int, float, float]:

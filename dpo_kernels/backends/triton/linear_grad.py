@@ -80,11 +80,12 @@ def logits_block_grad_kernel(
             x += tl.load(bias + entry).to(tl.float32)[None, :]
     else:
         x = tl.load(logits + cell).to(tl.float32)
-    c = tl.load(origin + row, mask=inside, other=float("inf"))
+    top = tl.load(origin + row, mask=inside, other=float("inf"))
+    log2_sum = tl.load(origin + rows + row, mask=inside, other=0.0)
     if MAP == SOFTCAPPED:
         x, slope = tanh_accurate(x * inner)
-    # Rows past the end have no mass: their origin is infinite.
-    e = exp2_fast(fused(x, log2_scale, c[:, None]))
+    # Rows past the end have no mass: their maximum is infinite.
+    e = exp2_fast(fused(x - top[:, None], log2_scale, log2_sum[:, None]))
     others = others_of(e, place[None, :], label[:, None], vocab, 0.0)
     mass = tl.sum(others, 1)
     has_label = (label >= first) & (label < first + BLOCK_V)
@@ -338,7 +339,8 @@ def logits_block_grad(
     hidden: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     grad_logps: Tensor | None,
     *,
     logits: Tensor | None = None,
@@ -347,7 +349,8 @@ def logits_block_grad(
     """dz of a chunk where it is worth having.
 
     Args:
-        hidden: [N, H] contiguous; labels [N] int64; logps, lse [N] float64, of `linear_logps`.
+        hidden: [N, H] contiguous; labels [N] int64; logps, top, log_sum [N] float64: "logps", "max" and "log_sum"
+            of `linear_logps`.
         grad_logps: [N] float64; None to find the dropped mass alone.
         logits: [N, pitch] as `linear_logps` stored them, to be overwritten by dz; None to recompute them.
         out: [N, pitch], memory for dz where there are no stored logits.
@@ -357,16 +360,13 @@ def logits_block_grad(
     pitch = padded(call.weight.shape[0], hidden.dtype)
     tile = tile_of(hidden.dtype)
     shape = (-(-rows // tile.n), pitch // tile.v)
-    grad = torch.ones_like(lse) if grad_logps is None else grad_logps
+    grad = torch.ones_like(logps) if grad_logps is None else grad_logps
     _, unit = call.mapping
-    # p = 2^(x log2_scale - c) 2^(c - lse log2): c is a float32, and what its rounding drops goes into the row's factor.
-    step = round_to_float32(unit * LOG2E.value)
-    exact = lse * (step / unit if unit else LOG2E.value)
-    origin = exact.float()
+    origin = torch.stack([top * (1 / unit if unit else 0.0), log_sum * LOG2E.value]).float()
     by_p = -grad * call.logit_scale
     # A token without gradient gives exact zeros, whatever its logits hold.
     still = by_p == 0
-    factor = torch.where(still, 0.0, by_p * torch.exp2(origin.double() - exact)).float()
+    factor = torch.where(still, 0.0, by_p).float()
     at_label = torch.where(still, 0.0, by_p * torch.expm1(logps)).float()
     live = torch.empty(shape, dtype=torch.int8, device=device)
     dropped = torch.empty(rows, shape[1], dtype=torch.float32, device=device)

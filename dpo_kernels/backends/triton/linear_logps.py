@@ -2,9 +2,10 @@
 
 Data flow, one program (8 warps) a block of 128 tokens and a segment of 2,048 vocabulary entries, tile by tile [128, 256]:
     read     the tokens' hidden states and the segment's rows of the head, once a tile, through shared memory; the bias
-    on chip  the tile of logits, never rounded below float32; per token the running maximum, the sum of 2^(x log2(e) - c),
-             the label's logit, and where asked the moment, the sum of squares, the sum, and the maximum before the label
-    write    4 bytes per token, segment and number (3 to 7 of them): 1% of what 16-bit logits would take
+    on chip  the tile of logits, never rounded below float32; per token the running maximum m, the sum of 2^((x - m)
+             log2(e)), the label's logit, and where asked the moment, the sum of squares, the sum, and the maxima of all the
+             others and of those before the label
+    write    4 bytes per token, segment and number (3 to 8 of them): 1% of what 16-bit logits would take
 A second kernel merges a token's segments, in order, in float64, and finishes as token_logps.py does.
 
 Segments are cut by the vocabulary alone, so no bit of a token's result depends on the batch it came in, nor on chunks.
@@ -16,8 +17,8 @@ between Triton's products and the library's (benchmarks/head_rates.py measures i
 ordinary cores, at a fifteenth of the tensor cores' 16-bit rate on an H100: TF32's 10 bits of mantissa would miss the
 contract by three digits.
 
-Issue slots per logit beside the products: bounds and label 4, maximum 1, FFMA 1, ex2 1, add 1; entropy 3, mean 2, squares 1,
-accuracy 3. A product of H = 1,024 takes an H100's tensor cores as long as 60 slots.
+Issue slots per logit beside the products: bounds and label 4, maximum 1, FADD 1, FMUL 1, ex2 1, add 1; entropy 3, mean 3,
+squares 1, accuracy 5. A product of H = 1,024 takes an H100's tensor cores as long as 60 slots.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from torch import Tensor
 
 from .device import (
     FLOOR,
+    FOLDED,
     HIDDEN,
     INTERPRETED,
     LN2,
     PTX,
+    TINY,
     device_function,
     exp2_fast,
-    fused,
     rounded,
-    rounded_product,
     scaled_label,
 )
 from .launch import SMALL, Launch, arch_of, exponent_map, tile_of
-from .token_logps import _finish, _merge, _put, _raise_max, _variable
+from .token_logps import _put, _variable, finish
 
 #: Entries of the vocabulary that one program passes over: 64 segments of 128,256 entries, so that 1,024 tokens make 504
 #: programs, and short enough that a vocabulary of 32,000 still makes 128 of them.
@@ -180,13 +181,14 @@ def linear_logps_kernel(
         label = tl.where(label >= 0, tl.load(places + tl.maximum(label, 0)), -1)
 
     m = tl.full([BLOCK_N], FLOOR, tl.float32)
-    c = rounded_product(m, log2_scale)
     s = tl.zeros([BLOCK_N], tl.float32)
     at_label = tl.zeros([BLOCK_N], tl.float32)
     t = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     before = tl.full([BLOCK_N], HIDDEN, tl.float32)
+    best = before
+    sign = tl.where(inner > 0, 1.0, tl.where(inner < 0, -1.0, 0.0))
     begin = segment * SEGMENT
     for first in range(begin, tl.minimum(begin + SEGMENT, vocab), BLOCK_V):
         place = first + tl.arange(0, BLOCK_V)
@@ -207,17 +209,24 @@ def linear_logps_kernel(
             tl.store(target + near, stored, mask=inside[:, None])
             x = stored.to(tl.float32)
         at_label += tl.sum(at_label_of(x, place[None, :], label[:, None]), 1)
+        if ACCURACY:
+            # By the logits before scale and softcap, whose rounding makes unequal ones equal.
+            key = x if MAP == FOLDED else x * sign
+            key = others_of(key, place[None, :], label[:, None], vocab, HIDDEN)
+            best = tl.maximum(best, tl.max(key, 1))
+            if order is None:
+                before = tl.maximum(before, tl.max(below(key, place[None, :], label[:, None], HIDDEN), 1))
+            else:
+                before = tl.maximum(before, tl.max(below(key, entry[None, :], own[:, None], HIDDEN), 1))
         x = _variable(x, inner, MAP)
         if MEAN:
-            total += tl.sum(below(x, place[None, :], vocab, 0.0), 1)
+            total += tl.sum(below(x * TINY, place[None, :], vocab, 0.0), 1)
         x = others_of(x, place[None, :], label[:, None], vocab, HIDDEN)
-        if ACCURACY:
-            if order is None:
-                before = tl.maximum(before, tl.max(below(x, place[None, :], label[:, None], HIDDEN), 1))
-            else:
-                before = tl.maximum(before, tl.max(below(x, entry[None, :], own[:, None], HIDDEN), 1))
-        m, c, shift, rescale = _raise_max(m, c, tl.max(x, 1), log2_scale)
-        y = fused(x, log2_scale, c[:, None])
+        raised = tl.maximum(m, tl.max(x, 1))
+        shift = (m - raised) * log2_scale
+        rescale = exp2_fast(shift)
+        m = raised
+        y = (x - m[:, None]) * log2_scale
         e = exp2_fast(y)
         if ENTROPY:
             # A logit of -inf: 0 * inf.
@@ -236,8 +245,9 @@ def linear_logps_kernel(
         _put_part(parts, part + ENTROPY, row, segment, rows, segments, squares, inside)
     if ACCURACY:
         _put_part(parts, part + ENTROPY + SQUARES, row, segment, rows, segments, before, inside)
+        _put_part(parts, part + ENTROPY + SQUARES + 1, row, segment, rows, segments, best, inside)
     if MEAN:
-        _put_part(parts, part + ENTROPY + SQUARES + ACCURACY, row, segment, rows, segments, total, inside)
+        _put_part(parts, part + ENTROPY + SQUARES + 2 * ACCURACY, row, segment, rows, segments, total, inside)
 
 
 @device_function
@@ -250,7 +260,7 @@ def _part(parts, part, row, rows, segments, segment, other):
 def merge_kernel(
     parts,  # [parts, N, segments] float32
     labels,  # [N] int64
-    logps, lse, entropy, log_sum_sq, accuracy, mean_logits,  # [N] float64, or None where not asked
+    logps, max, log_sum, entropy, log_sum_sq, accuracy, mean_logits,  # [N] float64, or None where not asked
     rows, vocab, segments,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, inner: tl.float32, log2_scale: tl.float32,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
@@ -267,13 +277,16 @@ def merge_kernel(
         s = _part(parts, MASS, row, rows, segments, segment, 0.0)
         # One segment holds the label; the others hold 0.
         raw = tl.sum(_part(parts, LABEL, row, rows, segments, segment, 0.0), 0)
-        c = rounded_product(m, log2_scale)
-        top, c_top, shift, rescale = _merge(m, c, log2_scale)
+        top = tl.max(m, 0)
+        shift = (m - top) * log2_scale
+        rescale = exp2_fast(shift)
         s_row = tl.sum(rescale.to(tl.float64) * s, 0)
         z_label = scaled_label(raw, scale, cap, MAP)[0]
-        logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
+        nothing = tl.full((), 0.0, tl.float64)
+        logp, max_z, log_sum_row, p_others, log_mass = finish(s_row, nothing, top.to(tl.float64) * unit, z_label)
         tl.store(logps + row, logp)
-        tl.store(lse + row, lse_row)
+        tl.store(max + row, max_z)
+        tl.store(log_sum + row, log_sum_row)
         p_label = tl.exp(logp)
         part: tl.constexpr = LABEL + 1
         if ENTROPY:
@@ -290,18 +303,21 @@ def merge_kernel(
             tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
         if ACCURACY:
             # The first of equals wins: nobody before the label may reach it, nobody at all may exceed it.
-            x_label = _variable(raw, inner, MAP)
+            sign = tl.where(inner > 0, 1.0, tl.where(inner < 0, -1.0, 0.0))
+            key = raw if MAP == FOLDED else raw * sign
             before = tl.max(_part(parts, part + ENTROPY + SQUARES, row, rows, segments, segment, HIDDEN), 0)
-            hit = (x_label > before) & (x_label >= top)
-            tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
+            best = tl.max(_part(parts, part + ENTROPY + SQUARES + 1, row, rows, segments, segment, HIDDEN), 0)
+            hit = (key > before) & (key >= best)
+            tl.store(accuracy + row, tl.where(logp == logp, hit.to(tl.float64), float("nan")))
         if MEAN:
-            total = _part(parts, part + ENTROPY + SQUARES + ACCURACY, row, rows, segments, segment, 0.0)
-            tl.store(mean_logits + row, unit * tl.sum(total.to(tl.float64), 0) / vocab)
+            total = _part(parts, part + ENTROPY + SQUARES + 2 * ACCURACY, row, rows, segments, segment, 0.0)
+            tl.store(mean_logits + row, unit * (tl.sum(total.to(tl.float64), 0) / vocab / TINY))
     else:
         # A label outside the vocabulary is NaN: on a GPU an error would have to wait for the stream.
         nothing = tl.full((), float("nan"), tl.float64)
         _put(logps, row, nothing)
-        _put(lse, row, nothing)
+        _put(max, row, nothing)
+        _put(log_sum, row, nothing)
         _put(entropy, row, nothing)
         _put(log_sum_sq, row, nothing)
         _put(accuracy, row, nothing)
@@ -387,7 +403,7 @@ def linear_logps_launches(
     }
     merge = {
         **shared,
-        **{name: outputs.get(name) for name in ("logps", "lse", *names)},
+        **{name: outputs.get(name) for name in ("logps", "max", "log_sum", *names)},
         "scale": logit_scale,
         "cap": logit_softcap,
         "unit": unit,
@@ -412,7 +428,7 @@ def linear_logps(
     logits: Tensor | None = None,
     wide: bool = False,
 ) -> dict[str, Tensor]:
-    """Stage 1 from hidden states: {"logps", "lse" and `names`: [N] float64}.
+    """Stage 1 from hidden states: {"logps", "max", "log_sum" and `names`: [N] float64}.
 
     Args:
         hidden: [N, H] contiguous, float32, bfloat16 or float16.
@@ -426,9 +442,11 @@ def linear_logps(
     """
     rows = hidden.shape[0]
     outputs = {
-        name: torch.empty(rows, dtype=torch.float64, device=hidden.device) for name in ("logps", "lse", *sorted(names))
+        name: torch.empty(rows, dtype=torch.float64, device=hidden.device)
+        for name in ("logps", "max", "log_sum", *sorted(names))
     }
-    parts = torch.empty(3 + len(names), rows, segments_of(weight.shape[0]), dtype=torch.float32, device=hidden.device)
+    count = 3 + len(names) + ("accuracy" in names)
+    parts = torch.empty(count, rows, segments_of(weight.shape[0]), dtype=torch.float32, device=hidden.device)
     launches = linear_logps_launches(
         hidden, weight, bias, labels, outputs, parts,
         order=order, logits=logits, logit_scale=logit_scale, logit_softcap=logit_softcap, wide=wide, arch=arch_of(hidden.device),

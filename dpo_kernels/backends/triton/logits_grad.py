@@ -1,10 +1,10 @@
 """Stage 3 in Triton: the gradient with respect to the logits, one read and one write of each, in place or not.
 
 Data flow, one program (4 warps) a token:
-    read     labels, logps, lse and grad_logps once; the row's logits once, or not at all if its gradient is zero
-    on chip  nothing but the tile in hand: c = float32(lse log2(e)) and the factor -grad_logps 2^(c - lse log2(e)) are two
-             numbers a row, from float64. Every thread works them out, in about 50 float64 instructions: no division, no
-             log, quotients that depend on the call alone come from the host.
+    read     labels, logps, max, log_sum and grad_logps once; the row's logits once, or not at all if its gradient is zero
+    on chip  nothing but the tile in hand: with lse = max + log_sum, c = float32(lse log2(e)) and the factor
+             -grad_logps 2^(c - lse log2(e)) are two numbers a row, from float64. Every thread works them out, in about 50
+             float64 instructions: no division, no log, quotients that depend on the call alone come from the host.
     write    the row's gradient once, as aligned 128-bit stores; in place, every thread writes what it has just read
 The label's entry is grad_logps (1 - p) with 1 - p = -expm1(logp) in float64. As in the forward its tile and the last,
 partial one come first, and the main loop has no mask.
@@ -15,8 +15,8 @@ Issue slots per logit of the main loop, bfloat16, of which one thread handles 32
 For 4 bytes moved a logit, twice the forward's. softcap: 8 more for 16-bit gradients, 20 for float32 ones.
 
 With token-level KL divergences (REVERSE, FORWARD) the reference's tile is read beside the policy's, 6 bytes a logit in all:
-    dz += g_kl p (d - D) + g_forward (p - q),    d = z - z', D = sum p d, q = softmax(z')
-with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). REVERSE costs convert 1, subtractions 2, FFMA 1
+    dz += g_kl p (d - D) + g_forward (p - q),    d = (z - max) - (z' - max'), D = sum p d, q = softmax(z')
+with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). REVERSE costs convert 1, subtractions 3, FFMA 1
 and 2 for the guard of -inf logits; FORWARD convert 1 (shared), FFMA 2, ex2 1.
 What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
 """
@@ -33,6 +33,7 @@ from torch import Tensor
 from ...stages import TokenKL, Transform
 from .device import (
     FOLDED,
+    LARGE,
     LN2,
     LOG2E,
     SOFTCAPPED,
@@ -45,7 +46,6 @@ from .device import (
     load_tile,
     reciprocal,
     rounded,
-    scaled_label,
     store_tile,
     tanh_accurate,
     to_float,
@@ -57,6 +57,7 @@ from .launch import (
     Launch,
     aligned_base,
     group_size,
+    power_of_two_below,
     round_to_float32,
     rows_aligned,
     shifted_alike,
@@ -77,22 +78,38 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 
 @device_function
+def _origin(row_max, row_log_sum, per_unit, log2_per_nat, log2_scale, coarse_scale):
+    """(c, factor, scale): p = 2^(x scale - c) factor of a logit x; row_max and row_log_sum are float64, in nats.
+
+    c is a float32, and what its rounding drops goes into the factor, in float64. max and log_sum count in units of the rounded
+    log2_scale, so that the largest p are the most exact. From LARGE on that rounding is beyond any exponent. Only logits equal
+    to the maximum have mass there, and a power of two as scale, which rounds no product, tells them from the others.
+    """
+    large = tl.abs(row_max) >= LARGE
+    exact = (row_max + row_log_sum) * log2_per_nat
+    c = exact.to(tl.float32)
+    # One exponential for both: its argument is what differs.
+    dropped = tl.where(large, -row_log_sum, (c.to(tl.float64) - exact) * LN2)
+    at_top = (row_max * per_unit).to(tl.float32) * coarse_scale
+    return tl.where(large, at_top, c), exp_expm1(dropped)[0], tl.where(large, coarse_scale, log2_scale)
+
+
+@device_function
 def _entries(
     x,
     ref_x,
     row,
     inner,
-    log2_scale,
     MAP: tl.constexpr,
     SHORT: tl.constexpr,
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
 ):
-    """Gradient of logits x beside the label: (p (factor + by_gap (d - center)) - by_q q) dz/dx / scale, d = x - ref_x.
+    """Gradient of logits x beside the label: (p (factor + by_gap gap) - by_q q) dz/dx / scale, gap = d - D.
 
-    row: what is the same for the whole row.
+    gap = (x - top) - (ref_x - ref_center), in which ref_center = ref_top - D. row: what is the same for the whole row.
     """
-    c, factor, ref_c, by_gap, center, by_q = row
+    c, factor, ref_c, by_gap, top, ref_center, by_q, log2_scale, ref_log2_scale = row
     if MAP == SOFTCAPPED:
         x, slope = _tanh(x, inner, SHORT)
         if REVERSE or FORWARD:
@@ -100,11 +117,11 @@ def _entries(
     e = exp2_fast(fused(x, log2_scale, c))
     if REVERSE:
         # Where e is 0 the gap may be infinite; such entries carry no mass.
-        values = tl.where(e > 0, e * (((x - ref_x) - center) * by_gap + factor), e)
+        values = tl.where(e > 0, e * (((x - top) - (ref_x - ref_center)) * by_gap + factor), e)
     else:
         values = e * factor
     if FORWARD:
-        values -= exp2_fast(fused(ref_x, log2_scale, ref_c)) * by_q
+        values -= exp2_fast(fused(ref_x, ref_log2_scale, ref_c)) * by_q
     if MAP == SOFTCAPPED:
         values *= slope
     return values
@@ -112,7 +129,7 @@ def _entries(
 
 @device_function
 def _write_tile(
-    logits, ref_logits, out, start, ref_start, out_start, tile, groups, label, at_label, row, inner, log2_scale,
+    logits, ref_logits, out, start, ref_start, out_start, tile, groups, label, at_label, row, inner,
     MAP: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +146,7 @@ def _write_tile(
         ref_x = to_float(ref_raw, ref_element)
     parts = ()
     for i in tl.static_range(len(x)):
-        values = _entries(x[i], ref_x[i], row, inner, log2_scale, MAP, SHORT, REVERSE, FORWARD)
+        values = _entries(x[i], ref_x[i], row, inner, MAP, SHORT, REVERSE, FORWARD)
         if MASKED:
             values = tl.where(columns(tile, i, UNROLL, LANES, GROUP) == label, at_label, values)
         parts = parts + (values,)  # noqa: RUF005 (no star in Triton)
@@ -148,15 +165,15 @@ def logits_grad_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
     out,  # like logits; may be the same memory
     labels,  # [B T] int64
-    logps, lse, grad_logps,  # [B T] float64
+    logps, max, log_sum, grad_logps,  # [B T] float64
     ref_logits,  # like logits, or None
-    ref_logps, kl, grad_kl, grad_forward_kl,  # [B T] float64, or None
+    ref_logps, ref_max, ref_log_sum, kl, grad_kl, grad_forward_kl,  # [B T] float64, or None
     tokens, vocab, ignore_index: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, base,
     out_stride_b: tl.int64, out_stride_t: tl.int64, out_base,
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, per_unit: tl.float64, log2_per_nat: tl.float64,
-    log2_scale: tl.float32,
+    log2_scale: tl.float32, coarse_scale: tl.float32,
     MAP: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
     ALIGNED: tl.constexpr, IN_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, FRAGMENTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -208,18 +225,16 @@ def logits_grad_kernel(
         label = tl.where(in_range, label64, 0).to(tl.int32)
         grad = tl.where(in_range, grad, float("nan"))
         start = b * stride_b + t * stride_t + base
-        # p = 2^(x log2_scale - c) 2^(c - lse log2): c is a float32, and what its rounding drops goes into the factor of
-        # the row, in float64. lse counts in units of the rounded log2_scale, so that the largest p are the most exact.
-        row_lse = tl.load(lse + row)
-        exact = row_lse * log2_per_nat
-        c = exact.to(tl.float32)
-        c_rounding = exp_expm1((c.to(tl.float64) - exact) * LN2)[0]
+        row_max = tl.load(max + row)
+        c, c_rounding, own_scale = _origin(
+            row_max, tl.load(log_sum + row), per_unit, log2_per_nat, log2_scale, coarse_scale
+        )
         # The policy's logit at the label is never read here: in place, another warp may have written its gradient by then.
-        # What is needed of it follows from lse and logp.
+        # What is needed of it follows from its log-probability.
         logp = tl.load(logps + row)
         label_slope = scale
         if MAP == SOFTCAPPED:
-            tanh = (row_lse + logp) / cap
+            tanh = (row_max + (tl.load(log_sum + row) + logp)) / cap
             label_slope = scale * ((1.0 - tanh) * (1.0 + tanh))
         # 1 - p(label) without cancellation.
         p_label, less_one = exp_expm1(logp)
@@ -227,30 +242,31 @@ def logits_grad_kernel(
         by_p = -grad
         label_terms = grad * others
         ref_start = start
-        ref_c, by_gap, center, by_q = 0.0, 0.0, 0.0, 0.0
+        ref_c, by_gap, top, ref_center, by_q, ref_scale = 0.0, 0.0, 0.0, 0.0, 0.0, log2_scale
         if REVERSE or FORWARD:
             ref_start = b * ref_stride_b + t * ref_stride_t + ref_base
             ref_logp = tl.load(ref_logps + row)
-            ref_lse = (
-                scaled_label(tl.load(ref_logits + ref_start + label).to(tl.float32), scale, cap, MAP)[0] - ref_logp
-            )
+            ref_row_max, ref_row_log_sum = tl.load(ref_max + row), tl.load(ref_log_sum + row)
         if REVERSE:
             divergence = tl.load(kl + row)
             label_terms -= tl.where(p_label > 0, by_kl * p_label * (divergence - logp + ref_logp), 0.0)
-            # D = unit * center + what joins by_p.
-            mean = divergence + row_lse - ref_lse
-            center = (mean * per_unit).to(tl.float32)
-            by_p -= by_kl * (mean - unit * center)
+            # D = (ref_top - ref_center) units + what joins by_p.
+            mean = divergence + tl.load(log_sum + row) - ref_row_log_sum
+            top = (row_max * per_unit).to(tl.float32)
+            ref_exact = (ref_row_max - mean) * per_unit
+            ref_center = ref_exact.to(tl.float32)
+            by_p -= by_kl * unit * (ref_center.to(tl.float64) - ref_exact)
             by_gap = (by_kl * scale * unit * c_rounding).to(tl.float32)
         if FORWARD:
             by_p += by_forward
             label_terms += by_forward * (less_one - exp_expm1(ref_logp)[1])
-            ref_exact = ref_lse * log2_per_nat
-            ref_c = ref_exact.to(tl.float32)
-            by_q = (by_forward * scale * exp_expm1((ref_c.to(tl.float64) - ref_exact) * LN2)[0]).to(tl.float32)
+            ref_c, ref_rounding, ref_scale = _origin(
+                ref_row_max, ref_row_log_sum, per_unit, log2_per_nat, log2_scale, coarse_scale
+            )
+            by_q = (by_forward * scale * ref_rounding).to(tl.float32)
         factor = (by_p * scale * c_rounding).to(tl.float32)
         at_label = (label_terms * label_slope).to(tl.float32)
-        whole_row = (c, factor, ref_c, by_gap, center, by_q)
+        whole_row = (c, factor, ref_c, by_gap, top, ref_center, by_q, own_scale, ref_scale)
 
         if FRAGMENTS:
             edge, valid = fragments(head, groups, vocab, LANES, GROUP)
@@ -258,7 +274,7 @@ def logits_grad_kernel(
             ref_x = x
             if REVERSE or FORWARD:
                 ref_x = tl.load(ref_logits + ref_start + edge, mask=valid, other=0).to(tl.float32)
-            ends = _entries(x, ref_x, whole_row, inner, log2_scale, MAP, SHORT, REVERSE, FORWARD)
+            ends = _entries(x, ref_x, whole_row, inner, MAP, SHORT, REVERSE, FORWARD)
             tl.store(out + out_start + edge, rounded(tl.where(edge == label, at_label, ends), element), mask=valid)
 
         # As in token_logps: first the label's tile and the last, partial one, then all the others without a mask.
@@ -268,13 +284,13 @@ def logits_grad_kernel(
         for special in range(tl.minimum(tiles, 1 + partial)):
             _write_tile(
                 logits, ref_logits, out, start + head, ref_start + head, out_start + head,
-                tl.where(special == 0, label_tile, full), groups, place, at_label, whole_row, inner, log2_scale,
+                tl.where(special == 0, label_tile, full), groups, place, at_label, whole_row, inner,
                 MAP, REVERSE, FORWARD, IN_ALIGNED, REF_ALIGNED, UNROLL, LANES, GROUP, True,
             )  # fmt: skip
         for index in range(full - (label_tile < full).to(tl.int32)):
             _write_tile(
                 logits, ref_logits, out, start + head, ref_start + head, out_start + head,
-                index + (index >= label_tile).to(tl.int32), groups, place, at_label, whole_row, inner, log2_scale,
+                index + (index >= label_tile).to(tl.int32), groups, place, at_label, whole_row, inner,
                 MAP, REVERSE, FORWARD, IN_ALIGNED, REF_ALIGNED, UNROLL, LANES, GROUP, False,
             )  # fmt: skip
 
@@ -283,14 +299,16 @@ def logits_grad_launch(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     grad_logps: Tensor,
     transform: Transform,
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> Launch:
     """The kernel call of `logits_grad`."""
-    ref_logits, ref_logps, kl, grad_kl, grad_forward_kl = (None,) * 5 if token_kl is None else token_kl
+    reference = dict.fromkeys(TokenKL._fields) if token_kl is None else token_kl._asdict()
+    ref_logits = reference["ref_logits"]
     group = group_size(logits, ref_logits)
     pointer, base = aligned_base(logits)
     ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
@@ -303,13 +321,11 @@ def logits_grad_launch(
         "out": out_pointer,
         "labels": labels,
         "logps": logps,
-        "lse": lse,
+        "max": top,
+        "log_sum": log_sum,
         "grad_logps": grad_logps,
+        **reference,
         "ref_logits": ref_pointer,
-        "ref_logps": ref_logps,
-        "kl": kl,
-        "grad_kl": grad_kl,
-        "grad_forward_kl": grad_forward_kl,
         "tokens": logits.shape[1],
         "vocab": logits.shape[2],
         "ignore_index": transform.ignore_index,
@@ -328,9 +344,10 @@ def logits_grad_launch(
         "per_unit": 1.0 / unit if unit else 0.0,
         "log2_per_nat": log2_scale / unit if unit else LOG2E.value,
         "log2_scale": log2_scale,
+        "coarse_scale": power_of_two_below(log2_scale),
         "MAP": mapping.value,
-        "REVERSE": grad_kl is not None,
-        "FORWARD": grad_forward_kl is not None,
+        "REVERSE": reference["grad_kl"] is not None,
+        "FORWARD": reference["grad_forward_kl"] is not None,
         "ALIGNED": rows_aligned(out, group),
         "IN_ALIGNED": shifted_alike(logits, out, group),
         "REF_ALIGNED": ref_logits is None or shifted_alike(ref_logits, out, group),
@@ -346,11 +363,12 @@ def logits_grad(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     grad_logps: Tensor,
     transform: Transform,
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
     """Stage 3. With `token_kl` its logits are float32, bfloat16 or float16."""
-    logits_grad_launch(logits, labels, logps, lse, grad_logps, transform, out, token_kl).run(logits)
+    logits_grad_launch(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl).run(logits)

@@ -1,4 +1,4 @@
-"""Stage 1 in Triton: log-probability of the label, lse and the statistics of every token, in one read of its logits.
+"""Stage 1 in Triton: log-probability of the label, log-sum-exp and the statistics of every token, in one read of its logits.
 
 Data flow, one program (4 warps) a token:
     read     labels once; nothing else if the token is ignored
@@ -11,9 +11,10 @@ Data flow, one program (4 warps) a token:
 The label's own term stays out of the sum: with d = log(sum of the others) - z_label, logp = -softplus(d), which keeps
 full relative precision when p(label) is near 1. So the tile that holds the label and the last, partial tile are handled
 first, masked, and the main loop runs over all the others without a mask (index + (index >= label_tile)).
-A second look at a row happens in two rare cases: -inf among its logits while a moment is asked (the loop's 0 * inf is
-NaN, and then the moments are computed again with a guard, m being known), and a logit equal to the label's where
-accuracy is asked and no logit is larger (an earlier one would win the argmax).
+A second look at a row happens in two rare cases. A hostile row is read again, every sum guarded (`_careful_row`): -inf
+among its logits while a moment is asked (0 * inf is NaN), logits beyond 2^31 or sums beyond float32, policy and reference
+far apart. And where accuracy is asked and the label's logit is as large as the largest other one, the row is searched for
+one that is likelier, or as likely and earlier.
 
 Issue slots per logit of the main loop, bfloat16, of which one thread handles 32 per iteration:
     convert 1, maximum 1/2 (packed pairs, 3-operand on sm_90 and later less), FFMA 1, ex2 1, add 1      4.5
@@ -43,9 +44,11 @@ from .device import (
     FLOOR,
     FOLDED,
     HIDDEN,
+    LARGE,
     LN2,
     SOFTCAPPED,
     TARGET,
+    TINY,
     columns,
     device_function,
     exp2_fast,
@@ -62,6 +65,7 @@ from .device import (
     scaled_label,
     tanh_accurate,
     to_float,
+    widen,
 )
 from .launch import LANES, OPTIONS, SMALL, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
 
@@ -203,35 +207,74 @@ def _fold_tile(
 
 
 @device_function
-def _guarded_moments(
-    logits, ref_logits, start, ref_start, vocab, label, c, log2_scale, inner,
-    MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
+def _careful_row(
+    logits, ref_logits, start, ref_start, vocab, label, inner, log2_scale,
+    MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """(t, k) of a row that holds -inf, where the main loop met 0 * inf: a second look at it, the origin c being known."""
-    t = tl.zeros([SCAN], tl.float32)
-    k = tl.zeros([SCAN], tl.float32)
+    """(top, s, t, k, q, total, ref_top, ref_s) of a hostile row: a second and third look at it, every sum guarded.
+
+    Exponents are differences from the exact maximum `top`, and gaps those of policy and reference counted from both maxima.
+    k and total, the label's x included, are TINY times what they stand for.
+    """
+    lowest = tl.full([SCAN], float("-inf"), tl.float32)
+    m = lowest
+    ref_m = lowest
     for block in range(tl.cdiv(vocab, SCAN)):
         column = tl.arange(0, SCAN) + block * SCAN
         inside = (column < vocab) & (column != label)
-        x = _variable(tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32), inner, MAP)
-        y = fused(x, log2_scale, c)
+        x = _variable(widen(tl.load(logits + start + column, mask=inside, other=0.0)), inner, MAP)
+        m = tl.maximum(m, tl.where(inside, x, lowest))
+        if KL:
+            ref_x = widen(tl.load(ref_logits + ref_start + column, mask=inside, other=0.0))
+            ref_m = tl.maximum(ref_m, tl.where(inside, _variable(ref_x, inner, MAP), lowest))
+    top = tl.max(m, 0)
+    ref_top = tl.max(ref_m, 0)
+    # Where all are -inf there is no origin to subtract.
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    ref_origin = tl.where(ref_top == float("-inf"), 0.0, ref_top)
+    s = tl.zeros([SCAN], tl.float64)
+    t = tl.zeros([SCAN], tl.float64)
+    k = tl.zeros([SCAN], tl.float64)
+    q = tl.zeros([SCAN], tl.float64)
+    total = tl.zeros([SCAN], tl.float64)
+    ref_s = tl.zeros([SCAN], tl.float64)
+    for block in range(tl.cdiv(vocab, SCAN)):
+        column = tl.arange(0, SCAN) + block * SCAN
+        there = column < vocab
+        inside = there & (column != label)
+        x = _variable(widen(tl.load(logits + start + column, mask=there, other=0.0)), inner, MAP)
+        if MEAN:
+            total += tl.where(there, x * TINY, 0.0)
+        y = (x - origin) * log2_scale
         e = tl.where(inside, exp2_fast(y), 0.0)
+        s += e
         if ENTROPY:
             t += tl.where(e > 0, e * y, 0.0)
+        if SQUARES:
+            q += e * e
         if KL:
-            ref_x = tl.load(ref_logits + ref_start + column, mask=inside, other=0.0).to(tl.float32)
-            k += tl.where(e > 0, e * (x - _variable(ref_x, inner, MAP)), 0.0)
-    return tl.sum(t.to(tl.float64), 0), tl.sum(k.to(tl.float64), 0)
+            ref_x = widen(tl.load(ref_logits + ref_start + column, mask=inside, other=0.0))
+            ref_x = _variable(ref_x, inner, MAP)
+            ref_s += tl.where(inside, exp2_fast((ref_x - ref_origin) * log2_scale), 0.0)
+            gap = (x * TINY - origin * TINY) - (ref_x * TINY - ref_origin * TINY)
+            k += tl.where(e > 0, e * gap, 0.0)
+    return (
+        top, tl.sum(s, 0), tl.sum(t, 0), tl.sum(k, 0), tl.sum(q, 0), tl.sum(total, 0), ref_top, tl.sum(ref_s, 0),
+    )  # fmt: skip
 
 
 @device_function
-def _equal_before(logits, start, label, value, inner, MAP: tl.constexpr):
-    """How many columns before the label hold exactly the label's value: argmax takes the first of equals."""
+def _beaten(logits, start, vocab, label, value, sign):
+    """How many logits are likelier than the label's, or as likely and before it: argmax takes the first of equals.
+
+    By the logits as they are stored, times the sign of the scale: scale and softcap round, and make unequal logits equal.
+    """
     count = tl.zeros([SCAN], tl.int32)
-    for block in range(tl.cdiv(label, SCAN)):
+    for block in range(tl.cdiv(vocab, SCAN)):
         column = tl.arange(0, SCAN) + block * SCAN
-        x = tl.load(logits + start + column, mask=column < label, other=float("-inf")).to(tl.float32)
-        count += ((_variable(x, inner, MAP) == value) & (column < label)).to(tl.int32)
+        x = widen(tl.load(logits + start + column, mask=column < vocab, other=0.0)) * sign
+        wins = (x > value * sign) | ((x == value * sign) & (column < label))
+        count += (wins & (column < vocab)).to(tl.int32)
     return tl.sum(count, 0)
 
 
@@ -245,27 +288,35 @@ def _merge(m, c, log2_scale):
 
 
 @device_function
-def _finish(s, top, c, z_label, unit, log2_scale):
-    """(logp, lse, p_others, log_mass) in float64 from the other logits' maximum `top` and their sum s at origin c.
+def origin_shift(top, c, log2_scale):
+    """What a log-sum at origin c lacks to one that counts from the maximum `top`, in nats.
 
     log2_scale is log2(e) rounded to float32, so the exponentials ran at a temperature off by about 1e-8. Taken literally
-    that shifts lse by 1e-8 of its size; counted from the maximum instead (the exponent of x is that of `top`, which is
-    known exactly, plus a small difference) it touches only the small difference.
+    that shifts a log-sum-exp by 1e-8 of its size; counted from the maximum instead (the exponent of x is that of `top`,
+    which is known exactly, plus a small difference) it touches only the small difference.
+    """
+    return LN2 * (c.to(tl.float64) - top.to(tl.float64) * log2_scale)
+
+
+@device_function
+def finish(s, shift, top_z, z_label):
+    """(logp, max, log_sum, p_others, log_mass) in float64 from the sum s of the other logits, whose maximum is top_z.
+
+    shift: `origin_shift` of the sum. log_mass is log(s + the label's term) at the sum's own origin.
     With d = log(sum of the others) - z_label, the log-odds against the label: logp = -softplus(d), p_others = sigmoid(d),
-    both without cancellation however sure the policy is. log_mass is log(s + the label's term) at origin c.
+    both without cancellation however sure the policy is.
     """
     log_s = tl.log(s)
-    top = top.to(tl.float64)
-    log_others = log_s + LN2 * (c.to(tl.float64) - top * log2_scale) + top * unit
-    d = log_others - z_label
+    d = (log_s + shift) + (top_z - z_label)
     e = tl.exp(-tl.abs(d))
     near = log1p_double(e)
     logp = -(tl.where(d > 0, d, 0.0) + near)
     # inf - inf, as log_softmax has it.
     logp = tl.where(z_label == float("inf"), float("nan"), logp)
-    lse = tl.where(z_label == float("-inf"), log_others, z_label - logp)
+    log_mass = log_s + near + tl.where(d < 0, -d, 0.0)
     p_others = tl.where(d >= 0, 1.0, e) / (1.0 + e)
-    return logp, lse, p_others, log_s + near + tl.where(d < 0, -d, 0.0)
+    ahead = z_label > top_z
+    return logp, tl.where(ahead, z_label, top_z), tl.where(ahead, -logp, log_mass + shift), p_others, log_mass
 
 
 @device_function
@@ -285,7 +336,8 @@ def token_logps_kernel(
     logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
     ref_logits,  # like logits, or None
     labels,  # [B T] int64
-    logps, lse, ref_logps, entropy, kl, accuracy, mean_logits, log_sum_sq,  # [B T] float64, or None where not asked
+    logps, max, log_sum, ref_logps, ref_max, ref_log_sum,  # [B T] float64, or None where not asked, as all that follow
+    entropy, kl, accuracy, mean_logits, log_sum_sq,
     tokens, vocab, ignore_index: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, base,
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
@@ -309,12 +361,12 @@ def token_logps_kernel(
         b, t_index = row // tokens, row % tokens
         start = b * stride_b + t_index * stride_t + base
         groups = vocab // GROUP
-        x_raw = tl.load(logits + start + label).to(tl.float32)
+        x_raw = widen(tl.load(logits + start + label))
         x_label = _variable(x_raw, inner, MAP)
         ref_start = start
         if KL:
             ref_start = b * ref_stride_b + t_index * ref_stride_t + ref_base
-            ref_raw_label = tl.load(ref_logits + ref_start + label).to(tl.float32)
+            ref_raw_label = widen(tl.load(ref_logits + ref_start + label))
 
         m = tl.full([LANES], FLOOR, tl.float32)
         zero = tl.zeros([LANES], tl.float32)
@@ -326,13 +378,13 @@ def token_logps_kernel(
         if TAIL:
             ends, valid = fragments(0, groups, vocab, LANES, GROUP)
             keep = valid & (ends != label)
-            loaded = _variable(tl.load(logits + start + ends, mask=valid, other=0).to(tl.float32), inner, MAP)
+            loaded = _variable(widen(tl.load(logits + start + ends, mask=valid, other=0)), inner, MAP)
             if MEAN:
                 total = lane_sum((loaded,))
             x = (tl.where(keep, loaded, HIDDEN),)
             ref_x = x
             if KL:
-                ref_loaded = tl.load(ref_logits + ref_start + ends, mask=valid, other=0).to(tl.float32)
+                ref_loaded = widen(tl.load(ref_logits + ref_start + ends, mask=valid, other=0))
                 ref_x = (tl.where(keep, _variable(ref_loaded, inner, MAP), HIDDEN),)
             state, ref_state = _fold(
                 state, x, lane_max(x), ref_state, ref_x, lane_max(ref_x), log2_scale, ENTROPY, KL, SQUARES
@@ -359,31 +411,55 @@ def token_logps_kernel(
         m, c, s, t, k, q = state
         top, c_top, shift, rescale = _merge(m, c, log2_scale)
         s_row = tl.sum((rescale * s).to(tl.float64), 0)
-        if ENTROPY or KL:
+        shift_row = origin_shift(top, c_top, log2_scale)
+        t_row, k_row, q_row, total_row = s_row, s_row, s_row, s_row
+        ref_top, ref_s_row, ref_shift_row = top, s_row, shift_row
+        if ENTROPY:
             t_row = tl.sum((rescale * (t + shift * s)).to(tl.float64), 0)
-            k_row = tl.sum((rescale * k).to(tl.float64), 0)
-            if ((t_row != t_row) | (k_row != k_row)) & (s_row == s_row):
-                t_row, k_row = _guarded_moments(
-                    logits, ref_logits, start, ref_start, vocab, label, c_top, log2_scale, inner, MAP, ENTROPY, KL
-                )
+        if SQUARES:
+            q_row = tl.sum((rescale * rescale * q).to(tl.float64), 0)
+        if MEAN:
+            total_row = tl.sum(total.to(tl.float64), 0)
+        hostile = (tl.abs(top * unit) >= LARGE) | (s_row == 0)
         if KL:
+            k_row = tl.sum((rescale * k).to(tl.float64), 0)
             ref_m, ref_c, ref_s = ref_state
             ref_top, ref_c_top, _ref_shift, ref_rescale = _merge(ref_m, ref_c, log2_scale)
             ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
-        if SQUARES:
-            q_row = tl.sum((rescale * rescale * q).to(tl.float64), 0)
+            ref_shift_row = origin_shift(ref_top, ref_c_top, log2_scale)
+            # Maxima far apart would make the gaps' float32 sums too coarse.
+            hostile = hostile | (tl.abs(ref_top * unit) >= LARGE) | (tl.abs((top - ref_top) * unit) > 256)
+            # The means count from both maxima.
+            k_row -= s_row * (top.to(tl.float64) - ref_top.to(tl.float64))
+        # Of a lane's numbers one is infinite, or NaN by 0 * inf. (Or a logit is NaN: then it stays so.)
+        sound = (tl.abs(t_row) < float("inf")) & (tl.abs(k_row) < float("inf")) & (tl.abs(total_row) < float("inf"))
+        sound = sound & (tl.abs(s_row) < float("inf")) & (tl.abs(ref_s_row) < float("inf"))
+        hostile = hostile | (sound == 0)
+        if hostile:
+            top, s_row, t_row, k_row, q_row, total_row, ref_top, ref_s_row = _careful_row(
+                logits, ref_logits, start, ref_start, vocab, label, inner, log2_scale, MAP, ENTROPY, KL, MEAN, SQUARES
+            )
+            shift_row = tl.full((), 0.0, tl.float64)
+            ref_shift_row = shift_row
+        tiny = tl.where(hostile, TINY, 1.0).to(tl.float64)
         if ACCURACY:
             hit = x_label > top
-            if x_label == top:
-                hit = _equal_before(logits, start, label, x_label, inner, MAP) == 0
-        if MEAN:
-            total_row = tl.sum(total.to(tl.float64), 0)
+            near = x_label == top
+            sign = 1.0
+            if MAP != FOLDED:
+                # The transform's rounding is not monotone to the last place.
+                near = tl.abs(x_label - top) <= tl.abs(top) * 2.0**-20
+                sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0)).to(tl.float32)
+            if near:
+                hit = _beaten(logits, start, vocab, label, x_raw, sign) == 0
 
         if first_warp():
             z_label = scaled_label(x_raw, scale, cap, MAP)[0]
-            logp, lse_row, p_others, log_mass = _finish(s_row, top, c_top, z_label, unit, log2_scale)
+            top_z = top.to(tl.float64) * unit
+            logp, max_z, log_sum_row, p_others, log_mass = finish(s_row, shift_row, top_z, z_label)
             tl.store(logps + row, logp)
-            tl.store(lse + row, lse_row)
+            tl.store(max + row, max_z)
+            tl.store(log_sum + row, log_sum_row)
             p_label = tl.exp(logp)
             # Each of the others' means counts with p_others / s.
             share = p_others / tl.where(s_row > 0, s_row, 1.0)
@@ -392,26 +468,39 @@ def token_logps_kernel(
                 tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
             if KL:
                 ref_z_label = scaled_label(ref_raw_label, scale, cap, MAP)[0]
-                ref_logp, ref_lse, _ref_p_others, _ref_mass = _finish(
-                    ref_s_row, ref_top, ref_c_top, ref_z_label, unit, log2_scale
+                ref_top_z = ref_top.to(tl.float64) * unit
+                ref_logp, ref_max_z, ref_log_sum_row, _ref_p_others, _ref_mass = finish(
+                    ref_s_row, ref_shift_row, ref_top_z, ref_z_label
                 )
                 tl.store(ref_logps + row, ref_logp)
-                others = tl.where(s_row == 0, 0.0, unit * (share * k_row))
-                at_label = tl.where(p_label > 0, p_label * (z_label - ref_z_label), 0.0 * p_label)
-                tl.store(kl + row, others + at_label - lse_row + ref_lse)
+                tl.store(ref_max + row, ref_max_z)
+                tl.store(ref_log_sum + row, ref_log_sum_row)
+                others = tl.where(s_row == 0, 0.0, unit * (share * k_row) / tiny)
+                # Where no other logit is above -inf, the label's own is what gaps count from.
+                base = tl.where(top_z > float("-inf"), top_z, z_label)
+                ref_base = tl.where(ref_top_z > float("-inf"), ref_top_z, ref_z_label)
+                # Each part is moved to the maxima by itself: of a label at 1e20 their sum would keep nothing of the others.
+                moved = (max_z - base) - (ref_max_z - ref_base)
+                others -= tl.where(p_others > 0, p_others * moved, 0.0 * p_others)
+                gap = (z_label - max_z) - (ref_z_label - ref_max_z)
+                at_label = tl.where(p_label > 0, p_label * gap, 0.0 * p_label)
+                tl.store(kl + row, (others + at_label) - (log_sum_row - ref_log_sum_row))
             if SQUARES:
                 # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
                 tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
             if ACCURACY:
-                tl.store(accuracy + row, tl.where(lse_row == lse_row, hit.to(tl.float64), float("nan")))
+                tl.store(accuracy + row, tl.where(logp == logp, hit.to(tl.float64), float("nan")))
             if MEAN:
-                tl.store(mean_logits + row, unit * total_row / vocab)
+                tl.store(mean_logits + row, unit * (total_row / vocab) / tiny)
     else:
         # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
         fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
         _put(logps, row, fill)
-        _put(lse, row, fill)
+        _put(max, row, fill)
+        _put(log_sum, row, fill)
         _put(ref_logps, row, fill)
+        _put(ref_max, row, fill)
+        _put(ref_log_sum, row, fill)
         _put(entropy, row, fill)
         _put(kl, row, fill)
         _put(accuracy, row, fill)
@@ -486,7 +575,9 @@ def token_logps(
     tokens = torch.empty(len(names), *labels.shape, dtype=torch.float64, device=logits.device)
     rows = dict(zip(names, tokens.unbind(0), strict=True))
     if ref_logits is not None and "kl" not in rows:
-        alone = {"logps": rows.pop("ref_logps"), "lse": torch.empty_like(tokens[0])}
+        alone = dict(
+            zip(("logps", "max", "log_sum"), (rows.pop("ref_logps"), *torch.empty_like(tokens[:2])), strict=True)
+        )
         token_logps_launch(ref_logits, labels, None, alone, transform).run(logits)
     token_logps_launch(logits, labels, ref_logits if "kl" in rows else None, rows, transform).run(logits)
     return tokens

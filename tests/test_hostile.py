@@ -1,0 +1,359 @@
+"""Numbers at the ends of their format, against the float64 reference: masks of the lowest finite number, labels under such a
+mask, huge and constant rows, neighbours of every size, loss scales, and views whose elements overlap.
+
+Each is a kind of input that once gave a silently wrong number, a NaN or a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_kernels import backends, dpo_loss, linear_dpo_loss, linear_logps, reference, sequence_logps, use_backend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Rounding of the gradient's own dtype, and of float32 sums.
+ROUNDING = {torch.float32: 3e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
+
+
+def check(backend: str, logits: Tensor, labels: Tensor, ref: Tensor, kl_coef: float = 0.0, **settings) -> None:
+    """Loss, statistics and each row of the gradient equal those of the float64 reference."""
+    leaf = logits.detach().clone().requires_grad_()
+    with use_backend(backend):
+        out = dpo_loss(leaf, labels, ref_logits=ref, kl_coef=kl_coef, statistics=STATISTICS, **settings)
+        out.loss.backward()
+    truth = logits.double().requires_grad_()
+    loss = reference.dpo_loss(truth, labels, ref_logits=ref.double(), kl_coef=kl_coef, **settings)
+    loss.backward()
+    torch.testing.assert_close(out.loss.detach().double(), loss.detach(), rtol=3e-6, atol=1e-6)
+    error = (leaf.grad.double() - truth.grad).norm(dim=-1)
+    size = truth.grad.norm(dim=-1)
+    assert bool((error <= ROUNDING[logits.dtype] * size + 1e-15).all()), (error / size).max()
+    rows = reference.token_statistics(logits.double(), labels, ref_logits=ref.double(), **settings)
+    for name in STATISTICS:
+        expected = rows[name].mean(-1)
+        # Float32 logits of size x are 1e-7 x apart, and so are the sums of their exponentials.
+        torch.testing.assert_close(
+            getattr(out, name).double(), expected, rtol=1e-6, atol=3e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def make(dtype: torch.dtype, vocab: int = 611, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, labels, reference logits) of one pair."""
+    logits, ref = (torch.randn(2, 3, vocab) * spread for _ in range(2))
+    return logits.to(dtype), torch.randint(0, vocab // 2, (2, 3)), ref.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", [None, -1e12, -1e15, -1e16, -1e20], ids=str)
+def test_a_label_under_a_mask(mask, dtype, backend):
+    if dtype == torch.float16 and mask is not None:
+        pytest.skip("float16 has no such number")
+    logits, labels, ref = make(dtype)
+    low = torch.finfo(dtype).min if mask is None else mask
+    logits[..., -60:] = low
+    ref[..., -60:] = low
+    labels[0, 1] = 611 - 30
+    leaf = logits.detach().clone().requires_grad_()
+    with use_backend(backend):
+        # The label's log-probability is about `low`, so losses come to all or nothing; a constant coefficient does not.
+        sums = sequence_logps(leaf, labels)
+        sums.sum().backward()
+    truth = logits.double().log_softmax(-1)
+    p = truth.exp()
+    expected = torch.zeros_like(p).scatter_(-1, labels.unsqueeze(-1), 1.0) - p
+    error, size = (leaf.grad.double() - expected).norm(dim=-1), expected.norm(dim=-1)
+    assert bool((error <= ROUNDING[dtype] * size).all())
+    torch.testing.assert_close(sums.double(), truth.gather(-1, labels.unsqueeze(-1)).sum((1, 2)), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("side", ["policy", "reference", "both"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mask_of_lowest_numbers(dtype, side, kl_coef, backend):
+    logits, labels, ref = make(dtype, spread=1.0)
+    # Half of the row, in front: the running maximum begins with it.
+    for masked in [x for x, name in ((logits, "policy"), (ref, "reference")) if side in (name, "both")]:
+        masked[..., :300] = torch.finfo(dtype).min
+    check(backend, logits, labels + 300, ref, kl_coef)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("size", [1e9, 1e12, 1e15, 3e38, -1e12, -1e26, -3e38])
+def test_rows_of_huge_equal_logits(size, kl_coef, backend):
+    logits, labels, ref = make(torch.float32)
+    logits[:] = size
+    check(backend, logits, labels, ref, kl_coef)
+    # A part of the row, so that the others have no mass.
+    logits[..., 400:] = -3e38 if size > 0 else 3.3e38
+    check(backend, logits, labels if size > 0 else labels + 300, ref, 0.0)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("distance", [300.0, 3e4, 1e6, 1e10])
+def test_the_reference_far_away(distance, kl_coef, backend):
+    logits, labels, ref = make(torch.float32)
+    # The reference keeps its precision, whatever the policy's distance from it.
+    logits = (logits * 2**6).round() * 2**-6 if distance < 1e5 else torch.zeros_like(logits)
+    check(backend, logits + distance, labels, ref, kl_coef)
+    check(backend, ref, labels, logits + distance, kl_coef)
+
+
+def test_huge_label_beside_small_ones(backend):
+    logits, labels, ref = make(torch.float32)
+    logits.scatter_(-1, labels.unsqueeze(-1), 1e20)
+    check(backend, logits, labels, ref, 0.1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, -1.0])
+def test_accuracy_is_judged_before_the_softcap(scale, backend):
+    # All three are 1 after the cap, to float32 and to float64.
+    logits = torch.tensor([30.0, 50.0, 40.0, -5.0]).mul(1 / scale).expand(2, 4, 4).contiguous()
+    labels = torch.arange(4).expand(2, 4)
+    with use_backend(backend):
+        for cap in (None, 1.0):
+            out = dpo_loss(
+                logits, labels, ref_logps=torch.zeros(2), logit_scale=scale, logit_softcap=cap, statistics=("accuracy",)
+            )
+            assert out.accuracy.tolist() == [0.25, 0.25]
+
+
+def test_subnormal_logits_are_told_apart(backend):
+    logits = torch.tensor([1e-40, 2e-40]).bfloat16().expand(2, 1, 2).contiguous()
+    with use_backend(backend):
+        out = dpo_loss(logits, torch.zeros(2, 1, dtype=torch.int64), ref_logps=torch.zeros(2), statistics=("accuracy",))
+    assert out.accuracy.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("size", [-1e20, -3e38, float("nan"), float("-inf")])
+def test_a_sequence_is_independent_of_its_neighbours(size, backend):
+    logits, labels = torch.randn(8, 50), torch.randint(0, 50, (8,))
+    bounds = torch.tensor([0, 2, 4, 6, 8])
+
+    def sums() -> Tensor:
+        with use_backend(backend):
+            out = dpo_loss(logits, labels, cu_seqlens=bounds, ref_logps=torch.zeros(4), beta=0.01)
+        return torch.cat([out.chosen_logps, out.rejected_logps])
+
+    clean = sums()
+    logits[0, labels[0]] = size
+    assert torch.equal(sums()[1:], clean[1:])
+
+
+def test_padding_and_packing_give_the_same_bits(backend):
+    logits, labels = torch.randn(4, 6, 90), torch.randint(0, 90, (4, 6))
+    lengths = [6, 2, 5, 3]
+    for row, length in enumerate(lengths):
+        labels[row, length:] = -100
+    packed = torch.cat([logits[row, :length] for row, length in enumerate(lengths)])
+    packed_labels = torch.cat([labels[row, :length] for row, length in enumerate(lengths)])
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    with use_backend(backend):
+        padded = dpo_loss(logits, labels, ref_logps=torch.zeros(4))
+        other = dpo_loss(packed, packed_labels, cu_seqlens=bounds, ref_logps=torch.zeros(4))
+    assert torch.equal(padded.losses, other.losses)
+    assert torch.equal(padded.chosen_logps, other.chosen_logps)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_keeps_what_a_loss_scale_protects(autocast, scale, backend):
+    if backend == "triton":
+        pytest.skip("the interpreter takes minutes for this vocabulary; the strategy is the same on every backend")
+    vocab, dtype = 50257, torch.float32 if autocast else torch.float16
+    hidden, weight = ((torch.randn(*shape) * 0.02).to(dtype).requires_grad_() for shape in ((8, 2, 32), (vocab, 32)))
+    labels = torch.randint(0, vocab, (8, 2))
+    with use_backend(backend), torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        out = linear_dpo_loss(hidden, weight, labels, ref_logps=torch.zeros(8), beta=0.01, grad_filter=None)
+    (out.loss * scale).backward()
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    (reference.linear_dpo_loss(*leaves, labels, ref_logps=torch.zeros(8).double(), beta=0.01) * scale).backward()
+    others = torch.ones(vocab, dtype=torch.bool)
+    others[labels.reshape(-1)] = False
+    ours, truth = weight.grad.double()[others], leaves[1].grad[others]
+    if scale > 1.0:
+        assert float((ours - truth).norm()) < 0.01 * float(truth.norm())
+    assert bool(hidden.grad.isfinite().all())
+
+
+def entries(name: str) -> tuple[list[Tensor], object]:
+    """(leaves, a function of them that returns a number) for each differentiable entry."""
+    labels, logits = torch.randint(0, 11, (2, 3)), torch.randn(2, 3, 11)
+    hidden, weight, bias = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randn(11)
+    zeros = torch.zeros(2)
+    return {
+        "dpo_loss": ([logits], lambda x: dpo_loss(x, labels, ref_logps=zeros).loss),
+        "ipo": ([logits], lambda x: dpo_loss(x, labels, ref_logps=zeros, loss_type="ipo").loss),
+        "sequence_logps": ([logits], lambda x: sequence_logps(x, labels).sum()),
+        "linear_dpo_loss": ([hidden, weight, bias], lambda h, w, b: linear_dpo_loss(h, w, labels, bias=b, ref_logps=zeros).loss),
+        "linear ipo": ([hidden, weight], lambda h, w: linear_dpo_loss(h, w, labels, ref_logps=zeros, loss_type="ipo").loss),
+        "frozen head": ([hidden], lambda h: linear_dpo_loss(h, weight, labels, ref_logps=zeros).loss),
+        "linear_logps": ([hidden, weight], lambda h, w: linear_logps(h, w, labels).sum()),
+    }[name]  # fmt: skip
+
+
+ENTRIES = ["dpo_loss", "ipo", "sequence_logps", "linear_dpo_loss", "linear ipo", "frozen head", "linear_logps"]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_double_backward_raises(name, backend):
+    leaves, function = entries(name)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with use_backend(backend):
+        plain = torch.autograd.grad(function(*leaves), leaves)
+        gradients = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        for gradient, other in zip(gradients, plain, strict=True):
+            assert torch.equal(gradient, other)
+            assert gradient.requires_grad
+            with pytest.raises(RuntimeError, match="no double backward"):
+                gradient.square().sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_transforms_and_forward_mode_raise(name):
+    leaves, function = entries(name)
+    everything = tuple(range(len(leaves)))
+    with pytest.raises(NotImplementedError, match="reverse-mode gradients only"):
+        torch.func.jvp(function, tuple(leaves), tuple(map(torch.ones_like, leaves)))
+    with pytest.raises(NotImplementedError, match="reverse-mode gradients only"):
+        torch.func.grad(function, argnums=everything)(*leaves)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(leaf, torch.ones_like(leaf)) for leaf in leaves]
+        with pytest.raises(NotImplementedError, match="reverse-mode gradients only"):
+            function(*duals)
+
+
+def overlapping() -> dict[str, Tensor]:
+    """[2, 3, 7] views of which some elements are the same memory."""
+    return {
+        "rows overlap": torch.randn(40).as_strided((2, 3, 7), (15, 4, 1)),
+        "sequences overlap": torch.randn(40).as_strided((2, 3, 7), (8, 7, 1)),
+        "unfold": torch.randn(12).unfold(0, 7, 1).unfold(0, 3, 1)[:2].transpose(1, 2),
+        "expand": torch.randn(1, 3, 7).expand(2, 3, 7),
+    }
+
+
+@pytest.mark.parametrize("name", overlapping())
+def test_in_place_gradients_of_overlapping_views(name, backend):
+    view = overlapping()[name]
+    labels = torch.randint(0, 7, (2, 3))
+    before, grads = view.clone(), []
+    with use_backend(backend):
+        for leaf in (view.detach(), view.clone()):
+            leaf.requires_grad_()
+            dpo_loss(leaf, labels, ref_logps=torch.zeros(2), inplace_backward=True).loss.backward()
+            grads.append(leaf.grad.clone())
+    assert torch.equal(*grads)
+    assert torch.equal(view, before)
+
+
+def test_strided_views_without_overlap_are_still_overwritten(backend):
+    wide = torch.randn(2, 5, 9)
+    labels = torch.randint(0, 7, (2, 3))
+    for view in (wide[:, 1:4, 1:8], wide.transpose(0, 1)[1:4, :, 1:8].transpose(0, 1)):
+        leaf = view.detach().requires_grad_()
+        before = leaf.detach().clone()
+        with use_backend(backend):
+            dpo_loss(leaf, labels, ref_logps=torch.zeros(2), inplace_backward=True).loss.backward()
+        assert not torch.equal(leaf.detach(), before)
+
+
+def test_token_weights_of_ignored_tokens_are_not_read(backend):
+    logits, hidden, weight = torch.randn(2, 3, 9), torch.randn(2, 3, 4), torch.randn(9, 4)
+    labels = torch.tensor([[1, -100, 2], [3, 4, -100]])
+    token_weights = torch.rand(2, 3) + 0.1
+    hostile = token_weights.clone()
+    hostile[0, 1], hostile[1, 2] = float("nan"), float("inf")
+    zeros = torch.zeros(2)
+    with use_backend(backend):
+        for loss_type in ("sigmoid", "ipo"):
+            results = []
+            for weights in (token_weights, hostile):
+                leaf = logits.clone().requires_grad_()
+                words = {"ref_logps": zeros, "token_weights": weights, "loss_type": loss_type}
+                loss = dpo_loss(leaf, labels, **words).loss
+                loss.backward()
+                heads = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+                linear = linear_dpo_loss(*heads, labels, **words).loss
+                linear.backward()
+                results.append((loss.detach(), linear.detach(), leaf.grad, *(head.grad for head in heads)))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    given = reference.dpo_loss(logits, labels, ref_logps=zeros, token_weights=hostile)
+    assert torch.equal(given, reference.dpo_loss(logits, labels, ref_logps=zeros, token_weights=token_weights))
+
+
+def test_no_sequences_but_a_scored_token(backend):
+    leaf = torch.randn(3, 5, requires_grad=True)
+    with use_backend(backend):
+        out = dpo_loss(leaf, torch.tensor([1, 2, 3]), cu_seqlens=torch.tensor([0]), ref_logps=torch.zeros(0))
+        out.loss.backward()
+    assert float(out.loss) == 0.0
+    assert bool((leaf.grad == 0).all())
+
+
+def test_the_first_call_of_a_process_may_score_nothing():
+    script = """if True:
+        import torch
+        from dpo_kernels import linear_logps, use_backend
+        hidden, weight = torch.randn(2, 3, 8).bfloat16().requires_grad_(), torch.randn(11, 8).bfloat16().requires_grad_()
+        with use_backend("cpu"):
+            linear_logps(hidden, weight, torch.full((2, 3), -100)).sum().backward()
+        assert bool((hidden.grad == 0).all()) and bool((weight.grad == 0).all())
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("argument", ["labels", "ref_hidden"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_what_a_backward_reads_may_not_change_before_it(loss_type, argument):
+    hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    given = {"labels": torch.randint(0, 11, (2, 3)), "ref_hidden": torch.randn(2, 3, 8)}
+    out = linear_dpo_loss(hidden, weight, given["labels"], ref_hidden=given["ref_hidden"], loss_type=loss_type)
+    given[argument].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+
+
+def test_use_backend_in_threads_and_tasks():
+    entered, second, left = (threading.Event() for _ in range(3))
+    seen = []
+
+    def first() -> None:
+        with use_backend("eager"):
+            entered.set()
+            second.wait(10)
+        left.set()
+
+    def other() -> None:
+        entered.wait(10)
+        seen.append(backends.resolve("cpu", torch.float32))
+        with use_backend("cpu"):
+            second.set()
+            left.wait(10)
+            seen.append(backends.resolve("cpu", torch.float32))
+
+    before = backends.resolve("cpu", torch.float32)
+    threads = [threading.Thread(target=target) for target in (first, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [before, "cpu"]
+    assert backends.resolve("cpu", torch.float32) == before
+
+    async def task(name: str) -> str:
+        with use_backend(name):
+            await asyncio.sleep(0)
+            return backends.resolve("cpu", torch.float32)
+
+    async def both() -> list[str]:
+        return await asyncio.gather(task("eager"), task("cpu"))
+
+    assert asyncio.run(both()) == ["eager", "cpu"]
