@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .records import METRICS, append_record, keep_records
+from .records import METRICS, SUMMARY, append_record, keep_records
 
 if TYPE_CHECKING:
     from .trainer import DPOTrainer
@@ -59,6 +59,9 @@ class ReportFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ended = False
+        self.trainer.accelerator.wait_for_everyone()  # others may still have to see whether the run had finished
+        if state.is_world_process_zero:
+            (Path(str(args.output_dir)) / SUMMARY).unlink(missing_ok=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step < state.max_steps:  # otherwise the end is near and writes it anyway
@@ -71,6 +74,16 @@ class ReportFile(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.ended:
             self.trainer.write_report(finished=True)
+
+
+class SaveAtTheEnd(TrainerCallback):
+    """Save the model when training ends, before `summary.json`: a folder that holds a summary holds the model."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.save_model()
 
 
 class ProgressLine(TrainerCallback):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
-from .records import EVENTS, METRICS, write_aside
+from .records import EVENTS, METRICS, SAMPLES, SUMMARY, write_aside
 
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
@@ -146,6 +146,7 @@ def _run(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    from .callbacks import SaveAtTheEnd
     from .config import DPOConfig
     from .data import load_pairs, stream_pairs
     from .inspection import Inspector
@@ -190,6 +191,7 @@ def _run(
         )
     if isinstance(trainer, Inspector):
         return trainer.inspect()
+    trainer.callback_handler.callbacks.insert(0, SaveAtTheEnd(trainer))
     if json_stream is not None:
         trainer.add_callback(JsonLines(trainer, json_stream))
     first = trainer.is_world_process_zero()
@@ -205,7 +207,6 @@ def _run(
     if checkpoint is not None and not quiet and first:
         print(f"going on from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    trainer.save_model()
     if not quiet and first:
         for account in trainer.accounts:
             if account.streamed:
@@ -461,7 +462,7 @@ def check_output(folder: Path, settings: dict[str, Any], *, resume: bool, overwr
         return checkpoints[-1]
     if overwrite:
         return None
-    if (folder / "summary.json").exists():
+    if (folder / SUMMARY).exists():
         raise OutputError(f"output_dir '{folder}': holds a finished run; choose another folder, or --overwrite it")
     recorded = _recorded(folder)
     if recorded == _plain(settings):
@@ -499,7 +500,7 @@ def clear_run(folder: Path) -> None:
 
     for checkpoint in [*_checkpoints(folder), folder / ASIDE]:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for name in (SETTINGS, METRICS, EVENTS, "samples.jsonl", "summary.json", "report.html"):
+    for name in (SETTINGS, METRICS, EVENTS, SAMPLES, SUMMARY, "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from .charts import CHARTS, COLOURS, Curve, draw
 from .errors import OutputError
-from .records import METRICS, read_records, write_aside
-from .report import SUMMARY, evaluation_prefixes, evaluation_records, template, training_records
+from .records import METRICS, SUMMARY, read_records, write_aside
+from .report import evaluation_prefixes, evaluation_records, template, training_records
 
 OUTPUT = "comparison.html"
 #: Of each chart the one metric to lay over one another, held out where the runs have it.

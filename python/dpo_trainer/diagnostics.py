@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .data import REFERENCE
 from .errors import ConfigError, did_you_mean
-from .records import EVENTS, append_record, keep_records, read_records
+from .records import EVENTS, SUMMARY, append_record, keep_records, read_records
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -524,6 +524,11 @@ class Diagnostics(TrainerCallback):
             self.events = [event for event in read_records(path) if 0 < state.global_step >= event["step"]]
         for record in state.log_history:
             self._take(record)
+        last = [event["name"] for event in self.events if event["step"] == state.global_step]
+        if state.global_step and not (path.parent / SUMMARY).exists():
+            # The run stopped here and was killed before it had finished; only that is left.
+            self.stopped_by = next((name for name in last if name in self.trainer.args.stop_on), None)
+            control.should_training_stop = self.stopped_by is not None
         if not state.global_step:
             # Every process looks, since a sharded model needs them all; the first one speaks.
             self.run.facts = examine(self.trainer, self.run.limits)

@@ -8,9 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .records import json_line, read_records
-from .report import SUMMARY
-from .samples import SAMPLES
+from .records import SAMPLES, SUMMARY, json_line, read_records
 
 if TYPE_CHECKING:
     from .trainer import DPOTrainer

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from .errors import OutputError, first_line
+
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
+#: Texts that every record of a file has.
+_TEXTS = {EVENTS: ("name", "title", "seen", "remedy"), SAMPLES: ("evaluation", "prompt")}
+
+
+@contextlib.contextmanager
+def writing(path: Path, then: str = "free some space and give the same command again") -> Iterator[None]:
+    """Around whatever writes `path`. Raises OutputError, one line that names it, where the disk does not take it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save says what failed in a RuntimeError of its own.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error) and "file write" not in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise OutputError(f"{path}: cannot be written ({reason}); {then}") from error
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write the text beside `path` and rename it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the text beside `path` and rename it there. Raises OutputError."""
     aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 digest of a file's bytes, in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def json_line(record: dict[str, Any]) -> str:
@@ -29,13 +63,13 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add the record as the file's last line."""
-    with path.open("a", encoding="utf-8") as file:
+    """Add the record as the file's last line. Raises OutputError."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json_line(record))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; none if there is no file. A line cut short by a kill is left out."""
+    """The records of a file; none if there is no file. Damaged lines, and records that lack a field, are left out."""
     if not path.exists():
         return []
     found = []
@@ -44,7 +78,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue
+        if all(isinstance(record.get(name), str) for name in _TEXTS.get(path.name, ())):
             found.append(record)
     return found
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .callbacks import without_ties
 from .charts import CHARTS, curves_of, draw, draw_histogram
 from .model import unwrap_adapter
-from .records import EVENTS, METRICS, read_records, write_aside
-from .samples import SAMPLES
+from .records import EVENTS, METRICS, SAMPLES, SUMMARY, read_records, write_aside
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from .evaluated import EvaluatedPairs
     from .trainer import DPOTrainer
 
-SUMMARY = "summary.json"
 REPORT = "report.html"
 
 # --- the summary ---------------------------------------------------------------------------------------------------
@@ -87,20 +85,19 @@ def write_report(trainer: DPOTrainer, *, finished: bool) -> Path | None:
     folder = Path(str(trainer.args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(trainer, finished=finished)
-    if finished:
+    if trainer.args.write_report:
+        page = render_report(
+            summary,
+            read_records(folder / METRICS),
+            name=folder.resolve().name,
+            events=read_records(folder / EVENTS),
+            evaluated=trainer.evaluated,
+            samples=read_records(folder / SAMPLES),
+        )
+        write_aside(folder / REPORT, page)
+    if finished:  # last: it says that nothing is left to do
         write_aside(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    if not trainer.args.write_report:
-        return None
-    page = render_report(
-        summary,
-        read_records(folder / METRICS),
-        name=folder.resolve().name,
-        events=read_records(folder / EVENTS),
-        evaluated=trainer.evaluated,
-        samples=read_records(folder / SAMPLES),
-    )
-    write_aside(folder / REPORT, page)
-    return folder / REPORT
+    return folder / REPORT if trainer.args.write_report else None
 
 
 def training_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

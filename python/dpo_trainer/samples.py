@@ -19,15 +19,13 @@ import torch
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import ConfigError, first_line
-from .records import append_record, keep_records, read_records
+from .records import SAMPLES, append_record, keep_records, read_records
 from .reference import AdapterOffReference, FrozenReference
 
 if TYPE_CHECKING:
     from .trainer import DPOTrainer
 
 logger = logging.getLogger("dpo_trainer")
-
-SAMPLES = "samples.jsonl"
 
 #: (prompts, completions) -> one number each, higher is better.
 Scorer = Callable[[list[str], list[str]], Sequence[float]]
@@ -147,7 +145,7 @@ class Samples(TrainerCallback):
                     self._begin(prefix, dataset)
                 continue
             known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]
-            self.initial[prefix] = [r["prompt"] for r in known], [r["reference"] for r in known]
+            self.initial[prefix] = [r["prompt"] for r in known], [r.get("reference", "") for r in known]
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -598,7 +598,9 @@ class DPOTrainer(PairTrainer):
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A diagnosis made before the first step may have stopped the run; transformers would take a step all the same.
+        # transformers would take a step in any case: after a stop before the first one, and where the last one is done.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
