@@ -1,17 +1,34 @@
-"""Checkpoints that are whole or not there, with what transformers does not keep: the open logging window, running means."""
+"""Checkpoints that are whole or not there, known to be as they were written, with what transformers does not keep."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import logging
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .errors import OutputError, first_line
+from .records import sha256, write_aside, writing
+
+logger = logging.getLogger("dpo_trainer")
 
 #: Where a checkpoint is written, inside the run's folder, before it gets its name.
 ASIDE = "checkpoint.part"
+#: The digests of a checkpoint's files, as `sha256sum` writes and checks them, after a line with the digest of the rest.
+DIGESTS = "SHA256SUMS"
+
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -22,25 +39,145 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
         run_dir: the run's folder.
         name: of the checkpoint.
         first: whether this process creates and renames folders; the others only write into them.
+
+    Raises:
+        OutputError: the disk does not take it. Nothing of it is left, and other checkpoints are as they were.
     """
     aside, target = run_dir / ASIDE / name, run_dir / name
-    if first:
-        shutil.rmtree(run_dir / ASIDE, ignore_errors=True)  # what a kill left behind
-        aside.mkdir(parents=True)
+    whole = checkpoints(run_dir)
+    last = f"the last checkpoint is {whole[-1].name}" if whole else "there is no checkpoint"
+    with writing(target, f"{last}; free some space and give the same command again"):
+        try:
+            if first:
+                discard_half(run_dir)
+                aside.mkdir(parents=True)
+            _wait()
+            yield aside
+            _wait()
+            if first:
+                write_digests(aside)
+                if target.exists():  # the same step, saved before
+                    shutil.rmtree(target)
+                aside.replace(target)
+                aside.parent.rmdir()
+        except BaseException:
+            if first:
+                discard_half(run_dir)
+            raise
     _wait()
-    yield aside
-    _wait()
-    if first:
-        if target.exists():  # the same step, saved before
-            shutil.rmtree(target)
-        aside.replace(target)
-        aside.parent.rmdir()
-    _wait()
+
+
+def discard_half(run_dir: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written."""
+    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+
+
+def write_digests(folder: Path) -> None:
+    """Write the SHA-256 digests of all files in a checkpoint beside them. Raises OSError, OutputError."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(sha256, files)
+        lines = [f"{digest}  {path.relative_to(folder)}\n" for digest, path in zip(digests, files, strict=True)]
+    text = "".join(lines)
+    write_aside(folder / DIGESTS, f"# {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def _wait() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, sound or not."""
+    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def sound_checkpoint(run_dir: Path, wanted: str | None = None) -> Path:
+    """The checkpoint to go on from; a line is logged for each newer one that is damaged.
+
+    Args:
+        run_dir: the run's folder, whose newest sound checkpoint is taken.
+        wanted: the path of a checkpoint that is taken instead.
+
+    Raises:
+        OutputError: there is none, or `wanted` is damaged. The message names the damaged files.
+    """
+    faults: list[str] = []
+    for folder in [Path(wanted)] if wanted is not None else reversed(checkpoints(run_dir)):
+        reason = fault(folder)
+        if reason is None:
+            if faults:
+                logger.warning("%s; going on from %s", "; ".join(faults), folder.name)
+            return folder
+        faults.append(reason)
+    if wanted is not None:
+        raise OutputError(f"resume_from_checkpoint '{wanted}': {faults[0]}")
+    if faults:
+        raise OutputError(f"output_dir '{run_dir}': no checkpoint can be used ({'; '.join(faults)}); --overwrite it")
+    raise OutputError(f"output_dir '{run_dir}': holds no checkpoint to resume from")
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, with the path of the file; None if it is sound.
+
+    Every file that DIGESTS lists must have its digest. A checkpoint without DIGESTS is taken if its files can be read.
+    """
+    sums = folder / DIGESTS
+    try:
+        if not sums.exists():
+            return _unreadable(folder)
+        head, _, lines = sums.read_bytes().partition(b"\n")
+        if head != b"# " + hashlib.sha256(lines).hexdigest().encode():
+            return f"{sums}: damaged"
+        listed = [line.split("  ", 1) for line in lines.decode().splitlines()]
+        paths = [folder / name for _, name in listed]
+        for path in paths:
+            if not path.exists():
+                return f"{path}: missing"
+        with ThreadPoolExecutor() as pool:
+            for path, found, (wanted, _) in zip(paths, pool.map(sha256, paths), listed, strict=True):
+                if found != wanted:
+                    return f"{path}: changed since it was written (SHA-256)"
+    except OSError as error:
+        return f"{error.filename or folder}: cannot be read ({error.strerror})"
+    return None
+
+
+def _unreadable(folder: Path) -> str | None:
+    """What is wrong with a checkpoint of which no digests are known."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return f"{folder / TRAINER_STATE_NAME}: missing"
+    if not any("model" in path.name for path in folder.rglob("*")):
+        return f"{folder}: holds no model"
+    path = folder
+    try:
+        for path in files:
+            _read_through(path)
+    except Exception as error:  # zipfile raises errors of many kinds
+        return f"{path}: cannot be read ({first_line(error)})"
+    logger.warning("%s: has no %s, as older versions wrote it; its files can be read", folder, DIGESTS)
+    return None
+
+
+def _read_through(path: Path) -> None:
+    """Raise some error where a file of a known kind cannot be read."""
+    if path.suffix == ".json":
+        json.loads(path.read_bytes())
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt"):
+            pass
+    elif path.suffix in (".pt", ".pth", ".bin"):  # torch.save writes zip files, whose members have checksums
+        with zipfile.ZipFile(path) as file:
+            if (member := file.testzip()) is not None:
+                raise ValueError(f"{member} is damaged")
+
+
+# --- the trainer's own state ---------------------------------------------------------------------------------------
 
 
 def save_state(folder: Path, rank: int, state: dict[str, Any]) -> None:

@@ -18,11 +18,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from . import guard
+from .checkpoints import checkpoints, discard_half
 from .errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
-from .records import EVENTS, METRICS, SAMPLES, SUMMARY, write_aside
+from .records import EVENTS, METRICS, SAMPLES, SUMMARY, sha256, write_aside
 
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
+#: Its entry with the digests of the data files.
+DIGESTS = "data_sha256"
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
 INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
@@ -40,7 +44,7 @@ RUN_KEYS = {
 }
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {
-    "--resume": "Go on from the last checkpoint in output_dir, also with other settings than before.",
+    "--resume": "Go on from the last checkpoint in output_dir, also with other settings or other data than before.",
     "--overwrite": "Throw away the run that output_dir holds.",
     "--quiet": "Print nothing but errors.",
     "--json": "Print one JSON object a line on standard output for every log, diagnosis, sample and the summary.",
@@ -50,24 +54,33 @@ SWITCHES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0; 2 after one line about bad input; 130 when interrupted."""
+    """Run the command line; returns the exit code.
+
+    0; 2 after one line about what is wrong; 130 after Ctrl-C, 143 after SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or "--help" in arguments or "-h" in arguments or "--help-all" in arguments:
         print(help_text(everything="--help-all" in arguments))
         return 0
     try:
-        if arguments[0] == "compare":
-            compare_runs(arguments[1:])
-        elif arguments[0] == "inspect":
-            inspect_run(arguments[1:])
-        else:
-            run(arguments)
+        with guard.listening(lambda signum: guard.end(signum, "stopped before training; nothing was lost")):
+            if arguments[0] == "compare":
+                compare_runs(arguments[1:])
+            elif arguments[0] == "inspect":
+                inspect_run(arguments[1:])
+            else:
+                run(arguments)
     except UsageError as error:
         print(f"dpo-train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ndpo-train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"dpo-train: {place}{error.strerror}", file=sys.stderr)
+        return 2
+    except (guard.Interrupted, guard.Terminated) as ended:
+        return int(ended.code or 0)
     return 0
 
 
@@ -118,13 +131,15 @@ def run(arguments: Sequence[str]) -> None:
         UsageError: in one line, before anything is written.
     """
     settings, switches = read_settings(arguments)
-    if "--json" in switches:
-        # Whatever a library or a scorer prints must not stand between the objects.
-        stream = sys.stdout
-        with contextlib.redirect_stdout(sys.stderr):
-            _run(settings, switches, stream)
-    else:
-        _run(settings, switches, None)
+    output_dir = Path(str(settings["output_dir"])).expanduser()
+    check_place(output_dir)
+    stream = sys.stdout if "--json" in switches else None
+    with contextlib.ExitStack() as stack:
+        if stream is not None:
+            # Whatever a library or a scorer prints must not stand between the objects.
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(guard.run_lock(output_dir, first=int(os.environ.get("RANK", 0)) == 0))
+        _run(settings, switches, stream)
 
 
 def _run(
@@ -137,7 +152,10 @@ def _run(
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
     output_dir = Path(str(settings["output_dir"])).expanduser()
-    checkpoint = check_output(output_dir, settings, resume="--resume" in switches, overwrite="--overwrite" in switches)
+    digests = {} if inspecting else data_digests(settings)
+    checkpoint: bool | str = check_output(
+        output_dir, settings, digests, resume="--resume" in switches, overwrite="--overwrite" in switches
+    )
 
     import datasets
     import transformers
@@ -160,7 +178,7 @@ def _run(
         if "eval_strategy" not in fields:
             fields["eval_strategy"] = "steps"
             fields.setdefault("eval_steps", 0.25)
-        fields.setdefault("eval_on_start", checkpoint is None)
+        fields.setdefault("eval_on_start", not checkpoint)
     fields.setdefault("disable_tqdm", quiet or json_stream is not None)
     try:
         config = DPOConfig(**fields)
@@ -168,7 +186,7 @@ def _run(
         raise
     except (ValueError, ImportError) as error:
         raise _setting_error(error, fields) from error
-    if checkpoint is None and config.resume_from_checkpoint:
+    if not checkpoint and config.resume_from_checkpoint:
         checkpoint = _given_checkpoint(config.resume_from_checkpoint)
     peft_config = lora_config(settings["lora"]) if settings.get("lora") is not None else None
 
@@ -179,7 +197,7 @@ def _run(
     tokenizer = load_tokenizer(settings["model"])
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     model = load_model(settings["model"], **init_kwargs)
-    with _setting_up(output_dir, fields):
+    with _setting_up(fields):
         trainer = (Inspector if inspecting else DPOTrainer)(
             model,
             settings.get("ref_model"),
@@ -202,11 +220,9 @@ def _run(
     if first:
         if "--overwrite" in switches:
             clear_run(output_dir)
-        write_aside(output_dir / SETTINGS, json.dumps(_plain(settings), indent=2) + "\n")
+        write_aside(output_dir / SETTINGS, json.dumps({**_plain(settings), DIGESTS: digests}, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()  # before another process writes what this one clears
-    if checkpoint is not None and not quiet and first:
-        print(f"going on from {checkpoint}", file=sys.stderr)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if not quiet and first:
         for account in trainer.accounts:
             if account.streamed:
@@ -216,18 +232,11 @@ def _run(
 
 
 @contextlib.contextmanager
-def _setting_up(output_dir: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Where a run cannot be set up, its folder is as it was, and the reason is one line.
-
-    transformers makes the folder before it looks at the rest, and raises ValueErrors of its own.
-    """
-    missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+def _setting_up(settings: dict[str, Any]) -> Iterator[None]:
+    """Where a run cannot be set up, the reason is one line. transformers raises ValueErrors of its own."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # not there, or not empty
-                folder.rmdir()
         if isinstance(error, UsageError):
             raise
         raise _setting_error(error, settings) from error
@@ -438,48 +447,87 @@ def lora_config(values: dict[str, Any]) -> Any:
 # --- the output folder ---------------------------------------------------------------------------------------------
 
 
-def check_output(folder: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """Whether a run may use the folder; returns the checkpoint to go on from, None to start.
-
-    An unfinished run goes on when the same command is given again: its settings are recorded in the folder. With other
-    settings it goes on only if asked to.
-
-    Raises:
-        OutputError: it holds a run and neither --resume nor --overwrite was given, or there is nothing to resume.
-    """
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other")
+def check_place(folder: Path) -> None:
+    """Raise OutputError where the folder cannot be made or written to."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir '{folder}': is a file")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         obstacle = "not writable" if parent.is_dir() else "a file"
         raise OutputError(f"output_dir '{folder}': cannot be made, '{parent}' is {obstacle}")
-    checkpoints = _checkpoints(folder)
+
+
+def check_output(
+    folder: Path, settings: dict[str, Any], digests: dict[str, str], *, resume: bool, overwrite: bool
+) -> bool:
+    """Whether a run may use the folder; returns whether it goes on from a checkpoint there.
+
+    An unfinished run goes on when the same command is given again: its settings, and the digests of its data files, are
+    recorded in the folder. With other settings or other data it goes on only if asked to.
+
+    Args:
+        digests: of `data_digests`.
+
+    Raises:
+        OutputError: it holds a run and neither --resume nor --overwrite was given, or there is nothing to resume.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other")
+    found = checkpoints(folder)
+    recorded = _recorded(folder)
+    known = (recorded or {}).pop(DIGESTS, None) or {}
+    changed = [key for key in digests if key in known and known[key] != digests[key]]
+    what = f"{' and '.join(changed)} changed since the run began"
     if resume:
-        if not checkpoints:
+        if not found:
             raise OutputError(f"output_dir '{folder}': holds no checkpoint to resume from")
-        return checkpoints[-1]
+        if changed:
+            logging.getLogger("dpo_trainer").warning("%s; going on with the new contents", what)
+        return True
     if overwrite:
-        return None
+        return False
     if (folder / SUMMARY).exists():
         raise OutputError(f"output_dir '{folder}': holds a finished run; choose another folder, or --overwrite it")
-    recorded = _recorded(folder)
     if recorded == _plain(settings):
-        return checkpoints[-1] if checkpoints else None
-    if checkpoints:
+        if found and changed:
+            raise OutputError(
+                f"output_dir '{folder}': {what} (last checkpoint: {found[-1].name}); --resume goes on with the new "
+                "contents, --overwrite starts anew"
+            )
+        return bool(found)
+    if found:
         others = [
             key for key in {**(recorded or {}), **settings} if (recorded or {}).get(key) != _plain(settings).get(key)
         ]
         with_others = f" with other settings ({', '.join(others)})" if recorded else ""
         raise OutputError(
-            f"output_dir '{folder}': holds an unfinished run{with_others} (last checkpoint: {checkpoints[-1].name}); "
+            f"output_dir '{folder}': holds an unfinished run{with_others} (last checkpoint: {found[-1].name}); "
             "--resume or --overwrite it"
         )
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).exists():
             raise OutputError(f"output_dir '{folder}': holds a model; choose another folder, or --overwrite it")
-    return None
+    return False
+
+
+def data_digests(settings: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 digests of the data files, by the words that name them: the setting and its path.
+
+    Of a stream, which may be too large to be read twice, it is the size. Data of the hub have none.
+    """
+    found = {}
+    for key in ("train_data", "eval_data"):
+        path = Path(str(settings.get(key))).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        with contextlib.suppress(OSError):  # reading the data says what is wrong with them
+            parts = [
+                str(file.stat().st_size) if key == "train_data" and settings.get("streaming") else sha256(file)
+                for file in files
+                if file.is_file()
+            ]
+            if parts:
+                found[f"{key} '{settings[key]}'"] = " ".join(parts)
+    return found
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
@@ -489,32 +537,25 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """The settings of the run that the folder holds."""
     try:
-        return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def clear_run(folder: Path) -> None:
     """Remove what a run left: checkpoints, settings, metrics, events, summary, report. Nothing else is touched."""
-    from .checkpoints import ASIDE
-
-    for checkpoint in [*_checkpoints(folder), folder / ASIDE]:
+    discard_half(folder)
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint, ignore_errors=True)
     for name in (SETTINGS, METRICS, EVENTS, SAMPLES, SUMMARY, "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that are whole, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [path for path in found if (path / "trainer_state.json").exists()]
-    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _given_checkpoint(path: str) -> Path:
+def _given_checkpoint(path: str) -> str:
     if not (Path(path) / "trainer_state.json").exists():
         raise OutputError(f"resume_from_checkpoint '{path}': not a checkpoint")
-    return Path(path)
+    return path
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
@@ -24,14 +24,15 @@ from dpo_kernels import DPOOutput, length_desensitized_weights, objectives, use_
 
 from . import loss_path, report
 from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
-from .checkpoints import load_state, save_state, written_aside
+from .checkpoints import discard_half, load_state, save_state, sound_checkpoint, written_aside
 from .checks import check_best_metric, check_fit
 from .collator import PairCollator
 from .config import DPOConfig
 from .data import REFERENCE
 from .diagnostics import Diagnostics
-from .errors import ConfigError, DataError, ModelError, first_line
+from .errors import ConfigError, DataError, ModelError, OutputError, first_line
 from .evaluated import EvaluatedPairs, look_at
+from .guard import EndAfterStep, run_lock
 from .metrics import TINY, MetricWindow, memory_mib
 from .metrics import names as metric_names
 from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
@@ -39,6 +40,7 @@ from .model_card import write_card
 from .moving_reference import MovingReference
 from .pair_trainer import PairTrainer, looked_at
 from .prepare import Account
+from .records import writing
 from .reference import AdapterOffReference, FrozenReference, reference_logps
 from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .samples import Samples, Scorer, load_scorer
@@ -394,6 +396,8 @@ class DPOTrainer(PairTrainer):
         self.diagnostics = Diagnostics(self)
         self.add_callback(self.diagnostics)
         self.add_callback(ReportFile(self))
+        self.ending = EndAfterStep(self)
+        self.add_callback(self.ending)
         if not self.args.disable_tqdm:
             self.add_callback(ProgressLine())
 
@@ -604,13 +608,48 @@ class DPOTrainer(PairTrainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, or resume; see `transformers.Trainer.train`."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or resume; see `transformers.Trainer.train`.
+
+        SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint: SystemExit with code 143, KeyboardInterrupt.
+
+        Args:
+            resume_from_checkpoint: True: the newest checkpoint in `output_dir` that is sound; or a checkpoint's path.
+
+        Raises:
+            OutputError: no checkpoint can be used, another run holds `output_dir`, or the disk takes no more.
+        """
         if self.train_dataset is None:
             raise DataError("train_dataset: none given, nothing to train on")
         self._window["train"] = MetricWindow()
-        self._started_at, self._paused_for = time.perf_counter(), 0.0
-        return super().train(*args, **kwargs)
+        run_dir, first = Path(str(self.args.output_dir)), self.is_world_process_zero()
+        with run_lock(run_dir, first=first), self.ending.listening():
+            checkpoint = self._sound_checkpoint(run_dir, resume_from_checkpoint) if resume_from_checkpoint else None
+            if first:
+                discard_half(run_dir)
+            self._started_at, self._paused_for = time.perf_counter(), 0.0
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _sound_checkpoint(self, run_dir: Path, wanted: str | bool) -> str:
+        """The checkpoint to go on from. One process reads the files, and all of them agree."""
+        found, refused = "", ""
+        if self.is_world_process_zero():
+            try:
+                found = str(sound_checkpoint(run_dir, None if wanted is True else str(wanted)))
+                logger.info("going on from %s", found)
+            except OutputError as error:
+                refused = str(error)
+        if self.accelerator.num_processes > 1:
+            found, refused = broadcast_object_list([found, refused])
+        if refused:
+            raise OutputError(refused)
+        return found
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.ending.ending:  # the run is not over: no summary, no final model
+            self.is_in_train = False
+            self.ending.end(self.ending.ending)
+        return super()._finalize_training(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on the evaluation dataset, or on another one in the same raw form."""
@@ -662,10 +701,12 @@ class DPOTrainer(PairTrainer):
             return report.write_report(self, finished=finished)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and, unless it is for a checkpoint, its card."""
-        super().save_model(output_dir, _internal_call)
+        """Save the model and, unless it is for a checkpoint, its card. Raises OutputError where the disk is full."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        with writing(folder):
+            super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
-            write_card(self, Path(output_dir or str(self.args.output_dir)), {})  # peft writes one of its own
+            write_card(self, folder, {})  # peft writes one of its own
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` into `output_dir`; takes what `transformers.Trainer.create_model_card` takes."""
