@@ -1,14 +1,27 @@
 """No run is lost: what a killed, damaged, doubled, interrupted or spoilt run leaves, and what the same command makes of it."""
 
+import getpass
 import json
-from collections.abc import Callable
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from dpo_trainer import OutputError
+from dpo_trainer.checkpoints import sound_checkpoint
 from dpo_trainer.cli import main
+
+from . import forked, tiny
 
 SETTINGS = {
     "max_steps": 6,
@@ -97,3 +110,295 @@ def test_damaged_records_do_not_stop_a_resume(here: Path, name: str) -> None:
     assert main(["config.yaml", *words.split(), "--max_steps", "3", "--resume"]) == 0
     assert json.loads((here / "run/summary.json").read_text())["steps"] == 3
     assert "<svg" in (here / "run/report.html").read_text()
+
+
+# --- the lock ------------------------------------------------------------------------------------------------------
+
+
+def pause(folder: str) -> None:
+    """Wait in the middle of a step until somebody makes the file `go`."""
+
+    def wait() -> None:
+        Path(folder, "waiting").touch()
+        while not Path(folder, "go").exists():
+            time.sleep(0.01)
+
+    forked.at("computing", 3, wait)
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not come")
+
+
+def test_a_second_run_in_one_folder_is_refused_and_told_whose_it_is(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = forked.start(here, prepare=partial(pause, str(here)))
+    wait_for(here / "waiting")
+    for arguments in ([], ["--resume"], ["--overwrite"]):
+        assert main(["config.yaml", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        who = rf"process {first.pid} of {getpass.getuser()} on {re.escape(socket.gethostname())}, since [-\d]+ [\d:]+"
+        assert re.search(rf"^dpo-train: output_dir 'run': a run is using it \({who}\); wait for its end", line)
+    with pytest.raises(OutputError, match=f"process {first.pid} of "):  # in Python, too
+        tiny.build_trainer(here / "run").train()
+    (here / "go").touch()
+    first.join(60)
+    assert first.exitcode == 0
+    assert steps(here / "run") == [1, 2, 3, 4, 5, 6]
+    assert not (here / "run/run.lock").exists()
+
+
+def test_the_lock_of_a_killed_run_is_no_obstacle(here: Path) -> None:
+    assert forked.run(here, prepare=partial(forked.at, "computing", 3, forked.kill))[0] == -signal.SIGKILL
+    assert (here / "run/run.lock").exists()
+    assert main(["config.yaml", "--quiet"]) == 0
+    assert steps(here / "run") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("left", ["", "{", "[1]", '{"pid": 7}'])
+def test_a_lock_of_another_host_or_damaged_says_how_to_go_on(
+    here: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    lock = here / "run/run.lock"
+    lock.parent.mkdir()
+    lock.write_text(json.dumps({"pid": 7, "user": "ann", "host": "elsewhere", "since": "2026-01-01 00:00:00"}))
+    assert main(["config.yaml", "--quiet"]) == 2
+    line = capsys.readouterr().err
+    assert "a run on another host used it and did not end well, or still does (process 7 of ann on elsewhere" in line
+    assert "if it has ended, remove 'run/run.lock'" in line.replace(f"{here}/", "")
+    lock.write_text(left)  # of nobody who could be asked
+    assert main(["config.yaml", "--quiet"]) == (2 if "pid" in left else 0)
+
+
+# --- damaged checkpoints -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_checkpoints(here: Path) -> Path:
+    """A run's folder with checkpoint-2 and checkpoint-4, stopped there."""
+    assert main(["config.yaml", "--quiet", "--max_steps", "4", "--save_total_limit", "9"]) == 0
+    return here / "run"
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+def harms(path: Path, every: int) -> Iterator[tuple[str, bytes]]:
+    """What may happen to a file: one bit flipped in every so-many-th byte, cut short, or gone to zeros."""
+    content = path.read_bytes()
+    for place in sorted({*range(0, len(content), every), len(content) - 1}):
+        yield f"byte {place}", content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :]
+    for size in sorted({0, 1, len(content) // 2, len(content) - 1}):
+        yield f"cut at {size}", content[:size]
+    yield "zeros", bytes(len(content))
+
+
+def try_harms(run: Path, caplog: pytest.LogCaptureFixture, most: int) -> tuple[int, int]:
+    """(harms tried, answered): a line that names the file, and the checkpoint before it."""
+    tried = answered = 0
+    for path in sorted((run / "checkpoint-4").iterdir()):
+        content = path.read_bytes()
+        for what, harmed in harms(path, max(len(content) // most, 1)):
+            path.write_bytes(harmed)
+            caplog.clear()
+            found = sound_checkpoint(run)
+            line = [record.getMessage() for record in caplog.records]
+            tried += 1
+            if found.name == "checkpoint-2" and len(line) == 1 and str(path) in line[0]:
+                answered += 1
+            else:
+                print(path, what, line)
+        path.write_bytes(content)
+        path.rename(path.with_name("gone"))
+        assert sound_checkpoint(run).name == ("checkpoint-4" if path.name == "SHA256SUMS" else "checkpoint-2")
+        path.with_name("gone").rename(path)
+    assert sound_checkpoint(run).name == "checkpoint-4"
+    return tried, answered
+
+
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
+    two_checkpoints: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {path.name for path in (two_checkpoints / "checkpoint-4").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "SHA256SUMS", "dpo_state_0.pt"} <= files
+    tried, answered = try_harms(two_checkpoints, caplog, 5)
+    assert tried > 9 * len(files)
+    assert answered == tried
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "SHA256SUMS"])
+def test_a_run_falls_back_and_ends_as_if_nothing_had_happened(
+    here: Path, two_checkpoints: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    assert main(["config.yaml", "--quiet", "--output_dir", "whole"]) == 0
+    flip(two_checkpoints / "checkpoint-4" / name, 100)
+    assert main(["config.yaml", "--resume"]) == 0
+    lines = [record.getMessage() for record in caplog.records if "checkpoint-2" in record.getMessage()]
+    assert re.fullmatch(rf"run/checkpoint-4/{name}: (damaged|changed .*); going on from checkpoint-2", lines[0])
+    assert (here / "run/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
+    assert steps(here / "run") == [1, 2, 3, 4, 5, 6]
+    assert sound_checkpoint(two_checkpoints).name == "checkpoint-6"
+
+
+def test_where_no_checkpoint_is_sound_all_damages_are_in_one_line(
+    two_checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(two_checkpoints / "checkpoint-4/scheduler.pt", 9)
+    (two_checkpoints / "checkpoint-2/rng_state.pth").unlink()
+    assert main(["config.yaml", "--resume"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        "dpo-train: output_dir 'run': no checkpoint can be used (run/checkpoint-4/scheduler.pt: changed since it was "
+        "written (SHA-256); run/checkpoint-2/rng_state.pth: missing); --overwrite it"
+    )
+    assert main(["config.yaml", "--output_dir", "b", "--resume_from_checkpoint", "run/checkpoint-4", "--quiet"]) == 2
+    assert (
+        "resume_from_checkpoint 'run/checkpoint-4': run/checkpoint-4/scheduler.pt: changed" in capsys.readouterr().err
+    )
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_if_it_can_be_read(
+    two_checkpoints: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = two_checkpoints / "checkpoint-4"
+    (old / "SHA256SUMS").unlink()
+    assert sound_checkpoint(two_checkpoints) == old
+    assert "has no SHA256SUMS" in caplog.text
+    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        content = (old / name).read_bytes()
+        (old / name).write_bytes(content[:-20])
+        assert sound_checkpoint(two_checkpoints).name == "checkpoint-2"
+        (old / name).write_bytes(content)
+    (old / "model.safetensors").unlink()
+    assert sound_checkpoint(two_checkpoints).name == "checkpoint-2"
+
+
+def test_the_digests_are_those_that_sha256sum_checks(two_checkpoints: Path) -> None:
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=two_checkpoints / "checkpoint-4",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert "optimizer.pt: OK" in checked.stdout
+
+
+# --- changed data --------------------------------------------------------------------------------------------------
+
+
+def test_changed_data_are_told_and_refused_unless_asked_for(
+    here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    forked.run(here, prepare=partial(forked.at, "computing", 3, forked.kill))
+    assert (here / "run/checkpoint-2").exists()
+    (here / "train.jsonl").write_text((here / "train.jsonl").read_text().replace("good", "great"))
+    assert main(["config.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "dpo-train: output_dir 'run': train_data 'train.jsonl' changed since the run began (last checkpoint: "
+        "checkpoint-2); --resume goes on with the new contents, --overwrite starts anew\n"
+    )
+    assert main(["config.yaml", "--resume"]) == 0
+    assert "train_data 'train.jsonl' changed since the run began; going on with the new contents" in caplog.text
+
+
+def test_data_of_the_same_contents_are_the_same_data(here: Path) -> None:
+    forked.run(here, prepare=partial(forked.at, "computing", 3, forked.kill))
+    content = (here / "train.jsonl").read_bytes()
+    (here / "train.jsonl").unlink()
+    (here / "train.jsonl").write_bytes(content)
+    assert main(["config.yaml", "--quiet"]) == 0
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(here: Path, signum: int, code: int) -> None:
+    assert main(["config.yaml", "--quiet", "--output_dir", "whole"]) == 0
+    run = forked.start(here, prepare=partial(pause, str(here)))
+    wait_for(here / "waiting")
+    os.kill(run.pid, signum)
+    (here / "go").touch()
+    run.join(60)
+    assert run.exitcode == code
+    said = (here / "said.txt").read_text()
+    assert "Traceback" not in said
+    assert "stopped; the same command, or train(resume_from_checkpoint=True), goes on from run/checkpoint-4" in said
+    assert not (here / "run/summary.json").exists()
+    assert not (here / "run/model.safetensors").exists()
+    assert main(["config.yaml", "--quiet"]) == 0
+    assert steps(here / "run") == [1, 2, 3, 4, 5, 6]
+    assert (here / "run/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
+
+
+def test_a_second_signal_ends_at_once(here: Path) -> None:
+    run = forked.start(here, prepare=partial(pause, str(here)))
+    wait_for(here / "waiting")
+    os.kill(run.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(run.pid, signal.SIGTERM)
+    run.join(60)
+    assert run.exitcode == -signal.SIGTERM
+    assert not (here / "run/checkpoint-4").exists()
+
+
+def signal_at(place: str, call: int, signum: int) -> None:
+    forked.at(place, call, lambda: os.kill(os.getpid(), signum))
+
+
+def test_a_signal_before_the_first_step_promises_no_checkpoint(here: Path) -> None:
+    code, said = forked.run(here, prepare=partial(signal_at, "writing a text", 0, signal.SIGTERM))
+    assert code == 143
+    assert "SIGTERM: stopped before training; nothing was lost" in said
+    shutil.rmtree(here / "run", ignore_errors=True)
+    code, said = forked.run(here, prepare=partial(signal_at, "writing a text", 1, signal.SIGINT))
+    assert code == 130
+    assert "SIGINT: stopped before the first checkpoint; nothing to go on from was written" in said
+    assert main(["config.yaml", "--quiet"]) == 0
+
+
+def test_a_signal_in_an_evaluation_ends_after_it(here: Path) -> None:
+    words = ["--eval_data", "train.jsonl", "--eval_steps", "3"]
+    code, said = forked.run(here, *words, prepare=partial(signal_at, "evaluating", 4, signal.SIGTERM))
+    assert code == 143
+    assert "goes on from run/checkpoint-3" in said
+    assert main(["config.yaml", "--quiet", *words]) == 0
+    records = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 3, 6]
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(here: Path) -> None:
+    assert forked.run(here, prepare=partial(signal_at, "computing", 5, signal.SIGTERM))[0] == 0
+    assert (here / "run/summary.json").exists()
+
+
+def test_in_python_a_signal_raises_after_a_checkpoint_and_handlers_are_as_before(tmp_path: Path) -> None:
+    trainer = tiny.build_trainer(tmp_path / "run", max_steps=6)
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "compute_loss", killing(trainer.compute_loss, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert trainer.state.global_step == 1
+    assert (tmp_path / "run/checkpoint-1/SHA256SUMS").exists()
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+
+
+def killing(real: Callable[..., Any], signum: int) -> Callable[..., Any]:
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signum)
+        return real(*args, **kwargs)
+
+    return loss

@@ -1,0 +1,102 @@
+"""dpo-train in processes of its own, forked from one that has imported everything: a run then takes a second, not ten."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dpo_trainer.cli
+from dpo_trainer import DPOTrainer, callbacks, checkpoints, records, reference_cache, samples, trainer
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["dpo_trainer.cli", "dpo_trainer.inspection", "transformers.models.llama.modeling_llama"]
+)
+
+#: Where a process may be ended: what is called there, by name. Model files are written by transformers in Rust, and
+#: optimizer files by torch in C++; so what calls them stands here.
+PLACES: dict[str, tuple[Any, str]] = {
+    "computing": (DPOTrainer, "compute_loss"),
+    "evaluating": (DPOTrainer, "prediction_step"),
+    "sampling": (samples, "generate"),
+    "logging": (records, "json_line"),
+    "saving the model": (DPOTrainer, "save_model"),
+    "saving with torch": (torch, "save"),
+    "saving the state": (DPOTrainer, "_own_state"),
+    "writing digests": (checkpoints, "write_digests"),
+    "renaming": (Path, "replace"),
+    "rotating": (trainer, "rotate_checkpoints"),
+    "writing a text": (Path, "write_text"),
+    "reporting": (DPOTrainer, "write_report"),
+    "writing the card": (trainer, "write_card"),
+    "caching references": (reference_cache.ReferenceCache, "write"),
+    "finishing": (callbacks.SaveAtTheEnd, "on_train_end"),
+}
+
+Act = Callable[[], None]
+
+
+def kill() -> None:
+    """No handler, no clean-up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_the_disk(limit: int) -> None:
+    """From here on no file of this process may grow beyond so many bytes: the system refuses the write (EFBIG)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def at(place: str, call: int, act: Act, *, after: bool = False) -> None:
+    """Act before, or after, the so-many-th call (from 0) of what PLACES names, in this process."""
+    owner, name = PLACES[place]
+    real = getattr(owner, name)
+    count = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        mine, count = count, count + 1
+        if mine == call and not after:
+            act()
+        found = real(*args, **kwargs)
+        if mine == call and after:
+            act()
+        return found
+
+    setattr(owner, name, counted)
+
+
+def _child(folder: Path, arguments: list[str], said: Path, prepare: Callable[[], None] | None) -> None:
+    os.chdir(folder)
+    os.environ["DPO_TRAINER_CACHE"] = str(folder / "cache")
+    with said.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    sys.exit(dpo_trainer.cli.main(arguments))
+
+
+def start(folder: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> Any:
+    """The process of `dpo-train config.yaml ARGUMENTS`, started in the folder; `said.txt` there gets what it prints."""
+    said = folder / "said.txt"
+    said.unlink(missing_ok=True)
+    process = _CONTEXT.Process(target=partial(_child, folder, ["config.yaml", *arguments], said, prepare))
+    process.start()
+    return process
+
+
+def run(folder: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Run it to its end: its exit code, negative for a signal, and what it printed."""
+    process = start(folder, *arguments, prepare=prepare)
+    process.join(120)
+    assert process.exitcode is not None, "still running after two minutes"
+    return process.exitcode, (folder / "said.txt").read_text()
