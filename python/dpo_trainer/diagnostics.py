@@ -556,6 +556,11 @@ class Diagnostics(TrainerCallback):
             for check in CHECKS:
                 self._tell(state, control, check(self.run))
 
+    def stop_before_update(self, state: TrainerState, control: TrainerControl, seen: str) -> None:
+        """Stop the run for a gradient that is not finite, and tell of it if that has not been told."""
+        self._tell(state, control, iter([("not_finite", f"{seen}; its update was not made")]))
+        self._stop("not_finite", state, control)
+
     def _take(self, record: dict[str, Any]) -> bool:
         """Add a log record to the run; whether it was one of training or evaluation."""
         if "loss" in record:
@@ -585,12 +590,15 @@ class Diagnostics(TrainerCallback):
             self.events.append(event)
             stop = name in self.trainer.args.stop_on
             if stop:
-                self.stopped_by = self.stopped_by or name
-                control.should_save = state.global_step > 0
-                control.should_training_stop = True
+                self._stop(name, state, control)
             if state.is_world_process_zero:
                 append_record(Path(str(self.trainer.args.output_dir)) / EVENTS, event)
                 self.announce(describe(event) + (" Stopping, as stop_on asks." if stop else ""))
+
+    def _stop(self, name: str, state: TrainerState, control: TrainerControl) -> None:
+        self.stopped_by = self.stopped_by or name
+        control.should_save = state.global_step > 0
+        control.should_training_stop = True
 
 
 def evaluation_prefix(record: Mapping[str, Any]) -> str | None:

@@ -52,6 +52,11 @@ class MetricWindow:
         self._weights.append(weights)
         self._tokens.append(tokens)
 
+    def drop(self, batches: int) -> None:
+        """Forget the last batches: those of a step that was not taken."""
+        for kept in (self._outputs, self._weights, self._tokens):
+            del kept[len(kept) - batches :]
+
     def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> DPOOutput | None:
         """All batches as one, on the CPU; None before the first.
 

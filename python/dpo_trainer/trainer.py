@@ -51,6 +51,10 @@ logger = logging.getLogger("dpo_trainer")
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 
 
+class SpoiltUpdate(Exception):
+    """The gradient of a step is not finite: its update would make every weight NaN."""
+
+
 class DPOTrainer(PairTrainer):
     """Trains a causal language model on preference pairs with Direct Preference Optimization (arXiv:2305.18290).
 
@@ -530,6 +534,10 @@ class DPOTrainer(PairTrainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         if norm is not None:
             seen = torch.as_tensor(norm).detach()
+            # A gradient scaler leaves out such updates itself, and meets them as a matter of course.
+            scaled = getattr(self.accelerator, "scaler", None) is not None
+            if "not_finite" in self.args.stop_on and not scaled and not seen.isfinite():
+                raise SpoiltUpdate(f"the gradient norm of step {self.state.global_step + 1} is {seen.item()}")
             before = self._grad_norm_max
             self._grad_norm_max = seen if before is None else torch.maximum(before, seen)
         return norm
@@ -606,7 +614,20 @@ class DPOTrainer(PairTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
+            try:
+                super()._run_epoch(*args, **kwargs)
+            except SpoiltUpdate as found:
+                self._stop_before_update(str(found), **kwargs)
+
+    def _stop_before_update(self, seen: str, model: nn.Module, trial: Any = None, **_: Any) -> None:
+        """End the run as it stood after the last step: no weight has met the gradient."""
+        model.zero_grad()
+        self._window["train"].drop(self.current_gradient_accumulation_steps)
+        self.diagnostics.stop_before_update(self.state, self.control, seen)
+        checkpoint = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.control.should_save and not checkpoint.exists():
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume; see `transformers.Trainer.train`.
@@ -703,6 +724,8 @@ class DPOTrainer(PairTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and, unless it is for a checkpoint, its card. Raises OutputError where the disk is full."""
         folder = Path(output_dir or str(self.args.output_dir))
+        if self.is_world_process_zero() and (spoilt := _not_finite(self.policy.model)) is not None:
+            logger.warning("%s: holds weights that are not finite, first in '%s'", folder.name, spoilt)
         with writing(folder):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
@@ -768,6 +791,12 @@ def _weights(batch: Batch) -> Tensor:
     if "pair_weights" in batch:
         return batch["pair_weights"]
     return torch.ones((len(batch["cu_seqlens"]) - 1) // 2, device=batch["cu_seqlens"].device)
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """The first parameter with a NaN or an infinity; of a sharded one, this process's shard is looked at."""
+    shards = ((name, getattr(value, "_local_tensor", value)) for name, value in model.named_parameters())
+    return next((name for name, value in shards if not value.isfinite().all()), None)
 
 
 def _kwargs(value: Any) -> dict[str, Any]:

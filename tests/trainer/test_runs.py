@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from dpo_trainer import OutputError
 from dpo_trainer.checkpoints import sound_checkpoint
@@ -402,3 +405,83 @@ def killing(real: Callable[..., Any], signum: int) -> Callable[..., Any]:
         return real(*args, **kwargs)
 
     return loss
+
+
+# --- weights that are not finite -----------------------------------------------------------------------------------
+
+
+def poison(trainer: Any, place: int | slice = slice(5, 9)) -> None:
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[place] = float("nan")
+
+
+def spoil_at(step: int) -> TrainerCallback:
+    """Let the data meet weights that are not finite, as a run does whose weights overflow, from a step on."""
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == step:
+                model.get_input_embeddings().register_forward_hook(lambda *found: found[-1] * float("nan"))
+
+    return Spoil()
+
+
+def test_not_finite_stops_before_the_update_that_would_spoil_the_weights(tmp_path: Path) -> None:
+    settings = {"max_steps": 6, "stop_on": ["not_finite"], "save_strategy": "steps", "save_steps": 1}
+    trainer = tiny.build_trainer(tmp_path / "run", **settings)
+    poison(trainer, tiny.build_tokenizer().encode(" good")[0])  # one of six words in every second answer
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert trainer.diagnostics.stopped_by == "not_finite"
+    finite = [value.isfinite() for value in trainer.model.state_dict().values()]
+    assert sum(int((~mask).sum()) for mask in finite) <= 2 * 32, "the row, in the embeddings and in the tied head"
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        weights = load_file(folder / "model.safetensors")
+        assert sum(not value.isfinite().all() for value in weights.values()) <= 1, folder
+    assert trainer.state.global_step == 0
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_the_run_that_stops_before_an_update_has_the_steps_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"stop_on": ["not_finite"], "save_strategy": "steps", "save_steps": 2, "logging_steps": 4}
+    good = tiny.build_trainer(tmp_path / "good", max_steps=3, lr_scheduler_type="constant", **settings)
+    good.train()
+    trainer = tiny.build_trainer(tmp_path / "run", max_steps=6, lr_scheduler_type="constant", **settings)
+    trainer.add_callback(spoil_at(3))
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert "the gradient norm of step 4 is nan; its update was not made" in caplog.text
+    for name, value in good.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 3
+    # The checkpoint of the last good step goes on as if the step had not been tried.
+    (tmp_path / "run/summary.json").unlink()
+    whole = tiny.build_trainer(tmp_path / "whole", max_steps=6, lr_scheduler_type="constant", **settings)
+    whole.train()
+    again = tiny.build_trainer(tmp_path / "run", max_steps=6, lr_scheduler_type="constant", logging_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    curves = [[r["loss"] for r in t.state.log_history if "loss" in r] for t in (whole, again)]
+    assert curves[0] == curves[1]
+
+
+def test_a_resumed_run_stops_again_before_the_update(tmp_path: Path) -> None:
+    settings = {"stop_on": ["not_finite"], "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    for resume in (False, True, True):
+        trainer = tiny.build_trainer(tmp_path / "run", **settings)
+        trainer.add_callback(spoil_at(3))
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 3
+        assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+        assert (tmp_path / "run/events.jsonl").read_text().count('"not_finite"') == 1
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = tiny.build_trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    poison(trainer)
+    trainer.train()
+    assert "checkpoint-1: holds weights that are not finite, first in 'model.embed_tokens.weight'" in caplog.text
