@@ -108,6 +108,10 @@ DIAGNOSES: dict[str, Diagnosis] = {
         "nearly alike.",
         ("displacement",),
     ),
+    "weights_zero": Diagnosis(
+        "No pair counts: all weights are 0",
+        "Give the column weight a positive number for each pair that should count, or leave the column out.",
+    ),
     "lengths_differ": Diagnosis(
         "Chosen and rejected answers differ in length",
         "The model may learn length for quality. Balance the lengths, set ld_alpha below 1, or use a length-normalised "
@@ -207,6 +211,8 @@ class Facts:
     chosen_per_token: float = math.nan
     accuracy: float = math.nan
     margins: tuple[float, ...] = ()
+    #: The names of datasets in which every pair weighs 0.
+    weightless: tuple[str, ...] = ()
 
 
 @dataclass
@@ -255,6 +261,11 @@ def _before_training(run: Run) -> Iterator[Found]:
         yield (
             "lengths_differ",
             f"chosen answers have {lengths[0]:.1f} tokens on average, rejected ones {lengths[1]:.1f}",
+        )
+    if facts.weightless:
+        yield (
+            "weights_zero",
+            f"every pair of {' and '.join(facts.weightless)} has weight 0, so the loss there is 0 and says nothing",
         )
     if (total := sum(facts.weights)) > 0:
         effective = total**2 / sum(weight**2 for weight in facts.weights)
@@ -380,6 +391,13 @@ def _grad_spike(run: Run) -> Iterator[Found]:
         yield "grad_spike", f"the gradient norm is {norms[-1]:.3g}; the median of the records before is {usual:.3g}"
 
 
+def _weightless_stream(run: Run) -> Iterator[Found]:
+    """Of a stream no weights are known beforehand; that its first steps have no loss and no gradient shows them."""
+    first = run.train[0] if run.train else {}
+    if not run.facts.pairs and run.start_loss > 0 and first.get("loss") == 0 and first.get("grad_norm") == 0:
+        yield "weights_zero", f"up to step {first['step']} the loss is 0 and so is its gradient"
+
+
 def _not_finite(run: Run) -> Iterator[Found]:
     for name in ("loss", "grad_norm"):
         if run.train and name in run.train[-1]:
@@ -390,6 +408,7 @@ def _not_finite(run: Run) -> Iterator[Found]:
 
 CHECKS: tuple[Callable[[Run], Iterator[Found]], ...] = (
     _not_finite,
+    _weightless_stream,
     _loss_stuck,
     _swapped_evaluation,
     _overfitting,
@@ -402,8 +421,14 @@ CHECKS: tuple[Callable[[Run], Iterator[Found]], ...] = (
 def examine(trainer: DPOTrainer, limits: Limits) -> Facts:
     """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
     dataset: Any = trainer.train_dataset
+    evals = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    named = {
+        "the training data": dataset,
+        **{f"the evaluation data {key}".strip(): data for key, data in evals.items()},
+    }
+    weightless = tuple(name for name, data in named.items() if _weighs_nothing(data))
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names") or not len(dataset):
-        return Facts()  # a stream: nothing is known before it flows
+        return Facts(weightless=weightless)  # a stream: nothing is known before it flows
     sample = dataset.select(spread(len(dataset), 2048))
     lengths = [statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in SIDES]
     weights = tuple(float(weight) for weight in dataset["weight"]) if "weight" in dataset.column_names else ()
@@ -431,7 +456,12 @@ def examine(trainer: DPOTrainer, limits: Limits) -> Facts:
         chosen_per_token=(chosen.sum() / chosen_counts.sum()).item(),
         accuracy=(lead.sign() / 2 + 0.5).mean().item(),  # a tie is half right
         margins=tuple((chosen - rejected).tolist()),
+        weightless=weightless,
     )
+
+
+def _weighs_nothing(dataset: Any) -> bool:
+    return "weight" in (getattr(dataset, "column_names", None) or ()) and not any(dataset["weight"])
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -3,7 +3,7 @@
 A folder a key, and the key is a hash of everything that the numbers depend on: the reference's weights and config, the
 precision it runs in, and the token ids of every pair (in which template, truncation and end tokens show). A file a shard,
 written aside and renamed, so that a kill loses the shard at work and nothing else. Each file repeats its key and its rows
-and carries checksums: what is cut short, damaged or from elsewhere is computed again, never believed.
+and carries a digest of its numbers: what is cut short, changed or from elsewhere is computed again, never believed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ logger = logging.getLogger("dpo_trainer")
 
 #: Pairs a file: what a kill may cost.
 SHARD = 256
-FORMAT = 1
+FORMAT = 2
 TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 #: Entries of a model's config that say where it lies and how it is run, not what it computes.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
@@ -75,6 +76,11 @@ def data_fingerprint(dataset: Any) -> str:
             digest.update(np.array([len(ids) for ids in rows[name]], dtype=np.int64).tobytes())
             digest.update(np.array([token for ids in rows[name] for token in ids], dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def _digest(logps: Logps) -> str:
+    """A hash of a shard's numbers and of how many there are."""
+    return hashlib.sha256(json.dumps([list(side) for side in logps]).encode()).hexdigest()
 
 
 # --- the files -----------------------------------------------------------------------------------------------------
@@ -128,13 +134,19 @@ class ReferenceCache:
             return None
         try:
             table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
-            stamp = (table.schema.metadata or {}).get(b"dpo_trainer", b"").decode()
+            stamp = json.loads((table.schema.metadata or {}).get(b"dpo_trainer", b"{}"))
+            digest = stamp.pop("digest", None)
             if stamp != self._stamp(shard):
                 raise ValueError("it belongs to another reference or other data")
             if table["row"].to_pylist() != self.rows(shard):
                 raise ValueError("it holds other rows")
-            return table["ref_chosen_logps"].to_pylist(), table["ref_rejected_logps"].to_pylist()
-        except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+            logps = table["ref_chosen_logps"].to_pylist(), table["ref_rejected_logps"].to_pylist()
+            if digest != _digest(logps):
+                raise ValueError("its numbers are not those that were computed")
+            if not all(math.isfinite(value) for side in logps for value in side):
+                raise ValueError("it holds numbers that are not finite")
+            return logps
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, pyarrow.ArrowException) as error:
             logger.warning(
                 "reference log-probabilities: %s is not used, %s; computing it again", path, first_line(error)
             )
@@ -148,15 +160,19 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table(
             {"row": self.rows(shard), "ref_chosen_logps": logps[0], "ref_rejected_logps": logps[1]},
-            metadata={"dpo_trainer": self._stamp(shard)},
+            metadata={"dpo_trainer": json.dumps({**self._stamp(shard), "digest": _digest(logps)}, sort_keys=True)},
         )
         path = self.path(shard)
         aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
-        aside.replace(path)
+        try:
+            pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)  # half a file on a full disk
+            raise
 
-    def _stamp(self, shard: int) -> str:
-        return json.dumps({"key": self.key, "shard": shard, "shards": self.shards, **self.facts}, sort_keys=True)
+    def _stamp(self, shard: int) -> dict[str, Any]:
+        return {"key": self.key, "shard": shard, "shards": self.shards, **self.facts}
 
     def complete(self) -> Logps | None:
         """All log-probabilities in the dataset's order if every shard is there, else None. Computes nothing."""

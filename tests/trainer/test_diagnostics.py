@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
@@ -339,3 +340,29 @@ def test_spikes_need_a_usual_to_be_told_from() -> None:
     assert not list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 4 + [{"grad_norm_max": 99.0}])))
     assert list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 5 + [{"grad_norm_max": 99.0}])))
     assert not list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 5 + [{"grad_norm_max": float("inf")}])))
+
+
+# --- weights of 0 ----------------------------------------------------------------------------------------------------
+
+
+def weightless(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [{**row, "weight": 0.0} for row in build_pairs(count, seed)]
+
+
+def test_weights_that_are_all_0_are_told_before_the_first_step(train: Any) -> None:
+    found = train(train_dataset=weightless(24), max_steps=2)
+    assert found["weights_zero"]["step"] == 0
+    assert "every pair of the training data has weight 0" in found["weights_zero"]["seen"]
+
+
+def test_weights_of_0_in_the_evaluation_data_or_in_a_stream_are_told(train: Any) -> None:
+    found = train(eval_dataset={"a": weightless(4), "b": build_pairs(4)}, max_steps=1)
+    assert "every pair of the evaluation data a has weight 0" in found["weights_zero"]["seen"]
+    found = train(train_dataset=Dataset.from_list(weightless(24)).to_iterable_dataset(), max_steps=2)
+    assert found["weights_zero"]["step"] == 1
+
+
+def test_a_single_weight_is_enough(train: Any) -> None:
+    assert "weights_zero" not in train(
+        train_dataset=[*weightless(24), {**build_pairs(1)[0], "weight": 0.5}], max_steps=2
+    )

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +164,42 @@ def damage_unstamped(path: Path, other: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).replace_schema_metadata(None), path)
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_flip, damage_foreign, damage_unstamped])
+def forged(path: Path, **columns: Any) -> None:
+    """Other columns under the stamp of the right ones."""
+    table = pyarrow.parquet.read_table(path)
+    content = {**table.to_pydict(), **columns}
+    pyarrow.parquet.write_table(pyarrow.table(content, metadata=table.schema.metadata), path)
+
+
+def damage_nan(path: Path, other: Path) -> None:
+    forged(path, ref_chosen_logps=[math.nan] * len(pyarrow.parquet.read_table(path)))
+
+
+def damage_other_model(path: Path, other: Path) -> None:
+    forged(path, **{name: pyarrow.parquet.read_table(other)[name].to_pylist() for name in REFERENCE})
+
+
+def damage_nulls(path: Path, other: Path) -> None:
+    forged(path, ref_rejected_logps=[None] * len(pyarrow.parquet.read_table(path)))
+
+
+def damage_text(path: Path, other: Path) -> None:
+    forged(path, ref_rejected_logps=["-1"] * len(pyarrow.parquet.read_table(path)))
+
+
+def damage_length(path: Path, other: Path) -> None:
+    forged(path, **{name: values[:-1] for name, values in pyarrow.parquet.read_table(path).to_pydict().items()})
+
+
+def damage_stamp(path: Path, other: Path) -> None:
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"dpo_trainer": "[]"}), path)
+
+
+DAMAGES = [value for name, value in list(globals().items()) if name.startswith("damage_")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_shard_that_is_not_right_is_refused_in_one_line_and_computed_again(
     damage: Callable[..., None], make_trainer: Make, make_model: Any, own_cache: Path, small_shards: None,
     forwards: list[int], caplog: Any,
