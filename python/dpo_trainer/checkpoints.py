@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import OutputError, first_line
-from .records import sha256, write_aside, writing
+from .records import sha256, writing
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -73,13 +73,15 @@ def discard_half(run_dir: Path) -> None:
 
 
 def write_digests(folder: Path) -> None:
-    """Write the SHA-256 digests of all files in a checkpoint beside them. Raises OSError, OutputError."""
+    """Write the SHA-256 digests of all files in a checkpoint beside them. Raises OSError."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, files)
         lines = [f"{digest}  {path.relative_to(folder)}\n" for digest, path in zip(digests, files, strict=True)]
     text = "".join(lines)
-    write_aside(folder / DIGESTS, f"# {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    # The folder gets its name after this, so this need not be renamed.
+    head = f"# {hashlib.sha256(text.encode()).hexdigest()}\n"
+    (folder / DIGESTS).write_text(head + text, encoding="utf-8")
 
 
 def _wait() -> None:

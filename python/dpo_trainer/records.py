@@ -21,6 +21,9 @@ SUMMARY = "summary.json"
 #: Texts that every record of a file has.
 _TEXTS = {EVENTS: ("name", "title", "seen", "remedy"), SAMPLES: ("evaluation", "prompt")}
 
+#: What torch.save's RuntimeErrors say of files that cannot be written.
+_OF_TORCH = ("inline_container", "file write", "iostream")
+
 
 @contextlib.contextmanager
 def writing(path: Path, then: str = "free some space and give the same command again") -> Iterator[None]:
@@ -28,10 +31,11 @@ def writing(path: Path, then: str = "free some space and give the same command a
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save says what failed in a RuntimeError of its own.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error) and "file write" not in str(error):
-            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        if isinstance(error, RuntimeError):
+            if not any(word in str(error) for word in _OF_TORCH):
+                raise
+            reason += ": is the disk full?"
         raise OutputError(f"{path}: cannot be written ({reason}); {then}") from error
 
 

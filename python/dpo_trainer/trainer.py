@@ -726,7 +726,7 @@ class DPOTrainer(PairTrainer):
         folder = Path(output_dir or str(self.args.output_dir))
         if self.is_world_process_zero() and (spoilt := _not_finite(self.policy.model)) is not None:
             logger.warning("%s: holds weights that are not finite, first in '%s'", folder.name, spoilt)
-        with writing(folder):
+        with contextlib.nullcontext() if _internal_call else writing(folder):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             write_card(self, folder, {})  # peft writes one of its own

@@ -1,5 +1,6 @@
 """dpo-train in processes of its own, forked from one that has imported everything: a run then takes a second, not ten."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,32 @@ PLACES: dict[str, tuple[Any, str]] = {
     "finishing": (callbacks.SaveAtTheEnd, "on_train_end"),
 }
 
-Act = Callable[[], None]
+#: What is done at a place, given the arguments of the call.
+Act = Callable[..., None]
 
 
-def kill() -> None:
+def kill(*_: Any, **__: Any) -> None:
     """No handler, no clean-up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fill_the_disk(limit: int) -> None:
+def tear(*call: Any, **_: Any) -> None:
+    """Leave half of what the call would have written, then kill."""
+    match call:
+        case Path() as path, str() as text:
+            path.write_bytes(text.encode()[: len(text) // 2])
+        case DPOTrainer(), str() as folder, *_:
+            Path(folder).mkdir(exist_ok=True)
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+        case ({"step": _},):
+            with Path("run/metrics.jsonl").open("a") as file:
+                file.write(json.dumps(call[0])[:20])
+        case _, Path() | str() as path:
+            Path(path).write_bytes(b"PK half")
+    kill()
+
+
+def fill_the_disk(limit: int, *_: Any, **__: Any) -> None:
     """From here on no file of this process may grow beyond so many bytes: the system refuses the write (EFBIG)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
@@ -63,21 +82,20 @@ def at(place: str, call: int, act: Act, *, after: bool = False) -> None:
         nonlocal count
         mine, count = count, count + 1
         if mine == call and not after:
-            act()
+            act(*args, **kwargs)
         found = real(*args, **kwargs)
         if mine == call and after:
-            act()
+            act(*args, **kwargs)
         return found
 
     setattr(owner, name, counted)
 
 
-def _child(folder: Path, arguments: list[str], said: Path, prepare: Callable[[], None] | None) -> None:
+def _child(folder: Path, arguments: list[str], said: Connection, prepare: Callable[[], None] | None) -> None:
     os.chdir(folder)
     os.environ["DPO_TRAINER_CACHE"] = str(folder / "cache")
-    with said.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for stream in (1, 2):
+        os.dup2(said.fileno(), stream)  # a pipe, which a full disk leaves alone
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     torch.set_num_threads(1)
     if prepare is not None:
@@ -85,18 +103,25 @@ def _child(folder: Path, arguments: list[str], said: Path, prepare: Callable[[],
     sys.exit(dpo_trainer.cli.main(arguments))
 
 
-def start(folder: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> Any:
-    """The process of `dpo-train config.yaml ARGUMENTS`, started in the folder; `said.txt` there gets what it prints."""
-    said = folder / "said.txt"
-    said.unlink(missing_ok=True)
-    process = _CONTEXT.Process(target=partial(_child, folder, ["config.yaml", *arguments], said, prepare))
-    process.start()
-    return process
+class Started:
+    """The process of `dpo-train config.yaml ARGUMENTS`, started in a folder."""
+
+    def __init__(self, folder: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> None:
+        self._said, said = _CONTEXT.Pipe(duplex=False)
+        target = partial(_child, folder, ["config.yaml", *arguments], said, prepare)
+        self.process = _CONTEXT.Process(target=target)
+        self.process.start()
+        said.close()
+
+    def end(self) -> tuple[int, str]:
+        """Wait for it: its exit code, negative for a signal, and what it printed."""
+        with os.fdopen(os.dup(self._said.fileno()), errors="replace") as file:
+            said = file.read()
+        self.process.join(120)
+        assert self.process.exitcode is not None, "still running after two minutes"
+        return self.process.exitcode, said
 
 
 def run(folder: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> tuple[int, str]:
     """Run it to its end: its exit code, negative for a signal, and what it printed."""
-    process = start(folder, *arguments, prepare=prepare)
-    process.join(120)
-    assert process.exitcode is not None, "still running after two minutes"
-    return process.exitcode, (folder / "said.txt").read_text()
+    return Started(folder, *arguments, prepare=prepare).end()

@@ -1,41 +1,35 @@
 """Killed at any moment, the same command goes on as if nothing had happened: same metrics, same model, bit for bit."""
 
 import json
+import os
+import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from . import forked
 from .tiny import build_pairs
 
-# dpo-train that kills itself (SIGKILL: no handler, no clean-up) at a step, while computing or while saving.
-_RUN = """
-import os, signal, sys
-from dpo_trainer import DPOTrainer
-from dpo_trainer.cli import main
-
-where, step = sys.argv[1].partition(" ")[::2]
-target = {"computing": "compute_loss", "saving": "_save_optimizer_and_scheduler"}.get(where)
-if target:
-    real = getattr(DPOTrainer, target)
-    def deadly(self, *args, **kwargs):
-        if self.state.global_step == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *args, **kwargs)
-    setattr(DPOTrainer, target, deadly)
-sys.exit(main(["config.yaml", "--quiet"]))
-"""
-
-# Logs and checkpoints at different steps, so that checkpoints fall into logging windows; an objective with a running mean,
-# a reference that moves between checkpoints, answers sampled at evaluations.
-_CONFIG = """
+# "whole": logs and checkpoints at different steps, so that checkpoints fall into logging windows; an objective with a
+# running mean, a reference that moves between checkpoints, answers sampled at evaluations.
+# "adapter": references computed beforehand and kept on disk, one checkpoint kept, a log at every step.
+_COMMON = """
 model: {model}
 train_data: pairs.jsonl
 eval_data: held_out.jsonl
 output_dir: run
-max_steps: 14
 per_device_train_batch_size: 2
+learning_rate: 1.0e-3
+seed: 3
+use_cpu: true
+write_report: {report}
+"""
+CONFIGS = {
+    "whole": """
+max_steps: 14
 logging_steps: 4
 logging_first_step: false
 save_steps: 5
@@ -46,18 +40,73 @@ ref_model_sync_steps: 4
 sample_prompts: 3
 sample_max_new_tokens: 4
 sample_temperature: 1.0
-learning_rate: 1.0e-3
-seed: 3
-"""
+""",
+    "adapter": """
+max_steps: 8
+logging_steps: 1
+save_steps: 3
+save_total_limit: 1
+eval_steps: 4
+precompute_ref_log_probs: true
+lora: {r: 4, target_modules: [q_proj, v_proj]}
+""",
+}
+STEPS = {"whole": 14, "adapter": 8}
+
+Kill = tuple[str, str, int, str]  # the config, the place, its so-many-th call, "before", "after" or "half" of it
 
 
-def train(folder: Path, moment: str) -> int:
-    """Run the command in the folder; returns its exit code, -9 if it was killed."""
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, moment], cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+def _kills() -> list[Kill]:
+    """Fifty moments: in the steps, evaluations and samples, in every part of a checkpoint, in the final save."""
+    moments: dict[tuple[str, str], tuple[str, ...]] = {
+        ("whole", "computing"): ("1 before", "3 after", "7 before", "12 after", "14 before", "17 after"),
+        ("whole", "evaluating"): ("0 before", "1 after", "2 before", "3 after"),
+        ("whole", "sampling"): ("0 before", "1 before", "2 after", "3 after"),
+        ("whole", "logging"): ("1 half", "4 before", "8 half", "12 half"),
+        ("whole", "saving the model"): ("0 half", "1 half", "1 after", "2 before", "2 after", "3 half", "3 after"),
+        ("whole", "saving with torch"): ("0 half", "3 half", "5 half", "7 after", "9 half"),
+        ("whole", "saving the state"): ("1 before", "2 after"),
+        ("whole", "writing digests"): ("0 before", "1 after"),
+        ("whole", "renaming"): ("0 after", "4 before"),
+        ("whole", "writing a text"): ("0 half", "3 half", "5 half"),
+        ("whole", "finishing"): ("0 before", "0 after"),
+        ("whole", "writing the card"): ("0 before",),
+        ("whole", "reporting"): ("2 before",),
+        ("adapter", "caching references"): ("0 before", "0 after", "1 after"),
+        ("adapter", "rotating"): ("1 before", "1 after", "3 after"),
+        ("adapter", "finishing"): ("0 before",),
+    }
+    return [
+        (config, place, int(moment.split()[0]), moment.split()[1])
+        for (config, place), found in moments.items()
+        for moment in found
+    ]
+
+
+KILLS = _kills()
+SAMPLE: list[Kill] = [
+    ("whole", "sampling", 2, "after"),
+    ("whole", "evaluating", 2, "before"),
+    ("whole", "saving with torch", 3, "half"),
+    ("whole", "saving the model", 3, "half"),
+    ("adapter", "caching references", 0, "after"),
+    ("adapter", "rotating", 1, "before"),
+]
+
+
+def make_run(folder: Path, config: str, model: Path, *, report: bool = False) -> Path:
+    """A folder with the config and its data."""
+    folder.mkdir()
+    for name, pairs in (("pairs", build_pairs(48)), ("held_out", build_pairs(8, seed=1))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    text = _COMMON.format(model=model, report=str(report).lower()) + CONFIGS[config]
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def end_at(place: str, call: int, when: str) -> None:
+    """Have this process killed there."""
+    forked.at(place, call, forked.tear if when == "half" else forked.kill, after=when == "after")
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:
@@ -67,34 +116,91 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if not key.endswith(clocks)} for record in records]
 
 
-def test_three_kills_leave_no_trace(tmp_path: Path, model_folder: Path) -> None:
-    folders = [tmp_path / "whole", tmp_path / "killed"]
-    for folder in folders:
-        folder.mkdir()
-        for name, pairs in (("pairs", build_pairs(48)), ("held_out", build_pairs(8, seed=1))):
-            lines = "".join(json.dumps(row) + "\n" for row in pairs)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        (folder / "config.yaml").write_text(_CONFIG.format(model=model_folder), encoding="utf-8")
-    whole, killed = folders
-    assert train(whole, "never") == 0
+def finish(folder: Path) -> None:
+    """The same command, until the run is done."""
+    code, said = forked.run(folder, "--quiet")
+    assert (code, said) == (0, "")
 
-    assert train(killed, "computing 7") == -signal.SIGKILL
-    assert (killed / "run" / "checkpoint-5").exists()
-    assert train(killed, "saving 10") == -signal.SIGKILL
-    assert not (killed / "run" / "checkpoint-10").exists(), "half a checkpoint must not look like one"
-    assert train(killed, "computing 13") == -signal.SIGKILL
-    assert (killed / "run" / "checkpoint-10").exists()
-    assert train(killed, "never") == 0
 
-    expected = timeless(whole / "run" / "metrics.jsonl")
-    assert [record["step"] for record in expected if "learning_rate" in record] == [4, 8, 12, 14]
-    assert timeless(killed / "run" / "metrics.jsonl") == expected
-    files = (
-        "model.safetensors",
-        "samples.jsonl",
-        "checkpoint-10/reference.safetensors",
-        "checkpoint-14/reference.safetensors",
-    )
-    for name in (*files, "checkpoint-10/model.safetensors", "checkpoint-14/model.safetensors"):
-        assert (killed / "run" / name).read_bytes() == (whole / "run" / name).read_bytes(), name
-    assert not list((killed / "run").glob("*.part"))
+def steps_of(run: Path, planned: int) -> tuple[int, int]:
+    """(steps lost, steps too many) of a finished run."""
+    summary = json.loads((run / "summary.json").read_text())
+    last = max(int(path.name.partition("-")[2]) for path in run.glob("checkpoint-*"))
+    state = json.loads((run / f"checkpoint-{last}" / "trainer_state.json").read_text())
+    counts = (summary["steps"], state["global_step"], last)
+    return max(0, *(planned - count for count in counts)), max(0, *(count - planned for count in counts))
+
+
+def compare(killed: Path, whole: Path) -> None:
+    """All that a run leaves is the same, to the bit."""
+    assert timeless(killed / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
+    assert (killed / "events.jsonl").read_text() == (whole / "events.jsonl").read_text()
+    patterns = ("*.safetensors", "samples.jsonl", "checkpoint-*/*.safetensors", "checkpoint-*/scheduler.pt")
+    names = [str(path.relative_to(whole)) for pattern in patterns for path in whole.glob(pattern)]
+    assert len(names) >= 3
+    for name in names:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[str, Path]:
+    """A run of each config that nothing disturbs."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    folders = {config: make_run(root / config, config, model_folder) for config in CONFIGS}
+    for folder in folders.values():
+        finish(folder)
+    return folders
+
+
+def try_kill(folder: Path, kill: Kill, undisturbed: dict[str, Path], model: Path) -> tuple[int, int]:
+    """Kill a run there, give its command again; the steps lost and the steps too many."""
+    config, place, call, when = kill
+    make_run(folder, config, model)
+    code, said = forked.run(folder, "--quiet", prepare=partial(end_at, place, call, when))
+    assert code == -signal.SIGKILL, f"{kill}: the run ended with {code}: {said}"
+    finish(folder)
+    compare(folder / "run", undisturbed[config] / "run")
+    return steps_of(folder / "run", STEPS[config])
+
+
+@pytest.mark.parametrize("kill", SAMPLE, ids=lambda kill: " ".join(map(str, kill)))
+def test_a_kill_leaves_no_trace(tmp_path: Path, kill: Kill, undisturbed: dict[str, Path], model_folder: Path) -> None:
+    assert kill in KILLS
+    assert try_kill(tmp_path / "killed", kill, undisturbed, model_folder) == (0, 0)
+
+
+def test_three_kills_of_one_run_leave_no_trace(
+    tmp_path: Path, undisturbed: dict[str, Path], model_folder: Path
+) -> None:
+    killed = make_run(tmp_path / "killed", "whole", model_folder)
+    for moment, newest in (("computing 8", 5), ("saving the state 0", 5), ("computing 7", 10)):
+        place, _, call = moment.rpartition(" ")
+        code, said = forked.run(killed, "--quiet", prepare=partial(end_at, place, int(call), "before"))
+        assert code == -signal.SIGKILL, said
+        found = {path.name for path in (killed / "run").glob("checkpoint-*")}
+        assert max(int(name.partition("-")[2]) for name in found) == newest, "half a checkpoint must not look like one"
+    finish(killed)
+    compare(killed / "run", undisturbed["whole"] / "run")
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_no_step_and_take_none_too_many(
+    tmp_path: Path, undisturbed: dict[str, Path], model_folder: Path
+) -> None:
+    assert len(set(KILLS)) == 50
+    lost = extra = 0
+    for number, kill in enumerate(KILLS):
+        found = try_kill(tmp_path / f"killed-{number}", kill, undisturbed, model_folder)
+        lost, extra = lost + found[0], extra + found[1]
+        shutil.rmtree(tmp_path / f"killed-{number}")
+    record("kills", {"kills": len(KILLS), "lost_steps": lost, "extra_steps": extra})
+    assert (lost, extra) == (0, 0)
+
+
+def record(name: str, found: dict[str, int]) -> None:
+    """Put figures into the file that RUNS_JSON names, if it names one: benchmarks/results/runs.json is made so."""
+    if path := os.environ.get("RUNS_JSON"):
+        file = Path(path)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, name: found}, indent=1, sort_keys=True) + "\n")

@@ -121,7 +121,7 @@ def test_damaged_records_do_not_stop_a_resume(here: Path, name: str) -> None:
 def pause(folder: str) -> None:
     """Wait in the middle of a step until somebody makes the file `go`."""
 
-    def wait() -> None:
+    def wait(*_: Any, **__: Any) -> None:
         Path(folder, "waiting").touch()
         while not Path(folder, "go").exists():
             time.sleep(0.01)
@@ -140,18 +140,17 @@ def wait_for(path: Path) -> None:
 def test_a_second_run_in_one_folder_is_refused_and_told_whose_it_is(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = forked.start(here, prepare=partial(pause, str(here)))
+    first = forked.Started(here, prepare=partial(pause, str(here)))
     wait_for(here / "waiting")
     for arguments in ([], ["--resume"], ["--overwrite"]):
         assert main(["config.yaml", *arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        who = rf"process {first.pid} of {getpass.getuser()} on {re.escape(socket.gethostname())}, since [-\d]+ [\d:]+"
+        who = rf"process {first.process.pid} of {getpass.getuser()} on {re.escape(socket.gethostname())}, since [-\d]+ [\d:]+"
         assert re.search(rf"^dpo-train: output_dir 'run': a run is using it \({who}\); wait for its end", line)
-    with pytest.raises(OutputError, match=f"process {first.pid} of "):  # in Python, too
+    with pytest.raises(OutputError, match=f"process {first.process.pid} of "):  # in Python, too
         tiny.build_trainer(here / "run").train()
     (here / "go").touch()
-    first.join(60)
-    assert first.exitcode == 0
+    assert first.end()[0] == 0
     assert steps(here / "run") == [1, 2, 3, 4, 5, 6]
     assert not (here / "run/run.lock").exists()
 
@@ -328,13 +327,12 @@ def test_data_of_the_same_contents_are_the_same_data(here: Path) -> None:
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(here: Path, signum: int, code: int) -> None:
     assert main(["config.yaml", "--quiet", "--output_dir", "whole"]) == 0
-    run = forked.start(here, prepare=partial(pause, str(here)))
+    run = forked.Started(here, prepare=partial(pause, str(here)))
     wait_for(here / "waiting")
-    os.kill(run.pid, signum)
+    os.kill(run.process.pid, signum)
     (here / "go").touch()
-    run.join(60)
-    assert run.exitcode == code
-    said = (here / "said.txt").read_text()
+    ended, said = run.end()
+    assert ended == code
     assert "Traceback" not in said
     assert "stopped; the same command, or train(resume_from_checkpoint=True), goes on from run/checkpoint-4" in said
     assert not (here / "run/summary.json").exists()
@@ -345,18 +343,17 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(here: Path, signum
 
 
 def test_a_second_signal_ends_at_once(here: Path) -> None:
-    run = forked.start(here, prepare=partial(pause, str(here)))
+    run = forked.Started(here, prepare=partial(pause, str(here)))
     wait_for(here / "waiting")
-    os.kill(run.pid, signal.SIGTERM)
+    os.kill(run.process.pid, signal.SIGTERM)
     time.sleep(0.3)
-    os.kill(run.pid, signal.SIGTERM)
-    run.join(60)
-    assert run.exitcode == -signal.SIGTERM
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.end()[0] == -signal.SIGTERM
     assert not (here / "run/checkpoint-4").exists()
 
 
 def signal_at(place: str, call: int, signum: int) -> None:
-    forked.at(place, call, lambda: os.kill(os.getpid(), signum))
+    forked.at(place, call, lambda *_, **__: os.kill(os.getpid(), signum))
 
 
 def test_a_signal_before_the_first_step_promises_no_checkpoint(here: Path) -> None:
