@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dpo_trainer import OutputError
-from dpo_trainer.checkpoints import sound_checkpoint
+from dpo_trainer.checkpoints import checkpoints, fault, sound_checkpoint
 from dpo_trainer.cli import main
 
 from . import forked, tiny
+from .test_kills import record
 
 SETTINGS = {
     "max_steps": 6,
@@ -482,3 +483,64 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_told(
     poison(trainer)
     trainer.train()
     assert "checkpoint-1: holds weights that are not finite, first in 'model.embed_tokens.weight'" in caplog.text
+
+
+# --- a full disk ---------------------------------------------------------------------------------------------------
+
+Full = tuple[str, int, int]  # from this call of this place on, no file may grow beyond so many bytes
+FULL: list[Full] = [
+    *(("saving the model", call, limit) for call in (0, 1, 2) for limit in (0, 50_000)),
+    *(("saving with torch", call, limit) for call in (0, 4, 5, 6) for limit in (0, 700)),
+    ("saving the state", 1, 0),
+    ("writing digests", 1, 300),
+    ("computing", 3, 0),
+    ("logging", 4, 900),
+    ("finishing", 0, 50_000),
+    ("writing the card", 0, 0),
+]
+FULL_SAMPLE = [FULL[3], FULL[9], FULL[15], FULL[18]]
+
+
+def fill_at(place: str, call: int, limit: int) -> None:
+    forked.at(place, call, partial(forked.fill_the_disk, limit))
+
+
+def try_full_disk(here: Path, full: Full, whole: Path) -> None:
+    """One line that names a file, checkpoints that are sound, and the same command goes on once there is space."""
+    code, said = forked.run(here, "--quiet", prepare=partial(fill_at, *full))
+    assert code == 2, (full, said)
+    (line,) = said.splitlines()
+    assert re.fullmatch(r"dpo-train: run\S*: cannot be written \(.+\); .*give the same command again", line), line
+    run = here / "run"
+    for folder in checkpoints(run):
+        assert fault(folder) is None, full
+        assert (folder / "SHA256SUMS").exists()
+    assert not (run / "checkpoint.part").exists()
+    assert not (run / "summary.json").exists()
+    assert forked.run(here, "--quiet") == (0, "")
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("full", FULL_SAMPLE, ids=lambda full: " ".join(map(str, full)))
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(here: Path, full: Full) -> None:
+    assert main(["config.yaml", "--quiet", "--output_dir", "whole"]) == 0
+    try_full_disk(here, full, here / "whole")
+
+
+@pytest.mark.slow
+def test_a_disk_full_at_twenty_places(here: Path) -> None:
+    assert len(set(FULL)) == 20
+    assert main(["config.yaml", "--quiet", "--output_dir", "whole"]) == 0
+    for full in FULL:
+        try_full_disk(here, full, here / "whole")
+        shutil.rmtree(here / "run")
+    record("disk_full", {"places": len(FULL), "answered": len(FULL)})
+
+
+@pytest.mark.slow
+def test_thousands_of_damages_are_answered(two_checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tried, answered = try_harms(two_checkpoints, caplog, 4000)
+    assert tried > 20_000
+    record("damaged_files", {"tried": tried, "answered": answered})
+    assert answered == tried
