@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import OutputError, first_line
@@ -168,7 +169,9 @@ def _unreadable(folder: Path) -> str | None:
 
 def _read_through(path: Path) -> None:
     """Raise some error where a file of a known kind cannot be read."""
-    if path.suffix == ".json":
+    if path.name == TRAINER_STATE_NAME:
+        TrainerState.load_from_json(str(path))
+    elif path.suffix == ".json":
         json.loads(path.read_bytes())
     elif path.suffix == ".safetensors":
         with safe_open(path, "pt"):

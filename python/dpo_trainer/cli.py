@@ -138,7 +138,7 @@ def run(arguments: Sequence[str]) -> None:
         if stream is not None:
             # Whatever a library or a scorer prints must not stand between the objects.
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(guard.run_lock(output_dir, first=int(os.environ.get("RANK", 0)) == 0))
+        stack.enter_context(guard.run_lock(output_dir, first=guard.is_first()))
         _run(settings, switches, stream)
 
 

@@ -152,9 +152,15 @@ class Terminated(SystemExit):
     """SIGTERM ended the run; an exit with code 143. What is left of it has been logged."""
 
 
+def is_first() -> bool:
+    """Whether this is the main process of those that a launcher started; known before they meet."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def end(signum: int, text: str) -> None:
     """Log how the run can go on, and end. Raises Interrupted for SIGINT, Terminated for others."""
-    logger.error("%s: %s", signal.Signals(signum).name, text)
+    if is_first():
+        logger.error("%s: %s", signal.Signals(signum).name, text)
     if signum == signal.SIGINT:
         raise Interrupted
     raise Terminated(128 + signum)
@@ -213,7 +219,8 @@ class EndAfterStep(TrainerCallback):
         if not self.stepping:
             self.end(signum)
         name = signal.Signals(signum).name
-        logger.warning("%s: ending after the step at hand with a checkpoint; a second signal ends at once", name)
+        if is_first():
+            logger.warning("%s: ending after the step at hand with a checkpoint; a second signal ends at once", name)
 
     def end(self, signum: int) -> None:
         """Say which checkpoint there is, and end."""

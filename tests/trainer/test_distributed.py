@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
+
+from dpo_trainer.checkpoints import fault
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 
@@ -133,3 +137,32 @@ def test_two_processes_train_as_one(tmp_path: Path, model_folder: Path) -> None:
         assert len(expected["history"]) == settings["max_steps"]
         assert expected["single"].keys() == ({"eval", "test"} if settings.get("write_report") else set())
     assert "Most improved pairs" in (tmp_path / "pairs" / "report.html").read_text()
+
+
+def test_a_signal_ends_two_processes_after_the_same_step(tmp_path: Path, model_folder: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in build_pairs(24)))
+    config = {"model": str(model_folder), "train_data": "pairs.jsonl", "output_dir": "run", "save_steps": 10_000}
+    settings = {"max_steps": 10_000, "logging_steps": 1, "use_cpu": True, "write_report": False}
+    (tmp_path / "config.yaml").write_text(json.dumps({**config, **settings}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.Popen(
+        [*torchrun, "-m", "dpo_trainer.cli", "config.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    for _ in range(6000):
+        if metrics.exists() and metrics.read_text().count("\n") > 1:
+            break
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert said.count("stopped; the same command") == 1, said[-3000:]
+    assert f"goes on from run/{checkpoint.name}" in said
+    assert fault(checkpoint) is None
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+    assert not (tmp_path / "run/run.lock").exists()

@@ -280,6 +280,8 @@ def test_a_checkpoint_of_an_older_version_is_taken_if_it_can_be_read(
         (old / name).write_bytes(content[:-20])
         assert sound_checkpoint(two_checkpoints).name == "checkpoint-2"
         (old / name).write_bytes(content)
+    (old / "trainer_state.json").write_text('{"global_step": 4, "of_another": "trainer"}')
+    assert sound_checkpoint(two_checkpoints).name == "checkpoint-2"
     (old / "model.safetensors").unlink()
     assert sound_checkpoint(two_checkpoints).name == "checkpoint-2"
 
