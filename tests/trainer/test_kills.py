@@ -73,7 +73,7 @@ def _kills() -> list[Kill]:
         ("whole", "writing the card"): ("0 before",),
         ("whole", "reporting"): ("2 before",),
         ("adapter", "caching references"): ("0 before", "0 after", "1 after"),
-        ("adapter", "rotating"): ("1 before", "1 after", "3 after"),
+        ("adapter", "rotating"): ("1 before", "1 after", "2 after"),
         ("adapter", "finishing"): ("0 before",),
     }
     return [
