@@ -44,8 +44,13 @@ def write_aside(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()  # half a text on a full disk
+            raise
 
 
 def sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -184,6 +185,7 @@ class DPOTrainer(PairTrainer):
         self._objectives = objectives.build(args.loss_type)
         self._window: dict[str, MetricWindow] = {"train": MetricWindow(), "eval": MetricWindow()}
         self._aside: Path | None = None
+        self._saved_at = -1  # the step of this run's last checkpoint
         #: Single pairs of the last evaluations, by the prefix of their metrics, for the report.
         self.evaluated: dict[str, EvaluatedPairs] = {}
         self._grad_norm_max: Tensor | None = None
@@ -400,8 +402,8 @@ class DPOTrainer(PairTrainer):
         self.diagnostics = Diagnostics(self)
         self.add_callback(self.diagnostics)
         self.add_callback(ReportFile(self))
-        self.ending = EndAfterStep(self)
-        self.add_callback(self.ending)
+        self.signals = EndAfterStep(self)
+        self.add_callback(self.signals)
         if not self.args.disable_tqdm:
             self.add_callback(ProgressLine())
 
@@ -535,9 +537,10 @@ class DPOTrainer(PairTrainer):
         if norm is not None:
             seen = torch.as_tensor(norm).detach()
             # A gradient scaler leaves out such updates itself, and meets them as a matter of course.
-            scaled = getattr(self.accelerator, "scaler", None) is not None
-            if "not_finite" in self.args.stop_on and not scaled and not seen.isfinite():
-                raise SpoiltUpdate(f"the gradient norm of step {self.state.global_step + 1} is {seen.item()}")
+            if "not_finite" in self.args.stop_on and getattr(self.accelerator, "scaler", None) is None:
+                value = float(getattr(seen, "full_tensor", lambda: seen)())  # FSDP2 may shard it
+                if not math.isfinite(value):
+                    raise SpoiltUpdate(f"the gradient norm of step {self.state.global_step + 1} is {value}")
             before = self._grad_norm_max
             self._grad_norm_max = seen if before is None else torch.maximum(before, seen)
         return norm
@@ -624,8 +627,7 @@ class DPOTrainer(PairTrainer):
         model.zero_grad()
         self._window["train"].drop(self.current_gradient_accumulation_steps)
         self.diagnostics.stop_before_update(self.state, self.control, seen)
-        checkpoint = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.control.should_save and not checkpoint.exists():
+        if self.control.should_save and self._saved_at != self.state.global_step:
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -644,11 +646,11 @@ class DPOTrainer(PairTrainer):
             raise DataError("train_dataset: none given, nothing to train on")
         self._window["train"] = MetricWindow()
         run_dir, first = Path(str(self.args.output_dir)), self.is_world_process_zero()
-        with run_lock(run_dir, first=first), self.ending.listening():
+        with run_lock(run_dir, first=first), self.signals.listening():
             checkpoint = self._sound_checkpoint(run_dir, resume_from_checkpoint) if resume_from_checkpoint else None
             if first:
                 discard_half(run_dir)
-            self._started_at, self._paused_for = time.perf_counter(), 0.0
+            self._started_at, self._paused_for, self._saved_at = time.perf_counter(), 0.0, -1
             return super().train(checkpoint, *args, **kwargs)
 
     def _sound_checkpoint(self, run_dir: Path, wanted: str | bool) -> str:
@@ -667,9 +669,9 @@ class DPOTrainer(PairTrainer):
         return found
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.ending.ending:  # the run is not over: no summary, no final model
+        if self.signals.ending:  # the run is not over: no summary, no final model
             self.is_in_train = False
-            self.ending.end(self.ending.ending)
+            self.signals.end(self.signals.ending)
         return super()._finalize_training(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -753,6 +755,7 @@ class DPOTrainer(PairTrainer):
                 self.state.best_model_checkpoint = str(run_dir / name)
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        self._saved_at = self.state.global_step
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
@@ -796,7 +799,7 @@ def _weights(batch: Batch) -> Tensor:
 def _not_finite(model: nn.Module) -> str | None:
     """The first parameter with a NaN or an infinity; of a sharded one, this process's shard is looked at."""
     shards = ((name, getattr(value, "_local_tensor", value)) for name, value in model.named_parameters())
-    return next((name for name, value in shards if not value.isfinite().all()), None)
+    return next((name for name, value in shards if not value.is_meta and not value.isfinite().all()), None)
 
 
 def _kwargs(value: Any) -> dict[str, Any]:
