@@ -35,7 +35,7 @@ def writing(path: Path, then: str = "free some space and give the same command a
         if isinstance(error, RuntimeError):
             if not any(word in str(error) for word in _OF_TORCH):
                 raise
-            reason += ": is the disk full?"
+            reason = "torch.save could not write all of it: is the disk full?"
         raise OutputError(f"{path}: cannot be written ({reason}); {then}") from error
 
 

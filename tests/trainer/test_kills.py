@@ -204,3 +204,10 @@ def record(name: str, found: dict[str, int]) -> None:
         file = Path(path)
         known = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps({**known, name: found}, indent=1, sort_keys=True) + "\n")
+
+
+def test_the_committed_figures_are_of_these_tests_and_nothing_was_lost() -> None:
+    found = json.loads((Path(__file__).parents[2] / "benchmarks/results/runs.json").read_text())
+    assert found["kills"] == {"kills": len(KILLS), "lost_steps": 0, "extra_steps": 0}
+    for tried, answered in (("damaged_files", "tried"), ("disk_full", "places")):
+        assert found[tried]["answered"] == found[tried][answered] >= 20
