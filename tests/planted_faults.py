@@ -210,7 +210,7 @@ FAULTS = (
         "spread(coef * grad.repeat(2), weights",
         "spread(1.01 * coef * grad.repeat(2), weights",
         "all gradients are 1 % too large",
-        (_PROPERTIES, "-k", "eager and dpo_loss"),
+        (f"{_PROPERTIES}::test_dpo_loss[eager-always-usual]",),
     ),
     Fault(
         "bias_of_the_last_chunk",
@@ -285,7 +285,7 @@ FAULTS = (
         "chosen_kl.detach()",
         "chosen_kl",
         "TDPO2's gradient widens the chosen answer's KL",
-        (_PROPERTIES, "-k", "eager and tdpo2"),
+        (f"{_PROPERTIES}::test_dpo_loss_of_every_objective[eager-always-tdpo2]",),
     ),
     # --- the trainer ---
     Fault(

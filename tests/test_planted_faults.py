@@ -44,7 +44,7 @@ def plant(fault: Fault, tree: Path) -> None:
 def run(tree: Path, test: tuple[str, ...], *, compiles: bool = False) -> subprocess.CompletedProcess[str]:
     """The tests, with the copy's modules; `compiles`: a library that the fault changes is compiled into the copy."""
     env = dict(os.environ, PYTHONPATH=f"{tree}{os.pathsep}{tree / 'python'}", PYTHONDONTWRITEBYTECODE="1")
-    env |= {"CUDA_VISIBLE_DEVICES": ""}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "DPO_WRITE_RESULTS": "0"}
     if compiles:
         env |= {"DPO_KERNELS_CACHE": str(tree / "cache"), "DPO_EMULATOR_CACHE": str(tree / "cache")}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *test]

@@ -145,6 +145,8 @@ def bounds_of(
     loss = losses * weights.clamp(min=1.0)
     loss = loss if settings.reduction == "none" else loss.sum() / (max(pairs, 1) if settings.reduction == "mean" else 1)
     loss = loss + 4 * out_eps * truth.loss.detach().abs()
+    least = torch.finfo(torch.float32).smallest_normal
+    losses, loss = losses + least, loss + least
 
     entropy = relative * (1 + _entropy_of(p)) + 2 * error
     means = {

@@ -17,7 +17,7 @@ from dpo_kernels import backends, use_backend
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "properties.json"
 ENGINES = ("eager", "cpu", "triton", "cuda")
 #: Examples of all properties together. Triton's interpreter takes twenty times as long for each as C++.
-EXAMPLES = {"always": {"eager": 800, "cpu": 800, "triton": 200, "cuda": 400}, "slow": dict.fromkeys(ENGINES, 5000)}
+EXAMPLES = {"always": {"eager": 1000, "cpu": 1000, "triton": 200, "cuda": 400}, "slow": dict.fromkeys(ENGINES, 5000)}
 COMMON: dict[str, Any] = {
     "deadline": None,
     "print_blob": True,

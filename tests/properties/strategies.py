@@ -265,9 +265,8 @@ def make(problem: Problem) -> Call:
     def each(low: float, high: float) -> Tensor:
         return torch.rand(problem.pairs, generator=g, dtype=torch.float64) * (high - low) + low
 
-    beta = {"number": 0.25, "each": each(0.05, 0.5), "tensor": torch.tensor(0.3, dtype=torch.float64), "small": 1e-3}[
-        problem.beta
-    ]
+    one = torch.tensor(0.3, dtype=torch.float64)
+    beta = {"number": 0.25, "each": each(0.05, 0.5), "tensor": one, "small": 1e-3}[problem.beta]
     smoothing = each(0.05, 0.4) if problem.smoothing == "each" else float(problem.smoothing)
     pair_weights = each(0.0, 2.0) if problem.pair_weights else None
     ref_sums = -torch.rand(sequences, generator=g, dtype=torch.float64) * 5 * length

@@ -112,7 +112,7 @@ def test_dpo_loss_of_every_objective(engine, effort, name):
     """Objectives lie outside the kernels, so each gets a few examples; all of them are drawn above as well."""
     if engine in ("triton", "cuda") and effort == "always":
         pytest.skip("objectives do not know the backend, and the interpreter is slow")
-    examples(engine, effort, 0.2 / len(OBJECTIVES), problems(engine, names=(name,)), check_dpo_loss)
+    examples(engine, effort, 0.2 / len(OBJECTIVES), problems(engine, names=(name,), regime="usual"), check_dpo_loss)
 
 
 def check_sequence_logps(problem: Problem) -> None:
@@ -248,7 +248,7 @@ def check_linear_dpo_loss(problem: Problem) -> None:
 
 
 def test_linear_dpo_loss(engine, effort):
-    examples(engine, effort, 0.12, problems(engine, regime="usual", linear=True), check_linear_dpo_loss)
+    examples(engine, effort, 0.1, problems(engine, regime="usual", linear=True), check_linear_dpo_loss)
 
 
 def check_linear_logps(problem: Problem) -> None:
