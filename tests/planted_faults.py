@@ -301,6 +301,14 @@ FAULTS = (
         ),
     ),
     Fault(
+        "pair_weights_averaged",
+        "python/dpo_trainer/trainer.py",
+        '"pair_weights": pair_weights,',
+        '"pair_weights": pair_weights.mean() if len(pair_weights) else pair_weights,',
+        "all pairs of a batch weigh the same",
+        ("tests/trainer/test_trainer.py::test_accumulated_micro_batches_equal_one_batch",),
+    ),
+    Fault(
         "labels_shifted",
         "python/dpo_trainer/collator.py",
         "before = torch.arange(start - 1, start - 1 + len(tokens))",
