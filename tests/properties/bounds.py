@@ -136,6 +136,9 @@ def bounds_of(
         moved_losses, moved = truth.at(truth.sums + direction)
         losses = torch.maximum(losses, 2 * (moved_losses - middle_losses).abs() + 4 * out_eps * truth.losses.abs())
         slack = torch.maximum(slack, 2 * (moved - middle).abs() + 1e-14 * middle.abs())
+    # A coefficient may be a small difference of slopes, each of them beta in size.
+    beta = torch.ones(pairs).double() if settings.beta is None else settings.beta.abs()
+    slack = slack + 2e-15 * (beta * (1.0 if settings.pair_weights is None else settings.pair_weights.abs())).repeat(2)
     if settings.weighting:
         likely = (_over(2 * logp + 2 * relative, truth) / counts).view(2, -1).sum(0)
         losses, slack = losses + likely * truth.losses.abs(), slack + likely.repeat(2) * middle.abs()

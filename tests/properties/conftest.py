@@ -74,9 +74,9 @@ def examples(
         raise
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def results() -> Iterator[None]:
-    """What was drawn, for benchmarks/results, where DPO_WRITE_RESULTS is 1."""
+    """What was drawn so far, for benchmarks/results, where DPO_WRITE_RESULTS is 1: a long run may be ended early."""
     yield
     if os.environ.get("DPO_WRITE_RESULTS") == "1":
         found = {name: {"examples": n["examples"], "violations": n["violations"]} for name, n in seen.items() if n}
