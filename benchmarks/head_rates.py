@@ -39,7 +39,9 @@ def _live_share(kernels: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labe
     call = kernels.linear_grad.HeadCall(weight, bias, order, 1.0, 0.0, EPS)
     found = kernels.linear_logps(hidden, weight, bias, labels, frozenset(), **plain)
     return float(
-        kernels.linear_grad.logits_block_grad(call, hidden, labels, found["logps"], found["max"], found["log_sum"], None)
+        kernels.linear_grad.logits_block_grad(
+            call, hidden, labels, found["logps"], found["max"], found["log_sum"], None
+        )
         .live.float()
         .mean()
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme_table, reasons, report
+from benchmarks import readme_table, reasons, report, trust_page
 
 
 def test_readme_shows_the_committed_results() -> None:
@@ -117,3 +117,10 @@ def test_values_are_written_as_people_read_them(kind: str, value: float, text: s
 
 def test_a_missing_value_is_a_dash() -> None:
     assert report.Column("key", "heading", "time").write({}) == "-"
+
+
+def test_the_page_on_trust_shows_the_committed_results() -> None:
+    text = trust_page.PAGE.read_text(encoding="utf-8")
+    assert text == readme_table.with_block(text, trust_page.render(), trust_page.MARKERS), (
+        "run: python -m benchmarks.trust_page --write"
+    )

@@ -4,7 +4,7 @@ Data flow of a chunk of c scored tokens (planner.py chooses c, and the strategy)
 
     rows [c, H] --GEMM with the head--> logits [c, V]   one buffer, reused by every chunk: fresh pages cost more than the
                                                         arithmetic on them
-    logits --token_logps--> logps, lse, statistics      the backend's stage 1: one read
+    logits --token_logps--> logps, max, log_sum, ...    the backend's stage 1: one read
     logits --logits_grad--> dz, over the logits         the backend's stage 3, when the coefficients are known
     dz --GEMM--> dH rows [c, H];  dz, rows --GEMM--> dW [V, H], accumulated in float32
 
