@@ -67,6 +67,12 @@ def run_all(commands: Sequence[Sequence[str]]) -> None:
         list(pool.map(run, commands))
 
 
+def publish(library: str, target: Path) -> None:
+    """Move a finished library to its place in one step; only its owner may write to it, whatever the umask is."""
+    os.chmod(library, 0o755)
+    os.replace(library, target)
+
+
 def include_flags(torch_dir: Path) -> list[str]:
     """The include path of torch's stable headers."""
     return [f"-I{torch_dir / 'include'}"]
@@ -95,7 +101,7 @@ def build_cpu(target: Path) -> None:
         run_all(commands)
         library = f"{scratch}/library.so"
         run_all([[cxx, "-shared", *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]])
-        os.replace(library, target)
+        publish(library, target)
 
 
 # The row kernels are compiled once per dtype of the policy's logits, side by side (DType in csrc/common/params.h).
@@ -191,7 +197,7 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequen
         run_all(commands)
         library = f"{scratch}/library.so"
         run_all([[nvcc, "-shared", *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ldl"]])
-        os.replace(library, target)
+        publish(library, target)
 
 
 def source_hash(folder: str) -> str:
@@ -209,24 +215,59 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_kernels"
 
 
-def library_path(name: str) -> Path:
-    """Where `pip install` puts the library `name` ("cpu" or "cuda")."""
-    return PACKAGE / f"_{name}.{source_hash(name)}.so"
+def make_private(folder: Path) -> None:
+    """Create `folder`, for this user alone. One that exists keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def check_private(path: Path) -> None:
+    """Raise BuildError where somebody else may have put `path` there, or may write to it or to its folder.
+
+    To load a library is to run it. Files of root are trusted. Windows has no such modes and is not checked.
+    """
+    if not hasattr(os, "getuid"):
+        return
+    real = path.resolve()
+    for place in dict.fromkeys((path.parent, real.parent, real)):
+        if not place.exists():  # a library that is about to be compiled
+            continue
+        status = place.stat()
+        if status.st_uid not in (os.getuid(), 0):
+            raise BuildError(
+                f"{place} belongs to user {status.st_uid}; delete it, or set DPO_KERNELS_CACHE to a folder of your own"
+            )
+        if status.st_mode & 0o022:
+            raise BuildError(
+                f"other users may write to {place}; run chmod go-w on it, or set DPO_KERNELS_CACHE to a folder of your own"
+            )
+
+
+def library_path(name: str, variant: str = "") -> Path:
+    """Where `pip install` puts the library `name` ("cpu" or "cuda"); `variant` as in `find_or_build`."""
+    return PACKAGE / f"_{name}.{source_hash(name)}{variant}.so"
 
 
 def find_or_build(name: str, build: Callable[[Path], None], announce: Callable[[str], None], variant: str = "") -> Path:
     """The library built at installation, else the cached one, else (unless DPO_KERNELS_JIT=0) compile it now.
 
-    variant: what else a cached library is named after, such as the architecture it was compiled for.
+    variant: what else a library is named after, such as the architecture that it was compiled for. Raises BuildError
+    where there is none, and where other users may write to the cached one.
     """
-    cached = cache_folder() / f"{library_path(name).stem}{variant}.so"
-    for path in (library_path(name), cached):
+    # Whoever can write to the installed package can change its Python files too, so only the cache is checked.
+    for path in (library_path(name), library_path(name, variant)):
         if path.is_file():
             return path
-    if os.environ.get("DPO_KERNELS_JIT", "1") == "0":
-        raise BuildError(f"no prebuilt {name} library, and DPO_KERNELS_JIT=0 forbids compiling one")
-    announce(f"dpo-kernels: compiling the {name} library once, into {cached}")
+    cached = cache_folder() / library_path(name, variant).name
     try:
+        if cached.is_file():
+            check_private(cached)
+            return cached
+        if os.environ.get("DPO_KERNELS_JIT", "1") == "0":
+            raise BuildError(f"no prebuilt {name} library, and DPO_KERNELS_JIT=0 forbids compiling one")
+        make_private(cached.parent)
+        check_private(cached)
+        announce(f"dpo-kernels: compiling the {name} library once, into {cached}")
         build(cached)
     except OSError as error:
         raise BuildError(f"cannot write {cached}: {error}") from error

@@ -265,7 +265,8 @@ class _Store:
         self.wrong = self.wrong or wrong
         held = {"identity": self.identity, "right": sorted(self.right), "wrong": self.wrong}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _build.make_private(self.path.parent.parent)  # where libraries may be kept later
+            self.path.parent.mkdir(exist_ok=True)
             # Atomic write: temporary file, then rename.
             handle, draft = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
             try:

@@ -1,6 +1,8 @@
 """Which backend serves what: the expected ones are here, a missing one says why, and the library builds on first use."""
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,6 +121,86 @@ def test_first_use_compiles_into_the_cache_in_one_line_and_the_next_is_silent(tm
         assert "loss 0.693147" in done.stdout
         assert done.stderr.count("cpu backend not used") == 1
         assert reason in done.stderr
+
+
+def cached_library(tmp_path, monkeypatch) -> Path:
+    """A file under the name that `find_or_build` looks for in a cache of its own, as the library lies there."""
+    monkeypatch.setenv("DPO_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_build, "library_path", lambda name, variant="": tmp_path / "package" / f"_{name}{variant}.so")
+    found = _build.find_or_build("cpu", lambda target: target.write_bytes(b""), lambda line: None)
+    assert found == tmp_path / "cache" / "_cpu.so"
+    return found
+
+
+def look_up() -> Path:
+    return _build.find_or_build("cpu", lambda target: pytest.fail("compiled again"), lambda line: None)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system's files have no such modes")
+def test_the_cache_is_for_its_owner_alone(tmp_path, monkeypatch):
+    library = cached_library(tmp_path, monkeypatch)
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    assert look_up() == library
+    for place, mode in ((library, 0o666), (library, 0o775), (library.parent, 0o777), (library.parent, 0o1777)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        with pytest.raises(_build.BuildError, match=f"other users may write to {place}; run chmod go-w on it"):
+            look_up()
+        place.chmod(before)
+    assert look_up() == library
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system's files have no such modes")
+def test_a_library_of_another_user_is_not_loaded(tmp_path, monkeypatch):
+    library = cached_library(tmp_path, monkeypatch)
+    if os.getuid() == 0:
+        os.chown(library, 1234, 1234)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 1234)
+    with pytest.raises(_build.BuildError, match=r"belongs to user \d+; delete it, or set DPO_KERNELS_CACHE"):
+        look_up()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system's files have no such modes")
+def test_a_link_is_followed_and_an_open_folder_is_not_compiled_into(tmp_path, monkeypatch):
+    library = cached_library(tmp_path, monkeypatch)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o777)
+    elsewhere.chmod(0o777)
+    library.rename(elsewhere / "real.so")
+    library.symlink_to(elsewhere / "real.so")
+    with pytest.raises(_build.BuildError, match=f"other users may write to {elsewhere}"):
+        look_up()
+    library.unlink()
+    library.parent.chmod(0o777)
+    with pytest.raises(_build.BuildError, match=f"other users may write to {library.parent}"):
+        look_up()
+
+
+def test_a_system_without_owners_loads_what_lies_there(tmp_path, monkeypatch):
+    library = cached_library(tmp_path, monkeypatch)
+    library.chmod(0o666)
+    monkeypatch.delattr(os, "getuid", raising=False)
+    assert look_up() == library
+
+
+def test_a_library_without_our_operators_is_refused_by_name(tmp_path):
+    other = tmp_path / "other.so"
+    source = tmp_path / "other.cpp"
+    source.write_text("int nothing;")
+    _build.run_all([[_build.cxx_compiler(), "-shared", "-fPIC", str(source), "-o", str(other)]])
+    with pytest.raises(BackendUnavailable, match=f"{other} has no operator not_there::token_logps; delete it"):
+        backends.load_library(other, "not_there", ("token_logps",))
+    other.write_text("no library at all")
+    with pytest.raises(BackendUnavailable, match=str(other)):
+        backends.load_library(other, "not_there", ("token_logps",))
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_every_operator_that_the_sources_register_is_asked_for(name):
+    module = importlib.import_module(f"dpo_kernels.backends.{name}")
+    registered = re.findall(r'm\.impl\("(\w+)"', (_build.CSRC / name / "ops.cpp").read_text())
+    assert sorted(module.OPERATORS) == sorted(registered)
 
 
 def test_report_names_every_backend_and_its_reason(tmp_path):

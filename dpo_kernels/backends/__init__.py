@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -48,6 +49,19 @@ def check_name(name: str) -> str:
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(NAMES)}")
     return name
+
+
+def load_library(path: Path, namespace: str, operators: tuple[str, ...]) -> None:
+    """Load a native library. Raises BackendUnavailable where it does not load, or lacks one of our operators."""
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise BackendUnavailable(str(error)) from error
+    missing = [name for name in operators if not hasattr(getattr(torch.ops, namespace), name)]
+    if missing:
+        raise BackendUnavailable(
+            f"{path} has no operator {namespace}::{missing[0]}; delete it, to have it compiled anew"
+        )
 
 
 @functools.cache

@@ -10,18 +10,24 @@ from torch import Tensor
 
 from .. import _build
 from ..stages import TokenKL, Transform, asked_rows, check_labels
-from . import BackendUnavailable, eager
+from . import BackendUnavailable, eager, load_library
 from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
 logger = logging.getLogger(__name__)
+
+#: What csrc/cpu/ops.cpp registers.
+OPERATORS = (
+    "token_logps", "logits_grad", "sequence_sums", "preference_loss", "preference_forward", "preference_backward",
+    "filter_count", "filter_fill", "filtered_grad_hidden", "filtered_grad_weight", "product", "prefer_huge_pages", "isa",
+)  # fmt: skip
 
 
 def _load() -> None:
     try:
         path = _build.find_or_build("cpu", _build.build_cpu, lambda line: print(line, file=sys.stderr))
-        torch.ops.load_library(str(path))
-    except (_build.BuildError, OSError) as error:
+    except _build.BuildError as error:
         raise BackendUnavailable(str(error)) from error
+    load_library(path, "dpo_kernels_cpu", OPERATORS)
     logger.debug("loaded %s", path)
 
 

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from .. import _build
 from ..stages import TokenKL, Transform, asked_rows
-from . import BackendUnavailable
+from . import BackendUnavailable, load_library
 from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
 logger = logging.getLogger(__name__)
+
+#: What csrc/cuda/ops.cpp registers.
+OPERATORS = (
+    "token_logps", "logits_grad", "sequence_sums", "preference_loss", "preference_forward", "preference_backward",
+)  # fmt: skip
 
 # The library's operators. (Tests put those of the emulator here.)
 _kernels = torch.ops.dpo_kernels_cuda
@@ -33,9 +38,9 @@ def _load() -> None:
 
         variant = ".sm_{}{}".format(*capability)
         path = _build.find_or_build("cuda", build, lambda line: print(line, file=sys.stderr), variant)
-        torch.ops.load_library(str(path))
-    except (_build.BuildError, OSError) as error:
+    except _build.BuildError as error:
         raise BackendUnavailable(str(error)) from error
+    load_library(path, "dpo_kernels_cuda", OPERATORS)
     logger.debug("loaded %s", path)
 
 

@@ -99,7 +99,8 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
     folder = Path(os.environ.get("DPO_EMULATOR_CACHE") or Path(tempfile.gettempdir()) / f"dpo_emulator_{os.getuid()}")
-    folder.mkdir(parents=True, exist_ok=True)
+    _build.make_private(folder)
+    _build.check_private(folder / "emulator.so")
     target = folder / f"emulator_{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
