@@ -1,7 +1,8 @@
 """Builds the native libraries while the package is installed, where a compiler and torch are in sight.
 
 Nothing here can fail an installation: a library that could not be built is compiled on first use (see
-dpo_kernels/_build.py), or another backend serves. No network is touched.
+dpo_kernels/_build.py), or another backend serves. No network is touched. Which libraries are built says
+`installed_libraries` there.
 """
 
 import importlib.util
@@ -30,16 +31,17 @@ class BuildWithKernels(build_py):
         editable = getattr(self, "editable_mode", False)
         package = (ROOT if editable else Path(self.build_lib)) / "dpo_kernels"
         recipe = load_recipe(package)
-        for name, build in recipe.LIBRARIES.items():
-            target = recipe.library_path(name)
+        for name in ("cpu", "cuda"):
+            for stale in package.glob(f"_{name}.*.so"):
+                if not stale.name.startswith(recipe.library_path(name).stem):
+                    stale.unlink()
+        for target, build in recipe.installed_libraries().items():
             if target.is_file():
                 continue
-            for stale in package.glob(f"_{name}.*.so"):
-                stale.unlink()
             try:
                 build(target)
             except recipe.BuildError as reason:
-                print(f"dpo-kernels: {name} library not built now: {reason}", file=sys.stderr)
+                print(f"dpo-kernels: {target.name} not built now: {reason}", file=sys.stderr)
 
 
 setup(cmdclass={"build_py": BuildWithKernels})

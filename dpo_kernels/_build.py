@@ -161,6 +161,21 @@ def arch_for_device(nvcc: str, capability: tuple[int, int]) -> str:
     return str(max(usable))
 
 
+def devices_in_sight() -> list[tuple[int, int]] | None:
+    """Compute capabilities of the NVIDIA GPUs of this machine, without importing torch.
+
+    Empty where a GPU is there and does not say which; None where there is none.
+    """
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        listed = ""
+    if found := re.findall(r"(\d+)\.(\d+)", listed):
+        return sorted({(int(major), int(minor)) for major, minor in found})
+    return [] if any(Path("/dev").glob("nvidia[0-9]*")) else None
+
+
 def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequence[str] = ()) -> None:
     """Compile csrc/cuda into the shared library `target`; needs nvcc, but no GPU and no CUDA build of torch.
 
@@ -274,5 +289,32 @@ def find_or_build(name: str, build: Callable[[Path], None], announce: Callable[[
     return cached
 
 
-#: Every native library and its recipe; setup.py builds them all.
-LIBRARIES: dict[str, Callable[[Path], None]] = {"cpu": build_cpu, "cuda": build_cuda}
+def variant_of(capability: tuple[int, int]) -> str:
+    """What the CUDA library compiled for the GPU at hand is named after."""
+    return ".sm_{}{}".format(*capability)
+
+
+def build_for_device(capability: tuple[int, int]) -> Callable[[Path], None]:
+    """The recipe of a CUDA library for a GPU of this compute capability alone."""
+    return lambda target: build_cuda(target, [arch_for_device(nvcc_compiler(), capability)])
+
+
+def installed_libraries() -> dict[Path, Callable[[Path], None]]:
+    """What an installation compiles: a path, and the recipe of each library.
+
+    Always the CPU's. The CUDA library takes minutes, so it is compiled where a GPU is in sight, for that GPU alone, or
+    where $DPO_KERNELS_CUDA_ARCHS or DPO_KERNELS_BUILD_CUDA=1 ask for it, for every architecture of `cuda_archs`.
+    DPO_KERNELS_BUILD_CUDA=0 leaves it out.
+    """
+    libraries: dict[Path, Callable[[Path], None]] = {library_path("cpu"): build_cpu}
+    wish = os.environ.get("DPO_KERNELS_BUILD_CUDA")
+    if wish == "0":
+        return libraries
+    devices = None if wish or os.environ.get("DPO_KERNELS_CUDA_ARCHS") else devices_in_sight()
+    if devices:
+        # One that is too old for the kernels needs no library.
+        usable = [capability for capability in devices if capability >= (8, 0)]
+        libraries |= {library_path("cuda", variant_of(device)): build_for_device(device) for device in usable}
+    elif wish or os.environ.get("DPO_KERNELS_CUDA_ARCHS") or devices is not None:
+        libraries[library_path("cuda")] = build_cuda
+    return libraries

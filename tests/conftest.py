@@ -1,6 +1,7 @@
 """Shared set-up of the tests: which backends this machine can run, and one thread for reproducible timing of the suite."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -9,8 +10,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from filelock import FileLock
 
-from dpo_kernels import backends
+from dpo_kernels import _build, backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [name for name in backends.NAMES if backends.why_not(name, DEVICE) is None]
@@ -32,3 +34,24 @@ def same_random_numbers_every_time() -> None:
 def device() -> torch.device:
     """Where the operator tests run: the GPU if there is one."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    """The CUDA library for every architecture of the default. No GPU is needed, but nvcc is.
+
+    It takes minutes, so it is compiled once for all processes of a run, and found again until a source changes. One that
+    was installed serves too.
+    """
+    for variable in ("DPO_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        assert variable not in os.environ, f"unset {variable}: the tests look at every architecture"
+    installed = _build.library_path("cuda")
+    if installed.is_file():
+        return installed
+    target = _build.cache_folder() / _build.library_path("cuda", ".all").name
+    _build.make_private(target.parent)
+    _build.check_private(target)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.is_file():
+            _build.build_cuda(target)
+    return target

@@ -2,6 +2,7 @@
 
 import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +104,22 @@ def test_the_table_is_arithmetic_on_the_times():
         ["gradient", "1000.000", "1000.000-1000.000", "100%", "4000.000", "4000.000-4000.000", "25%", "4.00", "x"],
         ["both", "3000.000", "3000.000-3000.000", "67%", "12000.000", "12000.000-12000.000", "17%", "4.00", "x"],
     ]
+
+
+def test_every_variable_is_in_the_table():
+    """docs/environment.md has one line for each variable of ours that any source reads."""
+    root = Path(__file__).resolve().parent.parent
+    sources = [
+        path for folder in ("dpo_kernels", "csrc", "python", "benchmarks") for path in (root / folder).rglob("*.*")
+    ]
+    read = {
+        name
+        for path in [*sources, root / "setup.py"]
+        if path.suffix in (".py", ".cpp", ".h", ".cu")
+        for name in re.findall(r"\bDPO_KERNELS_[A-Z_]+\b", path.read_text())
+    }
+    table = set(
+        re.findall(r"^\| `(DPO_KERNELS_[A-Z_]+)`", (root / "docs" / "environment.md").read_text(), re.MULTILINE)
+    )
+    assert read == table
+    assert set(command.VARIABLES) <= table

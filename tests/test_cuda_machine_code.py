@@ -150,30 +150,19 @@ def listing(*arguments: str) -> str:
     ).stdout
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    """The CUDA library as a compiler before CUDA 12.8 would build it, whose newest architecture is 90."""
-    path = tmp_path_factory.mktemp("library") / "_cuda.so"
-    _build.build_cuda(path, archs=["90"])
-    return path
+@needs_nvcc
+def test_ptx_runs_on_later_cards(cuda_library):
+    """PTX of 100a would run on a B200 and on nothing after it."""
+    assert set(re.findall(r"sm_\w+(?=\.cubin)", listing("-lelf", str(cuda_library)))) == {
+        f"sm_{arch}" for arch in _build.CUDA_ARCHS
+    }
+    assert set(re.findall(r"sm_\w+(?=\.ptx)", listing("-lptx", str(cuda_library)))) == {f"sm_{_build.CUDA_ARCHS[-1]}"}
 
 
 @needs_nvcc
-def test_ptx_runs_on_later_cards(library):
-    """PTX of 90a would run on an H100 and on nothing after it."""
-    assert "sm_90.cubin" in listing("-lelf", str(library))
-    found = re.findall(r"sm_\w+(?=\.ptx)", listing("-lptx", str(library)))
-    assert set(found) == {"sm_90"}
-
-
-@needs_nvcc
-def test_no_variant_for_any_architecture_uses_the_stack(tmp_path):
-    """`rows` holds the common ones. The installed library serves where there is one: it took two minutes to compile."""
-    path = _build.library_path("cuda")
-    if not path.is_file():
-        path = tmp_path / "_cuda.so"
-        _build.build_cuda(path, archs=_build.CUDA_ARCHS)
-    parts = re.split(r"arch = sm_(\w+)", listing("-res-usage", str(path)))[1:]
+def test_no_variant_for_any_architecture_uses_the_stack(cuda_library):
+    """`rows` holds the common ones."""
+    parts = re.split(r"arch = sm_(\w+)", listing("-res-usage", str(cuda_library)))[1:]
     by_arch: dict[str, list[tuple[str, str, str]]] = {}
     for arch, text in zip(parts[::2], parts[1::2], strict=True):
         by_arch.setdefault(arch, []).extend(re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) \S+ LOCAL:(\d+)", text))
@@ -185,10 +174,10 @@ def test_no_variant_for_any_architecture_uses_the_stack(tmp_path):
 
 
 @needs_nvcc
-def test_library_loads_without_a_gpu(library):
+def test_library_loads_without_a_gpu(cuda_library):
     """Its operators are registered, import is unaffected, and CPU tensors are refused."""
     script = (
-        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        f"import torch; torch.ops.load_library({str(cuda_library)!r})\n"
         "x = torch.zeros(1, 1, dtype=torch.float64)\n"
         "try:\n    torch.ops.dpo_kernels_cuda.sequence_sums(x, x, None, x[0])\n"
         "except NotImplementedError as error:\n    print('refused', 'CPU' in str(error))\n"
@@ -218,3 +207,54 @@ def test_architectures_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(_build.BuildError, match="CUDA_HOME"):
         _build.nvcc_compiler()
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "built"),
+    [
+        ({}, None, []),
+        ({}, [(9, 0)], [".sm_90"]),
+        ({}, [(7, 5), (8, 6), (9, 0)], [".sm_86", ".sm_90"]),
+        ({}, [(7, 5)], []),
+        ({}, [], [""]),
+        ({"DPO_KERNELS_BUILD_CUDA": "1"}, None, [""]),
+        ({"DPO_KERNELS_CUDA_ARCHS": "90"}, None, [""]),
+        ({"DPO_KERNELS_CUDA_ARCHS": "90"}, [(8, 0)], [""]),
+        ({"DPO_KERNELS_BUILD_CUDA": "0"}, [(9, 0)], []),
+        ({"DPO_KERNELS_BUILD_CUDA": "0", "DPO_KERNELS_CUDA_ARCHS": "90"}, None, []),
+    ],
+)
+def test_an_installation_compiles_cuda_for_the_gpu_in_sight_or_where_it_is_asked_to(
+    variables, devices, built, monkeypatch
+):
+    for name in ("DPO_KERNELS_BUILD_CUDA", "DPO_KERNELS_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(_build, "devices_in_sight", lambda: devices)
+    expected = [_build.library_path("cpu"), *(_build.library_path("cuda", variant) for variant in built)]
+    assert list(_build.installed_libraries()) == expected
+
+
+def test_the_gpus_in_sight_are_what_nvidia_smi_says(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for answer, found in (("9.0\\n8.0\\n9.0\\n", [(8, 0), (9, 0)]), ("12.1\\n", [(12, 1)])):
+        smi.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
+        smi.chmod(0o755)
+        assert _build.devices_in_sight() == found
+    # Where it fails, the device files say whether there is a GPU.
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidia0")]))
+    assert _build.devices_in_sight() == []
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+    assert _build.devices_in_sight() is None
+
+
+def test_a_library_for_the_gpu_at_hand_is_found_where_the_installation_put_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "PACKAGE", tmp_path)
+    theirs = _build.library_path("cuda", _build.variant_of((8, 0)))
+    ours = _build.library_path("cuda", _build.variant_of((9, 0)))
+    for path in (theirs, ours):
+        path.write_bytes(b"")
+    assert _build.find_or_build("cuda", pytest.fail, pytest.fail, _build.variant_of((9, 0))) == ours

@@ -11,12 +11,12 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -34,6 +34,9 @@ _forced: ContextVar[str | None] = ContextVar("dpo_kernels_backend", default=None
 #: What a `use_backend` that was entered or left last left behind, in any thread: torch.compile cannot look at a ContextVar, and
 #: retraces when this changes.
 _latest: str | None = None
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
 
 #: (backend, device type, index, variant) that need no further thought, and the backends that failed, with the sentence.
 trusted: set[tuple[str, str, int | None, Variant]] = set()
@@ -159,6 +162,12 @@ def candidates(device_type: str) -> Iterator[str]:
     yield from (name for name in order if why_not(name, device_type) is None)
 
 
+def _constant(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """torch.compiler.assume_constant_result, which sets this mark too, but imports the whole compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
 def _warn_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=4)
@@ -172,7 +181,7 @@ def default(device_type: str, index: int | None = None) -> str:
     return next(name for name in candidates(device_type) if (name, device_type, index) not in refused)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _automatic(device_type: str, index: int | None = None) -> tuple[str, bool]:
     """(backend, whether the user named it)."""
     wish = os.environ.get("DPO_KERNELS_BACKEND")
@@ -201,7 +210,7 @@ def resolve(device: torch.device | str, dtype: torch.dtype) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _checked(
     forced: str | None, name: str, device_type: str, index: int | None, fields: tuple, linear: tuple | None
 ) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,13 +29,10 @@ _kernels = torch.ops.dpo_kernels_cuda
 
 def _load() -> None:
     try:
-        # A prebuilt library serves any GPU; one compiled on first use is for the GPU at hand and takes a third of the time.
+        # A library compiled at installation may serve any GPU; one compiled on first use is for the GPU at hand and takes
+        # a third of the time.
         capability = torch.cuda.get_device_capability()
-
-        def build(target: Path) -> None:
-            _build.build_cuda(target, [_build.arch_for_device(_build.nvcc_compiler(), capability)])
-
-        variant = ".sm_{}{}".format(*capability)
+        build, variant = _build.build_for_device(capability), _build.variant_of(capability)
         path = _build.find_or_build("cuda", build, lambda line: print(line, file=sys.stderr), variant)
     except _build.BuildError as error:
         raise BackendUnavailable(str(error)) from error
