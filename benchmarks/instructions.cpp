@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../csrc/cpu/filtered_grad.h"
@@ -23,6 +24,25 @@ extern "C" __attribute__((noinline)) void case_done(const char* stage, const cha
 }
 
 namespace {
+
+// Calls f on all of [0, count). With DPO_THREADS each of as many threads takes a part, as ops.cpp shares work out; that
+// is for ThreadSanitizer (tests/test_sanitizers.py). DPO_OVERLAP makes the parts overlap, which it must notice.
+template <typename F>
+void in_parts(int64_t count, F f) {
+#ifdef DPO_THREADS
+#ifndef DPO_OVERLAP
+#define DPO_OVERLAP 0
+#endif
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < DPO_THREADS; ++i) {
+    const int64_t begin = count * i / DPO_THREADS, end = count * (i + 1) / DPO_THREADS;
+    threads.emplace_back(f, begin, end < count ? end + DPO_OVERLAP : end);
+  }
+  for (auto& thread : threads) thread.join();
+#else
+  f(0, count);
+#endif
+}
 
 constexpr int64_t kRows = 4;
 
@@ -98,6 +118,15 @@ void run_token_logps(const Case& c) {
   ask(dpo::token_row::mean_logits, c.mean);
   ask(dpo::token_row::log_sum_sq, c.squares);
   DPO_ISA::token_logps(p, 0, kRows);
+  p.rows[dpo::token_row::logps] = outputs[0].data();
+  p.rows[dpo::token_row::lse] = outputs[1].data();
+  p.rows[dpo::token_row::ref_logps] = c.reference ? outputs[2].data() : nullptr;
+  p.rows[dpo::token_row::entropy] = c.entropy ? outputs[3].data() : nullptr;
+  p.rows[dpo::token_row::kl] = c.kl ? outputs[4].data() : nullptr;
+  p.rows[dpo::token_row::accuracy] = c.accuracy ? outputs[5].data() : nullptr;
+  p.rows[dpo::token_row::mean_logits] = c.mean ? outputs[6].data() : nullptr;
+  p.rows[dpo::token_row::log_sum_sq] = c.squares ? outputs[7].data() : nullptr;
+  in_parts(kRows, [&](int64_t begin, int64_t end) { DPO_ISA::token_logps(p, begin, end); });
   // With a reference two tensors are read; the count stays per logit of the policy.
   case_done("token_logps", c.name, kRows * c.vocab);
 }
@@ -131,7 +160,7 @@ void run_logits_grad(const Case& c) {
     p.kl = kl.data();
     p.grad_kl = grad.data();
   }
-  DPO_ISA::logits_grad(p, 0, kRows);
+  in_parts(kRows, [&](int64_t begin, int64_t end) { DPO_ISA::logits_grad(p, begin, end); });
   case_done("logits_grad", c.name, kRows * c.vocab);
 }
 
@@ -157,7 +186,7 @@ void run_filtered(const char* name, DType dtype) {
   f.vocab = kFilterVocab;
   f.logit_scale = 1.0;
   f.counts = counts.data();
-  DPO_ISA::filter_count(f, 0, kFilterRows);
+  in_parts(kFilterRows, [&](int64_t begin, int64_t end) { DPO_ISA::filter_count(f, begin, end); });
   case_done("filter_count", name, kFilterRows * kFilterVocab);
   for (const int64_t count : counts) row_ptr.push_back(row_ptr.back() + count);
   const int64_t kept = row_ptr.back();
@@ -169,17 +198,17 @@ void run_filtered(const char* name, DType dtype) {
   f.value = value.data();
   f.tail = tail.data();
   f.dropped = dropped.data();
-  DPO_ISA::filter_fill(f, 0, kFilterRows);
+  in_parts(kFilterRows, [&](int64_t begin, int64_t end) { DPO_ISA::filter_fill(f, begin, end); });
   case_done("filter_fill", name, kFilterRows * kFilterVocab);
   const FilteredHiddenParams h{
       index.data(), value.data(), row_ptr.data(), tail.data(),       grad.data(), {weight.data(), dtype, 0, kHidden},
       row.data(),   kFilterVocab, kHidden,        grad_hidden.data()};
-  DPO_ISA::filtered_grad_hidden(h, 0, kFilterRows);
+  in_parts(kFilterRows, [&](int64_t begin, int64_t end) { DPO_ISA::filtered_grad_hidden(h, begin, end); });
   case_done("filtered_grad_hidden", name, kept * kHidden);
   const FilteredWeightParams w{
       index.data(), value.data(), row_ptr.data(), grad.data(),       kFilterRows, {hidden.data(), dtype, 0, kHidden},
       row.data(),   kHidden,      false,          grad_weight.data()};
-  DPO_ISA::filtered_grad_weight(w, 0, kFilterVocab);
+  in_parts(kFilterVocab, [&](int64_t begin, int64_t end) { DPO_ISA::filtered_grad_weight(w, begin, end); });
   case_done("filtered_grad_weight", name, kept * kHidden);
 }
 
@@ -200,7 +229,7 @@ void run_preference_loss() {
   p.sums = sums.data();
   p.ref_sums_out = ref_sums.data();
   p.coef = coef.data();
-  preference_loss(p, 0, pairs);
+  in_parts(pairs, [&](int64_t begin, int64_t end) { preference_loss(p, begin, end); });
   case_done("preference_loss", "float64", tokens);
 }
 
@@ -219,7 +248,11 @@ void run_products(const char* dtype_name, DType dtype) {
     p.out_dtype = out_dtype;
     p.out_row = n;
     p.depth = depth;
-    DPO_ISA::product(p, {0, m, 0, n});
+    if (n > m) {
+      in_parts(n, [&](int64_t begin, int64_t end) { DPO_ISA::product(p, {0, m, begin, end - begin}); });
+    } else {
+      in_parts(m, [&](int64_t begin, int64_t end) { DPO_ISA::product(p, {begin, end - begin, 0, n}); });
+    }
     case_done("product", (std::string(dtype_name) + ", " + name).c_str(), m * n * depth);
   };
   const auto matrix = [&](const auto& of, int64_t row, int64_t column) {

@@ -78,29 +78,29 @@ def include_flags(torch_dir: Path) -> list[str]:
     return [f"-I{torch_dir / 'include'}"]
 
 
-def build_cpu(target: Path) -> None:
-    """Compile csrc/cpu into the shared library `target`."""
+def build_cpu(target: Path, flags: Sequence[str] = ()) -> None:
+    """Compile csrc/cpu into the shared library `target`. flags: further ones of compiler and linker (sanitizers, say)."""
     cxx, torch_dir = cxx_compiler(), torch_folder()
     isas = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_ISAS
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         commands, objects = [], []
 
-        def compile_one(source: str, tag: str, flags: list[str]) -> None:
+        def compile_one(source: str, tag: str, own: list[str]) -> None:
             objects.append(f"{scratch}/{Path(source).stem}.{tag}.o")
-            commands.append([cxx, *CXX_FLAGS, *flags, "-c", str(CSRC / "cpu" / source), "-o", objects[-1]])
+            commands.append([cxx, *CXX_FLAGS, *own, *flags, "-c", str(CSRC / "cpu" / source), "-o", objects[-1]])
 
         for source in ("token_logps.cpp", "logits_grad.cpp", "filtered_grad.cpp", "products.cpp"):
             for isa, march, width in isas:
-                flags = [f"-DDPO_ISA={isa}", f"-DDPO_VECTOR_BYTES={width}"]
-                flags += [f"-march={march}"] if march else []
-                flags += ["-DDPO_FLOAT64"] if isa == "baseline" else []
-                compile_one(source, isa, flags)
+                own = [f"-DDPO_ISA={isa}", f"-DDPO_VECTOR_BYTES={width}"]
+                own += [f"-march={march}"] if march else []
+                own += ["-DDPO_FLOAT64"] if isa == "baseline" else []
+                compile_one(source, isa, own)
         compile_one("preference_loss.cpp", "any", [])
         compile_one("ops.cpp", "any", ABI_FLAGS + include_flags(torch_dir))
         run_all(commands)
         library = f"{scratch}/library.so"
-        run_all([[cxx, "-shared", *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]])
+        run_all([[cxx, "-shared", *flags, *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]])
         publish(library, target)
 
 

@@ -1,6 +1,8 @@
 """Shared set-up of the tests: which backends this machine can run, and one thread for reproducible timing of the suite."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,22 +38,21 @@ def device() -> torch.device:
     return torch.device(DEVICE)
 
 
-@pytest.fixture(scope="session")
-def cuda_library() -> Path:
-    """The CUDA library for every architecture of the default. No GPU is needed, but nvcc is.
-
-    It takes minutes, so it is compiled once for all processes of a run, and found again until a source changes. One that
-    was installed serves too.
-    """
-    for variable in ("DPO_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
-        assert variable not in os.environ, f"unset {variable}: the tests look at every architecture"
-    installed = _build.library_path("cuda")
-    if installed.is_file():
-        return installed
-    target = _build.cache_folder() / _build.library_path("cuda", ".all").name
+def built_once(name: str, variant: str, build: Callable[[Path], None]) -> Path:
+    """A library that takes long to compile: once for all processes of a run, and kept until a source changes."""
+    target = _build.cache_folder() / _build.library_path(name, variant).name
     _build.make_private(target.parent)
     _build.check_private(target)
     with FileLock(target.with_suffix(".lock")):
         if not target.is_file():
-            _build.build_cuda(target)
+            build(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    """The CUDA library for every architecture of the default. No GPU is needed, but nvcc is."""
+    installed = _build.library_path("cuda")
+    if installed.is_file():
+        return installed
+    return built_once("cuda", ".all", partial(_build.build_cuda, archs=_build.CUDA_ARCHS))

@@ -15,6 +15,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <mutex>
 #include <vector>
 
 #include "../common/tensors.h"
@@ -435,15 +437,24 @@ void product_op(Tensor a, Tensor b, std::optional<Tensor> bias, bool add, Tensor
   const auto edge = [](int64_t size, int64_t i, int64_t count, int64_t step) {
     return std::min(size, (size * i / count + step - 1) / step * step);
   };
+  // torch 2.10 passes on that a thread threw, but not what.
+  std::exception_ptr failure;
+  std::mutex holds_failure;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t top = edge(rows, i / across, down, 42), bottom = edge(rows, i / across + 1, down, 42);
       const int64_t left = edge(columns, i % across, across, 32), right = edge(columns, i % across + 1, across, 32);
       if (top == bottom || left == right) continue;
       const Rectangle part{top, bottom - top, left, right - left};
-      DPO_RUN(product, false, p, part);
+      try {
+        DPO_RUN(product, false, p, part);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(holds_failure);
+        failure = std::current_exception();
+      }
     }
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 // Asks the kernel to back fresh memory with 2 MB pages where it has them. A tensor of hundreds of megabytes is

@@ -15,6 +15,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "blocks.h"
 
@@ -43,8 +45,10 @@ struct Free {
 };
 
 std::unique_ptr<float, Free> scratch(int64_t count) {
-  return std::unique_ptr<float, Free>(
-      static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 127) / 64 * 64)));
+  const size_t bytes = (count * sizeof(float) + 127) / 64 * 64;
+  std::unique_ptr<float, Free> memory(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (!memory) throw std::runtime_error("no memory left for " + std::to_string(bytes) + " bytes of a product's blocks");
+  return memory;
 }
 
 // The size of even parts of at most `most` each, in steps.
