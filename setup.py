@@ -3,16 +3,28 @@
 Nothing here can fail an installation: a library that could not be built is compiled on first use (see
 dpo_kernels/_build.py), or another backend serves. No network is touched. Which libraries are built says
 `installed_libraries` there.
+
+DPO_KERNELS_WHEEL says what a wheel carries (`make dist`), and then a library that cannot be built is an error:
+"any" no library, "cpu" the CPU's, "cuda" the CUDA library too, for every architecture, under a local version such as +cu13.
 """
 
 import importlib.util
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+WHEELS = {"any": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}
+WHEEL = os.environ.get("DPO_KERNELS_WHEEL")
+if WHEEL and WHEEL not in WHEELS:
+    sys.exit(f"DPO_KERNELS_WHEEL must be one of {', '.join(WHEELS)}, not {WHEEL!r}")
 
 
 def load_recipe(package: Path):
@@ -23,6 +35,15 @@ def load_recipe(package: Path):
     return recipe
 
 
+def local_version() -> str:
+    """+cu13 for a wheel with a CUDA library: its runtime, which is linked statically, is of that release."""
+    if WHEEL != "cuda":
+        return ""
+    nvcc = load_recipe(ROOT / "dpo_kernels").nvcc_compiler()
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return "+cu" + re.search(r"release (\d+)", said).group(1)
+
+
 class BuildWithKernels(build_py):
     """Copies the Python files, then compiles the libraries beside them (into the checkout, for an editable install)."""
 
@@ -31,17 +52,45 @@ class BuildWithKernels(build_py):
         editable = getattr(self, "editable_mode", False)
         package = (ROOT if editable else Path(self.build_lib)) / "dpo_kernels"
         recipe = load_recipe(package)
+        if WHEEL:
+            wanted = {recipe.library_path(name): getattr(recipe, f"build_{name}") for name in WHEELS[WHEEL]}
+        else:
+            wanted = recipe.installed_libraries()
         for name in ("cpu", "cuda"):
             for stale in package.glob(f"_{name}.*.so"):
-                if not stale.name.startswith(recipe.library_path(name).stem):
+                if (WHEEL and stale not in wanted) or not stale.name.startswith(recipe.library_path(name).stem):
                     stale.unlink()
-        for target, build in recipe.installed_libraries().items():
+        for target, build in wanted.items():
             if target.is_file():
+                continue
+            ready = ROOT / "dpo_kernels" / target.name
+            if ready.is_file():  # compiled into the checkout before, from the same sources
+                shutil.copy2(ready, target)
                 continue
             try:
                 build(target)
             except recipe.BuildError as reason:
+                if WHEEL:
+                    raise
                 print(f"dpo-kernels: {target.name} not built now: {reason}", file=sys.stderr)
 
 
-setup(cmdclass={"build_py": BuildWithKernels})
+class TaggedWheel(bdist_wheel):
+    """A wheel that carries a library is for this platform, and for every Python 3: no Python header is used."""
+
+    def run(self):
+        self.run_command("build")
+        if any((Path(self.get_finalized_command("build_py").build_lib) / "dpo_kernels").glob("_*.so")):
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # so that the package goes where platform files go
+        super().run()
+
+    def get_tag(self):
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+setup(
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": TaggedWheel},
+    options={"egg_info": {"tag_build": local_version()}},
+)
