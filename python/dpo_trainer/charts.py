@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -244,7 +246,13 @@ def draw_histogram(key: str, title: str, groups: Sequence[tuple[str, Sequence[fl
 def _styled(key: str) -> Any:
     import matplotlib
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9.5, "lines.solid_capstyle": "round"}
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": key,
+        "text.parse_math": False,
+        "font.size": 9.5,
+        "lines.solid_capstyle": "round",
+    }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     return matplotlib.rc_context(style)
 
@@ -278,9 +286,11 @@ def _inline(figure: Any, key: str, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in _SERIES_NAMES.items():
         svg = svg.replace(colour, variable)
-    # Several drawings share a page: their ids must not meet.
-    svg = re.sub(r'id="([^"]+)"', rf'id="{key}-\1"', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
-    return re.sub(
-        r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1
-    )
+    # Several drawings share a page: their ids must not meet. A key may hold the name of a data set, which may be anything.
+    mark = re.sub(r"[^A-Za-z0-9]+", "-", key)
+    if mark != key:
+        mark += f"-{zlib.crc32(key.encode()):08x}"
+    svg = re.sub(r'id="([^"]+)"', rf'id="{mark}-\1"', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}-", svg)
+    head = f'role="img" aria-label="{html.escape(title)}">'
+    return re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', lambda found: f'<svg viewBox="{found[1]}" {head}', svg, count=1)
