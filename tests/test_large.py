@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpo_kernels import dpo_loss, reference
+from dpo_kernels.backends import cpu
 
 from checks import check_gradient
 
@@ -61,3 +62,73 @@ def test_more_than_two_to_the_31_logits(device):
     assert float((found - expected).norm() / expected.norm()) < 4e-3
     assert bool((logits.grad[1, :-1] == 0).all())
     assert bool((logits.grad[0, 1:] == 0).all())
+
+
+ROWS, VOCAB = 16_800, 128_256  # 2.15e9 entries: indices beyond 2^31, and beyond 2^32 bytes in 16 bits
+
+
+@pytest.fixture
+def native():
+    """The CPU library's operators; each test below takes the entry's largest tensor beyond 2^31 elements."""
+    cpu.check_available("cpu")
+    assert ROWS * VOCAB > 2**31
+    return torch.ops.dpo_kernels_cpu
+
+
+@pytest.mark.slow
+def test_products_beyond_two_to_the_31(native):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=g).bfloat16() for shape in ((ROWS, 3), (3, VOCAB)))
+    out = torch.empty(ROWS, VOCAB, dtype=torch.bfloat16)
+    cpu.product(a, b, out)
+    for rows in (slice(0, 2), slice(ROWS - 2, ROWS)):
+        torch.testing.assert_close(out[rows].double(), a[rows].double() @ b.double(), rtol=2**-8, atol=1e-6)
+    # Read back as an operand, in both orientations.
+    for matrix, entries in ((out, ROWS), (out.t(), VOCAB)):
+        selected = torch.zeros(matrix.shape[1], 1)
+        selected[-1] = 1.0
+        column = torch.empty(entries, 1)
+        cpu.product(matrix, selected.bfloat16(), column)
+        assert torch.equal(column[:, 0], matrix[:, -1].float())
+
+
+@pytest.mark.slow
+def test_the_filter_beyond_two_to_the_31_logits(native):
+    logits = torch.zeros(ROWS, VOCAB, dtype=torch.bfloat16)
+    logits[-1, -2] = 30.0  # nearly all of the last row's probability
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    labels[-1] = VOCAB - 1
+    lse = torch.full((ROWS,), float(VOCAB), dtype=torch.float64).log()
+    lse[-1] = logits[-1].double().logsumexp(0)
+    logps = logits[torch.arange(ROWS), labels].double() - lse
+    counts = torch.empty(ROWS, dtype=torch.int64)
+    native.filter_count(logits, labels, lse, 0.5, 1.0, 0.0, counts)
+    assert counts.tolist() == [1] * (ROWS - 1) + [2]
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    index, value = torch.empty(ROWS + 1, dtype=torch.int32), torch.empty(ROWS + 1)
+    tail, dropped = torch.empty(2, ROWS, dtype=torch.float64).unbind()
+    native.filter_fill(logits, labels, logps, lse, 0.5, 1.0, 0.0, row_ptr, index, value, tail, dropped)
+    assert index[-3:].tolist() == [0, VOCAB - 2, VOCAB - 1]
+    assert value[-2].item() == pytest.approx(-1.0)
+    assert value[-1].item() == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+def test_filtered_gradients_beyond_two_to_the_31(native):
+    hidden_size = ROWS  # the head [V, H], and its gradient
+    index = torch.tensor([VOCAB - 1], dtype=torch.int32)
+    value, row_ptr = torch.tensor([2.0]), torch.tensor([0, 1])
+    tail, grad = torch.zeros(1, dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)
+    weight = torch.zeros(VOCAB, hidden_size, dtype=torch.bfloat16)
+    weight[-1] = torch.arange(hidden_size) % 256
+    out = torch.zeros(1, hidden_size)
+    mean = torch.zeros(hidden_size, dtype=torch.float64)
+    native.filtered_grad_hidden(index, value, row_ptr, tail, grad, weight, mean, out)
+    assert torch.equal(out[0], 6.0 * weight[-1].float())
+    hidden = weight[-1:].clone()
+    del weight
+    grad_weight = torch.empty(VOCAB, hidden_size)  # 8.6 GB
+    native.filtered_grad_weight(index, value, row_ptr, grad, hidden, mean, False, grad_weight)
+    assert torch.equal(grad_weight[-1], 6.0 * hidden[0].float())
+    assert not bool(grad_weight[-2].any())
+    assert not bool(grad_weight[0].any())
