@@ -95,7 +95,9 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
     ]
     # Sanitized code is not optimised: it compiles three times faster, and its table is small.
     flags += ["-O0", "-g1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O1"]
-    flags += [f"-D{d}" for d in defines] + os.environ.get("DPO_EMULATOR_FLAGS", "").split()
+    flags += [f"-D{d}" for d in defines]
+    if not (sanitize or defines):  # the notes of other variants would replace those of this one
+        flags += os.environ.get("DPO_EMULATOR_FLAGS", "").split()
     digest = hashlib.sha256(" ".join(flags).encode())
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
