@@ -117,15 +117,6 @@ void run_token_logps(const Case& c) {
   ask(dpo::token_row::accuracy, c.accuracy);
   ask(dpo::token_row::mean_logits, c.mean);
   ask(dpo::token_row::log_sum_sq, c.squares);
-  DPO_ISA::token_logps(p, 0, kRows);
-  p.rows[dpo::token_row::logps] = outputs[0].data();
-  p.rows[dpo::token_row::lse] = outputs[1].data();
-  p.rows[dpo::token_row::ref_logps] = c.reference ? outputs[2].data() : nullptr;
-  p.rows[dpo::token_row::entropy] = c.entropy ? outputs[3].data() : nullptr;
-  p.rows[dpo::token_row::kl] = c.kl ? outputs[4].data() : nullptr;
-  p.rows[dpo::token_row::accuracy] = c.accuracy ? outputs[5].data() : nullptr;
-  p.rows[dpo::token_row::mean_logits] = c.mean ? outputs[6].data() : nullptr;
-  p.rows[dpo::token_row::log_sum_sq] = c.squares ? outputs[7].data() : nullptr;
   in_parts(kRows, [&](int64_t begin, int64_t end) { DPO_ISA::token_logps(p, begin, end); });
   // With a reference two tensors are read; the count stays per logit of the policy.
   case_done("token_logps", c.name, kRows * c.vocab);

@@ -43,7 +43,8 @@ def _runs(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _coverage(found: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(f"lines covered, {name}", f"{share:.1f} %") for name, share in found.items()]
+    names = {"python": "Python", "native": "C++ and CUDA (on the emulator)"}
+    return [(f"lines that the tests run, {names[name]}", f"{part['percent']:.1f} %") for name, part in found.items()]
 
 
 PARTS = {"properties": _properties, "planted_faults": _planted_faults, "runs": _runs, "coverage": _coverage}

@@ -94,8 +94,8 @@ DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label) {
   FinishedRow row;
   row.logp = label_logp(state, z_label);
   raise_max(state, z_label > state.max ? z_label : state.max);
-  row.max = static_cast<double>(state.max);
-  const double shift = static_cast<double>(z_label) - row.max;
+  row.max = row.logp == row.logp ? static_cast<double>(state.max) : NAN;
+  const double shift = static_cast<double>(z_label) - static_cast<double>(state.max);
   const double weight = exp(shift);
   const double sum = state.sum + weight;
   const double shifted = state.shifted + (weight > 0.0 ? weight * shift : 0.0);

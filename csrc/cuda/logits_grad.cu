@@ -161,20 +161,18 @@ struct Softmax {
 };
 
 // From kLarge on the rounding of `origin` is beyond any exponent. Only logits equal to the maximum have mass there, and
-// a power of two as scale, which rounds no product, tells them from the others. Not inlined: rare, and in float64.
-static __device__ __noinline__ Softmax softmax_of(double max, double log_sum, double unit, float log2_scale) {
+// `coarse`, a power of two, which rounds no product, tells them from the others.
+DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale) {
   constexpr double kLarge = 2147483648.0;
-  if (fabs(max) >= kLarge) {
-    int exponent;
-    frexpf(log2_scale, &exponent);
-    const float coarse = fminf(ldexpf(0.5f, exponent - 1), 0.5f);
-    return {coarse, static_cast<float>(max / unit) * coarse, exp(-log_sum)};
-  }
+  const bool large = fabs(max) >= kLarge;
+  const float coarse = fminf(0.5f * as_float(as_bits(log2_scale) & 0x7f800000u), 0.5f);
   // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
   const double exact = (max + log_sum) * (static_cast<double>(log2_scale) / unit);
   const float origin = static_cast<float>(exact);
-  const double r = (static_cast<double>(origin) - exact) * kLn2;
-  return {log2_scale, origin, fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r)};
+  // |r| < 1e-2 unless |lse| > 1e5.
+  const double r = large ? -log_sum : (static_cast<double>(origin) - exact) * kLn2;
+  const double factor = fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r);
+  return large ? Softmax{coarse, static_cast<float>(max / unit) * coarse, factor} : Softmax{log2_scale, origin, factor};
 }
 
 // The gradients of a token's log-probability and divergences.

@@ -108,6 +108,21 @@ struct Transform {
 };
 
 template <typename Tr>
+DPO_DEVICE Transform<Tr> transform_of(const TokenLogpsParams& p) {
+  Transform<Tr> f;
+  f.log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
+  f.cap = p.logit_softcap;
+  f.inverse = Tr::kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
+  return f;
+}
+
+template <typename T>
+DPO_DEVICE const T* row_of(const Logits& logits, const TokenLogpsParams& p, int64_t token) {
+  const int64_t b = token / p.tokens, t = token % p.tokens;
+  return static_cast<const T*>(logits.data) + b * logits.stride_b + t * logits.stride_t;
+}
+
+template <typename Tr>
 DPO_DEVICE void raise_origin(ThreadState<Tr>& s, float origin) {
   const float delta = s.origin - origin;
   const float factor = fast_exp2(delta);
@@ -377,13 +392,21 @@ struct TokenValues {
   double of[token_row::count];
 };
 
+// The policy's or the reference's row, finished. z is the label's, top the largest of the others.
+struct Side {
+  FinishedRow row;  // counts from top, on the loop's stretched scale
+  double z, top, logp, max, log_sum;
+};
+
 // A row on its way from the templated kernel to finish_row_of_batch, in shared memory.
 struct RowSummary {
   MergedState state;
+  Side policy, reference;
   float label_x, label_ref;
   bool legal, earlier_tie;
-  bool pair;     // the row's reference was read with it
-  bool careful;  // the state is that of careful_row
+  bool pair;  // the row's reference was read with it
+  // By careful_row: the drift counts from the tops; sum and moments, or ref_sum, count from the top itself.
+  bool centred, exact, ref_exact;
 };
 
 // From this size on a logit's product with log2(e) rounds by more than an exponent has room for; maxima of policy and
@@ -400,73 +423,90 @@ DPO_DEVICE double unit_of(const TokenLogpsParams& p) {
   return p.logit_softcap != 0.0f ? 1.0 : static_cast<double>(p.logit_scale);
 }
 
-// Does the row need careful_row? Its logits are so large, or so far from the reference's, that the loops' float32
-// numbers say nothing, or a sum of them overflowed, or nothing but the label has mass. (Or a logit is NaN.)
-static __device__ __noinline__ bool is_hostile(const TokenLogpsParams& p, const MergedState& s, bool pair) {
-  const double unit = unit_of(p), top = unit * loop_value(p, static_cast<float>(s.top));
-  const double ref_top = pair ? unit * loop_value(p, static_cast<float>(s.ref_top)) : 0.0;
-  const double all = s.sum + s.shifted + s.drift + s.total + s.squares + s.ref_sum;
-  const bool far = pair && !(fabs(top - ref_top) <= kNear);
-  return !(fabs(all) < INFINITY) || s.sum == 0.0 || !(fabs(top) < kLarge) || !(fabs(ref_top) < kLarge) || far;
+// How much the loops' log2(e), rounded to float32, stretches z.
+DPO_DEVICE double stretch_of(const TokenLogpsParams& p) {
+  return static_cast<double>(p.logit_softcap != 0.0f ? kLog2E : kLog2E * p.logit_scale) * kLn2 / unit_of(p);
 }
 
-DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary& summary) {
+// A sum of exponentials around `top` says nothing: it overflowed, met no mass, or the logits are too large for the
+// loop.
+DPO_DEVICE bool is_wrong(double sum, double top) {
+  return !(fabs(sum) < INFINITY) || sum == 0.0 || !(fabs(top) < kLarge);
+}
+
+// Does the row need careful_row? A sum says nothing, a moment overflowed or met 0 * inf, or policy and reference lie so
+// far apart that float32 sums of their gaps say nothing. (Or a logit is NaN.)
+static __device__ __noinline__ bool is_hostile(const TokenLogpsParams& p, RowSummary& row) {
+  assume_shared(&row);
+  const MergedState& s = row.state;
+  const double unit = unit_of(p), top = unit * loop_value(p, static_cast<float>(s.top));
+  const double ref_top = row.pair ? unit * loop_value(p, static_cast<float>(s.ref_top)) : 0.0;
+  row.centred = false;
+  row.exact = is_wrong(s.sum, top);
+  row.ref_exact = row.pair && is_wrong(s.ref_sum, ref_top);
+  const bool far = row.pair && !(fabs(top - ref_top) <= kNear);
+  const double moments = s.shifted + s.drift + s.total + s.squares;
+  return row.exact || row.ref_exact || far || !(fabs(moments) < INFINITY);
+}
+
+// One of the two rows of a token. Not inlined: policy and reference share it, and it takes a row's float64 numbers out
+// of the registers.
+static __device__ __noinline__ void finish_side(const TokenLogpsParams& p, RowSummary& summary, bool reference) {
+  assume_shared(&summary);
   const MergedState& s = summary.state;
-  const float label_x = summary.label_x;
   // The loops scale by log2(e) rounded to float32, which stretches every z by 1 + 1.3e-8. The label and the moments are
   // stretched alike here, so that they meet the sums on one scale; a log-probability is then brought back. All counts
   // from the largest of the other logits, so that the stretch touches differences alone.
-  const bool capped = p.logit_softcap != 0.0f;
-  const double scale = static_cast<double>(p.logit_scale), cap = static_cast<double>(p.logit_softcap);
-  const float log2_scale = capped ? kLog2E : kLog2E * p.logit_scale;
-  const double unit = unit_of(p);
-  const double stretch = static_cast<double>(log2_scale) * kLn2 / unit;
-  double z = label_x * scale, ref_z = summary.label_ref * scale;
-  if (capped) {
-    z = cap * tanh(z / cap);
-    if (summary.pair) ref_z = cap * tanh(ref_z / cap);
+  const double unit = unit_of(p), stretch = stretch_of(p);
+  double z = static_cast<double>(reference ? summary.label_ref : summary.label_x) * static_cast<double>(p.logit_scale);
+  if (p.logit_softcap != 0.0f) z = p.logit_softcap * tanh(z / static_cast<double>(p.logit_softcap));
+  const double raw_top = reference ? s.ref_top : s.top, sum = reference ? s.ref_sum : s.sum;
+  // Where no other logit is above -inf, all counts from the label's own.
+  const double top = raw_top > -INFINITY ? unit * loop_value(p, static_cast<float>(raw_top)) : z;
+  OnlineSoftmax<double> others{-INFINITY, sum, 0.0, 0.0, 0.0};
+  if (sum != 0.0) others.max = (reference ? s.ref_origin : s.origin) * kLn2 - top * stretch;
+  if (reference ? summary.ref_exact : summary.exact) others.max = sum != 0.0 ? 0.0 : -INFINITY;
+  if (!reference) {
+    others.shifted = s.shifted * kLn2;
+    others.drift = s.drift * (unit * stretch);
+    others.squares = s.squares;
   }
-  // Where no other logit is above -inf, the label's own.
-  const auto base_of = [&](double top, double own) -> double {
-    return top > -INFINITY ? unit * loop_value(p, static_cast<float>(top)) : own;
-  };
-  const auto relative = [&](double origin, double sum, double top) -> double {
-    if (sum == 0.0) return -INFINITY;
-    return summary.careful ? 0.0 : (origin - static_cast<double>(log2_scale) * (top / unit)) * kLn2;
-  };
-  const double top = base_of(s.top, z), ref_top = summary.pair ? base_of(s.ref_top, ref_z) : 0.0;
-  const double tiny = summary.careful ? kTiny : 1.0;
-  double drift = s.drift * unit;
-  if (!summary.careful) drift -= s.sum * (top - ref_top);
-  const OnlineSoftmax<double> others{relative(s.origin, s.sum, top), s.sum, s.shifted * kLn2, drift * stretch,
-                                     s.squares};
-  const double rise = z - top, ref_rise = ref_z - ref_top;
-  const FinishedRow row = finish_row(others, rise * stretch);
-  TokenValues out{};
-  const bool nan = row.logp != row.logp;
-  // (logp, log_sum) of a finished row whose label lies `rise` above the largest other logit, both on the true scale.
-  // Below it the label's distance is added as it is: of 1e15 a multiplication and a division would lose more than
+  Side& side = reference ? summary.reference : summary.policy;
+  side.z = z;
+  side.top = top;
+  const double rise = z - top, above = fmax(rise, 0.0);
+  side.row = finish_row(others, rise * stretch);
+  side.max = side.row.logp == side.row.logp ? top + above : NAN;
+  side.log_sum = side.row.log_sum + (side.row.max - above * stretch);
+  // Below the top the label's distance is added as it is: of 1e15 a multiplication and a division would lose more than
   // logp's other part.
-  const auto true_logp = [&](const FinishedRow& r, double rise, double& log_sum) {
-    const double above = fmax(rise, 0.0);
-    log_sum = r.log_sum + (r.max - above * stretch);
-    return rise < 0.0 ? rise - log_sum : r.logp / stretch;
-  };
-  out.of[token_row::logps] = true_logp(row, rise, out.of[token_row::log_sum]);
-  out.of[token_row::max] = top + fmax(rise, 0.0);
-  out.of[token_row::entropy] = nan ? NAN : row.entropy;
-  const double label = static_cast<double>(label_x);
+  side.logp = rise < 0.0 ? rise - side.log_sum : side.row.logp / stretch;
+}
+
+DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, RowSummary& summary) {
+  finish_side(p, summary, false);
+  if (summary.pair) finish_side(p, summary, true);
+  const Side &own = summary.policy, &ref = summary.reference;
+  const MergedState& s = summary.state;
+  TokenValues out{};
+  const bool nan = own.logp != own.logp;
+  out.of[token_row::logps] = own.logp;
+  out.of[token_row::max] = own.max;
+  out.of[token_row::log_sum] = own.log_sum;
+  out.of[token_row::entropy] = nan ? NAN : own.row.entropy;
+  const double label = static_cast<double>(summary.label_x);
   out.of[token_row::accuracy] = nan ? NAN : (label > s.top || (label == s.top && !summary.earlier_tie));
-  out.of[token_row::mean_logits] = (s.total + tiny * (capped ? z : label)) * unit / static_cast<double>(p.vocab) / tiny;
-  out.of[token_row::log_sum_sq] = row.log_sum_sq;
+  const double unit = unit_of(p);
+  out.of[token_row::mean_logits] = (s.total * unit + own.z) / static_cast<double>(p.vocab);
+  out.of[token_row::log_sum_sq] = own.row.log_sum_sq;
   if (summary.pair) {
-    const OnlineSoftmax<double> ref_others{relative(s.ref_origin, s.ref_sum, ref_top), s.ref_sum, 0.0, 0.0, 0.0};
-    const FinishedRow ref = finish_row(ref_others, ref_rise * stretch);
-    out.of[token_row::ref_logps] = true_logp(ref, ref_rise, out.of[token_row::ref_log_sum]);
-    out.of[token_row::ref_max] = ref_top + fmax(ref_rise, 0.0);
-    FinishedRow policy = row;
-    policy.drift /= tiny;
-    const double kl = kl_of(policy, ref, rise * stretch, ref_rise * stretch);
+    const double stretch = stretch_of(p);
+    out.of[token_row::ref_logps] = ref.logp;
+    out.of[token_row::ref_max] = ref.max;
+    out.of[token_row::ref_log_sum] = ref.log_sum;
+    FinishedRow row = own.row;
+    if (!summary.centred) row.drift -= row.p_others * ((own.top - ref.top) * stretch);
+    const double kl = kl_of(row, ref.row, (own.z - own.top) * stretch, (ref.z - ref.top) * stretch);
     // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
     out.of[token_row::kl] = kl != kl && !nan && ref.log_sum == ref.log_sum ? INFINITY : kl;
   }
@@ -475,7 +515,7 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, const RowSummary&
 
 // The first thread: a row's results from its merged state, in float64. Not inlined: a few hundred rare instructions
 // that would otherwise be compiled into each of the kernels, and need more registers than the loops leave.
-static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, const RowSummary& row, int64_t token,
+static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, RowSummary& row, int64_t token,
                                                         bool is_reference) {
   assume_shared(&row);
   const bool scored = p.labels[token] != p.ignore_index;
@@ -501,55 +541,69 @@ static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& 
 // ---- A hostile row ----
 
 constexpr int kCarefulSums = 6;
-using CarefulScratch = double[kRowThreads / kWarp][kCarefulSums];
+using CarefulScratch = double[kRowThreads / kWarp * kCarefulSums];
 
 // The row's sums once more, each guarded and in float64, from the exact maxima: exponents and gaps are differences from
-// them; drift and total are kTiny times what they stand for. All threads of the row's first block call this.
+// them. A sum that the loops found right stays as it is, so that no bit of a log-probability depends on the statistics
+// asked for; the moments are brought to its origin and size. All threads of the row's first block call this.
 template <typename Tr>
-static __device__ __noinline__ void careful_row(const Transform<Tr>& f, const typename Tr::T* x,
-                                                const typename Tr::R* ref, int label, int vocab,
-                                                CarefulScratch& scratch, RowSummary& summary) {
+static __device__ __noinline__ void careful_row(const TokenLogpsParams& p, int64_t token, bool is_reference,
+                                                double* scratch, RowSummary& summary) {
+  assume_shared(&summary);
+  const int label = static_cast<int>(p.labels[token]), vocab = static_cast<int>(p.vocab);
+  const typename Tr::T* x = row_of<typename Tr::T>(is_reference ? p.reference : p.policy, p, token);
+  const typename Tr::R* ref = Tr::kKl ? row_of<typename Tr::R>(p.reference, p, token) : nullptr;
+  const Transform<Tr> f = transform_of<Tr>(p);
   const float top = static_cast<float>(summary.state.top), ref_top = static_cast<float>(summary.state.ref_top);
   const float origin = top == -INFINITY ? 0.0f : f.value(top);
   const float ref_origin = !Tr::kKl || ref_top == -INFINITY ? 0.0f : f.value(ref_top);
-  double sums[kCarefulSums] = {};  // sum, shifted, squares, total, drift, ref_sum
+  double sum = 0.0, shifted = 0.0, squares = 0.0, total = 0.0, drift = 0.0, ref_sum = 0.0;
   for (int i = static_cast<int>(threadIdx.x); i < vocab; i += static_cast<int>(blockDim.x)) {
     if (i == label) continue;
     const float z = f.value(Vector<typename Tr::T>::widen(x[i]));
-    const float t = (z - origin) * f.log2_scale, e = fast_exp2(t);
-    sums[0] += e;
-    if (e > 0.0f) {
-      sums[1] += static_cast<double>(e) * t;
-      sums[2] += static_cast<double>(e) * e;
-    }
-    sums[3] += kTiny * z;
+    // With a reference in float64: what float32 takes for 0 has mass, and a reference of -inf makes its divergence
+    // infinite.
+    const float t = (z - origin) * f.log2_scale;
+    const double e = Tr::kKl ? exp(static_cast<double>(t) * kLn2) : static_cast<double>(fast_exp2(t));
+    sum += e;
+    if (Tr::kEntropy && e > 0.0) shifted += e * t;
+    if constexpr (Tr::kSquares) squares += e * e;
+    if constexpr (Tr::kMean) total += z;
     if constexpr (Tr::kKl) {
       const float ref_z = f.value(Vector<typename Tr::R>::widen(ref[i]));
-      if (e > 0.0f) sums[4] += e * tiny_gap(z, origin, ref_z, ref_origin);
-      sums[5] += fast_exp2((ref_z - ref_origin) * f.log2_scale);
+      if (e > 0.0) drift += e * ((static_cast<double>(z) - origin) - (static_cast<double>(ref_z) - ref_origin));
+      ref_sum += fast_exp2((ref_z - ref_origin) * f.log2_scale);
     }
   }
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-  for (int k = 0; k < kCarefulSums; ++k) {
-    const double sum = warp_sum(sums[k]);
-    if (lane == 0) scratch[warp][k] = sum;
-  }
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const auto add_up = [&](double value, int field) {
+    value = warp_sum(value);
+    if (threadIdx.x % kWarp == 0) scratch[warp * kCarefulSums + field] = value;
+  };
+  add_up(sum, 0);
+  if constexpr (Tr::kEntropy) add_up(shifted, 1);
+  if constexpr (Tr::kSquares) add_up(squares, 2);
+  if constexpr (Tr::kMean) add_up(total, 3);
+  if constexpr (Tr::kKl) add_up(drift, 4);
+  if constexpr (Tr::kKl) add_up(ref_sum, 5);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    double all[kCarefulSums] = {};
-    for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
-      for (int k = 0; k < kCarefulSums; ++k) all[k] += scratch[w][k];
-    }
-    MergedState& s = summary.state;
-    s.sum = all[0];
-    s.shifted = all[1];
-    s.squares = all[2];
-    s.total = all[3];
-    s.drift = all[4];
-    s.ref_sum = all[5];
-    summary.careful = true;
-  }
+  if (threadIdx.x != 0) return;
+  const auto whole = [&](int field) {
+    double value = 0.0;
+    for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) value += scratch[w * kCarefulSums + field];
+    return value;
+  };
+  MergedState& s = summary.state;
+  sum = whole(0);
+  const double delta = summary.exact ? 0.0 : static_cast<double>(f.log2_scale) * origin - s.origin;
+  if (summary.exact) s.sum = sum;
+  const double ratio = sum > 0.0 ? s.sum / sum : 1.0;
+  if constexpr (Tr::kEntropy) s.shifted = ratio * (whole(1) + delta * sum);
+  if constexpr (Tr::kSquares) s.squares = ratio * ratio * whole(2);
+  if constexpr (Tr::kMean) s.total = whole(3);
+  if constexpr (Tr::kKl) s.drift = ratio * whole(4);
+  if (Tr::kKl && summary.ref_exact) s.ref_sum = whole(5);
+  summary.centred = true;
 }
 
 // ---- The kernel ----
@@ -594,20 +648,13 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
 
   if (legal) {
     const int label = static_cast<int>(label64), vocab = static_cast<int>(p.vocab);
-    const int64_t b = token / p.tokens, t = token % p.tokens;
-    const Logits& own = is_reference ? p.reference : p.policy;
-    const T* x = static_cast<const T*>(own.data) + b * own.stride_b + t * own.stride_t;
+    const T* x = row_of<T>(is_reference ? p.reference : p.policy, p, token);
     const R* ref = nullptr;
-    if constexpr (Tr::kKl) {
-      ref = static_cast<const R*>(p.reference.data) + b * p.reference.stride_b + t * p.reference.stride_t;
-    }
+    if constexpr (Tr::kKl) ref = row_of<R>(p.reference, p, token);
     RowLayout row;
     row.groups = (vocab - 1) / Tr::kSize;  // a logit is left at least, so that no group's words pass the row's end
     row.label_group = label < row.groups * Tr::kSize ? label / Tr::kSize : INT32_MAX;
-    Transform<Tr> f;
-    f.log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
-    f.cap = p.logit_softcap;
-    f.inverse = Tr::kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
+    const Transform<Tr> f = transform_of<Tr>(p);
 
     const float label_x = Vector<T>::widen(x[label]);
     const float label_ref = Tr::kKl ? Vector<R>::widen(ref[label]) : 0.0f;
@@ -632,13 +679,12 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
         summary.label_x = label_x;
         summary.label_ref = label_ref;
         summary.earlier_tie = false;
-        summary.careful = false;
-        hostile = is_hostile(p, merged, Tr::kKl);
+        hostile = is_hostile(p, summary);
         tied = merged.top == static_cast<double>(label_x);
       }
     }
     __syncthreads();
-    if (hostile) careful_row<Tr>(f, x, ref, label, vocab, scratch, summary);
+    if (hostile) careful_row<Tr>(p, token, is_reference, scratch, summary);
     if (p.rows[token_row::accuracy] != nullptr && !is_reference) {
       // argmax takes the first of equals: only a tie with the maximum sends the block over the row's start again.
       if (tied) {

@@ -34,9 +34,9 @@ _forced: ContextVar[str | None] = ContextVar("dpo_kernels_backend", default=None
 #: What a `use_backend` that was entered or left last left behind, in any thread: torch.compile cannot look at a ContextVar, and
 #: retraces when this changes.
 _latest: str | None = None
+
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
-
 
 #: (backend, device type, index, variant) that need no further thought, and the backends that failed, with the sentence.
 trusted: set[tuple[str, str, int | None, Variant]] = set()

@@ -71,7 +71,7 @@ from .launch import LANES, OPTIONS, SMALL, UNROLL, Launch, aligned_base, exponen
 
 #: With the entropy some ptxas take 90 registers for what follows the main loop, which needs 64 at most: a third of the warps
 #: would be lost. With kl the loop itself needs more.
-MOMENTS = OPTIONS | ({"maxnreg": 64} if TARGET == "cuda" else {})
+MOMENTS = OPTIONS | ({"maxnreg": 80} if TARGET == "cuda" else {})
 
 #: Columns per step of the two rare second looks at a row (-inf under a moment, a tie with the label).
 SCAN = tl.constexpr(1024)
@@ -264,6 +264,12 @@ def _careful_row(
 
 
 @device_function
+def _is_wrong(s, top, unit):
+    """Whether the loop's sum of exponentials around `top` says nothing: it overflowed, met no mass, or logits are LARGE."""
+    return (tl.abs(top * unit) >= LARGE) | (s == 0) | ((tl.abs(s) < float("inf")) == 0)
+
+
+@device_function
 def _beaten(logits, start, vocab, label, value, sign):
     """How many logits are likelier than the label's, or as likely and before it: argmax takes the first of equals.
 
@@ -316,7 +322,8 @@ def finish(s, shift, top_z, z_label):
     log_mass = log_s + near + tl.where(d < 0, -d, 0.0)
     p_others = tl.where(d >= 0, 1.0, e) / (1.0 + e)
     ahead = z_label > top_z
-    return logp, tl.where(ahead, z_label, top_z), tl.where(ahead, -logp, log_mass + shift), p_others, log_mass
+    largest = tl.where(logp == logp, tl.where(ahead, z_label, top_z), float("nan"))
+    return logp, largest, tl.where(ahead, -logp, log_mass + shift), p_others, log_mass
 
 
 @device_function
@@ -420,7 +427,7 @@ def token_logps_kernel(
             q_row = tl.sum((rescale * rescale * q).to(tl.float64), 0)
         if MEAN:
             total_row = tl.sum(total.to(tl.float64), 0)
-        hostile = (tl.abs(top * unit) >= LARGE) | (s_row == 0)
+        hostile = _is_wrong(s_row, top, unit)
         if KL:
             k_row = tl.sum((rescale * k).to(tl.float64), 0)
             ref_m, ref_c, ref_s = ref_state
@@ -428,20 +435,30 @@ def token_logps_kernel(
             ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
             ref_shift_row = origin_shift(ref_top, ref_c_top, log2_scale)
             # Maxima far apart would make the gaps' float32 sums too coarse.
-            hostile = hostile | (tl.abs(ref_top * unit) >= LARGE) | (tl.abs((top - ref_top) * unit) > 256)
+            hostile = hostile | _is_wrong(ref_s_row, ref_top, unit) | (tl.abs((top - ref_top) * unit) > 256)
             # The means count from both maxima.
             k_row -= s_row * (top.to(tl.float64) - ref_top.to(tl.float64))
         # Of a lane's numbers one is infinite, or NaN by 0 * inf. (Or a logit is NaN: then it stays so.)
         sound = (tl.abs(t_row) < float("inf")) & (tl.abs(k_row) < float("inf")) & (tl.abs(total_row) < float("inf"))
-        sound = sound & (tl.abs(s_row) < float("inf")) & (tl.abs(ref_s_row) < float("inf"))
         hostile = hostile | (sound == 0)
         if hostile:
-            top, s_row, t_row, k_row, q_row, total_row, ref_top, ref_s_row = _careful_row(
+            exact_top, exact_s, t_row, k_row, q_row, total_row, exact_ref_top, exact_ref_s = _careful_row(
                 logits, ref_logits, start, ref_start, vocab, label, inner, log2_scale, MAP, ENTROPY, KL, MEAN, SQUARES
             )
-            shift_row = tl.full((), 0.0, tl.float64)
-            ref_shift_row = shift_row
-        tiny = tl.where(hostile, TINY, 1.0).to(tl.float64)
+            # A sum that the loop found right stays: no bit of a log-probability depends on the statistics asked for.
+            if _is_wrong(s_row, top, unit):
+                top, s_row = exact_top, exact_s
+                shift_row = tl.full((), 0.0, tl.float64)
+            if KL:
+                if _is_wrong(ref_s_row, ref_top, unit):
+                    ref_top, ref_s_row = exact_ref_top, exact_ref_s
+                    ref_shift_row = tl.full((), 0.0, tl.float64)
+            # The moments, brought to the sum's origin and size, of which the loop's are.
+            ratio = tl.where(exact_s > 0, s_row / tl.where(exact_s > 0, exact_s, 1.0), 1.0)
+            t_row = ratio * (t_row - tl.where(exact_s > 0, shift_row / LN2, 0.0) * exact_s)
+            k_row = ratio * k_row / TINY
+            q_row = ratio * ratio * q_row
+            total_row = total_row / TINY
         if ACCURACY:
             hit = x_label > top
             near = x_label == top
@@ -475,12 +492,12 @@ def token_logps_kernel(
                 tl.store(ref_logps + row, ref_logp)
                 tl.store(ref_max + row, ref_max_z)
                 tl.store(ref_log_sum + row, ref_log_sum_row)
-                others = tl.where(s_row == 0, 0.0, unit * (share * k_row) / tiny)
+                others = tl.where(s_row == 0, 0.0, unit * (share * k_row))
                 # Where no other logit is above -inf, the label's own is what gaps count from.
-                base = tl.where(top_z > float("-inf"), top_z, z_label)
-                ref_base = tl.where(ref_top_z > float("-inf"), ref_top_z, ref_z_label)
+                origin = tl.where(top_z > float("-inf"), top_z, z_label)
+                ref_origin = tl.where(ref_top_z > float("-inf"), ref_top_z, ref_z_label)
                 # Each part is moved to the maxima by itself: of a label at 1e20 their sum would keep nothing of the others.
-                moved = (max_z - base) - (ref_max_z - ref_base)
+                moved = (max_z - origin) - (ref_max_z - ref_origin)
                 others -= tl.where(p_others > 0, p_others * moved, 0.0 * p_others)
                 gap = (z_label - max_z) - (ref_z_label - ref_max_z)
                 at_label = tl.where(p_label > 0, p_label * gap, 0.0 * p_label)
@@ -491,7 +508,7 @@ def token_logps_kernel(
             if ACCURACY:
                 tl.store(accuracy + row, tl.where(logp == logp, hit.to(tl.float64), float("nan")))
             if MEAN:
-                tl.store(mean_logits + row, unit * (total_row / vocab) / tiny)
+                tl.store(mean_logits + row, unit * (total_row / vocab))
     else:
         # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
         fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
