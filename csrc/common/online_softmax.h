@@ -99,7 +99,8 @@ DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label) {
   const double weight = exp(shift);
   const double sum = state.sum + weight;
   const double shifted = state.shifted + (weight > 0.0 ? weight * shift : 0.0);
-  row.log_sum = log(sum);
+  // Of a label that is almost certain the sum is 1 and a hair; its log-probability has the hair in full.
+  row.log_sum = shift == 0.0 ? -row.logp : log(sum);
   row.entropy = row.log_sum - shifted / sum;
   row.drift = state.drift / sum;
   row.p_others = state.sum / sum;
