@@ -457,7 +457,7 @@ def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
                 tokens = stages.token_logps(logits, labels, ref, Transform(), STATISTICS)
                 ones = torch.ones_like(tokens[0])
                 both = TokenKL(ref, *tokens[3:6], tokens[7], ones, ones)
-                stages.logits_grad(logits, labels, *tokens[:2], ones, Transform(), logits, both)
+                stages.logits_grad(logits, labels, *tokens[:3], ones, Transform(), logits, both)
                 machine.synchronize()
                 print(f"{name} {dtype} V {vocab}: done", flush=True)
     return {"launches": launches}

@@ -229,10 +229,10 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     logits, labels, ref_logits, tokens = _saved(ctx)
     rows = dict(zip(ctx.names, tokens.unbind(0), strict=True))
     grads = dict(zip(ctx.names, grad_tokens.contiguous().unbind(0), strict=True))
-    divergence = (None,) * len(TokenKL._fields)
+    divergence: tuple[Tensor | None, ...] = (None,) * len(TokenKL._fields)
     if ctx.terms:
         by_terms = (grads[name] if name in ctx.terms else None for name in KL_TERMS)
-        divergence = (ref_logits, *(rows[name] for name in TokenKL._fields[1:5]), *by_terms)  # type: ignore[assignment]
+        divergence = (ref_logits, *(rows[name] for name in TokenKL._fields[1:5]), *by_terms)
     small = (rows["logps"], rows["max"], rows["log_sum"], grads["logps"])
     arguments = (labels, *small, *ctx.transform, *divergence, ctx.backend)
     return (

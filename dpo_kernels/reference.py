@@ -47,7 +47,7 @@ def token_statistics(
 
     Returns:
         "logps", "max", "log_sum" (log sum_v exp(z_v - max)), "entropy", "accuracy", "mean_logits", "log_sum_sq"
-        (log sum_v p_v^2) and, with a reference, "ref_logps" and "kl" (nats; accuracy is 0 or 1).
+        (log sum_v p_v^2) and, with a reference, "ref_logps", "ref_max", "ref_log_sum" and "kl" (nats; accuracy is 0 or 1).
     """
     scored = labels != ignore_index
     index = torch.where(scored, labels, 0).unsqueeze(-1)
@@ -64,7 +64,10 @@ def token_statistics(
         "log_sum_sq": (2 * log_p).logsumexp(-1),
     }
     if ref_logits is not None:
-        ref_log_p = transform_logits(ref_logits.to(z.dtype), logit_scale, logit_softcap or 0.0).log_softmax(-1)
+        ref_z = transform_logits(ref_logits.to(z.dtype), logit_scale, logit_softcap or 0.0)
+        ref_log_p = ref_z.log_softmax(-1)
+        found["ref_max"] = ref_z.amax(-1)
+        found["ref_log_sum"] = (ref_z - ref_z.amax(-1, keepdim=True)).logsumexp(-1)
         found["ref_logps"] = ref_log_p.gather(-1, index).squeeze(-1)
         found["kl"] = torch.where(p > 0, p * (log_p - ref_log_p), 0.0 * p).sum(-1)
     return {name: torch.where(scored, values, 0.0) for name, values in found.items()}

@@ -264,7 +264,9 @@ def test_bits_do_not_depend_on_schedule_cluster_neighbours_or_statistics(library
     for statistics in VARIANTS[1:]:
         first = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
         # Nor on what else is asked for: a reference computed beforehand still gives rewards of exactly 0.
-        own = [row for row, name in zip(first, token_rows(True, statistics), strict=True) if name in token_rows(True, ())]
+        own = [
+            row for row, name in zip(first, token_rows(True, statistics), strict=True) if name in token_rows(True, ())
+        ]
         assert torch.equal(torch.stack(own), plain)
         for schedule in SCHEDULES:
             again = Emulator(library, **schedule).token_logps(logits, labels, ref, PLAIN, statistics)

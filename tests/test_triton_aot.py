@@ -48,8 +48,8 @@ LIMITS = {
     "triton logits_grad bf16 softcap": 14.1,
     "triton logits_grad fp16": 5.7,
     "triton logits_grad fp32": 5.0,
-    "triton logits_grad bf16 both KL": 7.5,
-    "triton logits_grad fp32 both KL": 6.7,
+    "triton logits_grad bf16 both KL": 8.0,
+    "triton logits_grad fp32 both KL": 7.2,
 }
 
 #: Least predicted share of a card's bandwidth: warps in lock step, warps independent of one another. An exponential takes a
@@ -127,17 +127,20 @@ def test_every_streaming_kernel_is_compiled_for_three_architectures_and_has_a_li
         assert sum("logits_grad" in kernel for kernel in found) >= 4
 
 
-#: The exceptions. On sm_90 a dozen instructions once a tile, beside the 64 steps of its product; with Triton 3.7 two numbers
+#: The exceptions, none in a main loop. A hostile row's second look (`_careful_row`) needs more registers than the loop, whose
+#: 64 let a third more warps be resident: there numbers wait in memory, of such rows alone. On sm_90 a dozen instructions once a tile, beside the 64 steps of its product; with Triton 3.7 two numbers
 #: once a pair, around the call of a float64 division; with 3.6 to 3.8 one number once a row, before and after its main loop.
-SPILLS = {"triton linear_logps bf16 stored in order, sm_90": 16}
-SPILLS_OF = {
-    ("3.6.0", "triton token_logps bf16 entropy+accuracy+mean, sm_100"): 3,
-    ("3.6.0", "triton token_logps bf16 reference+kl, sm_100"): 4,
-    ("3.8.0", "triton linear_logps fp32 alone, sm_100"): 2,
-    ("3.7.1", "triton preference_loss, sm_90"): 4,
-    ("3.7.1", "triton token_logps fp32 reference, all statistics, sm_80"): 2,
-    ("3.8.0", "triton token_logps fp32 reference, all statistics, sm_90"): 2,
-}
+SPILLS = {
+    "triton linear_logps bf16 stored in order, sm_90": 16,
+    "triton linear_logps fp32 alone, sm_90": 12,
+    "triton logits_grad bf16 both KL, sm_90": 8,
+    **{f"triton token_logps bf16 entropy+accuracy+mean, sm_{arch}": 100 for arch in ARCHITECTURES},
+    **{f"triton token_logps {kind}, sm_{arch}": 8
+       for kind in ("bf16 reference+kl", "bf16 reference, all statistics", "bf16 reference, all statistics, V odd",
+                    "fp32 reference, all statistics")
+       for arch in ARCHITECTURES},
+}  # fmt: skip
+SPILLS_OF = {("3.8.0", "triton linear_logps fp32 alone, sm_100"): 2, ("3.7.1", "triton preference_loss, sm_90"): 4}
 
 
 def test_nothing_spills(report, version):
@@ -156,10 +159,10 @@ def test_float64_is_little_or_the_first_warps(report):
     """Cards with one float64 unit for 64 of float32 take 16 cycles a warp and instruction; a program has four warps."""
     for row in streaming(report):
         if "token_logps" in row["name"]:
-            # All warps add up the row; with moments, they may also look at it again.
+            # All warps add up the row, and all take part in the second look at a hostile one, which is in float64 but rare.
             moments = any(statistic in row["name"] for statistic in ("entropy", "kl", "all statistics"))
             assert row["doubles_by_all"] is not None, name(row)
-            assert row["doubles_by_all"] <= (75 if moments else 16), name(row)
+            assert row["doubles_by_all"] <= (300 if moments else 60), name(row)
         else:
             assert row["doubles"] <= (130 if "KL" in row["name"] else 95 if "softcap" in row["name"] else 60), name(row)
 

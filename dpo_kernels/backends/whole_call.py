@@ -141,4 +141,5 @@ def preference_backward(
     coef = sequences[SEQUENCE_ROWS.index("coef")]
     weights = weighting.of_tokens(labels, transform.ignore_index)
     grad_logps = spread(coef * grad.repeat(2), weights, weighting.cu_seqlens)
-    stages.logits_grad(logits, labels, *tokens[:3], grad_logps, transform, out)
+    logps, top, log_sum = tokens[0], tokens[1], tokens[2]
+    stages.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out)

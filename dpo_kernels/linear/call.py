@@ -159,7 +159,8 @@ class KLGradients(NamedTuple):
     @classmethod
     def of(cls, rows: dict[str, Tensor], grads: dict[str, Tensor]) -> KLGradients:
         """From stage 1's rows and the gradients of the loss, both by name."""
-        return cls(*(rows[name] for name in cls._fields[:4]), grads.get("kl"), grads.get("forward_kl"))
+        reference = rows["ref_logps"], rows["ref_max"], rows["ref_log_sum"]
+        return cls(*reference, rows["kl"], grads.get("kl"), grads.get("forward_kl"))
 
     def at(self, tokens: Tensor | slice) -> KLGradients:
         """Those of the tokens."""

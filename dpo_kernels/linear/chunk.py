@@ -196,8 +196,9 @@ class Projection:
             small = (None if values is None else _row(values) for values in divergences)
             token_kl = TokenKL(ref_logits, *small)  # type: ignore[arg-type]
         labels, every = self.labels[tokens].unsqueeze(0), logits.unsqueeze(0)
-        small = (_row(values) for values in (*softmax, grad_logps))
-        call.stages.logits_grad(every, labels, *small, call.transform, every, token_kl)
+        logps, top, log_sum = map(_row, softmax)
+        grad = _row(grad_logps)
+        call.stages.logits_grad(every, labels, logps, top, log_sum, grad, call.transform, every, token_kl)
         return logits
 
     def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:
