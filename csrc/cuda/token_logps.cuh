@@ -57,8 +57,8 @@ struct Traits {
   // Groups of each tensor that a thread loads before it uses the first: 64 bytes in flight, pair or not.
   static constexpr int kUnroll = kKl ? DPO_ROW_UNROLL / 2 : DPO_ROW_UNROLL;
   // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a
-  // reference; 128 for everything at once on two dtypes, which would use the stack and is bound by its tangents.
-  static constexpr bool kWidest = kKl && kSquares && kSoftcap && !std::is_same_v<T_, R_>;
+  // reference; 128 for everything at once, which would use the stack and is bound by its tangents.
+  static constexpr bool kWidest = kKl && kSquares && kSoftcap;
   static constexpr int kResident = (kWidest ? 2 : kKl || kEntropy || kMean || kSquares ? 3 : 4) * 256 / DPO_ROW_THREADS;
   // What a thread hands to the merge, in this order.
   static constexpr int kOrigin = 0, kTop = 1, kSum = 2;
