@@ -116,6 +116,8 @@ class Projection:
 
     def __init__(self, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self.call = call
+        # Loaded before the first product asks the backend what it multiplies: a call without a scored token runs no stage.
+        self.stages = call.stages
         self.hidden = hidden
         self.weight = weight.to(call.compute_dtype)
         self.bias = None if bias is None else bias.to(call.compute_dtype)
@@ -173,7 +175,7 @@ class Projection:
     ) -> dict[str, Tensor]:
         ref_logits = None if ref_logits is None else ref_logits.unsqueeze(0)
         labels = self.labels[tokens].unsqueeze(0)
-        found = self.call.stages.token_logps(logits.unsqueeze(0), labels, ref_logits, self.call.transform, statistics)
+        found = self.stages.token_logps(logits.unsqueeze(0), labels, ref_logits, self.call.transform, statistics)
         return dict(zip(token_rows(ref_logits is not None, statistics), found[:, 0].unbind(0), strict=True))
 
     def differentiate(
@@ -198,7 +200,7 @@ class Projection:
         labels, every = self.labels[tokens].unsqueeze(0), logits.unsqueeze(0)
         logps, top, log_sum = map(_row, softmax)
         grad = _row(grad_logps)
-        call.stages.logits_grad(every, labels, logps, top, log_sum, grad, call.transform, every, token_kl)
+        self.stages.logits_grad(every, labels, logps, top, log_sum, grad, call.transform, every, token_kl)
         return logits
 
     def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:

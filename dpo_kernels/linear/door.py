@@ -117,8 +117,6 @@ def plan_call(
             eps if entries or fused else 0.0,
         )
 
-    # Before the first product asks the backend what it multiplies: a call without a scored token runs no stage.
-    backends.load(batch.backend, hidden.device.type)
     call = planned(batch.backend)
     if call.backend not in backends.GPU_BACKENDS:
         return call

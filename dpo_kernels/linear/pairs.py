@@ -288,12 +288,12 @@ class WholePairs(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 6
-        head = ctx.saved_tensors[:3]
-        return without_graph(lambda: WholePairs._gradients(ctx, grad_loss), *head, grad_loss)
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        return without_graph(lambda: WholePairs._gradients(ctx, grad_loss, *saved), *saved[:3], grad_loss)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, _, _, _, _, found, token_grads, tokens, logits, *gradients = ctx.saved_tensors
+    def _gradients(ctx: Any, grad_loss: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, _, _, _, _, found, token_grads, tokens, logits, *gradients = given
         grad_hidden, grad_weight, grad_bias = gradients
         call: Call = ctx.call
         into = main_grad(weight) if call.needs.weight else None

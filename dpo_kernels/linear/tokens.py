@@ -261,12 +261,12 @@ class LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_tokens: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_tokens is None:
             return (None,) * 4
-        head = ctx.saved_tensors[:3]
-        return without_graph(lambda: LinearLogps._gradients(ctx, grad_tokens), *head, grad_tokens)
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        return without_graph(lambda: LinearLogps._gradients(ctx, grad_tokens, *saved), *saved[:3], grad_tokens)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, _, _, _, _, found, tokens, *saved = ctx.saved_tensors
+    def _gradients(ctx: Any, grad_tokens: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, _, _, _, _, found, tokens, *saved = given
         call: Call = ctx.call
         grad_logps, divergences = upstream(call, grad_tokens, found)
         with no_autocast(hidden.device):
