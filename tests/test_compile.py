@@ -38,8 +38,9 @@ def op_arguments(backend, device):
     yield _ops.preference_forward, (narrow, y.view(1, 12), None, *capped, [], *rest, False, backend)
     tokens, sequences, _, loss = _ops.preference_forward(z, *call, False, backend)
     yield _ops.preference_backward, (z, y, tokens, sequences, loss, *plain, None, None, None, "mean", backend)
-    yield _ops.logits_grad, (z, y, *tokens[:2], values, *plain, *[None] * 5, backend)
-    yield _ops.logits_grad, (z, y, *tokens[:2], values, *plain, r, tokens[2], tokens[4], values, values, backend)
+    yield _ops.logits_grad, (z, y, *tokens[:3], values, *plain, *[None] * 7, backend)
+    reference = (r, *tokens[3:6], tokens[7])
+    yield _ops.logits_grad, (z, y, *tokens[:3], values, *plain, *reference, values, values, backend)
 
 
 def test_opcheck_passes_for_every_operator(backend, device):
