@@ -89,7 +89,8 @@ def test_a_learning_rate_that_is_too_low(train: Any) -> None:
 def test_updates_lost_to_rounding(train: Any) -> None:
     """16-bit weights without float32 masters: the same learning rate moves float32 weights."""
     found = train(model=taught_model().bfloat16(), learning_rate=1e-5, diagnostics=SOON)
-    assert set(found) == {"updates_lost"}
+    # How the taught model ranks its pairs in bfloat16 depends on the CPU's rounding, so it may be a weak reference as well.
+    assert set(found) - {"weak_reference"} == {"updates_lost"}
     share = float(found["updates_lost"]["seen"].split("an update changes ")[1].split("%")[0])
     assert 0 <= share < 20
 
