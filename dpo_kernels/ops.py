@@ -104,7 +104,6 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.count = len(tensors) + 1
         return tensors[:count]
 
     backward = staticmethod(no_double_backward)
