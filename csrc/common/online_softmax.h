@@ -118,13 +118,4 @@ DPO_HD double kl_of(const FinishedRow& policy, const FinishedRow& reference, dou
   return (others + at_label) - (policy.log_sum - reference.log_sum);
 }
 
-// Logits, and gaps between them, are added up this much smaller: thousands of the lowest finite ones, which masks are
-// made of, then do not overflow. A power of two, which rounds nothing.
-constexpr double kTiny = 1.0 / (INT64_C(1) << 40);
-
-// kTiny ((z - max) - (z' - max')).
-DPO_HD double tiny_gap(double z, double max, double ref_z, double ref_max) {
-  return (z * kTiny - max * kTiny) - (ref_z * kTiny - ref_max * kTiny);
-}
-
 }  // namespace dpo

@@ -1,14 +1,12 @@
 // The filtered gradient on CPU: keep the entries of each softmax row that exceed eps, and multiply only those.
 //
 // Data flow
-//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds max + log_sum +
-//   log(eps), so
-//                               only kept entries meet an exponential. They leave as (index, value) lists, a few KB a
-//                               token.
-//   filtered_grad_hidden        dH[t] = g_t (sum_v d_tv W[v] - tail_t mean(W)), threads own tokens.
-//   filtered_grad_weight        dW[v] = sum_t g_t d_tv h_t + tail row, threads own ranges of the vocabulary: no
-//   atomics, and
-//                               every sum runs in a fixed order.
+//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds
+//                               max + log_sum + log(eps), so only kept entries meet an exponential. They leave as
+//                               (index, value) lists, a few KB a token.
+//   filtered_grad_hidden        dH[t] = g_t (sum_v d_tv W[v] - tail_t mean(W)); threads own tokens.
+//   filtered_grad_weight        dW[v] = sum_t g_t d_tv h_t + tail row; threads own ranges of the vocabulary, so there
+//                               are no atomics, and every sum runs in a fixed order.
 //
 // Both products are cut into tiles of 1,024 source rows by 8 vectors: 512 KB with AVX-512, which stays in the
 // second-level cache while all destination rows pass by. Without tiles each kept entry would fetch its row of W from

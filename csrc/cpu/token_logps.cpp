@@ -21,6 +21,15 @@ namespace {
 
 namespace token_row = dpo::token_row;
 
+// Logits, and gaps between them, are added up this much smaller: thousands of the lowest finite ones, which masks are
+// made of, then do not overflow. A power of two, which rounds nothing.
+constexpr double kTiny = 1.0 / (INT64_C(1) << 40);
+
+// kTiny ((z - max) - (z' - max')).
+DPO_INLINE double tiny_gap(double z, double max, double ref_z, double ref_max) {
+  return (z * kTiny - max * kTiny) - (ref_z * kTiny - ref_max * kTiny);
+}
+
 template <typename A>
 DPO_INLINE A horizontal_max(typename Vec<A>::type v) {
   A m = -INFINITY;
@@ -125,7 +134,7 @@ DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const S* z, const S* ref, i
 template <typename A, typename S>
 DPO_INLINE double tiny_sum(const S* z, int64_t n) {
   constexpr int lanes = Vec<A>::lanes;
-  constexpr A tiny = static_cast<A>(dpo::kTiny);
+  constexpr A tiny = static_cast<A>(kTiny);
   Two<A> a = {}, b = {};
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
@@ -133,7 +142,7 @@ DPO_INLINE double tiny_sum(const S* z, int64_t n) {
     b = b + load_two(z + i + 2 * lanes) * tiny;
   }
   double s = total(a, b);
-  for (; i < n; ++i) s += dpo::kTiny * static_cast<double>(Convert<A, S>::scalar(z + i));
+  for (; i < n; ++i) s += kTiny * static_cast<double>(Convert<A, S>::scalar(z + i));
   return s;
 }
 
@@ -187,11 +196,10 @@ double careful_kl(const Row<A>& policy, const Row<A>& reference, int64_t vocab, 
       const double e = std::exp(static_cast<double>(z[i]) - row.policy.max);
       if (!(e > 0.0)) continue;
       mass += e;
-      drift +=
-          e * dpo::tiny_gap(static_cast<double>(z[i]), row.policy.max, static_cast<double>(ref[i]), row.reference.max);
+      drift += e * tiny_gap(static_cast<double>(z[i]), row.policy.max, static_cast<double>(ref[i]), row.reference.max);
     }
   }
-  return drift / mass / dpo::kTiny - row.policy.log_sum + row.reference.log_sum;
+  return drift / mass / kTiny - row.policy.log_sum + row.reference.log_sum;
 }
 
 // S: the type in which the blocks are read; A, or a row's own 16-bit type.
@@ -229,7 +237,7 @@ RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t voca
     const bool defined = out.policy.logp == out.policy.logp && out.reference.log_sum == out.reference.log_sum;
     if (!sound && defined) out.kl = careful_kl(policy, reference, vocab, out);
   }
-  if (mean) out.mean = total / static_cast<double>(vocab) / dpo::kTiny;
+  if (mean) out.mean = total / static_cast<double>(vocab) / kTiny;
   if (accuracy) {
     // Below the maximum by more than the transform rounds, or above it where nothing is rounded, no second look is due.
     const double slack = policy.transform.identity() ? 0.0 : std::abs(static_cast<double>(state.max)) * 0x1p-20;

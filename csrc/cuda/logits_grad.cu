@@ -163,7 +163,6 @@ struct Softmax {
 // From kLarge on the rounding of `origin` is beyond any exponent. Only logits equal to the maximum have mass there, and
 // `coarse`, a power of two, which rounds no product, tells them from the others.
 DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale) {
-  constexpr double kLarge = 2147483648.0;
   const bool large = fabs(max) >= kLarge;
   const float coarse = fminf(0.5f * as_float(as_bits(log2_scale) & 0x7f800000u), 0.5f);
   // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.

@@ -409,9 +409,8 @@ struct RowSummary {
   bool centred, exact, ref_exact;
 };
 
-// From this size on a logit's product with log2(e) rounds by more than an exponent has room for; maxima of policy and
-// reference further apart than kNear make float32 sums of their gaps too coarse.
-constexpr double kLarge = 2147483648.0, kNear = 256.0;
+// Maxima of policy and reference further apart than this make float32 sums of their gaps too coarse.
+constexpr double kNear = 256.0;
 
 // What the loops take for the logit x.
 DPO_DEVICE float loop_value(const TokenLogpsParams& p, float x) {

@@ -225,16 +225,14 @@ def logits_grad_kernel(
         label = tl.where(in_range, label64, 0).to(tl.int32)
         grad = tl.where(in_range, grad, float("nan"))
         start = b * stride_b + t * stride_t + base
-        row_max = tl.load(max + row)
-        c, c_rounding, own_scale = _origin(
-            row_max, tl.load(log_sum + row), per_unit, log2_per_nat, log2_scale, coarse_scale
-        )
+        row_max, row_log_sum = tl.load(max + row), tl.load(log_sum + row)
+        c, c_rounding, own_scale = _origin(row_max, row_log_sum, per_unit, log2_per_nat, log2_scale, coarse_scale)
         # The policy's logit at the label is never read here: in place, another warp may have written its gradient by then.
         # What is needed of it follows from its log-probability.
         logp = tl.load(logps + row)
         label_slope = scale
         if MAP == SOFTCAPPED:
-            tanh = (row_max + (tl.load(log_sum + row) + logp)) / cap
+            tanh = (row_max + (row_log_sum + logp)) / cap
             label_slope = scale * ((1.0 - tanh) * (1.0 + tanh))
         # 1 - p(label) without cancellation.
         p_label, less_one = exp_expm1(logp)
@@ -251,7 +249,7 @@ def logits_grad_kernel(
             divergence = tl.load(kl + row)
             label_terms -= tl.where(p_label > 0, by_kl * p_label * (divergence - logp + ref_logp), 0.0)
             # D = (ref_top - ref_center) units + what joins by_p.
-            mean = divergence + tl.load(log_sum + row) - ref_row_log_sum
+            mean = divergence + row_log_sum - ref_row_log_sum
             top = (row_max * per_unit).to(tl.float32)
             ref_exact = (ref_row_max - mean) * per_unit
             ref_center = ref_exact.to(tl.float32)

@@ -73,8 +73,10 @@ from .launch import LANES, OPTIONS, SMALL, UNROLL, Launch, aligned_base, exponen
 #: would be lost. With kl the loop itself needs more.
 MOMENTS = OPTIONS | ({"maxnreg": 64} if TARGET == "cuda" else {})
 
-#: Columns per step of the two rare second looks at a row (-inf under a moment, a tie with the label).
+#: Columns per step of the rare second looks at a row: one that keeps a maximum or a count, and one that keeps six float64 sums
+#: a column, which with more columns would take the registers of the main loop's warps.
 SCAN = tl.constexpr(1024)
+SUMS_SCAN = tl.constexpr(256)
 
 
 @device_function
@@ -232,14 +234,14 @@ def _careful_row(
     # Where all are -inf there is no origin to subtract.
     origin = tl.where(top == float("-inf"), 0.0, top)
     ref_origin = tl.where(ref_top == float("-inf"), 0.0, ref_top)
-    s = tl.zeros([SCAN], tl.float64)
-    t = tl.zeros([SCAN], tl.float64)
-    k = tl.zeros([SCAN], tl.float64)
-    q = tl.zeros([SCAN], tl.float64)
-    total = tl.zeros([SCAN], tl.float64)
-    ref_s = tl.zeros([SCAN], tl.float64)
-    for block in range(tl.cdiv(vocab, SCAN)):
-        column = tl.arange(0, SCAN) + block * SCAN
+    s = tl.zeros([SUMS_SCAN], tl.float64)
+    t = tl.zeros([SUMS_SCAN], tl.float64)
+    k = tl.zeros([SUMS_SCAN], tl.float64)
+    q = tl.zeros([SUMS_SCAN], tl.float64)
+    total = tl.zeros([SUMS_SCAN], tl.float64)
+    ref_s = tl.zeros([SUMS_SCAN], tl.float64)
+    for block in range(tl.cdiv(vocab, SUMS_SCAN)):
+        column = tl.arange(0, SUMS_SCAN) + block * SUMS_SCAN
         there = column < vocab
         inside = there & (column != label)
         x = _variable(widen(tl.load(logits + start + column, mask=there, other=0.0)), inner, MAP)
