@@ -69,9 +69,9 @@ from .device import (
 )
 from .launch import LANES, OPTIONS, SMALL, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
 
-#: With the entropy some ptxas take 90 registers for what follows the main loop, which needs 64 at most: a third of the warps
-#: would be lost. With kl the loop itself needs more.
-MOMENTS = OPTIONS | ({"maxnreg": 64} if TARGET == "cuda" else {})
+#: Some ptxas take 80 to 90 registers for what follows the main loop, which needs 64 at most: a third of the warps would be
+#: lost. With kl the loop itself needs more.
+WITHOUT_KL = OPTIONS | ({"maxnreg": 64} if TARGET == "cuda" else {})
 
 #: Columns per step of the rare second looks at a row: one that keeps a maximum or a count, and one that keeps six float64 sums
 #: a column, which with more columns would take the registers of the main loop's warps.
@@ -573,9 +573,7 @@ def token_logps_launch(
         "LANES": LANES,
         "GROUP": group,
     }
-    return Launch(
-        token_logps_kernel, (labels.numel(),), arguments, MOMENTS if "entropy" in rows and "kl" not in rows else OPTIONS
-    )
+    return Launch(token_logps_kernel, (labels.numel(),), arguments, OPTIONS if "kl" in rows else WITHOUT_KL)
 
 
 def token_logps(
