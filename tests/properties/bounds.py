@@ -82,11 +82,21 @@ def bounds_of(
     out_eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     z, pairs = truth.z.detach(), len(truth.losses)
     changed = settings.scale != 1.0 or settings.cap is not None
+    # This loss, a KL, is a small difference of terms of size 1.
+    terms = 8 * torch.finfo(torch.float64).eps * ("exo_pair" in settings.names)
+    weights = torch.ones(pairs).double() if settings.pair_weights is None else settings.pair_weights.abs()
+
+    def reduced(losses: Tensor) -> Tensor:
+        loss = losses * weights.clamp(min=1.0)
+        if settings.reduction != "none":
+            loss = loss.sum() / (max(pairs, 1) if settings.reduction == "mean" else 1)
+        return loss + 4 * out_eps * truth.loss.detach().abs()
+
     if n == 0:
         nothing = torch.zeros_like(truth.counts)
-        rest = 4 * out_eps * truth.losses.abs()
+        rest = 4 * out_eps * truth.losses.abs() + terms
         statistics = dict.fromkeys(truth.statistics, nothing)
-        loss = 4 * out_eps * truth.loss.detach().abs()
+        loss = reduced(rest)
         ref_sums = 4 * out_eps * truth.ref_sums.abs()
         return Bounds(nothing, ref_sums, nothing, rest, loss, torch.zeros(0).double(), statistics)
     p, span, level = _row(z, truth.labels)
@@ -144,12 +154,9 @@ def bounds_of(
         losses, slack = losses + likely * truth.losses.abs(), slack + likely.repeat(2) * middle.abs()
     if settings.kl_coef:
         losses = losses + settings.kl_coef * _over(kl, truth).view(2, -1).sum(0) * pairs / n
-    weights = torch.ones(pairs).double() if settings.pair_weights is None else settings.pair_weights.abs()
-    loss = losses * weights.clamp(min=1.0)
-    loss = loss if settings.reduction == "none" else loss.sum() / (max(pairs, 1) if settings.reduction == "mean" else 1)
-    loss = loss + 4 * out_eps * truth.loss.detach().abs()
+    losses = losses + terms
     least = torch.finfo(torch.float32).smallest_normal
-    losses, loss = losses + least, loss + least
+    losses, loss = losses + least, reduced(losses) + least
 
     entropy = relative * (1 + _entropy_of(p)) + 2 * error
     means = {
