@@ -47,6 +47,13 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return (0.51 * info.eps + (HAIR if dtype.itemsize == 2 else 0.0)) * values.abs() + tiny
 
 
+def _tied(truth: Truth, near: Tensor) -> bool:
+    """Whether what `aot` or `aot_unpaired` sorts pairs by is as good as equal for two of them."""
+    chosen, rejected = truth.sums.view(2, -1)
+    keys = torch.stack([chosen - rejected, chosen - truth.ref_sums.view(2, -1)[0]])
+    return bool((keys.sort(-1).values.diff() <= near).any())
+
+
 def _over(values: Tensor, truth: Truth) -> Tensor:
     return torch.zeros_like(truth.counts).index_add(0, truth.owner, values)
 
@@ -146,6 +153,9 @@ def bounds_of(
         moved_losses, moved = truth.at(truth.sums + direction)
         losses = torch.maximum(losses, 2 * (moved_losses - middle_losses).abs() + 4 * out_eps * truth.losses.abs())
         slack = torch.maximum(slack, 2 * (moved - middle).abs() + 1e-14 * middle.abs())
+    if any(name.startswith("aot") for name in settings.names) and _tied(truth, 4 * move.abs().sum()):
+        # Rounding decides which of two pairs comes first, and so which quantile each is compared with.
+        losses, slack = losses + float("inf"), slack + float("inf")
     # A coefficient may be a small difference of slopes, each of them beta in size.
     beta = torch.ones(pairs).double() if settings.beta is None else settings.beta.abs()
     slack = slack + 2e-15 * (beta * (1.0 if settings.pair_weights is None else settings.pair_weights.abs())).repeat(2)
