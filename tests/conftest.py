@@ -21,9 +21,13 @@ BACKENDS = [name for name in backends.NAMES if backends.why_not(name, DEVICE) is
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take `backend` run on every backend that can serve here; test_backends.py holds which must."""
+    """Tests that take `backend` run on every backend that can serve here; test_backends.py holds which must.
+
+    In a module with a fixture `emulated` they run on the CUDA sources as well.
+    """
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", BACKENDS)
+        emulated = ["cuda"] if hasattr(metafunc.module, "emulated") and "cuda" not in BACKENDS else []
+        metafunc.parametrize("backend", BACKENDS + emulated)
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,10 @@ import test_objectives_kl
 import test_operators
 import torch
 from bad_bounds import bad_bounds, clamped_sums
-from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build, build_operators
+from cuda_emulator import SANITIZERS, Emulator, EmulatorError, Order, build, serve_backend
 from torch import Tensor
 
-from dpo_kernels import backends, dpo_loss, use_backend
+from dpo_kernels import dpo_loss, use_backend
 from dpo_kernels.backends import cuda, eager, whole_call
 from dpo_kernels.backends.whole_call import REDUCTIONS, Family, Weighting, reduce
 from dpo_kernels.stages import STATISTICS, Stages, TokenKL, Transform, rising_bounds, token_rows
@@ -699,17 +699,10 @@ def test_a_row_without_a_divergence_stands_beside_one_with(library):
 # ---- The whole backend: dpo_kernels.backends.cuda and csrc/cuda/ops.cpp over the emulated kernels ----
 
 
-@pytest.fixture(scope="module")
-def emulated_operators() -> None:
-    torch.ops.load_library(str(build_operators()))
-
-
 @pytest.fixture
-def cuda_backend(emulated_operators, monkeypatch) -> str:
+def cuda_backend(monkeypatch) -> str:
     """`use_backend("cuda")` with CPU tensors reaches the emulated kernels."""
-    monkeypatch.setattr(cuda, "_kernels", torch.ops.dpo_kernels_cuda_emulated)
-    original = backends._attempt
-    monkeypatch.setattr(backends, "_attempt", lambda name, kind: cuda if name == "cuda" else original(name, kind))
+    serve_backend(monkeypatch)
     return "cuda"
 
 

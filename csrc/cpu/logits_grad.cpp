@@ -100,19 +100,57 @@ DPO_INLINE void put_powers(const T* z, int64_t n, float offset, bool negative, T
   for (; i < n; i += step) put(i);
 }
 
+// A row's softmax p = exp(z - origin) factor. origin is the maximum, unless what multiplies p is beyond A: IPO's
+// coefficient, or a loss scale times a large gap. The excess then moves from the factor into the exponential, so that an
+// entry without mass is 0 and not 0 * inf. `size` is 1 for the largest multiplier that needs none. Where the maximum or
+// the excess is so large that this cannot be, `saturated` keeps the factor finite.
+template <typename A>
+struct Softmax {
+  A origin;
+  double factor;
+  Softmax(double max, double log_sum, double size) : origin(static_cast<A>(max)) {
+    double above = 0.0;
+    if (size > 1.0) {
+      const A lower = static_cast<A>(max - std::log(size));
+      const double difference = max - static_cast<double>(lower);
+      if (difference <= 88.0) {  // as far as exp_nonpositive goes
+        origin = lower;
+        above = difference;
+      }
+    }
+    factor = std::exp(-log_sum - above);
+  }
+};
+
+// Multipliers up to 1 / kRoom leave room for the sum of two products.
+template <typename A>
+constexpr double kRoom = 8.0 / std::numeric_limits<A>::max();
+
+// As A; a finite number beyond it becomes the largest.
+template <typename A>
+A saturated(double x) {
+  constexpr A most = std::numeric_limits<A>::max();
+  const A y = static_cast<A>(x);
+  return std::isinf(y) && std::isfinite(x) ? std::copysign(most, y) : y;
+}
+
 template <bool kReverse, bool kForward, typename A, typename T>
 void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab, const Token& token,
               LogitTransform transform) {
   constexpr int lanes = Vec<A>::lanes;
   alignas(64) A buffer[kBlock];
   alignas(64) A ref_buffer[kBlock];
-  const auto minus_max = splat<A>(static_cast<A>(-token.max));
-  // p = e f, so everything that multiplies p joins the exponential's factor.
-  const double f = std::exp(-token.log_sum) * transform.scale;
   const A cap = static_cast<A>(transform.softcap);
   const A z_label = row.at(token.label);
+  const double size =
+      std::max(kRoom<A> * (std::abs(token.g) + std::abs(token.g_forward)), 8.0 * std::abs(token.g_kl)) *
+      std::abs(transform.scale);
+  const Softmax<A> own(token.max, token.log_sum, size);
+  // p = e f, so everything that multiplies p joins the exponential's factor.
+  const double f = own.factor * transform.scale;
+  const auto minus_origin = splat<A>(-own.origin);
   double by_p = -token.g, at_label = -token.g * std::expm1(token.logp);
-  A mean_gap = 0;
+  A mean_gap = 0, ref_origin = 0;
   auto by_gap = splat<A>(A(0)), by_q = by_gap;
   if (kReverse) {
     const double mean = token.kl + token.log_sum - token.ref_log_sum;
@@ -124,11 +162,15 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   }
   if (kForward) {
     by_p += token.g_forward;
-    by_q = splat<A>(static_cast<A>(token.g_forward * std::exp(-token.ref_log_sum) * transform.scale));
+    const double of_q = token.g_forward * transform.scale;
+    const Softmax<A> other(token.ref_max, token.ref_log_sum, kRoom<A> * std::abs(of_q));
+    ref_origin = other.origin;
+    by_q = splat<A>(saturated<A>(of_q * other.factor));
     at_label += token.g_forward * (std::expm1(token.logp) - std::expm1(token.ref_logp));
   }
-  const auto factor = splat<A>(static_cast<A>(by_p * f));
-  const auto minus_ref_max = splat<A>(static_cast<A>(-token.ref_max));
+  const auto factor = splat<A>(saturated<A>(by_p * f));
+  const auto minus_max = splat<A>(static_cast<A>(-token.max)), minus_ref_max = splat<A>(static_cast<A>(-token.ref_max));
+  const auto minus_ref_origin = splat<A>(-ref_origin);
   const double log2_g = std::log2(std::abs(by_p)), log2_lse = (token.max + token.log_sum) / std::log(2.0);
   const float offset = static_cast<float>(log2_g - log2_lse);
   const bool powers = transform.identity() && std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
@@ -146,15 +188,15 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
     const A* ref = kReverse || kForward ? reference.block(start, n, ref_buffer) : z;
     T* to = out + start;
     const auto gradient = [&](int64_t i, auto capped) __attribute__((always_inline)) {
-      const auto logit = load<A>(z + i), shifted = logit + minus_max;
-      const auto e = exp_nonpositive(shifted);
+      const auto logit = load<A>(z + i);
+      const auto e = exp_nonpositive(logit + minus_origin);
       auto dz = e * factor;
       if (kReverse) {
-        const auto gap = (shifted - (load<A>(ref + i) + minus_ref_max)) - center;
+        const auto gap = ((logit + minus_max) - (load<A>(ref + i) + minus_ref_max)) - center;
         // Where e is 0 the gap may be infinite; such entries carry no mass.
         dz = e > 0 ? e * (gap * by_gap + factor) : dz;
       }
-      if (kForward) dz -= exp_nonpositive(load<A>(ref + i) + minus_ref_max) * by_q;
+      if (kForward) dz -= exp_nonpositive(load<A>(ref + i) + minus_ref_origin) * by_q;
       if (capped) {
         const auto t = logit * (A(1) / cap);
         dz *= A(1) - t * t;

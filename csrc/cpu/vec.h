@@ -134,8 +134,8 @@ DPO_INLINE vf round_down(vf x) {
 #endif
 }
 
-// exp(x) for x <= 0, relative error under 1e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries no mass), NaN for
-// NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded once, in the
+// exp(x) for x <= 0 (in fact up to 88), relative error under 1e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries
+// no mass), NaN for NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded once, in the
 // FMA. log2(e) takes two floats: one alone is off by 1.3e-8 of itself, and so exp(x) by 1.3e-8 |x|, all on one side: a
 // KL divergence between distributions that disagree by tens of nats showed it.
 template <typename V>

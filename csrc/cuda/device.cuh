@@ -26,8 +26,8 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
-// From this size on a logit's product with log2(e) rounds by more than an exponent has room for.
-constexpr double kLarge = 2147483648.0;
+// From this size on a logit's product with log2(e), 2^31 or more, rounds by more than an exponent has room for.
+constexpr double kLarge = 1.4e9;
 // Origin of an empty running sum: finite, so that -inf minus it stays -inf and never becomes NaN.
 constexpr float kFloor = -1e30f;
 

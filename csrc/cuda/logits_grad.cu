@@ -58,6 +58,7 @@ struct GradTransform {
   float top;
   float center;
   float by_gap;
+  float gap_limit;
   float ref_log2_scale;
   float ref_origin;
   float by_q;
@@ -73,8 +74,8 @@ struct GradTransform {
     const float e = fast_exp2(fmaf(z, log2_scale, -origin));
     float dz;
     if constexpr (Tr::kKl) {
-      // Infinite where one of the two is -inf; finite, so that no mass (e = 0) or no g_kl (by_gap = 0) makes 0 of it.
-      const float gap = fminf(fmaxf((z - top) - (ref_z - center), -FLT_MAX), FLT_MAX);
+      // Infinite where one of the two is -inf; limited, so that no mass (e = 0) or no g_kl (by_gap = 0) makes 0 of it.
+      const float gap = fminf(fmaxf((z - top) - (ref_z - center), -gap_limit), gap_limit);
       dz = e * fmaf(gap, by_gap, factor);
       if constexpr (Tr::kForward) dz = fmaf(-by_q, fast_exp2(fmaf(ref_z, ref_log2_scale, -ref_origin)), dz);
     } else {
@@ -160,15 +161,32 @@ struct Softmax {
   double factor;
 };
 
+// What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. The excess, a power of
+// two, then moves from the factor into the exponential, so that an entry without mass is 0 and not 0 * inf. `size` is 1
+// for the largest multiplier that needs none; the result is the exponent.
+DPO_DEVICE double excess_of(double size) {
+  const int exponent = static_cast<int>(as_bits(static_cast<float>(size)) >> 23) - 126;
+  return exponent > 0 ? exponent : 0;
+}
+
+// Multipliers up to 2^125 leave room for the sum of two products.
+constexpr double kRoom = 0x1p-125;
+
+// As float32; a finite number beyond it becomes the largest.
+DPO_DEVICE float saturated(double x) {
+  const float y = static_cast<float>(x);
+  return fabsf(y) > FLT_MAX && fabs(x) < INFINITY ? copysignf(FLT_MAX, y) : y;
+}
+
 // From kLarge on the rounding of `origin` is beyond any exponent. Only logits equal to the maximum have mass there, and
 // `coarse`, a power of two, which rounds no product, tells them from the others.
-DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale) {
+DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale, double excess) {
   const bool large = fabs(max) >= kLarge;
   const float coarse = fminf(0.5f * as_float(as_bits(log2_scale) & 0x7f800000u), 0.5f);
   // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
   const double exact = (max + log_sum) * (static_cast<double>(log2_scale) / unit);
-  const float origin = static_cast<float>(exact);
-  // |r| < 1e-2 unless |lse| > 1e5.
+  const float origin = static_cast<float>(exact - excess);
+  // |r| < 1e-2 unless |lse| > 1e5 or there is an excess.
   const double r = large ? -log_sum : (static_cast<double>(origin) - exact) * kLn2;
   const double factor = fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r);
   return large ? Softmax{coarse, static_cast<float>(max / unit) * coarse, factor} : Softmax{log2_scale, origin, factor};
@@ -301,10 +319,8 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   f.inverse = Tr::kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
   const float log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
   const double unit = Tr::kSoftcap ? 1.0 : scale;  // of the loop's z
-  const Softmax own = softmax_of(p.max[token], p.log_sum[token], unit, log2_scale);
-  f.log2_scale = own.log2_scale;
-  f.origin = own.origin;
   double by_p = -g.logp;
+  double size = 0.0;
   if constexpr (Tr::kKl) {
     const double ref_max = p.ref_max[token], ref_log_sum = p.ref_log_sum[token];
     if (g.kl != 0.0) {
@@ -312,17 +328,28 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
       f.top = static_cast<float>(p.max[token] / unit);
       f.center = static_cast<float>((ref_max - mean) / unit);
       by_p -= g.kl * (unit * static_cast<double>(f.center) - (ref_max - mean));
-      f.by_gap = static_cast<float>(g.kl * own.factor * scale * unit);
+      size = 4.0 * fabs(g.kl * scale * unit);  // the gap itself may be as large as float32 goes
     }
     if (g.forward_kl != 0.0) {
-      const Softmax other = softmax_of(ref_max, ref_log_sum, unit, log2_scale);
+      const double by_q = g.forward_kl * scale;
+      const Softmax other = softmax_of(ref_max, ref_log_sum, unit, log2_scale, excess_of(fabs(by_q) * kRoom));
       f.ref_log2_scale = other.log2_scale;
       f.ref_origin = other.origin;
-      f.by_q = static_cast<float>(g.forward_kl * other.factor * scale);
+      f.by_q = saturated(by_q * other.factor);
       by_p += g.forward_kl;
     }
   }
-  f.factor = static_cast<float>(by_p * scale * own.factor);
+  by_p *= scale;
+  const double excess = excess_of(fmax(size, fabs(by_p) * kRoom));
+  const Softmax own = softmax_of(p.max[token], p.log_sum[token], unit, log2_scale, excess);
+  f.log2_scale = own.log2_scale;
+  f.origin = own.origin;
+  f.factor = saturated(by_p * own.factor);
+  if constexpr (Tr::kKl) {
+    f.by_gap = static_cast<float>(g.kl * scale * unit * own.factor);
+    // own.factor is far from 1 where origin is so large that its rounding is.
+    f.gap_limit = own.factor < 1.9 ? FLT_MAX : static_cast<float>(FLT_MAX / own.factor);
+  }
 
   if (single >= 0 && single != label) {
     const float ref_single = Tr::kKl ? Vector<R>::widen(ref[single]) : 0.0f;

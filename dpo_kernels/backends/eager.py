@@ -6,6 +6,8 @@ backend computes the same numbers in one read (forward) and one read and one wri
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -161,15 +163,28 @@ def logits_grad(
     z = transform_logits(logits.to(work), transform.scale, transform.softcap)
     live = (labels != transform.ignore_index) & (grad_logps != 0)
     index = _indexable(labels, logits.shape[-1]).unsqueeze(-1)  # rows that are not live become 0 below
-    # log_sum in the row's factor, in float64: added to the logits it would be rounded with them.
-    factor = (grad_logps * torch.exp(-log_sum)).to(work)
-    gradient = -(z - top.to(work).unsqueeze(-1)).exp() * factor.unsqueeze(-1)
+    origin, factor = _softmax_parts(top, log_sum, grad_logps, work)
+    gradient = -(z - origin.unsqueeze(-1)).exp() * factor.unsqueeze(-1)
     at_label = (-grad_logps * torch.expm1(logps)).to(work)
     gradient.scatter_(-1, index, at_label.unsqueeze(-1))
     if transform.softcap:
         gradient = gradient * (1 - (z / transform.softcap) ** 2)
     gradient = torch.where(live.unsqueeze(-1), gradient * transform.scale, 0.0)
     out.copy_(gradient)
+
+
+def _softmax_parts(top: Tensor, log_sum: Tensor, by: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(origin, factor), [...]: by softmax(z) = exp(z - origin) factor of rows z.
+
+    log_sum is in the factor, in float64: added to the logits it would be rounded with them. The origin is the maximum, unless
+    `by` is beyond float32: what the factor has no room for then moves into the exponential, so that an entry without mass is
+    0 and not 0 inf. Rows too large for that have the largest number as their factor.
+    """
+    largest = torch.finfo(work).max
+    excess = by.abs().log().sub(math.log(largest / 8)).clamp(0.0, 88.0)
+    origin = (top - excess).to(work)
+    factor = by * (origin - top - log_sum).exp()
+    return origin, torch.where(factor.isfinite(), factor.clamp(-largest, largest), factor).to(work)
 
 
 def _indexable(labels: Tensor, vocab: int) -> Tensor:
@@ -192,7 +207,8 @@ def logits_grad_with_kl(
 
     dz_v = grad_logps (1[v = label] - p_v) + grad_kl p_v (d_v - D) + grad_forward_kl (p_v - q_v)
 
-    A few rows at a time, so that the temporaries stay small whatever the batch.
+    A few rows at a time, so that the temporaries stay small whatever the batch. In float64 but for the exponentials: gaps and
+    what multiplies them may be beyond float32.
     """
     ref_logits, _, ref_max, ref_log_sum, _, grad_kl, grad_forward_kl = token_kl
     moves = grad_logps != 0
@@ -208,10 +224,10 @@ def logits_grad_with_kl(
         label = _indexable(labels[b, t], logits.shape[-1]).unsqueeze(-1)
 
         def column_of(values: Tensor) -> Tensor:
-            return values.to(work).unsqueeze(-1)
+            return values.unsqueeze(-1)
 
         def softmax(values: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:
-            return (values - column_of(largest)).exp() * column_of((-log_sum).exp())
+            return (values - column_of(largest).to(work)).exp() * column_of((-log_sum).exp())
 
         p = softmax(z, top[b, t], log_sum[b, t])
         by_logp = column_of(grad_logps[b, t])
@@ -220,10 +236,9 @@ def logits_grad_with_kl(
         gradient.scatter_(-1, label, -by_logp * column_of(torch.expm1(logps[b, t])))
         if grad_kl is not None:
             # d counted from the most likely token's: where p is near 1 its d and D agree in all leading digits.
-            gap = torch.where(p > 0, _scaled_gap(z, ref_z), 0.0)
+            gap = torch.where(p > 0, _scaled_gap(z.to(p.dtype), ref_z.to(p.dtype)), 0.0)
             gap -= gap.gather(-1, p.argmax(-1, keepdim=True))
-            mean = (p * gap).sum(-1, dtype=log_sum.dtype) / p.sum(-1, dtype=log_sum.dtype)
-            # The gap may be beyond float32 where grad_kl brings it back.
+            mean = (p * gap).sum(-1) / p.sum(-1)
             gradient += p * ((gap - column_of(mean)) * column_of(grad_kl[b, t] / TINY))
         if grad_forward_kl is not None:
             q = softmax(ref_z, ref_max[b, t], ref_log_sum[b, t])

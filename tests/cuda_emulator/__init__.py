@@ -17,10 +17,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-from dpo_kernels import _build
+from dpo_kernels import _build, backends
+from dpo_kernels.backends import cuda
 from dpo_kernels.stages import STATISTICS, TokenKL, Transform, token_rows
 
 HERE = Path(__file__).resolve().parent
@@ -72,6 +74,15 @@ def build_operators(emulator: Path | None = None) -> Path:
         _run(*command)
         os.replace(f"{target}.{os.getpid()}", target)
     return target
+
+
+def serve_backend(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch ends, the backend "cuda" serves CPU tensors: its own Python over the emulator."""
+    torch.ops.load_library(str(build_operators()))
+    Emulator().configure()
+    patch.setattr(cuda, "_kernels", torch.ops.dpo_kernels_cuda_emulated)
+    original = backends._attempt
+    patch.setattr(backends, "_attempt", lambda name, kind: cuda if name == "cuda" else original(name, kind))
 
 
 def _run(*command: str) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dpo_kernels import backends, use_backend
+from dpo_kernels import use_backend
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "properties.json"
 ENGINES = ("eager", "cpu", "triton", "cuda")
@@ -37,15 +36,9 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     with pytest.MonkeyPatch.context() as patch:
         if name == "cuda":
-            from cuda_emulator import Emulator, build_operators
+            from cuda_emulator import serve_backend
 
-            from dpo_kernels.backends import cuda
-
-            torch.ops.load_library(str(build_operators()))
-            Emulator().configure()
-            patch.setattr(cuda, "_kernels", torch.ops.dpo_kernels_cuda_emulated)
-            original = backends._attempt
-            patch.setattr(backends, "_attempt", lambda name, kind: cuda if name == "cuda" else original(name, kind))
+            serve_backend(patch)
         with use_backend(name):
             yield name
 

@@ -67,9 +67,10 @@ HIDDEN = tl.constexpr(-1.0e30)
 
 #: Logits, and gaps between them, are added up this much smaller where they may be so large that their sum overflows.
 TINY = tl.constexpr(2.0**-40)
-#: From this size on a float32 logit's neighbours are 256 away or more, and its product with log2(e) rounds by more than an
-#: exponent has room for.
-LARGE = tl.constexpr(2.0**31)
+#: From this size on a float32 logit's neighbours are 128 away or more, and its product with log2(e), 2^31 or more, rounds by
+#: more than an exponent has room for.
+LARGE = tl.constexpr(1.4e9)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 #: How a logit x becomes z: folded into the exponential's FFMA, multiplied first (scale <= 0), or softcapped.
 FOLDED, SCALED, SOFTCAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

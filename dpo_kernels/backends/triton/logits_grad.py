@@ -34,6 +34,7 @@ from ...stages import TokenKL, Transform
 from .device import (
     FOLDED,
     LARGE,
+    LARGEST,
     LN2,
     LOG2E,
     SOFTCAPPED,
@@ -63,6 +64,9 @@ from .launch import (
     shifted_alike,
 )
 
+#: Multipliers of p up to 1 / ROOM leave room in float32 for the sum of two products.
+ROOM = tl.constexpr(2.0**-125)
+
 
 @device_function
 def _tanh(x, inner, SHORT: tl.constexpr):
@@ -78,7 +82,26 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 
 @device_function
-def _origin(row_max, row_log_sum, per_unit, log2_per_nat, log2_scale, coarse_scale):
+def _excess(size):
+    """The exponent of the power of two that moves from a factor into the exponential; `size` is 1 for the largest without any.
+
+    What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. An entry without mass would
+    then be 0 * inf.
+    """
+    exponent = (size.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    return tl.maximum(exponent, 0).to(tl.float64)
+
+
+@device_function
+def _saturated(x):
+    """A float64 as float32; a finite number beyond it becomes the largest."""
+    y = x.to(tl.float32)
+    beyond = (tl.abs(y) > LARGEST) & (tl.abs(x) < float("inf"))
+    return tl.where(beyond, tl.where(x > 0, LARGEST, -LARGEST), y)
+
+
+@device_function
+def _origin(row_max, row_log_sum, excess, per_unit, log2_per_nat, log2_scale, coarse_scale):
     """(c, factor, scale): p = 2^(x scale - c) factor of a logit x; row_max and row_log_sum are float64, in nats.
 
     c is a float32, and what its rounding drops goes into the factor, in float64. max and log_sum count in units of the rounded
@@ -87,7 +110,7 @@ def _origin(row_max, row_log_sum, per_unit, log2_per_nat, log2_scale, coarse_sca
     """
     large = tl.abs(row_max) >= LARGE
     exact = (row_max + row_log_sum) * log2_per_nat
-    c = exact.to(tl.float32)
+    c = (exact - excess).to(tl.float32)
     # One exponential for both: its argument is what differs.
     dropped = tl.where(large, -row_log_sum, (c.to(tl.float64) - exact) * LN2)
     at_top = (row_max * per_unit).to(tl.float32) * coarse_scale
@@ -109,15 +132,16 @@ def _entries(
 
     gap = (x - top) - (ref_x - ref_center), in which ref_center = ref_top - D. row: what is the same for the whole row.
     """
-    c, factor, ref_c, by_gap, top, ref_center, by_q, log2_scale, ref_log2_scale = row
+    c, factor, ref_c, by_gap, top, ref_center, gap_limit, by_q, log2_scale, ref_log2_scale = row
     if MAP == SOFTCAPPED:
         x, slope = _tanh(x, inner, SHORT)
         if REVERSE or FORWARD:
             ref_x, _ = _tanh(ref_x, inner, SHORT)
     e = exp2_fast(fused(x, log2_scale, c))
     if REVERSE:
-        # Where e is 0 the gap may be infinite; such entries carry no mass.
-        values = tl.where(e > 0, e * (((x - top) - (ref_x - ref_center)) * by_gap + factor), e)
+        # Infinite where one of the two is -inf; limited, so that no mass (e = 0) or no by_gap makes 0 of it.
+        gap = tl.minimum(tl.maximum((x - top) - (ref_x - ref_center), -gap_limit), gap_limit)
+        values = e * (gap * by_gap + factor)
     else:
         values = e * factor
     if FORWARD:
@@ -226,7 +250,6 @@ def logits_grad_kernel(
         grad = tl.where(in_range, grad, float("nan"))
         start = b * stride_b + t * stride_t + base
         row_max, row_log_sum = tl.load(max + row), tl.load(log_sum + row)
-        c, c_rounding, own_scale = _origin(row_max, row_log_sum, per_unit, log2_per_nat, log2_scale, coarse_scale)
         # The policy's logit at the label is never read here: in place, another warp may have written its gradient by then.
         # What is needed of it follows from its log-probability.
         logp = tl.load(logps + row)
@@ -240,13 +263,14 @@ def logits_grad_kernel(
         by_p = -grad
         label_terms = grad * others
         ref_start = start
-        ref_c, by_gap, top, ref_center, by_q, ref_scale = 0.0, 0.0, 0.0, 0.0, 0.0, log2_scale
+        ref_c, by_gap, top, ref_center, gap_limit, by_q, ref_scale = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, log2_scale
         if REVERSE or FORWARD:
             ref_start = b * ref_stride_b + t * ref_stride_t + ref_base
             ref_logp = tl.load(ref_logps + row)
             ref_row_max, ref_row_log_sum = tl.load(ref_max + row), tl.load(ref_log_sum + row)
         if REVERSE:
-            divergence = tl.load(kl + row)
+            # It may be infinite where nothing asks for its gradient.
+            divergence = tl.where(by_kl != 0, tl.load(kl + row), 0.0)
             label_terms -= tl.where(p_label > 0, by_kl * p_label * (divergence - logp + ref_logp), 0.0)
             # D = (ref_top - ref_center) units + what joins by_p.
             mean = divergence + row_log_sum - ref_row_log_sum
@@ -254,17 +278,36 @@ def logits_grad_kernel(
             ref_exact = (ref_row_max - mean) * per_unit
             ref_center = ref_exact.to(tl.float32)
             by_p -= by_kl * unit * (ref_center.to(tl.float64) - ref_exact)
-            by_gap = (by_kl * scale * unit * c_rounding).to(tl.float32)
         if FORWARD:
             by_p += by_forward
             label_terms += by_forward * (less_one - exp_expm1(ref_logp)[1])
+            of_q = by_forward * scale
             ref_c, ref_rounding, ref_scale = _origin(
-                ref_row_max, ref_row_log_sum, per_unit, log2_per_nat, log2_scale, coarse_scale
+                ref_row_max,
+                ref_row_log_sum,
+                _excess(tl.abs(of_q) * ROOM),
+                per_unit,
+                log2_per_nat,
+                log2_scale,
+                coarse_scale,
             )
-            by_q = (by_forward * scale * ref_rounding).to(tl.float32)
-        factor = (by_p * scale * c_rounding).to(tl.float32)
+            by_q = _saturated(of_q * ref_rounding)
+        by_p *= scale
+        size = tl.abs(by_p) * ROOM
+        if REVERSE:
+            of_gap = by_kl * (scale * unit)
+            size = tl.maximum(size, 4.0 * tl.abs(of_gap))  # the gap itself may be as large as float32 goes
+        c, c_rounding, own_scale = _origin(
+            row_max, row_log_sum, _excess(size), per_unit, log2_per_nat, log2_scale, coarse_scale
+        )
+        factor = _saturated(by_p * c_rounding)
+        if REVERSE:
+            by_gap = (of_gap * c_rounding).to(tl.float32)
+            # The rounding is far from 1 where c is huge.
+            limit = LARGEST / c_rounding.to(tl.float32)
+            gap_limit = tl.where(c_rounding < 1.9, LARGEST, limit)
         at_label = (label_terms * label_slope).to(tl.float32)
-        whole_row = (c, factor, ref_c, by_gap, top, ref_center, by_q, own_scale, ref_scale)
+        whole_row = (c, factor, ref_c, by_gap, top, ref_center, gap_limit, by_q, own_scale, ref_scale)
 
         if FRAGMENTS:
             edge, valid = fragments(head, groups, vocab, LANES, GROUP)
