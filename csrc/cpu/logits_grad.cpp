@@ -100,18 +100,21 @@ DPO_INLINE void put_powers(const T* z, int64_t n, float offset, bool negative, T
   for (; i < n; i += step) put(i);
 }
 
-// A row's softmax p = exp(z - origin) factor. origin is the maximum, unless what multiplies p is beyond A: IPO's
-// coefficient, or a loss scale times a large gap. The excess then moves from the factor into the exponential, so that an
-// entry without mass is 0 and not 0 * inf. `size` is 1 for the largest multiplier that needs none. Where the maximum or
-// the excess is so large that this cannot be, `saturated` keeps the factor finite.
+// Multipliers up to 1 / kRoom leave room for the sum of two products.
+template <typename A>
+constexpr double kRoom = 8.0 / std::numeric_limits<A>::max();
+
+// A row's softmax p = exp(z - origin) factor. origin is the maximum, unless `by`, which multiplies p, is beyond A, as
+// IPO's coefficient may be. The excess then moves from the factor into the exponential, so that an entry without mass is
+// 0 and not 0 * inf. Where the maximum or the excess is so large that this cannot be, `saturated` keeps the factor finite.
 template <typename A>
 struct Softmax {
   A origin;
-  double factor;
-  Softmax(double max, double log_sum, double size) : origin(static_cast<A>(max)) {
-    double above = 0.0;
-    if (size > 1.0) {
-      const A lower = static_cast<A>(max - std::log(size));
+  double above, factor;  // above = max - origin
+  Softmax(double max, double log_sum, double by) : origin(static_cast<A>(max)), above(0.0) {
+    const double excess = std::log(std::abs(by) * kRoom<A>);
+    if (excess > 0.0) {
+      const A lower = static_cast<A>(max - excess);
       const double difference = max - static_cast<double>(lower);
       if (difference <= 88.0) {  // as far as exp_nonpositive goes
         origin = lower;
@@ -121,10 +124,6 @@ struct Softmax {
     factor = std::exp(-log_sum - above);
   }
 };
-
-// Multipliers up to 1 / kRoom leave room for the sum of two products.
-template <typename A>
-constexpr double kRoom = 8.0 / std::numeric_limits<A>::max();
 
 // As A; a finite number beyond it becomes the largest.
 template <typename A>
@@ -142,10 +141,8 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   alignas(64) A ref_buffer[kBlock];
   const A cap = static_cast<A>(transform.softcap);
   const A z_label = row.at(token.label);
-  const double size =
-      std::max(kRoom<A> * (std::abs(token.g) + std::abs(token.g_forward)), 8.0 * std::abs(token.g_kl)) *
-      std::abs(transform.scale);
-  const Softmax<A> own(token.max, token.log_sum, size);
+  const double by_any = std::abs(token.g) + std::abs(token.g_forward) + std::abs(token.g_kl);
+  const Softmax<A> own(token.max, token.log_sum, by_any * transform.scale);
   // p = e f, so everything that multiplies p joins the exponential's factor.
   const double f = own.factor * transform.scale;
   const auto minus_origin = splat<A>(-own.origin);
@@ -153,7 +150,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   A mean_gap = 0, ref_origin = 0;
   auto by_gap = splat<A>(A(0)), by_q = by_gap;
   if (kReverse) {
-    const double mean = token.kl + token.log_sum - token.ref_log_sum;
+    const double mean = token.kl + token.log_sum - token.ref_log_sum + own.above;
     mean_gap = static_cast<A>(mean);
     by_p -= token.g_kl * (mean - static_cast<double>(mean_gap));
     by_gap = splat<A>(static_cast<A>(token.g_kl * f));
@@ -163,14 +160,13 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   if (kForward) {
     by_p += token.g_forward;
     const double of_q = token.g_forward * transform.scale;
-    const Softmax<A> other(token.ref_max, token.ref_log_sum, kRoom<A> * std::abs(of_q));
+    const Softmax<A> other(token.ref_max, token.ref_log_sum, of_q);
     ref_origin = other.origin;
     by_q = splat<A>(saturated<A>(of_q * other.factor));
     at_label += token.g_forward * (std::expm1(token.logp) - std::expm1(token.ref_logp));
   }
   const auto factor = splat<A>(saturated<A>(by_p * f));
-  const auto minus_max = splat<A>(static_cast<A>(-token.max)), minus_ref_max = splat<A>(static_cast<A>(-token.ref_max));
-  const auto minus_ref_origin = splat<A>(-ref_origin);
+  const auto minus_ref_max = splat<A>(static_cast<A>(-token.ref_max)), minus_ref_origin = splat<A>(-ref_origin);
   const double log2_g = std::log2(std::abs(by_p)), log2_lse = (token.max + token.log_sum) / std::log(2.0);
   const float offset = static_cast<float>(log2_g - log2_lse);
   const bool powers = transform.identity() && std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
@@ -188,13 +184,13 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
     const A* ref = kReverse || kForward ? reference.block(start, n, ref_buffer) : z;
     T* to = out + start;
     const auto gradient = [&](int64_t i, auto capped) __attribute__((always_inline)) {
-      const auto logit = load<A>(z + i);
-      const auto e = exp_nonpositive(logit + minus_origin);
+      const auto logit = load<A>(z + i), shifted = logit + minus_origin;
+      const auto e = exp_nonpositive(shifted);
       auto dz = e * factor;
       if (kReverse) {
-        const auto gap = ((logit + minus_max) - (load<A>(ref + i) + minus_ref_max)) - center;
-        // Where e is 0 the gap may be infinite; such entries carry no mass.
-        dz = e > 0 ? e * (gap * by_gap + factor) : dz;
+        const auto gap = (shifted - (load<A>(ref + i) + minus_ref_max)) - center;
+        // Where e is 0 the gap may be infinite; such entries carry no mass. e comes first: a huge gap is of a small e.
+        dz = e > 0 ? (e * by_gap) * gap + dz : dz;
       }
       if (kForward) dz -= exp_nonpositive(load<A>(ref + i) + minus_ref_origin) * by_q;
       if (capped) {

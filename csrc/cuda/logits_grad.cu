@@ -41,8 +41,8 @@ struct GradTraits {
   static constexpr int kSize =
       Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
   static constexpr int kUnroll = kKl ? 2 : 4;  // 64 bytes in flight, pair or not
-  // Blocks that must fit on an SM: 64 registers a thread for the plain kernel, 80 with a reference or a softcap.
-  static constexpr int kResident = (kKl || kSoftcap ? 3 : 4) * 256 / DPO_GRAD_THREADS;
+  // Blocks that must fit on an SM: 64 registers a thread, 80 with both divergences or a softcap.
+  static constexpr int kResident = ((kKl && kForward) || kSoftcap ? 3 : 4) * 256 / DPO_GRAD_THREADS;
 };
 
 // Entries of a row's gradient from its logits; everything that is the same for the whole row is in here.
@@ -161,16 +161,18 @@ struct Softmax {
   double factor;
 };
 
-// What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. The excess, a power of
-// two, then moves from the factor into the exponential, so that an entry without mass is 0 and not 0 * inf. `size` is 1
-// for the largest multiplier that needs none; the result is the exponent.
-DPO_DEVICE double excess_of(double size) {
-  const int exponent = static_cast<int>(as_bits(static_cast<float>(size)) >> 23) - 126;
-  return exponent > 0 ? exponent : 0;
+// What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. A power of two then moves
+// from the factor into the exponential, so that an entry without mass is 0 and not 0 * inf: 2^n, by which `by` is above
+// 2^most.
+DPO_DEVICE int excess_of(double by, int most) {
+  const int exponent = static_cast<int>(as_bits(static_cast<float>(by)) >> 23 & 0xff) - 126;
+  return exponent > most ? exponent - most : 0;
 }
 
-// Multipliers up to 2^125 leave room for the sum of two products.
-constexpr double kRoom = 0x1p-125;
+// Leaves room for the sum of two products.
+constexpr int kMost = 125;
+// A gap itself may be as large as float32 goes.
+constexpr int kMostOfGap = -2;
 
 // As float32; a finite number beyond it becomes the largest.
 DPO_DEVICE float saturated(double x) {
@@ -180,7 +182,7 @@ DPO_DEVICE float saturated(double x) {
 
 // From kLarge on the rounding of `origin` is beyond any exponent. Only logits equal to the maximum have mass there, and
 // `coarse`, a power of two, which rounds no product, tells them from the others.
-DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale, double excess) {
+DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale, int excess) {
   const bool large = fabs(max) >= kLarge;
   const float coarse = fminf(0.5f * as_float(as_bits(log2_scale) & 0x7f800000u), 0.5f);
   // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
@@ -320,7 +322,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   const float log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
   const double unit = Tr::kSoftcap ? 1.0 : scale;  // of the loop's z
   double by_p = -g.logp;
-  double size = 0.0;
+  int excess = 0;
   if constexpr (Tr::kKl) {
     const double ref_max = p.ref_max[token], ref_log_sum = p.ref_log_sum[token];
     if (g.kl != 0.0) {
@@ -328,11 +330,11 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
       f.top = static_cast<float>(p.max[token] / unit);
       f.center = static_cast<float>((ref_max - mean) / unit);
       by_p -= g.kl * (unit * static_cast<double>(f.center) - (ref_max - mean));
-      size = 4.0 * fabs(g.kl * scale * unit);  // the gap itself may be as large as float32 goes
+      excess = excess_of(g.kl * scale * unit, kMostOfGap);
     }
     if (g.forward_kl != 0.0) {
       const double by_q = g.forward_kl * scale;
-      const Softmax other = softmax_of(ref_max, ref_log_sum, unit, log2_scale, excess_of(fabs(by_q) * kRoom));
+      const Softmax other = softmax_of(ref_max, ref_log_sum, unit, log2_scale, excess_of(by_q, kMost));
       f.ref_log2_scale = other.log2_scale;
       f.ref_origin = other.origin;
       f.by_q = saturated(by_q * other.factor);
@@ -340,7 +342,8 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
     }
   }
   by_p *= scale;
-  const double excess = excess_of(fmax(size, fabs(by_p) * kRoom));
+  const int excess_of_p = excess_of(by_p, kMost);
+  if (excess_of_p > excess) excess = excess_of_p;
   const Softmax own = softmax_of(p.max[token], p.log_sum[token], unit, log2_scale, excess);
   f.log2_scale = own.log2_scale;
   f.origin = own.origin;

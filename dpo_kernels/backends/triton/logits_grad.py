@@ -64,8 +64,8 @@ from .launch import (
     shifted_alike,
 )
 
-#: Multipliers of p up to 1 / ROOM leave room in float32 for the sum of two products.
-ROOM = tl.constexpr(2.0**-125)
+#: Multipliers of p up to 2^MOST leave room in float32 for the sum of two products; a gap itself may be as large as float32 goes.
+MOST, MOST_OF_GAP = tl.constexpr(125), tl.constexpr(-2)
 
 
 @device_function
@@ -82,14 +82,14 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 
 @device_function
-def _excess(size):
-    """The exponent of the power of two that moves from a factor into the exponential; `size` is 1 for the largest without any.
+def _excess(by, most):
+    """The n of the power of two 2^n by which `by` is above 2^most: it moves from the factor of p into the exponential.
 
     What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. An entry without mass would
     then be 0 * inf.
     """
-    exponent = (size.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
-    return tl.maximum(exponent, 0).to(tl.float64)
+    exponent = ((by.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+    return tl.maximum(exponent - most, 0)
 
 
 @device_function
@@ -285,7 +285,7 @@ def logits_grad_kernel(
             ref_c, ref_rounding, ref_scale = _origin(
                 ref_row_max,
                 ref_row_log_sum,
-                _excess(tl.abs(of_q) * ROOM),
+                _excess(of_q, MOST),
                 per_unit,
                 log2_per_nat,
                 log2_scale,
@@ -293,12 +293,12 @@ def logits_grad_kernel(
             )
             by_q = _saturated(of_q * ref_rounding)
         by_p *= scale
-        size = tl.abs(by_p) * ROOM
+        excess = _excess(by_p, MOST)
         if REVERSE:
             of_gap = by_kl * (scale * unit)
-            size = tl.maximum(size, 4.0 * tl.abs(of_gap))  # the gap itself may be as large as float32 goes
+            excess = tl.maximum(excess, _excess(of_gap, MOST_OF_GAP))
         c, c_rounding, own_scale = _origin(
-            row_max, row_log_sum, _excess(size), per_unit, log2_per_nat, log2_scale, coarse_scale
+            row_max, row_log_sum, excess, per_unit, log2_per_nat, log2_scale, coarse_scale
         )
         factor = _saturated(by_p * c_rounding)
         if REVERSE:
