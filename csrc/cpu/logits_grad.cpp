@@ -189,7 +189,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
       auto dz = e * factor;
       if (kReverse) {
         const auto gap = (shifted - (load<A>(ref + i) + minus_ref_max)) - center;
-        // Where e is 0 the gap may be infinite; such entries carry no mass. e comes first: a huge gap is of a small e.
+        // Where e is 0 the gap may be infinite; such entries carry no mass. A huge gap may not meet by_gap before e.
         dz = e > 0 ? (e * by_gap) * gap + dz : dz;
       }
       if (kForward) dz -= exp_nonpositive(load<A>(ref + i) + minus_ref_origin) * by_q;
