@@ -123,6 +123,25 @@ def test_huge_logits_whose_exponent_rounds(start, backend):
     torch.testing.assert_close(leaf.grad[labels == 1], torch.tensor([-1.0, 1.0]).expand(16, 2), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 2.5, 100.0, 1e30, -40.0])
+def test_huge_logits_by_their_scale(scale, backend):
+    if backend == "cuda" and scale < 0:
+        pytest.skip("the CUDA kernels refuse negative scales")
+    top = torch.tensor(1.6e9) / scale
+    # Neighbours in float32, 128 apart after the scale.
+    logits = (
+        torch.stack([top, top * (1 - 2.0**-23), torch.tensor(-3e38 if scale > 0 else 3e38)])
+        .expand(2, 2, 3)
+        .contiguous()
+    )
+    labels = torch.tensor([[0, 1], [1, 1]])
+    leaf, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with use_backend(backend):
+        sequence_logps(leaf, labels, logit_scale=scale).sum().backward()
+    (truth * scale).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=1e-6, atol=1e-6 * abs(scale))
+
+
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("vocab", [2, 9, 130])

@@ -161,11 +161,14 @@ struct Softmax {
   double factor;
 };
 
+// The biased exponent of a float.
+DPO_DEVICE int exponent_of(float x) { return static_cast<int>(as_bits(x) >> 23 & 0xff); }
+
 // What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. A power of two then moves
 // from the factor into the exponential, so that an entry without mass is 0 and not 0 * inf: 2^n, by which `by` is above
 // 2^most.
 DPO_DEVICE int excess_of(double by, int most) {
-  const int exponent = static_cast<int>(as_bits(static_cast<float>(by)) >> 23 & 0xff) - 126;
+  const int exponent = exponent_of(static_cast<float>(by)) - 126;
   return exponent > most ? exponent - most : 0;
 }
 
@@ -181,17 +184,20 @@ DPO_DEVICE float saturated(double x) {
 }
 
 // From kLarge on the rounding of `origin` is beyond any exponent. Only logits equal to the maximum have mass there, and
-// `coarse`, a power of two, which rounds no product, tells them from the others.
+// `coarse`, a power of two, which rounds no product, tells them from the others: at most half of log2_scale, and so
+// small that the largest logit does not overflow.
 DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale, int excess) {
   const bool large = fabs(max) >= kLarge;
-  const float coarse = fminf(0.5f * as_float(as_bits(log2_scale) & 0x7f800000u), 0.5f);
+  const float top = static_cast<float>(max / unit);
+  const int of_scale = exponent_of(log2_scale) - 1, of_top = 379 - exponent_of(top);
+  const float coarse = as_float(static_cast<uint32_t>(of_scale < of_top ? of_scale : of_top) << 23);
   // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
   const double exact = (max + log_sum) * (static_cast<double>(log2_scale) / unit);
   const float origin = static_cast<float>(exact - excess);
   // |r| < 1e-2 unless |lse| > 1e5 or there is an excess.
   const double r = large ? -log_sum : (static_cast<double>(origin) - exact) * kLn2;
   const double factor = fabs(r) < 1e-2 ? 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0))) : exp(r);
-  return large ? Softmax{coarse, static_cast<float>(max / unit) * coarse, factor} : Softmax{log2_scale, origin, factor};
+  return large ? Softmax{coarse, top * coarse, factor} : Softmax{log2_scale, origin, factor};
 }
 
 // The gradients of a token's log-probability and divergences.

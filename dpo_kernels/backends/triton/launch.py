@@ -184,12 +184,6 @@ def round_to_float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def power_of_two_below(value: float) -> float:
-    """The power of two with the sign of `value`, at most half as large and at most 1/2; 0 for 0."""
-    mantissa, exponent = math.frexp(value)
-    return math.copysign(min(math.ldexp(0.5, exponent - 1), 0.5), value) if mantissa else 0.0
-
-
 def exponent_map(logit_scale: float, logit_softcap: float) -> tuple[int, float, float]:
     """(MAP, unit, log2_scale): the kernels' variable x stands for the logit z = unit * x, its exponent is x * log2_scale.
 

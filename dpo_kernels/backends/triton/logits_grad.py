@@ -58,7 +58,6 @@ from .launch import (
     Launch,
     aligned_base,
     group_size,
-    power_of_two_below,
     round_to_float32,
     rows_aligned,
     shifted_alike,
@@ -82,14 +81,19 @@ def _tanh(x, inner, SHORT: tl.constexpr):
 
 
 @device_function
+def _exponent(x):
+    """The biased exponent of a float32."""
+    return (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
+
+
+@device_function
 def _excess(by, most):
     """The n of the power of two 2^n by which `by` is above 2^most: it moves from the factor of p into the exponential.
 
     What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. An entry without mass would
     then be 0 * inf.
     """
-    exponent = ((by.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
-    return tl.maximum(exponent - most, 0)
+    return tl.maximum(_exponent(by.to(tl.float32)) - 126 - most, 0)
 
 
 @device_function
@@ -101,20 +105,24 @@ def _saturated(x):
 
 
 @device_function
-def _origin(row_max, row_log_sum, excess, per_unit, log2_per_nat, log2_scale, coarse_scale):
+def _origin(row_max, row_log_sum, excess, per_unit, log2_per_nat, log2_scale):
     """(c, factor, scale): p = 2^(x scale - c) factor of a logit x; row_max and row_log_sum are float64, in nats.
 
     c is a float32, and what its rounding drops goes into the factor, in float64. max and log_sum count in units of the rounded
     log2_scale, so that the largest p are the most exact. From LARGE on that rounding is beyond any exponent. Only logits equal
-    to the maximum have mass there, and a power of two as scale, which rounds no product, tells them from the others.
+    to the maximum have mass there, and a power of two as scale, which rounds no product, tells them from the others: at most
+    half of log2_scale, and so small that the largest logit does not overflow.
     """
     large = tl.abs(row_max) >= LARGE
     exact = (row_max + row_log_sum) * log2_per_nat
     c = (exact - excess).to(tl.float32)
     # One exponential for both: its argument is what differs.
     dropped = tl.where(large, -row_log_sum, (c.to(tl.float64) - exact) * LN2)
-    at_top = (row_max * per_unit).to(tl.float32) * coarse_scale
-    return tl.where(large, at_top, c), exp_expm1(dropped)[0], tl.where(large, coarse_scale, log2_scale)
+    top = (row_max * per_unit).to(tl.float32)
+    bits = log2_scale.to(tl.int32, bitcast=True)
+    coarse = tl.minimum(_exponent(log2_scale) - 1, 379 - _exponent(top)) << 23
+    coarse_scale = (coarse | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    return tl.where(large, top * coarse_scale, c), exp_expm1(dropped)[0], tl.where(large, coarse_scale, log2_scale)
 
 
 @device_function
@@ -197,7 +205,7 @@ def logits_grad_kernel(
     out_stride_b: tl.int64, out_stride_t: tl.int64, out_base,
     ref_stride_b: tl.int64, ref_stride_t: tl.int64, ref_base,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, per_unit: tl.float64, log2_per_nat: tl.float64,
-    log2_scale: tl.float32, coarse_scale: tl.float32,
+    log2_scale: tl.float32,
     MAP: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
     ALIGNED: tl.constexpr, IN_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, FRAGMENTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -208,6 +216,7 @@ def logits_grad_kernel(
     unit = tl.full((), unit, tl.float64)
     per_unit = tl.full((), per_unit, tl.float64)
     log2_per_nat = tl.full((), log2_per_nat, tl.float64)
+    log2_scale = tl.full((), log2_scale, tl.float32)
     inner = (scale / cap).to(tl.float32)
     SHORT: tl.constexpr = element.primitive_bitwidth == 16
     row = tl.program_id(0).to(tl.int64)
@@ -289,7 +298,6 @@ def logits_grad_kernel(
                 per_unit,
                 log2_per_nat,
                 log2_scale,
-                coarse_scale,
             )
             by_q = _saturated(of_q * ref_rounding)
         by_p *= scale
@@ -297,9 +305,7 @@ def logits_grad_kernel(
         if REVERSE:
             of_gap = by_kl * (scale * unit)
             excess = tl.maximum(excess, _excess(of_gap, MOST_OF_GAP))
-        c, c_rounding, own_scale = _origin(
-            row_max, row_log_sum, excess, per_unit, log2_per_nat, log2_scale, coarse_scale
-        )
+        c, c_rounding, own_scale = _origin(row_max, row_log_sum, excess, per_unit, log2_per_nat, log2_scale)
         factor = _saturated(by_p * c_rounding)
         if REVERSE:
             by_gap = (of_gap * c_rounding).to(tl.float32)
@@ -385,7 +391,6 @@ def logits_grad_launch(
         "per_unit": 1.0 / unit if unit else 0.0,
         "log2_per_nat": log2_scale / unit if unit else LOG2E.value,
         "log2_scale": log2_scale,
-        "coarse_scale": power_of_two_below(log2_scale),
         "MAP": mapping.value,
         "REVERSE": reference["grad_kl"] is not None,
         "FORWARD": reference["grad_forward_kl"] is not None,
