@@ -61,6 +61,8 @@ def build_operators(emulator: Path | None = None) -> Path:
 
     With it in place of the real library, `dpo_kernels.backends.cuda` runs from its Python down to the kernels.
     """
+    # As in `build`: the notes of other variants would replace those of the usual one.
+    further = os.environ.get("DPO_EMULATOR_FLAGS", "").split() if emulator is None else []
     emulator = emulator or build()
     target = emulator.with_name(emulator.stem.replace("emulator", "operators") + ".so")
     if not target.exists():
@@ -69,7 +71,7 @@ def build_operators(emulator: Path | None = None) -> Path:
             _build.cxx_compiler(), "-std=c++17", "-fPIC", "-O1", "-shared", "-DDPO_EMULATOR", *_build.ABI_FLAGS,
             *_build.include_flags(torch_dir), f"-I{HERE}", "-isystem", str(cuda_include()), str(CSRC / "cuda" / "ops.cpp"),
             str(emulator), f"-Wl,-rpath,{emulator.parent}", f"-L{torch_dir / 'lib'}", "-ltorch_cpu",
-            *os.environ.get("DPO_EMULATOR_FLAGS", "").split(), "-o", f"{target}.{os.getpid()}",
+            *further, "-o", f"{target}.{os.getpid()}",
         ]  # fmt: skip
         _run(*command)
         os.replace(f"{target}.{os.getpid()}", target)
