@@ -105,8 +105,9 @@ template <typename A>
 constexpr double kRoom = 8.0 / std::numeric_limits<A>::max();
 
 // A row's softmax p = exp(z - origin) factor. origin is the maximum, unless `by`, which multiplies p, is beyond A, as
-// IPO's coefficient may be. The excess then moves from the factor into the exponential, so that an entry without mass is
-// 0 and not 0 * inf. Where the maximum or the excess is so large that this cannot be, `saturated` keeps the factor finite.
+// IPO's coefficient may be. The excess then moves from the factor into the exponential, so that an entry without mass
+// is 0 and not 0 * inf. Where the maximum or the excess is so large that this cannot be, `saturated` keeps the factor
+// finite.
 template <typename A>
 struct Softmax {
   A origin;

@@ -135,9 +135,9 @@ DPO_INLINE vf round_down(vf x) {
 }
 
 // exp(x) for x <= 0 (in fact up to 88), relative error under 1e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries
-// no mass), NaN for NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is rounded
-// once, in the FMA. log2(e) takes two floats: one alone is off by 1.3e-8 of itself, and so exp(x) by 1.3e-8 |x|, all on
-// one side: a KL divergence between distributions that disagree by tens of nats showed it.
+// no mass), NaN for NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is
+// rounded once, in the FMA. log2(e) takes two floats: one alone is off by 1.3e-8 of itself, and so exp(x) by 1.3e-8
+// |x|, all on one side: a KL divergence between distributions that disagree by tens of nats showed it.
 template <typename V>
 DPO_INLINE V exp_by_polynomial(V x) {
   constexpr float log2e = 1.44269504088896341f, log2e_rest = 1.925963033500e-8f;

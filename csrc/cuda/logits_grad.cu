@@ -164,9 +164,9 @@ struct Softmax {
 // The biased exponent of a float.
 DPO_DEVICE int exponent_of(float x) { return static_cast<int>(as_bits(x) >> 23 & 0xff); }
 
-// What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. A power of two then moves
-// from the factor into the exponential, so that an entry without mass is 0 and not 0 * inf: 2^n, by which `by` is above
-// 2^most.
+// What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. A power of two then
+// moves from the factor into the exponential, so that an entry without mass is 0 and not 0 * inf: 2^n, by which `by` is
+// above 2^most.
 DPO_DEVICE int excess_of(double by, int most) {
   const int exponent = exponent_of(static_cast<float>(by)) - 126;
   return exponent > most ? exponent - most : 0;
