@@ -183,6 +183,46 @@ def test_a_mask_under_a_loss_scale(side, low, dtype, backend):
     assert bool((error <= max(ROUNDING[dtype], 1e-6) * size).all())
 
 
+@pytest.mark.parametrize("low", [-30.0, -1e4, -1e9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_divergence_at_a_certain_token(dtype, low, backend):
+    # The policy is certain of a token that is not the label and that the reference excludes: p (d - D) is 0 there.
+    if dtype == torch.float16 and low == -1e9:
+        pytest.skip("float16 has no such number")
+    logits, labels, ref = make(dtype, spread=1.0)
+    logits[..., 400] = 200.0
+    ref[..., 400] = low
+    leaf, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with use_backend(backend):
+        dpo_loss(leaf, labels, ref_logits=ref, kl_coef=0.1).loss.backward()
+    reference.dpo_loss(truth, labels, ref_logits=ref.double()).backward()
+    error, size = (leaf.grad.double() - truth.grad).norm(dim=-1), truth.grad.norm(dim=-1)
+    assert bool((error <= max(ROUNDING[dtype], 1e-6) * size).all()), (error / size).max()
+
+
+def test_a_divergence_under_a_large_scale(backend):
+    logits, labels, ref = make(torch.float32, spread=1.0)
+    settings = {"logit_scale": 1024.0, "kl_coef": 0.1}
+    leaf, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with use_backend(backend):
+        dpo_loss(leaf, labels, ref_logits=ref, **settings).loss.backward()
+    reference.dpo_loss(truth, labels, ref_logits=ref.double(), **settings).backward()
+    error, size = (leaf.grad.double() - truth.grad).norm(dim=-1), truth.grad.norm(dim=-1)
+    assert bool((error <= 1e-5 * size + 1e-9).all()), (error / size).max()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1e18, 1e30])
+def test_a_divergence_of_huge_label_logits(upstream, backend):
+    # p(label) = 1, so every gradient is 0.
+    labels = torch.tensor([[0], [1]])
+    logits = torch.zeros(2, 1, 2).scatter_(-1, labels.unsqueeze(-1), 1e12)
+    leaf = logits.clone().requires_grad_()
+    with use_backend(backend):
+        ref = torch.tensor([[[0.3, -0.2]], [[-0.5, 0.1]]])
+        (dpo_loss(leaf, labels, ref_logits=ref, kl_coef=3.0, beta=1e-6).loss * upstream).backward()
+    assert bool((leaf.grad.abs() <= 1e-7 * upstream).all())
+
+
 def test_a_gap_beyond_float32_once_multiplied(backend):
     # The reference masks what the policy gives a probability of 1e-35, so the divergence is about 1,000.
     logits, labels, ref = make(torch.float32, spread=1.0)

@@ -109,6 +109,10 @@ DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label) {
   return row;
 }
 
+// Where float32 sums say that gaps of policy and reference are as large as this on average, they are added up again in
+// float64: stage 3 subtracts their mean from single gaps, and where p is near 1 little more than its rounding is left.
+constexpr double kSmallGap = 4.0;
+
 // KL(policy || reference) = sum p (d - log_sum + log_sum'), d = (z - max) - (z' - max'). The drift counts from 0, and
 // is moved to the maxima by itself: of a label at 1e20 a sum with it would keep nothing of the others.
 DPO_HD double kl_of(const FinishedRow& policy, const FinishedRow& reference, double z_label, double ref_label) {

@@ -148,12 +148,13 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   const double f = own.factor * transform.scale;
   const auto minus_origin = splat<A>(-own.origin);
   double by_p = -token.g, at_label = -token.g * std::expm1(token.logp);
-  A mean_gap = 0, ref_origin = 0;
+  A ref_center = 0, ref_origin = 0;
   auto by_gap = splat<A>(A(0)), by_q = by_gap;
   if (kReverse) {
     const double mean = token.kl + token.log_sum - token.ref_log_sum + own.above;
-    mean_gap = static_cast<A>(mean);
-    by_p -= token.g_kl * (mean - static_cast<double>(mean_gap));
+    const double exact = token.ref_max - mean;
+    ref_center = static_cast<A>(exact);
+    by_p -= token.g_kl * (static_cast<double>(ref_center) - exact);
     by_gap = splat<A>(static_cast<A>(token.g_kl * f));
     const double p_label = std::exp(token.logp);
     if (p_label != 0.0) at_label -= token.g_kl * p_label * (token.kl - token.logp + token.ref_logp);
@@ -167,11 +168,11 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
     at_label += token.g_forward * (std::expm1(token.logp) - std::expm1(token.ref_logp));
   }
   const auto factor = splat<A>(saturated<A>(by_p * f));
-  const auto minus_ref_max = splat<A>(static_cast<A>(-token.ref_max)), minus_ref_origin = splat<A>(-ref_origin);
+  const auto minus_ref_origin = splat<A>(-ref_origin);
   const double log2_g = std::log2(std::abs(by_p)), log2_lse = (token.max + token.log_sum) / std::log(2.0);
   const float offset = static_cast<float>(log2_g - log2_lse);
   const bool powers = transform.identity() && std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
-  const auto center = splat<A>(mean_gap);
+  const auto center = splat<A>(ref_center);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, vocab - start);
     if constexpr (sizeof(T) == 2 && kQuick<T> && !kReverse && !kForward) {
@@ -189,7 +190,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
       const auto e = exp_nonpositive(shifted);
       auto dz = e * factor;
       if (kReverse) {
-        const auto gap = (shifted - (load<A>(ref + i) + minus_ref_max)) - center;
+        const auto gap = shifted - (load<A>(ref + i) - center);
         // Where e is 0 the gap may be infinite; such entries carry no mass. A huge gap may not meet by_gap before e.
         dz = e > 0 ? (e * by_gap) * gap + dz : dz;
       }

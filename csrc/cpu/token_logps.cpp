@@ -183,7 +183,7 @@ struct RowResult {
 };
 
 // KL(policy || reference) by float64 numbers counted from both maxima, for rows whose float32 sums overflow, or whose
-// logits lie so far from the reference's that these sums round: a second look at both.
+// logits or divergence are so far from the reference's that these sums round: a second look at both.
 template <typename A>
 double careful_kl(const Row<A>& policy, const Row<A>& reference, int64_t vocab, const RowResult& row) {
   A buffer[kBlock], ref_buffer[kBlock];
@@ -233,7 +233,7 @@ RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t voca
     out.reference = dpo::finish_row(ref_state, ref_label);
     out.kl = dpo::kl_of(out.policy, out.reference, static_cast<double>(z_label), static_cast<double>(ref_label));
     const bool near = std::abs(out.policy.max - out.reference.max) < kNearMaxima;
-    const bool sound = std::isfinite(out.kl) && near;
+    const bool sound = near && std::abs(out.kl) < dpo::kSmallGap;
     const bool defined = out.policy.logp == out.policy.logp && out.reference.log_sum == out.reference.log_sum;
     if (!sound && defined) out.kl = careful_kl(policy, reference, vocab, out);
   }

@@ -356,8 +356,8 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   f.factor = saturated(by_p * own.factor);
   if constexpr (Tr::kKl) {
     f.by_gap = static_cast<float>(g.kl * scale * unit * own.factor);
-    // own.factor is far from 1 where origin is so large that its rounding is.
-    f.gap_limit = own.factor < 1.9 ? FLT_MAX : static_cast<float>(FLT_MAX / own.factor);
+    // Still large where no excess can move, or where the rounding of `origin` is.
+    f.gap_limit = fabsf(f.by_gap) < 0.5f ? FLT_MAX : 0.5f * FLT_MAX / fabsf(f.by_gap);
   }
 
   if (single >= 0 && single != label) {

@@ -434,7 +434,7 @@ DPO_DEVICE bool is_wrong(double sum, double top) {
 }
 
 // Does the row need careful_row? A sum says nothing, a moment overflowed or met 0 * inf, or policy and reference lie so
-// far apart that float32 sums of their gaps say nothing. (Or a logit is NaN.)
+// far apart that float32 sums of their gaps say too little. (Or a logit is NaN.)
 static __device__ __noinline__ bool is_hostile(const TokenLogpsParams& p, RowSummary& row) {
   assume_shared(&row);
   const MergedState& s = row.state;
@@ -443,7 +443,8 @@ static __device__ __noinline__ bool is_hostile(const TokenLogpsParams& p, RowSum
   row.centred = false;
   row.exact = is_wrong(s.sum, top);
   row.ref_exact = row.pair && is_wrong(s.ref_sum, ref_top);
-  const bool far = row.pair && !(fabs(top - ref_top) <= kNear);
+  const double gap = row.pair ? unit * s.drift / s.sum - (top - ref_top) : 0.0;
+  const bool far = row.pair && !(fabs(top - ref_top) <= kNear && fabs(gap) < kSmallGap);
   const double moments = s.shifted + s.drift + s.total + s.squares;
   return row.exact || row.ref_exact || far || !(fabs(moments) < INFINITY);
 }
@@ -467,7 +468,7 @@ static __device__ __noinline__ void finish_side(const TokenLogpsParams& p, RowSu
   if (reference ? summary.ref_exact : summary.exact) others.max = sum != 0.0 ? 0.0 : -INFINITY;
   if (!reference) {
     others.shifted = s.shifted * kLn2;
-    others.drift = s.drift * (unit * stretch);
+    others.drift = s.drift * unit;
     others.squares = s.squares;
   }
   Side& side = reference ? summary.reference : summary.policy;
@@ -499,13 +500,18 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, RowSummary& summa
   out.of[token_row::mean_logits] = (s.total * unit + own.z) / static_cast<double>(p.vocab);
   out.of[token_row::log_sum_sq] = own.row.log_sum_sq;
   if (summary.pair) {
-    const double stretch = stretch_of(p);
     out.of[token_row::ref_logps] = ref.logp;
     out.of[token_row::ref_max] = ref.max;
     out.of[token_row::ref_log_sum] = ref.log_sum;
-    FinishedRow row = own.row;
-    if (!summary.centred) row.drift -= row.p_others * ((own.top - ref.top) * stretch);
-    const double kl = kl_of(row, ref.row, (own.z - own.top) * stretch, (ref.z - ref.top) * stretch);
+    // Gaps are counted as they are, without the stretch: so stage 3 meets them.
+    FinishedRow row = own.row, ref_row = ref.row;
+    const double rise = own.z - own.top, ref_rise = ref.z - ref.top;
+    row.max = fmax(rise, 0.0);
+    row.log_sum = own.log_sum;
+    ref_row.max = fmax(ref_rise, 0.0);
+    ref_row.log_sum = ref.log_sum;
+    if (!summary.centred) row.drift -= row.p_others * (own.top - ref.top);
+    const double kl = kl_of(row, ref_row, rise, ref_rise);
     // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
     out.of[token_row::kl] = kl != kl && !nan && ref.log_sum == ref.log_sum ? INFINITY : kl;
   }

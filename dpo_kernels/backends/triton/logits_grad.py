@@ -309,9 +309,9 @@ def logits_grad_kernel(
         factor = _saturated(by_p * c_rounding)
         if REVERSE:
             by_gap = (of_gap * c_rounding).to(tl.float32)
-            # The rounding is far from 1 where c is huge.
-            limit = LARGEST / c_rounding.to(tl.float32)
-            gap_limit = tl.where(c_rounding < 1.9, LARGEST, limit)
+            # Still large where no excess can move, or where the rounding of c is.
+            size = tl.abs(by_gap)
+            gap_limit = tl.where(size < 0.5, LARGEST, 0.5 * LARGEST / size)
         at_label = (label_terms * label_slope).to(tl.float32)
         whole_row = (c, factor, ref_c, by_gap, top, ref_center, gap_limit, by_q, own_scale, ref_scale)
 

@@ -77,6 +77,8 @@ WITHOUT_KL = OPTIONS | ({"maxnreg": 64} if TARGET == "cuda" else {})
 #: a column, which with more columns would take the registers of the main loop's warps.
 SCAN = tl.constexpr(1024)
 SUMS_SCAN = tl.constexpr(256)
+#: kSmallGap of csrc/common/online_softmax.h.
+SMALL_GAP = tl.constexpr(4.0)
 
 
 @device_function
@@ -216,7 +218,7 @@ def _careful_row(
     """(top, s, t, k, q, total, ref_top, ref_s) of a hostile row: a second and third look at it, every sum guarded.
 
     Exponents are differences from the exact maximum `top`, and gaps those of policy and reference counted from both maxima.
-    k and total, the label's x included, are TINY times what they stand for.
+    total, the label's x included, is TINY times what it stands for.
     """
     lowest = tl.full([SCAN], float("-inf"), tl.float32)
     m = lowest
@@ -258,7 +260,7 @@ def _careful_row(
             ref_x = widen(tl.load(ref_logits + ref_start + column, mask=inside, other=0.0))
             ref_x = _variable(ref_x, inner, MAP)
             ref_s += tl.where(inside, exp2_fast((ref_x - ref_origin) * log2_scale), 0.0)
-            gap = (x * TINY - origin * TINY) - (ref_x * TINY - ref_origin * TINY)
+            gap = (x.to(tl.float64) - origin) - (ref_x.to(tl.float64) - ref_origin)
             k += tl.where(e > 0, e * gap, 0.0)
     return (
         top, tl.sum(s, 0), tl.sum(t, 0), tl.sum(k, 0), tl.sum(q, 0), tl.sum(total, 0), ref_top, tl.sum(ref_s, 0),
@@ -440,6 +442,8 @@ def token_logps_kernel(
             hostile = hostile | _is_wrong(ref_s_row, ref_top, unit) | (tl.abs((top - ref_top) * unit) > 256)
             # The means count from both maxima.
             k_row -= s_row * (top.to(tl.float64) - ref_top.to(tl.float64))
+            # Stage 3 subtracts their mean from single gaps, and where p is near 1 little more than its rounding is left.
+            hostile = hostile | (tl.abs(k_row * unit) >= SMALL_GAP * s_row)
         # Of a lane's numbers one is infinite, or NaN by 0 * inf. (Or a logit is NaN: then it stays so.)
         sound = (tl.abs(t_row) < float("inf")) & (tl.abs(k_row) < float("inf")) & (tl.abs(total_row) < float("inf"))
         hostile = hostile | (sound == 0)
@@ -458,7 +462,7 @@ def token_logps_kernel(
             # The moments, brought to the sum's origin and size, of which the loop's are.
             ratio = tl.where(exact_s > 0, s_row / tl.where(exact_s > 0, exact_s, 1.0), 1.0)
             t_row = ratio * (t_row - tl.where(exact_s > 0, shift_row / LN2, 0.0) * exact_s)
-            k_row = ratio * k_row / TINY
+            k_row = ratio * k_row
             q_row = ratio * ratio * q_row
             total_row = total_row / TINY
         if ACCURACY:
