@@ -100,20 +100,16 @@ DPO_INLINE void put_powers(const T* z, int64_t n, float offset, bool negative, T
   for (; i < n; i += step) put(i);
 }
 
-// Multipliers up to 1 / kRoom leave room for the sum of two products.
-template <typename A>
-constexpr double kRoom = 8.0 / std::numeric_limits<A>::max();
-
-// A row's softmax p = exp(z - origin) factor. origin is the maximum, unless `by`, which multiplies p, is beyond A, as
-// IPO's coefficient may be. The excess then moves from the factor into the exponential, so that an entry without mass
-// is 0 and not 0 * inf. Where the maximum or the excess is so large that this cannot be, `saturated` keeps the factor
-// finite.
+// A row's softmax p = exp(z - origin) factor. origin is the maximum, unless what multiplies p is beyond A: IPO's
+// coefficient, or a loss scale times a large gap. The excess then moves from the factor into the exponential, so that
+// an entry without mass is 0 and not 0 * inf. `size` is 1 for the largest multiplier that needs none. Where the maximum
+// or the excess is so large that this cannot be, `saturated` keeps the factor finite.
 template <typename A>
 struct Softmax {
   A origin;
   double above, factor;  // above = max - origin
-  Softmax(double max, double log_sum, double by) : origin(static_cast<A>(max)), above(0.0) {
-    const double excess = std::log(std::abs(by) * kRoom<A>);
+  Softmax(double max, double log_sum, double size) : origin(static_cast<A>(max)), above(0.0) {
+    const double excess = std::log(size);
     if (excess > 0.0) {
       const A lower = static_cast<A>(max - excess);
       const double difference = max - static_cast<double>(lower);
@@ -125,6 +121,14 @@ struct Softmax {
     factor = std::exp(-log_sum - above);
   }
 };
+
+// A sum of two products leaves room for p's multiplier up to 1 / kRoom, and for a gap, itself up to twice the largest
+// A, up to 1 / kGapRoom.
+template <typename A>
+constexpr double kRoom = 8.0 / std::numeric_limits<A>::max();
+constexpr double kGapRoom = 8.0;
+// Nats from which the mean gap is large beside what logits differ by.
+constexpr double kFar = 16.0;
 
 // As A; a finite number beyond it becomes the largest.
 template <typename A>
@@ -142,19 +146,22 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   alignas(64) A ref_buffer[kBlock];
   const A cap = static_cast<A>(transform.softcap);
   const A z_label = row.at(token.label);
-  const double by_any = std::abs(token.g) + std::abs(token.g_forward) + std::abs(token.g_kl);
-  const Softmax<A> own(token.max, token.log_sum, by_any * transform.scale);
+  const double size =
+      std::max(kRoom<A> * (std::abs(token.g) + std::abs(token.g_forward)), kGapRoom * std::abs(token.g_kl));
+  const Softmax<A> own(token.max, token.log_sum, size * std::abs(transform.scale));
   // p = e f, so everything that multiplies p joins the exponential's factor.
   const double f = own.factor * transform.scale;
   const auto minus_origin = splat<A>(-own.origin);
   double by_p = -token.g, at_label = -token.g * std::expm1(token.logp);
-  A ref_center = 0, ref_origin = 0;
+  A ref_level = 0, mean_gap = 0, ref_origin = 0;
   auto by_gap = splat<A>(A(0)), by_q = by_gap;
   if (kReverse) {
     const double mean = token.kl + token.log_sum - token.ref_log_sum + own.above;
-    const double exact = token.ref_max - mean;
-    ref_center = static_cast<A>(exact);
-    by_p -= token.g_kl * (static_cast<double>(ref_center) - exact);
+    // A large mean joins the reference's maximum: a logit near their difference leaves no rounding.
+    const double apart = std::abs(mean) > kFar ? mean : 0.0;
+    ref_level = static_cast<A>(token.ref_max - apart);
+    mean_gap = static_cast<A>(mean - apart);
+    by_p -= token.g_kl * ((static_cast<double>(ref_level) - token.ref_max) + (mean - static_cast<double>(mean_gap)));
     by_gap = splat<A>(static_cast<A>(token.g_kl * f));
     const double p_label = std::exp(token.logp);
     if (p_label != 0.0) at_label -= token.g_kl * p_label * (token.kl - token.logp + token.ref_logp);
@@ -162,7 +169,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   if (kForward) {
     by_p += token.g_forward;
     const double of_q = token.g_forward * transform.scale;
-    const Softmax<A> other(token.ref_max, token.ref_log_sum, of_q);
+    const Softmax<A> other(token.ref_max, token.ref_log_sum, kRoom<A> * std::abs(of_q));
     ref_origin = other.origin;
     by_q = splat<A>(saturated<A>(of_q * other.factor));
     at_label += token.g_forward * (std::expm1(token.logp) - std::expm1(token.ref_logp));
@@ -172,7 +179,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   const double log2_g = std::log2(std::abs(by_p)), log2_lse = (token.max + token.log_sum) / std::log(2.0);
   const float offset = static_cast<float>(log2_g - log2_lse);
   const bool powers = transform.identity() && std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
-  const auto center = splat<A>(ref_center);
+  const auto center = splat<A>(mean_gap), level = splat<A>(ref_level);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, vocab - start);
     if constexpr (sizeof(T) == 2 && kQuick<T> && !kReverse && !kForward) {
@@ -190,9 +197,9 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
       const auto e = exp_nonpositive(shifted);
       auto dz = e * factor;
       if (kReverse) {
-        const auto gap = shifted - (load<A>(ref + i) - center);
-        // Where e is 0 the gap may be infinite; such entries carry no mass. A huge gap may not meet by_gap before e.
-        dz = e > 0 ? (e * by_gap) * gap + dz : dz;
+        const auto gap = (shifted - (load<A>(ref + i) - level)) - center;
+        // Where e is 0 the gap may be infinite; such entries carry no mass.
+        dz = e > 0 ? e * (gap * by_gap + factor) : dz;
       }
       if (kForward) dz -= exp_nonpositive(load<A>(ref + i) + minus_ref_origin) * by_q;
       if (capped) {
