@@ -159,7 +159,7 @@ def test_float64_is_little_or_the_first_warps(report):
             # All warps add up the row, and all take part in the second look at a hostile one, which is in float64 but rare.
             moments = any(statistic in row["name"] for statistic in ("entropy", "kl", "all statistics"))
             assert row["doubles_by_all"] is not None, name(row)
-            assert row["doubles_by_all"] <= (135 if moments else 45), name(row)
+            assert row["doubles_by_all"] <= (145 if moments else 45), name(row)
         else:
             assert row["doubles"] <= (135 if "KL" in row["name"] else 95 if "softcap" in row["name"] else 60), name(row)
 
