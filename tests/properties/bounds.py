@@ -208,7 +208,9 @@ def bounds_of(
     slope = torch.ones_like(z) if settings.cap is None else (1 - (z / settings.cap) ** 2).abs()
     undamped = truth.z.grad.abs() * ROUNDINGS * eps
     size = 1 + by_logp + by_kl + by_forward
-    found.by_logits = abs(settings.scale) * (by_z * slope + undamped) + 1e-36 * size[:, None]
+    # The truth's own p - q is a difference of numbers near 1.
+    own = 4 * torch.finfo(torch.float64).eps * (by_kl + by_forward)
+    found.by_logits = abs(settings.scale) * ((by_z + own[:, None]) * slope + undamped) + 1e-36 * size[:, None]
     return found
 
 
