@@ -179,7 +179,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   const double log2_g = std::log2(std::abs(by_p)), log2_lse = (token.max + token.log_sum) / std::log(2.0);
   const float offset = static_cast<float>(log2_g - log2_lse);
   const bool powers = transform.identity() && std::abs(log2_g) < kMostLog2G && std::abs(log2_lse) < kMostLog2Lse;
-  const auto center = splat<A>(mean_gap), level = splat<A>(ref_level);
+  const auto center = splat<A>(mean_gap), minus_level = splat<A>(-ref_level);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, vocab - start);
     if constexpr (sizeof(T) == 2 && kQuick<T> && !kReverse && !kForward) {
@@ -197,7 +197,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
       const auto e = exp_nonpositive(shifted);
       auto dz = e * factor;
       if (kReverse) {
-        const auto gap = (shifted - (load<A>(ref + i) - level)) - center;
+        const auto gap = (shifted - (load<A>(ref + i) + minus_level)) - center;
         // Where e is 0 the gap may be infinite; such entries carry no mass.
         dz = e > 0 ? e * (gap * by_gap + factor) : dz;
       }
