@@ -50,8 +50,8 @@ def samples(
     )
     if (folder := model_folder()) is None:
         pytest.skip(NO_MODEL)
-    from dpo_trainer.collator import PairCollator
-    from dpo_trainer.model import SplitModel
+    from dpo_trainer.batch.collator import PairCollator
+    from dpo_trainer.model.split import SplitModel
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     split = SplitModel(model.to(settings.device))

@@ -310,7 +310,7 @@ FAULTS = (
     ),
     Fault(
         "labels_shifted",
-        "python/dpo_trainer/collator.py",
+        "python/dpo_trainer/batch/collator.py",
         "before = torch.arange(start - 1, start - 1 + len(tokens))",
         "before = torch.arange(start, start + len(tokens))",
         "every token is scored by the logits that have already seen it",
@@ -318,7 +318,7 @@ FAULTS = (
     ),
     Fault(
         "reference_with_adapter",
-        "python/dpo_trainer/reference.py",
+        "python/dpo_trainer/model/references.py",
         "with model.disable_adapter():",
         "with contextlib.nullcontext():",
         "the reference is the policy, adapter and all",
@@ -334,7 +334,7 @@ FAULTS = (
     ),
     Fault(
         "dropout_left_on",
-        "python/dpo_trainer/model.py",
+        "python/dpo_trainer/model/split.py",
         "module.p = 0.0",
         "pass",
         "dropout stays on, in the reference too, and the first loss is not log 2",

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dpo_trainer import DPOTrainer, PairCollator
-from dpo_trainer.model import SplitModel
-from dpo_trainer.reference import FrozenReference
+from dpo_trainer.model.references import FrozenReference
+from dpo_trainer.model.split import SplitModel
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SENTIMENT = EXAMPLES / "sentiment"

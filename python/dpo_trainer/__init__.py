@@ -6,11 +6,11 @@ import os
 # for every page of it. Set it to 0 to keep small ones.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from .collator import PairCollator
-from .config import DPOConfig
-from .data import load_pairs
+from .batch.collator import PairCollator
+from .data.files import load_pairs
 from .errors import ConfigError, DataError, ModelError, OutputError, UsageError
-from .model import load_model, load_tokenizer
+from .model.split import load_model, load_tokenizer
+from .settings.config import DPOConfig
 from .trainer import DPOTrainer
 
 __all__ = [

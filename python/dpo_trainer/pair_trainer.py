@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
-from .batches import Batching, PairBatchSampler, PairStream
-from .config import DPOConfig
+from .batch.sampler import Batching, PairBatchSampler, PairStream
+from .data.prepare import Account, Preparation, PreparedStream, is_stream, prepare_dataset
 from .errors import ConfigError, DataError
-from .prepare import Account, Preparation, PreparedStream, is_stream, prepare_dataset
+from .settings.config import DPOConfig
 
 logger = logging.getLogger("dpo_trainer")
 

@@ -23,28 +23,29 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_kernels import DPOOutput, length_desensitized_weights, objectives, use_backend
 
-from . import loss_path, report
-from .callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
-from .checkpoints import discard_half, load_state, save_state, sound_checkpoint, written_aside
-from .checks import check_best_metric, check_fit
-from .collator import PairCollator
-from .config import DPOConfig
-from .data import REFERENCE
-from .diagnostics import Diagnostics
+from .batch.collator import PairCollator
+from .data.files import REFERENCE
+from .data.prepare import Account
 from .errors import ConfigError, DataError, ModelError, OutputError, first_line
-from .evaluated import EvaluatedPairs, look_at
-from .guard import EndAfterStep, run_lock
-from .metrics import TINY, MetricWindow, memory_mib
-from .metrics import names as metric_names
-from .model import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
-from .model_card import write_card
-from .moving_reference import MovingReference
+from .model import loss_path
+from .model.fit import check_best_metric, check_fit
+from .model.moving_reference import MovingReference
+from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
+from .model.references import AdapterOffReference, FrozenReference, reference_logps
+from .model.split import Batch, SplitModel, call_through, disable_dropout, load_model, load_tokenizer
 from .pair_trainer import PairTrainer, looked_at
-from .prepare import Account
-from .records import writing
-from .reference import AdapterOffReference, FrozenReference, reference_logps
-from .reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
-from .samples import Samples, Scorer, load_scorer
+from .report import page as report
+from .report.model_card import write_card
+from .run_folder.checkpoints import discard_half, load_state, save_state, sound_checkpoint, written_aside
+from .run_folder.lock import EndAfterStep, run_lock
+from .run_folder.records import writing
+from .settings.config import DPOConfig
+from .watch.callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
+from .watch.diagnostics import Diagnostics
+from .watch.evaluated import EvaluatedPairs, look_at
+from .watch.metrics import TINY, MetricWindow, memory_mib
+from .watch.metrics import names as metric_names
+from .watch.samples import Samples, Scorer, load_scorer
 
 logger = logging.getLogger("dpo_trainer")
 

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 
 import dpo_trainer.cli
-from dpo_trainer import DPOTrainer, callbacks, checkpoints, records, reference_cache, samples, trainer
+from dpo_trainer import DPOTrainer, trainer
+from dpo_trainer.model import reference_cache
+from dpo_trainer.run_folder import checkpoints, records
+from dpo_trainer.watch import callbacks, samples
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["dpo_trainer.cli", "dpo_trainer.inspection", "transformers.models.llama.modeling_llama"]
+    ["dpo_trainer.cli", "dpo_trainer.cli.inspect", "transformers.models.llama.modeling_llama"]
 )
 
 #: Where a process may be ended: what is called there, by name. Model files are written by transformers in Rust, and

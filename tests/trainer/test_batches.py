@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, PairCollator
-from dpo_trainer.batches import STRATEGIES, Batching, PairBatchSampler, PairStream, divided
-from dpo_trainer.layout import LAYOUTS
+from dpo_trainer.batch.layout import LAYOUTS
+from dpo_trainer.batch.sampler import STRATEGIES, Batching, PairBatchSampler, PairStream, divided
 
 from .test_trainer import curve
 
@@ -33,7 +33,7 @@ RULES = st.builds(
 
 
 #: As few steps to a pool as make an epoch of these lengths cross from one pool to the next.
-small_pools = patch("dpo_trainer.batches.POOL", 2)
+small_pools = patch("dpo_trainer.batch.sampler.POOL", 2)
 
 
 def epoch_of(lengths: list[int], rule: Batching, epoch: int = 0, **options: Any) -> list[list[list[int]]]:

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from dpo_trainer import ConfigError
-from dpo_trainer.cli import _hints as hints
-from dpo_trainer.cli import check_setting, main, read_settings
+from dpo_trainer.cli.main import _hints as hints
+from dpo_trainer.cli.main import check_setting, main, read_settings
 
 SETTINGS = {
     "per_device_train_batch_size": 4,
@@ -246,7 +246,7 @@ def test_values_of_another_type_are_refused(key: str, value: Any) -> None:
 
 
 def test_help_names_every_setting_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    from dpo_trainer.config import own_fields
+    from dpo_trainer.settings.config import own_fields
 
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out

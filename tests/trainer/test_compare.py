@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_trainer.cli import main
-from dpo_trainer.evaluated import look_at
-from dpo_trainer.records import append_record
+from dpo_trainer.cli.main import main
+from dpo_trainer.run_folder.records import append_record
+from dpo_trainer.watch.evaluated import look_at
 
 from .tiny import build_pairs, build_trainer
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_trainer import ConfigError, DataError, load_pairs
-from dpo_trainer import prepare as prepare_module
-from dpo_trainer.data import split_row, stream_of, stream_pairs
-from dpo_trainer.prepare import FILTERS, Preparation, PreparedStream, prepare_dataset
-from dpo_trainer.tokens import tokenize_pair, truncate
+from dpo_trainer.data import prepare as prepare_module
+from dpo_trainer.data.files import split_row, stream_of, stream_pairs
+from dpo_trainer.data.prepare import FILTERS, Preparation, PreparedStream, prepare_dataset
+from dpo_trainer.data.tokens import tokenize_pair, truncate
 
 from .tiny import build_pairs, build_tokenizer
 

@@ -12,9 +12,18 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
-from dpo_trainer.collator import PairCollator
-from dpo_trainer.diagnostics import DIAGNOSES, Limits, Run, _grad_spike, _kl_exploding, _overfitting, examine, probed
-from dpo_trainer.records import read_records
+from dpo_trainer.batch.collator import PairCollator
+from dpo_trainer.run_folder.records import read_records
+from dpo_trainer.watch.diagnostics import (
+    DIAGNOSES,
+    Limits,
+    Run,
+    _grad_spike,
+    _kl_exploding,
+    _overfitting,
+    examine,
+    probed,
+)
 
 from .tiny import build_model, build_pairs, build_tokenizer
 

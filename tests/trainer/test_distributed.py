@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from dpo_trainer.checkpoints import fault
+from dpo_trainer.run_folder.checkpoints import fault
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 
@@ -46,7 +46,7 @@ COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "kl
 _WORKER = """
 import sys
 from pathlib import Path
-from dpo_trainer.cli import main
+from dpo_trainer.cli.main import main
 from tests.trainer.test_distributed import CASES, record, trainer_of
 
 for name, settings in CASES.items():

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_trainer.cli import RUN_KEYS, SWITCHES
-from dpo_trainer.config import DPOConfig
-from dpo_trainer.diagnostics import DIAGNOSES, Limits
+from dpo_trainer.cli.main import RUN_KEYS, SWITCHES
+from dpo_trainer.settings.config import DPOConfig
+from dpo_trainer.watch.diagnostics import DIAGNOSES, Limits
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_trainer.compare import compare
-from dpo_trainer.evaluated import EvaluatedPairs, Example
-from dpo_trainer.model_card import render_card
-from dpo_trainer.records import read_records
-from dpo_trainer.report import render_report
+from dpo_trainer.report.compare import compare
+from dpo_trainer.report.model_card import render_card
+from dpo_trainer.report.page import render_report
+from dpo_trainer.run_folder.records import read_records
+from dpo_trainer.watch.evaluated import EvaluatedPairs, Example
 
 from .tiny import build_pairs, build_trainer
 

@@ -13,8 +13,8 @@ import yaml
 from peft import LoraConfig
 
 from dpo_trainer import DPOConfig
-from dpo_trainer.cli import main
-from dpo_trainer.inspection import Inspector, SelfReference, _histogram, render
+from dpo_trainer.cli.inspect import Inspector, SelfReference, _histogram, render
+from dpo_trainer.cli.main import main
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_kernels import reference
 from dpo_kernels.linear import planner
-from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, ModelError, loss_path
-from dpo_trainer.model import SplitModel
+from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, ModelError
+from dpo_trainer.model import loss_path
+from dpo_trainer.model.split import SplitModel
 
 Make = Callable[..., DPOTrainer]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from dpo_trainer.cli import main
+from dpo_trainer.cli.main import main
 
 from .tiny import build_model, build_tokenizer
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dpo_trainer import OutputError
-from dpo_trainer.checkpoints import checkpoints, fault, sound_checkpoint
-from dpo_trainer.cli import main
+from dpo_trainer.cli.main import main
+from dpo_trainer.run_folder.checkpoints import checkpoints, fault, sound_checkpoint
 
 from . import forked, tiny
 from .test_kills import record

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
-from dpo_trainer.samples import generate, load_scorer, score, win_rate
+from dpo_trainer.watch.samples import generate, load_scorer, score, win_rate
 
 Make = Callable[..., DPOTrainer]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
-from dpo_trainer.cli import main
+from dpo_trainer.cli.main import main
 
 from .tiny import build_pairs
 

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from dpo_kernels import linear_dpo_loss
 from dpo_trainer import PairCollator
-from dpo_trainer.model import SplitModel, call_through
-from dpo_trainer.moving_reference import MovingReference
+from dpo_trainer.model.split import SplitModel, call_through
+from dpo_trainer.model.moving_reference import MovingReference
 from tests.trainer.tiny import build_model
 
 rank, store = int(sys.argv[1]), sys.argv[2]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelError, report
+from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelError
+from dpo_trainer.report import page as report
 
 from .tiny import MODELS, build_pairs
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from .errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
 
 #: Steps within which pairs are sorted by length: enough to find neighbours, too few to fix who they are.
 POOL = 50

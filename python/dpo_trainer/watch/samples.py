@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .errors import ConfigError, first_line
-from .records import SAMPLES, append_record, keep_records, read_records
-from .reference import AdapterOffReference, FrozenReference
+from ..errors import ConfigError, first_line
+from ..model.references import AdapterOffReference, FrozenReference
+from ..run_folder.records import SAMPLES, append_record, keep_records, read_records
 
 if TYPE_CHECKING:
-    from .trainer import DPOTrainer
+    from ..trainer import DPOTrainer
 
 logger = logging.getLogger("dpo_trainer")
 

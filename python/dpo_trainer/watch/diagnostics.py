@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .data import REFERENCE
-from .errors import ConfigError, did_you_mean
-from .records import EVENTS, SUMMARY, append_record, keep_records, read_records
+from ..data.files import REFERENCE
+from ..errors import ConfigError, did_you_mean
+from ..run_folder.records import EVENTS, SUMMARY, append_record, keep_records, read_records
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .trainer import DPOTrainer
+    from ..trainer import DPOTrainer
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -538,7 +538,7 @@ class Diagnostics(TrainerCallback):
         self.stopped_by: str | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        from .report import initial_loss
+        from ..report.page import initial_loss
 
         config = self.trainer.args
         limits = Limits.of(cast("dict[str, Any]", config.diagnostics))

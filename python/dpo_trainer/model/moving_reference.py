@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .errors import ModelError, OutputError
+from ..errors import ModelError, OutputError
 
 FILE = "reference.safetensors"
 

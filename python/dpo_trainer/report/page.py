@@ -12,17 +12,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .callbacks import without_ties
+from ..model.split import unwrap_adapter
+from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, read_records, write_aside
+from ..watch.callbacks import without_ties
 from .charts import CHARTS, curves_of, draw, draw_histogram
-from .model import unwrap_adapter
-from .records import EVENTS, METRICS, SAMPLES, SUMMARY, read_records, write_aside
 
 if TYPE_CHECKING:
     import torch
 
-    from .config import DPOConfig
-    from .evaluated import EvaluatedPairs
-    from .trainer import DPOTrainer
+    from ..settings.config import DPOConfig
+    from ..trainer import DPOTrainer
+    from ..watch.evaluated import EvaluatedPairs
 
 REPORT = "report.html"
 
@@ -232,7 +232,7 @@ def template(name: str) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("dpo_trainer", "templates"),
+        loader=PackageLoader("dpo_trainer.report", "templates"),
         autoescape=not name.endswith(".md.j2"),
         trim_blocks=True,
         lstrip_blocks=True,

@@ -11,12 +11,12 @@ from torch import nn
 
 from dpo_kernels.backends import why_not
 
-from .batches import Batching
-from .errors import ConfigError, ModelError, did_you_mean
-from .prepare import TOKENS
+from ..batch.sampler import Batching
+from ..data.prepare import TOKENS
+from ..errors import ConfigError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
-    from .config import DPOConfig
+    from ..settings.config import DPOConfig
 
 logger = logging.getLogger("dpo_trainer")
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from dpo_kernels import DPOOutput, dpo_loss, linear, linear_dpo_loss
 from dpo_kernels.linear import planner
 
-from .errors import ConfigError
-from .model import Batch, SplitModel
-from .reference import AdapterOffReference, FrozenReference
+from ..errors import ConfigError
+from .references import AdapterOffReference, FrozenReference
+from .split import Batch, SplitModel
 
 logger = logging.getLogger("dpo_trainer")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import OutputError, first_line
+from ..errors import OutputError, first_line
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"

@@ -10,10 +10,10 @@ from typing import IO, TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .records import METRICS, SUMMARY, append_record, keep_records
+from ..run_folder.records import METRICS, SUMMARY, append_record, keep_records
 
 if TYPE_CHECKING:
-    from .trainer import DPOTrainer
+    from ..trainer import DPOTrainer
 
 
 class LogAtTheEnd(TrainerCallback):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import EVENTS, METRICS, read_records, write_aside
-from .report import evaluation_prefixes, evaluation_records, summarize, template
+from ..run_folder.records import EVENTS, METRICS, read_records, write_aside
+from .page import evaluation_prefixes, evaluation_records, summarize, template
 
 if TYPE_CHECKING:
-    from .trainer import DPOTrainer
+    from ..trainer import DPOTrainer
 
 CARD = "README.md"
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")

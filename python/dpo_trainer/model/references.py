@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import linear_dpo_loss, sequence_logps
 
-from .model import Batch, SplitModel
+from .split import Batch, SplitModel
 
 logger = logging.getLogger("dpo_trainer")
 

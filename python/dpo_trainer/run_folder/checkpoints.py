@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .errors import OutputError, first_line
+from ..errors import OutputError, first_line
 from .records import sha256, writing
 
 logger = logging.getLogger("dpo_trainer")

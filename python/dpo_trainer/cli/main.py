@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from . import guard
-from .checkpoints import checkpoints, discard_half
-from .errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
-from .records import EVENTS, METRICS, SAMPLES, SUMMARY, sha256, write_aside
+from ..errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
+from ..run_folder import lock as guard
+from ..run_folder.checkpoints import checkpoints, discard_half
+from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, sha256, write_aside
 
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
@@ -90,7 +90,7 @@ def compare_runs(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: an unknown word, or a folder without a run.
     """
-    from .compare import OUTPUT, compare
+    from ..report.compare import OUTPUT, compare
 
     folders, output = list(arguments), Path(OUTPUT)
     if "--output" in folders:
@@ -119,7 +119,7 @@ def inspect_run(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as nowhere, contextlib.redirect_stdout(sys.stderr):
         # transformers makes the output folder before anything is known
         found = _run({**settings, "output_dir": nowhere}, switches, None, inspecting=True)
-    from .inspection import render
+    from .inspect import render
 
     print(json.dumps(found) if "--json" in switches else render(found), file=stream)
 
@@ -164,13 +164,13 @@ def _run(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    from .callbacks import SaveAtTheEnd
-    from .config import DPOConfig
-    from .data import load_pairs, stream_pairs
-    from .inspection import Inspector
-    from .json_lines import JsonLines
-    from .model import load_model, load_tokenizer
-    from .trainer import DPOTrainer
+    from ..data.files import load_pairs, stream_pairs
+    from ..model.split import load_model, load_tokenizer
+    from ..settings.config import DPOConfig
+    from ..trainer import DPOTrainer
+    from ..watch.callbacks import SaveAtTheEnd
+    from ..watch.json_lines import JsonLines
+    from .inspect import Inspector
 
     fields = {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
     fields.setdefault("log_level", "error")
@@ -335,7 +335,7 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
 
 def _hints() -> dict[str, Any]:
     """Type of every key that may be set."""
-    from .config import DPOConfig
+    from ..settings.config import DPOConfig
 
     types_of = typing.get_type_hints(DPOConfig)
     fields = {item.name: types_of[item.name] for item in dataclasses.fields(DPOConfig) if item.init}
@@ -565,7 +565,7 @@ def help_text(*, everything: bool = False) -> str:
     """The text of --help."""
     import textwrap
 
-    from .config import DPOConfig, own_fields
+    from ..settings.config import DPOConfig, own_fields
 
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
 
@@ -636,7 +636,3 @@ def _short(item: Any) -> str:
     default = getattr(item.default, "value", item.default)
     head = re.split(r"(?<=[.;])\s", text)[0]
     return head + ("" if default is None else f" [{default}]")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,12 +15,12 @@ from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
 from dpo_kernels.linear.planner import parse_budget
 from dpo_kernels.objectives import OBJECTIVES
 
-from .batches import STRATEGIES
-from .checks import check_ranges
-from .diagnostics import DIAGNOSES, Limits
-from .errors import ConfigError, did_you_mean
-from .layout import LAYOUTS
-from .prepare import FILTERS
+from ..batch.layout import LAYOUTS
+from ..batch.sampler import STRATEGIES
+from ..data.prepare import FILTERS
+from ..errors import ConfigError, did_you_mean
+from ..model.fit import check_ranges
+from ..watch.diagnostics import DIAGNOSES, Limits
 
 LOSS_PATHS = ("auto", "linear", "logits")
 OPPONENTS = ("reference", "chosen")

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from .data import shared_prefix, split_row
-from .errors import DataError, first_line
+from ..errors import DataError, first_line
+from .files import shared_prefix, split_row
 
 
 def tokenize_pair(

@@ -8,10 +8,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .records import SAMPLES, SUMMARY, json_line, read_records
+from ..run_folder.records import SAMPLES, SUMMARY, json_line, read_records
 
 if TYPE_CHECKING:
-    from .trainer import DPOTrainer
+    from ..trainer import DPOTrainer
 
 
 class JsonLines(TrainerCallback):

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from .data import REFERENCE, RowCheck, RowStream, check_columns, check_row, split_row, stream_of, table_of
-from .errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
+from .files import REFERENCE, RowCheck, RowStream, check_columns, check_row, split_row, stream_of, table_of
 from .tokens import tokenize_pair
 
 #: Why a pair may be left out, by the name that `filters` takes.
@@ -255,7 +255,7 @@ def _key(dataset: Any, tokenizer: Any, preparation: Preparation) -> str:
     described = backend.to_str() if backend is not None else Hasher.hash(tokenizer)
     special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
     folder = Path(__file__).parent
-    code = [(folder / name).read_bytes() for name in ("data.py", "tokens.py", "prepare.py")]
+    code = [(folder / name).read_bytes() for name in ("files.py", "tokens.py", "prepare.py")]
     return Hasher.hash([dataset._fingerprint, described, special, preparation.of_tokens, code])
 
 

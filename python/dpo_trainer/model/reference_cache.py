@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import first_line
-from .model import unwrap_adapter
+from ..errors import first_line
+from .split import unwrap_adapter
 
 logger = logging.getLogger("dpo_trainer")
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import OutputError
+from ..run_folder.records import METRICS, SUMMARY, read_records, write_aside
 from .charts import CHARTS, COLOURS, Curve, draw
-from .errors import OutputError
-from .records import METRICS, SUMMARY, read_records, write_aside
-from .report import evaluation_prefixes, evaluation_records, template, training_records
+from .page import evaluation_prefixes, evaluation_records, template, training_records
 
 OUTPUT = "comparison.html"
 #: Of each chart the one metric to lay over one another, held out where the runs have it.

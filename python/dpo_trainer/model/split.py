@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention
-from .errors import ModelError, first_line
-from .layout import attention_cost, attention_inputs
+from ..batch import attention
+from ..batch.layout import attention_cost, attention_inputs
+from ..errors import ModelError, first_line
 
 logger = logging.getLogger("dpo_trainer")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from .errors import DataError, did_you_mean, first_line
+from ..errors import DataError, did_you_mean, first_line
 
 SIDES = ("chosen", "rejected")
 TEXTS = ("prompt", *SIDES)

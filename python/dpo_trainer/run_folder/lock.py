@@ -18,8 +18,8 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import OutputError
 from .checkpoints import checkpoints
-from .errors import OutputError
 from .records import writing
 
 try:
@@ -28,7 +28,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from .trainer import DPOTrainer
+    from ..trainer import DPOTrainer
 
 logger = logging.getLogger("dpo_trainer")
 

@@ -15,11 +15,11 @@ from transformers.trainer_utils import has_length
 from dpo_kernels import objectives
 from dpo_kernels.linear import planner
 
-from .data import REFERENCE
-from .loss_path import memory_budget
-from .model import Batch, SplitModel
-from .reference import AdapterOffReference, FrozenReference
-from .trainer import DPOTrainer
+from ..data.files import REFERENCE
+from ..model.loss_path import memory_budget
+from ..model.references import AdapterOffReference, FrozenReference
+from ..model.split import Batch, SplitModel
+from ..trainer import DPOTrainer
 
 EXAMPLES = 3
 BARS = 8

@@ -1,0 +1,1 @@
+"""From tokenised pairs to a batch."""

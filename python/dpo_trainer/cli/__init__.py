@@ -1,0 +1,5 @@
+"""The command `dpo-train`."""
+
+from .main import main
+
+__all__ = ["main"]

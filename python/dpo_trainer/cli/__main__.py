@@ -1,0 +1,7 @@
+"""`python -m dpo_trainer.cli`, which launchers start."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())
