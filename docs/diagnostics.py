@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from dpo_trainer.watch.diagnostics import DIAGNOSES, Limits
+from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
 
 PAGE = Path(__file__).resolve().parent / "trainer.md"
 BEGIN, END = "<!-- diagnostics:begin -->\n", "<!-- diagnostics:end -->\n"

@@ -28,7 +28,6 @@ from .data.files import REFERENCE
 from .data.prepare import Account
 from .errors import ConfigError, DataError, ModelError, OutputError, first_line
 from .model import loss_path
-from .model.fit import check_best_metric, check_fit
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .model.references import AdapterOffReference, FrozenReference, reference_logps
@@ -40,6 +39,7 @@ from .run_folder.checkpoints import discard_half, load_state, save_state, sound_
 from .run_folder.lock import EndAfterStep, run_lock
 from .run_folder.records import writing
 from .settings.config import DPOConfig
+from .settings.fit import check_best_metric, check_fit
 from .watch.callbacks import LogAtTheEnd, MetricsFile, ProgressLine, ReportFile
 from .watch.diagnostics import Diagnostics
 from .watch.evaluated import EvaluatedPairs, look_at

@@ -14,9 +14,8 @@ from peft import LoraConfig
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
 from dpo_trainer.batch.collator import PairCollator
 from dpo_trainer.run_folder.records import read_records
+from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
 from dpo_trainer.watch.diagnostics import (
-    DIAGNOSES,
-    Limits,
     Run,
     _grad_spike,
     _kl_exploding,

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_trainer.cli.main import RUN_KEYS, SWITCHES
 from dpo_trainer.settings.config import DPOConfig
-from dpo_trainer.watch.diagnostics import DIAGNOSES, Limits
+from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -22,6 +22,7 @@ from ..errors import ConfigError, OutputError, UsageError, did_you_mean, first_l
 from ..run_folder import lock as guard
 from ..run_folder.checkpoints import checkpoints, discard_half
 from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, sha256, write_aside
+from ..settings.config import RunSettings
 
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
@@ -31,17 +32,8 @@ USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
 INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
 
-# Keys of a run besides the fields of DPOConfig.
-RUN_KEYS = {
-    "model": "The model to train: a folder, a hub name or a .gguf file.",
-    "ref_model": "The reference, where it is not the model as it starts: a folder, a hub name or a .gguf file.",
-    "train_data": "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected, a folder saved by "
-    "datasets, or a data set of the hub (owner/name:split).",
-    "eval_data": "Held-out pairs in the same form; evaluated at the start and after each quarter unless set otherwise.",
-    "streaming": "Read train_data while training, not before; needs max_steps.",
-    "output_dir": "Folder for the model, checkpoints, metrics.jsonl, summary.json and report.html.",
-    "lora": "Train a LoRA adapter, not the whole model: fields of peft's LoraConfig, e.g. --lora.r 16.",
-}
+#: Keys of a run besides the fields of DPOConfig, and their help.
+RUN_KEYS = {field.name: field.metadata["help"] for field in dataclasses.fields(RunSettings)}
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {
     "--resume": "Go on from the last checkpoint in output_dir, also with other settings or other data than before.",
@@ -565,7 +557,7 @@ def help_text(*, everything: bool = False) -> str:
     """The text of --help."""
     import textwrap
 
-    from ..settings.config import DPOConfig, own_fields
+    from ..settings.config import DPOConfig
 
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
 
@@ -584,7 +576,7 @@ def help_text(*, everything: bool = False) -> str:
         shown = "" if default is None else f" [{json.dumps(default, default=str)}]"
         return entry(item.name, f"{item.metadata.get('help', '')}{shown}")
 
-    own = own_fields()
+    own = [item for item in dataclasses.fields(DPOConfig) if item.name in DPOConfig.__annotations__]
     common = [
         "per_device_train_batch_size",
         "per_device_eval_batch_size",

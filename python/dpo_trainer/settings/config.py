@@ -1,9 +1,12 @@
-"""DPOConfig: every setting of a run, with its help text, its default and the checks that need no data."""
+"""DPOConfig: the settings of a run, each in one row with its type, default, range, help and group, and the checks across rows."""
 
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,13 +21,49 @@ from dpo_kernels.objectives import OBJECTIVES
 from ..batch.layout import LAYOUTS
 from ..batch.sampler import STRATEGIES
 from ..data.prepare import FILTERS
-from ..errors import ConfigError, did_you_mean
-from ..model.fit import check_ranges
-from ..watch.diagnostics import DIAGNOSES, Limits
+from ..errors import ConfigError
+from .diagnoses import DIAGNOSES, Limits
+from .table import (
+    DECAY,
+    FINITE_NOT_NEGATIVE,
+    FINITE_POSITIVE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    PROBABILITY,
+    SEED,
+    SHARE,
+    Range,
+    Setting,
+    at_least,
+    check_choice,
+    check_fields,
+    setting,
+)
 
-LOSS_PATHS = ("auto", "linear", "logits")
-OPPONENTS = ("reference", "chosen")
-TRUNCATION_MODES = ("keep_end", "keep_start")
+_run = partial(setting, group="run", common=True)
+_optimizer, _objective, _data, _model, _kernels, _watch = (
+    partial(setting, group=group) for group in ("optimizer", "objective", "data", "model", "kernels", "watch")
+)
+#: What settings of TrainingArguments must be, which takes these values without a look.
+INHERITED_RANGES: dict[str, Range] = {
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
+    **dict.fromkeys(("save_steps", "eval_steps"), POSITIVE),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), at_least(1)
+    ),
+}
+#: Settings of TrainingArguments that `--help` shows, and their groups.
+INHERITED_COMMON = {
+    "max_steps": "optimizer",
+    "per_device_train_batch_size": "optimizer",
+    "gradient_accumulation_steps": "optimizer",
+    "bf16": "optimizer",
+    "eval_steps": "watch",
+    "save_steps": "watch",
+}
 
 
 @dataclass
@@ -45,220 +84,194 @@ class DPOConfig(TrainingArguments):
     ]
 
     # Defaults that differ from TrainingArguments.
-    learning_rate: float = field(
-        default=1e-6,
-        metadata={"help": "Peak learning rate of AdamW. Try 5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA."},
+    learning_rate: float = _optimizer(
+        1e-6,
+        "Peak learning rate of AdamW. Try 5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA.",
+        NOT_NEGATIVE,
+        common=True,
     )
-    num_train_epochs: float = field(
-        default=1.0, metadata={"help": "Passes over the training pairs. More than one to three memorises them."}
+    num_train_epochs: float = _optimizer(
+        1.0, "Passes over the training pairs. More than one to three memorises them.", common=True
     )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many optimizer steps; a fraction below 1 is of the run."}
+    logging_steps: float = _watch(10, "Optimizer steps between two log records; below 1, a fraction of the run.")
+    logging_first_step: bool = _watch(True, "Also log the first step, whose loss must be log 2.")
+    logging_nan_inf_filter: bool = _watch(False, "Hide NaN losses from the log. Off: a NaN should be seen.")
+    report_to: str | list[str] | None = _watch(
+        "none", "Trackers to write to besides the run's own files, e.g. 'tensorboard'."
     )
-    logging_first_step: bool = field(
-        default=True, metadata={"help": "Also log the first step, whose loss must be log 2."}
+    train_sampling_strategy: str = _data(
+        "group_by_length",
+        "'group_by_length': pairs of similar length in a step; 'random'; 'sequential'.",
+        choices=STRATEGIES,
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN losses from the log. Off: a NaN should be seen."}
-    )
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Trackers to write to besides the run's own files, e.g. 'tensorboard'."}
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "'group_by_length': pairs of similar length in a step; 'random'; 'sequential'."},
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: the collator chooses its columns."}
-    )
+    remove_unused_columns: bool = _data(False, "Must stay off: the collator chooses its columns.")
 
     # The objective.
-    beta: float = field(
-        default=0.1,
-        metadata={"help": "Strength of the pull towards the reference: rewards are beta * (log-prob - reference)."},
+    beta: float = _objective(
+        0.1,
+        "Strength of the pull towards the reference: rewards are beta * (log-prob - reference).",
+        FINITE_POSITIVE,
+        common=True,
     )
-    loss_type: str | list[str] = field(
-        default="sigmoid",
-        metadata={"help": "The objective, or a list of them to mix; 'sigmoid' is DPO. Own settings: 'simpo(gamma=1)'."},
+    loss_type: str | list[str] = _objective(
+        "sigmoid",
+        "The objective, or a list of them to mix; 'sigmoid' is DPO. Own settings: 'simpo(gamma=1)'.",
+        common=True,
     )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight for each objective of loss_type; equal weights of 1 if not given."}
+    loss_weights: list[float] | None = _objective(
+        None, "One weight for each objective of loss_type; equal weights of 1 if not given."
     )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of pairs assumed to be labelled the wrong way round, e.g. 0.1."}
+    label_smoothing: float = _objective(
+        0.0, "Share of pairs assumed to be labelled the wrong way round, e.g. 0.1.", common=True
     )
-    ld_alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight, in [0, 1], of the longer answer's tokens beyond the shorter one's length (LD-DPO): below 1, "
-            "length tells less."
-        },
+    ld_alpha: float | None = _objective(
+        None,
+        "Weight, in [0, 1], of the longer answer's tokens beyond the shorter one's length (LD-DPO): below 1, length tells less.",
+        SHARE,
     )
-    use_weighting: bool = field(
-        default=False,
-        metadata={
-            "help": "Weigh each pair by how likely the policy is to have written both answers (WPO): off-policy data."
-        },
+    use_weighting: bool = _objective(
+        False, "Weigh each pair by how likely the policy is to have written both answers (WPO): off-policy data."
     )
-    kl_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Adds kl_coef times the mean exact KL(policy || reference) of the completion tokens to the loss; needs "
-            "the reference model in every step."
-        },
+    kl_coef: float = _objective(
+        0.0,
+        "Adds kl_coef times the mean exact KL(policy || reference) of the completion tokens to the loss; needs the reference "
+        "model in every step.",
+        FINITE_NOT_NEGATIVE,
     )
 
     # The data.
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Most tokens of prompt + completion; longer ones are cut. None: no limit."}
+    max_length: int | None = _data(
+        1024, "Most tokens of prompt + completion; longer ones are cut. None: no limit.", at_least(2), common=True
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of the prompt. None: only max_length counts."}
+    max_prompt_length: int | None = _data(None, "Most tokens of the prompt. None: only max_length counts.", at_least(1))
+    truncation_mode: str = _data(
+        "keep_end",
+        "'keep_end' drops the start of a too long prompt, 'keep_start' the end of the completion.",
+        choices=("keep_end", "keep_start"),
     )
-    truncation_mode: str = field(
-        default="keep_end",
-        metadata={"help": "'keep_end' drops the start of a too long prompt, 'keep_start' the end of the completion."},
+    append_eos: bool = _data(
+        True,
+        "End text completions with the end-of-sequence token. Turn off for completions cut at a length limit, which do not "
+        "show where to stop. Chat templates end turns themselves.",
     )
-    append_eos: bool = field(
-        default=True,
-        metadata={
-            "help": "End text completions with the end-of-sequence token. Turn off for completions cut at a length "
-            "limit, which do not show where to stop. Chat templates end turns themselves."
-        },
+    max_tokens: int | None = _data(
+        None,
+        "Most tokens in a training batch, counted as 2 sides x pairs x the longest. Replaces per_device_train_batch_size; "
+        "every pair still counts the same.",
+        at_least(4),
     )
-    max_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens in a training batch, counted as 2 sides x pairs x the longest. Replaces "
-            "per_device_train_batch_size; every pair still counts the same."
-        },
+    batch_layout: str = _data(
+        "auto",
+        "'prefix_shared': prompts once per pair, short pairs side by side in a row; 'padded': every sequence in a row of its "
+        "own; 'auto': what costs least, batch by batch. Models that cannot share are noticed and padded.",
+        choices=LAYOUTS,
     )
-    batch_layout: str = field(
-        default="auto",
-        metadata={
-            "help": "'prefix_shared': prompts once per pair, short pairs side by side in a row; 'padded': every sequence in "
-            "a row of its own; 'auto': what costs least, batch by batch. Models that cannot share are noticed and padded."
-        },
+    pad_to_multiple_of: int | None = _data(
+        None, "Round the padded length of a batch up to a multiple of this.", at_least(1)
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Round the padded length of a batch up to a multiple of this."}
+    dataset_num_proc: int | None = _data(None, "Processes to tokenise with.", at_least(1))
+    filters: list[str] = _data(
+        list(FILTERS),
+        "Pairs to leave out: 'identical' (chosen equals rejected), 'empty' (a blank completion), 'truncated' (nothing of a "
+        "completion is left), 'duplicates' (of an earlier pair). []: keep all.",
+        choices=FILTERS,
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenise with."})
-    filters: list[str] = field(
-        default_factory=lambda: list(FILTERS),
-        metadata={
-            "help": "Pairs to leave out: 'identical' (chosen equals rejected), 'empty' (a blank completion), 'truncated' "
-            "(nothing of a completion is left), 'duplicates' (of an earlier pair). []: keep all."
-        },
-    )
-    min_weight: float | None = field(
-        default=None, metadata={"help": "Leave out pairs whose 'weight' (confidence) is below this."}
-    )
+    min_weight: float | None = _data(None, "Leave out pairs whose 'weight' (confidence) is below this.", NOT_NEGATIVE)
 
     # The models.
-    precompute_ref_log_probs: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute the reference's log-probabilities once before training, then drop the reference: "
-            "half the memory and faster steps, but no KL in the log."
-        },
+    precompute_ref_log_probs: bool = _model(
+        False,
+        "Compute the reference's log-probabilities once before training, then drop the reference: half the memory and faster "
+        "steps, but no KL in the log.",
+        common=True,
     )
-    precompute_ref_batch_size: int | None = field(
-        default=None, metadata={"help": "Pairs a batch while precomputing; the evaluation batch size if not given."}
+    precompute_ref_batch_size: int | None = _model(
+        None, "Pairs a batch while precomputing; the evaluation batch size if not given.", at_least(1)
     )
-    ref_cache_dir: str | None = field(
-        default="auto",
-        metadata={
-            "help": "Folder in which precomputed log-probabilities are kept and found again, by weights and tokens. "
-            "'auto': in the user's cache; null: nowhere."
-        },
+    ref_cache_dir: str | None = _model(
+        "auto",
+        "Folder in which precomputed log-probabilities are kept and found again, by weights and tokens. 'auto': in the user's "
+        "cache; null: nowhere.",
     )
-    sync_ref_model: bool = field(
-        default=False,
-        metadata={"help": "Let the reference follow the policy (TR-DPO): less pull back to where training began."},
+    sync_ref_model: bool = _model(
+        False, "Let the reference follow the policy (TR-DPO): less pull back to where training began."
     )
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "sync_ref_model: share of the policy in the moved reference; 1 replaces it."}
+    ref_model_mixup_alpha: float = _model(
+        0.6, "sync_ref_model: share of the policy in the moved reference; 1 replaces it.", POSITIVE_SHARE
     )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "sync_ref_model: optimizer steps between moves."})
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Set all dropout (LoRA's too) to 0, so that policy and reference agree at the start."},
+    ref_model_sync_steps: int = _model(512, "sync_ref_model: optimizer steps between moves.", at_least(1))
+    disable_dropout: bool = _model(
+        True, "Set all dropout (LoRA's too) to 0, so that policy and reference agree at the start."
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given as a path."}
+    model_init_kwargs: dict[str, Any] | str | None = _model(
+        None, "Keyword arguments of from_pretrained when the model is given as a path."
     )
 
     # The kernels, and what is watched.
-    statistics: list[str] = field(
-        default_factory=lambda: ["entropy", "kl", "accuracy"],
-        metadata={
-            "help": "Statistics of the completion tokens to log: entropy, kl (exact; needs the reference's "
-            "logits in the step), accuracy (as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected), "
-            "grad_dropped_mass (linear path: what grad_filter left out)."
-        },
+    statistics: list[str] = _watch(
+        ["entropy", "kl", "accuracy"],
+        "Statistics of the completion tokens to log: entropy, kl (exact; needs the reference's logits in the step), accuracy "
+        "(as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected), grad_dropped_mass (linear path: what "
+        "grad_filter left out).",
+        choices=STATISTICS,
     )
-    loss_path: str = field(
-        default="auto",
-        metadata={
-            "help": "'linear': loss from hidden states and LM head, logits exist a chunk at a time; 'logits': all at once; "
-            "'auto': linear wherever model and objective allow it."
-        },
+    loss_path: str = _kernels(
+        "auto",
+        "'linear': loss from hidden states and LM head, logits exist a chunk at a time; 'logits': all at once; 'auto': linear "
+        "wherever model and objective allow it.",
+        choices=("auto", "linear", "logits"),
     )
-    memory_budget: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Working memory of the linear path, e.g. '64MB'. None: half of the head's gradient, or 256 MB."
-        },
+    memory_budget: int | str | None = _kernels(
+        None, "Working memory of the linear path, e.g. '64MB'. None: half of the head's gradient, or 256 MB."
     )
-    grad_filter: float | str | None = field(
-        default="auto",
-        metadata={
-            "help": "Linear path: leave probabilities up to this out of the gradient's products. 'auto': exact in float32, "
-            "below the rounding in 16 bits; None: exact."
-        },
+    grad_filter: float | str | None = _kernels(
+        "auto",
+        "Linear path: leave probabilities up to this out of the gradient's products. 'auto': exact in float32, below the "
+        "rounding in 16 bits; None: exact.",
+        PROBABILITY,
     )
-    backend: str | None = field(
-        default=None, metadata={"help": "Kernels to use: eager, cpu, triton or cuda. None: the best for the device."}
+    backend: str | None = _kernels(
+        None, "Kernels to use: eager, cpu, triton or cuda. None: the best for the device.", choices=BACKENDS
     )
-    sample_prompts: int = field(
-        default=0,
-        metadata={
-            "help": "Held-out prompts that the policy answers at every evaluation, the same ones each time, beside the "
-            "answers it began with: in samples.jsonl and the report. 0: none."
-        },
+    sample_prompts: int = _watch(
+        0,
+        "Held-out prompts that the policy answers at every evaluation, the same ones each time, beside the answers it began "
+        "with: in samples.jsonl and the report. 0: none.",
+        at_least(0),
+        common=True,
     )
-    sample_max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of such an answer."})
-    sample_temperature: float = field(
-        default=0.0, metadata={"help": "0: the likeliest token each time; else sampled, with the run's seed."}
+    sample_max_new_tokens: int = _watch(128, "Most tokens of such an answer.", at_least(1))
+    sample_temperature: float = _watch(
+        0.0, "0: the likeliest token each time; else sampled, with the run's seed.", at_least(0)
     )
-    win_rate_scorer: str | None = field(
-        default=None,
-        metadata={
-            "help": "'module:function' with (prompts, completions) -> a number each, higher is better: logs how often the "
-            "policy's answers win, as eval_win_rate."
-        },
+    win_rate_scorer: str | None = _watch(
+        None,
+        "'module:function' with (prompts, completions) -> a number each, higher is better: logs how often the policy's answers "
+        "win, as eval_win_rate.",
     )
-    win_rate_against: str = field(
-        default="reference",
-        metadata={
-            "help": "Whom they must beat: 'reference', the answers before training; or 'chosen', those of the data."
-        },
+    win_rate_against: str = _watch(
+        "reference",
+        "Whom they must beat: 'reference', the answers before training; or 'chosen', those of the data.",
+        choices=("reference", "chosen"),
     )
-    diagnostics: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Thresholds of the diagnostics, e.g. --diagnostics.kl_level 0.5; null turns one off."},
+    diagnostics: dict[str, Any] | str | None = _watch(
+        None, "Thresholds of the diagnostics, e.g. --diagnostics.kl_level 0.5; null turns one off."
     )
-    stop_on: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Diagnoses that stop the run, with a checkpoint, e.g. [kl_exploding, overfitting]."},
+    stop_on: list[str] = _watch(
+        [],
+        "Diagnoses that stop the run, with a checkpoint, e.g. [kl_exploding, overfitting].",
+        choices=DIAGNOSES,
+        called="diagnosis",
     )
-    write_report: bool = field(
-        default=True, metadata={"help": "Write report.html into output_dir at checkpoints and at the end."}
-    )
+    write_report: bool = _watch(True, "Write report.html into output_dir at checkpoints and at the end.")
 
     def __post_init__(self) -> None:
-        self._check_dpo_fields()
+        check_fields(self, INHERITED_RANGES)
+        self._check_objective()
+        self._check_together()
+        self.diagnostics = as_mapping("diagnostics", self.diagnostics)
+        self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
+        Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
         super().__post_init__()
@@ -267,20 +280,13 @@ class DPOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
 
-    def _check_dpo_fields(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ConfigError(f"beta: must be a positive number, got {self.beta}")
+    def _check_objective(self) -> None:
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         if not names:
             raise ConfigError("loss_type: at least one objective is needed")
         for name in names:
             # "simpo(gamma=1)" names simpo, with a hyper-parameter of its own.
-            plain = name.partition("(")[0].strip()
-            if plain not in OBJECTIVES:
-                raise ConfigError(
-                    f"loss_type: unknown objective '{plain}'{did_you_mean(plain, OBJECTIVES)}; "
-                    f"known are {', '.join(OBJECTIVES)}"
-                )
+            check_choice("loss_type", name.partition("(")[0].strip(), OBJECTIVES, "objective")
         if self.loss_weights is not None and len(self.loss_weights) != len(names):
             raise ConfigError(
                 f"loss_weights: {len(self.loss_weights)} weights for {len(names)} objectives in loss_type"
@@ -293,113 +299,39 @@ class DPOConfig(TrainingArguments):
             objectives.check(built, self.loss_weights, self.label_smoothing)
         except ValueError as error:
             raise ConfigError(f"label_smoothing: {error}") from error
-        self._check_reference(objectives.needs_reference(built))
-        if not 0 <= self.kl_coef < math.inf:
-            raise ConfigError(f"kl_coef: must not be negative, got {self.kl_coef}")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ConfigError(f"ld_alpha: must lie in [0, 1], got {self.ld_alpha}")
-        if self.truncation_mode not in TRUNCATION_MODES:
+        for name in ("precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(self, name) and not objectives.needs_reference(built):
+                raise ConfigError(f"{name}: loss_type {self.loss_type} compares with no reference; leave it off")
+
+    def _check_together(self) -> None:
+        if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigError(
-                f"truncation_mode: unknown '{self.truncation_mode}'; known are {', '.join(TRUNCATION_MODES)}"
+                "sync_ref_model: the reference moves during training, so its log-probabilities cannot be precomputed; "
+                "leave precompute_ref_log_probs off"
             )
-        for name, least in (
-            ("max_length", 2),
-            ("max_prompt_length", 1),
-            ("max_tokens", 4),
-            ("pad_to_multiple_of", 1),
-            ("dataset_num_proc", 1),
-            ("precompute_ref_batch_size", 1),
-            ("per_device_train_batch_size", 1),
-            ("per_device_eval_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("ref_model_sync_steps", 1),
-            ("sample_prompts", 0),
-            ("sample_max_new_tokens", 1),
-            ("sample_temperature", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}: must be at least {least}, got {value}")
-        if (
-            self.max_length is not None
-            and self.max_prompt_length is not None
-            and self.max_prompt_length >= self.max_length
-        ):
+        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
             raise ConfigError(
                 f"max_prompt_length: {self.max_prompt_length} leaves no room for a completion "
                 f"within max_length {self.max_length}"
             )
-        check_ranges(self)
-        for name in self.statistics:
-            if name not in STATISTICS:
-                raise ConfigError(
-                    f"statistics: unknown '{name}'{did_you_mean(name, STATISTICS)}; known are {', '.join(STATISTICS)}"
-                )
-        for name in self.filters:
-            if name not in FILTERS:
-                raise ConfigError(
-                    f"filters: unknown '{name}'{did_you_mean(name, FILTERS)}; known are {', '.join(FILTERS)}"
-                )
-        if self.min_weight is not None and not self.min_weight >= 0:
-            raise ConfigError(f"min_weight: must not be negative, got {self.min_weight}")
-        if self.train_sampling_strategy not in STRATEGIES:
-            raise ConfigError(
-                f"train_sampling_strategy: unknown '{self.train_sampling_strategy}'"
-                f"{did_you_mean(self.train_sampling_strategy, STRATEGIES)}; known are {', '.join(STRATEGIES)}"
-            )
-        if self.batch_layout not in LAYOUTS:
-            raise ConfigError(
-                f"batch_layout: unknown '{self.batch_layout}'{did_you_mean(self.batch_layout, LAYOUTS)}; "
-                f"known are {', '.join(LAYOUTS)}"
-            )
-        if self.win_rate_against not in OPPONENTS:
-            raise ConfigError(
-                f"win_rate_against: unknown '{self.win_rate_against}'"
-                f"{did_you_mean(self.win_rate_against, OPPONENTS)}; known are {', '.join(OPPONENTS)}"
-            )
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ConfigError(f"max_steps: must be at least 1, or -1 for whole epochs, got {self.max_steps}")
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ConfigError(f"num_train_epochs: must be positive, got {self.num_train_epochs}")
+        for pair in (self.optim_args or "").replace(" ", "").split(","):
+            if pair and not pair.partition("=")[2]:
+                raise ConfigError(f"optim_args: expected name=value, separated by commas, got '{self.optim_args}'")
         if self.win_rate_scorer is not None and not self.sample_prompts:
             raise ConfigError("win_rate_scorer: there is nothing to score; set sample_prompts, e.g. to 32")
-        if self.loss_path not in LOSS_PATHS:
-            raise ConfigError(
-                f"loss_path: unknown '{self.loss_path}'{did_you_mean(self.loss_path, LOSS_PATHS)}; "
-                f"known are {', '.join(LOSS_PATHS)}"
-            )
         try:
             parse_budget(self.memory_budget, 1, 1)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"memory_budget: {error}") from error
         if isinstance(self.grad_filter, str) and self.grad_filter != "auto":
             raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{self.grad_filter}'")
-        if isinstance(self.grad_filter, float | int) and not 0 < self.grad_filter < 1:
-            raise ConfigError(f"grad_filter: a probability lies in (0, 1), got {self.grad_filter}")
-        self.diagnostics = as_mapping("diagnostics", self.diagnostics)
-        self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
-        Limits.of(self.diagnostics)
-        for name in self.stop_on:
-            if name not in DIAGNOSES:
-                raise ConfigError(
-                    f"stop_on: unknown diagnosis '{name}'{did_you_mean(name, DIAGNOSES)}; known are {', '.join(DIAGNOSES)}"
-                )
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise ConfigError(
-                f"backend: unknown '{self.backend}'{did_you_mean(self.backend, BACKENDS)}; "
-                f"known are {', '.join(BACKENDS)}"
-            )
-
-    def _check_reference(self, needed: bool) -> None:
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ConfigError(f"ref_model_mixup_alpha: must lie in (0, 1], got {self.ref_model_mixup_alpha}")
-        for name in ("precompute_ref_log_probs", "sync_ref_model"):
-            if getattr(self, name) and not needed:
-                raise ConfigError(f"{name}: loss_type {self.loss_type} compares with no reference; leave it off")
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ConfigError(
-                "sync_ref_model: the reference moves during training, so its log-probabilities cannot be precomputed; "
-                "leave precompute_ref_log_probs off"
-            )
 
 
-def as_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
     """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
     if isinstance(value, str):
         try:
@@ -411,6 +343,48 @@ def as_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] 
     return value
 
 
-def own_fields() -> list[Any]:
-    """The dataclass fields that DPOConfig adds to, or changes in, TrainingArguments, in order."""
-    return [item for item in dataclasses.fields(DPOConfig) if item.name in DPOConfig.__annotations__]
+@dataclass
+class RunSettings:
+    """Settings of `dpo-train` besides the fields of DPOConfig."""
+
+    model: str | None = _run(None, "The model to train: a folder, a hub name or a .gguf file.")
+    ref_model: str | None = _run(
+        None, "The reference, where it is not the model as it starts: a folder, a hub name or a .gguf file."
+    )
+    train_data: str | None = _run(
+        None,
+        "Training pairs: a .jsonl, .json, .parquet or .csv file with prompt, chosen, rejected, a folder saved by datasets, or "
+        "a data set of the hub (owner/name:split).",
+    )
+    eval_data: str | None = _run(
+        None, "Held-out pairs in the same form; evaluated at the start and after each quarter unless set otherwise."
+    )
+    streaming: bool = _run(False, "Read train_data while training, not before; needs max_steps.", common=False)
+    output_dir: str | None = _run(
+        None, "Folder for the model, checkpoints, metrics.jsonl, summary.json and report.html."
+    )
+    lora: dict[str, Any] | None = _run(
+        None, "Train a LoRA adapter, not the whole model: fields of peft's LoraConfig, e.g. --lora.r 16."
+    )
+
+
+@cache
+def settings_table() -> dict[str, Setting]:
+    """Every setting of `dpo-train` by name: those of the run, DPOConfig's own, then the rest of TrainingArguments (group "")."""
+    rows: dict[str, Setting] = {}
+    for owner in (RunSettings, DPOConfig):
+        hints = typing.get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            if not field.init or field.name in rows:
+                continue
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            rows[field.name] = Setting(
+                field.name,
+                hints[field.name],
+                getattr(default, "value", default),
+                " ".join(field.metadata.get("help", "").split()),
+                field.metadata.get("group") or INHERITED_COMMON.get(field.name, ""),
+                field.metadata.get("common", field.name in INHERITED_COMMON),
+            )
+    own = {*RunSettings.__annotations__, *DPOConfig.__annotations__}
+    return {name: rows[name] for name in sorted(rows, key=lambda name: name not in own)}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -14,39 +13,9 @@ from dpo_kernels.backends import why_not
 from ..batch.sampler import Batching
 from ..data.prepare import TOKENS
 from ..errors import ConfigError, ModelError, did_you_mean
-
-if TYPE_CHECKING:
-    from ..settings.config import DPOConfig
+from .config import DPOConfig
 
 logger = logging.getLogger("dpo_trainer")
-
-_NOT_NEGATIVE = ("must not be negative", lambda value: value >= 0)
-_POSITIVE = ("must be positive", lambda value: value > 0)
-_DECAY = ("must lie in [0, 1)", lambda value: 0 <= value < 1)
-_SEED = ("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
-#: Settings of TrainingArguments that it takes without a look, and what they must be.
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"), _NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _DECAY),
-    **dict.fromkeys(("seed", "data_seed"), _SEED),
-    **dict.fromkeys(("save_steps", "eval_steps"), _POSITIVE),
-    "dataloader_num_workers": _NOT_NEGATIVE,
-}
-
-
-def check_ranges(config: DPOConfig) -> None:
-    """Raise ConfigError for a number that no run can use."""
-    for name, (rule, holds) in RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not holds(value):
-            raise ConfigError(f"{name}: {rule}, got {value}")
-    if config.max_steps == 0 or config.max_steps < -1:
-        raise ConfigError(f"max_steps: must be at least 1, or -1 for whole epochs, got {config.max_steps}")
-    if config.max_steps == -1 and not 0 < config.num_train_epochs < math.inf:
-        raise ConfigError(f"num_train_epochs: must be positive, got {config.num_train_epochs}")
-    for pair in (config.optim_args or "").replace(" ", "").split(","):
-        if pair and not pair.partition("=")[2]:
-            raise ConfigError(f"optim_args: expected name=value, separated by commas, got '{config.optim_args}'")
 
 
 def check_fit(

@@ -1,0 +1,118 @@
+"""The table of settings: name, type, default, range or choices, help and group of each. Checks, command line and docs use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, did_you_mean
+
+#: Titles of the groups, in the order in which help shows them.
+GROUPS = {
+    "run": "The run",
+    "optimizer": "The optimizer",
+    "objective": "The objective",
+    "data": "The data",
+    "model": "The models",
+    "kernels": "The kernels",
+    "watch": "What is watched",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number must be: the rule in words, and whether a value follows it."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("must be positive", lambda value: value > 0)
+NOT_NEGATIVE = Range("must not be negative", lambda value: value >= 0)
+FINITE_POSITIVE = Range("must be a positive number", lambda value: 0 < value < math.inf)
+FINITE_NOT_NEGATIVE = Range("must not be negative", lambda value: 0 <= value < math.inf)
+PROBABILITY = Range("a probability lies in (0, 1)", lambda value: 0 < value < 1)
+SHARE = Range("must lie in [0, 1]", lambda value: 0 <= value <= 1)
+POSITIVE_SHARE = Range("must lie in (0, 1]", lambda value: 0 < value <= 1)
+DECAY = Range("must lie in [0, 1)", lambda value: 0 <= value < 1)
+SEED = Range("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
+
+
+def at_least(least: float) -> Range:
+    """The range from `least` on."""
+    return Range(f"must be at least {least}", lambda value: value >= least)
+
+
+def setting(
+    default: Any,
+    text: str,
+    rule: Range | None = None,
+    *,
+    group: str,
+    choices: Iterable[str] = (),
+    called: str = "",
+    common: bool = False,
+) -> Any:
+    """A dataclass field that carries its row of the table.
+
+    Args:
+        default: its default; a list or a dict is copied for each object.
+        text: the help.
+        rule: what its numbers must be.
+        group: a key of GROUPS.
+        choices: the texts that it may be, or that its items may be.
+        called: what a choice is called in an error.
+        common: whether `--help` shows it.
+    """
+    metadata = {
+        "help": text,
+        "rule": rule,
+        "group": group,
+        "choices": tuple(choices),
+        "called": called,
+        "common": common,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table, as the command line and the docs show it."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    group: str
+    common: bool
+
+
+def check_choice(name: str, value: str, choices: Iterable[str], called: str = "") -> None:
+    """Raise ConfigError, with the nearest choice and all of them, for a value that is none."""
+    if value not in (known := tuple(choices)):
+        raise ConfigError(
+            f"{name}: unknown {called + ' ' if called else ''}'{value}'{did_you_mean(value, known)}; "
+            f"known are {', '.join(known)}"
+        )
+
+
+def check_range(name: str, value: Any, rule: Range) -> None:
+    """Raise ConfigError for a number that the rule excludes. What is no number is not looked at."""
+    if isinstance(value, int | float) and not rule.holds(value):
+        raise ConfigError(f"{name}: {rule.words}, got {value}")
+
+
+def check_fields(config: Any, inherited: dict[str, Range]) -> None:
+    """Raise ConfigError for the first value of a dataclass that its row, or its entry in `inherited`, excludes."""
+    for field in dataclasses.fields(config):
+        value, row = getattr(config, field.name), field.metadata
+        if (rule := row.get("rule") or inherited.get(field.name)) is not None:
+            check_range(field.name, value, rule)
+        if "group" in row and row["choices"]:
+            for item in [value] if isinstance(value, str) else value or ():
+                check_choice(field.name, item, row["choices"], row["called"])
