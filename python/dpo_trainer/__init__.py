@@ -9,7 +9,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 from .batch.collator import PairCollator
 from .data.files import load_pairs
 from .errors import ConfigError, DataError, ModelError, OutputError, UsageError
-from .model.split import load_model, load_tokenizer
+from .model.loading import load_model, load_tokenizer
 from .settings.config import DPOConfig
 from .trainer import DPOTrainer
 

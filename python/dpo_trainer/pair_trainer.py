@@ -6,9 +6,12 @@ import logging
 from functools import partial
 from typing import Any, cast
 
+import torch
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
@@ -50,6 +53,21 @@ class PairTrainer(Trainer):
         if account.dropped:
             logger.warning(account.describe())
         return dataset
+
+    def _tokenize_all(self, train: Any, evaluation: Any, args: DPOConfig, tokenizer: Any) -> tuple[Any, Any]:
+        """Both datasets tokenised; several for evaluation by their names."""
+        self.accounts = []
+        with args.main_process_first(desc="tokenising", local=True):
+            if train is not None:
+                train = self.tokenize(train, "train_dataset", args, tokenizer)
+            if isinstance(evaluation, dict):
+                evaluation = {
+                    key: self.tokenize(value, f"eval_dataset {key}", args, tokenizer)
+                    for key, value in evaluation.items()
+                }
+            elif evaluation is not None:
+                evaluation = self.tokenize(evaluation, "eval_dataset", args, tokenizer)
+        return train, evaluation
 
     @staticmethod
     def _check_streamable(name: str, args: DPOConfig) -> None:
@@ -96,6 +114,10 @@ class PairTrainer(Trainer):
         """Whose share of the pairs is this process's: tensor-parallel neighbours work on the same ones."""
         return self.accelerator.process_index // self.get_tp_size()
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        # transformers would order evaluations as it orders training; predictions belong to rows, in the rows' order.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As transformers makes it; on several processes divided such that no pair is evaluated twice."""
         if self.accelerator.num_processes == 1:
@@ -130,6 +152,14 @@ class PairTrainer(Trainer):
             _non_blocking=self.accelerator.non_blocking,
             **batches,
         )
+
+    def _gather(self, objects: list[Any]) -> list[Any]:
+        """All processes' objects, in the order of the processes."""
+        return gather_object(objects) if self.accelerator.num_processes > 1 else objects
+
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """All processes' rows, which need not be as many on each."""
+        return torch.cat(self._gather([rows.cpu()])).to(rows.device)
 
     def datasets(self) -> list[Any]:
         """All datasets that there are; of a stream, its first pairs."""

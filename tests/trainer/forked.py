@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import dpo_trainer.cli
-from dpo_trainer import DPOTrainer, trainer
+from dpo_trainer import DPOTrainer, run_trainer
 from dpo_trainer.model import reference_cache
 from dpo_trainer.run_folder import checkpoints, records
 from dpo_trainer.watch import callbacks, samples
@@ -37,10 +37,10 @@ PLACES: dict[str, tuple[Any, str]] = {
     "saving the state": (DPOTrainer, "_own_state"),
     "writing digests": (checkpoints, "write_digests"),
     "renaming": (Path, "replace"),
-    "rotating": (trainer, "rotate_checkpoints"),
+    "rotating": (run_trainer, "rotate_checkpoints"),
     "writing a text": (Path, "write_text"),
     "reporting": (DPOTrainer, "write_report"),
-    "writing the card": (trainer, "write_card"),
+    "writing the card": (run_trainer, "write_card"),
     "caching references": (reference_cache.ReferenceCache, "write"),
     "finishing": (callbacks.SaveAtTheEnd, "on_train_end"),
 }

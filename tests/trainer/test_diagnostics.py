@@ -15,14 +15,8 @@ from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
 from dpo_trainer.batch.collator import PairCollator
 from dpo_trainer.run_folder.records import read_records
 from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
-from dpo_trainer.watch.diagnostics import (
-    Run,
-    _grad_spike,
-    _kl_exploding,
-    _overfitting,
-    examine,
-    probed,
-)
+from dpo_trainer.watch.diagnoses import History, _grad_spike, _kl_exploding, _overfitting
+from dpo_trainer.watch.diagnostics import examine, probed
 
 from .tiny import build_model, build_pairs, build_tokenizer
 
@@ -324,8 +318,8 @@ def test_every_diagnosis_says_what_to_do() -> None:
 # --- trends, on records ----------------------------------------------------------------------------------------------
 
 
-def run_of(train: list[dict[str, Any]], evals: list[dict[str, Any]] | None = None) -> Run:
-    run = Run(Limits(), 0.6931, 0, 100, train=[{"step": step, **record} for step, record in enumerate(train)])
+def run_of(train: list[dict[str, Any]], evals: list[dict[str, Any]] | None = None) -> History:
+    run = History(Limits(), 0.6931, 0, 100, train=[{"step": step, **record} for step, record in enumerate(train)])
     run.evals = {"eval": evals} if evals else {}
     return run
 

@@ -72,13 +72,13 @@ def test_a_run_killed_before_its_final_save_takes_no_step_more(here: Path) -> No
 
 def test_a_summary_is_there_only_when_the_model_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ends in the middle of its final save is not taken for a finished one."""
-    from dpo_trainer import trainer
+    from dpo_trainer import run_trainer
 
     def fail(*_: Any) -> None:
         raise ValueError("as a kill would")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_card", fail)
+        patch.setattr(run_trainer, "write_card", fail)
         with pytest.raises(ValueError, match="as a kill would"):
             main(["config.yaml", "--quiet"])
     assert not (here / "run/summary.json").exists()

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelError
-from dpo_trainer.report import page as report
+from dpo_trainer.run_folder.summary import initial_loss
 
 from .tiny import MODELS, build_pairs
 
@@ -476,7 +476,7 @@ def test_a_model_can_be_given_as_a_path(make_trainer: Make, model_folder: Path) 
 def test_objectives_with_settings_of_their_own_and_running_means_reach_the_loss(tmp_path):
     """The text form is built once per trainer, so that an objective's running mean lives as long as the run."""
     config = DPOConfig(output_dir=str(tmp_path), loss_type=["sigmoid(beta=0.5)", "bco_running"], report_to="none")
-    assert report.initial_loss(config) > 0
+    assert initial_loss(config) > 0
     for wrong, words in (("simpo(gama=1)", "gama"), ("sigmoid(", "sigmoid"), ("nope(x=1)", "unknown objective 'nope'")):
         with pytest.raises(ConfigError, match=words):
             DPOConfig(output_dir=str(tmp_path), loss_type=wrong)

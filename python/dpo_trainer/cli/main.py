@@ -15,14 +15,16 @@ import types
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
-from ..run_folder import lock as guard
 from ..run_folder.checkpoints import checkpoints, discard_half
-from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, sha256, write_aside
+from ..run_folder.lock import run_lock
+from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, json_line, sha256, write_aside
 from ..settings.config import RunSettings
+from ..watch import signals as guard
 
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
@@ -130,7 +132,7 @@ def run(arguments: Sequence[str]) -> None:
         if stream is not None:
             # Whatever a library or a scorer prints must not stand between the objects.
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(guard.run_lock(output_dir, first=guard.is_first()))
+        stack.enter_context(run_lock(output_dir, first=guard.is_first()))
         _run(settings, switches, stream)
 
 
@@ -157,11 +159,10 @@ def _run(
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     from ..data.files import load_pairs, stream_pairs
-    from ..model.split import load_model, load_tokenizer
+    from ..model.loading import load_model, load_tokenizer
     from ..settings.config import DPOConfig
     from ..trainer import DPOTrainer
     from ..watch.callbacks import SaveAtTheEnd
-    from ..watch.json_lines import JsonLines
     from .inspect import Inspector
 
     fields = {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
@@ -203,7 +204,7 @@ def _run(
         return trainer.inspect()
     trainer.callback_handler.callbacks.insert(0, SaveAtTheEnd(trainer))
     if json_stream is not None:
-        trainer.add_callback(JsonLines(trainer, json_stream))
+        trainer.journal.listeners.append(partial(_print_json, json_stream))
     first = trainer.is_world_process_zero()
     if not quiet and first:
         for account in trainer.accounts:
@@ -215,12 +216,24 @@ def _run(
         write_aside(output_dir / SETTINGS, json.dumps({**_plain(settings), DIGESTS: digests}, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()  # before another process writes what this one clears
     trainer.train(resume_from_checkpoint=checkpoint)
+    if json_stream is not None and first:
+        _print_json(json_stream, SUMMARY, json.loads((output_dir / SUMMARY).read_text(encoding="utf-8")))
     if not quiet and first:
         for account in trainer.accounts:
             if account.streamed:
                 print(account.describe(), file=sys.stderr)
         print(f"model and report.html are in {output_dir}", file=sys.stderr)
     return {}
+
+
+#: `type` of the JSON lines, by the files that have the same records.
+JSON_TYPES = {METRICS: "log", EVENTS: "event", SAMPLES: "sample", SUMMARY: "summary"}
+
+
+def _print_json(stream: IO[str], name: str, record: dict[str, Any]) -> None:
+    """Print a record of a file as one line with its type, at once."""
+    stream.write(json_line({"type": JSON_TYPES[name], **record}))
+    stream.flush()
 
 
 @contextlib.contextmanager

@@ -11,12 +11,10 @@ from dpo_kernels import DPOOutput, dpo_loss, linear, linear_dpo_loss
 from dpo_kernels.linear import planner
 
 from ..errors import ConfigError
-from .references import AdapterOffReference, FrozenReference
+from .references import Reference
 from .split import Batch, SplitModel
 
 logger = logging.getLogger("dpo_trainer")
-
-Reference = FrozenReference | AdapterOffReference | None
 
 
 def choose(policy: SplitModel, reference: Reference, wanted: str) -> str:

@@ -18,17 +18,47 @@ from .split import Batch, SplitModel
 logger = logging.getLogger("dpo_trainer")
 
 
-class FrozenReference:
+class _Reference:
+    """What all references share.
+
+    Attributes:
+        split: the model that answers.
+        kind: the reference in words.
+        copied: whether it began as the policy did, in a copy.
+    """
+
+    split: SplitModel
+    kind: str
+    copied = False
+
+    def whole_model(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the reference can be called as one model, which it gives."""
+        return contextlib.nullcontext(self.split.model)
+
+    @torch.no_grad()
+    def packed_logits(self, batch: Batch) -> Tensor:
+        """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
+        with self.whole_model():
+            return self.split.packed_logits(batch)
+
+    @torch.no_grad()
+    def packed_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states `[N, H]` of the batch's scored tokens, without gradient."""
+        with self.whole_model():
+            return self.split.packed_hidden(batch)
+
+
+class FrozenReference(_Reference):
     """A second model that never changes; the exact KL can be computed against its logits.
 
     Args:
         model: the reference. It is put into evaluation mode and needs no gradient from here on.
     """
 
+    kind = "a frozen model"
+
     def __init__(self, model: nn.Module) -> None:
         self.split = SplitModel(model.eval().requires_grad_(False))
-        #: Whether it began as the policy did.
-        self.copied = False
 
     @classmethod
     def copy_of(cls, model: nn.Module) -> FrozenReference:
@@ -37,53 +67,38 @@ class FrozenReference:
         reference.copied = True
         return reference
 
-    @torch.no_grad()
-    def packed_logits(self, batch: Batch) -> Tensor:
-        """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
-        return self.split.packed_logits(batch)
 
-    @torch.no_grad()
-    def packed_hidden(self, batch: Batch) -> Tensor:
-        """Hidden states `[N, H]` of the batch's scored tokens, without gradient."""
-        return self.split.packed_hidden(batch)
-
-
-class AdapterOffReference:
+class AdapterOffReference(_Reference):
     """The policy with its peft adapter switched off: no second copy of the weights.
 
     Args:
         policy: the split of a peft model.
     """
 
+    kind = "the model without its adapter"
+
     def __init__(self, policy: SplitModel) -> None:
         self.split = policy
 
-    @torch.no_grad()
-    def packed_logits(self, batch: Batch) -> Tensor:
-        """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
-        with self._adapter_off():
-            return self.split.packed_logits(batch)
-
-    @torch.no_grad()
-    def packed_hidden(self, batch: Batch) -> Tensor:
-        """Hidden states `[N, H]` of the batch's scored tokens, without gradient."""
-        with self._adapter_off():
-            return self.split.packed_hidden(batch)
-
     @contextlib.contextmanager
-    def _adapter_off(self) -> Any:
+    def whole_model(self) -> Any:
+        """A context in which the adapter is off."""
         model: Any = self.split.model
         was_training = model.training
         model.eval()
         try:
             with model.disable_adapter():
-                yield
+                yield model
         finally:
             model.train(was_training)
 
 
+#: None where no reference is in memory.
+Reference = FrozenReference | AdapterOffReference | None
+
+
 def reference_logps(
-    source: SplitModel | FrozenReference | AdapterOffReference,
+    source: SplitModel | _Reference,
     split: SplitModel,
     dataset: Any,
     collate: Callable[[list[dict[str, Any]]], Batch],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..batch import attention
 from ..batch.layout import attention_cost, attention_inputs
-from ..errors import ModelError, first_line
+from ..errors import first_line
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -246,69 +245,3 @@ def call_through(wrapper: nn.Module, module: nn.Module, function: Callable[..., 
         return wrapper(*args)
     finally:
         restore()
-
-
-# --- loading -------------------------------------------------------------------------------------------------------
-
-
-def load_model(path: str | Path, **kwargs: Any) -> Any:
-    """Load a causal language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
-
-    float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
-    A .gguf file is dequantised by transformers and freed of the marks that would keep it from being trained and saved.
-
-    Raises:
-        ModelError: the path does not exist or cannot be read as a model.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model: Any
-    folder, extra = _source(path, "model")
-    kwargs = {"dtype": torch.float32, **extra, **kwargs}
-    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        dtype = getattr(torch, kwargs["dtype"], None)
-        if not isinstance(dtype, torch.dtype):
-            raise ModelError(f"model_init_kwargs: unknown dtype '{kwargs['dtype']}'")
-        kwargs["dtype"] = dtype
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model '{path}': cannot be loaded ({first_line(error)})") from error
-    if extra:
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-    return model
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer that belongs to a model folder, hub name or .gguf file.
-
-    Raises:
-        ModelError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    folder, extra = _source(path, "model")
-    try:
-        return AutoTokenizer.from_pretrained(folder, **extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model '{path}': its tokenizer cannot be loaded ({first_line(error)})") from error
-
-
-def _source(path: str | Path, what: str) -> tuple[str, dict[str, str]]:
-    """Arguments of from_pretrained for a folder, a .gguf file or a hub name."""
-    local = Path(path).expanduser()
-    if local.suffix == ".gguf":
-        if not local.is_file():
-            raise ModelError(f"{what} '{path}': no such file")
-        return str(local.parent), {"gguf_file": local.name}
-    if local.is_dir():
-        if not any((local / name).exists() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
-            raise ModelError(f"{what} '{path}': the folder holds no model (no config.json)")
-        return str(local), {}
-    # A hub name is 'name' or 'owner/name' and not something that exists here.
-    if local.exists() or local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
-        raise ModelError(f"{what} '{path}': {'not a folder or .gguf file' if local.exists() else 'no such folder'}")
-    return str(path), {}

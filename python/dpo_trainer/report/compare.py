@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..run_folder.metrics import evaluation_prefixes, evaluation_records, training_records
 from ..run_folder.records import METRICS, SUMMARY, read_records, write_aside
 from .charts import CHARTS, COLOURS, Curve, draw
-from .page import evaluation_prefixes, evaluation_records, template, training_records
+from .page import template
 
 OUTPUT = "comparison.html"
 #: Of each chart the one metric to lay over one another, held out where the runs have it.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..run import Run
+from ..run_folder.metrics import evaluation_prefixes, evaluation_records
 from ..run_folder.records import EVENTS, METRICS, read_records, write_aside
-from .page import evaluation_prefixes, evaluation_records, summarize, template
-
-if TYPE_CHECKING:
-    from ..trainer import DPOTrainer
+from ..run_folder.summary import summarize
+from .page import template
 
 CARD = "README.md"
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")
@@ -24,7 +24,7 @@ _FIGURES = (
 )
 
 
-def write_card(trainer: DPOTrainer, folder: Path, given: dict[str, Any]) -> Path:
+def write_card(run: Run, folder: Path, given: dict[str, Any]) -> Path:
     """Write the card into the folder; returns its path.
 
     Args:
@@ -32,21 +32,21 @@ def write_card(trainer: DPOTrainer, folder: Path, given: dict[str, Any]) -> Path
             dataset and so on.
     """
     path = folder / CARD
-    write_aside(path, render_card(trainer, given, adapter=hasattr(trainer.policy.model, "peft_config")))
+    write_aside(path, render_card(run, given, adapter=hasattr(run.policy.model, "peft_config")))
     return path
 
 
-def render_card(trainer: DPOTrainer, given: dict[str, Any], *, adapter: bool) -> str:
+def render_card(run: Run, given: dict[str, Any], *, adapter: bool) -> str:
     """The card's text: metadata that model hubs read, then prose and tables in Markdown."""
     import yaml
 
     from dpo_kernels import objectives
 
-    summary = summarize(trainer, finished=True)
-    config = getattr(trainer.policy.model, "config", None)
+    summary = summarize(run, finished=True)
+    config = getattr(run.policy.model, "config", None)
     origin = str(given.get("finetuned_from") or getattr(config, "_name_or_path", None) or "")
     base = origin or summary["architecture"]
-    name = given.get("model_name") or Path(str(trainer.args.output_dir)).resolve().name
+    name = given.get("model_name") or Path(str(run.args.output_dir)).resolve().name
     metadata = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -57,10 +57,10 @@ def render_card(trainer: DPOTrainer, given: dict[str, Any], *, adapter: bool) ->
         "datasets": given.get("dataset_tags") or given.get("dataset"),
         "tags": list(dict.fromkeys([*TAGS, *_as_list(given.get("tags")), *_as_list(given.get("tasks"))])),
     }
-    folder = Path(str(trainer.args.output_dir))
+    folder = Path(str(run.args.output_dir))
     records = read_records(folder / METRICS)
-    rows = [getattr(item, "info", None) for item in objectives.build(trainer.args.loss_type)]
-    weights = trainer.args.loss_weights or [1.0] * len(rows)
+    rows = [getattr(item, "info", None) for item in objectives.build(run.args.loss_type)]
+    weights = run.args.loss_weights or [1.0] * len(rows)
     return template("model_card.md.j2").render(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False).strip(),
         name=name,
@@ -68,7 +68,7 @@ def render_card(trainer: DPOTrainer, given: dict[str, Any], *, adapter: bool) ->
         adapter=adapter,
         summary=summary,
         objectives=list(zip([row for row in rows if row is not None], weights, strict=False)),
-        beta=trainer.args.beta,
+        beta=run.args.beta,
         evaluations=[(prefix, _table(evaluation_records(records, prefix))) for prefix in evaluation_prefixes(records)],
         events=read_records(folder / EVENTS),
     )

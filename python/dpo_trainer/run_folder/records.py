@@ -1,4 +1,4 @@
-"""The run's own files: JSON records a line each, and text that a reader or a kill never meets half written."""
+"""The files of a run: JSON records, one a line, and texts that are written atomically."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import OutputError, first_line
+from ..settings.config import DPOConfig
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
+REPORT = "report.html"
 #: Texts that every record of a file has.
 _TEXTS = {EVENTS: ("name", "title", "seen", "remedy"), SAMPLES: ("evaluation", "prompt")}
 
@@ -99,3 +102,56 @@ def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [record for record in read_records(path) if record["step"] <= step] if step else []
     write_aside(path, "".join(map(json_line, kept)))
     return kept
+
+
+class Journal(TrainerCallback):
+    """The record files in `output_dir`, which the main process alone writes. As a callback it appends every log to METRICS.
+
+    A fresh run starts METRICS anew; a resumed one drops the lines after its checkpoint, which will be written again.
+
+    Attributes:
+        listeners: each is called with the file's name and the record once a record is written.
+    """
+
+    def __init__(self, args: DPOConfig) -> None:
+        self.args = args
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.args.process_index == 0
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add a record to a file. Raises OutputError."""
+        if self.first:
+            append_record(self.folder / name, record)
+            self.tell(name, record)
+
+    def tell(self, name: str, record: dict[str, Any]) -> None:
+        """Show the record to the listeners."""
+        for listener in self.listeners:
+            listener(name, record)
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """See `read_records`."""
+        return read_records(self.folder / name)
+
+    def keep(self, name: str, step: int) -> list[dict[str, Any]]:
+        """See `keep_records`; other processes than the first only read."""
+        if self.first:
+            return keep_records(self.folder / name, step)
+        return [record for record in self.read(name) if 0 < step >= record["step"]]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.keep(METRICS, state.global_step)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if logs and "train_runtime" not in logs:
+            self.append(METRICS, {"step": state.global_step, **logs})

@@ -1,19 +1,18 @@
-"""What a run shows and leaves behind while it goes: metrics.jsonl, the report, one progress line."""
+"""What a run writes and prints while it trains: the report, the model at the end, a progress line."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..run_folder.records import METRICS, SUMMARY, append_record, keep_records
-
-if TYPE_CHECKING:
-    from ..trainer import DPOTrainer
+from ..run import Run
+from ..run_folder.metrics import evaluation_prefix, without_prefix, without_ties
+from ..run_folder.records import SUMMARY
 
 
 class LogAtTheEnd(TrainerCallback):
@@ -26,64 +25,40 @@ class LogAtTheEnd(TrainerCallback):
                 control.should_evaluate = True
 
 
-class MetricsFile(TrainerCallback):
-    """Append every log to `output_dir/metrics.jsonl`, one JSON object a line.
-
-    A fresh run starts the file anew; a resumed one drops the lines after its checkpoint, which will be written again.
-    """
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        keep_records(Path(str(args.output_dir)) / METRICS, state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        append_record(Path(str(args.output_dir)) / METRICS, {"step": state.global_step, **logs})
-
-
 class ReportFile(TrainerCallback):
     """Write `report.html` at checkpoints and, with `summary.json`, when training ends."""
 
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.ended = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ended = False
-        self.trainer.accelerator.wait_for_everyone()  # others may still have to see whether the run had finished
+        self.run.accelerator.wait_for_everyone()  # others may still have to see whether the run had finished
         if state.is_world_process_zero:
             (Path(str(args.output_dir)) / SUMMARY).unlink(missing_ok=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step < state.max_steps:  # otherwise the end is near and writes it anyway
-            self.trainer.write_report(finished=False)
+            self.run.write_report(finished=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ended = True
-        self.trainer.write_report(finished=True)
+        self.run.write_report(finished=True)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.ended:
-            self.trainer.write_report(finished=True)
+            self.run.write_report(finished=True)
 
 
 class SaveAtTheEnd(TrainerCallback):
     """Save the model when training ends, before `summary.json`: a folder that holds a summary holds the model."""
 
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.save_model()
+        self.run.save_model()
 
 
 class ProgressLine(TrainerCallback):
@@ -121,8 +96,8 @@ class ProgressLine(TrainerCallback):
             self.shown = logs
             if self.live:
                 self._show(self.line(state))
-        elif any(name.startswith("eval") and name.endswith("_loss") for name in logs):
-            self._print(f"step {state.global_step:>5}  {evaluation_text(logs)}")
+        elif (prefix := evaluation_prefix(logs)) is not None:
+            self._print(f"step {state.global_step:>5}  {prefix}: {_figures(without_prefix(logs, prefix))}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.shown:
@@ -146,25 +121,6 @@ class ProgressLine(TrainerCallback):
         self.stream.write(lead + text.ljust(self.width if self.live else 0) + "\n")
         self.stream.flush()
         self.width = 0
-
-
-def evaluation_text(logs: dict[str, Any]) -> str:
-    """An evaluation in a line: its name, loss, accuracy, margin, KL."""
-    prefix = next(name for name in logs if name.endswith("_loss"))[: -len("_loss")]
-    return f"{prefix}: " + _figures(
-        {name[len(prefix) + 1 :]: value for name, value in logs.items() if name.startswith(prefix)}
-    )
-
-
-def without_ties(logs: dict[str, Any]) -> dict[str, Any]:
-    """The figures without the accuracy of a model that has not moved: with rewards of 0 nothing is right or wrong."""
-    tied = {
-        name
-        for name in logs
-        if name.endswith("rewards/accuracies")
-        and logs.get(name.replace("accuracies", "chosen")) == logs.get(name.replace("accuracies", "rejected")) == 0
-    }
-    return {name: value for name, value in logs.items() if name not in tied}
 
 
 def _figures(logs: dict[str, Any]) -> str:

@@ -1,260 +1,32 @@
-"""What goes wrong in preference training, told while it goes wrong: each diagnosis with its figures and a remedy.
-
-A diagnosis is a function of the run's log records, the facts known before the first step (`Facts`) and the thresholds
-(`Limits`). It speaks once a run. Adding one: a row in DIAGNOSES, a check in CHECKS.
-"""
+"""Watches a run while it trains: asks the reference beforehand, runs the checks at every log, tells what they find, stops."""
 
 from __future__ import annotations
 
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.files import REFERENCE
-from ..run_folder.records import EVENTS, SUMMARY, append_record, keep_records, read_records
+from ..data.files import REFERENCE, SIDES
+from ..run import Run
+from ..run_folder.records import EVENTS, SUMMARY, Journal
+from ..run_folder.summary import initial_loss
+from ..settings.config import as_mapping
 from ..settings.diagnoses import DIAGNOSES, Limits
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..trainer import DPOTrainer
+from .diagnoses import CHECKS, FEWEST, Facts, Found, History, before_training, number
 
 logger = logging.getLogger("dpo_trainer")
 
-SIDES = ("chosen", "rejected")
-#: Margins from which a 95th percentile is taken at the least.
-FEWEST = 16
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known before the first step. Log-probabilities in nats, of a sample of the training pairs."""
-
-    pairs: int = 0
-    chosen_length: float = 0.0
-    rejected_length: float = 0.0
-    weights: tuple[float, ...] = ()
-    chosen_per_token: float = math.nan
-    accuracy: float = math.nan
-    margins: tuple[float, ...] = ()
-    #: The names of datasets in which every pair weighs 0.
-    weightless: tuple[str, ...] = ()
-
-
-@dataclass
-class Run:
-    """Everything a check may look at; records have the names of metrics.jsonl without an evaluation's prefix."""
-
-    limits: Limits
-    start_loss: float  # NaN until the first record, for objectives whose start depends on the model
-    warmup_steps: int
-    planned_steps: int
-    facts: Facts = field(default_factory=Facts)
-    train: list[dict[str, Any]] = field(default_factory=list)
-    evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    eval_pairs: int = 0
-    #: Share of the 16-bit weights that updates changed; NaN where the weights have 32 bits.
-    changed: float = math.nan
-
-    def recent(self, metric: str, back: int = 0) -> float:
-        """Mean of the metric over the last `windows` records, or over those `back` times as far back.
-
-        NaN where there are too few or one lacks it: comparisons with NaN are false, so what is not known fires nothing.
-        """
-        count = int(self.limits.windows)
-        stop = len(self.train) - back * count
-        values = [number(record.get(metric)) for record in self.train[max(stop - count, 0) : max(stop, 0)]]
-        return statistics.fmean(values) if len(values) == count else math.nan
-
-    def falling(self, metric: str) -> float:
-        """The recent mean where it is below the mean before, else NaN."""
-        now = self.recent(metric)
-        return now if now < self.recent(metric, back=1) else math.nan
-
-
-def number(value: float | None) -> float:
-    """The value of a record, NaN where there is none."""
-    return math.nan if value is None else float(value)
-
-
-Found = tuple[str, str]  # name in DIAGNOSES, what was seen
-
-
-def _before_training(run: Run) -> Iterator[Found]:
-    facts, limits = run.facts, run.limits
-    lengths = (facts.chosen_length, facts.rejected_length)
-    if max(lengths) > limits.length_ratio * min(lengths):
-        yield (
-            "lengths_differ",
-            f"chosen answers have {lengths[0]:.1f} tokens on average, rejected ones {lengths[1]:.1f}",
-        )
-    if facts.weightless:
-        yield (
-            "weights_zero",
-            f"every pair of {' and '.join(facts.weightless)} has weight 0, so the loss there is 0 and says nothing",
-        )
-    if (total := sum(facts.weights)) > 0:
-        effective = total**2 / sum(weight**2 for weight in facts.weights)
-        if effective < limits.weight_share * len(facts.weights):
-            yield (
-                "uneven_preferences",
-                f"the weights are so uneven that {len(facts.weights)} pairs count like {effective:.0f}",
-            )
-    if len(facts.margins) >= FEWEST:
-        sizes = sorted(map(abs, facts.margins))
-        middle, high = statistics.median(sizes), sizes[math.ceil(0.95 * len(sizes)) - 1]
-        if high > limits.margin_spread * middle:
-            yield (
-                "uneven_preferences",
-                f"the reference's log-prob margins are {middle:.1f} nats in the median, but {high:.1f} at the 95th percentile",
-            )
-    if facts.chosen_per_token < limits.chosen_likelihood:
-        yield (
-            "weak_reference",
-            f"chosen answers have {facts.chosen_per_token:.2f} nats per token under the reference "
-            f"(perplexity {math.exp(min(-facts.chosen_per_token, 50)):,.0f})",
-        )
-    if facts.margins and facts.accuracy < min(limits.reference_accuracy, 0.5 - doubt(len(facts.margins))):
-        yield (
-            "weak_reference",
-            f"under the reference the chosen answer is the likelier one, per token, in only {facts.accuracy:.0%} of "
-            f"{len(facts.margins)} pairs",
-        )
-
-
-def doubt(pairs: int) -> float:
-    """Two standard deviations of the share of heads in so many throws of a fair coin."""
-    return 1 / math.sqrt(max(pairs, 1))
-
-
-def _loss_stuck(run: Run) -> Iterator[Found]:
-    """The loss has not left its start; what the rewards, gradients and weights do tells the cause."""
-    limits = run.limits
-    since = run.train[-1]["step"] - run.warmup_steps if run.train else 0
-    loss, spread, accuracy = run.recent("loss"), run.recent("rewards/margins_std"), run.recent("rewards/accuracies")
-    size = max(abs(run.recent("rewards/chosen")), abs(run.recent("rewards/rejected")))
-    stuck = loss >= run.start_loss - limits.stuck_tolerance * abs(run.start_loss)
-    if not stuck or since < max(limits.stuck_steps, limits.stuck_share * run.planned_steps):
-        return
-    seen = f"{since} steps past the warm-up the loss is {loss:.4f}, and it starts at {run.start_loss:.4f}"
-    if spread <= 1e-3 * max(size, 1e-3) and (size > 1e-6 or run.recent("grad_norm") < 1e-4):
-        # Two sides with the same tokens: the gradient cancels but for rounding, which Adam still turns into steps.
-        yield "pairs_equal", f"{seen}; over all pairs, the margin between the two answers varies by {spread:.1e}"
-    elif max(spread, size) < limits.stuck_rewards:
-        if run.changed < limits.changed_share:
-            yield (
-                "updates_lost",
-                f"{seen}; an update changes {run.changed:.1%} of the 16-bit weights that have a gradient",
-            )
-        else:
-            yield "learning_rate_low", f"{seen}; rewards are {size:.1e} in size, and margins vary by {spread:.1e}"
-    elif accuracy < limits.swapped_accuracy:
-        yield "pairs_swapped", f"{seen}; training accuracy is {accuracy:.0%}"
-    elif accuracy < limits.random_accuracy:
-        yield "pairs_random", f"{seen}; margins vary by {spread:.2f}, but accuracy is {accuracy:.0%}"
-
-
-def _swapped_evaluation(run: Run) -> Iterator[Found]:
-    for name, records in run.evals.items():
-        last = records[-1]
-        accuracy = number(last.get("rewards/accuracies"))
-        moved = number(last.get("rewards/margins_std")) > 0  # before that, all pairs are ties
-        if moved and accuracy < min(run.limits.swapped_accuracy, 0.5 - doubt(run.eval_pairs)):
-            yield (
-                "pairs_swapped",
-                f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of the pairs",
-            )
-
-
-def _overfitting(run: Run) -> Iterator[Found]:
-    limits, accuracy, train = run.limits, run.recent("rewards/accuracies"), run.recent("loss")
-    for name, records in run.evals.items():
-        (least, best), last = min((number(record["loss"]), record["step"]) for record in records), records[-1]
-        rise = number(last["loss"]) - least
-        if train < least and rise > limits.eval_rise * abs(run.start_loss):
-            yield (
-                "overfitting",
-                f"the loss on {name} rose from {least:.4f} at step {best} to {least + rise:.4f}; in training it is {train:.4f}",
-            )
-        held_out = number(last.get("rewards/accuracies"))
-        moved = number(last.get("rewards/margins_std")) > 0
-        if moved and accuracy - held_out > max(limits.accuracy_gap, doubt(run.eval_pairs)):
-            yield "overfitting", f"accuracy is {accuracy:.0%} in training and {held_out:.0%} on {name}"
-    falling = run.falling("logratios/chosen")
-    if accuracy >= limits.memorised_accuracy and falling < -limits.displacement:
-        yield (
-            "overfitting",
-            f"training accuracy is {accuracy:.0%} while chosen answers lose {-falling:.2f} nats per token",
-        )
-
-
-def _displacement(run: Run) -> Iterator[Found]:
-    chosen, rejected = run.falling("logratios/chosen"), run.falling("logratios/rejected")
-    if chosen < -run.limits.displacement and rejected < -run.limits.displacement:
-        yield (
-            "displacement",
-            f"against the reference, chosen answers have lost {-chosen:.2f} nats per token and rejected ones {-rejected:.2f}",
-        )
-
-
-def _kl_exploding(run: Run) -> Iterator[Found]:
-    limits = run.limits
-    last = number(run.train[-1].get("kl")) if run.train else math.nan
-    now, before = run.recent("kl"), run.recent("kl", back=1)
-    if last > limits.kl_level:
-        yield "kl_exploding", f"the KL divergence is {last:.2f} nats per token"
-    elif now > limits.kl_level / 5 and now > limits.kl_growth * before:
-        yield "kl_exploding", f"the KL divergence grew from {before:.3f} to {now:.3f} nats per token in a few records"
-
-
-def _grad_spike(run: Run) -> Iterator[Found]:
-    norms = [number(record.get("grad_norm_max")) for record in run.train[-21:]]
-    known = [norm for norm in norms[:-1] if math.isfinite(norm)]
-    if len(known) < 5:
-        return
-    usual = statistics.median(known)
-    if math.inf > norms[-1] > run.limits.grad_spike * usual > 0:
-        yield "grad_spike", f"the gradient norm is {norms[-1]:.3g}; the median of the records before is {usual:.3g}"
-
-
-def _weightless_stream(run: Run) -> Iterator[Found]:
-    """Of a stream no weights are known beforehand; that its first steps have no loss and no gradient shows them."""
-    first = run.train[0] if run.train else {}
-    if not run.facts.pairs and run.start_loss > 0 and first.get("loss") == 0 and first.get("grad_norm") == 0:
-        yield "weights_zero", f"up to step {first['step']} the loss is 0 and so is its gradient"
-
-
-def _not_finite(run: Run) -> Iterator[Found]:
-    for name in ("loss", "grad_norm"):
-        if run.train and name in run.train[-1]:
-            value = number(run.train[-1][name])
-            if not math.isfinite(value):
-                yield "not_finite", f"{name} is {value}"
-
-
-CHECKS: tuple[Callable[[Run], Iterator[Found]], ...] = (
-    _not_finite,
-    _weightless_stream,
-    _loss_stuck,
-    _swapped_evaluation,
-    _overfitting,
-    _displacement,
-    _kl_exploding,
-    _grad_spike,
-)
-
-
-def examine(trainer: DPOTrainer, limits: Limits) -> Facts:
+def examine(run: Run, limits: Limits) -> Facts:
     """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
-    dataset: Any = trainer.train_dataset
-    evals = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    dataset: Any = run.train_dataset
+    evals = run.eval_dataset if isinstance(run.eval_dataset, dict) else {"": run.eval_dataset}
     named = {
         "the training data": dataset,
         **{f"the evaluation data {key}".strip(): data for key, data in evals.items()},
@@ -269,7 +41,7 @@ def examine(trainer: DPOTrainer, limits: Limits) -> Facts:
     if all(column in dataset.column_names for column in REFERENCE):
         logps = tuple(probe[column] for column in REFERENCE)
     else:
-        logps = trainer.reference_logps(probe, batch_size=trainer.args.per_device_eval_batch_size)
+        logps = run.reference_logps(probe, batch_size=run.args.per_device_eval_batch_size)
     chosen, rejected = (torch.tensor(values, dtype=torch.float64) for values in logps)
     unscored = torch.tensor([not ids for ids in probe["prompt_input_ids"]])  # first tokens, which follow nothing
     chosen_counts, rejected_counts = (
@@ -360,50 +132,43 @@ class Diagnostics(TrainerCallback):
     """Runs the checks at every log and evaluation, writes `events.jsonl`, tells, and stops the run where asked to.
 
     Args:
-        trainer: the trainer watched.
+        run: the run that is watched.
+        journal: writes the events.
         announce: prints a line.
     """
 
-    def __init__(self, trainer: DPOTrainer, announce: Callable[[str], None] = logger.warning) -> None:
-        self.trainer = trainer
-        self.announce = announce
+    def __init__(self, run: Run, journal: Journal, announce: Callable[[str], None] = logger.warning) -> None:
+        self.run, self.journal, self.announce = run, journal, announce
         self.events: list[dict[str, Any]] = []
         self.stopped_by: str | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        from ..report.page import initial_loss
-
-        config = self.trainer.args
-        limits = Limits.of(cast("dict[str, Any]", config.diagnostics))
+        config = self.run.args
+        limits = Limits.of(as_mapping("diagnostics", config.diagnostics))
         start = number(initial_loss(config))
-        self.run = Run(limits, start, args.get_warmup_steps(state.max_steps), state.max_steps)
-        self.run.eval_pairs = sum(account.kept for account in self.trainer.accounts if account.name.startswith("eval"))
-        self.weights = ChangedWeights(self.trainer.policy.model)
+        self.history = History(limits, start, args.get_warmup_steps(state.max_steps), state.max_steps)
+        self.history.eval_pairs = sum(account.kept for account in self.run.accounts if account.name.startswith("eval"))
+        self.weights = ChangedWeights(self.run.policy.model)
         self.stopped_by = None
-        path = Path(str(args.output_dir)) / EVENTS
-        if state.is_world_process_zero:
-            self.events = keep_records(path, state.global_step)
-        else:  # all processes must agree on what was told, since a diagnosis may stop the run
-            self.events = [event for event in read_records(path) if 0 < state.global_step >= event["step"]]
+        # All processes read them, since a diagnosis may stop the run and all must agree on what was told.
+        self.events = self.journal.keep(EVENTS, state.global_step)
         for record in state.log_history:
-            self._take(record)
+            self.history.take(record)
         last = [event["name"] for event in self.events if event["step"] == state.global_step]
-        if state.global_step and not (path.parent / SUMMARY).exists():
+        if state.global_step and not (self.journal.folder / SUMMARY).exists():
             # The run stopped here and was killed before it had finished; only that is left.
-            self.stopped_by = next((name for name in last if name in self.trainer.args.stop_on), None)
+            self.stopped_by = next((name for name in last if name in config.stop_on), None)
             control.should_training_stop = self.stopped_by is not None
         if not state.global_step:
             # Every process looks, since a sharded model needs them all; the first one speaks.
-            self.run.facts = examine(self.trainer, self.run.limits)
-            self._tell(state, control, _before_training(self.run))
+            self.history.facts = examine(self.run, limits)
+            self._tell(state, control, before_training(self.history))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if self.weights.parameters:
-            self.weights.remember()
+        self.weights.remember()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if self.weights.parameters:
-            self.weights.compare()
+        self.weights.compare()
 
     def on_log(
         self,
@@ -414,61 +179,33 @@ class Diagnostics(TrainerCallback):
         **_: Any,
     ) -> None:
         # An evaluation outside of training is the caller's own.
-        if logs and self.trainer.is_in_train and self._take({"step": state.global_step, **logs}):
-            self.run.changed = self.weights.share
+        if logs and self.run.is_in_train and self.history.take({"step": state.global_step, **logs}):
+            self.history.changed = self.weights.share
             for check in CHECKS:
-                self._tell(state, control, check(self.run))
+                self._tell(state, control, check(self.history))
 
     def stop_before_update(self, state: TrainerState, control: TrainerControl, seen: str) -> None:
         """Stop the run for a gradient that is not finite, and tell of it if that has not been told."""
-        self._tell(state, control, iter([("not_finite", f"{seen}; its update was not made")]))
+        self._tell(state, control, [("not_finite", f"{seen}; its update was not made")])
         self._stop("not_finite", state, control)
 
-    def _take(self, record: dict[str, Any]) -> bool:
-        """Add a log record to the run; whether it was one of training or evaluation."""
-        if "loss" in record:
-            self.run.train.append(record)
-            if math.isnan(self.run.start_loss):
-                self.run.start_loss = number(record["loss"])
-            return True
-        prefix = evaluation_prefix(record)
-        if prefix is None:
-            return False
-        own = {name[len(prefix) + 1 :]: value for name, value in record.items() if name.startswith(prefix + "_")}
-        self.run.evals.setdefault(prefix, []).append({**own, "step": record["step"]})
-        return True
-
-    def _tell(self, state: TrainerState, control: TrainerControl, found: Iterator[Found]) -> None:
+    def _tell(self, state: TrainerState, control: TrainerControl, found: Iterable[Found]) -> None:
         for name, seen in found:
             if any(event["name"] == name for event in self.events):
                 continue
-            diagnosis = DIAGNOSES[name]
-            event = {
-                "step": state.global_step,
-                "name": name,
-                "title": diagnosis.title,
-                "seen": seen,
-                "remedy": diagnosis.remedy,
-            }
-            self.events.append(event)
-            stop = name in self.trainer.args.stop_on
+            title, remedy = DIAGNOSES[name].title, DIAGNOSES[name].remedy
+            self.events.append(
+                {"step": state.global_step, "name": name, "title": title, "seen": seen, "remedy": remedy}
+            )
+            stop = name in self.run.args.stop_on
             if stop:
                 self._stop(name, state, control)
-            if state.is_world_process_zero:
-                append_record(Path(str(self.trainer.args.output_dir)) / EVENTS, event)
-                self.announce(describe(event) + (" Stopping, as stop_on asks." if stop else ""))
+            self.journal.append(EVENTS, self.events[-1])
+            if self.journal.first:
+                said = f"step {state.global_step}: {title} ({name}): {seen}. {remedy}"
+                self.announce(said + (" Stopping, as stop_on asks." if stop else ""))
 
     def _stop(self, name: str, state: TrainerState, control: TrainerControl) -> None:
         self.stopped_by = self.stopped_by or name
         control.should_save = state.global_step > 0
         control.should_training_stop = True
-
-
-def evaluation_prefix(record: Mapping[str, Any]) -> str | None:
-    """ "eval", or "eval_" and the dataset's name, for a record of an evaluation."""
-    return next((name[: -len("_loss")] for name in record if name.startswith("eval") and name.endswith("_loss")), None)
-
-
-def describe(event: Mapping[str, Any]) -> str:
-    """The event as a line."""
-    return f"step {event['step']}: {event['title']} ({event['name']}): {event['seen']}. {event['remedy']}"

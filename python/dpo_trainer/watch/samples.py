@@ -12,18 +12,15 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError, first_line
-from ..model.references import AdapterOffReference, FrozenReference
-from ..run_folder.records import SAMPLES, append_record, keep_records, read_records
-
-if TYPE_CHECKING:
-    from ..trainer import DPOTrainer
+from ..run import Run
+from ..run_folder.records import SAMPLES, Journal
+from .diagnostics import spread
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -120,28 +117,26 @@ class Samples(TrainerCallback):
     reference is in memory; a resumed run reads it from the file.
 
     Args:
-        trainer: the trainer.
+        run: the run.
+        journal: writes the samples.
         scorer: judges answers; None: they are only shown.
     """
 
-    def __init__(self, trainer: DPOTrainer, scorer: Scorer | None) -> None:
-        self.trainer, self.scorer = trainer, scorer
+    def __init__(self, run: Run, journal: Journal, scorer: Scorer | None) -> None:
+        self.run, self.journal, self.scorer = run, journal, scorer
         #: Prompts, and the answers of the model that training began from, by the prefix of the evaluation's metrics.
         self.initial: dict[str, tuple[list[str], list[str]]] = {}
 
-    @property
-    def path(self) -> Path:
-        return Path(str(self.trainer.args.output_dir)) / SAMPLES
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.initial = {}
-        if state.is_world_process_zero:
-            records = keep_records(self.path, state.global_step)
-        else:
-            records = read_records(self.path)
-        for prefix, dataset in self._evaluations().items():
+        records = self.journal.keep(SAMPLES, state.global_step)
+        datasets = self.run.eval_dataset
+        for key, dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
+            prefix = f"eval_{key}" if key else "eval"
+            if not _has_prompts(dataset):
+                continue
             if not state.global_step:
-                with self.trainer._pause():
+                with self.run.pause():
                     self._begin(prefix, dataset)
                 continue
             known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]
@@ -152,52 +147,41 @@ class Samples(TrainerCallback):
         """What `evaluate` may return."""
         return ("score", "win_rate", "win_rate_se") if self.scorer is not None else ()
 
-    def _evaluations(self) -> dict[str, Any]:
-        dataset = self.trainer.eval_dataset
-        named = dataset if isinstance(dataset, dict) else {"": dataset}
-        prefixes = {f"eval_{key}" if key else "eval": value for key, value in named.items()}
-        return {prefix: value for prefix, value in prefixes.items() if _has_prompts(value)}
-
-    def _rows(self, dataset: Any) -> list[int]:
-        """The prompts' places: spread evenly over the dataset, the same ones every time."""
-        count = min(self.trainer.args.sample_prompts, len(dataset))
-        return [index * len(dataset) // count for index in range(count)]
-
-    def _texts(self, dataset: Any, part: str) -> list[str]:
-        ids = [dataset[row][f"{part}_input_ids"] for row in self._rows(dataset)]
-        tokenizer: Any = self.trainer.processing_class
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
     def _begin(self, prefix: str, dataset: Any) -> None:
         """Have the answers written that the policy's will be compared with; score them, to see that the scorer works."""
-        answers = self._answers(dataset, self._initial_model())
-        prompts, chosen = self._texts(dataset, "prompt"), self._texts(dataset, "chosen")
+        records = self._asked(prefix, dataset)
+        reference = self.run.reference
+        source = contextlib.nullcontext(self.run.policy.model) if reference is None else reference.whole_model()
+        answers, prompts = self._answers(dataset, source), [record["prompt"] for record in records]
         self.initial[prefix] = prompts, answers
         if self.scorer is not None:
             score(self.scorer, prompts, answers)
-        columns = (self._rows(dataset), prompts, chosen, answers)
-        for row, prompt, best, answer in zip(*columns, strict=True):
-            self._write(prefix, {"row": row, "prompt": prompt, "chosen": best, "reference": answer})
+        for record, answer in zip(records, answers, strict=True):
+            self.journal.append(SAMPLES, {**record, "reference": answer})
 
-    @contextlib.contextmanager
-    def _initial_model(self) -> Any:
-        reference = self.trainer.reference
-        if isinstance(reference, AdapterOffReference):
-            with reference._adapter_off():
-                yield reference.split.model
-        else:
-            yield reference.split.model if isinstance(reference, FrozenReference) else self.trainer.policy.model
+    def _asked(self, prefix: str, dataset: Any) -> list[dict[str, Any]]:
+        """A record for each sampled row, without an answer: spread evenly over the dataset, the same ones every time."""
+        places = spread(len(dataset), self.run.args.sample_prompts)
+        rows = dataset.select(places)
+        texts = {
+            part: self.run.processing_class.batch_decode(list(rows[f"{part}_input_ids"]), skip_special_tokens=True)
+            for part in ("prompt", "chosen")
+        }
+        return [
+            {"step": self.run.state.global_step, "evaluation": prefix, "row": row, "prompt": prompt, "chosen": chosen}
+            for row, prompt, chosen in zip(places, texts["prompt"], texts["chosen"], strict=True)
+        ]
 
     def _answers(self, dataset: Any, source: contextlib.AbstractContextManager[Any]) -> list[str]:
-        args = self.trainer.args
-        prompts = [dataset[row]["prompt_input_ids"] for row in self._rows(dataset)]
+        args, size = self.run.args, self.run.args.per_device_eval_batch_size
+        prompts = list(dataset.select(spread(len(dataset), args.sample_prompts))["prompt_input_ids"])
         found: list[str] = []
-        with source as model, self.trainer.accelerator.autocast():
-            for start in range(0, len(prompts), args.per_device_eval_batch_size):
+        with source as model, self.run.accelerator.autocast():
+            for start in range(0, len(prompts), size):
                 found += generate(
                     model,
-                    self.trainer.processing_class,
-                    prompts[start : start + args.per_device_eval_batch_size],
+                    self.run.processing_class,
+                    prompts[start : start + size],
                     max_new_tokens=args.sample_max_new_tokens,
                     temperature=args.sample_temperature,
                     seed=args.seed + start,
@@ -208,46 +192,44 @@ class Samples(TrainerCallback):
         """Sample and write; returns `win_rate`, `win_rate_se` (standard error) and `score` where there is a scorer."""
         if not _has_prompts(dataset):
             return {}
-        if prefix not in self.initial and not self.trainer.state.global_step:
+        begun = self.run.state.global_step > 0
+        if prefix not in self.initial and not begun:
             self._begin(prefix, dataset)
-        prompts, chosen = self._texts(dataset, "prompt"), self._texts(dataset, "chosen")
+        records = self._asked(prefix, dataset)
+        prompts = [record["prompt"] for record in records]
         known, initial = self.initial.get(prefix, ([], []))
         if known != prompts:
             initial = []  # another dataset than the run's
-        reference = self.trainer.reference
-        unmoved = not self.trainer.state.global_step and (reference is None or getattr(reference, "copied", False))
-        if unmoved and initial:
+        reference = self.run.reference
+        if initial and not begun and (reference is None or reference.copied):
             answers = initial
         else:
-            answers = self._answers(dataset, contextlib.nullcontext(self.trainer.policy.model))
-        records: list[dict[str, Any]] = [
-            {"row": row, "prompt": prompt, "chosen": best, "policy": answer}
-            for row, prompt, best, answer in zip(self._rows(dataset), prompts, chosen, answers, strict=True)
-        ]
+            answers = self._answers(dataset, contextlib.nullcontext(self.run.policy.model))
+        for record, answer in zip(records, answers, strict=True):
+            record["policy"] = answer
         for record, answer in zip(records, initial, strict=False):
             record["reference"] = answer
-        metrics = {}
-        if self.scorer is not None:
-            against = self.trainer.args.win_rate_against
-            scores = score(self.scorer, prompts, answers)
-            metrics["score"] = math.fsum(scores) / len(scores)
-            others = chosen if against == "chosen" else initial
-            if others:
-                other_scores = score(self.scorer, prompts, others)
-                metrics["win_rate"], metrics["win_rate_se"] = win_rate(scores, other_scores)
-                for record, mine, other in zip(records, scores, other_scores, strict=True):
-                    record |= {"policy_score": mine, f"{against}_score": other}
-            else:
-                logger.warning("win rate of %s: no answers of the model that training began from are known", prefix)
+        metrics = self._scored(records, initial) if self.scorer is not None else {}
         for record in records:
-            self._write(prefix, record)
+            self.journal.append(SAMPLES, record)
         return metrics
 
-    def _write(self, prefix: str, record: dict[str, Any]) -> None:
-        state = self.trainer.state
-        if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            append_record(self.path, {"step": state.global_step, "evaluation": prefix, **record})
+    def _scored(self, records: list[dict[str, Any]], initial: list[str]) -> dict[str, float]:
+        """The scores' mean and the win rate; each record gets its scores."""
+        assert self.scorer is not None
+        against, prompts = self.run.args.win_rate_against, [record["prompt"] for record in records]
+        scores = score(self.scorer, prompts, [record["policy"] for record in records])
+        metrics = {"score": math.fsum(scores) / len(scores)}
+        others = [record["chosen"] for record in records] if against == "chosen" else initial
+        if not others:
+            prefix = records[0]["evaluation"]
+            logger.warning("win rate of %s: no answers of the model that training began from are known", prefix)
+            return metrics
+        other_scores = score(self.scorer, prompts, others)
+        metrics["win_rate"], metrics["win_rate_se"] = win_rate(scores, other_scores)
+        for record, mine, other in zip(records, scores, other_scores, strict=True):
+            record |= {"policy_score": mine, f"{against}_score": other}
+        return metrics
 
 
 def _has_prompts(dataset: Any) -> bool:

@@ -1,0 +1,111 @@
+"""Loading a model and its tokenizer from a folder, a hub name or a .gguf file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, ModelError, first_line
+
+
+def load_model(path: str | Path, **kwargs: Any) -> Any:
+    """Load a causal language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
+
+    float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
+    A .gguf file is dequantised by transformers and freed of the marks that would keep it from being trained and saved.
+
+    Raises:
+        ModelError: the path does not exist or cannot be read as a model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model: Any
+    folder, extra = _source(path, "model")
+    kwargs = {"dtype": torch.float32, **extra, **kwargs}
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        dtype = getattr(torch, kwargs["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(f"model_init_kwargs: unknown dtype '{kwargs['dtype']}'")
+        kwargs["dtype"] = dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model '{path}': cannot be loaded ({first_line(error)})") from error
+    if extra:
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer that belongs to a model folder, hub name or .gguf file.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder, extra = _source(path, "model")
+    try:
+        return AutoTokenizer.from_pretrained(folder, **extra)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model '{path}': its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """(model, reference, tokenizer), loaded where they are given as paths, with `init` for from_pretrained.
+
+    Raises:
+        ModelError: a part cannot be loaded, or the parts do not go together.
+    """
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+        model = load_model(model, **init)
+    if isinstance(ref_model, (str, Path)):
+        ref_model = load_model(ref_model, **init)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model: {type(model).__name__} is an encoder-decoder; only causal language models are supported"
+        )
+    if ref_model is model:
+        raise ModelError("ref_model: is the model itself, which would move with it; pass None for a frozen copy")
+    if tokenizer is None:
+        if not (name := getattr(config, "_name_or_path", "")):
+            raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
+        tokenizer = load_tokenizer(name)
+    return model, ref_model, tokenizer
+
+
+def with_adapter(model: Any, peft_config: Any) -> Any:
+    """The model with an adapter around it. Raises ConfigError or ModelError."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
+    try:
+        return get_peft_model(model, peft_config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"peft_config: {first_line(error)}") from error
+
+
+def _source(path: str | Path, what: str) -> tuple[str, dict[str, str]]:
+    """Arguments of from_pretrained for a folder, a .gguf file or a hub name."""
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ModelError(f"{what} '{path}': no such file")
+        return str(local.parent), {"gguf_file": local.name}
+    if local.is_dir():
+        if not any((local / name).exists() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
+            raise ModelError(f"{what} '{path}': the folder holds no model (no config.json)")
+        return str(local), {}
+    # A hub name is 'name' or 'owner/name' and not something that exists here.
+    if local.exists() or local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
+        raise ModelError(f"{what} '{path}': {'not a folder or .gguf file' if local.exists() else 'no such folder'}")
+    return str(path), {}

@@ -1,0 +1,164 @@
+"""The reference's side of `DPOTrainer`: which one there is, what it says of a dataset beforehand, and where that is kept."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from dpo_kernels import objectives, use_backend
+
+from .data.files import REFERENCE
+from .errors import ConfigError, DataError
+from .model.moving_reference import MovingReference
+from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
+from .model.references import AdapterOffReference, FrozenReference, Reference, reference_logps
+from .model.split import Batch, SplitModel
+from .pair_trainer import PairTrainer
+
+
+def has_reference(dataset: Any) -> bool:
+    """Whether the data bring the reference's log-probabilities."""
+    return all(name in dataset.column_names for name in REFERENCE)
+
+
+class ReferenceTrainer(PairTrainer):
+    """A trainer of pairs that has a policy and perhaps a reference; it knows no loss.
+
+    Attributes:
+        policy: the trained model.
+        reference: None where no reference is in memory.
+        moving: what moves the reference during training; None where it stands still.
+    """
+
+    policy: SplitModel
+    reference: Reference
+    moving: MovingReference | None
+    _objectives: list[Any]
+
+    @contextlib.contextmanager
+    def _kernels(self) -> Any:
+        """Mixed precision and the choice of kernels around any use of the model."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.accelerator.autocast())
+            if self.args.backend is not None:
+                stack.enter_context(use_backend(self.args.backend))
+            yield
+
+    def _make_reference(self, ref_model: Any, example: Batch | None) -> Reference:
+        datasets = self.datasets()
+        if datasets and all(map(has_reference, datasets)):
+            return None
+        if ref_model is not None:
+            reference = FrozenReference(ref_model.to(self.args.device))
+            if example is not None:
+                with self.accelerator.autocast():
+                    reference.split.verify(example)
+            return reference
+        if not objectives.needs_reference(self._objectives):
+            return None
+        if hasattr(self.model, "disable_adapter"):
+            return AdapterOffReference(self.policy)
+        if self.args.precompute_ref_log_probs:
+            return None  # computed from the model itself before it moves
+        reference = FrozenReference.copy_of(self.model)  # type: ignore[arg-type]
+        reference.split.split = self.policy.split
+        return reference
+
+    def _make_moving(self) -> MovingReference | None:
+        if not self.args.sync_ref_model:
+            return None
+        if not isinstance(self.reference, FrozenReference) or hasattr(self.model, "disable_adapter"):
+            what = (
+                "reference log-probabilities in the data" if self.reference is None else "the reference of an adapter"
+            )
+            raise ConfigError(f"sync_ref_model: moves a whole model's weights; it cannot move {what}")
+        alpha, every = self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps
+        return MovingReference(self.policy.model, self.reference.split.model, alpha=alpha, every=every)
+
+    @property
+    def reference_kind(self) -> str:
+        """Where the reference's log-probabilities come from, in words."""
+        if self.moving is not None:
+            return self.moving.describe()
+        if self.reference is not None:
+            return self.reference.kind
+        needed = objectives.needs_reference(self._objectives)
+        return "log-probabilities computed beforehand" if needed else "none"
+
+    # --- log-probabilities beforehand ------------------------------------------------------------------------------
+
+    def _precompute_all(self) -> None:
+        """Give all datasets the reference's log-probabilities, then drop the reference."""
+        if self.train_dataset is not None:
+            self.train_dataset = self._with_reference(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                key: self._with_reference(value, f"eval {key}") for key, value in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
+        self.reference = None
+
+    def _with_reference(self, dataset: Any, name: str) -> Any:
+        """The dataset with the reference's log-probabilities as columns, computed unless it has them."""
+        if has_reference(dataset):
+            return dataset
+        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        if (cache := self.reference_cache(dataset)) is None:
+            columns = self.reference_logps(dataset, batch_size=batch_size)
+        else:
+            columns = cache.fill(
+                lambda rows: self.reference_logps(dataset.select(rows), batch_size=batch_size),
+                name=name,
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+                wait=self.accelerator.wait_for_everyone,
+            )
+        for column, values in zip(REFERENCE, columns, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def reference_logps(self, rows: Any, *, batch_size: int) -> tuple[list[float], list[float]]:
+        """Summed log-probabilities, in nats, of tokenised rows' answers, chosen and rejected, under the reference.
+
+        Under the model as it stands where no reference is in memory.
+        """
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        try:
+            return reference_logps(
+                self.reference if self.reference is not None else self.policy,
+                self.reference.split if self.reference is not None else self.policy,
+                rows,
+                self.data_collator,  # type: ignore[arg-type]
+                batch_size=batch_size,
+                device=self.args.device,
+                context=self._kernels,
+            )
+        finally:
+            self.policy.model.train(was_training)
+
+    def reference_cache(self, dataset: Any) -> ReferenceCache | None:
+        """Where the reference's log-probabilities of a tokenised dataset lie; None if they are not kept."""
+        if (root := folder_of(self.args.ref_cache_dir)) is None:
+            return None
+        facts = {
+            "model": model_fingerprint(self.policy.model if self.reference is None else self.reference.split.model),
+            "data": data_fingerprint(dataset),
+            "precision": self.accelerator.mixed_precision,  # autocast changes what the same weights answer
+        }
+        return ReferenceCache(root, facts, dataset["length"])
+
+    def _ready(self, dataset: Any, name: str) -> Any:
+        """A dataset that is not the run's own, tokenised, and with a reference to compare with."""
+        if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
+            dataset = self.tokenize(dataset, name, self.args, self.processing_class)
+            self.accounts.pop()  # not part of the run
+        if objectives.needs_reference(self._objectives) and self.reference is None and not has_reference(dataset):
+            if self.state.global_step > 0:
+                raise DataError(
+                    f"{name}: the reference was dropped after precomputing and the model has moved since; "
+                    f"pass the dataset to the constructor, or give it the columns {' and '.join(REFERENCE)}"
+                )
+            dataset = self._with_reference(dataset, name)
+        return dataset

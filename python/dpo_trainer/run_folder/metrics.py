@@ -1,0 +1,53 @@
+"""The names of metrics in log records: which records are of training steps, which of evaluations, and of which dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def _prefixes(record: Mapping[str, Any]) -> Iterator[str]:
+    return (name.removesuffix("_loss") for name in record if name.startswith("eval") and name.endswith("_loss"))
+
+
+def evaluation_prefix(record: Mapping[str, Any]) -> str | None:
+    """ "eval", or "eval_" and the dataset's name, for a record of an evaluation; None for other records."""
+    return next(_prefixes(record), None)
+
+
+def evaluation_prefixes(records: Sequence[Record]) -> list[str]:
+    """The prefixes of all evaluations, in the order in which they first appear."""
+    return list(dict.fromkeys(prefix for record in records for prefix in _prefixes(record)))
+
+
+def without_prefix(record: Mapping[str, Any], prefix: str) -> Record:
+    """The metrics of one evaluation by their plain names, such as "loss" for "eval_loss"."""
+    return {name[len(prefix) + 1 :]: value for name, value in record.items() if name.startswith(prefix + "_")}
+
+
+def training_records(records: Sequence[Record]) -> list[Record]:
+    """The records of training steps."""
+    return [without_ties(record) for record in records if "loss" in record]
+
+
+def evaluation_records(records: Sequence[Record], prefix: str = "eval") -> list[Record]:
+    """The records of evaluations, without the prefix of their metrics' names, the last one of each step."""
+    found = {}
+    for record in records:
+        own = without_prefix(record, prefix)
+        if "loss" in own:
+            found[record["step"]] = {"step": record["step"], "epoch": record.get("epoch"), **without_ties(own)}
+    return list(found.values())
+
+
+def without_ties(record: Record) -> Record:
+    """The figures without the accuracy of a model that has not moved: with rewards of 0 nothing is right or wrong."""
+    tied = {
+        name
+        for name in record
+        if name.endswith("rewards/accuracies")
+        and record.get(name.replace("accuracies", "chosen")) == record.get(name.replace("accuracies", "rejected")) == 0
+    }
+    return {name: value for name, value in record.items() if name not in tied}

@@ -1,0 +1,121 @@
+"""summary.json: the facts of a run in one object."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_kernels.objectives import Pairs, build, mix
+
+from ..model.split import unwrap_adapter
+from ..run import Run
+from ..settings.config import DPOConfig
+from .metrics import evaluation_records, training_records
+from .records import METRICS, read_records
+
+
+def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
+    """Facts of a run: data, first and last figures, throughput, settings, versions. Plain JSON values."""
+    records = read_records(Path(str(run.args.output_dir)) / METRICS)
+    train, evals = training_records(records), evaluation_records(records)
+    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in train if r.get("tokens_per_second"))
+    tokens = sum(r.get("tokens") or 0 for r in train)
+    model = run.policy.model
+    parameters = list(model.parameters())
+    return {
+        "finished": finished,
+        "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        "architecture": type(unwrap_adapter(model)).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "reference": run.reference_kind,
+        "data": [account.describe() for account in run.accounts],
+        "pairs": {account.name: account.kept for account in run.accounts},
+        "steps": run.state.global_step,
+        "initial_loss": initial_loss(run.args),
+        "planned_steps": run.state.max_steps,
+        "epochs": run.state.epoch,
+        "seconds": round(seconds, 3),
+        "tokens": int(tokens),
+        "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
+        "peak_memory_mib": _peak_memory_mib(),
+        "first": train[0] if train else {},
+        "last": train[-1] if train else {},
+        "eval_first": evals[0] if evals else {},
+        "eval_last": evals[-1] if evals else {},
+        "device": _device(run.args.device),
+        "changed_settings": _changed(run.args),
+        "settings": json.loads(json.dumps(run.args.to_sanitized_dict(), default=str)),
+        "versions": _versions(),
+    }
+
+
+def initial_loss(args: DPOConfig) -> float | None:
+    """The objective's value where policy and reference agree (log 2 for DPO); None where it depends on the model."""
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    beta, smoothing = (torch.tensor(value, dtype=torch.float64) for value in (args.beta, args.label_smoothing))
+    values = []
+    for sums in (zero.repeat(2), torch.tensor([-3.0, -7.0], dtype=torch.float64)):
+        pairs = Pairs.from_sums(sums, sums, 2 * one.repeat(2), beta, smoothing, kl_sums=zero.repeat(2))
+        values.append(mix(pairs, build(args.loss_type), args.loss_weights).item())
+    return values[0] if math.isclose(*values, abs_tol=1e-12) else None
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _peak_memory_mib() -> float | None:
+    """The most resident memory that this program has had."""
+    # Linux hands ru_maxrss on to children: a run started by a large process would be told that process's peak.
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10, 1)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+
+
+def _changed(args: Any) -> dict[str, Any]:
+    changed = {}
+    for item in dataclasses.fields(args):
+        value = getattr(args, item.name)
+        value = getattr(value, "value", value)
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        default = getattr(default, "value", default)
+        derived = item.name in (
+            "disable_tqdm",
+            "dataloader_pin_memory",
+            "eval_steps",
+            "local_rank",
+            "hub_token",
+            "accelerator_config",
+        )
+        same = value == default or (value in (None, [], {}, False) and default in (None, "none", "", [], {}, False))
+        if not derived and not same:
+            changed[item.name] = value
+    return json.loads(json.dumps(changed, default=str))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    for name in ("dpo-kernels", "torch", "transformers", "accelerate", "datasets", "peft", "triton"):
+        if name in installed:
+            versions[name] = installed[name]
+    versions["system"] = f"{platform.system()} {platform.machine()}"
+    return versions

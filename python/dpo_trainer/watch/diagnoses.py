@@ -1,0 +1,249 @@
+"""The checks behind the diagnoses: figures of a run in, findings out. Nothing here trains, writes or prints.
+
+A check is a function of a run's log records, the facts known before its first step (`Facts`) and the thresholds (`Limits`).
+A diagnosis is told once a run. To add one: a row in `settings.diagnoses.DIAGNOSES`, a check in CHECKS.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..run_folder.metrics import evaluation_prefix, without_prefix
+from ..settings.diagnoses import Limits
+
+#: Margins from which a 95th percentile is taken at the least.
+FEWEST = 16
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before the first step. Log-probabilities in nats, of a sample of the training pairs."""
+
+    pairs: int = 0
+    chosen_length: float = 0.0
+    rejected_length: float = 0.0
+    weights: tuple[float, ...] = ()
+    chosen_per_token: float = math.nan
+    accuracy: float = math.nan
+    margins: tuple[float, ...] = ()
+    #: The names of datasets in which every pair weighs 0.
+    weightless: tuple[str, ...] = ()
+
+
+@dataclass
+class History:
+    """Everything a check may look at. Records have the names of metrics.jsonl without an evaluation's prefix."""
+
+    limits: Limits
+    start_loss: float  # NaN until the first record, for objectives whose start depends on the model
+    warmup_steps: int
+    planned_steps: int
+    facts: Facts = field(default_factory=Facts)
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    eval_pairs: int = 0
+    #: Share of the 16-bit weights that updates changed; NaN where the weights have 32 bits.
+    changed: float = math.nan
+
+    def take(self, record: dict[str, Any]) -> bool:
+        """Add a log record; whether it was one of training or evaluation."""
+        if "loss" in record:
+            self.train.append(record)
+            if math.isnan(self.start_loss):
+                self.start_loss = number(record["loss"])
+            return True
+        if (prefix := evaluation_prefix(record)) is None:
+            return False
+        self.evals.setdefault(prefix, []).append({**without_prefix(record, prefix), "step": record["step"]})
+        return True
+
+    def recent(self, metric: str, back: int = 0) -> float:
+        """Mean of the metric over the last `windows` records, or over those `back` times as far back.
+
+        NaN where there are too few or one lacks it: comparisons with NaN are false, so what is not known fires nothing.
+        """
+        count = int(self.limits.windows)
+        stop = len(self.train) - back * count
+        values = [number(record.get(metric)) for record in self.train[max(stop - count, 0) : max(stop, 0)]]
+        return statistics.fmean(values) if len(values) == count else math.nan
+
+    def falling(self, metric: str) -> float:
+        """The recent mean where it is below the mean before, else NaN."""
+        now = self.recent(metric)
+        return now if now < self.recent(metric, back=1) else math.nan
+
+
+def number(value: float | None) -> float:
+    """The value of a record, NaN where there is none."""
+    return math.nan if value is None else float(value)
+
+
+Found = tuple[str, str]  # name in DIAGNOSES, what was seen
+
+
+def before_training(run: History) -> Iterator[Found]:
+    facts, limits = run.facts, run.limits
+    lengths = (facts.chosen_length, facts.rejected_length)
+    if max(lengths) > limits.length_ratio * min(lengths):
+        yield (
+            "lengths_differ",
+            f"chosen answers have {lengths[0]:.1f} tokens on average, rejected ones {lengths[1]:.1f}",
+        )
+    if facts.weightless:
+        yield (
+            "weights_zero",
+            f"every pair of {' and '.join(facts.weightless)} has weight 0, so the loss there is 0 and says nothing",
+        )
+    if (total := sum(facts.weights)) > 0:
+        effective = total**2 / sum(weight**2 for weight in facts.weights)
+        if effective < limits.weight_share * len(facts.weights):
+            yield (
+                "uneven_preferences",
+                f"the weights are so uneven that {len(facts.weights)} pairs count like {effective:.0f}",
+            )
+    if len(facts.margins) >= FEWEST:
+        sizes = sorted(map(abs, facts.margins))
+        middle, high = statistics.median(sizes), sizes[math.ceil(0.95 * len(sizes)) - 1]
+        if high > limits.margin_spread * middle:
+            yield (
+                "uneven_preferences",
+                f"the reference's log-prob margins are {middle:.1f} nats in the median, but {high:.1f} at the 95th percentile",
+            )
+    if facts.chosen_per_token < limits.chosen_likelihood:
+        yield (
+            "weak_reference",
+            f"chosen answers have {facts.chosen_per_token:.2f} nats per token under the reference "
+            f"(perplexity {math.exp(min(-facts.chosen_per_token, 50)):,.0f})",
+        )
+    if facts.margins and facts.accuracy < min(limits.reference_accuracy, 0.5 - doubt(len(facts.margins))):
+        yield (
+            "weak_reference",
+            f"under the reference the chosen answer is the likelier one, per token, in only {facts.accuracy:.0%} of "
+            f"{len(facts.margins)} pairs",
+        )
+
+
+def doubt(pairs: int) -> float:
+    """Two standard deviations of the share of heads in so many throws of a fair coin."""
+    return 1 / math.sqrt(max(pairs, 1))
+
+
+def _loss_stuck(run: History) -> Iterator[Found]:
+    """The loss has not left its start; what the rewards, gradients and weights do tells the cause."""
+    limits = run.limits
+    since = run.train[-1]["step"] - run.warmup_steps if run.train else 0
+    loss, spread, accuracy = run.recent("loss"), run.recent("rewards/margins_std"), run.recent("rewards/accuracies")
+    size = max(abs(run.recent("rewards/chosen")), abs(run.recent("rewards/rejected")))
+    stuck = loss >= run.start_loss - limits.stuck_tolerance * abs(run.start_loss)
+    if not stuck or since < max(limits.stuck_steps, limits.stuck_share * run.planned_steps):
+        return
+    seen = f"{since} steps past the warm-up the loss is {loss:.4f}, and it starts at {run.start_loss:.4f}"
+    if spread <= 1e-3 * max(size, 1e-3) and (size > 1e-6 or run.recent("grad_norm") < 1e-4):
+        # Two sides with the same tokens: the gradient cancels but for rounding, which Adam still turns into steps.
+        yield "pairs_equal", f"{seen}; over all pairs, the margin between the two answers varies by {spread:.1e}"
+    elif max(spread, size) < limits.stuck_rewards:
+        if run.changed < limits.changed_share:
+            yield (
+                "updates_lost",
+                f"{seen}; an update changes {run.changed:.1%} of the 16-bit weights that have a gradient",
+            )
+        else:
+            yield "learning_rate_low", f"{seen}; rewards are {size:.1e} in size, and margins vary by {spread:.1e}"
+    elif accuracy < limits.swapped_accuracy:
+        yield "pairs_swapped", f"{seen}; training accuracy is {accuracy:.0%}"
+    elif accuracy < limits.random_accuracy:
+        yield "pairs_random", f"{seen}; margins vary by {spread:.2f}, but accuracy is {accuracy:.0%}"
+
+
+def _swapped_evaluation(run: History) -> Iterator[Found]:
+    for name, records in run.evals.items():
+        last = records[-1]
+        accuracy = number(last.get("rewards/accuracies"))
+        moved = number(last.get("rewards/margins_std")) > 0  # before that, all pairs are ties
+        if moved and accuracy < min(run.limits.swapped_accuracy, 0.5 - doubt(run.eval_pairs)):
+            yield (
+                "pairs_swapped",
+                f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of the pairs",
+            )
+
+
+def _overfitting(run: History) -> Iterator[Found]:
+    limits, accuracy, train = run.limits, run.recent("rewards/accuracies"), run.recent("loss")
+    for name, records in run.evals.items():
+        (least, best), last = min((number(record["loss"]), record["step"]) for record in records), records[-1]
+        rise = number(last["loss"]) - least
+        if train < least and rise > limits.eval_rise * abs(run.start_loss):
+            yield (
+                "overfitting",
+                f"the loss on {name} rose from {least:.4f} at step {best} to {least + rise:.4f}; in training it is {train:.4f}",
+            )
+        held_out = number(last.get("rewards/accuracies"))
+        moved = number(last.get("rewards/margins_std")) > 0
+        if moved and accuracy - held_out > max(limits.accuracy_gap, doubt(run.eval_pairs)):
+            yield "overfitting", f"accuracy is {accuracy:.0%} in training and {held_out:.0%} on {name}"
+    falling = run.falling("logratios/chosen")
+    if accuracy >= limits.memorised_accuracy and falling < -limits.displacement:
+        yield (
+            "overfitting",
+            f"training accuracy is {accuracy:.0%} while chosen answers lose {-falling:.2f} nats per token",
+        )
+
+
+def _displacement(run: History) -> Iterator[Found]:
+    chosen, rejected = run.falling("logratios/chosen"), run.falling("logratios/rejected")
+    if chosen < -run.limits.displacement and rejected < -run.limits.displacement:
+        yield (
+            "displacement",
+            f"against the reference, chosen answers have lost {-chosen:.2f} nats per token and rejected ones {-rejected:.2f}",
+        )
+
+
+def _kl_exploding(run: History) -> Iterator[Found]:
+    limits = run.limits
+    last = number(run.train[-1].get("kl")) if run.train else math.nan
+    now, before = run.recent("kl"), run.recent("kl", back=1)
+    if last > limits.kl_level:
+        yield "kl_exploding", f"the KL divergence is {last:.2f} nats per token"
+    elif now > limits.kl_level / 5 and now > limits.kl_growth * before:
+        yield "kl_exploding", f"the KL divergence grew from {before:.3f} to {now:.3f} nats per token in a few records"
+
+
+def _grad_spike(run: History) -> Iterator[Found]:
+    norms = [number(record.get("grad_norm_max")) for record in run.train[-21:]]
+    known = [norm for norm in norms[:-1] if math.isfinite(norm)]
+    if len(known) < 5:
+        return
+    usual = statistics.median(known)
+    if math.inf > norms[-1] > run.limits.grad_spike * usual > 0:
+        yield "grad_spike", f"the gradient norm is {norms[-1]:.3g}; the median of the records before is {usual:.3g}"
+
+
+def _weightless_stream(run: History) -> Iterator[Found]:
+    """Of a stream no weights are known beforehand; that its first steps have no loss and no gradient shows them."""
+    first = run.train[0] if run.train else {}
+    if not run.facts.pairs and run.start_loss > 0 and first.get("loss") == 0 and first.get("grad_norm") == 0:
+        yield "weights_zero", f"up to step {first['step']} the loss is 0 and so is its gradient"
+
+
+def _not_finite(run: History) -> Iterator[Found]:
+    for name in ("loss", "grad_norm"):
+        if run.train and name in run.train[-1]:
+            value = number(run.train[-1][name])
+            if not math.isfinite(value):
+                yield "not_finite", f"{name} is {value}"
+
+
+CHECKS: tuple[Callable[[History], Iterator[Found]], ...] = (
+    _not_finite,
+    _weightless_stream,
+    _loss_stuck,
+    _swapped_evaluation,
+    _overfitting,
+    _displacement,
+    _kl_exploding,
+    _grad_spike,
+)

@@ -1,0 +1,136 @@
+"""An end that loses no step: what SIGTERM and Ctrl-C do to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..run import Run
+from ..run_folder.checkpoints import checkpoints
+
+logger = logging.getLogger("dpo_trainer")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended the run. What is left of it has been logged."""
+
+    code = 130
+
+
+class Terminated(SystemExit):
+    """SIGTERM ended the run; an exit with code 143. What is left of it has been logged."""
+
+
+def is_first() -> bool:
+    """Whether this is the main process of those that a launcher started; known before they meet."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def end(signum: int, text: str) -> None:
+    """Log how the run can go on, and end. Raises Interrupted for SIGINT, Terminated for others."""
+    if is_first():
+        logger.error("%s: %s", signal.Signals(signum).name, text)
+    if signum == signal.SIGINT:
+        raise Interrupted
+    raise Terminated(128 + signum)
+
+
+@contextlib.contextmanager
+def listening(heard: Callable[[int], None]) -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C calls `heard` with its number, the next one ends the process at once.
+
+    Only the main thread can listen; elsewhere, and for a signal that is ignored, nothing changes.
+    """
+    since: float | None = None
+    # A launcher sends its processes what the terminal has sent them already.
+    patience = 2.0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0.0
+
+    def handle(signum: int, _: Any) -> None:
+        nonlocal since
+        if since is None:
+            since = time.monotonic()
+            heard(signum)
+        elif time.monotonic() - since >= patience:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                before[signum] = signal.signal(signum, handle)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class EndAfterStep(TrainerCallback):
+    """A signal ends training after the step at hand, its evaluation and a checkpoint; before the first step, at once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.stepping = False
+        #: The signal that came, and the one that the run ends for.
+        self.heard = self.ending = 0
+        self._asked: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around a run. Raises Interrupted or Terminated inside."""
+        self.stepping, self.heard, self.ending, self._asked = False, 0, 0, None
+        with listening(self._hear):
+            yield
+
+    def _hear(self, signum: int) -> None:
+        self.heard = signum
+        if not self.stepping:
+            self.end(signum)
+        name = signal.Signals(signum).name
+        if is_first():
+            logger.warning("%s: ending after the step at hand with a checkpoint; a second signal ends at once", name)
+
+    def end(self, signum: int) -> None:
+        """Say which checkpoint there is, and end."""
+        found = checkpoints(Path(str(self.run.args.output_dir)))
+        if found:
+            end(signum, f"stopped; the same command, or train(resume_from_checkpoint=True), goes on from {found[-1]}")
+        end(signum, "stopped before the first checkpoint; nothing to go on from was written")
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stepping = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stop(self._agreed(args), state, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stepping and args.world_size <= 1:
+            self._stop(self.heard, state, control)
+
+    def _stop(self, signum: int, state: TrainerState, control: TrainerControl) -> None:
+        if signum and state.global_step < state.max_steps:  # after the last step the run ends in any case
+            self.ending = signum
+            control.should_save = control.should_training_stop = True
+
+    def _agreed(self, args: TrainingArguments) -> int:
+        """The signal that any process has heard, the same one on all of them.
+
+        On several processes it is what they had heard a step ago: then no process waits for the answer.
+        """
+        if args.world_size <= 1 or not torch.distributed.is_initialized():
+            return self.heard
+        answer = int(self._asked) if self._asked is not None else 0
+        self._asked = torch.tensor(self.heard, device=args.device)
+        torch.distributed.all_reduce(self._asked, torch.distributed.ReduceOp.MAX)
+        return answer
