@@ -293,6 +293,9 @@ class DPOTrainer(PairTrainer):
             return AdapterOffReference(self.policy)
         if self.args.precompute_ref_log_probs:
             return None  # computed from the model itself before it moves
+        return self._frozen_copy()
+
+    def _frozen_copy(self) -> FrozenReference:
         reference = FrozenReference.copy_of(self.model)  # type: ignore[arg-type]
         reference.split.split = self.policy.split
         return reference
