@@ -328,3 +328,15 @@ def settings_of(
         use_weighting,
         reduction,
     )
+
+
+def check_divergences(reported: tuple[str, ...], settings: PairSettings, reference: Tensor | None, name: str) -> None:
+    """Raise where a divergence of distributions is asked for without the reference's distributions (`name`)."""
+    if reference is not None:
+        return
+    if "kl" in reported:
+        raise ValueError(f'the statistic "kl" needs {name}: sequence sums (ref_logps) do not determine it')
+    needy = ["kl_coef"] if settings.kl_coef else []
+    needy += [f"loss_type {entry}" for entry in settings.functions if objectives.needs_token_kl([entry])]
+    if needy:
+        raise ValueError(f"{needy[0]} needs {name}: the KL divergence of distributions is not determined by ref_logps")

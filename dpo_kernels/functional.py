@@ -16,6 +16,7 @@ from .arguments import (
     Batch,
     PairSettings,
     batch_of,
+    check_divergences,
     check_dtype,
     check_settings,
     check_statistics,
@@ -157,7 +158,7 @@ def dpo_loss(
         use_weighting=use_weighting,
         reduction=reduction,
     )
-    _check_divergences(reported, settings, ref_logits, "ref_logits")
+    check_divergences(reported, settings, ref_logits, "ref_logits")
     transform = transform_of(ignore_index, logit_scale, logit_softcap)
     statistics = settings.statistics(reported)
     batch = _checked(batch, transform, statistics, ref_logits, settings)
@@ -186,18 +187,6 @@ def dpo_loss(
         backend=batch.backend,
     )
     return _from_tokens(found, batch, settings, reported)
-
-
-def _check_divergences(reported: tuple[str, ...], settings: PairSettings, reference: Tensor | None, name: str) -> None:
-    """Raise where a divergence of distributions is asked for without the reference's distributions (`name`)."""
-    if reference is not None:
-        return
-    if "kl" in reported:
-        raise ValueError(f'the statistic "kl" needs {name}: sequence sums (ref_logps) do not determine it')
-    needy = ["kl_coef"] if settings.kl_coef else []
-    needy += [f"loss_type {entry}" for entry in settings.functions if objectives.needs_token_kl([entry])]
-    if needy:
-        raise ValueError(f"{needy[0]} needs {name}: the KL divergence of distributions is not determined by ref_logps")
 
 
 def _checked(
@@ -379,6 +368,7 @@ def linear_dpo_loss(
         raise ValueError("give ref_hidden or ref_logps, not both")
     head.check(hidden)
     reference = linear.reference_of(ref_hidden, ref_weight, ref_bias, hidden, head)
+    transform = transform_of(ignore_index, logit_scale, logit_softcap)
     settings = settings_of(
         batch,
         functions,
@@ -391,20 +381,7 @@ def linear_dpo_loss(
         use_weighting=use_weighting,
         reduction=reduction,
     )
-    _check_divergences(reported, settings, ref_hidden, "ref_hidden")
-    call = linear.plan_call(
-        batch,
-        head,
-        reference,
-        transform_of(ignore_index, logit_scale, logit_softcap),
-        settings.statistics(reported),
-        settings.terms,
-        memory_budget=memory_budget,
-        grad_filter=grad_filter,
-        # A compiled graph knows the sigmoid family alone: other objectives are Python, which no operator can hold.
-        scalar_loss=reduction != "none" and (not torch.compiler.is_compiling() or settings.family is not None),
-        couples_pairs=objectives.couples_pairs(functions),
-    )
+    call = linear.loss_call(batch, head, reference, transform, settings, reported, memory_budget, grad_filter)
     batch = replace(batch, backend=call.backend)
     if call.strategy != "whole_pairs":
         found, plan = linear.linear_logps(batch.rows, head, call)

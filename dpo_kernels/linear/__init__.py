@@ -11,6 +11,7 @@ Data flow of a chunk of c scored tokens (planner.py chooses c, and the strategy)
 Unscored tokens are never gathered, so prompts and padding cost nothing.
 
     door.py        from a caller's tensors to a call: heads checked, strategy and budget chosen
+    forecast.py    the plan of a call that is not made
     planner.py     strategies, chunks and budgets, as pure functions of sizes; gpu.py has what is particular to a GPU
     call.py        what a call is, but for the tensors that may need a gradient
     chunk.py       the logits buffer, a chunk's way through the stages, the head's gradient
@@ -31,7 +32,8 @@ from ..arguments import PairSettings
 from ..pair_loss import PairLosses, Tokens
 from . import operators
 from .call import NO_REFERENCE, Call, LMHead, Needs, Reference, sizes_of
-from .door import AUTO_FILTER, head_of, plan_call, reference_of
+from .door import AUTO_FILTER, head_of, loss_call, plan_call, reference_of
+from .forecast import plan_linear_dpo_loss
 from .gpu import card_memory
 from .pairs import WholePairs
 from .planner import Plan
@@ -48,7 +50,9 @@ __all__ = [
     "card_memory",
     "head_of",
     "linear_logps",
+    "loss_call",
     "plan_call",
+    "plan_linear_dpo_loss",
     "reference_of",
     "sizes_of",
     "whole_pairs",

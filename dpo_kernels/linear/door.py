@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..arguments import Batch, check_dtype, check_tensor
+from .. import backends, objectives
+from ..arguments import Batch, PairSettings, check_divergences, check_dtype, check_tensor
 from ..stages import Transform
 from . import planner
 from .call import NO_REFERENCE, Call, LMHead, Needs, Reference, sizes_of
@@ -122,6 +122,40 @@ def plan_call(
         return call
     backend = backends.checked(call.backend, hidden.device, _variant_of(call, head))
     return call if backend == call.backend else planned(backend)
+
+
+def loss_call(
+    batch: Batch,
+    head: LMHead,
+    reference: Reference,
+    transform: Transform,
+    settings: PairSettings,
+    reported: tuple[str, ...],
+    memory_budget: int | str | None,
+    grad_filter: float | str | None,
+) -> Call:
+    """The call of a preference loss. Nothing here depends on how many tokens the batch has.
+
+    Args:
+        reported: the statistics that the caller reads.
+
+    Raises:
+        ValueError: a divergence is asked for without the reference's hidden states.
+    """
+    check_divergences(reported, settings, reference.hidden, "ref_hidden")
+    return plan_call(
+        batch,
+        head,
+        reference,
+        transform,
+        settings.statistics(reported),
+        settings.terms,
+        memory_budget=memory_budget,
+        grad_filter=grad_filter,
+        # A compiled graph knows the sigmoid family alone: other objectives are Python, which no operator can hold.
+        scalar_loss=settings.reduction != "none" and (not torch.compiler.is_compiling() or settings.family is not None),
+        couples_pairs=objectives.couples_pairs(settings.functions),
+    )
 
 
 def _variant_of(call: Call, head: LMHead) -> backends.Variant:

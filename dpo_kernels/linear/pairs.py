@@ -123,7 +123,9 @@ def _waits(call: Call, plan: planner.Plan, may_wait: bool) -> bool:
     return may_wait and call.labels.device.type == "cuda" and chunks == 1 and not (call.fused or call.terms)
 
 
-def _plan(call: Call, weight: Tensor, counts: list[int], may_wait: bool) -> planner.Plan:
+def plan_of(call: Call, weight: Tensor, counts: Sequence[int], may_wait: bool = True) -> planner.Plan:
+    """The plan of a call with so many scored tokens in each sequence, [2P], for what the device can give now."""
+
     def plan_for(budget: int) -> planner.Plan:
         plan = planner.plan_pairs(call.sizes, counts, budget, call.reason)
         return (
@@ -155,7 +157,7 @@ def run_pairs(
     check_all_labels(call, vocab)
     pairs = settings.pairs
     scored = _Scored.of(call, tokens.cu_seqlens, 2 * pairs)
-    plan = _plan(call, weight, scored.counts(), may_wait)
+    plan = plan_of(call, weight, scored.counts(), may_wait)
     order_of_tokens = scored.tokens_of(plan.groups)
     share = pairs / max(order_of_tokens.shape[0], 1)
     scale = 1 / max(pairs, 1) if settings.reduction == "mean" else 1.0

@@ -299,6 +299,12 @@ def plan_tokens(
         reason = f"{reason}; all scored tokens' logits fit in the budget and wait there"
     bounds = _cut(0, tokens, rows)
     largest = max(b - a for a, b in pairwise(bounds))
+    flops = token_flops(head, strategy, tokens)
+    return Plan(strategy, (Group(0, 0, bounds),), largest, tokens, largest * head.row_bytes, flops, budget, reason)
+
+
+def token_flops(head: Head, strategy: str, tokens: int) -> int:
+    """Flops of all dense products of a strategy other than whole_pairs, forward and backward."""
     gradients = head.needs_hidden + head.needs_weight
     policy = {
         "forward": 1,
@@ -308,5 +314,4 @@ def plan_tokens(
         "two_pass": 2 + gradients,
     }[strategy]
     reference = head.projects_reference * (1 + (head.kl_gradient and strategy == "two_pass"))
-    flops = head.product * tokens * (policy + reference)
-    return Plan(strategy, (Group(0, 0, bounds),), largest, tokens, largest * head.row_bytes, flops, budget, reason)
+    return head.product * tokens * (policy + reference)

@@ -54,17 +54,28 @@ class TokenRun:
     saved: tuple[Tensor, ...]
 
 
+def plan_of(call: Call, count: int) -> planner.Plan:
+    """The plan of a call with `count` scored tokens, for what the device can give now."""
+    may_keep = not torch.compiler.is_compiling()
+
+    def plan_for(budget: int) -> planner.Plan:
+        return planner.plan_tokens(call.sizes, call.strategy, count, budget, call.reason, may_keep=may_keep)
+
+    return fitting(plan_for, call, call.sizes.row_bytes)
+
+
+def exact_plan(call: Call, plan: planner.Plan) -> planner.Plan:
+    """The plan of a filtered call whose softmax is too flat for lists to pay: the same chunks, projected again."""
+    reason = f"more than {filtered.DENSEST:g} of the entries exceed {call.eps:g}, so the gradient is exact"
+    flops = planner.token_flops(call.sizes, "two_pass", plan.tokens)
+    return replace(plan, strategy="two_pass", flops=flops, reason=reason)
+
+
 def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenRun:
     """Stage 1 over all scored tokens, chunk by chunk, and what the strategy saves for the backward."""
     check_all_labels(call, weight.shape[0])
     tokens = scored(call)
-    head = call.sizes
-    may_keep = not torch.compiler.is_compiling()
-
-    def plan_for(budget: int) -> planner.Plan:
-        return planner.plan_tokens(head, call.strategy, tokens.shape[0], budget, call.reason, may_keep=may_keep)
-
-    plan = fitting(plan_for, call, head.row_bytes)
+    plan = plan_of(call, tokens.shape[0])
     table = TokenTable(call.rows, call.labels)
     kind: Any = FusedProjection if call.fused else Projection
     projection = kind(call, hidden, weight, bias, plan.rows)
@@ -82,9 +93,7 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
         if plan.strategy == "filtered":
             kept = projection.keep(logits, chunk, found)
             if kept is None:
-                # The softmax is too flat for lists to pay: the whole call turns exact, and projects again.
-                reason = f"more than {filtered.DENSEST:g} of the entries exceed {call.eps:g}, so the gradient is exact"
-                plan, lists = replace(plan, strategy="two_pass", reason=reason), []
+                plan, lists = exact_plan(call, plan), []
                 if "grad_dropped_mass" in table.rows:
                     table.rows["grad_dropped_mass"].zero_()
             else:

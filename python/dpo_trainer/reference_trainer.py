@@ -60,6 +60,9 @@ class ReferenceTrainer(PairTrainer):
             return AdapterOffReference(self.policy)
         if self.args.precompute_ref_log_probs:
             return None  # computed from the model itself before it moves
+        return self._frozen_copy()
+
+    def _frozen_copy(self) -> FrozenReference:
         reference = FrozenReference.copy_of(self.model)  # type: ignore[arg-type]
         reference.split.split = self.policy.split
         return reference
@@ -101,22 +104,23 @@ class ReferenceTrainer(PairTrainer):
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
         """The dataset with the reference's log-probabilities as columns, computed unless it has them."""
-        if has_reference(dataset):
-            return dataset
+        if not has_reference(dataset):
+            for column, values in zip(REFERENCE, self._reference_columns(dataset, name), strict=False):
+                dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _reference_columns(self, dataset: Any, name: str) -> tuple[list[float], ...]:
+        """The reference's log-probabilities of chosen and rejected answers, from the cache where they are kept."""
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         if (cache := self.reference_cache(dataset)) is None:
-            columns = self.reference_logps(dataset, batch_size=batch_size)
-        else:
-            columns = cache.fill(
-                lambda rows: self.reference_logps(dataset.select(rows), batch_size=batch_size),
-                name=name,
-                process_index=self.args.process_index,
-                num_processes=self.args.world_size,
-                wait=self.accelerator.wait_for_everyone,
-            )
-        for column, values in zip(REFERENCE, columns, strict=True):
-            dataset = dataset.add_column(column, values)
-        return dataset
+            return self.reference_logps(dataset, batch_size=batch_size)
+        return cache.fill(
+            lambda rows: self.reference_logps(dataset.select(rows), batch_size=batch_size),
+            name=name,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+            wait=self.accelerator.wait_for_everyone,
+        )
 
     def reference_logps(self, rows: Any, *, batch_size: int) -> tuple[list[float], list[float]]:
         """Summed log-probabilities, in nats, of tokenised rows' answers, chosen and rejected, under the reference.

@@ -135,6 +135,7 @@ def test_nothing_moves(inspector: Callable[..., Inspector]) -> None:
         {"peft_config": LORA},
         {"memory_budget": "20KB"},
         {"grad_filter": 1e-3},
+        {"grad_filter": 1e-3, "statistics": []},
         {"statistics": ["accuracy"]},
     ],
     ids=name_of,

@@ -42,10 +42,27 @@ def examine(run: Run, limits: Limits) -> Facts:
         logps = tuple(probe[column] for column in REFERENCE)
     else:
         logps = run.reference_logps(probe, batch_size=run.args.per_device_eval_batch_size)
+    return Facts(
+        pairs=len(dataset),
+        chosen_length=lengths[0],
+        rejected_length=lengths[1],
+        weights=weights,
+        weightless=weightless,
+        **reference_facts(probe, logps),
+    )
+
+
+def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What the reference makes of the pairs, by the names of `Facts`; pairs whose log-probabilities are not finite are left out.
+
+    Args:
+        pairs: a dataset of tokenised pairs.
+        logps: of the chosen and of the rejected answers, in nats, in the dataset's order.
+    """
     chosen, rejected = (torch.tensor(values, dtype=torch.float64) for values in logps)
-    unscored = torch.tensor([not ids for ids in probe["prompt_input_ids"]])  # first tokens, which follow nothing
+    unscored = torch.tensor([not ids for ids in pairs["prompt_input_ids"]])  # first tokens, which follow nothing
     chosen_counts, rejected_counts = (
-        (torch.tensor([len(ids) for ids in probe[f"{side}_input_ids"]]) - unscored.long()).clamp(min=1)
+        (torch.tensor([len(ids) for ids in pairs[f"{side}_input_ids"]]) - unscored.long()).clamp(min=1)
         for side in SIDES
     )
     known = chosen.isfinite() & rejected.isfinite()
@@ -53,16 +70,11 @@ def examine(run: Run, limits: Limits) -> Facts:
         values[known] for values in (chosen, rejected, chosen_counts, rejected_counts)
     )
     lead = chosen / chosen_counts - rejected / rejected_counts
-    return Facts(
-        pairs=len(dataset),
-        chosen_length=lengths[0],
-        rejected_length=lengths[1],
-        weights=weights,
-        chosen_per_token=(chosen.sum() / chosen_counts.sum()).item(),
-        accuracy=(lead.sign() / 2 + 0.5).mean().item(),  # a tie is half right
-        margins=tuple((chosen - rejected).tolist()),
-        weightless=weightless,
-    )
+    return {
+        "chosen_per_token": (chosen.sum() / chosen_counts.sum()).item(),
+        "accuracy": (lead.sign() / 2 + 0.5).mean().item(),  # a tie is half right
+        "margins": tuple((chosen - rejected).tolist()),
+    }
 
 
 def _weighs_nothing(dataset: Any) -> bool:

@@ -80,5 +80,9 @@ def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs |
 
 
 def _text(ids: Sequence[int], tokenizer: Any) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return shortened(tokenizer.decode(ids, skip_special_tokens=True).strip(), LONGEST, "...")
+
+
+def shortened(text: str, longest: int, mark: str) -> str:
+    """The text, or its two ends around a mark where it has more than `longest` characters."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} {mark} {text[-longest // 2 :]}"
