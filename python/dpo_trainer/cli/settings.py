@@ -1,9 +1,9 @@
 """The settings of `dpo-train`: from a YAML file and the command line into the types of the table, and the help.
 
 pydantic fits values to types. The words are read here, because no parser at hand does what is wanted of them.
-HfArgumentParser knows no nested keys, and no type such as `str | list[str] | None`. tyro reads no YAML.
-jsonargparse reads both, but its errors, texts, single words for lists and numbers such as 1e3 for integers need a
-translation that is longer than the loop in `read_settings`.
+HfArgumentParser knows no nested keys, and no type such as `str | list[str] | None`. tyro reads no YAML. jsonargparse reads
+both, but it takes null for every type, and no number for text, no single word for a list and no 1e3 for an integer. To
+mend that, and to translate its errors, takes as many lines as `_fit` and the loop in `read_settings`.
 """
 
 from __future__ import annotations

@@ -95,8 +95,7 @@ def compare(folders: Sequence[str], output: Path) -> str:
         names=[run.name for run in runs], charts=charts, rows=rows, settings=settings
     )
     write_aside(output, page)
-    labels, figures = zip(*rows, strict=True)
-    return pandas.DataFrame(figures, labels, [run.name for run in runs]).to_string()
+    return pandas.DataFrame(dict(rows), [run.name for run in runs]).T.to_string()
 
 
 def _names(folders: Sequence[str]) -> list[str]:
