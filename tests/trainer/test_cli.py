@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 import yaml
 
 from dpo_trainer import ConfigError, DPOConfig
-from dpo_trainer.cli.main import _hints as hints
-from dpo_trainer.cli.main import check_setting, main, read_settings
+from dpo_trainer.cli.main import main
+from dpo_trainer.cli.settings import RUN_KEYS, SWITCHES, check_setting, hints, read_settings
 from dpo_trainer.settings.config import settings_table
+from dpo_trainer.settings.table import GROUPS
 
 SETTINGS = {
     "per_device_train_batch_size": 4,
@@ -246,13 +248,29 @@ def test_values_of_another_type_are_refused(key: str, value: Any) -> None:
         check_setting(key, value, hints())
 
 
-def test_help_names_every_setting_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    own = [row for row in settings_table().values() if row.group and row.name in DPOConfig.__annotations__]
+def test_help_shows_the_settings_that_people_set_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = settings_table().values()
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for item in own:
-        assert f"  {item.name} " in shown
-        assert item.help.split()[0] in shown
+    settings = shown.partition("\nSwitches:\n")[0]
+    assert set(re.findall(r"^  --(\w+) ", settings, re.MULTILINE)) == {row.name for row in rows if row.common}
+    for title in (GROUPS[row.group] for row in rows if row.common):
+        assert f"\n{title}:\n" in shown
+    for word in ("dpo-train inspect [CONFIG.yaml]", "dpo-train compare RUN RUN", "--model ./my-model", *SWITCHES):
+        assert word in shown
+    assert "them. [1.0]" in shown
     assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_help_all_shows_every_setting_those_of_transformers_last(capsys: pytest.CaptureFixture[str]) -> None:
+    own = [row for row in settings_table().values() if row.group]
     assert main(["--help-all"]) == 0
-    assert "dataloader_num_workers" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    ours, title, theirs = shown.partition("\nOther settings of transformers.TrainingArguments:\n")
+    assert title
+    assert "--dataloader_num_workers " in theirs
+    for row in own:
+        assert f"  --{row.name} " in ours
+        assert row.help.split()[0] in ours
+    assert {row.name for row in own} >= {*RUN_KEYS, *DPOConfig.__annotations__} - {"_VALID_DICT_FIELDS"}
+    assert max(map(len, shown.splitlines())) <= 120

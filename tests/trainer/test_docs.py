@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_trainer.cli.main import RUN_KEYS, SWITCHES
+from dpo_trainer.cli.settings import RUN_KEYS, SWITCHES
 from dpo_trainer.settings.config import DPOConfig
 from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
 

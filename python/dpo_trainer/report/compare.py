@@ -76,6 +76,7 @@ def compare(folders: Sequence[str], output: Path) -> str:
     if not 2 <= len(folders) <= COLOURS:
         raise OutputError(f"compare: give 2 to {COLOURS} folders of runs, got {len(folders)}")
     runs = [Run(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
+    import pandas
     from markupsafe import Markup
 
     charts = []
@@ -95,7 +96,7 @@ def compare(folders: Sequence[str], output: Path) -> str:
         names=[run.name for run in runs], charts=charts, rows=rows, settings=settings
     )
     write_aside(output, page)
-    return _table([run.name for run in runs], rows)
+    return pandas.DataFrame(dict(rows), [run.name for run in runs]).T.to_string()
 
 
 def _names(folders: Sequence[str]) -> list[str]:
@@ -137,14 +138,3 @@ def _figure(metric: str, value: float) -> str:
     if metric in ("rewards/accuracies", "win_rate"):
         return f"{value:.1%}"
     return f"{value:,.0f}" if metric in ("tokens_per_second", "step") else f"{value:.4f}"
-
-
-def _table(names: Sequence[str], rows: Sequence[tuple[str, list[str]]]) -> str:
-    lines = [["", *names], *[[label, *values] for label, values in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-
-    def line_of(cells: list[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
-
-    return "\n".join(map(line_of, lines))
