@@ -24,8 +24,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from dpo_kernels import DPOOutput, length_desensitized_weights, objectives, use_backend
 
 from .batch.collator import PairCollator
-from .data.files import REFERENCE
 from .data.prepare import Account
+from .data.rows import REFERENCE
 from .errors import ConfigError, DataError, ModelError, OutputError, first_line
 from .model import loss_path
 from .model.fit import check_best_metric, check_fit
@@ -162,8 +162,7 @@ class DPOTrainer(PairTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 layout=args.batch_layout,
             )
-        evals = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_fit(args, cast(nn.Module, model), ref_model, processing_class, looked_at([train_dataset, *evals]))
+        check_fit(args, cast(nn.Module, model), ref_model, processing_class, looked_at(train_dataset, eval_dataset))
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1

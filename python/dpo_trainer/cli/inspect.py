@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 from dpo_kernels import objectives
 from dpo_kernels.linear import planner
 
-from ..data.files import REFERENCE
+from ..data.rows import REFERENCE
 from ..model.loss_path import memory_budget
 from ..model.references import AdapterOffReference, FrozenReference
 from ..model.split import Batch, SplitModel

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.files import REFERENCE
+from ..data.rows import REFERENCE
 from ..errors import ConfigError, did_you_mean
 from ..run_folder.records import EVENTS, SUMMARY, append_record, keep_records, read_records
 
