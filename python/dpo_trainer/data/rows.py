@@ -58,13 +58,13 @@ def parse_rows(located: Iterable[tuple[str, Any]]) -> Iterator[tuple[Any, Pair]]
     kind = ""
     for where, row in located:
         pair = parse_row(row, where)
-        if not kind:
-            columns, kind = [name for name in COLUMNS if name in row], pair.kind
-        for name in COLUMNS:
-            if name in columns and name not in row:
+        found = [name for name in COLUMNS if name in row]
+        columns, kind = columns or found, kind or pair.kind
+        if found != columns:
+            name = next(name for name in COLUMNS if (name in found) != (name in columns))
+            if name in columns:
                 raise DataError(f"{where}: no column '{name}', which earlier rows have")
-            if name in row and name not in columns:
-                raise DataError(f"{where}: a column '{name}', which earlier rows do not have")
+            raise DataError(f"{where}: a column '{name}', which earlier rows do not have")
         if pair.kind != kind:
             raise DataError(f"{where}: {pair.kind}, where earlier rows are {kind}; use one of them for all rows")
         yield row, pair
@@ -120,7 +120,7 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
     tools = _tools(row.get("tools"), where)
     numbers = {name: _number(row[name], name, where) for name in NUMBERS if name in row}
     prompt = _without_nothing(row.get("prompt"))
-    chosen, rejected = (_without_nothing(row[name]) for name in SIDES)
+    chosen, rejected = _without_nothing(row["chosen"]), _without_nothing(row["rejected"])
     if not isinstance(prompt, list if isinstance(chosen, list) else str):  # none, or one that conversations hold too
         start = shared_prefix(chosen, rejected)
         if chosen == rejected and isinstance(chosen, list):
@@ -128,7 +128,7 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
     elif isinstance(prompt, list) and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # they were whole conversations all the same
-    for name, side in zip(SIDES, (chosen, rejected), strict=True):
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(side, list) and side and side[0]["role"] in ("user", "system"):
             raise DataError(
                 f"{where}: the first message of '{name}' after the prompt is of '{side[0]['role']}', not the assistant's"
@@ -211,9 +211,11 @@ def _shown(value: Any) -> str:
 
 
 def _without_nothing(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nothing(item) for key, item in value.items() if item is not None}
-    return [_without_nothing(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_nothing(item) for item in value]
+    if isinstance(value, str) or not isinstance(value, Mapping):  # nearly all are texts, and Mapping is slow to ask for
+        return value
+    return {key: _without_nothing(item) for key, item in value.items() if item is not None}
 
 
 def shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
