@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpo_trainer import ConfigError, DataError, load_pairs
 from dpo_trainer.data import prepare as prepare_module
-from dpo_trainer.data.files import stream_of, stream_pairs
+from dpo_trainer.data.files import is_checked, stream_of, stream_pairs
 from dpo_trainer.data.prepare import FILTERS, Preparation, PreparedStream, prepare_dataset
 from dpo_trainer.data.rows import split_row
 from dpo_trainer.data.tokens import tokenize_pair, truncate
@@ -579,6 +579,19 @@ def test_what_a_stream_cannot_do_is_said(make_trainer: Any) -> None:
         make_trainer(eval_dataset=stream)
     with pytest.raises(DataError, match="train_dataset: no rows"):
         make_trainer(train_dataset=stream.take(0), max_steps=1)
+
+
+def test_a_loaded_dataset_is_checked_again_only_once_it_is_changed(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROW))
+    dataset = load_pairs(tmp_path / "a.jsonl")
+    assert is_checked(dataset)
+    assert not is_checked(datasets.Dataset.from_list([ROW]))
+    spoilt = dataset.map(lambda row: {**row, "chosen": 3})
+    assert not is_checked(spoilt)
+    with pytest.raises(DataError, match="row 1: 'chosen' must be text or a list of messages, found a number"):
+        prepare(spoilt, tokenizer)
+    dataset.set_transform(lambda rows: {**rows, "rejected": [3]})
+    assert not is_checked(dataset)
 
 
 def test_library_errors_are_value_errors_that_name_the_row(tokenizer: Any) -> None:

@@ -19,9 +19,10 @@ from .rows import COLUMNS, NUMBERS, Pair, check_columns, json_type, parse_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
+#: (place, row) of every row, where the place names the row to a person.
 Located = Iterable[tuple[str, Any]]
 
-#: Datasets with only good rows, each with its fingerprint of then: `set_format` and `set_transform` change one in place.
+#: Datasets whose rows were all checked, with their fingerprints at that time: `set_transform` changes one in place.
 _CHECKED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
@@ -108,7 +109,7 @@ def _tools_as_text(row: Any) -> Any:
 
 
 def _stored(path: str | Path, *, streaming: bool) -> tuple[str, Any]:
-    """The name for messages and the dataset of a folder or a hub name; of a file, whose format is known, no dataset."""
+    """(name for messages, dataset) of a folder or a hub name; of a file, which then has a known ending, (name, None)."""
     name, path = str(path), Path(path).expanduser()
     if not path.exists():
         return name, _from_hub(name, streaming=streaming)

@@ -185,7 +185,7 @@ class PreparedStream(IterableDataset):
     def rows(self, number: int) -> Iterator[dict[str, Any]]:
         """The pairs of a pass, counted from 0."""
         account = self.account if number == 0 else Account(self.account.name, streamed=True)
-        account.rows = account.tokens = 0
+        account.rows = account.tokens = 0  # the first pass may begin again, as it does after the sample
         account.reasons.clear()
         return sift(map(self._marked, self._source.pairs(number)), self._preparation, account)
 
