@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,18 +185,12 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
 
 
 def _number(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+    # Not by math.isfinite, which fails for integers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise DataError(f"{where}: '{name}' must be a finite number, found {_shown(value)}")
     if name == "weight" and value < 0:
         raise DataError(f"{where}: 'weight' must not be negative, found {value}")
     return value
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def json_type(value: Any) -> str:
