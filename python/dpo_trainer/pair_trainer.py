@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
@@ -34,24 +34,16 @@ class PairTrainer(Trainer):
     accounts: list[Account]
 
     def tokenize(self, dataset: Any, name: str, args: DPOConfig, tokenizer: Any) -> Any:
-        preparation = Preparation(
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            append_eos=args.append_eos,
-            filters=tuple(args.filters),
-            min_weight=args.min_weight,
-            num_proc=args.dataset_num_proc,
-        )
+        preparation = Preparation(**{field.name: getattr(args, field.name) for field in fields(Preparation)})
         if is_stream(dataset):
             self._check_streamable(name, args)
-            stream = PreparedStream(dataset, tokenizer, preparation, name=name)
-            self.accounts.append(stream.account)
-            return stream
-        dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
+            dataset = PreparedStream(dataset, tokenizer, preparation, name=name)
+            account = dataset.account
+        else:
+            dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
+            if account.dropped:
+                logger.warning(account.describe())
         self.accounts.append(account)
-        if account.dropped:
-            logger.warning(account.describe())
         return dataset
 
     def _tokenize_all(self, train: Any, evaluation: Any, args: DPOConfig, tokenizer: Any) -> tuple[Any, Any]:
@@ -86,20 +78,7 @@ class PairTrainer(Trainer):
         args, dataset = self.args, cast(Any, self.train_dataset)
         if dataset is None:
             raise DataError("train_dataset: none given, nothing to train on")
-        if isinstance(dataset, PreparedStream):
-            stream = PairStream(dataset.rows, self._batching(), process_index=self._data_index)
-            return self._loader(stream, batch_size=None, num_workers=min(args.dataloader_num_workers, 1))
-        sampler = PairBatchSampler(
-            dataset["length"],
-            self._batching(),
-            process_index=self._data_index,
-            drop_last=args.dataloader_drop_last,
-        )
-        return self._loader(dataset, batch_sampler=sampler)
-
-    def _batching(self) -> Batching:
-        args = self.args
-        return Batching(
+        batching = Batching(
             pairs=self._train_batch_size,
             max_tokens=args.max_tokens,
             pad_to_multiple_of=args.pad_to_multiple_of,
@@ -108,32 +87,23 @@ class PairTrainer(Trainer):
             num_processes=self.accelerator.num_processes // self.get_tp_size(),
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
-
-    @property
-    def _data_index(self) -> int:
-        """Whose share of the pairs is this process's: tensor-parallel neighbours work on the same ones."""
-        return self.accelerator.process_index // self.get_tp_size()
+        share = self.accelerator.process_index // self.get_tp_size()  # tensor-parallel neighbours have the same pairs
+        if isinstance(dataset, PreparedStream):
+            stream = PairStream(dataset.rows, batching, process_index=share)
+            return self._loader(stream, batch_size=None, num_workers=min(args.dataloader_num_workers, 1))
+        drop_last = args.dataloader_drop_last
+        sampler = PairBatchSampler(dataset["length"], batching, process_index=share, drop_last=drop_last)
+        return self._loader(dataset, batch_sampler=sampler)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         # transformers would order evaluations as it orders training; predictions belong to rows, in the rows' order.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As transformers makes it; on several processes divided such that no pair is evaluated twice."""
-        if self.accelerator.num_processes == 1:
-            return super().get_eval_dataloader(eval_dataset)
-        everything = cast(Any, self.eval_dataset)
-        dataset = everything if eval_dataset is None else eval_dataset
-        return self._divided_in_order(everything[dataset] if isinstance(dataset, str) else dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As `get_eval_dataloader`."""
-        if self.accelerator.num_processes == 1:
-            return super().get_test_dataloader(test_dataset)
-        return self._divided_in_order(test_dataset)
-
-    def _divided_in_order(self, dataset: Any) -> DataLoader:
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """Of an evaluation, as transformers makes it; on several processes divided such that no pair is evaluated twice."""
         processes = self.accelerator.num_processes
+        if processes == 1:
+            return super()._get_dataloader(dataset, *args, **kwargs)
         batching = Batching(self.args.per_device_eval_batch_size, strategy="sequential", num_processes=processes)
         sampler = PairBatchSampler(dataset["length"], batching, process_index=self.accelerator.process_index)
         return self._loader(dataset, batch_sampler=sampler)
@@ -163,11 +133,11 @@ class PairTrainer(Trainer):
 
     def datasets(self) -> list[Any]:
         """All datasets that there are; of a stream, its first pairs."""
-        evals = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        return looked_at([self.train_dataset, *evals])
+        return looked_at(self.train_dataset, self.eval_dataset)
 
 
-def looked_at(datasets: list[Any]) -> list[Any]:
-    """The datasets that there are; of a stream, its first pairs."""
-    found = [dataset for dataset in datasets if dataset is not None]
-    return [Dataset.from_list(data.sample) if isinstance(data, PreparedStream) else data for data in found]
+def looked_at(train_dataset: Any, eval_dataset: Any) -> list[Any]:
+    """The datasets that there are; of a stream, its first pairs. Evaluation datasets may be several, by name."""
+    evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    found = [dataset for dataset in (train_dataset, *evals) if dataset is not None]
+    return [dataset.sample if isinstance(dataset, PreparedStream) else dataset for dataset in found]

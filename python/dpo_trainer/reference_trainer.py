@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_kernels import objectives, use_backend
 
-from .data.files import REFERENCE
+from .data.rows import REFERENCE
 from .errors import ConfigError, DataError
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from dpo_kernels import DPOOutput, length_desensitized_weights, objectives
 
 from .batch.collator import PairCollator
-from .data.files import REFERENCE
+from .data.rows import REFERENCE
 from .errors import ConfigError
 from .model import loss_path
 from .model.layouts import choose_layout
@@ -109,8 +109,7 @@ class DPOTrainer(RunTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 layout=args.batch_layout,
             )
-        evals = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_fit(args, policy, reference, processing_class, looked_at([train_dataset, *evals]))
+        check_fit(args, policy, reference, processing_class, looked_at(train_dataset, eval_dataset))
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1

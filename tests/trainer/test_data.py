@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from dpo_trainer import ConfigError, DataError, load_pairs
 from dpo_trainer.data import prepare as prepare_module
-from dpo_trainer.data.files import split_row, stream_of, stream_pairs
+from dpo_trainer.data.files import is_checked, stream_of, stream_pairs
 from dpo_trainer.data.prepare import FILTERS, Preparation, PreparedStream, prepare_dataset
+from dpo_trainer.data.rows import split_row
 from dpo_trainer.data.tokens import tokenize_pair, truncate
 
 from .tiny import build_pairs, build_tokenizer
@@ -218,7 +219,8 @@ def test_whole_texts_share_their_beginning_as_the_prompt(tokenizers: dict[str, A
 
 @given(st.text("ab :", max_size=8), st.text("ab ", max_size=6), st.text("ab ", max_size=6))
 def test_a_shared_beginning_loses_no_character(prompt: str, chosen: str, rejected: str) -> None:
-    start, *sides, _ = split_row({"chosen": prompt + chosen, "rejected": prompt + rejected})
+    pair = split_row({"chosen": prompt + chosen, "rejected": prompt + rejected})
+    start, sides = pair.prompt, (pair.chosen, pair.rejected)
     assert [start + side for side in sides] == [prompt + chosen, prompt + rejected]
     assert start.startswith(prompt)
     assert not (sides[0] and sides[1]) or sides[0][0] != sides[1][0]
@@ -425,14 +427,14 @@ def test_tokens_are_made_once_for_the_same_data_tokenizer_and_settings(
 
 def test_several_processes_make_the_same_tokens(tokenizer: Any, pairs: Callable[..., Any]) -> None:
     rows = pairs(20, seed=8)
-    one, two = prepare(rows, tokenizer), prepare(rows, tokenizer, num_proc=2)
+    one, two = prepare(rows, tokenizer), prepare(rows, tokenizer, dataset_num_proc=2)
     assert two[0].to_list() == one[0].to_list()
     assert two[1] == one[1]
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{% if messages[0]['content'] == 'film 11' %}{{ raise_exception('no film 11') }}{% endif %}"
     chats = [{**CHAT, "prompt": [{"role": "user", "content": f"film {i}"}]} for i in range(20)]
     with pytest.raises(DataError, match=r"train_dataset row 12: the chat template refuses these messages: no film 11"):
-        prepare(chats, strict, num_proc=2)
+        prepare(chats, strict, dataset_num_proc=2)
 
 
 def test_lists_and_datasets_give_the_same_tokens(tokenizer: Any, pairs: Callable[..., Any]) -> None:
@@ -577,6 +579,19 @@ def test_what_a_stream_cannot_do_is_said(make_trainer: Any) -> None:
         make_trainer(eval_dataset=stream)
     with pytest.raises(DataError, match="train_dataset: no rows"):
         make_trainer(train_dataset=stream.take(0), max_steps=1)
+
+
+def test_a_loaded_dataset_is_checked_again_only_once_it_is_changed(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROW))
+    dataset = load_pairs(tmp_path / "a.jsonl")
+    assert is_checked(dataset)
+    assert not is_checked(datasets.Dataset.from_list([ROW]))
+    spoilt = dataset.map(lambda row: {**row, "chosen": 3})
+    assert not is_checked(spoilt)
+    with pytest.raises(DataError, match="row 1: 'chosen' must be text or a list of messages, found a number"):
+        prepare(spoilt, tokenizer)
+    dataset.set_transform(lambda rows: {**rows, "rejected": [3]})
+    assert not is_checked(dataset)
 
 
 def test_library_errors_are_value_errors_that_name_the_row(tokenizer: Any) -> None:

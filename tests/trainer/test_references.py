@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, ModelError, OutputError
-from dpo_trainer.data.files import REFERENCE
+from dpo_trainer.data.rows import REFERENCE
 from dpo_trainer.model import reference_cache
 
 from .tiny import build_pairs

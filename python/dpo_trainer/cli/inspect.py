@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from dpo_kernels import linear, objectives
 
-from ..data.files import REFERENCE
+from ..data.rows import REFERENCE
 from ..model.loss_path import memory_budget
 from ..model.references import FrozenReference
 from ..model.split import Batch, SplitModel

@@ -6,16 +6,19 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
-from .files import REFERENCE, RowCheck, RowStream, check_columns, check_row, split_row, stream_of, table_of
-from .tokens import tokenize_pair
+from .files import RowStream, is_checked, stream_of, table_of
+from .rows import NUMBERS, Pair, check_columns, parse_row, split_row
+from .tokens import TOKENS, tokenize_pair
 
 #: Why a pair may be left out, by the name that `filters` takes.
 FILTERS = {
@@ -24,9 +27,11 @@ FILTERS = {
     "truncated": "with nothing of a completion left after truncation",
     "duplicates": "that repeat an earlier one",
 }
-TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 #: Pairs of a stream that are looked at before training.
 SAMPLE = 64
+
+#: A row with what decides whether it is kept: status (a name of FILTERS, or ""), digest, number of tokens and weight.
+Marked = tuple[Any, str, str, int, float | None]
 
 
 @dataclass
@@ -69,7 +74,7 @@ class Preparation:
     Attributes:
         filters: names of FILTERS.
         min_weight: leave out pairs whose `weight` is less.
-        num_proc: processes to tokenise with.
+        dataset_num_proc: processes to tokenise with.
     """
 
     max_length: int | None = None
@@ -78,7 +83,7 @@ class Preparation:
     append_eos: bool = True
     filters: Sequence[str] = tuple(FILTERS)
     min_weight: float | None = None
-    num_proc: int | None = None
+    dataset_num_proc: int | None = None
 
     @property
     def of_tokens(self) -> dict[str, Any]:
@@ -87,28 +92,23 @@ class Preparation:
         return {name: getattr(self, name) for name in names}
 
 
-class Sieve:
-    """Decides which prepared rows of one pass are kept, and writes it into the account."""
-
-    def __init__(self, preparation: Preparation, account: Account) -> None:
-        self.preparation, self.account = preparation, account
-        self._seen: set[str] = set()
-
-    def __call__(self, status: str, digest: str, tokens: int, weight: float | None) -> bool:
-        """Whether to keep a row, from its `status` (a name of FILTERS, or ""), digest, number of tokens and weight."""
-        filters, least = self.preparation.filters, self.preparation.min_weight
+def sift(marked: Iterable[Marked], preparation: Preparation, account: Account) -> Iterator[Any]:
+    """The rows of one pass that are kept, one after the other. What becomes of every row goes into the account."""
+    filters, least = preparation.filters, preparation.min_weight
+    seen: set[str] = set()
+    for row, status, digest, tokens, weight in marked:
         reason = FILTERS[status] if status in filters else ""
         if not reason and "duplicates" in filters:
-            reason = FILTERS["duplicates"] if digest in self._seen else ""
-            self._seen.add(digest)
+            reason = FILTERS["duplicates"] if digest in seen else ""
+            seen.add(digest)
         if not reason and least is not None and weight is not None and weight < least:
             reason = f"with a weight below {least:g}"
-        self.account.rows += 1
+        account.rows += 1
         if reason:
-            self.account.reasons[reason] += 1
+            account.reasons[reason] += 1
         else:
-            self.account.tokens += tokens
-        return not reason
+            account.tokens += tokens
+            yield row
 
 
 def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
@@ -123,15 +123,8 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         DataError: naming the row, or saying that nothing is left.
         ConfigError: `min_weight` without weights.
     """
-    import datasets
-
     if isinstance(dataset, (list, tuple)):
-        check = RowCheck()
-        for index, row in enumerate(dataset, 1):
-            check(row, f"{name} row {index}")
-        dataset = (
-            table_of(dataset, lambda index: f"{name} row {index + 1}") if dataset else datasets.Dataset.from_list([])
-        )
+        dataset = table_of([(f"{name} row {number}", row) for number, row in enumerate(dataset, 1)], name)
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"{name}: expected a datasets.Dataset or a list of rows, found {type(dataset).__name__}")
     source = dataset.info.dataset_name
@@ -145,22 +138,26 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         return dataset, account
     check_columns(dataset.column_names, where)
     _check_weights(dataset.column_names, preparation, where)
-    keep = [column for column in ("weight", *REFERENCE) if column in dataset.column_names]
+    keep = [column for column in NUMBERS if column in dataset.column_names]
     key = _key(dataset, tokenizer, preparation)
     dataset = dataset.map(
         _prepare_row,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "name": where, "settings": preparation.of_tokens},
+        fn_kwargs={
+            "parse": split_row if is_checked(dataset) else parse_row,
+            "tokenizer": tokenizer,
+            "name": where,
+            "settings": preparation.of_tokens,
+        },
         remove_columns=[column for column in dataset.column_names if column not in keep],
-        num_proc=preparation.num_proc,
+        num_proc=preparation.dataset_num_proc,
         cache_file_name=_cache_file(key),
         new_fingerprint=key,
         desc=f"Tokenising {name}",
     )
-    sieve = Sieve(preparation, account)
     weights = dataset["weight"] if "weight" in keep else itertools.repeat(None)
-    marks = zip(dataset["status"], dataset["digest"], dataset["tokens"], weights, strict=False)
-    kept = [index for index, mark in enumerate(marks) if sieve(*mark)]
+    marks = (dataset[column] for column in ("status", "digest", "tokens"))
+    kept = list(sift(zip(itertools.count(), *marks, weights, strict=False), preparation, account))
     if account.dropped:
         dataset = dataset.select(kept)
     if account.kept == 0:
@@ -172,7 +169,7 @@ class PreparedStream(IterableDataset):
     """Rows of a stream, tokenised and sifted as they are read.
 
     Attributes:
-        sample: the first pairs, as prepared.
+        sample: a dataset of the first pairs, as prepared.
         account: of what the first pass has read so far.
     """
 
@@ -180,25 +177,23 @@ class PreparedStream(IterableDataset):
         self._source: RowStream = stream_of(dataset, name)
         self._tokenizer, self._preparation = tokenizer, preparation
         self.account = Account(name, streamed=True)
-        self.sample = list(itertools.islice(self.rows(0), SAMPLE))
-        if not self.sample:
-            if self.account.rows == 0:
-                raise DataError(f"{self._source.name}: no rows")
-            raise DataError(f"{self._source.name}: nothing is left to train on: {self.account.describe()}")
+        self.sample = datasets.Dataset.from_list(list(itertools.islice(self.rows(0), SAMPLE)))
+        if len(self.sample) == 0:
+            nothing = f"nothing is left to train on: {self.account.describe()}" if self.account.rows else "no rows"
+            raise DataError(f"{self._source.name}: {nothing}")
 
     def rows(self, number: int) -> Iterator[dict[str, Any]]:
         """The pairs of a pass, counted from 0."""
         account = self.account if number == 0 else Account(self.account.name, streamed=True)
-        account.rows = account.tokens = 0
+        account.rows = account.tokens = 0  # the first pass may begin again, as it does after the sample
         account.reasons.clear()
-        sieve = Sieve(self._preparation, account)
-        for place, row in self._source.located(number):
-            if account.rows == 0:
-                _check_weights(list(row), self._preparation, self._source.name)
-            found = _prepared(row, self._tokenizer, place, self._preparation.of_tokens)
-            marks = (found.pop("status"), found.pop("digest"), found.pop("tokens"))
-            if sieve(*marks, row.get("weight")):
-                yield {**found, **{column: row[column] for column in ("weight", *REFERENCE) if column in row}}
+        return sift(map(self._marked, self._source.pairs(number)), self._preparation, account)
+
+    def _marked(self, pair: Pair) -> Marked:
+        _check_weights(pair.numbers, self._preparation, self._source.name)
+        found = _prepared(pair, self._tokenizer, self._preparation.of_tokens)
+        status, digest, tokens = (found.pop(mark) for mark in ("status", "digest", "tokens"))
+        return {**found, **pair.numbers}, status, digest, tokens, pair.numbers.get("weight")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.rows(0)
@@ -206,25 +201,23 @@ class PreparedStream(IterableDataset):
 
 def is_stream(dataset: Any) -> bool:
     """Whether a dataset is one whose rows come one after the other."""
-    import datasets
-
     return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
 
 
-def _check_weights(columns: Sequence[str], preparation: Preparation, name: str) -> None:
+def _check_weights(columns: Iterable[str], preparation: Preparation, name: str) -> None:
     if preparation.min_weight is not None and "weight" not in columns:
         raise ConfigError(f"min_weight: the pairs of {name} have no column 'weight'")
 
 
-def _prepare_row(row: dict[str, Any], index: int, *, tokenizer: Any, name: str, settings: Any) -> dict[str, Any]:
-    where = f"{name} row {index + 1}"
-    check_row(row, where)
-    return _prepared(row, tokenizer, where, settings)
+def _prepare_row(
+    row: dict[str, Any], index: int, *, parse: Callable[[Any, str], Pair], tokenizer: Any, name: str, settings: Any
+) -> dict[str, Any]:
+    return _prepared(parse(row, f"{name} row {index + 1}"), tokenizer, settings)
 
 
-def _prepared(row: Mapping[str, Any], tokenizer: Any, where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens of a checked row, with `status`, `digest` and `tokens` for the Sieve."""
-    ids = tokenize_pair(row, tokenizer, where=where, **settings)
+def _prepared(pair: Pair, tokenizer: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of a pair, with `status`, `digest` and `tokens` for `sift`."""
+    ids = tokenize_pair(pair, tokenizer, **settings)
     prompt, chosen, rejected = (ids[name] for name in TOKENS)
     status = ""
     # The first token of all has nothing to be predicted from.
@@ -232,8 +225,8 @@ def _prepared(row: Mapping[str, Any], tokenizer: Any, where: str, settings: Mapp
         status = "truncated"
     elif chosen == rejected:
         status = "identical"
-    if any(map(_is_blank, split_row(row, where)[1:3])):
-        status = "identical" if row["chosen"] == row["rejected"] else "empty"
+    if _is_blank(pair.chosen) or _is_blank(pair.rejected):
+        status = "identical" if pair.chosen == pair.rejected else "empty"
     digest = hashlib.blake2b(json.dumps([prompt, chosen, rejected]).encode(), digest_size=16).hexdigest()
     longer = max(len(chosen), len(rejected))
     tokens = 2 * len(prompt) + len(chosen) + len(rejected)
@@ -248,21 +241,17 @@ def _is_blank(completion: str | list[Any]) -> bool:
 
 def _key(dataset: Any, tokenizer: Any, preparation: Preparation) -> str:
     """Name of the tokens: changes with the data, the tokenizer, the settings and the code that makes them."""
-    from datasets.fingerprint import Hasher
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A fast tokenizer's own description; as an object it would hash differently after its first use.
     described = backend.to_str() if backend is not None else Hasher.hash(tokenizer)
     special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
     folder = Path(__file__).parent
-    code = [(folder / name).read_bytes() for name in ("files.py", "tokens.py", "prepare.py")]
+    code = [(folder / name).read_bytes() for name in ("rows.py", "files.py", "tokens.py", "prepare.py")]
     return Hasher.hash([dataset._fingerprint, described, special, preparation.of_tokens, code])
 
 
 def _cache_file(key: str) -> str | None:
     """Where tokens are kept; None where datasets' caching is off or its folder cannot be written."""
-    import datasets
-
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_trainer"
     try:
         if not datasets.is_caching_enabled():

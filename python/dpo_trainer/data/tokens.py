@@ -7,20 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError, first_line
-from .files import shared_prefix, split_row
+from .rows import Pair, parse_row, shared_prefix
+
+#: The columns of a tokenised pair.
+TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 
 
 def tokenize_pair(
-    row: Mapping[str, Any],
+    pair: Pair | Mapping[str, Any],
     tokenizer: Any,
     *,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     truncation_mode: str = "keep_end",
     append_eos: bool = True,
-    where: str = "row",
 ) -> dict[str, list[int]]:
-    """Token ids of one pair: `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`.
+    """Token ids of one pair, or of the row that holds one: `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`.
 
     Prompt and completion are tokenised together, because that is how the text reads: cutting first would give
     tokens no generation produces (" great" after a prompt that ends in a space). The prompt then owns the tokens that
@@ -30,11 +32,13 @@ def tokenize_pair(
     Text completions get the end-of-sequence token unless they end in it, or `append_eos` is false: then they end as
     the tokenizer leaves them, for completions that were cut off and do not teach where to stop. Chat rows are rendered
     by the tokenizer's chat template, which also decides how a turn ends and what becomes of `tools`. Rows without a prompt
-    are split as `data.split_row` says.
+    are split as `split_row` says.
 
     Truncation to `max_length` (see `truncate`) comes last.
     """
-    start, *completions, tools = split_row(row, where)
+    if not isinstance(pair, Pair):
+        pair = parse_row(pair, "row")
+    start, completions = pair.prompt, (pair.chosen, pair.rejected)
     if isinstance(start, str):
         prompt = tokenizer(start)["input_ids"]
         sides = [tokenizer(start + completion)["input_ids"] for completion in completions]
@@ -42,7 +46,7 @@ def tokenize_pair(
         if append_eos and end is not None:
             sides = [ids if ids and ids[-1] == end else [*ids, end] for ids in sides]
     else:
-        texts = [render_chat(tokenizer, start, completion, where, tools=tools) for completion in completions]
+        texts = [render_chat(tokenizer, start, completion, pair.where, tools=pair.tools) for completion in completions]
         # The template writes the special tokens itself. A template may treat an answer's start specially: the shorter
         # prompt of the two is the shared one.
         prompt_text = min((prompt_text for prompt_text, _ in texts), key=len)
@@ -50,21 +54,19 @@ def tokenize_pair(
         sides = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in texts]
 
     boundary = min(shared_prefix(prompt, ids) for ids in sides)
-    chosen, rejected = (ids[boundary:] for ids in sides)
-    prompt, chosen, rejected = truncate(
+    cut = truncate(
         prompt[:boundary],
-        chosen,
-        rejected,
+        *(ids[boundary:] for ids in sides),
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         mode=truncation_mode,
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
     )
-    return {"prompt_input_ids": prompt, "chosen_input_ids": chosen, "rejected_input_ids": rejected}
+    return dict(zip(TOKENS, cut, strict=True))
 
 
 def render_chat(
-    tokenizer: Any, prompt: list[Any], completion: list[Any], where: str = "row", *, tools: list[Any] | None = None
+    tokenizer: Any, prompt: list[Any], completion: list[Any], where: str, *, tools: list[Any] | None = None
 ) -> tuple[str, str]:
     """Text of the prompt (with the generation prompt) and of prompt + completion, the first a prefix of the second.
 

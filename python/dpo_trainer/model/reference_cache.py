@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.tokens import TOKENS
 from ..errors import first_line
 from .split import unwrap_adapter
 
@@ -30,7 +31,6 @@ logger = logging.getLogger("dpo_trainer")
 #: Pairs a file: what a kill may cost.
 SHARD = 256
 FORMAT = 2
-TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 #: Entries of a model's config that say where it lies and how it is run, not what it computes.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
 

@@ -11,7 +11,7 @@ from torch import nn
 from dpo_kernels.backends import why_not
 
 from ..batch.sampler import Batching
-from ..data.prepare import TOKENS
+from ..data.tokens import TOKENS
 from ..errors import ConfigError, ModelError, did_you_mean
 from .config import DPOConfig
 

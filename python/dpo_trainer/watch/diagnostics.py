@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.files import REFERENCE, SIDES
+from ..data.rows import REFERENCE, SIDES
 from ..run import Run
 from ..run_folder.records import EVENTS, SUMMARY, Journal
 from ..run_folder.summary import initial_loss

@@ -1,0 +1,224 @@
+"""Rows of preference data: the check that a row is a usable pair, and the `Pair` that it becomes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DataError, did_you_mean
+
+SIDES = ("chosen", "rejected")
+TEXTS = ("prompt", *SIDES)
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+NUMBERS = ("weight", *REFERENCE)
+COLUMNS = (*TEXTS, "tools", *NUMBERS)
+#: What other data sets call the prompt. Where there is one, a missing prompt is not a prompt within the conversations.
+PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "prompts")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and two answers to it: what a row says, checked and split.
+
+    Attributes:
+        where: how to name the row to a person, for instance "pairs.jsonl:17".
+        prompt: a text, or a list of messages (objects with role and content).
+        chosen: the better answer, of the prompt's type.
+        rejected: the worse answer, of the prompt's type.
+        tools: descriptions of the tools that the answers may call.
+        numbers: `weight` and the reference's log-probabilities, as far as the row has them, by column.
+    """
+
+    where: str
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    tools: list[Any] | None
+    numbers: dict[str, float]
+
+    @property
+    def kind(self) -> str:
+        """What the row holds: "text" or "chat messages"."""
+        return "text" if isinstance(self.chosen, str) else "chat messages"
+
+
+def parse_rows(located: Iterable[tuple[str, Any]]) -> Iterator[tuple[Any, Pair]]:
+    """Every row with the pair that it becomes.
+
+    Args:
+        located: (place, row) of every row, where the place names the row to a person.
+
+    Raises:
+        DataError: a row is no usable pair, or has other columns than the first or is of another kind.
+    """
+    columns: list[str] = []
+    kind = ""
+    for where, row in located:
+        pair = parse_row(row, where)
+        found = [name for name in COLUMNS if name in row]
+        columns, kind = columns or found, kind or pair.kind
+        if found != columns:
+            name = next(name for name in COLUMNS if (name in found) != (name in columns))
+            if name in columns:
+                raise DataError(f"{where}: no column '{name}', which earlier rows have")
+            raise DataError(f"{where}: a column '{name}', which earlier rows do not have")
+        if pair.kind != kind:
+            raise DataError(f"{where}: {pair.kind}, where earlier rows are {kind}; use one of them for all rows")
+        yield row, pair
+
+
+def parse_row(row: Any, where: str) -> Pair:
+    """The pair that a row holds.
+
+    Args:
+        row: an object with chosen and rejected, and prompt unless they are whole texts or conversations: strings or
+            lists of messages; optional tools, weight and reference log-probabilities.
+        where: how to name the row to a person, for instance "pairs.jsonl:17".
+
+    Raises:
+        DataError: the row is no usable pair. The message starts with `where`.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected an object with {', '.join(TEXTS)}, found {json_type(row)}")
+    check_columns(list(row), where)
+    kinds = {}
+    for name in TEXTS:
+        if name not in row:
+            continue
+        value = row[name]
+        if isinstance(value, str):
+            kinds[name] = "text"
+        elif isinstance(value, list):
+            kinds[name] = "chat"
+            _check_messages(value, name, where)
+        else:
+            raise DataError(f"{where}: '{name}' must be text or a list of messages, found {json_type(value)}")
+    if len(set(kinds.values())) > 1:
+        # A prompt as text beside two conversations that begin alike: the conversations say it all.
+        told_twice = kinds["chosen"] == kinds["rejected"] == "chat" and shared_prefix(row["chosen"], row["rejected"])
+        if not told_twice:
+            described = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
+            raise DataError(f"{where}: text and chat are mixed ({described}); use one of them for all three")
+    if "prompt" not in row and not shared_prefix(row["chosen"], row["rejected"]):
+        raise DataError(f"{where}: no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one")
+    return split_row(row, where)
+
+
+def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
+    """The pair of a row whose texts `parse_row` has found good.
+
+    Without a prompt of its own, what chosen and rejected have in common at their beginning is the prompt: characters of
+    two texts, messages of two conversations (all but the last, where they are equal). Messages, and tools that are not
+    JSON text, lose the keys that hold nothing: a table gives every object the union of all keys.
+
+    Raises:
+        DataError: tools or numbers are not usable, or the conversations part at a message that is not an answer.
+    """
+    tools = _tools(row.get("tools"), where)
+    numbers = {name: _number(row[name], name, where) for name in NUMBERS if name in row}
+    prompt = _without_nothing(row.get("prompt"))
+    chosen, rejected = _without_nothing(row["chosen"]), _without_nothing(row["rejected"])
+    if not isinstance(prompt, list if isinstance(chosen, list) else str):  # none, or one that conversations hold too
+        start = shared_prefix(chosen, rejected)
+        if chosen == rejected and isinstance(chosen, list):
+            start -= 1
+        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+    elif isinstance(prompt, list) and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # they were whole conversations all the same
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(side, list) and side and side[0]["role"] in ("user", "system"):
+            raise DataError(
+                f"{where}: the first message of '{name}' after the prompt is of '{side[0]['role']}', not the assistant's"
+            )
+    return Pair(where, prompt, chosen, rejected, tools, numbers)
+
+
+def check_columns(columns: Sequence[str], where: str) -> None:
+    """Raise DataError when a needed column is missing, naming the ones that are there."""
+    for name in SIDES:
+        if name not in columns:
+            raise DataError(
+                f"{where}: no column '{name}'; it has {', '.join(columns) or 'none'}{did_you_mean(name, columns)}"
+            )
+    if "prompt" not in columns:
+        others = [name for name in columns if name not in COLUMNS and not name.endswith("id")]
+        like = next((name for name in PROMPT_LIKE if name in others), None)
+        hint = f" (did you mean '{like}'?)" if like is not None else did_you_mean("prompt", others)
+        if hint:
+            raise DataError(
+                f"{where}: no column 'prompt'; it has {', '.join(columns)}{hint}; rename that, or leave it out where chosen "
+                "and rejected hold the prompt"
+            )
+    if (REFERENCE[0] in columns) != (REFERENCE[1] in columns):
+        missing = REFERENCE[0] if REFERENCE[0] not in columns else REFERENCE[1]
+        raise DataError(f"{where}: no column '{missing}'; reference log-probabilities come in pairs")
+
+
+def _check_messages(messages: list[Any], name: str, where: str) -> None:
+    if not messages:
+        raise DataError(f"{where}: empty {'prompt' if name == 'prompt' else 'completion'} in '{name}' (no messages)")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: message {number} of '{name}' must be an object with role and content")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if not isinstance(content, str) and not calls:
+            raise DataError(
+                f"{where}: message {number} of '{name}' has no text in 'content' (found {json_type(content)})"
+            )
+
+
+def _tools(tools: Any, where: str) -> list[Any] | None:
+    text = tools
+    if isinstance(text, str) and text.strip():
+        try:
+            tools = json.loads(text)
+        except ValueError as error:
+            raise DataError(
+                f"{where}: 'tools' must be a list of objects or its JSON text, found {_shown(text)}"
+            ) from error
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise DataError(f"{where}: 'tools' must be a list of objects or its JSON text, found {json_type(tools)}")
+    return (tools if isinstance(text, str) else _without_nothing(tools)) or None
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    # Not by math.isfinite, which fails for integers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise DataError(f"{where}: '{name}' must be a finite number, found {_shown(value)}")
+    if name == "weight" and value < 0:
+        raise DataError(f"{where}: 'weight' must not be negative, found {value}")
+    return value
+
+
+def json_type(value: Any) -> str:
+    """How to name a value's type to a person, for instance "a list"."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
+    return "nothing (null)" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nothing(item) for item in value]
+    if isinstance(value, str) or not isinstance(value, Mapping):  # nearly all are texts, and Mapping is slow to ask for
+        return value
+    return {key: _without_nothing(item) for key, item in value.items() if item is not None}
+
+
+def shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # halving: slices are compared at C speed
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
