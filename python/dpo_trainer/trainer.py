@@ -170,11 +170,9 @@ class DPOTrainer(RunTrainer):
             row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
             for side in ("chosen_input_ids", "rejected_input_ids"):
                 row[side] = row[side][:16]
-        return self._prepare_inputs(self._padded_collator()(rows))  # type: ignore[arg-type]
-
-    def _padded_collator(self) -> Callable[[list[dict[str, Any]]], Batch]:
         collator: Any = self.data_collator
-        return replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
+        padded = replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
+        return self._prepare_inputs(padded(rows))
 
     def _check_layout(self) -> None:
         """Choose the layout by the longest pair and another.

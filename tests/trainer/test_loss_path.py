@@ -218,6 +218,35 @@ def test_lengths_likelihoods_and_divergence_may_weigh(
     assert loss.item() != pytest.approx(plain.compute_loss(trainer.model, batch).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("path", ["linear", "logits"])
+def test_the_divergence_counts_once_a_batch_however_the_pairs_weigh(
+    path: str, make_trainer: Make, make_model: Any, pairs: Any
+) -> None:
+    """What kl_coef adds to the loss is kl_coef times the mean KL, with and without weights; so for its gradient, and in the log."""
+    found = []
+    for weights in ([1.0] * 4, [0.0, 0.5, 3.0, 7.0]):
+        rows = [{**row, "weight": weight} for row, weight in zip(pairs(4), weights, strict=True)]
+        results = []
+        for coefficient in (0.0, 0.5):
+            trainer = make_trainer(
+                model=make_model().double(),
+                ref_model=make_model(seed=1).double(),
+                train_dataset=rows,
+                loss_path=path,
+                kl_coef=coefficient,
+            )
+            loss, gradients = loss_and_gradients(trainer)
+            results.append((loss, gradients, trainer._drain("train")))
+        (plain, plain_gradients, plain_logs), (loss, gradients, logs) = results
+        assert (loss - plain).item() == pytest.approx(0.5 * logs["kl"], rel=1e-6)
+        if len(set(weights)) == 1:  # otherwise the log weighs each pair's part of the term as it weighs the pair
+            assert logs["loss"] - plain_logs["loss"] == pytest.approx(0.5 * logs["kl"], rel=1e-6)
+        found.append({name: value - plain_gradients[name] for name, value in gradients.items()})
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name  # weights have 32 bits
+        assert gradient.norm() > 0
+
+
 def test_length_weights_and_divergence_need_the_reference_in_the_step(make_trainer: Make) -> None:
     for settings in ({"ld_alpha": 0.5}, {"kl_coef": 0.5}):
         with pytest.raises(ConfigError, match=f"{next(iter(settings))}: needs the reference model in every step"):

@@ -7,6 +7,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -61,6 +65,10 @@ class SaveAtTheEnd(TrainerCallback):
         self.run.save_model()
 
 
+#: Empties the terminal's line.
+_CLEAR = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+
+
 class ProgressLine(TrainerCallback):
     """One line on a terminal, rewritten as training goes on; elsewhere only evaluations and the end are printed.
 
@@ -70,10 +78,11 @@ class ProgressLine(TrainerCallback):
     """
 
     def __init__(self, stream: IO[str] | None = None, live: bool | None = None) -> None:
-        self.stream = stream or sys.stderr
-        self.live = live if live is not None else self.stream.isatty()
+        stream = stream or sys.stderr
+        self.live = live if live is not None else stream.isatty()
+        self.console = Console(file=stream, force_terminal=self.live, highlight=False)
         self.shown: dict[str, float] = {}
-        self.began, self.first_step, self.width = 0.0, 0, 0
+        self.began, self.first_step = 0.0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began, self.first_step, self.shown = time.monotonic(), state.global_step, {}
@@ -83,12 +92,7 @@ class ProgressLine(TrainerCallback):
             self._show(self.line(state))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
@@ -109,18 +113,19 @@ class ProgressLine(TrainerCallback):
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step) if done else 0.0
         percent = 100 * state.global_step // max(state.max_steps, 1)
-        return f"step {state.global_step}/{state.max_steps} {percent:>3}%  {_figures(self.shown)}  {_clock(left)} left"
+        figures = _figures({**self.shown, "time_left": _clock(left)})
+        return f"step {state.global_step}/{state.max_steps} {percent:>3}%  {figures}"
 
     def _show(self, text: str) -> None:
-        self.stream.write("\r" + text.ljust(self.width))
-        self.stream.flush()
-        self.width = len(text)
+        """Put the text in the live line's place, as much of it as the terminal is wide."""
+        self.console.control(_CLEAR)
+        self.console.print(Text(text), no_wrap=True, overflow="ellipsis", end="")
 
     def _print(self, text: str) -> None:
-        lead = "\r" if self.live else ""
-        self.stream.write(lead + text.ljust(self.width if self.live else 0) + "\n")
-        self.stream.flush()
-        self.width = 0
+        """Put the text in the live line's place, for good."""
+        if self.live:
+            self.console.control(_CLEAR)
+        self.console.print(Text(text), soft_wrap=True)
 
 
 def _figures(logs: dict[str, Any]) -> str:
@@ -131,6 +136,7 @@ def _figures(logs: dict[str, Any]) -> str:
         ("rewards/margins", "margin {:.3f}"),
         ("kl", "kl {:.4f}"),
         ("win_rate", "wins {:.0%}"),
+        ("time_left", "{} left"),
         ("tokens_per_second", "{:,.0f} tok/s"),
     )
     return "  ".join(text.format(logs[name]) for name, text in shown if logs.get(name) is not None)
