@@ -14,7 +14,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def load() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_diagnostics", DOCS / "diagnostics.py")
+    spec = importlib.util.spec_from_file_location("docs_trainer_tables", DOCS / "trainer_tables.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,11 @@ def load() -> Any:
 
 def test_the_tables_of_diagnoses_are_the_code_s() -> None:
     page = (DOCS / "trainer.md").read_text(encoding="utf-8")
-    assert load().filled(page) == page, "run: python docs/diagnostics.py"
+    assert load().filled(page) == page, "run: python docs/trainer_tables.py"
+
+
+def test_the_page_of_settings_is_the_table_s() -> None:
+    assert load().settings() == (DOCS / "settings.md").read_text(encoding="utf-8"), "run: python docs/trainer_tables.py"
 
 
 def test_every_threshold_belongs_to_a_diagnosis_and_says_what_it_means() -> None:

@@ -1,6 +1,7 @@
 """The rooms of dpo_trainer: every import goes down, none goes round in a circle, and no file grows past reading."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -73,6 +74,13 @@ def test_no_imports_go_round_in_a_circle() -> None:
 def test_imports_are_seen_wherever_they_stand() -> None:
     source = "def f():\n    from ..watch import samples\nif TYPE_CHECKING:\n    import dpo_trainer.trainer\n"
     assert set(imports("model.split", source)) == {"watch.samples", "trainer"}
+
+
+def test_the_picture_in_the_docs_names_every_room_and_file() -> None:
+    picture = (Path(__file__).resolve().parents[2] / "docs/rooms.svg").read_text(encoding="utf-8")
+    words = set(re.findall(r"[a-z_]+", re.sub(r"<desc.*?</desc>|<style.*?</style>", "", picture, flags=re.DOTALL)))
+    names = {part for name in MODULES for part in name.split(".")} - {"__init__", "__main__"}
+    assert names <= words, names - words
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

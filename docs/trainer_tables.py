@@ -1,0 +1,65 @@
+"""Writes the trainer's tables from its own: `python docs/trainer_tables.py`.
+
+The diagnoses and their thresholds go into docs/trainer.md, between two markers. The settings are docs/settings.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from dpo_trainer.settings.config import settings_table
+from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
+from dpo_trainer.settings.table import GROUPS
+
+DOCS = Path(__file__).resolve().parent
+PAGE, SETTINGS = DOCS / "trainer.md", DOCS / "settings.md"
+BEGIN, END = "<!-- diagnostics:begin -->\n", "<!-- diagnostics:end -->\n"
+
+
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def diagnoses() -> str:
+    """The tables of diagnoses and of thresholds."""
+    lines = ["| name | what it says | thresholds | what to do |", "|---|---|---|---|"]
+    for name, diagnosis in DIAGNOSES.items():
+        used = ", ".join(f"`{limit}`" for limit in diagnosis.limits) or "-"
+        lines.append(row(f"`{name}`", diagnosis.title, used, diagnosis.remedy))
+    lines += ["", "| threshold | default | |", "|---|---:|---|"]
+    lines += [row(f"`{item.name}`", f"{item.default:g}", item.metadata["help"]) for item in dataclasses.fields(Limits)]
+    return "\n".join(lines) + "\n"
+
+
+def filled(page: str) -> str:
+    """The page with the tables of diagnoses between their markers."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + diagnoses() + END + after
+
+
+def settings() -> str:
+    """The page of settings: a table a group. Those that most runs need are in bold."""
+    lines = [
+        "# Settings",
+        "",
+        "Every setting of `dpo-train`, as a line of its YAML file (`beta: 0.1`) or a word of its command line (`--beta 0.1`). All but",
+        "the first group are fields of `DPOConfig`. The settings in bold are the ones that `dpo-train --help` shows.",
+        "`dpo-train --help-all` also lists the other settings of `transformers.TrainingArguments`, which may be given as well.",
+    ]
+    for group, title in GROUPS.items():
+        lines += ["", f"## {title}", "", "| setting | default | |", "|---|---|---|"]
+        for item in settings_table().values():
+            if item.group == group:
+                name = f"**`{item.name}`**" if item.common else f"`{item.name}`"
+                default = "" if item.default is None else f"`{json.dumps(item.default, default=str)}`"
+                lines.append(row(name, default, item.help))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    SETTINGS.write_text(settings(), encoding="utf-8")
