@@ -227,11 +227,9 @@ class RunTrainer(ReferenceTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if (state := load_state(Path(checkpoint), self.args.process_index)) is not None:
-            self._take_state(state)
-        if self.moving is not None:
+        state = load_state(Path(checkpoint), self.args.process_index) if checkpoint is not None else None
+        self._take_state(state or {})
+        if self.moving is not None and checkpoint is not None:
             self.moving.load(Path(checkpoint))
 
     def _own_state(self) -> dict[str, Any]:
@@ -239,7 +237,7 @@ class RunTrainer(ReferenceTrainer):
         raise NotImplementedError
 
     def _take_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `_own_state` gave."""
+        """Go on from what `_own_state` gave, or begin where that is empty."""
         raise NotImplementedError
 
 

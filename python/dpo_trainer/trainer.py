@@ -368,11 +368,6 @@ class DPOTrainer(RunTrainer):
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or resume; see `RunTrainer.train`."""
-        self._window["train"] = MetricWindow()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _stop_before_update(self, seen: str, model: nn.Module, trial: Any = None, **kwargs: Any) -> None:
         self._window["train"].drop(self.current_gradient_accumulation_steps)
         super()._stop_before_update(seen, model, trial, **kwargs)
@@ -389,10 +384,10 @@ class DPOTrainer(RunTrainer):
         }
 
     def _take_state(self, state: dict[str, Any]) -> None:
-        self._window["train"] = MetricWindow.of(state["window"], self.args.device)
-        norm = state["grad_norm_max"]
+        self._window["train"] = MetricWindow.of(state.get("window", {}), self.args.device)
+        norm = state.get("grad_norm_max")
         self._grad_norm_max = None if norm is None else norm.to(self.args.device)
-        for index, values in state["objectives"].items():
+        for index, values in state.get("objectives", {}).items():
             cast(nn.Module, self._objectives[int(index)]).load_state_dict(values)
 
 

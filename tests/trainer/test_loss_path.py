@@ -222,7 +222,7 @@ def test_lengths_likelihoods_and_divergence_may_weigh(
 def test_the_divergence_counts_once_a_batch_however_the_pairs_weigh(
     path: str, make_trainer: Make, make_model: Any, pairs: Any
 ) -> None:
-    """What kl_coef adds to the loss is kl_coef times the mean KL, with and without weights; so for its gradient, and in the log."""
+    """kl_coef adds kl_coef times the mean KL to the loss, with and without weights; its gradient and the log follow."""
     found = []
     for weights in ([1.0] * 4, [0.0, 0.5, 3.0, 7.0]):
         rows = [{**row, "weight": weight} for row, weight in zip(pairs(4), weights, strict=True)]
