@@ -46,9 +46,9 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "Every setting of `dpo-train`: a line of its YAML file (`beta: 0.1`), or words on its command line (`--beta 0.1`). All but the",
-        "first group are fields of `DPOConfig`. The settings in bold are the ones that `dpo-train --help` shows.",
-        "`dpo-train --help-all` also lists the other settings of `transformers.TrainingArguments`, which may be given as well.",
+        "Every setting of `dpo-train`: a line of its YAML file (`beta: 0.1`), or words on its command line (`--beta 0.1`).",
+        "All but the first group are fields of `DPOConfig`. `dpo-train --help` shows the settings in bold. `dpo-train --help-all`",
+        "also lists the other settings of `transformers.TrainingArguments`, which may be given as well.",
     ]
     for group, title in GROUPS.items():
         lines += ["", f"## {title}", "", "| setting | default | |", "|---|---|---|"]
