@@ -47,8 +47,8 @@ def settings() -> str:
         "# Settings",
         "",
         "Every setting of `dpo-train`: a line of its YAML file (`beta: 0.1`), or words on its command line (`--beta 0.1`).",
-        "All but the first group are fields of `DPOConfig`. `dpo-train --help` shows the settings in bold. `dpo-train --help-all`",
-        "also lists the other settings of `transformers.TrainingArguments`, which may be given as well.",
+        "All but the first group are fields of `DPOConfig`. `dpo-train --help` shows the settings in bold.",
+        "`dpo-train --help-all` also lists the other settings of `transformers.TrainingArguments`, which may be given as well.",
     ]
     for group, title in GROUPS.items():
         lines += ["", f"## {title}", "", "| setting | default | |", "|---|---|---|"]

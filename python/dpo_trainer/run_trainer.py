@@ -121,6 +121,7 @@ class RunTrainer(ReferenceTrainer):
                 discard_half(folder)
             self._training_seconds()
             self._saved_at = -1
+            self._take_state({})
             return super().train(checkpoint, *args, **kwargs)
 
     def _sound_checkpoint(self, folder: Path, wanted: str | bool) -> str:
@@ -227,10 +228,10 @@ class RunTrainer(ReferenceTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        state = load_state(Path(checkpoint), self.args.process_index) if checkpoint is not None else None
-        self._take_state(state or {})
-        if self.moving is not None and checkpoint is not None:
-            self.moving.load(Path(checkpoint))
+        if checkpoint is not None:
+            self._take_state(load_state(Path(checkpoint), self.args.process_index))
+            if self.moving is not None:
+                self.moving.load(Path(checkpoint))
 
     def _own_state(self) -> dict[str, Any]:
         """What a resumed run needs to log and to train on as if it had not stopped, beyond what transformers keeps."""

@@ -487,3 +487,17 @@ def test_16_bit_autocast_needs_no_word_about_the_cpu(tmp_path: Path) -> None:
     config = DPOConfig(output_dir=str(tmp_path), bf16=True)
     assert config.bf16
     assert config.use_cpu == (not torch.accelerator.is_available())
+
+
+def test_what_came_before_a_run_is_not_in_its_log(make_trainer: Make) -> None:
+    found = []
+    for before in (False, True):
+        torch.manual_seed(0)
+        trainer = make_trainer(max_steps=1)
+        if before:  # as a user who tries a batch by hand
+            batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+            trainer.compute_loss(trainer.model.train(), batch)
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    assert found[0]["tokens"] == found[1]["tokens"] > 0
+    assert found[0]["loss"] == found[1]["loss"]

@@ -190,7 +190,7 @@ def save_state(folder: Path, rank: int, state: dict[str, Any]) -> None:
     torch.save(state, folder / f"dpo_state_{rank}.pt")
 
 
-def load_state(folder: Path, rank: int) -> dict[str, Any] | None:
-    """A process's state from a checkpoint; None from a checkpoint that has none, such as one of another trainer."""
+def load_state(folder: Path, rank: int) -> dict[str, Any]:
+    """A process's state from a checkpoint; empty from a checkpoint that has none, such as one of another trainer."""
     path = folder / f"dpo_state_{rank}.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
