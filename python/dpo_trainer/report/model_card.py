@@ -11,17 +11,10 @@ from ..run import Run
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records
 from ..run_folder.records import EVENTS, METRICS, read_records, write_aside
 from ..run_folder.summary import summarize
-from .page import template
+from .page import LABELS, template
 
 CARD = "README.md"
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")
-_FIGURES = (
-    ("loss", "loss"),
-    ("rewards/accuracies", "accuracy"),
-    ("rewards/margins", "reward margin"),
-    ("kl", "KL from the reference, nats per token"),
-    ("win_rate", "win rate"),
-)
 
 
 def write_card(run: Run, folder: Path, given: dict[str, Any]) -> Path:
@@ -77,7 +70,7 @@ def render_card(run: Run, given: dict[str, Any], *, adapter: bool) -> str:
 def _table(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, Any, Any]]:
     """(metric, label, first, last) of the figures that the last evaluation has."""
     first, last = records[0], records[-1]
-    return [(key, label, first.get(key), last[key]) for key, label in _FIGURES if last.get(key) is not None]
+    return [(key, label, first.get(key), last[key]) for key, label in LABELS.items() if last.get(key) is not None]
 
 
 def _as_list(value: Any) -> list[str]:
