@@ -45,7 +45,7 @@ def build_trainer(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    fields = {"log_level": "error", "disable_tqdm": not switches.isdisjoint({"--quiet", "--json"})}
+    fields: dict[str, Any] = {"log_level": "error", "disable_tqdm": not switches.isdisjoint({"--quiet", "--json"})}
     fields |= {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
     if settings.get("eval_data") is not None:
         if "eval_strategy" not in fields:

@@ -90,9 +90,7 @@ def render_report(
             for number, (prefix, pairs) in enumerate((evaluated or {}).items())
         ],
         evaluations=[(prefix, evaluation_records(records, prefix)) for prefix in prefixes],
-        labels={
-            name: label for name, label in LABELS.items() if name != "win_rate" or any(name in row for row in evals)
-        },
+        labels={name: label for name, label in LABELS.items() if any(name in row for row in evals)},
         samples=_last_samples(samples),
     )
 

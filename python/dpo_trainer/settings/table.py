@@ -30,6 +30,7 @@ class Range:
     holds: Callable[[float], bool]
 
 
+ANY = Range("must be a number", lambda _: True)
 POSITIVE = Range("must be positive", lambda value: value > 0)
 NOT_NEGATIVE = Range("must not be negative", lambda value: value >= 0)
 FINITE_POSITIVE = Range("must be a positive number", lambda value: 0 < value < math.inf)
@@ -38,6 +39,7 @@ PROBABILITY = Range("a probability lies in (0, 1)", lambda value: 0 < value < 1)
 SHARE = Range("must lie in [0, 1]", lambda value: 0 <= value <= 1)
 POSITIVE_SHARE = Range("must lie in (0, 1]", lambda value: 0 < value <= 1)
 DECAY = Range("must lie in [0, 1)", lambda value: 0 <= value < 1)
+COUNT = Range("must be a whole number from 1", lambda value: value >= 1 and value % 1 == 0)
 SEED = Range("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
 
 
@@ -101,18 +103,13 @@ def check_choice(name: str, value: str, choices: Iterable[str], called: str = ""
         )
 
 
-def check_range(name: str, value: Any, rule: Range) -> None:
-    """Raise ConfigError for a number that the rule excludes. What is no number is not looked at."""
-    if isinstance(value, int | float) and not rule.holds(value):
-        raise ConfigError(f"{name}: {rule.words}, got {value}")
-
-
 def check_fields(config: Any, inherited: dict[str, Range]) -> None:
     """Raise ConfigError for the first value of a dataclass that its row, or its entry in `inherited`, excludes."""
     for field in dataclasses.fields(config):
         value, row = getattr(config, field.name), field.metadata
-        if (rule := row.get("rule") or inherited.get(field.name)) is not None:
-            check_range(field.name, value, rule)
+        rule = row.get("rule") or inherited.get(field.name)
+        if rule and isinstance(value, int | float) and not rule.holds(value):
+            raise ConfigError(f"{field.name}: {rule.words}, got {value}")
         if "group" in row and row["choices"]:
             for item in [value] if isinstance(value, str) else value or ():
                 check_choice(field.name, item, row["choices"], row["called"])
