@@ -1,5 +1,6 @@
 """DPOConfig: the settings of a run, each in one row with its type, default, range, help and group, and the checks across rows."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -57,12 +58,8 @@ INHERITED_RANGES: dict[str, Range] = {
 }
 #: Settings of TrainingArguments that `--help` shows, and their groups.
 INHERITED_COMMON = {
-    "max_steps": "optimizer",
-    "per_device_train_batch_size": "optimizer",
-    "gradient_accumulation_steps": "optimizer",
-    "bf16": "optimizer",
-    "eval_steps": "watch",
-    "save_steps": "watch",
+    **dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16"), "optimizer"),
+    **dict.fromkeys(("eval_steps", "save_steps"), "watch"),
 }
 
 
@@ -76,12 +73,6 @@ class DPOConfig(TrainingArguments):
     Raises:
         ConfigError: a value is out of range or unknown; the message lists what is known.
     """
-
-    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "diagnostics",
-    ]
 
     # Defaults that differ from TrainingArguments.
     learning_rate: float = _optimizer(
@@ -334,10 +325,8 @@ class DPOConfig(TrainingArguments):
 def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
     """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = json.loads(value)
-        except ValueError as error:
-            raise ConfigError(f"{name}: expected a mapping, got {value!r}") from error
     if value is not None and not isinstance(value, dict):
         raise ConfigError(f"{name}: expected a mapping, got {value!r}")
     return value
