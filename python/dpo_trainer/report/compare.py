@@ -35,11 +35,8 @@ class Run:
         if not records:
             raise OutputError(f"'{folder}': holds no run (no {METRICS} with records)")
         self.name = name
-        prefixes = evaluation_prefixes(records)
-        self.records = {
-            "train": training_records(records),
-            "eval": evaluation_records(records, prefixes[0]) if prefixes else [],
-        }
+        first = next(iter(evaluation_prefixes(records)), "eval")
+        self.records = {"train": training_records(records), "eval": evaluation_records(records, first)}
         try:
             summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
             self.settings: dict[str, Any] = summary["changed_settings"]

@@ -71,8 +71,8 @@ def render_report(
         samples: the records of samples.jsonl.
     """
     train = training_records(records)
-    prefixes = evaluation_prefixes(records)
-    evals = evaluation_records(records, prefixes[0]) if prefixes else []
+    evaluations = {prefix: evaluation_records(records, prefix) for prefix in evaluation_prefixes(records)}
+    evals = next(iter(evaluations.values()), [])
     loss, *others = CHARTS
     if (start := summary["initial_loss"]) is not None:
         log2 = math.isclose(start, math.log(2))
@@ -89,7 +89,7 @@ def render_report(
             (prefix, pairs, draw_margins(f"margins{number}", pairs.before, pairs.after))
             for number, (prefix, pairs) in enumerate((evaluated or {}).items())
         ],
-        evaluations=[(prefix, evaluation_records(records, prefix)) for prefix in prefixes],
+        evaluations=evaluations,
         labels={name: label for name, label in LABELS.items() if any(name in row for row in evals)},
         samples=_last_samples(samples),
     )
