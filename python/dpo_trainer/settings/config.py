@@ -34,11 +34,11 @@ from .table import (
     PROBABILITY,
     SEED,
     SHARE,
-    Range,
     Setting,
     at_least,
     check_choice,
     check_fields,
+    row_of,
     setting,
 )
 
@@ -46,20 +46,20 @@ _run = partial(setting, group="run", common=True)
 _optimizer, _objective, _data, _model, _kernels, _watch = (
     partial(setting, group=group) for group in ("optimizer", "objective", "data", "model", "kernels", "watch")
 )
-#: What settings of TrainingArguments must be, which takes these values without a look.
-INHERITED_RANGES: dict[str, Range] = {
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
-    **dict.fromkeys(("seed", "data_seed"), SEED),
-    **dict.fromkeys(("save_steps", "eval_steps"), POSITIVE),
+#: Of settings of TrainingArguments, which takes most values without a look, what they must be, and which `--help` shows.
+INHERITED = {
     **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), at_least(1)
+        ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), Setting(rule=NOT_NEGATIVE)
     ),
-}
-#: Settings of TrainingArguments that `--help` shows, and their groups.
-INHERITED_COMMON = {
-    **dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16"), "optimizer"),
-    **dict.fromkeys(("eval_steps", "save_steps"), "watch"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Setting(rule=DECAY)),
+    **dict.fromkeys(("seed", "data_seed"), Setting(rule=SEED)),
+    **dict.fromkeys(("save_steps", "eval_steps"), Setting(rule=POSITIVE, group="watch", common=True)),
+    **dict.fromkeys(("max_steps", "bf16"), Setting(group="optimizer", common=True)),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps"),
+        Setting(rule=at_least(1), group="optimizer", common=True),
+    ),
+    "per_device_eval_batch_size": Setting(rule=at_least(1)),
 }
 
 
@@ -257,7 +257,7 @@ class DPOConfig(TrainingArguments):
     write_report: bool = _watch(True, "Write report.html into output_dir at checkpoints and at the end.")
 
     def __post_init__(self) -> None:
-        check_fields(self, INHERITED_RANGES)
+        check_fields(self, INHERITED)
         self._check_objective()
         self._check_together()
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
@@ -367,13 +367,12 @@ def settings_table() -> dict[str, Setting]:
             if not field.init or field.name in rows:
                 continue
             default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            rows[field.name] = Setting(
-                field.name,
-                hints[field.name],
-                getattr(default, "value", default),
-                " ".join(field.metadata.get("help", "").split()),
-                field.metadata.get("group") or INHERITED_COMMON.get(field.name, ""),
-                field.metadata.get("common", field.name in INHERITED_COMMON),
+            rows[field.name] = dataclasses.replace(
+                row_of(field, INHERITED),
+                name=field.name,
+                hint=hints[field.name],
+                default=getattr(default, "value", default),
+                help=" ".join(field.metadata.get("help", "").split()),
             )
     own = {*RunSettings.__annotations__, *DPOConfig.__annotations__}
     return {name: rows[name] for name in sorted(rows, key=lambda name: name not in own)}
