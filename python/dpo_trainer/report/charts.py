@@ -144,6 +144,8 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9.5,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 3.5,
     "lines.solid_capstyle": "round",
     "figure.figsize": (4.5, 2.65),
     "figure.constrained_layout.use": True,
@@ -193,15 +195,11 @@ def draw(chart: Chart, curves: Sequence[Curve]) -> str | None:
 
     with _axes(chart.key) as axes:
         for curve in curves:
-            steps, values = zip(*curve.points, strict=True)
             axes.plot(
-                steps,
-                values,
+                *zip(*curve.points, strict=True),
                 color=_SERIES[curve.colour],
-                linewidth=1.8,
                 linestyle=(0, (4, 2)) if curve.dashed else "-",
-                marker="o" if len(steps) <= 30 else None,
-                markersize=3.5,
+                marker="o" if len(curve.points) <= 30 else None,
                 label=curve.label,
             )
         if chart.level is not None:

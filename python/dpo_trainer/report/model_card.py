@@ -12,20 +12,17 @@ from ..run_folder.records import EVENTS, METRICS, read_records, write_aside
 from ..run_folder.summary import summarize
 from .page import LABELS, template
 
-CARD = "README.md"
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")
 
 
-def write_card(run: Run, folder: Path, given: dict[str, Any]) -> Path:
-    """Write the card into the folder; returns its path.
+def write_card(run: Run, folder: Path, given: dict[str, Any]) -> None:
+    """Write the card into the folder.
 
     Args:
         given: what `transformers.Trainer.create_model_card` takes: language, license, tags, model_name, finetuned_from,
             dataset and so on.
     """
-    path = folder / CARD
-    write_aside(path, render_card(run, given))
-    return path
+    write_aside(folder / "README.md", render_card(run, given))
 
 
 def render_card(run: Run, given: dict[str, Any]) -> str:
