@@ -120,7 +120,7 @@ def test_nothing_in_a_model_card_runs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     trainer = build_trainer(tmp_path / "run", max_steps=1)
     trainer.train()
-    card = render_card(trainer, {"model_name": EVIL, "finetuned_from": EVIL}, adapter=False)
+    card = render_card(trainer, {"model_name": EVIL, "finetuned_from": EVIL})
     body = card.split("\n---\n", 1)[1]
     text = re.sub(r"```.*?```|`[^`\n]*`", "", body, flags=re.DOTALL)
     assert "&lt;script&gt;" in text

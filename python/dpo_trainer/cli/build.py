@@ -9,15 +9,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import datasets
+import transformers
+
+from ..data.files import load_pairs, stream_pairs
 from ..errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
+from ..settings.config import DPOConfig
+from ..trainer import DPOTrainer
 from .settings import RUN_KEYS, lora_config
 
-if TYPE_CHECKING:
-    from ..trainer import DPOTrainer
-
-AnyTrainer = TypeVar("AnyTrainer", bound="DPOTrainer")
+AnyTrainer = TypeVar("AnyTrainer", bound=DPOTrainer)
 
 
 def set_up_logging(*, quiet: bool) -> None:
@@ -39,46 +42,33 @@ def build_trainer(
     Raises:
         UsageError: a setting, the model or the data cannot be used.
     """
-    import datasets
-    import transformers
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    from ..data.files import load_pairs, stream_pairs
-    from ..model.loading import load_model, load_tokenizer
-    from ..settings.config import DPOConfig
-
-    fields = {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
-    fields.setdefault("log_level", "error")
+    fields: dict[str, Any] = {"log_level": "error", "disable_tqdm": not switches.isdisjoint({"--quiet", "--json"})}
+    fields |= {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
     if settings.get("eval_data") is not None:
         if "eval_strategy" not in fields:
             fields["eval_strategy"] = "steps"
             fields.setdefault("eval_steps", 0.25)
         fields.setdefault("eval_on_start", not resumes)
-    fields.setdefault("disable_tqdm", not switches.isdisjoint({"--quiet", "--json"}))
     with _named(fields):
         config = DPOConfig(**fields)
     given = config.resume_from_checkpoint
     if given and not resumes and not (Path(given) / "trainer_state.json").exists():
         raise OutputError(f"resume_from_checkpoint '{given}': not a checkpoint")
     peft_config = lora_config(settings["lora"]) if settings.get("lora") is not None else None
-
     if settings.get("streaming") and config.max_steps <= 0:
         raise ConfigError("max_steps: must be given with streaming, which does not tell how many pairs there are")
     train_data = (stream_pairs if settings.get("streaming") else load_pairs)(settings["train_data"])
     eval_data = load_pairs(settings["eval_data"]) if settings.get("eval_data") is not None else None
-    tokenizer = load_tokenizer(settings["model"])
-    init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
-    model = load_model(settings["model"], **init_kwargs)
     with _named(fields):
         return kind(
-            model,
+            settings["model"],
             settings.get("ref_model"),
             args=config,
             train_dataset=train_data,
             eval_dataset=eval_data,
-            processing_class=tokenizer,
             peft_config=peft_config,
         )
 

@@ -22,6 +22,7 @@ from ..model.loss_path import memory_budget
 from ..model.references import FrozenReference
 from ..model.split import Batch, SplitModel
 from ..reference_trainer import has_reference
+from ..report.page import duration
 from ..trainer import DPOTrainer
 from ..watch.diagnostics import reference_facts
 from ..watch.evaluated import shortened
@@ -263,12 +264,6 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         f"  batches          layout {plan['layout']}; {plan['batch_tokens_per_text_token']:.2f} tokens, padding included, "
         "for each token of text",
         f"  steps            {plan['steps']:,}{epoch}; about {plan['tokens_per_step']:,} tokens each",
-        f"  time             an estimate: {step:.2f} s a step, {_duration(step * plan['steps'])} in all, without evaluations; "
+        f"  time             an estimate: {step:.2f} s a step, {duration(step * plan['steps'])} in all, without evaluations; "
         f"from one forward and backward of {plan['timed_tokens']} tokens in {plan['timed_seconds']:.2f} s",
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ConfigError, UsageError
+from ..report.compare import OUTPUT, compare
 from ..run_folder.lock import run_lock
 from ..run_folder.output_dir import check_output, check_place, clear_run, data_digests, record_run
 from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, json_line
+from ..trainer import DPOTrainer
 from ..watch import signals as guard
+from ..watch.callbacks import SaveAtTheEnd
 from .build import build_trainer, set_up_logging
+from .inspect import Inspector, render
 from .settings import COMPARE, REQUIRED, help_parser, read_settings
 
 
@@ -62,8 +67,6 @@ def compare_runs(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: an unknown word, or a folder without a run.
     """
-    from ..report.compare import OUTPUT, compare
-
     folders, output = list(arguments), Path(OUTPUT)
     if "--output" in folders:
         place = folders.index("--output")
@@ -84,14 +87,10 @@ def inspect_run(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: as `run`.
     """
-    import tempfile
-
     settings, switches = read_settings(arguments, required=REQUIRED[:-1])
     stream = sys.stdout
     with tempfile.TemporaryDirectory() as nowhere, contextlib.redirect_stdout(sys.stderr):
         set_up_logging(quiet="--quiet" in switches)
-        from .inspect import Inspector, render
-
         # transformers makes the output folder before anything is known
         found = build_trainer(Inspector, {**settings, "output_dir": nowhere}, switches).inspect()
     print(json.dumps(found) if "--json" in switches else render(found), file=stream)
@@ -116,9 +115,6 @@ def run(arguments: Sequence[str]) -> None:
         digests = data_digests(settings)
         resume, overwrite = "--resume" in switches, "--overwrite" in switches
         resumes = check_output(output_dir, settings, digests, resume=resume, overwrite=overwrite)
-        from ..trainer import DPOTrainer
-        from ..watch.callbacks import SaveAtTheEnd
-
         trainer = build_trainer(DPOTrainer, settings, switches, resumes=resumes)
         trainer.callback_handler.callbacks.insert(0, SaveAtTheEnd(trainer))
         if "--json" in switches:
@@ -150,5 +146,4 @@ JSON_TYPES = {METRICS: "log", EVENTS: "event", SAMPLES: "sample", SUMMARY: "summ
 
 def _print_json(stream: IO[str], name: str, record: dict[str, Any]) -> None:
     """Print a record of a file as one line with its type, at once."""
-    stream.write(json_line({"type": JSON_TYPES[name], **record}))
-    stream.flush()
+    print(json_line({"type": JSON_TYPES[name], **record}), end="", file=stream, flush=True)

@@ -84,8 +84,7 @@ def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) 
         except yaml.YAMLError:
             value = text
         _set(settings, key, value)
-    for key in list(settings):
-        settings[key] = check_setting(key, settings[key], known)
+    settings = {key: check_setting(key, value, known) for key, value in settings.items()}
     for key in required:
         if settings.get(key) is None:
             raise ConfigError(f"{key}: not given; {RUN_KEYS[key][0].lower()}{RUN_KEYS[key][1:]}")
@@ -104,11 +103,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | None):
         raise ConfigError(f"{path}: expected 'key: value' lines, found {type(value).__name__}")
-    return {str(key): item for key, item in value.items()}
+    return {str(key): item for key, item in (value or {}).items()}
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import re
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the report: what it shows and what a healthy one looks like."""
+    """A chart of the report: what it shows, what a healthy one looks like, and perhaps a level to compare it with."""
 
     key: str
     title: str
@@ -139,11 +139,30 @@ CHARTS = (
 _INK, _GRID = "#010203", "#010204"
 COLOURS = 8
 _SERIES = {number: f"#0a0b0{number}" for number in range(1, COLOURS + 1)}
-_SERIES_NAMES = {
-    "#010203": "var(--ink)",
-    "#010204": "var(--grid)",
-    **{c: f"var(--series-{n})" for n, c in _SERIES.items()},
+_VARIABLES = {_INK: "ink", _GRID: "grid", **{colour: f"series-{number}" for number, colour in _SERIES.items()}}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 3.5,
+    "lines.solid_capstyle": "round",
+    "figure.figsize": (4.5, 2.65),
+    "figure.constrained_layout.use": True,
+    "savefig.transparent": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": _GRID,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": _GRID,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
+#: Of a horizontal or vertical line that the curves are to be compared with.
+_LEVEL: Any = {"color": _INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
 @dataclass(frozen=True)
@@ -156,47 +175,35 @@ class Curve:
     dashed: bool = False
 
 
+def points_of(records: Sequence[dict[str, Any]], metric: str) -> list[tuple[float, float]]:
+    """(step, value) of the records that have the metric."""
+    return [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
+
+
 def curves_of(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> list[Curve]:
     """The chart's curves from records of training steps and of evaluations; those without a point are left out."""
-    found = []
-    for line in chart.lines:
-        records = train if line.source == "train" else evals
-        points = [(r["step"], r[line.metric]) for r in records if r.get(line.metric) is not None]
-        if points:
-            found.append(Curve(points, line.label, line.colour))
-    return found
+    sources = {"train": train, "eval": evals}
+    found = [Curve(points_of(sources[line.source], line.metric), line.label, line.colour) for line in chart.lines]
+    return [curve for curve in found if curve.points]
 
 
-def draw(chart: Chart, curves: Sequence[Curve], level: float | None = None, level_label: str = "") -> str | None:
-    """The chart as inline SVG that takes its colours and font from the page; None if there is nothing to draw.
-
-    Args:
-        chart: what to draw.
-        curves: what to draw it from.
-        level, level_label: a horizontal line, where the run and not the chart knows it.
-    """
+def draw(chart: Chart, curves: Sequence[Curve]) -> str | None:
+    """The chart as inline SVG that takes its colours and font from the page; None if there is nothing to draw."""
     if not curves:
         return None
     from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
-    with _styled(chart.key):
-        figure, axes = _axes()
+    with _axes(chart.key) as axes:
         for curve in curves:
-            steps, values = zip(*curve.points, strict=True)
             axes.plot(
-                steps,
-                values,
+                *zip(*curve.points, strict=True),
                 color=_SERIES[curve.colour],
-                linewidth=1.8,
                 linestyle=(0, (4, 2)) if curve.dashed else "-",
-                marker="o" if len(steps) <= 30 else None,
-                markersize=3.5,
+                marker="o" if len(curve.points) <= 30 else None,
                 label=curve.label,
             )
-        level, label = (chart.level, chart.level_label) if level is None else (level, level_label)
-        if level is not None:
-            axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=label or None)
-        _legend(axes)
+        if chart.level is not None:
+            axes.axhline(chart.level, label=chart.level_label or None, **_LEVEL)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -211,86 +218,53 @@ def draw(chart: Chart, curves: Sequence[Curve], level: float | None = None, leve
             axes.set_ylim(0, 1.15 * max(value for curve in curves for _, value in curve.points) or 1.0)
         elif chart.key == "learning_rate":
             axes.set_ylim(bottom=0)
-        return _inline(figure, chart.key, chart.title)
+        return _inline(axes, chart.key, chart.title)
 
 
-def draw_histogram(key: str, title: str, groups: Sequence[tuple[str, Sequence[float], int]], unit: str) -> str:
-    """Distributions over the same bins as inline SVG.
+def draw_margins(key: str, before: Sequence[float], after: Sequence[float]) -> str:
+    """The distributions of the pairs' margins, in nats, under the reference and under the policy, as inline SVG.
 
     Args:
         key: unique on the page.
-        title: for screen readers.
-        groups: (label, values, number of a colour) each.
-        unit: of the values.
+        before, after: under the reference and under the policy.
     """
     from matplotlib.ticker import MaxNLocator
 
-    values = sorted(value for _, group, _ in groups for value in group)
+    values = sorted([*before, *after])
     # The middle 98 %: one extreme pair must not flatten all others into one bar; what lies outside joins the outer bins.
     low, high = values[len(values) // 100], values[-1 - len(values) // 100]
-    width = (high - low) / 24 or 1.0
-    edges = [low + width * index for index in range(25)]
-    with _styled(key):
-        figure, axes = _axes()
-        for label, group, colour in groups:
-            inside = [min(max(value, low), edges[-1]) for value in group]
-            axes.hist(inside, bins=edges, color=_SERIES[colour], alpha=0.55, label=label)
-        axes.axvline(0.0, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        _legend(axes)
-        axes.set_xlabel(unit)
+    with _axes(key) as axes:
+        for label, group, colour in (("reference", before, 5), ("policy", after, 1)):
+            inside = [min(max(value, low), high) for value in group]
+            axes.hist(inside, bins=24, range=(low, high), color=_SERIES[colour], alpha=0.55, label=label)
+        axes.axvline(0.0, **_LEVEL)
+        axes.set_xlabel("log-probability of chosen minus rejected, nats")
         axes.set_ylabel("pairs")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        return _inline(figure, key, title)
+        return _inline(axes, key, "Margins of the held-out pairs")
 
 
-def _styled(key: str) -> Any:
+@contextlib.contextmanager
+def _axes(key: str) -> Iterator[Any]:
+    """Axes to draw on in this module's style."""
     import matplotlib
-
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": key,
-        "text.parse_math": False,
-        "font.size": 9.5,
-        "lines.solid_capstyle": "round",
-    }
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    return matplotlib.rc_context(style)
-
-
-def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5, 2.65), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.tick_params(length=0)
-    return figure, axes
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": key}):
+        yield Figure().add_subplot()
 
 
-def _legend(axes: Any) -> None:
+def _inline(axes: Any, key: str, title: str) -> str:
     if len(axes.get_legend_handles_labels()[0]) > 1:
         # Above the plot: a legend inside hides points wherever it is put.
-        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.1}
-        axes.legend(ncols=3, frameon=False, handlelength=1.6, **place)
-
-
-def _inline(figure: Any, key: str, title: str) -> str:
+        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.1)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    axes.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for colour, variable in _SERIES_NAMES.items():
-        svg = svg.replace(colour, variable)
-    # Several drawings share a page: their ids must not meet. A key may hold the name of a data set, which may be anything.
-    mark = re.sub(r"[^A-Za-z0-9]+", "-", key)
-    if mark != key:
-        mark += f"-{zlib.crc32(key.encode()):08x}"
-    svg = re.sub(r'id="([^"]+)"', rf'id="{mark}-\1"', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}-", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    # Several drawings share a page: their ids must not meet.
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", svg)
     head = f'role="img" aria-label="{html.escape(title)}">'
     return re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', lambda found: f'<svg viewBox="{found[1]}" {head}', svg, count=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +10,39 @@ from ..run import Run
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records
 from ..run_folder.records import EVENTS, METRICS, read_records, write_aside
 from ..run_folder.summary import summarize
-from .page import template
+from .page import LABELS, template
 
-CARD = "README.md"
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")
-_FIGURES = (
-    ("loss", "loss"),
-    ("rewards/accuracies", "accuracy"),
-    ("rewards/margins", "reward margin"),
-    ("kl", "KL from the reference, nats per token"),
-    ("win_rate", "win rate"),
-)
 
 
-def write_card(run: Run, folder: Path, given: dict[str, Any]) -> Path:
-    """Write the card into the folder; returns its path.
+def write_card(run: Run, folder: Path, given: dict[str, Any]) -> None:
+    """Write the card into the folder.
 
     Args:
         given: what `transformers.Trainer.create_model_card` takes: language, license, tags, model_name, finetuned_from,
             dataset and so on.
     """
-    path = folder / CARD
-    write_aside(path, render_card(run, given, adapter=hasattr(run.policy.model, "peft_config")))
-    return path
+    write_aside(folder / "README.md", render_card(run, given))
 
 
-def render_card(run: Run, given: dict[str, Any], *, adapter: bool) -> str:
+def render_card(run: Run, given: dict[str, Any]) -> str:
     """The card's text: metadata that model hubs read, then prose and tables in Markdown."""
     import yaml
 
     from dpo_kernels import objectives
 
     summary = summarize(run, finished=True)
+    adapter = hasattr(run.policy.model, "peft_config")
     config = getattr(run.policy.model, "config", None)
     origin = str(given.get("finetuned_from") or getattr(config, "_name_or_path", None) or "")
+    # A model hub may know a name or owner/name that is no folder of this machine.
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", origin) and not Path(origin).exists()
     base = origin or summary["architecture"]
     name = given.get("model_name") or Path(str(run.args.output_dir)).resolve().name
     metadata = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": origin if _is_hub_name(origin) else None,
+        "base_model": origin if on_hub else None,
         "model_name": name,
         "language": given.get("language"),
         "license": given.get("license"),
@@ -59,31 +51,21 @@ def render_card(run: Run, given: dict[str, Any], *, adapter: bool) -> str:
     }
     folder = Path(str(run.args.output_dir))
     records = read_records(folder / METRICS)
-    rows = [getattr(item, "info", None) for item in objectives.build(run.args.loss_type)]
-    weights = run.args.loss_weights or [1.0] * len(rows)
+    built: Any = objectives.build(run.args.loss_type)
+    weights = run.args.loss_weights or [1.0] * len(built)
     return template("model_card.md.j2").render(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False).strip(),
         name=name,
         base=Path(base).name if Path(base).is_absolute() else base,
         adapter=adapter,
         summary=summary,
-        objectives=list(zip([row for row in rows if row is not None], weights, strict=False)),
+        objectives=[(item.info, weight) for item, weight in zip(built, weights, strict=True)],
         beta=run.args.beta,
-        evaluations=[(prefix, _table(evaluation_records(records, prefix))) for prefix in evaluation_prefixes(records)],
+        evaluations={prefix: evaluation_records(records, prefix) for prefix in evaluation_prefixes(records)},
+        labels=LABELS,
         events=read_records(folder / EVENTS),
     )
 
 
-def _table(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, Any, Any]]:
-    """(metric, label, first, last) of the figures that the last evaluation has."""
-    first, last = records[0], records[-1]
-    return [(key, label, first.get(key), last[key]) for key, label in _FIGURES if last.get(key) is not None]
-
-
 def _as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether a model hub may know it: a name or owner/name, and no folder of this machine."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()

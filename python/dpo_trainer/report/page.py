@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,21 @@ from ..run_folder.metrics import evaluation_prefixes, evaluation_records, traini
 from ..run_folder.records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, read_records, write_aside
 from ..run_folder.summary import summarize
 from ..watch.evaluated import EvaluatedPairs
-from .charts import CHARTS, curves_of, draw, draw_histogram
+from .charts import CHARTS, curves_of, draw, draw_margins
+
+#: Labels of an evaluation's metrics, on all pages.
+LABELS = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "reward margin",
+    "rewards/chosen": "chosen reward",
+    "rewards/rejected": "rejected reward",
+    "kl": "KL from the reference",
+    "entropy": "entropy",
+    "win_rate": "win rate",
+}
+#: Samples of each evaluation dataset that the page shows.
+_SAMPLES_SHOWN = 6
 
 
 def write_report(run: Run, *, finished: bool) -> Path | None:
@@ -55,29 +70,27 @@ def render_report(
         evaluated: pairs of the last evaluations by the prefix of their metrics.
         samples: the records of samples.jsonl.
     """
-    from markupsafe import Markup
-
     train = training_records(records)
-    prefixes = evaluation_prefixes(records)
-    evals = evaluation_records(records, prefixes[0]) if prefixes else []
-    start = summary["initial_loss"]
-    log2 = start is not None and math.isclose(start, math.log(2))
-    levels = {} if start is None else {"loss": (start, "log 2" if log2 else f"start ({start:.4g})")}
-    charts = [(chart, draw(chart, curves_of(chart, train, evals), *levels.get(chart.key, ()))) for chart in CHARTS]
+    evaluations = {prefix: evaluation_records(records, prefix) for prefix in evaluation_prefixes(records)}
+    evals = next(iter(evaluations.values()), [])
+    loss, *others = CHARTS
+    if (start := summary["initial_loss"]) is not None:
+        log2 = math.isclose(start, math.log(2))
+        loss = replace(loss, level=start, level_label="log 2" if log2 else f"start ({start:.4g})")
+    drawn = [(chart, draw(chart, curves_of(chart, train, evals))) for chart in (loss, *others)]
     return template("report.html.j2").render(
         name=name,
         summary=summary,
         model=Path(summary["model"]).name if Path(summary["model"]).is_absolute() else summary["model"],
         cards=_cards(summary, evals),
-        charts=[{"title": c.title, "healthy": c.healthy, "svg": Markup(svg)} for c, svg in charts if svg],
+        charts=[{"title": chart.title, "healthy": chart.healthy, "svg": svg} for chart, svg in drawn if svg],
         events=events,
-        pairs=[(prefix, pairs, Markup(_margins(prefix, pairs))) for prefix, pairs in (evaluated or {}).items()],
-        evaluations=[(prefix, evaluation_records(records, prefix)) for prefix in prefixes],
-        evaluation_columns=[
-            column
-            for column in _EVALUATION_COLUMNS
-            if column[0] != "win_rate" or any("win_rate" in row for row in evals)
+        pairs=[
+            (prefix, pairs, draw_margins(f"margins{number}", pairs.before, pairs.after))
+            for number, (prefix, pairs) in enumerate((evaluated or {}).items())
         ],
+        evaluations=evaluations,
+        labels={name: label for name, label in LABELS.items() if any(name in row for row in evals)},
         samples=_last_samples(samples),
     )
 
@@ -93,79 +106,57 @@ def template(name: str) -> Any:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters["figure"] = _figure
+    environment.filters["figure"] = figure
     return environment.get_template(name)
-
-
-def _margins(prefix: str, pairs: EvaluatedPairs) -> str:
-    groups = [("reference", pairs.before, 5), ("policy", pairs.after, 1)]
-    unit = "log-probability of chosen minus rejected, nats"
-    return draw_histogram(f"margins-of-{prefix}", "Margins of the held-out pairs", groups, unit)
-
-
-_EVALUATION_COLUMNS = (
-    ("loss", "loss"),
-    ("rewards/accuracies", "accuracy"),
-    ("rewards/margins", "margin"),
-    ("rewards/chosen", "chosen reward"),
-    ("rewards/rejected", "rejected reward"),
-    ("kl", "KL"),
-    ("entropy", "entropy"),
-    ("win_rate", "win rate"),
-)
-#: Samples of each evaluation dataset that the page shows.
-_SAMPLES_SHOWN = 6
 
 
 def _last_samples(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The policy's last answers, by the evaluation's prefix."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in samples:
-        if "policy" in record:
-            kept = found.setdefault(record["evaluation"], [])
-            if kept and kept[-1]["step"] != record["step"]:
-                kept.clear()
-            kept.append(record)
-    return {prefix: records[:_SAMPLES_SHOWN] for prefix, records in found.items()}
+    answers = [record for record in samples if "policy" in record]
+    last = {record["evaluation"]: record["step"] for record in answers}
+    return {
+        prefix: [record for record in answers if (record["evaluation"], record["step"]) == (prefix, step)][
+            :_SAMPLES_SHOWN
+        ]
+        for prefix, step in last.items()
+    }
 
 
 def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The figures a reader looks for first: held out if there is such data, else of training."""
     kind = "held-out" if evals else "training"
     first, last = (evals[0], evals[-1]) if evals else (summary["first"], summary["last"])
-    same = first == last
     cards = []
-    for metric, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("kl", "KL from the reference")):
+    for metric, unit in (("loss", ""), ("rewards/accuracies", "guessing is 50 %"), ("kl", "nats per completion token")):
         if last.get(metric) is not None:
-            note = f"from {_figure(first[metric], metric)}" if first.get(metric) is not None and not same else ""
-            if metric == "kl":
-                note = "nats per completion token"
-            elif metric == "rewards/accuracies" and not note:
-                note = "guessing is 50 %"
-            cards.append({"label": f"{kind} {label}", "value": _figure(last[metric], metric), "note": note})
+            began = metric != "kl" and first != last and first.get(metric) is not None
+            note = f"from {figure(first[metric], metric)}" if began else unit
+            cards.append({"label": f"{kind} {LABELS[metric]}", "value": figure(last[metric], metric), "note": note})
     if last.get("win_rate") is not None:
         error = last.get("win_rate_se")
         note = "answers the scorer prefers" + (f", ± {error:.1%}" if error is not None else "")
-        cards.append({"label": "win rate", "value": _figure(last["win_rate"], "win_rate"), "note": note})
-    if summary["tokens_per_second"]:
-        note = f"{summary['tokens']:,} tokens in {_duration(summary['seconds'])}"
-        cards.append({"label": "tokens per second", "value": f"{summary['tokens_per_second']:,.0f}", "note": note})
+        cards.append({"label": LABELS["win_rate"], "value": figure(last["win_rate"], "win_rate"), "note": note})
+    if speed := summary["tokens_per_second"]:
+        note = f"{summary['tokens']:,} tokens in {duration(summary['seconds'])}"
+        cards.append({"label": "tokens per second", "value": figure(speed, "tokens_per_second"), "note": note})
     return cards
 
 
-def _figure(value: Any, metric: str = "") -> str:
+def figure(value: Any, metric: str = "") -> str:
+    """A value as all pages show it: a share as a percentage, a count in full, other numbers to four places or digits."""
     if value is None:
         return "-"
     if metric.endswith(("accuracies", "win_rate")):
         return f"{value:.1%}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, int) or metric == "tokens_per_second":
+        return f"{value:,.0f}"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in the two largest units that it has."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,5 +1,6 @@
 """DPOConfig: the settings of a run, each in one row with its type, default, range, help and group, and the checks across rows."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -33,11 +34,11 @@ from .table import (
     PROBABILITY,
     SEED,
     SHARE,
-    Range,
     Setting,
     at_least,
     check_choice,
     check_fields,
+    row_of,
     setting,
 )
 
@@ -45,24 +46,20 @@ _run = partial(setting, group="run", common=True)
 _optimizer, _objective, _data, _model, _kernels, _watch = (
     partial(setting, group=group) for group in ("optimizer", "objective", "data", "model", "kernels", "watch")
 )
-#: What settings of TrainingArguments must be, which takes these values without a look.
-INHERITED_RANGES: dict[str, Range] = {
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
-    **dict.fromkeys(("seed", "data_seed"), SEED),
-    **dict.fromkeys(("save_steps", "eval_steps"), POSITIVE),
+#: Of settings of TrainingArguments, which takes most values without a look, what they must be, and which `--help` shows.
+INHERITED = {
     **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), at_least(1)
+        ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), Setting(rule=NOT_NEGATIVE)
     ),
-}
-#: Settings of TrainingArguments that `--help` shows, and their groups.
-INHERITED_COMMON = {
-    "max_steps": "optimizer",
-    "per_device_train_batch_size": "optimizer",
-    "gradient_accumulation_steps": "optimizer",
-    "bf16": "optimizer",
-    "eval_steps": "watch",
-    "save_steps": "watch",
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Setting(rule=DECAY)),
+    **dict.fromkeys(("seed", "data_seed"), Setting(rule=SEED)),
+    **dict.fromkeys(("save_steps", "eval_steps"), Setting(rule=POSITIVE, group="watch", common=True)),
+    **dict.fromkeys(("max_steps", "bf16"), Setting(group="optimizer", common=True)),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps"),
+        Setting(rule=at_least(1), group="optimizer", common=True),
+    ),
+    "per_device_eval_batch_size": Setting(rule=at_least(1)),
 }
 
 
@@ -76,12 +73,6 @@ class DPOConfig(TrainingArguments):
     Raises:
         ConfigError: a value is out of range or unknown; the message lists what is known.
     """
-
-    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "diagnostics",
-    ]
 
     # Defaults that differ from TrainingArguments.
     learning_rate: float = _optimizer(
@@ -266,7 +257,7 @@ class DPOConfig(TrainingArguments):
     write_report: bool = _watch(True, "Write report.html into output_dir at checkpoints and at the end.")
 
     def __post_init__(self) -> None:
-        check_fields(self, INHERITED_RANGES)
+        check_fields(self, INHERITED)
         self._check_objective()
         self._check_together()
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
@@ -334,10 +325,8 @@ class DPOConfig(TrainingArguments):
 def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
     """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = json.loads(value)
-        except ValueError as error:
-            raise ConfigError(f"{name}: expected a mapping, got {value!r}") from error
     if value is not None and not isinstance(value, dict):
         raise ConfigError(f"{name}: expected a mapping, got {value!r}")
     return value
@@ -378,13 +367,12 @@ def settings_table() -> dict[str, Setting]:
             if not field.init or field.name in rows:
                 continue
             default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            rows[field.name] = Setting(
-                field.name,
-                hints[field.name],
-                getattr(default, "value", default),
-                " ".join(field.metadata.get("help", "").split()),
-                field.metadata.get("group") or INHERITED_COMMON.get(field.name, ""),
-                field.metadata.get("common", field.name in INHERITED_COMMON),
+            rows[field.name] = dataclasses.replace(
+                row_of(field, INHERITED),
+                name=field.name,
+                hint=hints[field.name],
+                default=getattr(default, "value", default),
+                help=" ".join(field.metadata.get("help", "").split()),
             )
     own = {*RunSettings.__annotations__, *DPOConfig.__annotations__}
     return {name: rows[name] for name in sorted(rows, key=lambda name: name not in own)}

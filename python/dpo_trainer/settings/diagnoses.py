@@ -6,9 +6,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError
+from .table import ANY, COUNT, NOT_NEGATIVE, Range, check_choice
 
 
 @dataclass(frozen=True)
@@ -109,46 +111,40 @@ DIAGNOSES: dict[str, Diagnosis] = {
 }
 
 
-#: Thresholds that speak when something is below them; the others speak above.
-_SPEAK_BELOW = (
-    "stuck_tolerance",
-    "stuck_rewards",
-    "changed_share",
-    "random_accuracy",
-    "swapped_accuracy",
-    "chosen_likelihood",
-    "reference_accuracy",
-    "weight_share",
-)
+def _limit(default: float, meaning: str, rule: Range = NOT_NEGATIVE, *, off: float = math.inf) -> Any:
+    """A threshold; `off` is the infinity that is never passed."""
+    return field(default=default, metadata={"help": meaning, "rule": rule, "off": off})
 
 
-def _limit(default: float, meaning: str) -> float:
-    return cast(float, field(default=default, metadata={"help": meaning}))
+#: A threshold that speaks when something is below it; the others speak above.
+_floor = partial(_limit, off=-math.inf)
 
 
 @dataclass(frozen=True)
 class Limits:
     """The thresholds. Given as None, a threshold becomes the infinity that is never passed, which turns its check off."""
 
-    windows: float = _limit(5, "logged records that count as recent")
-    probe_pairs: float = _limit(32, "training pairs that the reference is asked about before the first step, or ...")
+    windows: float = _limit(5, "logged records that count as recent", COUNT)
+    probe_pairs: float = _limit(
+        32, "training pairs that the reference is asked about before the first step, or ...", COUNT
+    )
     probe_tokens: float = _limit(2048, "... 16 to so many that have this many tokens")
     stuck_steps: float = _limit(20, "steps after the warm-up before the loss may be called stuck, and at least ...")
     stuck_share: float = _limit(0.1, "... this share of the run")
-    stuck_tolerance: float = _limit(0.015, "stuck: less than this share of the first loss below it")
-    stuck_rewards: float = _limit(0.02, "rewards below this do not move")
-    changed_share: float = _limit(0.5, "of the 16-bit weights with a gradient, that an update must change")
-    random_accuracy: float = _limit(0.58, "up to this, accuracy is near 50 %")
-    swapped_accuracy: float = _limit(0.4, "below this, it is well under 50 %")
+    stuck_tolerance: float = _floor(0.015, "stuck: less than this share of the first loss below it")
+    stuck_rewards: float = _floor(0.02, "rewards below this do not move")
+    changed_share: float = _floor(0.5, "of the 16-bit weights with a gradient, that an update must change")
+    random_accuracy: float = _floor(0.58, "up to this, accuracy is near 50 %")
+    swapped_accuracy: float = _floor(0.4, "below this, it is well under 50 %")
     eval_rise: float = _limit(0.1, "rise of the evaluation loss over its least, as a share of the first loss")
     accuracy_gap: float = _limit(0.25, "training accuracy above evaluation accuracy")
     memorised_accuracy: float = _limit(0.99, "with chosen log-probs falling by more than `displacement`")
     kl_level: float = _limit(1.0, "nats per token")
     kl_growth: float = _limit(4.0, "recent KL over that of the windows before, from a fifth of kl_level on")
-    chosen_likelihood: float = _limit(-4.0, "mean log-prob per chosen token under the reference, in nats")
-    reference_accuracy: float = _limit(0.4, "share of pairs whose chosen answer is likelier per token")
+    chosen_likelihood: float = _floor(-4.0, "mean log-prob per chosen token under the reference, in nats", ANY)
+    reference_accuracy: float = _floor(0.4, "share of pairs whose chosen answer is likelier per token")
     margin_spread: float = _limit(10.0, "95th percentile of the reference's |margins| over their median")
-    weight_share: float = _limit(0.5, "effective number of pairs, (sum w)^2 / sum w^2, over their number")
+    weight_share: float = _floor(0.5, "effective number of pairs, (sum w)^2 / sum w^2, over their number")
     displacement: float = _limit(0.1, "nats per token lost on both sides")
     length_ratio: float = _limit(1.5, "mean completion lengths, either way round")
     grad_spike: float = _limit(10.0, "over the median of the records before")
@@ -156,22 +152,17 @@ class Limits:
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Limits:
         """The defaults with the given ones put over them. Raises ConfigError for unknown names and bad values."""
-        names = [item.name for item in dataclasses.fields(cls)]
+        rows = {item.name: item.metadata for item in dataclasses.fields(cls)}
         fitted: dict[str, float] = {}
         for name, value in (given or {}).items():
-            if name not in names:
-                raise ConfigError(
-                    f"diagnostics: unknown threshold '{name}'{did_you_mean(name, names)}; known are {', '.join(names)}"
-                )
+            check_choice("diagnostics", name, rows, "threshold")
             try:
-                number = None if value is None else float(value)
+                number = math.inf if value is None else float(value)
             except (TypeError, ValueError):
                 number = math.nan
-            if isinstance(value, bool) or (number is not None and not math.isfinite(number)):
+            if isinstance(value, bool) or not (value is None or math.isfinite(number)):
                 raise ConfigError(f"diagnostics.{name}: expected a number, or null to turn it off, got {value!r}")
-            if name in ("windows", "probe_pairs") and (number is None or number < 1 or number != int(number)):
-                raise ConfigError(f"diagnostics.{name}: must be a whole number from 1, got {value}")
-            if number is not None and number < 0 and name != "chosen_likelihood":
-                raise ConfigError(f"diagnostics.{name}: must not be negative, got {value}")
-            fitted[name] = number if number is not None else -math.inf if name in _SPEAK_BELOW else math.inf
+            if not rows[name]["rule"].holds(number):
+                raise ConfigError(f"diagnostics.{name}: {rows[name]['rule'].words}, got {value}")
+            fitted[name] = rows[name]["off"] if value is None else number
         return cls(**fitted)

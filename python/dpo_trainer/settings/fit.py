@@ -36,17 +36,15 @@ def check_fit(
             )
     if not datasets:
         return
-    longest = max(datasets[0]["length"])
-    Batching(1, config.max_tokens, config.pad_to_multiple_of).check(longest)
+    Batching(1, config.max_tokens, config.pad_to_multiple_of).check(max(datasets[0]["length"]))
     embeddings = _embeddings(model)
     if embeddings is not None and len(tokenizer) > embeddings.num_embeddings:
-        for dataset in datasets:
-            greatest = max(max(ids, default=0) for name in TOKENS for ids in dataset[name])
-            if greatest >= embeddings.num_embeddings:
-                raise ModelError(
-                    f"model: has embeddings for {embeddings.num_embeddings} tokens, but the data need token {greatest} "
-                    f"({tokenizer.decode([greatest])!r}): model and tokenizer do not belong together"
-                )
+        greatest = max(max(ids, default=0) for dataset in datasets for name in TOKENS for ids in dataset[name])
+        if greatest >= embeddings.num_embeddings:
+            raise ModelError(
+                f"model: has embeddings for {embeddings.num_embeddings} tokens, but the data need token {greatest} "
+                f"({tokenizer.decode([greatest])!r}): model and tokenizer do not belong together"
+            )
     _check_positions(model, max(max(dataset["length"]) for dataset in datasets))
 
 

@@ -30,6 +30,7 @@ class Range:
     holds: Callable[[float], bool]
 
 
+ANY = Range("must be a number", lambda _: True)
 POSITIVE = Range("must be positive", lambda value: value > 0)
 NOT_NEGATIVE = Range("must not be negative", lambda value: value >= 0)
 FINITE_POSITIVE = Range("must be a positive number", lambda value: 0 < value < math.inf)
@@ -38,6 +39,7 @@ PROBABILITY = Range("a probability lies in (0, 1)", lambda value: 0 < value < 1)
 SHARE = Range("must lie in [0, 1]", lambda value: 0 <= value <= 1)
 POSITIVE_SHARE = Range("must lie in (0, 1]", lambda value: 0 < value <= 1)
 DECAY = Range("must lie in [0, 1)", lambda value: 0 <= value < 1)
+COUNT = Range("must be a whole number from 1", lambda value: value >= 1 and value % 1 == 0)
 SEED = Range("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
 
 
@@ -46,50 +48,36 @@ def at_least(least: float) -> Range:
     return Range(f"must be at least {least}", lambda value: value >= least)
 
 
-def setting(
-    default: Any,
-    text: str,
-    rule: Range | None = None,
-    *,
-    group: str,
-    choices: Iterable[str] = (),
-    called: str = "",
-    common: bool = False,
-) -> Any:
-    """A dataclass field that carries its row of the table.
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table.
 
-    Args:
-        default: its default; a list or a dict is copied for each object.
-        text: the help.
+    Attributes:
         rule: what its numbers must be.
-        group: a key of GROUPS.
+        group: a key of GROUPS, or "" for the others of TrainingArguments.
         choices: the texts that it may be, or that its items may be.
         called: what a choice is called in an error.
         common: whether `--help` shows it.
+        name, hint, default, help: of the dataclass field; only `settings_table` knows them.
     """
-    metadata = {
-        "help": text,
-        "rule": rule,
-        "group": group,
-        "choices": tuple(choices),
-        "called": called,
-        "common": common,
-    }
+
+    rule: Range | None = None
+    group: str = ""
+    choices: Iterable[str] = ()
+    called: str = ""
+    common: bool = False
+    name: str = ""
+    hint: Any = None
+    default: Any = None
+    help: str = ""
+
+
+def setting(default: Any, text: str, rule: Range | None = None, **row: Any) -> Any:
+    """A dataclass field with its default, of which a list is copied for each object, and its row of the table."""
+    metadata = {"help": text, "row": Setting(rule, **row)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A row of the table, as the command line and the docs show it."""
-
-    name: str
-    hint: Any
-    default: Any
-    help: str
-    group: str
-    common: bool
 
 
 def check_choice(name: str, value: str, choices: Iterable[str], called: str = "") -> None:
@@ -101,18 +89,17 @@ def check_choice(name: str, value: str, choices: Iterable[str], called: str = ""
         )
 
 
-def check_range(name: str, value: Any, rule: Range) -> None:
-    """Raise ConfigError for a number that the rule excludes. What is no number is not looked at."""
-    if isinstance(value, int | float) and not rule.holds(value):
-        raise ConfigError(f"{name}: {rule.words}, got {value}")
+def row_of(field: dataclasses.Field[Any], inherited: dict[str, Setting]) -> Setting:
+    """The row that a dataclass field brings, or else has in `inherited`; an empty one where there is none."""
+    return field.metadata.get("row") or inherited.get(field.name, Setting())
 
 
-def check_fields(config: Any, inherited: dict[str, Range]) -> None:
-    """Raise ConfigError for the first value of a dataclass that its row, or its entry in `inherited`, excludes."""
+def check_fields(config: Any, inherited: dict[str, Setting]) -> None:
+    """Raise ConfigError for the first value of a dataclass that the field's row excludes."""
     for field in dataclasses.fields(config):
-        value, row = getattr(config, field.name), field.metadata
-        if (rule := row.get("rule") or inherited.get(field.name)) is not None:
-            check_range(field.name, value, rule)
-        if "group" in row and row["choices"]:
+        value, row = getattr(config, field.name), row_of(field, inherited)
+        if row.rule and isinstance(value, int | float) and not row.rule.holds(value):
+            raise ConfigError(f"{field.name}: {row.rule.words}, got {value}")
+        if row.choices:
             for item in [value] if isinstance(value, str) else value or ():
-                check_choice(field.name, item, row["choices"], row["called"])
+                check_choice(field.name, item, row.choices, row.called)
