@@ -125,12 +125,12 @@ class Limits:
     """The thresholds. Given as None, a threshold becomes the infinity that is never passed, which turns its check off."""
 
     windows: float = _limit(5, "logged records that count as recent", COUNT)
-    probe_pairs: float = _limit(
-        32, "training pairs that the reference is asked about before the first step, or ...", COUNT
+    probe_pairs: float = _limit(32, "training pairs that the reference is asked about before the first step", COUNT)
+    probe_tokens: float = _limit(
+        2048, "tokens of these pairs, above which fewer are asked about, but at least 16 pairs"
     )
-    probe_tokens: float = _limit(2048, "... 16 to so many that have this many tokens")
-    stuck_steps: float = _limit(20, "steps after the warm-up before the loss may be called stuck, and at least ...")
-    stuck_share: float = _limit(0.1, "... this share of the run")
+    stuck_steps: float = _limit(20, "steps after the warm-up before the loss may be called stuck")
+    stuck_share: float = _limit(0.1, "share of the run after the warm-up before the loss may be called stuck")
     stuck_tolerance: float = _floor(0.015, "stuck: less than this share of the first loss below it")
     stuck_rewards: float = _floor(0.02, "rewards below this do not move")
     changed_share: float = _floor(0.5, "of the 16-bit weights with a gradient, that an update must change")
