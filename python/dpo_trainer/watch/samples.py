@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError, first_line
@@ -34,8 +35,8 @@ def load_scorer(name: str) -> Scorer:
     Raises:
         ConfigError: it is not there, or cannot be called.
     """
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function:
+    module, _, function = name.partition(":")
+    if not module or not function:
         raise ConfigError(f"win_rate_scorer: expected 'module:function', got '{name}'")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -80,19 +81,17 @@ def generate(
     The caller's random numbers are as they were afterwards. Every call with one seed draws the same numbers.
     """
     device = next(model.parameters()).device
-    ends = {tokenizer.eos_token_id}
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # chat models may have several
-    ends |= set(own) if isinstance(own, (list, tuple)) else {own}
+    own = model.generation_config.eos_token_id  # chat models may have several
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    filled = [list(prompt) or [start if start is not None else 0] for prompt in prompts]
-    longest = max(map(len, filled))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in filled], device=device)
-    lengths = torch.tensor([[len(prompt)] for prompt in filled], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths).long()
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    filled = [torch.tensor(list(prompt) or [start if start is not None else 0]) for prompt in prompts]
+    ids = pad_sequence(filled, batch_first=True, padding_value=pad, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in filled], batch_first=True, padding_side="left").to(device)
+    how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(
-        **{"do_sample": False, **how},
+        **how,
+        do_sample=temperature > 0,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=sorted(end for end in ends if end is not None) or None,
@@ -107,7 +106,7 @@ def generate(
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
         model.train(was_training)
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 class Samples(TrainerCallback):
@@ -133,14 +132,12 @@ class Samples(TrainerCallback):
         datasets = self.run.eval_dataset
         for key, dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
             prefix = f"eval_{key}" if key else "eval"
-            if not _has_prompts(dataset):
-                continue
-            if not state.global_step:
+            if state.global_step:
+                known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]
+                self.initial[prefix] = [r["prompt"] for r in known], [r.get("reference", "") for r in known]
+            else:
                 with self.run.pause():
                     self._begin(prefix, dataset)
-                continue
-            known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]
-            self.initial[prefix] = [r["prompt"] for r in known], [r.get("reference", "") for r in known]
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -190,8 +187,6 @@ class Samples(TrainerCallback):
 
     def evaluate(self, prefix: str, dataset: Any) -> dict[str, float]:
         """Sample and write; returns `win_rate`, `win_rate_se` (standard error) and `score` where there is a scorer."""
-        if not _has_prompts(dataset):
-            return {}
         begun = self.run.state.global_step > 0
         if prefix not in self.initial and not begun:
             self._begin(prefix, dataset)
@@ -230,8 +225,3 @@ class Samples(TrainerCallback):
         for record, mine, other in zip(records, scores, other_scores, strict=True):
             record |= {"policy_score": mine, f"{against}_score": other}
         return metrics
-
-
-def _has_prompts(dataset: Any) -> bool:
-    """Whether it is a dataset of tokenised pairs, not a stream: prompts are picked by their place."""
-    return hasattr(dataset, "__len__") and "prompt_input_ids" in (getattr(dataset, "column_names", None) or ())
