@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import wait_for_everyone
 from safetensors import safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -52,9 +53,9 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
             if first:
                 discard_half(run_dir)
                 aside.mkdir(parents=True)
-            _wait()
+            wait_for_everyone()
             yield aside
-            _wait()
+            wait_for_everyone()
             if first:
                 write_digests(aside)
                 if target.exists():  # the same step, saved before
@@ -65,7 +66,7 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
             if first:
                 discard_half(run_dir)
             raise
-    _wait()
+    wait_for_everyone()
 
 
 def discard_half(run_dir: Path) -> None:
@@ -83,11 +84,6 @@ def write_digests(folder: Path) -> None:
     # The folder gets its name after this, so this need not be renamed.
     head = f"# {hashlib.sha256(text.encode()).hexdigest()}\n"
     (folder / DIGESTS).write_text(head + text, encoding="utf-8")
-
-
-def _wait() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
