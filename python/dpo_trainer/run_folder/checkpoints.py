@@ -61,11 +61,9 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
                 if target.exists():  # the same step, saved before
                     shutil.rmtree(target)
                 aside.replace(target)
-                aside.parent.rmdir()
-        except BaseException:
+        finally:
             if first:
                 discard_half(run_dir)
-            raise
     wait_for_everyone()
 
 
@@ -132,14 +130,14 @@ def fault(folder: Path) -> str | None:
         head, _, lines = sums.read_bytes().partition(b"\n")
         if head != b"# " + hashlib.sha256(lines).hexdigest().encode():
             return f"{sums}: damaged"
-        listed = [line.split("  ", 1) for line in lines.decode().splitlines()]
-        paths = [folder / name for _, name in listed]
-        for path in paths:
+        listed = (line.split("  ", 1) for line in lines.decode().splitlines())
+        wanted = {folder / name: digest for digest, name in listed}
+        for path in wanted:
             if not path.exists():
                 return f"{path}: missing"
         with ThreadPoolExecutor() as pool:
-            for path, found, (wanted, _) in zip(paths, pool.map(sha256, paths), listed, strict=True):
-                if found != wanted:
+            for path, found in zip(wanted, pool.map(sha256, wanted), strict=True):
+                if found != wanted[path]:
                     return f"{path}: changed since it was written (SHA-256)"
     except OSError as error:
         return f"{error.filename or folder}: cannot be read ({error.strerror})"

@@ -72,12 +72,6 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add the record as the file's last line. Raises OutputError."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json_line(record))
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file; none if there is no file. Damaged lines, and records that lack a field, are left out."""
     if not path.exists():
@@ -102,26 +96,24 @@ class Journal(TrainerCallback):
     A fresh run starts METRICS anew; a resumed one drops the lines after its checkpoint, which will be written again.
 
     Attributes:
+        first: whether this process writes.
         listeners: each is called with the file's name and the record once a record is written.
     """
 
     def __init__(self, args: DPOConfig) -> None:
-        self.args = args
+        self.args, self.first = args, args.process_index == 0
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @property
     def folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    @property
-    def first(self) -> bool:
-        """Whether this process writes."""
-        return self.args.process_index == 0
-
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add a record to a file. Raises OutputError."""
+        """Add a record as a file's last line. Raises OutputError."""
         if self.first:
-            append_record(self.folder / name, record)
+            path = self.folder / name
+            with writing(path), path.open("a", encoding="utf-8") as file:
+                file.write(json_line(record))
             for listener in self.listeners:
                 listener(name, record)
 

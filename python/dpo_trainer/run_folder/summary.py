@@ -56,7 +56,7 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
         "eval_last": evals[-1] if evals else {},
         "device": _device(run.args.device),
         "changed_settings": _changed(run.args),
-        "settings": json.loads(json.dumps(run.args.to_sanitized_dict(), default=str)),
+        "settings": run.args.to_sanitized_dict(),
         "versions": _versions(),
     }
 
