@@ -28,10 +28,7 @@ def examine(run: Run, limits: Limits) -> Facts:
     """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
     dataset: Any = run.train_dataset
     evals = run.eval_dataset if isinstance(run.eval_dataset, dict) else {"": run.eval_dataset}
-    named = {
-        "the training data": dataset,
-        **{f"the evaluation data {key}".strip(): data for key, data in evals.items()},
-    }
+    named = {"the training data": dataset} | {f"the evaluation data {key}".strip(): evals[key] for key in evals}
     weights = {
         name: list(data["weight"]) for name, data in named.items() if "weight" in getattr(data, "column_names", ())
     }

@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def generate(
         do_sample=temperature > 0,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        eos_token_id=sorted(ends - {None}) or None,
     )
     was_training = model.training
     model.eval()
@@ -160,13 +161,11 @@ class Samples(TrainerCallback):
         """A record for each sampled row, without an answer: spread evenly over the dataset, the same ones every time."""
         places = spread(len(dataset), self.run.args.sample_prompts)
         rows = dataset.select(places)
-        texts = {
-            part: self.run.processing_class.batch_decode(list(rows[f"{part}_input_ids"]), skip_special_tokens=True)
-            for part in ("prompt", "chosen")
-        }
+        decode = partial(self.run.processing_class.batch_decode, skip_special_tokens=True)
+        prompts, answers = decode(list(rows["prompt_input_ids"])), decode(list(rows["chosen_input_ids"]))
         return [
             {"step": self.run.state.global_step, "evaluation": prefix, "row": row, "prompt": prompt, "chosen": chosen}
-            for row, prompt, chosen in zip(places, texts["prompt"], texts["chosen"], strict=True)
+            for row, prompt, chosen in zip(places, prompts, answers, strict=True)
         ]
 
     def _answers(self, dataset: Any, source: contextlib.AbstractContextManager[Any]) -> list[str]:
@@ -191,27 +190,25 @@ class Samples(TrainerCallback):
         if prefix not in self.initial and not begun:
             self._begin(prefix, dataset)
         records = self._asked(prefix, dataset)
-        prompts = [record["prompt"] for record in records]
         known, initial = self.initial.get(prefix, ([], []))
-        if known != prompts:
+        if known != [record["prompt"] for record in records]:
             initial = []  # another dataset than the run's
         reference = self.run.reference
-        if initial and not begun and (reference is None or reference.copied):
-            answers = initial
-        else:
-            answers = self._answers(dataset, contextlib.nullcontext(self.run.policy.model))
+        unmoved = initial and not begun and (reference is None or reference.copied)
+        answers = initial if unmoved else self._answers(dataset, contextlib.nullcontext(self.run.policy.model))
         for record, answer in zip(records, answers, strict=True):
             record["policy"] = answer
         for record, answer in zip(records, initial, strict=False):
             record["reference"] = answer
-        metrics = self._scored(records, initial) if self.scorer is not None else {}
+        metrics = self._scored(records, initial)
         for record in records:
             self.journal.append(SAMPLES, record)
         return metrics
 
     def _scored(self, records: list[dict[str, Any]], initial: list[str]) -> dict[str, float]:
-        """The scores' mean and the win rate; each record gets its scores."""
-        assert self.scorer is not None
+        """The scores' mean and the win rate; each record gets its scores. Nothing without a scorer."""
+        if self.scorer is None:
+            return {}
         against, prompts = self.run.args.win_rate_against, [record["prompt"] for record in records]
         scores = score(self.scorer, prompts, [record["policy"] for record in records])
         metrics = {"score": math.fsum(scores) / len(scores)}

@@ -70,12 +70,12 @@ class EndAfterStep(TrainerCallback):
         self.stepping = False
         #: The signal that came, and the one that the run ends for.
         self.heard = self.ending = 0
-        self._asked: torch.Tensor | None = None
+        self._asked: torch.Tensor | int = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Around a run. Raises KeyboardInterrupt or SystemExit inside."""
-        self.stepping, self.heard, self.ending, self._asked = False, 0, 0, None
+        self.stepping, self.heard, self.ending, self._asked = False, 0, 0, 0
         with listening(self._hear):
             yield
 
@@ -114,9 +114,8 @@ class EndAfterStep(TrainerCallback):
 
         On several processes it is what they had heard a step ago: then no process waits for the answer.
         """
-        if args.world_size <= 1 or not torch.distributed.is_initialized():
+        if args.world_size <= 1:
             return self.heard
-        answer = int(self._asked) if self._asked is not None else 0
-        self._asked = torch.tensor(self.heard, device=args.device)
+        answer, self._asked = int(self._asked), torch.tensor(self.heard, device=args.device)
         torch.distributed.all_reduce(self._asked, torch.distributed.ReduceOp.MAX)
         return answer
