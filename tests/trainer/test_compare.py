@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_trainer.cli.main import main
-from dpo_trainer.run_folder.records import append_record
+from dpo_trainer.run_folder.records import json_line
 from dpo_trainer.watch.evaluated import look_at
 
 from .tiny import build_pairs, build_trainer
@@ -97,7 +97,8 @@ def test_texts_are_escaped_and_diagnoses_shown(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path / "run", eval_dataset=rows, max_steps=1, write_report=True)
     trainer.train()
     event = {"step": 1, "name": "x", "title": "A thing", "seen": "was <seen>", "remedy": "do something"}
-    append_record(tmp_path / "run" / "events.jsonl", event)
+    with (tmp_path / "run" / "events.jsonl").open("a") as file:
+        file.write(json_line(event))
     trainer.evaluate()
     page = (tmp_path / "run" / "report.html").read_text()
     assert "&lt;b&gt;&amp;" in page

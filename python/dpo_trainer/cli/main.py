@@ -27,7 +27,7 @@ from .settings import COMPARE, REQUIRED, help_parser, read_settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0; 2 after one line about what is wrong; 130 after Ctrl-C, 143 after SIGTERM.
+    0; 2 after one line about what is wrong; 130 after Ctrl-C. SIGTERM raises SystemExit with the code 143.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or "--help" in arguments or "-h" in arguments or "--help-all" in arguments:
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.strerror is None:
             raise
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    except (guard.Interrupted, guard.Terminated) as ended:
-        return int(ended.code or 0)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import wait_for_everyone
 from safetensors import safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -52,20 +53,18 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
             if first:
                 discard_half(run_dir)
                 aside.mkdir(parents=True)
-            _wait()
+            wait_for_everyone()
             yield aside
-            _wait()
+            wait_for_everyone()
             if first:
                 write_digests(aside)
                 if target.exists():  # the same step, saved before
                     shutil.rmtree(target)
                 aside.replace(target)
-                aside.parent.rmdir()
-        except BaseException:
+        finally:
             if first:
                 discard_half(run_dir)
-            raise
-    _wait()
+    wait_for_everyone()
 
 
 def discard_half(run_dir: Path) -> None:
@@ -83,11 +82,6 @@ def write_digests(folder: Path) -> None:
     # The folder gets its name after this, so this need not be renamed.
     head = f"# {hashlib.sha256(text.encode()).hexdigest()}\n"
     (folder / DIGESTS).write_text(head + text, encoding="utf-8")
-
-
-def _wait() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
@@ -136,14 +130,14 @@ def fault(folder: Path) -> str | None:
         head, _, lines = sums.read_bytes().partition(b"\n")
         if head != b"# " + hashlib.sha256(lines).hexdigest().encode():
             return f"{sums}: damaged"
-        listed = [line.split("  ", 1) for line in lines.decode().splitlines()]
-        paths = [folder / name for _, name in listed]
-        for path in paths:
+        listed = (line.split("  ", 1) for line in lines.decode().splitlines())
+        wanted = {folder / name: digest for digest, name in listed}
+        for path in wanted:
             if not path.exists():
                 return f"{path}: missing"
         with ThreadPoolExecutor() as pool:
-            for path, found, (wanted, _) in zip(paths, pool.map(sha256, paths), listed, strict=True):
-                if found != wanted:
+            for path, found in zip(wanted, pool.map(sha256, wanted), strict=True):
+                if found != wanted[path]:
                     return f"{path}: changed since it was written (SHA-256)"
     except OSError as error:
         return f"{error.filename or folder}: cannot be read ({error.strerror})"

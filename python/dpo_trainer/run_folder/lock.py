@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import OutputError
-from .records import writing
+from .records import as_object, writing
 
 try:
     import fcntl
@@ -72,19 +72,19 @@ def _taken(path: Path, folder: Path) -> IO[str]:
                 # Not flock, which a data loader's processes would inherit and hold on after a kill.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            who = _owner(file.read())
+            owner = _described(_owner(file))
             file.close()
             raise OutputError(
-                f"output_dir '{folder}': a run is using it ({_described(who)}); wait for its end or choose another folder"
+                f"output_dir '{folder}': a run is using it ({owner}); wait for its end or choose another folder"
             ) from error
         except OSError as error:
             logger.warning("%s: cannot be locked (%s); see that no other run uses this folder", path, error.strerror)
-        if _still(file, path):
-            break
+        # Opening it once more, and closing it, would end a POSIX lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         file.close()  # its owner removed it between our opening and our lock
-    file.seek(0)
-    who = _owner(file.read())
+    who = _owner(file)
     if who and who.get("host") != host:
         file.close()
         raise OutputError(
@@ -97,22 +97,10 @@ def _taken(path: Path, folder: Path) -> IO[str]:
     return file
 
 
-def _still(file: IO[str], path: Path) -> bool:
-    """Whether the open file is the one that has the path."""
-    # Opening it once more, and closing it, would end a POSIX lock.
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _owner(text: str) -> dict[str, Any]:
+def _owner(file: IO[str]) -> dict[str, Any]:
     """Whom a lock's text names; nobody if it is empty or damaged."""
-    try:
-        who = json.loads(text)
-    except ValueError:
-        return {}
-    return who if isinstance(who, dict) else {}
+    file.seek(0)
+    return as_object(file.read())
 
 
 def _described(who: dict[str, Any]) -> str:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
 
 
-def _prefixes(record: Mapping[str, Any]) -> Iterator[str]:
-    return (name.removesuffix("_loss") for name in record if name.startswith("eval") and name.endswith("_loss"))
-
-
 def evaluation_prefix(record: Mapping[str, Any]) -> str | None:
     """ "eval", or "eval_" and the dataset's name, for a record of an evaluation; None for other records."""
-    return next(_prefixes(record), None)
+    return next(iter(evaluation_prefixes([record])), None)
 
 
-def evaluation_prefixes(records: Sequence[Record]) -> list[str]:
+def evaluation_prefixes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The prefixes of all evaluations, in the order in which they first appear."""
-    return list(dict.fromkeys(prefix for record in records for prefix in _prefixes(record)))
+    losses = dict.fromkeys(name for record in records for name in record if name.startswith("eval"))
+    return [name.removesuffix("_loss") for name in losses if name.endswith("_loss")]
 
 
 def without_prefix(record: Mapping[str, Any], prefix: str) -> Record:

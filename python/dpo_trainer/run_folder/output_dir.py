@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, OutputError
 from .checkpoints import checkpoints, discard_half
-from .records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, sha256, write_aside
+from .records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, as_object, sha256, write_aside
 
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
@@ -48,7 +48,7 @@ def check_output(
         raise ConfigError("--resume and --overwrite contradict each other")
     found = checkpoints(folder)
     wanted = json.loads(json.dumps(settings, default=str))
-    recorded = _recorded(folder)
+    recorded = as_object((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).exists() else {}
     known = recorded.pop(DIGESTS, None) or {}
     changed = [key for key in digests if key in known and known[key] != digests[key]]
     what = f"{' and '.join(changed)} changed since the run began"
@@ -105,15 +105,6 @@ def data_digests(settings: dict[str, Any]) -> dict[str, str]:
 def record_run(folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:
     """Write down what `check_output` compares a later command with. Raises OutputError."""
     write_aside(folder / SETTINGS, json.dumps({**settings, DIGESTS: digests}, indent=2, default=str) + "\n")
-
-
-def _recorded(folder: Path) -> dict[str, Any]:
-    """What `record_run` wrote; empty where nothing readable is there."""
-    try:
-        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def clear_run(folder: Path) -> None:

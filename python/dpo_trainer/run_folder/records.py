@@ -50,10 +50,8 @@ def write_aside(path: Path, text: str) -> None:
         try:
             aside.write_text(text, encoding="utf-8")
             aside.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                aside.unlink()  # half a text on a full disk
-            raise
+        finally:
+            aside.unlink(missing_ok=True)  # half a text on a full disk
 
 
 def sha256(path: Path) -> str:
@@ -74,34 +72,22 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add the record as the file's last line. Raises OutputError."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json_line(record))
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file; none if there is no file. Damaged lines, and records that lack a field, are left out."""
     if not path.exists():
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            continue
-        if all(isinstance(record.get(name), str) for name in _TEXTS.get(path.name, ())):
-            found.append(record)
-    return found
+    texts = _TEXTS.get(path.name, ())
+    found = map(as_object, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [r for r in found if type(r.get("step")) is int and all(isinstance(r.get(name), str) for name in texts)]
 
 
-def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
-    """Start the file anew for a fresh run (step 0), or drop what a resumed one will write again after `step`."""
-    kept = [record for record in read_records(path) if record["step"] <= step] if step else []
-    write_aside(path, "".join(map(json_line, kept)))
-    return kept
+def as_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text holds; empty where it is damaged or something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Journal(TrainerCallback):
@@ -110,48 +96,41 @@ class Journal(TrainerCallback):
     A fresh run starts METRICS anew; a resumed one drops the lines after its checkpoint, which will be written again.
 
     Attributes:
+        first: whether this process writes.
         listeners: each is called with the file's name and the record once a record is written.
     """
 
     def __init__(self, args: DPOConfig) -> None:
-        self.args = args
+        self.args, self.first = args, args.process_index == 0
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @property
     def folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    @property
-    def first(self) -> bool:
-        """Whether this process writes."""
-        return self.args.process_index == 0
-
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add a record to a file. Raises OutputError."""
+        """Add a record as a file's last line. Raises OutputError."""
         if self.first:
-            append_record(self.folder / name, record)
-            self.tell(name, record)
-
-    def tell(self, name: str, record: dict[str, Any]) -> None:
-        """Show the record to the listeners."""
-        for listener in self.listeners:
-            listener(name, record)
-
-    def read(self, name: str) -> list[dict[str, Any]]:
-        """See `read_records`."""
-        return read_records(self.folder / name)
+            path = self.folder / name
+            with writing(path), path.open("a", encoding="utf-8") as file:
+                file.write(json_line(record))
+            for listener in self.listeners:
+                listener(name, record)
 
     def keep(self, name: str, step: int) -> list[dict[str, Any]]:
-        """See `keep_records`; other processes than the first only read."""
+        """Start a file anew for a fresh run (step 0), or drop what a resumed one will write again after `step`.
+
+        Returns the records that stay. Raises OutputError.
+        """
+        path = self.folder / name
+        kept = [record for record in read_records(path) if record["step"] <= step] if step else []
         if self.first:
-            return keep_records(self.folder / name, step)
-        return [record for record in self.read(name) if 0 < step >= record["step"]]
+            write_aside(path, "".join(map(json_line, kept)))
+        return kept
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.keep(METRICS, state.global_step)
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "train_runtime" not in logs:
             self.append(METRICS, {"step": state.global_step, **logs})

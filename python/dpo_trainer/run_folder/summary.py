@@ -21,6 +21,9 @@ from ..settings.config import DPOConfig
 from .metrics import evaluation_records, training_records
 from .records import METRICS, read_records
 
+#: Settings that transformers works out from others.
+_DERIVED = ("disable_tqdm", "dataloader_pin_memory", "eval_steps", "local_rank", "hub_token", "accelerator_config")
+
 
 def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
     """Facts of a run: data, first and last figures, throughput, settings, versions. Plain JSON values."""
@@ -53,7 +56,7 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
         "eval_last": evals[-1] if evals else {},
         "device": _device(run.args.device),
         "changed_settings": _changed(run.args),
-        "settings": json.loads(json.dumps(run.args.to_sanitized_dict(), default=str)),
+        "settings": run.args.to_sanitized_dict(),
         "versions": _versions(),
     }
 
@@ -90,32 +93,22 @@ def _peak_memory_mib() -> float | None:
     return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
 
 
-def _changed(args: Any) -> dict[str, Any]:
+def _changed(args: DPOConfig) -> dict[str, Any]:
     changed = {}
     for item in dataclasses.fields(args):
-        value = getattr(args, item.name)
-        value = getattr(value, "value", value)
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        default = getattr(default, "value", default)
-        derived = item.name in (
-            "disable_tqdm",
-            "dataloader_pin_memory",
-            "eval_steps",
-            "local_rank",
-            "hub_token",
-            "accelerator_config",
-        )
+        value, default = (getattr(setting, "value", setting) for setting in (getattr(args, item.name), default))
         same = value == default or (value in (None, [], {}, False) and default in (None, "none", "", [], {}, False))
-        if not derived and not same:
+        if not same and item.name not in _DERIVED:
             changed[item.name] = value
     return json.loads(json.dumps(changed, default=str))
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    shown = ("dpo-kernels", "torch", "transformers", "accelerate", "datasets", "peft", "triton")
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
-    for name in ("dpo-kernels", "torch", "transformers", "accelerate", "datasets", "peft", "triton"):
-        if name in installed:
-            versions[name] = installed[name]
-    versions["system"] = f"{platform.system()} {platform.machine()}"
-    return versions
+    return {
+        "python": platform.python_version(),
+        **{name: installed[name] for name in shown if name in installed},
+        "system": f"{platform.system()} {platform.machine()}",
+    }

@@ -24,8 +24,8 @@ class Facts:
     """What is known before the first step. Log-probabilities in nats, of a sample of the training pairs."""
 
     pairs: int = 0
-    chosen_length: float = 0.0
-    rejected_length: float = 0.0
+    #: Mean lengths in tokens, of chosen and of rejected answers.
+    lengths: tuple[float, ...] = (0.0, 0.0)
     weights: tuple[float, ...] = ()
     chosen_per_token: float = math.nan
     accuracy: float = math.nan
@@ -86,25 +86,18 @@ Found = tuple[str, str]  # name in DIAGNOSES, what was seen
 
 
 def before_training(run: History) -> Iterator[Found]:
-    facts, limits = run.facts, run.limits
-    lengths = (facts.chosen_length, facts.rejected_length)
+    facts, limits, lengths = run.facts, run.limits, run.facts.lengths
     if max(lengths) > limits.length_ratio * min(lengths):
-        yield (
-            "lengths_differ",
-            f"chosen answers have {lengths[0]:.1f} tokens on average, rejected ones {lengths[1]:.1f}",
-        )
+        seen = f"chosen answers have {lengths[0]:.1f} tokens on average, rejected ones {lengths[1]:.1f}"
+        yield "lengths_differ", seen
     if facts.weightless:
-        yield (
-            "weights_zero",
-            f"every pair of {' and '.join(facts.weightless)} has weight 0, so the loss there is 0 and says nothing",
-        )
+        seen = f"every pair of {' and '.join(facts.weightless)} has weight 0, so the loss there is 0 and says nothing"
+        yield "weights_zero", seen
     if (total := sum(facts.weights)) > 0:
         effective = total**2 / sum(weight**2 for weight in facts.weights)
         if effective < limits.weight_share * len(facts.weights):
-            yield (
-                "uneven_preferences",
-                f"the weights are so uneven that {len(facts.weights)} pairs count like {effective:.0f}",
-            )
+            seen = f"the weights are so uneven that {len(facts.weights)} pairs count like {effective:.0f}"
+            yield "uneven_preferences", seen
     if len(facts.margins) >= FEWEST:
         sizes = sorted(map(abs, facts.margins))
         middle, high = statistics.median(sizes), sizes[math.ceil(0.95 * len(sizes)) - 1]
@@ -165,10 +158,8 @@ def _swapped_evaluation(run: History) -> Iterator[Found]:
         accuracy = number(last.get("rewards/accuracies"))
         moved = number(last.get("rewards/margins_std")) > 0  # before that, all pairs are ties
         if moved and accuracy < min(run.limits.swapped_accuracy, 0.5 - doubt(run.eval_pairs)):
-            yield (
-                "pairs_swapped",
-                f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of the pairs",
-            )
+            seen = f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of the pairs"
+            yield "pairs_swapped", seen
 
 
 def _overfitting(run: History) -> Iterator[Found]:
@@ -187,10 +178,8 @@ def _overfitting(run: History) -> Iterator[Found]:
             yield "overfitting", f"accuracy is {accuracy:.0%} in training and {held_out:.0%} on {name}"
     falling = run.falling("logratios/chosen")
     if accuracy >= limits.memorised_accuracy and falling < -limits.displacement:
-        yield (
-            "overfitting",
-            f"training accuracy is {accuracy:.0%} while chosen answers lose {-falling:.2f} nats per token",
-        )
+        seen = f"training accuracy is {accuracy:.0%} while chosen answers lose {-falling:.2f} nats per token"
+        yield "overfitting", seen
 
 
 def _displacement(run: History) -> Iterator[Found]:

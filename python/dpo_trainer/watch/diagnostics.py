@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.prepare import PreparedStream
 from ..data.rows import REFERENCE, SIDES
 from ..run import Run
 from ..run_folder.records import EVENTS, SUMMARY, Journal
@@ -27,16 +28,14 @@ def examine(run: Run, limits: Limits) -> Facts:
     """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
     dataset: Any = run.train_dataset
     evals = run.eval_dataset if isinstance(run.eval_dataset, dict) else {"": run.eval_dataset}
-    named = {
-        "the training data": dataset,
-        **{f"the evaluation data {key}".strip(): data for key, data in evals.items()},
+    named = {"the training data": dataset} | {f"the evaluation data {key}".strip(): evals[key] for key in evals}
+    weights = {
+        name: list(data["weight"]) for name, data in named.items() if "weight" in getattr(data, "column_names", ())
     }
-    weightless = tuple(name for name, data in named.items() if _weighs_nothing(data))
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names") or not len(dataset):
-        return Facts(weightless=weightless)  # a stream: nothing is known before it flows
+    weightless = tuple(name for name, values in weights.items() if not any(values))
+    if isinstance(dataset, PreparedStream):
+        return Facts(weightless=weightless)  # nothing is known before it flows
     sample = dataset.select(spread(len(dataset), 2048))
-    lengths = [statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in SIDES]
-    weights = tuple(float(weight) for weight in dataset["weight"]) if "weight" in dataset.column_names else ()
     probe = dataset.select(probed(dataset["length"], limits))
     if all(column in dataset.column_names for column in REFERENCE):
         logps = tuple(probe[column] for column in REFERENCE)
@@ -44,9 +43,8 @@ def examine(run: Run, limits: Limits) -> Facts:
         logps = run.reference_logps(probe, batch_size=run.args.per_device_eval_batch_size)
     return Facts(
         pairs=len(dataset),
-        chosen_length=lengths[0],
-        rejected_length=lengths[1],
-        weights=weights,
+        lengths=tuple(statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in SIDES),
+        weights=tuple(weights.get("the training data", ())),
         weightless=weightless,
         **reference_facts(probe, logps),
     )
@@ -59,26 +57,17 @@ def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, A
         pairs: a dataset of tokenised pairs.
         logps: of the chosen and of the rejected answers, in nats, in the dataset's order.
     """
-    chosen, rejected = (torch.tensor(values, dtype=torch.float64) for values in logps)
+    values = torch.tensor([list(side) for side in logps], dtype=torch.float64)
     unscored = torch.tensor([not ids for ids in pairs["prompt_input_ids"]])  # first tokens, which follow nothing
-    chosen_counts, rejected_counts = (
-        (torch.tensor([len(ids) for ids in pairs[f"{side}_input_ids"]]) - unscored.long()).clamp(min=1)
-        for side in SIDES
-    )
-    known = chosen.isfinite() & rejected.isfinite()
-    chosen, rejected, chosen_counts, rejected_counts = (
-        values[known] for values in (chosen, rejected, chosen_counts, rejected_counts)
-    )
-    lead = chosen / chosen_counts - rejected / rejected_counts
+    lengths = torch.tensor([list(map(len, pairs[f"{side}_input_ids"])) for side in SIDES])
+    known = values.isfinite().all(dim=0)
+    (chosen, rejected), counts = values[:, known], (lengths - unscored.long()).clamp(min=1)[:, known]
+    lead = chosen / counts[0] - rejected / counts[1]
     return {
-        "chosen_per_token": (chosen.sum() / chosen_counts.sum()).item(),
+        "chosen_per_token": (chosen.sum() / counts[0].sum()).item(),
         "accuracy": (lead.sign() / 2 + 0.5).mean().item(),  # a tie is half right
         "margins": tuple((chosen - rejected).tolist()),
     }
-
-
-def _weighs_nothing(dataset: Any) -> bool:
-    return "weight" in (getattr(dataset, "column_names", None) or ()) and not any(dataset["weight"])
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -108,7 +97,7 @@ class ChangedWeights:
     def __init__(self, model: torch.nn.Module) -> None:
         wanted = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
         self.parameters = sorted(wanted, key=lambda p: p.numel(), reverse=True)[: self.PARAMETERS]
-        self.before: list[tuple[Tensor, Tensor]] = []
+        self.before: list[tuple[Tensor, Tensor, Tensor]] = []
         self.changed: Tensor | float = 0.0
         self.total: Tensor | float = 0.0
 
@@ -118,17 +107,11 @@ class ChangedWeights:
 
     def remember(self) -> None:
         """Call before an optimizer step."""
-        self.before = [
-            (
-                self._sample(p),
-                self._sample(p.grad) != 0 if p.grad is not None else torch.zeros_like(self._sample(p)).bool(),
-            )
-            for p in self.parameters
-        ]
+        self.before = [(p, self._sample(p), self._sample(p.grad) != 0) for p in self.parameters if p.grad is not None]
 
     def compare(self) -> None:
         """Call after it. Waits for nothing."""
-        for parameter, (old, had_gradient) in zip(self.parameters, self.before, strict=True):
+        for parameter, old, had_gradient in self.before:
             self.changed = self.changed + ((self._sample(parameter) != old) & had_gradient).sum()
             self.total = self.total + had_gradient.sum()
         self.before = []
@@ -146,11 +129,11 @@ class Diagnostics(TrainerCallback):
     Args:
         run: the run that is watched.
         journal: writes the events.
-        announce: prints a line.
     """
 
-    def __init__(self, run: Run, journal: Journal, announce: Callable[[str], None] = logger.warning) -> None:
-        self.run, self.journal, self.announce = run, journal, announce
+    def __init__(self, run: Run, journal: Journal) -> None:
+        self.run, self.journal = run, journal
+        self.announce: Callable[[str], None] = logger.warning
         self.events: list[dict[str, Any]] = []
         self.stopped_by: str | None = None
 
@@ -166,10 +149,10 @@ class Diagnostics(TrainerCallback):
         self.events = self.journal.keep(EVENTS, state.global_step)
         for record in state.log_history:
             self.history.take(record)
-        last = [event["name"] for event in self.events if event["step"] == state.global_step]
         if state.global_step and not (self.journal.folder / SUMMARY).exists():
             # The run stopped here and was killed before it had finished; only that is left.
-            self.stopped_by = next((name for name in last if name in config.stop_on), None)
+            told = (event["name"] for event in self.events if event["step"] == state.global_step)
+            self.stopped_by = next((name for name in told if name in config.stop_on), None)
             control.should_training_stop = self.stopped_by is not None
         if not state.global_step:
             # Every process looks, since a sharded model needs them all; the first one speaks.
@@ -182,14 +165,7 @@ class Diagnostics(TrainerCallback):
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.weights.compare()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         # An evaluation outside of training is the caller's own.
         if logs and self.run.is_in_train and self.history.take({"step": state.global_step, **logs}):
             self.history.changed = self.weights.share
@@ -206,13 +182,12 @@ class Diagnostics(TrainerCallback):
             if any(event["name"] == name for event in self.events):
                 continue
             title, remedy = DIAGNOSES[name].title, DIAGNOSES[name].remedy
-            self.events.append(
-                {"step": state.global_step, "name": name, "title": title, "seen": seen, "remedy": remedy}
-            )
+            event = {"step": state.global_step, "name": name, "title": title, "seen": seen, "remedy": remedy}
+            self.events.append(event)
             stop = name in self.run.args.stop_on
             if stop:
                 self._stop(name, state, control)
-            self.journal.append(EVENTS, self.events[-1])
+            self.journal.append(EVENTS, event)
             if self.journal.first:
                 said = f"step {state.global_step}: {title} ({name}): {seen}. {remedy}"
                 self.announce(said + (" Stopping, as stop_on asks." if stop else ""))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dpo_kernels import DPOOutput
+
+from ..data.tokens import TOKENS
 
 SHOWN = 4  # pairs of each kind
 LONGEST = 600  # characters of a text
@@ -61,26 +62,14 @@ def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs |
         return None
     order = torch.argsort(after - before).tolist()
 
-    def examples(indices: Sequence[int]) -> list[Example]:
-        return [
-            Example(
-                _text(dataset[index]["prompt_input_ids"], tokenizer),
-                _text(dataset[index]["chosen_input_ids"], tokenizer),
-                _text(dataset[index]["rejected_input_ids"], tokenizer),
-                before[index].item(),
-                after[index].item(),
-            )
-            for index in indices
-        ]
+    def example(index: int) -> Example:
+        texts = tokenizer.batch_decode([dataset[index][ids] for ids in TOKENS], skip_special_tokens=True)
+        prompt, chosen, rejected = (shortened(text.strip(), LONGEST, "...") for text in texts)
+        return Example(prompt, chosen, rejected, before[index].item(), after[index].item())
 
     few = min(SHOWN, len(order) // 2)
-    return EvaluatedPairs(
-        before.tolist(), after.tolist(), examples(order[:few]), examples(order[::-1][:few] if few else [])
-    )
-
-
-def _text(ids: Sequence[int], tokenizer: Any) -> str:
-    return shortened(tokenizer.decode(ids, skip_special_tokens=True).strip(), LONGEST, "...")
+    hardest, improved = ([example(index) for index in ordered[:few]] for ordered in (order, order[::-1]))
+    return EvaluatedPairs(before.tolist(), after.tolist(), hardest, improved)
 
 
 def shortened(text: str, longest: int, mark: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from dpo_kernels import DPOOutput
@@ -13,15 +14,6 @@ from dpo_kernels import DPOOutput
 #: Least sum of weights to divide by: pairs that all weigh nothing have loss 0, not NaN.
 TINY = torch.finfo(torch.float32).tiny
 
-_PER_PAIR = (
-    "losses",
-    "chosen_logps",
-    "rejected_logps",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-    "chosen_rewards",
-    "rejected_rewards",
-)
 _PER_SEQUENCE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass")
 
 
@@ -42,20 +34,15 @@ class MetricWindow:
     """
 
     def __init__(self) -> None:
-        self._outputs: list[DPOOutput] = []
-        self._weights: list[Tensor] = []
-        self._tokens: list[Tensor] = []
+        self._batches: list[tuple[DPOOutput, Tensor, Tensor]] = []
 
     def add(self, output: DPOOutput, weights: Tensor, tokens: Tensor) -> None:
         """Add a batch, the weights [P] of its pairs, and the number of its real tokens, prompts included."""
-        self._outputs.append(output.detach())
-        self._weights.append(weights)
-        self._tokens.append(tokens)
+        self._batches.append((output.detach(), weights, tokens))
 
     def drop(self, batches: int) -> None:
         """Forget the last batches: those of a step that was not taken."""
-        for kept in (self._outputs, self._weights, self._tokens):
-            del kept[len(kept) - batches :]
+        del self._batches[len(self._batches) - batches :]
 
     def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> DPOOutput | None:
         """All batches as one, on the CPU; None before the first.
@@ -66,28 +53,29 @@ class MetricWindow:
         Args:
             gather: collects a list of picklable objects from all processes.
         """
-        if not self._outputs:
+        if not self._batches:
             return None
-        mine = [
-            {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
-            for output in self._outputs
-        ]
-        return join([DPOOutput(**fields) for turn in zip(*gather([mine]), strict=True) for fields in turn])
+        mine = send_to_device([output.fields() for output, _, _ in self._batches], "cpu")
+        return DPOOutput(**join([fields for turn in zip(*gather([mine]), strict=True) for fields in turn]))
 
     def state(self) -> dict[str, Any]:
         """Everything added so far, as tensors and numbers, for a checkpoint."""
-        if not self._outputs:
+        if not self._batches:
             return {}
-        output = {name: value for name, value in vars(join(self._outputs)).items() if isinstance(value, Tensor)}
-        return {"output": output, "weights": torch.cat(self._weights), "tokens": sum(map(int, self._tokens))}
+        outputs, weights, tokens = zip(*self._batches, strict=True)
+        for output in outputs:
+            if output._check is not None:
+                output._check()
+        fields = join([output.fields() for output in outputs])
+        return {"output": fields, "weights": torch.cat(weights), "tokens": sum(map(int, tokens))}
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> MetricWindow:
         """The window that `state` was taken from."""
         window = cls()
         if state:
-            output = DPOOutput(**{name: value.to(device) for name, value in state["output"].items()})
-            window.add(output, state["weights"].to(device), torch.tensor(state["tokens"]))
+            state = send_to_device(state, device)
+            window.add(DPOOutput(**state["output"]), state["weights"], torch.tensor(state["tokens"]))
         return window
 
     def drain(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
@@ -100,22 +88,20 @@ class MetricWindow:
         Args:
             gather: collects a list of picklable objects from all processes.
         """
-        if not self._outputs:
+        if not self._batches:
             return {}
-        tensors = {name: value.cpu() for name, value in vars(join(self._outputs)).items() if isinstance(value, Tensor)}
-        mine = (tensors, torch.cat(self._weights).cpu(), sum(map(int, self._tokens)))
-        self._outputs, self._weights, self._tokens = [], [], []
-        outputs, weights, tokens = zip(*gather([mine]), strict=True)
-        everything = join([DPOOutput(**fields) for fields in outputs])
+        states = gather([send_to_device(self.state(), "cpu")])
+        self._batches = []
+        everything = DPOOutput(**join([state["output"] for state in states]))
         # float64, and weights after the loss: where policy equals reference, exactly log 2 whatever the weights.
-        weight = torch.cat(weights).double()
+        weight = torch.cat([state["weights"] for state in states]).double()
         loss = (everything.losses.double() * weight).sum() / weight.sum().clamp(min=TINY)
         return {
             "loss": loss.item(),
             **everything.metrics(),
             "rewards/margins_std": (everything.chosen_rewards - everything.rejected_rewards).std(correction=0).item(),
             **_log_ratios(everything),
-            "tokens": float(sum(tokens)),
+            "tokens": float(sum(state["tokens"] for state in states)),
         }
 
 
@@ -126,44 +112,36 @@ def names(statistics: Iterable[str], *, reference: bool) -> list[str]:
         statistics: those that the outputs have.
         reference: whether they have a reference's log-probabilities.
     """
-    fields: dict[str, Any] = {name: torch.ones(1) for name in _PER_PAIR} | {
-        name: torch.ones(2) for name in ("token_counts", *statistics)
-    }
-    if not reference:
-        fields |= {name: torch.zeros(1) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    sequences = {name: torch.ones(2) for name in ("logps", "rewards", "token_counts", *statistics)}
+    sequences["ref_logps"] = torch.full((2,), float(reference))
     window = MetricWindow()
-    window.add(DPOOutput(loss=torch.ones(()), **fields), torch.ones(1), torch.ones(()))
+    window.add(DPOOutput.of(torch.ones(()), torch.ones(1), sequences), torch.ones(1), torch.ones(()))
     return [name for name in window.drain() if name != "tokens"]
 
 
 def _log_ratios(everything: DPOOutput) -> dict[str, float]:
     """Log-ratios per token of each side; none without a reference, whose sums then are all 0."""
-    references = (everything.ref_chosen_logps, everything.ref_rejected_logps)
-    if not any(reference.any() for reference in references):
+    fields, found = everything.fields(), {}
+    if not (everything.ref_chosen_logps.any() or everything.ref_rejected_logps.any()):
         return {}
-    found = {}
-    sides = zip(("chosen", "rejected"), (everything.chosen_logps, everything.rejected_logps), references, strict=True)
-    for (side, logps, reference), counts in zip(sides, everything.token_counts.chunk(2), strict=True):
-        gained = (logps.double() - reference.double()).sum() / counts.sum().clamp(min=1)
-        found[f"logratios/{side}"] = gained.item()
+    for side, counts in zip(("chosen", "rejected"), everything.token_counts.chunk(2), strict=True):
+        gained = fields[f"{side}_logps"].double() - fields[f"ref_{side}_logps"].double()
+        found[f"logratios/{side}"] = (gained.sum() / counts.sum().clamp(min=1)).item()
     return found
 
 
-def join(outputs: Sequence[DPOOutput]) -> DPOOutput:
-    """Several batches as one: all chosen sequences first, then all rejected ones; without statistics that one lacks."""
-    for output in outputs:
-        if output._check is not None:
-            output._check()
-    fields: dict[str, Tensor | None] = {}
-    for name in _PER_PAIR:
-        fields[name] = torch.cat([getattr(output, name) for output in outputs])
-    for name in _PER_SEQUENCE:
-        values = [getattr(output, name) for output in outputs]
-        if any(value is None for value in values):
-            fields[name] = None
-        else:
-            halves = [value.chunk(2) for value in values]
-            fields[name] = torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-    losses = fields["losses"]
-    assert losses is not None
-    return DPOOutput(loss=losses.mean(), **fields)  # type: ignore[arg-type]
+def join(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The attributes of several batches' outputs as those of one; without statistics that one lacks.
+
+    All chosen sequences come first, then all rejected ones.
+    """
+    joined = {}
+    for name in batches[0]:
+        values = [fields[name] for fields in batches if name in fields]
+        if name == "loss" or len(values) < len(batches):
+            continue
+        if name in _PER_SEQUENCE:
+            chosen, rejected = zip(*(value.chunk(2) for value in values), strict=True)
+            values = [*chosen, *rejected]
+        joined[name] = torch.cat(values)
+    return {"loss": joined["losses"].mean(), **joined}

@@ -12,9 +12,11 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError, first_line
@@ -34,8 +36,8 @@ def load_scorer(name: str) -> Scorer:
     Raises:
         ConfigError: it is not there, or cannot be called.
     """
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function:
+    module, _, function = name.partition(":")
+    if not module or not function:
         raise ConfigError(f"win_rate_scorer: expected 'module:function', got '{name}'")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -80,22 +82,20 @@ def generate(
     The caller's random numbers are as they were afterwards. Every call with one seed draws the same numbers.
     """
     device = next(model.parameters()).device
-    ends = {tokenizer.eos_token_id}
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # chat models may have several
-    ends |= set(own) if isinstance(own, (list, tuple)) else {own}
+    own = model.generation_config.eos_token_id  # chat models may have several
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    filled = [list(prompt) or [start if start is not None else 0] for prompt in prompts]
-    longest = max(map(len, filled))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in filled], device=device)
-    lengths = torch.tensor([[len(prompt)] for prompt in filled], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths).long()
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    filled = [torch.tensor(list(prompt) or [start if start is not None else 0]) for prompt in prompts]
+    ids = pad_sequence(filled, batch_first=True, padding_value=pad, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in filled], batch_first=True, padding_side="left").to(device)
+    how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(
-        **{"do_sample": False, **how},
+        **how,
+        do_sample=temperature > 0,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        eos_token_id=sorted(ends - {None}) or None,
     )
     was_training = model.training
     model.eval()
@@ -107,7 +107,7 @@ def generate(
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
         model.train(was_training)
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 class Samples(TrainerCallback):
@@ -133,14 +133,12 @@ class Samples(TrainerCallback):
         datasets = self.run.eval_dataset
         for key, dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
             prefix = f"eval_{key}" if key else "eval"
-            if not _has_prompts(dataset):
-                continue
-            if not state.global_step:
+            if state.global_step:
+                known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]
+                self.initial[prefix] = [r["prompt"] for r in known], [r.get("reference", "") for r in known]
+            else:
                 with self.run.pause():
                     self._begin(prefix, dataset)
-                continue
-            known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]
-            self.initial[prefix] = [r["prompt"] for r in known], [r.get("reference", "") for r in known]
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -163,13 +161,11 @@ class Samples(TrainerCallback):
         """A record for each sampled row, without an answer: spread evenly over the dataset, the same ones every time."""
         places = spread(len(dataset), self.run.args.sample_prompts)
         rows = dataset.select(places)
-        texts = {
-            part: self.run.processing_class.batch_decode(list(rows[f"{part}_input_ids"]), skip_special_tokens=True)
-            for part in ("prompt", "chosen")
-        }
+        decode = partial(self.run.processing_class.batch_decode, skip_special_tokens=True)
+        prompts, answers = decode(list(rows["prompt_input_ids"])), decode(list(rows["chosen_input_ids"]))
         return [
             {"step": self.run.state.global_step, "evaluation": prefix, "row": row, "prompt": prompt, "chosen": chosen}
-            for row, prompt, chosen in zip(places, texts["prompt"], texts["chosen"], strict=True)
+            for row, prompt, chosen in zip(places, prompts, answers, strict=True)
         ]
 
     def _answers(self, dataset: Any, source: contextlib.AbstractContextManager[Any]) -> list[str]:
@@ -190,33 +186,29 @@ class Samples(TrainerCallback):
 
     def evaluate(self, prefix: str, dataset: Any) -> dict[str, float]:
         """Sample and write; returns `win_rate`, `win_rate_se` (standard error) and `score` where there is a scorer."""
-        if not _has_prompts(dataset):
-            return {}
         begun = self.run.state.global_step > 0
         if prefix not in self.initial and not begun:
             self._begin(prefix, dataset)
         records = self._asked(prefix, dataset)
-        prompts = [record["prompt"] for record in records]
         known, initial = self.initial.get(prefix, ([], []))
-        if known != prompts:
+        if known != [record["prompt"] for record in records]:
             initial = []  # another dataset than the run's
         reference = self.run.reference
-        if initial and not begun and (reference is None or reference.copied):
-            answers = initial
-        else:
-            answers = self._answers(dataset, contextlib.nullcontext(self.run.policy.model))
+        unmoved = initial and not begun and (reference is None or reference.copied)
+        answers = initial if unmoved else self._answers(dataset, contextlib.nullcontext(self.run.policy.model))
         for record, answer in zip(records, answers, strict=True):
             record["policy"] = answer
         for record, answer in zip(records, initial, strict=False):
             record["reference"] = answer
-        metrics = self._scored(records, initial) if self.scorer is not None else {}
+        metrics = self._scored(records, initial)
         for record in records:
             self.journal.append(SAMPLES, record)
         return metrics
 
     def _scored(self, records: list[dict[str, Any]], initial: list[str]) -> dict[str, float]:
-        """The scores' mean and the win rate; each record gets its scores."""
-        assert self.scorer is not None
+        """The scores' mean and the win rate; each record gets its scores. Nothing without a scorer."""
+        if self.scorer is None:
+            return {}
         against, prompts = self.run.args.win_rate_against, [record["prompt"] for record in records]
         scores = score(self.scorer, prompts, [record["policy"] for record in records])
         metrics = {"score": math.fsum(scores) / len(scores)}
@@ -230,8 +222,3 @@ class Samples(TrainerCallback):
         for record, mine, other in zip(records, scores, other_scores, strict=True):
             record |= {"policy_score": mine, f"{against}_score": other}
         return metrics
-
-
-def _has_prompts(dataset: Any) -> bool:
-    """Whether it is a dataset of tokenised pairs, not a stream: prompts are picked by their place."""
-    return hasattr(dataset, "__len__") and "prompt_input_ids" in (getattr(dataset, "column_names", None) or ())

@@ -21,28 +21,18 @@ from ..run_folder.checkpoints import checkpoints
 logger = logging.getLogger("dpo_trainer")
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended the run. What is left of it has been logged."""
-
-    code = 130
-
-
-class Terminated(SystemExit):
-    """SIGTERM ended the run; an exit with code 143. What is left of it has been logged."""
-
-
 def is_first() -> bool:
     """Whether this is the main process of those that a launcher started; known before they meet."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def end(signum: int, text: str) -> None:
-    """Log how the run can go on, and end. Raises Interrupted for SIGINT, Terminated for others."""
+    """Log how the run can go on, and end. Raises KeyboardInterrupt for SIGINT, SystemExit with code 143 for SIGTERM."""
     if is_first():
         logger.error("%s: %s", signal.Signals(signum).name, text)
     if signum == signal.SIGINT:
-        raise Interrupted
-    raise Terminated(128 + signum)
+        raise KeyboardInterrupt
+    raise SystemExit(128 + signum)
 
 
 @contextlib.contextmanager
@@ -64,16 +54,12 @@ def listening(heard: Callable[[int], None]) -> Iterator[None]:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(signum) not in (signal.SIG_IGN, None):
-                before[signum] = signal.signal(signum, handle)
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    stack.callback(signal.signal, signum, signal.signal(signum, handle))
         yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 class EndAfterStep(TrainerCallback):
@@ -84,12 +70,12 @@ class EndAfterStep(TrainerCallback):
         self.stepping = False
         #: The signal that came, and the one that the run ends for.
         self.heard = self.ending = 0
-        self._asked: torch.Tensor | None = None
+        self._asked: torch.Tensor | int = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Around a run. Raises Interrupted or Terminated inside."""
-        self.stepping, self.heard, self.ending, self._asked = False, 0, 0, None
+        """Around a run. Raises KeyboardInterrupt or SystemExit inside."""
+        self.stepping, self.heard, self.ending, self._asked = False, 0, 0, 0
         with listening(self._hear):
             yield
 
@@ -128,9 +114,8 @@ class EndAfterStep(TrainerCallback):
 
         On several processes it is what they had heard a step ago: then no process waits for the answer.
         """
-        if args.world_size <= 1 or not torch.distributed.is_initialized():
+        if args.world_size <= 1:
             return self.heard
-        answer = int(self._asked) if self._asked is not None else 0
-        self._asked = torch.tensor(self.heard, device=args.device)
+        answer, self._asked = int(self._asked), torch.tensor(self.heard, device=args.device)
         torch.distributed.all_reduce(self._asked, torch.distributed.ReduceOp.MAX)
         return answer
