@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..data.rows import REFERENCE
+from ..data.tokens import TOKENS
 from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_sequences, width
-
-SIDES = ("chosen_input_ids", "rejected_input_ids")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class PairCollator:
     by_sequence: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pairs = [[list(row[name]) for name in ("prompt_input_ids", *SIDES)] for row in rows]
+        pairs = [[list(row[name]) for name in TOKENS] for row in rows]
         lengths = [(len(p), _inputs(p, chosen), _inputs(p, rejected)) for p, chosen, rejected in pairs]
         arranged, by_sequence = self._arrange(lengths) if pairs else ([[]], False)
         longest = max(width(arranged), 1)
@@ -107,21 +107,20 @@ class PairCollator:
             batch["sequences"] = torch.tensor(lengths)
         if pairs and all(row.get("weight") is not None for row in rows):
             batch["pair_weights"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
-        if pairs and all(row.get(f"ref_{side}_logps") is not None for side in ("chosen", "rejected") for row in rows):
-            columns = ("ref_chosen_logps", "ref_rejected_logps")
-            batch["ref_logps"] = torch.tensor([row[name] for name in columns for row in rows], dtype=torch.float64)
+        if pairs and all(row.get(name) is not None for name in REFERENCE for row in rows):
+            batch["ref_logps"] = torch.tensor([row[name] for name in REFERENCE for row in rows], dtype=torch.float64)
         return batch
 
     def _arrange(self, lengths: list[tuple[int, int, int]]) -> tuple[Rows, bool]:
         """The rows, and whether their sequences are to be attended to one by one."""
         row = row_of_sequences(lengths)
         if self.layout == "sequences":
-            return row, True
+            return [row], True
         rows = arrange(lengths, self.layout, self.attention_cost)
-        if not self.by_sequence or self.layout == "padded":
-            return rows, False
-        cheaper = cost_by_sequence(row, self.attention_cost) <= cost(rows, self.attention_cost)
-        return (row, True) if cheaper else (rows, False)
+        allowed = self.by_sequence and self.layout != "padded"
+        if allowed and cost_by_sequence(row, self.attention_cost) <= cost(rows, self.attention_cost):
+            return [row], True
+        return rows, False
 
 
 def _inputs(prompt: Sequence[int], side: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import attention
-from ..batch.layout import attention_cost, attention_inputs
+from ..batch.layout import attention_inputs
 from ..errors import first_line
 
 logger = logging.getLogger("dpo_trainer")
@@ -182,10 +182,17 @@ class SplitModel:
         return lambda: base.set_attn_implementation(before)
 
     def attention_cost(self) -> float:
-        """See `layout.attention_cost`; parameters are counted without the embeddings."""
-        backbone = self.backbone if self.backbone is not None else self.model
-        embeddings = sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
-        return attention_cost(self._config, sum(value.numel() for value in backbone.parameters()) - embeddings)
+        """What comparing a token with one key costs, relative to all of its matrix products in the backbone.
+
+        Scores and weighted values are two products with every key in each layer. Attention kernels reach a fraction of the
+        rate of large matrix products; a third is what was measured (see docs/trainer.md).
+        """
+        backbone, config = self.backbone if self.backbone is not None else self.model, self._config
+        parameters = sum(value.numel() for value in backbone.parameters())
+        parameters -= sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+        return 3 * 2 * getattr(config, "num_hidden_layers", 0) * heads * head_dim / max(parameters, 1)
 
 
 def unwrap_adapter(model: Any) -> Any:
