@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from dpo_kernels import linear_dpo_loss, sequence_logps
 
 from .split import Batch, SplitModel
-
-logger = logging.getLogger("dpo_trainer")
 
 
 class _Reference:
@@ -112,16 +109,13 @@ def reference_logps(
     Rows are visited sorted by length, so that batches carry little padding; a row's result does not depend on its
     neighbours beyond the rounding of matrix products. Logits exist a chunk at a time where the head allows it.
     """
-    lengths = dataset["length"]
-    order = sorted(range(len(dataset)), key=lambda index: lengths[index])
-    chosen, rejected = [0.0] * len(dataset), [0.0] * len(dataset)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = {name: value.to(device) for name, value in collate([dataset[index] for index in indices]).items()}
+    found = torch.empty(2, len(dataset), dtype=torch.float64)
+    for indices in torch.tensor(list(dataset["length"])).argsort(stable=True).split(batch_size):
+        rows = [dataset[index] for index in indices.tolist()]
+        batch = {name: value.to(device) for name, value in collate(rows).items()}
         with torch.no_grad(), context():
-            sums = _sums(source, split, batch).tolist()
-        for row, index in enumerate(indices):
-            chosen[index], rejected[index] = sums[row], sums[row + len(indices)]
+            found[:, indices] = _sums(source, split, batch).view(2, -1).cpu().double()
+    chosen, rejected = found.tolist()
     return chosen, rejected
 
 
