@@ -32,10 +32,8 @@ def choose(policy: SplitModel, reference: Reference, wanted: str) -> str:
 
 
 def _obstacle_to_linear(policy: SplitModel, reference: Reference) -> str | None:
-    if obstacle := policy.obstacle_to_linear:
-        return obstacle
-    if reference is None:
-        return None
+    if reference is None or policy.obstacle_to_linear:
+        return policy.obstacle_to_linear
     other = reference.split
     if obstacle := other.obstacle_to_linear:
         return f"in the reference, {obstacle}"
@@ -48,15 +46,15 @@ def memory_budget(given: int | str | None, policy: SplitModel) -> int | str:
     """The linear path's working memory: as given, or what a step may take with this head (`planner.step_budget`)."""
     if given is not None:
         return given
-    head: Any = policy.head
-    vocab, hidden_size = head.weight.shape
-    return planner.step_budget(hidden_size, vocab, linear.card_memory(head.weight.device))
+    weight = policy.head.weight
+    vocab, hidden_size = weight.shape
+    return planner.step_budget(hidden_size, vocab, linear.card_memory(weight.device))
 
 
 def from_hidden(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:
     """`linear_dpo_loss` of a batch; `options` are its other keywords. The head is called as a module, for its hooks' sake."""
     if reference is not None:
-        head: Any = reference.split.head
+        head = reference.split.head
         options = {
             **options,
             "ref_hidden": reference.packed_hidden(batch),

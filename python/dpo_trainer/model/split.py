@@ -36,8 +36,8 @@ class SplitModel:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         base = unwrap_adapter(model)
-        self.backbone = _backbone(base)
-        self.head: nn.Module | None = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self.backbone: Any = _backbone(base)
+        self.head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         self.split = self.backbone is not None and self.head is not None
         self._config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
         self._scale, self._softcap = _after_head(self._config)
@@ -54,14 +54,12 @@ class SplitModel:
 
     def packed_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
-        assert self.backbone is not None
         output = self.backbone(**self._inputs(batch))
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch["positions"])
 
     def packed_logits(self, batch: Batch) -> Tensor:
         """Logits `[N, V]` at the batch's `positions`, before `logit_scale` and `logit_softcap`."""
         if self.split:
-            assert self.head is not None
             return self.head(self.packed_hidden(batch))
         output = self.model(**self._inputs(batch))
         return output.logits.flatten(0, 1).index_select(0, batch["positions"])
@@ -76,10 +74,9 @@ class SplitModel:
         """Why the loss cannot be computed from hidden states and the head's weight; None if it can."""
         if not self.split:
             return "the model's logits are not head(backbone(x))"
-        head: Any = self.head
         # An adapter on the head, a quantised head or an offloading hook make of it more than one matrix product.
-        if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
-            return f"the head is not a plain nn.Linear but {type(head).__name__}"
+        if type(self.head).forward is not nn.Linear.forward or "forward" in self.head.__dict__:
+            return f"the head is not a plain nn.Linear but {type(self.head).__name__}"
         return None
 
     def through_head(self, function: Callable[..., Any], hidden: Tensor) -> Any:
@@ -87,7 +84,7 @@ class SplitModel:
 
         So hooks around the head, such as those that gather a shard of its weight, fire as they do for logits.
         """
-        head: Any = self.head
+        head = self.head
         return call_through(head, head, lambda hidden: function(hidden, head.weight, head.bias), hidden)
 
     def finish(self, logits: Tensor) -> Tensor:
