@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import linear_dpo_loss, sequence_logps
 
-from .split import Batch, SplitModel
+from .split import Batch, SplitModel, evaluating
 
 
 class _Reference:
@@ -81,13 +81,8 @@ class AdapterOffReference(_Reference):
     def whole_model(self) -> Any:
         """A context in which the adapter is off."""
         model: Any = self.split.model
-        was_training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter():
-                yield model
-        finally:
-            model.train(was_training)
+        with evaluating(model), model.disable_adapter():
+            yield model
 
 
 #: None where no reference is in memory.

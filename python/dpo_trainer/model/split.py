@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -108,16 +109,12 @@ class SplitModel:
         if not self.split:
             logger.warning("%s: no separable head found; computing the logits of all tokens", type(self.model).__name__)
             return False
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             logits = self.packed_logits(batch)
             precision = torch.finfo(logits.dtype).eps
             values = self.finish(logits.double())
             self.split = False
             whole = self.packed_logits(batch).double()
-        finally:
-            self.model.train(was_training)
         if values.shape == whole.shape:
             error = (values - whole).abs().max().item()
             limit = max(4 * precision, 1e-4) * max(whole.abs().max().item(), 1e-30)
@@ -147,15 +144,11 @@ class SplitModel:
             padded: the same pairs in the padded layout.
         """
         answer = self.packed_hidden if self.split else self.packed_logits
-        was_training = self.model.training
-        self.model.eval()
         try:
-            expected = answer(padded)
-            found = answer(batch)
+            with evaluating(self.model):
+                expected, found = answer(padded), answer(batch)
         except Exception as error:  # whatever a model's own code raises when it does not know such inputs
             return f"it refuses the batch ({type(error).__name__}: {first_line(error)})"
-        finally:
-            self.model.train(was_training)
         if found.shape != expected.shape:
             return f"its answers have shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
         exact = torch.finfo(found.dtype).bits >= 32 and torch.get_float32_matmul_precision() == "highest"
@@ -215,6 +208,17 @@ def _after_head(config: Any) -> tuple[float, float | None]:
         scale = float(value)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return scale, float(softcap) if softcap else None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in evaluation mode; afterwards it is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def disable_dropout(model: nn.Module) -> None:
