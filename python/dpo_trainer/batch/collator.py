@@ -73,32 +73,29 @@ class PairCollator:
         for index, row in enumerate(arranged):
             end = 0
             for number, piece in enumerate(row):
-                prompt, *sides = pairs[piece.pair]
-                start, last = end, end + len(prompt) - 1
-                end += len(prompt)
-                input_ids[index, start:end] = torch.tensor(prompt, dtype=torch.int64)
-                segments[index, start:end] = 3 * number
-                position_ids[index, start:end] = torch.arange(len(prompt))
-                for side in piece.sides:
-                    tokens = torch.tensor(sides[side], dtype=torch.int64)
-                    count = lengths[piece.pair][1 + side]
-                    start, end = end, end + count
-                    input_ids[index, start:end] = tokens[:count]
-                    segments[index, start:end] = 3 * number + 1 + side
-                    position_ids[index, start:end] = torch.arange(len(prompt), len(prompt) + count)
-                    before = torch.arange(start - 1, start - 1 + len(tokens))
-                    before[:1] = last  # of the prompt, which another side may stand behind
-                    scored = slice(0 if prompt else 1, None)
-                    positions[piece.pair + side * len(pairs)] = before[scored] + index * longest
-                    labels[piece.pair + side * len(pairs)] = tokens[scored]
+                counts = lengths[piece.pair]
+                last = end + counts[0] - 1
+                for part in (0, *(1 + side for side in piece.sides)):
+                    tokens = torch.tensor(pairs[piece.pair][part], dtype=torch.int64)
+                    start, end = end, end + counts[part]
+                    first = counts[0] if part else 0
+                    input_ids[index, start:end] = tokens[: counts[part]]
+                    segments[index, start:end] = 3 * number + part
+                    position_ids[index, start:end] = torch.arange(first, first + counts[part])
+                    if part:
+                        before = torch.arange(start - 1, start - 1 + len(tokens))
+                        before[:1] = last  # of the prompt, which another side may stand behind
+                        scored = slice(0 if counts[0] else 1, None)
+                        sequence = piece.pair + (part - 1) * len(pairs)
+                        positions[sequence] = before[scored] + index * longest
+                        labels[sequence] = tokens[scored]
 
-        counts = torch.tensor([0, *map(len, labels)], dtype=torch.int64)
         batch = {
             "input_ids": input_ids,
             "attention_mask": (segments != PADDING).long() if pairs else torch.ones_like(segments),
             "positions": torch.cat(positions) if pairs else input_ids.new_empty(0),
             "labels": torch.cat(labels) if pairs else input_ids.new_empty(0),
-            "cu_seqlens": counts.cumsum(0),
+            "cu_seqlens": torch.tensor([0, *map(len, labels)]).cumsum(0),
             "num_tokens": torch.tensor(sum(len(prompt) + len(side) for prompt, *sides in pairs for side in sides)),
         }
         if any(len(row) > 1 or len(piece.sides) > 1 for row in arranged for piece in row):
