@@ -47,15 +47,14 @@ def arrange(lengths: Sequence[tuple[int, int, int]], layout: str = "auto", atten
             many to a row as pays; "auto": the cheapest of these and of sequences apart, as many to a row as pays.
         attention_cost: see `cost`.
     """
-    chosen = [Piece(pair, (0,), prompt + side) for pair, (prompt, side, _) in enumerate(lengths)]
-    rejected = [Piece(pair, (1,), prompt + side) for pair, (prompt, _, side) in enumerate(lengths)]
-    padded = [[piece] for piece in chosen + rejected]
+    apart = [Piece(pair, (side,), parts[0] + parts[1 + side]) for side in (0, 1) for pair, parts in enumerate(lengths)]
+    padded = [[piece] for piece in apart]
     if layout == "padded":
         return padded
     candidates = _packings(row_of_sequences(lengths))
     if layout == "auto":
         # The first of equals wins: padded rows need no mask of their own.
-        candidates = [padded, *candidates, *_packings(chosen + rejected)]
+        candidates = [padded, *candidates, *_packings(apart)]
     return min(candidates, key=lambda rows: cost(rows, attention_cost))
 
 

@@ -116,11 +116,7 @@ def reference_logps(
 
 def _sums(source: Any, split: SplitModel, batch: Batch) -> Tensor:
     """Log-probabilities [2P] of a batch's completions."""
-    options: dict[str, Any] = {
-        "cu_seqlens": batch["cu_seqlens"],
-        "logit_scale": split.logit_scale,
-        "logit_softcap": split.logit_softcap,
-    }
+    options: dict[str, Any] = {"cu_seqlens": batch["cu_seqlens"], **split.after_head}
     if split.obstacle_to_linear:
         return sequence_logps(source.packed_logits(batch), batch["labels"], **options)
 

@@ -53,6 +53,11 @@ class SplitModel:
         """Softcap still to be applied to `packed_logits`, after the scale."""
         return self._softcap if self.split else None
 
+    @property
+    def after_head(self) -> dict[str, Any]:
+        """`logit_scale` and `logit_softcap`, as arguments of the losses."""
+        return {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
     def packed_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
         output = self.backbone(**self._inputs(batch))
@@ -191,10 +196,8 @@ def unwrap_adapter(model: Any) -> Any:
 
 
 def _backbone(base: Any) -> nn.Module | None:
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    if decoder is None or decoder is base:
-        decoder = getattr(base, "base_model", None)
-    return decoder if isinstance(decoder, nn.Module) and decoder is not base else None
+    candidates = (base.get_decoder() if hasattr(base, "get_decoder") else None, getattr(base, "base_model", None))
+    return next((part for part in candidates if isinstance(part, nn.Module) and part is not base), None)
 
 
 def _after_head(config: Any) -> tuple[float, float | None]:
