@@ -130,7 +130,6 @@ class ReferenceTrainer(PairTrainer):
         with evaluating(self.policy.model):
             return reference_logps(
                 self.reference if self.reference is not None else self.policy,
-                self.reference.split if self.reference is not None else self.policy,
                 rows,
                 self.data_collator,  # type: ignore[arg-type]
                 batch_size=batch_size,

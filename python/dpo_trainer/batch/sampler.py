@@ -123,7 +123,6 @@ class PairBatchSampler:
 
     Args:
         lengths: tokens of the longer side of every pair, prompt included.
-        batching: the rule.
         process_index: whose batches.
         drop_last: leave out what does not fill a batch on every process.
 
@@ -175,7 +174,6 @@ class PairStream(IterableDataset):
 
     Args:
         rows: makes an iterator over rows with `length` for a pass, counted from 0.
-        batching: the rule.
         process_index: whose batches.
     """
 

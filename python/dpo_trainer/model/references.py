@@ -91,7 +91,6 @@ Reference = FrozenReference | AdapterOffReference | None
 
 def reference_logps(
     source: SplitModel | _Reference,
-    split: SplitModel,
     dataset: Any,
     collate: Callable[[list[dict[str, Any]]], Batch],
     *,
@@ -109,13 +108,14 @@ def reference_logps(
         rows = [dataset[index] for index in indices.tolist()]
         batch = {name: value.to(device) for name, value in collate(rows).items()}
         with torch.no_grad(), context():
-            found[:, indices] = _sums(source, split, batch).view(2, -1).cpu().double()
+            found[:, indices] = _sums(source, batch).view(2, -1).cpu().double()
     chosen, rejected = found.tolist()
     return chosen, rejected
 
 
-def _sums(source: Any, split: SplitModel, batch: Batch) -> Tensor:
+def _sums(source: SplitModel | _Reference, batch: Batch) -> Tensor:
     """Log-probabilities [2P] of a batch's completions."""
+    split = source if isinstance(source, SplitModel) else source.split
     options: dict[str, Any] = {"cu_seqlens": batch["cu_seqlens"], **split.after_head}
     if split.obstacle_to_linear:
         return sequence_logps(source.packed_logits(batch), batch["labels"], **options)
