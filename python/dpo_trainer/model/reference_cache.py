@@ -180,17 +180,17 @@ class ReferenceCache:
         compute: Callable[[list[int]], Logps],
         *,
         name: str,
-        process_index: int = 0,
-        num_processes: int = 1,
-        wait: Callable[[], Any] = lambda: None,
+        process_index: int,
+        num_processes: int,
+        wait: Callable[[], Any],
     ) -> Logps:
         """All log-probabilities in the dataset's order: read where they are, computed and written where not.
 
         Args:
             compute: the log-probabilities (chosen, rejected) of given rows.
             name: of the dataset, for messages.
-            process_index, num_processes: processes share the missing shards out among themselves, ...
-            wait: ... and meet here before they read one another's.
+            process_index, num_processes: the processes that share the missing shards out among themselves.
+            wait: where processes meet before they read one another's shards.
         """
         parts = [self.read(shard) for shard in range(self.shards)]
         missing = [shard for shard, part in enumerate(parts) if part is None]
