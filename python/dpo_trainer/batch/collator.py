@@ -62,8 +62,7 @@ class PairCollator:
         lengths = [(len(p), _inputs(p, chosen), _inputs(p, rejected)) for p, chosen, rejected in pairs]
         arranged, by_sequence = self._arrange(lengths) if pairs else ([[]], False)
         longest = max(width(arranged), 1)
-        if self.pad_to_multiple_of:
-            longest += -longest % self.pad_to_multiple_of
+        longest += -longest % (self.pad_to_multiple_of or 1)
 
         input_ids = torch.full((len(arranged), longest), self.pad_token_id, dtype=torch.int64)
         segments = torch.full_like(input_ids, PADDING)

@@ -120,13 +120,12 @@ class SplitModel:
             values = self.finish(logits.double())
             self.split = False
             whole = self.packed_logits(batch).double()
+        reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
         if values.shape == whole.shape:
             error = (values - whole).abs().max().item()
             limit = max(4 * precision, 1e-4) * max(whole.abs().max().item(), 1e-30)
             self.split = error <= limit
             reason = f"differ by {error:.2g} (limit {limit:.2g})"
-        else:
-            reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
         if not self.split:
             logger.warning(
                 "%s: logits by head(backbone(x)) and the model's own %s; computing those of all tokens, slower",
