@@ -319,8 +319,8 @@ FAULTS = (
     Fault(
         "reference_with_adapter",
         "python/dpo_trainer/model/references.py",
-        "with model.disable_adapter():",
-        "with contextlib.nullcontext():",
+        "with evaluating(model), model.disable_adapter():",
+        "with evaluating(model):",
         "the reference is the policy, adapter and all",
         ("tests/trainer/test_model.py::test_adapter_off_is_the_base_model",),
     ),

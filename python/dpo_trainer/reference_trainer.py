@@ -12,7 +12,7 @@ from .errors import ConfigError, DataError
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .model.references import AdapterOffReference, FrozenReference, Reference, reference_logps
-from .model.split import Batch, SplitModel
+from .model.split import Batch, SplitModel, evaluating
 from .pair_trainer import PairTrainer
 
 
@@ -127,20 +127,15 @@ class ReferenceTrainer(PairTrainer):
 
         Under the model as it stands where no reference is in memory.
         """
-        was_training = self.policy.model.training
-        self.policy.model.eval()
-        try:
+        with evaluating(self.policy.model):
             return reference_logps(
                 self.reference if self.reference is not None else self.policy,
-                self.reference.split if self.reference is not None else self.policy,
                 rows,
                 self.data_collator,  # type: ignore[arg-type]
                 batch_size=batch_size,
                 device=self.args.device,
                 context=self._kernels,
             )
-        finally:
-            self.policy.model.train(was_training)
 
     def reference_cache(self, dataset: Any) -> ReferenceCache | None:
         """Where the reference's log-probabilities of a tokenised dataset lie; None if they are not kept."""

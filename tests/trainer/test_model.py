@@ -111,9 +111,7 @@ def test_reference_log_probabilities_come_in_row_order(
     split = SplitModel(make_model().eval())
     dataset = tokenized(pairs(8), tokenizer)
     collate = PairCollator(pad_token_id=0)
-    chosen, rejected = reference_logps(
-        split, split, dataset, collate, batch_size=batch_size, device=torch.device("cpu")
-    )
+    chosen, rejected = reference_logps(split, dataset, collate, batch_size=batch_size, device=torch.device("cpu"))
     for index, row in enumerate(dataset):
         alone = collate([row])
         logps = one_by_one(split.model, alone).double().log_softmax(-1).gather(1, alone["labels"][:, None]).squeeze(1)

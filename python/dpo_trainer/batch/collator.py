@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..data.rows import REFERENCE
+from ..data.tokens import TOKENS
 from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_sequences, width
-
-SIDES = ("chosen_input_ids", "rejected_input_ids")
 
 
 @dataclass
@@ -58,12 +58,11 @@ class PairCollator:
     by_sequence: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pairs = [[list(row[name]) for name in ("prompt_input_ids", *SIDES)] for row in rows]
+        pairs = [[list(row[name]) for name in TOKENS] for row in rows]
         lengths = [(len(p), _inputs(p, chosen), _inputs(p, rejected)) for p, chosen, rejected in pairs]
         arranged, by_sequence = self._arrange(lengths) if pairs else ([[]], False)
         longest = max(width(arranged), 1)
-        if self.pad_to_multiple_of:
-            longest += -longest % self.pad_to_multiple_of
+        longest += -longest % (self.pad_to_multiple_of or 1)
 
         input_ids = torch.full((len(arranged), longest), self.pad_token_id, dtype=torch.int64)
         segments = torch.full_like(input_ids, PADDING)
@@ -73,32 +72,29 @@ class PairCollator:
         for index, row in enumerate(arranged):
             end = 0
             for number, piece in enumerate(row):
-                prompt, *sides = pairs[piece.pair]
-                start, last = end, end + len(prompt) - 1
-                end += len(prompt)
-                input_ids[index, start:end] = torch.tensor(prompt, dtype=torch.int64)
-                segments[index, start:end] = 3 * number
-                position_ids[index, start:end] = torch.arange(len(prompt))
-                for side in piece.sides:
-                    tokens = torch.tensor(sides[side], dtype=torch.int64)
-                    count = lengths[piece.pair][1 + side]
-                    start, end = end, end + count
-                    input_ids[index, start:end] = tokens[:count]
-                    segments[index, start:end] = 3 * number + 1 + side
-                    position_ids[index, start:end] = torch.arange(len(prompt), len(prompt) + count)
-                    before = torch.arange(start - 1, start - 1 + len(tokens))
-                    before[:1] = last  # of the prompt, which another side may stand behind
-                    scored = slice(0 if prompt else 1, None)
-                    positions[piece.pair + side * len(pairs)] = before[scored] + index * longest
-                    labels[piece.pair + side * len(pairs)] = tokens[scored]
+                counts = lengths[piece.pair]
+                last = end + counts[0] - 1
+                for part in (0, *(1 + side for side in piece.sides)):
+                    tokens = torch.tensor(pairs[piece.pair][part], dtype=torch.int64)
+                    start, end = end, end + counts[part]
+                    first = counts[0] if part else 0
+                    input_ids[index, start:end] = tokens[: counts[part]]
+                    segments[index, start:end] = 3 * number + part
+                    position_ids[index, start:end] = torch.arange(first, first + counts[part])
+                    if part:
+                        before = torch.arange(start - 1, start - 1 + len(tokens))
+                        before[:1] = last  # of the prompt, which another side may stand behind
+                        scored = slice(0 if counts[0] else 1, None)
+                        sequence = piece.pair + (part - 1) * len(pairs)
+                        positions[sequence] = before[scored] + index * longest
+                        labels[sequence] = tokens[scored]
 
-        counts = torch.tensor([0, *map(len, labels)], dtype=torch.int64)
         batch = {
             "input_ids": input_ids,
             "attention_mask": (segments != PADDING).long() if pairs else torch.ones_like(segments),
             "positions": torch.cat(positions) if pairs else input_ids.new_empty(0),
             "labels": torch.cat(labels) if pairs else input_ids.new_empty(0),
-            "cu_seqlens": counts.cumsum(0),
+            "cu_seqlens": torch.tensor([0, *map(len, labels)]).cumsum(0),
             "num_tokens": torch.tensor(sum(len(prompt) + len(side) for prompt, *sides in pairs for side in sides)),
         }
         if any(len(row) > 1 or len(piece.sides) > 1 for row in arranged for piece in row):
@@ -107,21 +103,20 @@ class PairCollator:
             batch["sequences"] = torch.tensor(lengths)
         if pairs and all(row.get("weight") is not None for row in rows):
             batch["pair_weights"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
-        if pairs and all(row.get(f"ref_{side}_logps") is not None for side in ("chosen", "rejected") for row in rows):
-            columns = ("ref_chosen_logps", "ref_rejected_logps")
-            batch["ref_logps"] = torch.tensor([row[name] for name in columns for row in rows], dtype=torch.float64)
+        if pairs and all(row.get(name) is not None for name in REFERENCE for row in rows):
+            batch["ref_logps"] = torch.tensor([row[name] for name in REFERENCE for row in rows], dtype=torch.float64)
         return batch
 
     def _arrange(self, lengths: list[tuple[int, int, int]]) -> tuple[Rows, bool]:
         """The rows, and whether their sequences are to be attended to one by one."""
         row = row_of_sequences(lengths)
         if self.layout == "sequences":
-            return row, True
+            return [row], True
         rows = arrange(lengths, self.layout, self.attention_cost)
-        if not self.by_sequence or self.layout == "padded":
-            return rows, False
-        cheaper = cost_by_sequence(row, self.attention_cost) <= cost(rows, self.attention_cost)
-        return (row, True) if cheaper else (rows, False)
+        allowed = self.by_sequence and self.layout != "padded"
+        if allowed and cost_by_sequence(row, self.attention_cost) <= cost(rows, self.attention_cost):
+            return [row], True
+        return rows, False
 
 
 def _inputs(prompt: Sequence[int], side: Sequence[int]) -> int:

@@ -47,15 +47,14 @@ def arrange(lengths: Sequence[tuple[int, int, int]], layout: str = "auto", atten
             many to a row as pays; "auto": the cheapest of these and of sequences apart, as many to a row as pays.
         attention_cost: see `cost`.
     """
-    chosen = [Piece(pair, (0,), prompt + side) for pair, (prompt, side, _) in enumerate(lengths)]
-    rejected = [Piece(pair, (1,), prompt + side) for pair, (prompt, _, side) in enumerate(lengths)]
-    padded = [[piece] for piece in chosen + rejected]
+    apart = [Piece(pair, (side,), parts[0] + parts[1 + side]) for side in (0, 1) for pair, parts in enumerate(lengths)]
+    padded = [[piece] for piece in apart]
     if layout == "padded":
         return padded
-    candidates = _packings(row_of_sequences(lengths)[0])
+    candidates = _packings(row_of_sequences(lengths))
     if layout == "auto":
         # The first of equals wins: padded rows need no mask of their own.
-        candidates = [padded, *candidates, *_packings(chosen + rejected)]
+        candidates = [padded, *candidates, *_packings(apart)]
     return min(candidates, key=lambda rows: cost(rows, attention_cost))
 
 
@@ -68,15 +67,14 @@ def cost(rows: Rows, attention_cost: float) -> float:
     return len(rows) * longest * (1 + attention_cost * longest)
 
 
-def row_of_sequences(lengths: Sequence[tuple[int, int, int]]) -> Rows:
+def row_of_sequences(lengths: Sequence[tuple[int, int, int]]) -> list[Piece]:
     """All pairs in one row, every prompt once, for a model that attends by sequence (see `attention`)."""
-    return [[Piece(pair, (0, 1), sum(parts)) for pair, parts in enumerate(lengths)]]
+    return [Piece(pair, (0, 1), sum(parts)) for pair, parts in enumerate(lengths)]
 
 
-def cost_by_sequence(rows: Rows, attention_cost: float) -> float:
+def cost_by_sequence(row: list[Piece], attention_cost: float) -> float:
     """Work of a batch as `cost` counts it, where every sequence is attended to alone: none compares itself with strangers."""
-    pieces = [piece for row in rows for piece in row]
-    return sum(piece.length * (1 + attention_cost * piece.length) + SEQUENCE_COST for piece in pieces)
+    return sum(piece.length * (1 + attention_cost * piece.length) + SEQUENCE_COST for piece in row)
 
 
 def width(rows: Rows) -> int:
@@ -97,17 +95,6 @@ def _packings(pieces: list[Piece]) -> list[Rows]:
             loads[row] += piece.length
         candidates.append(rows)
     return candidates
-
-
-def attention_cost(config: Any, parameters: int) -> float:
-    """What comparing a token with one key costs, relative to all of its matrix products (`parameters` multiplications).
-
-    Scores and weighted values are two products with every key in each layer. Attention kernels reach a fraction of the
-    rate of large matrix products; a third is what was measured (see docs/trainer.md).
-    """
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
-    return 3 * 2 * getattr(config, "num_hidden_layers", 0) * heads * head_dim / max(parameters, 1)
 
 
 # --- what tokens attend to -----------------------------------------------------------------------------------------
@@ -133,11 +120,11 @@ def attention_inputs(batch: Mapping[str, Tensor], config: Any, dtype: torch.dtyp
         mask = mask[:, None]
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min) if additive else mask
 
-    window = _window(config)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
     masks: Any = finish(allowed)
     if window is not None and window < segments.shape[1]:
         windowed = finish(allowed & (positions[:, :, None] - positions[:, None, :] < window))
-        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
         masks = {"full_attention": masks, "sliding_attention": windowed} if len(kinds) > 1 else windowed
     return {"attention_mask": masks, "position_ids": positions}
 
@@ -150,11 +137,3 @@ def visible(segments: Tensor) -> Tensor:
     query, key = segments[:, :, None], segments[:, None, :]
     same_sequence = query.div(3, rounding_mode="floor") == key.div(3, rounding_mode="floor")
     return (same_sequence & ((key.remainder(3) == 0) | (key == query))).tril()
-
-
-def _window(config: Any) -> int | None:
-    """Tokens that a windowed layer sees, itself included; None without windowed layers."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)

@@ -51,17 +51,22 @@ class Batching:
     def batches_per_step(self) -> int:
         return self.num_processes * self.accumulation
 
+    @property
+    def room(self) -> int:
+        """What a batch holds: pairs, or tokens with `max_tokens`."""
+        return self.pairs if self.max_tokens is None else self.max_tokens
+
+    def share(self, length: int) -> int:
+        """What a pair whose longer side has `length` tokens takes of `room` when no longer pair is in the batch."""
+        return 1 if self.max_tokens is None else 2 * (length + -length % (self.pad_to_multiple_of or 1))
+
     def check(self, length: int) -> None:
         """Raise ConfigError if a pair whose longer side has `length` tokens exceeds `max_tokens` alone."""
-        if self.max_tokens is not None and self.tokens(length) > self.max_tokens:
+        if self.share(length) > self.room:
             raise ConfigError(
-                f"max_tokens: {self.max_tokens} is less than the {self.tokens(length)} tokens of a single pair (2 x {length}, "
+                f"max_tokens: {self.max_tokens} is less than the {self.share(length)} tokens of a single pair (2 x {length}, "
                 "its longer side); raise it, or lower max_length"
             )
-
-    def tokens(self, length: int) -> int:
-        """What a pair takes of `max_tokens` when no longer one is in the batch."""
-        return 2 * (length + -length % (self.pad_to_multiple_of or 1))
 
     def steps(self, lengths: Sequence[int], epoch: int, fixed: bool = False) -> tuple[list[Batches], Batches]:
         """The full steps of an epoch in order, and the batches left over, which fill no step.
@@ -90,19 +95,15 @@ class Batching:
             order = self._permutation(len(order), epoch, 0)
         if self.strategy == "group_by_length":
             # Sorted within pools of neighbours in the random order, so that every epoch groups other pairs.
-            count = self.pairs
-            if self.max_tokens is not None:
-                count = max(self.max_tokens * len(order) // max(sum(map(self.tokens, lengths)), 1), 1)
+            count = max(self.room * len(order) // max(sum(map(self.share, lengths)), 1), 1)
             pool = POOL * count * self.batches_per_step
             pools = [order[start : start + pool] for start in range(0, len(order), pool)]
             order = [index for part in pools for index in sorted(part, key=lambda index: -lengths[index])]
-        if self.max_tokens is None:
-            return [order[start : start + self.pairs] for start in range(0, len(order), self.pairs)]
         batches: Batches = []
         longest = 0
         for index in order:
             longest = max(longest, lengths[index])
-            if not batches or self.tokens(longest) * (len(batches[-1]) + 1) > self.max_tokens:
+            if not batches or self.share(longest) * (len(batches[-1]) + 1) > self.room:
                 batches.append([])
                 longest = lengths[index]
             batches[-1].append(index)
@@ -122,7 +123,6 @@ class PairBatchSampler:
 
     Args:
         lengths: tokens of the longer side of every pair, prompt included.
-        batching: the rule.
         process_index: whose batches.
         drop_last: leave out what does not fill a batch on every process.
 
@@ -174,7 +174,6 @@ class PairStream(IterableDataset):
 
     Args:
         rows: makes an iterator over rows with `length` for a pass, counted from 0.
-        batching: the rule.
         process_index: whose batches.
     """
 
@@ -188,20 +187,19 @@ class PairStream(IterableDataset):
 
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         rule = self.batching
-        enough = POOL * rule.batches_per_step * (rule.pairs if rule.max_tokens is None else rule.max_tokens)
+        enough = POOL * rule.batches_per_step * rule.room
         waiting: list[dict[str, Any]] = []
         size = pools = 0
         for row in self._all():
             rule.check(row["length"])
             waiting.append(row)
-            size += 1 if rule.max_tokens is None else rule.tokens(row["length"])
+            size += rule.share(row["length"])
             if size >= enough:
                 steps, rest = rule.steps([row["length"] for row in waiting], pools)
-                for step in steps:
-                    for batch in step:
-                        yield [waiting[index] for index in batch]
+                for batch in itertools.chain.from_iterable(steps):
+                    yield [waiting[index] for index in batch]
                 waiting = [waiting[index] for batch in rest for index in batch]
-                size = sum(1 if rule.max_tokens is None else rule.tokens(row["length"]) for row in waiting)
+                size = sum(rule.share(row["length"]) for row in waiting)
                 pools += 1
 
     def _all(self) -> Iterator[dict[str, Any]]:

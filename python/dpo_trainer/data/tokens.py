@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..errors import DataError, first_line
 from .rows import Pair, parse_row, shared_prefix
 
@@ -77,8 +79,6 @@ def render_chat(
         DataError: no chat template, a template that refuses these messages, or one that changes the prompt once an
             answer follows.
     """
-    from jinja2 import TemplateError
-
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(f"{where}: rows are chat messages but the tokenizer has no chat template; use text or set one")
     options: dict[str, Any] = {"tokenize": False} if tools is None else {"tokenize": False, "tools": tools}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ConfigError, ModelError, first_line
 
@@ -20,21 +21,11 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     Raises:
         ModelError: the path does not exist or cannot be read as a model.
     """
-    from transformers import AutoModelForCausalLM
-
-    model: Any
-    folder, extra = _source(path, "model")
-    kwargs = {"dtype": torch.float32, **extra, **kwargs}
-    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        dtype = getattr(torch, kwargs["dtype"], None)
-        if not isinstance(dtype, torch.dtype):
-            raise ModelError(f"model_init_kwargs: unknown dtype '{kwargs['dtype']}'")
-        kwargs["dtype"] = dtype
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model '{path}': cannot be loaded ({first_line(error)})") from error
-    if extra:
+    dtype = kwargs.setdefault("dtype", torch.float32)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError(f"model_init_kwargs: unknown dtype '{dtype}'")
+    model = _read(AutoModelForCausalLM, path, "cannot be loaded", **kwargs)
+    if Path(path).suffix == ".gguf":
         model.hf_quantizer = None
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
@@ -48,13 +39,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         ModelError: there is none.
     """
-    from transformers import AutoTokenizer
-
-    folder, extra = _source(path, "model")
-    try:
-        return AutoTokenizer.from_pretrained(folder, **extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model '{path}': its tokenizer cannot be loaded ({first_line(error)})") from error
+    return _read(AutoTokenizer, path, "its tokenizer cannot be loaded")
 
 
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -94,18 +79,27 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         raise ConfigError(f"peft_config: {first_line(error)}") from error
 
 
-def _source(path: str | Path, what: str) -> tuple[str, dict[str, str]]:
+def _read(kind: Any, path: str | Path, failure: str, **kwargs: Any) -> Any:
+    """What `kind.from_pretrained` makes of a path or name; where it cannot, a ModelError that begins with `failure`."""
+    folder, extra = _source(path)
+    try:
+        return kind.from_pretrained(folder, **{**extra, **kwargs})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model '{path}': {failure} ({first_line(error)})") from error
+
+
+def _source(path: str | Path) -> tuple[str, dict[str, str]]:
     """Arguments of from_pretrained for a folder, a .gguf file or a hub name."""
     local = Path(path).expanduser()
     if local.suffix == ".gguf":
         if not local.is_file():
-            raise ModelError(f"{what} '{path}': no such file")
+            raise ModelError(f"model '{path}': no such file")
         return str(local.parent), {"gguf_file": local.name}
     if local.is_dir():
         if not any((local / name).exists() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
-            raise ModelError(f"{what} '{path}': the folder holds no model (no config.json)")
+            raise ModelError(f"model '{path}': the folder holds no model (no config.json)")
         return str(local), {}
     # A hub name is 'name' or 'owner/name' and not something that exists here.
     if local.exists() or local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
-        raise ModelError(f"{what} '{path}': {'not a folder or .gguf file' if local.exists() else 'no such folder'}")
+        raise ModelError(f"model '{path}': {'not a folder or .gguf file' if local.exists() else 'no such folder'}")
     return str(path), {}

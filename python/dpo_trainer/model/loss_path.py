@@ -32,14 +32,12 @@ def choose(policy: SplitModel, reference: Reference, wanted: str) -> str:
 
 
 def _obstacle_to_linear(policy: SplitModel, reference: Reference) -> str | None:
-    if obstacle := policy.obstacle_to_linear:
-        return obstacle
-    if reference is None:
-        return None
+    if reference is None or policy.obstacle_to_linear:
+        return policy.obstacle_to_linear
     other = reference.split
     if obstacle := other.obstacle_to_linear:
         return f"in the reference, {obstacle}"
-    if (other.logit_scale, other.logit_softcap) != (policy.logit_scale, policy.logit_softcap):
+    if other.after_head != policy.after_head:
         return "policy and reference scale or cap their logits differently"
     return None
 
@@ -48,32 +46,19 @@ def memory_budget(given: int | str | None, policy: SplitModel) -> int | str:
     """The linear path's working memory: as given, or what a step may take with this head (`planner.step_budget`)."""
     if given is not None:
         return given
-    head: Any = policy.head
-    vocab, hidden_size = head.weight.shape
-    return planner.step_budget(hidden_size, vocab, linear.card_memory(head.weight.device))
+    weight = policy.head.weight
+    vocab, hidden_size = weight.shape
+    return planner.step_budget(hidden_size, vocab, linear.card_memory(weight.device))
 
 
 def from_hidden(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:
     """`linear_dpo_loss` of a batch; `options` are its other keywords. The head is called as a module, for its hooks' sake."""
     if reference is not None:
-        head: Any = reference.split.head
-        options = {
-            **options,
-            "ref_hidden": reference.packed_hidden(batch),
-            "ref_weight": head.weight,
-            "ref_bias": head.bias,
-        }
+        ref_hidden, head = reference.packed_hidden(batch), reference.split.head
+        options = {**options, "ref_hidden": ref_hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, DPOOutput]:
-        output = linear_dpo_loss(
-            hidden,
-            weight,
-            batch["labels"],
-            bias=bias,
-            logit_scale=policy.logit_scale,
-            logit_softcap=policy.logit_softcap,
-            **options,
-        )
+        output = linear_dpo_loss(hidden, weight, batch["labels"], bias=bias, **policy.after_head, **options)
         return output.loss, output  # hooks around a module look for tensors among what it returns
 
     return policy.through_head(loss, policy.packed_hidden(batch))[1]
@@ -81,21 +66,9 @@ def from_hidden(policy: SplitModel, reference: Reference, batch: Batch, options:
 
 def from_logits(policy: SplitModel, reference: Reference, batch: Batch, options: dict[str, Any]) -> DPOOutput:
     """`dpo_loss` of a batch, whose gradient takes the logits' memory; `options` are its other keywords."""
-    ref_logits = None if reference is None else reference.packed_logits(batch)
-    logits = policy.packed_logits(batch)
-    scale, softcap = policy.logit_scale, policy.logit_softcap
-    if reference is not None and ref_logits is not None:
-        other = reference.split
-        if (other.logit_scale, other.logit_softcap) != (scale, softcap):
-            # Two kinds of model: the kernels apply one scale and softcap to both, so apply each model's own here.
-            ref_logits, logits = other.finish(ref_logits), policy.finish(logits)
-            scale, softcap = 1.0, None
-    return dpo_loss(
-        logits,
-        batch["labels"],
-        ref_logits=ref_logits,
-        logit_scale=scale,
-        logit_softcap=softcap,
-        inplace_backward=True,
-        **options,
-    )
+    ref_logits: Any = None if reference is None else reference.packed_logits(batch)
+    logits, after_head = policy.packed_logits(batch), policy.after_head
+    if reference is not None and reference.split.after_head != after_head:
+        # Two kinds of model: the kernels apply one scale and softcap to both, so apply each model's own here.
+        ref_logits, logits, after_head = reference.split.finish(ref_logits), policy.finish(logits), {}
+    return dpo_loss(logits, batch["labels"], ref_logits=ref_logits, inplace_backward=True, **after_head, **options)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_model, save_model
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ModelError, OutputError
@@ -46,9 +46,9 @@ class MovingReference(TrainerCallback):
     @torch.no_grad()
     def update(self) -> None:
         """One update. In 16 bits a small alpha is lost to rounding, as small learning rates are."""
-        pairs = zip(self.policy.parameters(), self.reference.parameters(), strict=True)
-        for moved, still in pairs:
-            target = _whole(moved).to(device=still.device, dtype=torch.promote_types(moved.dtype, torch.float32))
+        for moved, still in zip(self.policy.parameters(), self.reference.parameters(), strict=True):
+            whole: Any = moved.full_tensor() if hasattr(moved, "full_tensor") else moved  # FSDP2 may shard it
+            target = whole.to(device=still.device, dtype=torch.promote_types(moved.dtype, torch.float32))
             still.copy_(torch.lerp(still.to(target.dtype), target, self.alpha))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -57,25 +57,18 @@ class MovingReference(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Write the reference's weights into a checkpoint."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.reference.named_parameters()}
-        save_file(weights, folder / FILE)
+        save_model(self.reference, str(folder / FILE))
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Read them back. Raises OutputError for a checkpoint of a run whose reference stood still."""
+        """Read them back. Raises OutputError for a checkpoint of a run whose reference stood still, or of another model."""
         if not (folder / FILE).exists():
             raise OutputError(f"{folder}: holds no {FILE}; sync_ref_model was off when it was written")
-        weights = load_file(folder / FILE)
-        for name, value in self.reference.named_parameters():
-            value.copy_(weights[name])
+        missing, _ = load_model(self.reference, folder / FILE, strict=False)
+        # Older checkpoints hold the parameters alone; buffers do not move.
+        if absent := sorted(set(missing).intersection(dict(self.reference.named_parameters()))):
+            raise OutputError(f"{folder / FILE}: holds no '{absent[0]}', which the reference has")
 
     def describe(self) -> str:
         """The reference in words."""
         how = "replaced by the policy" if self.alpha == 1 else f"moved towards the policy by {self.alpha:g}"
         return f"a model {how} every {self.every} steps (TR-DPO)"
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The parameter, gathered where FSDP2 shards it."""
-    gather = getattr(parameter, "full_tensor", None)
-    return gather() if gather is not None else parameter

@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import torch
 from torch import nn
 
@@ -37,16 +38,11 @@ _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "t
 Logps = tuple[list[float], list[float]]
 
 
-def default_folder() -> Path:
-    """Where references are kept: `DPO_TRAINER_CACHE`, or dpo_trainer in the user's cache."""
-    if given := os.environ.get("DPO_TRAINER_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_trainer"
-
-
 def folder_of(setting: str | None) -> Path | None:
-    """The folder that `ref_cache_dir` means: "auto" is the default one, None is none."""
-    return None if setting is None else default_folder() if setting == "auto" else Path(setting).expanduser()
+    """The folder that `ref_cache_dir` means; "auto": `DPO_TRAINER_CACHE`, or dpo_trainer in the user's cache."""
+    if setting == "auto":
+        setting = os.environ.get("DPO_TRAINER_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dpo_trainer"
+    return None if setting is None else Path(setting).expanduser()
 
 
 # --- what the numbers depend on ------------------------------------------------------------------------------------
@@ -56,8 +52,7 @@ def model_fingerprint(model: nn.Module) -> str:
     """A hash of a model's class, config and weights; of a peft model, without its adapter."""
     base: Any = unwrap_adapter(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None) if base is not model else None
-    config = base.config.to_dict() if hasattr(base, "config") else {}
-    said = {name: value for name, value in config.items() if name not in _INCIDENTAL}
+    said = {name: value for name, value in base.config.to_dict().items() if name not in _INCIDENTAL}
     digest = hashlib.sha256(json.dumps([type(base).__name__, said], sort_keys=True, default=str).encode())
     for name, value in sorted(base.state_dict().items()):
         if not isinstance(value, torch.Tensor) or (prefix and prefix in name):
@@ -99,10 +94,11 @@ class ReferenceCache:
     root: Path
     facts: dict[str, Any]
     lengths: Sequence[int]
-    order: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "order", sorted(range(len(self.lengths)), key=self.lengths.__getitem__))
+    @cached_property
+    def order(self) -> list[int]:
+        """The dataset's rows, the shortest first."""
+        return np.argsort(list(self.lengths), kind="stable").tolist()
 
     @property
     def key(self) -> str:
@@ -126,9 +122,6 @@ class ReferenceCache:
 
     def read(self, shard: int) -> Logps | None:
         """The shard's log-probabilities; None where there is no file, or one that is not to be trusted (a line says why)."""
-        import pyarrow
-        import pyarrow.parquet
-
         path = self.path(shard)
         if not path.exists():
             return None
@@ -143,7 +136,7 @@ class ReferenceCache:
             logps = table["ref_chosen_logps"].to_pylist(), table["ref_rejected_logps"].to_pylist()
             if digest != _digest(logps):
                 raise ValueError("its numbers are not those that were computed")
-            if not all(math.isfinite(value) for side in logps for value in side):
+            if not np.isfinite(logps).all():
                 raise ValueError("it holds numbers that are not finite")
             return logps
         except (OSError, ValueError, TypeError, AttributeError, KeyError, pyarrow.ArrowException) as error:
@@ -154,9 +147,6 @@ class ReferenceCache:
 
     def write(self, shard: int, logps: Logps) -> None:
         """Write a shard beside its place and rename it there. Raises OSError."""
-        import pyarrow
-        import pyarrow.parquet
-
         self.folder.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table(
             {"row": self.rows(shard), "ref_chosen_logps": logps[0], "ref_rejected_logps": logps[1]},
@@ -176,36 +166,31 @@ class ReferenceCache:
 
     def complete(self) -> Logps | None:
         """All log-probabilities in the dataset's order if every shard is there, else None. Computes nothing."""
-        if not all(self.path(shard).exists() for shard in range(self.shards)):
-            return None
-        found = [self.read(shard) for shard in range(self.shards)]
-        return self._joined([part for part in found if part is not None]) if None not in found else None
+        parts = [self.read(shard) for shard in range(self.shards)]
+        return None if None in parts else self._joined(parts)
 
-    def _joined(self, parts: Sequence[Logps]) -> Logps:
-        columns = []
-        for side in (0, 1):
-            values = [0.0] * len(self.order)
-            for row, value in zip(self.order, (value for part in parts for value in part[side]), strict=True):
-                values[row] = value
-            columns.append(values)
-        return columns[0], columns[1]
+    def _joined(self, parts: list[Any]) -> Logps:
+        columns = np.empty((2, len(self.order)))
+        columns[:, self.order] = np.concatenate(parts, axis=1)
+        chosen, rejected = columns.tolist()
+        return chosen, rejected
 
     def fill(
         self,
         compute: Callable[[list[int]], Logps],
         *,
         name: str,
-        process_index: int = 0,
-        num_processes: int = 1,
-        wait: Callable[[], Any] = lambda: None,
+        process_index: int,
+        num_processes: int,
+        wait: Callable[[], Any],
     ) -> Logps:
         """All log-probabilities in the dataset's order: read where they are, computed and written where not.
 
         Args:
             compute: the log-probabilities (chosen, rejected) of given rows.
             name: of the dataset, for messages.
-            process_index, num_processes: processes share the missing shards out among themselves, ...
-            wait: ... and meet here before they read one another's.
+            process_index, num_processes: the processes that share the missing shards out among themselves.
+            wait: where processes meet before they read one another's shards.
         """
         parts = [self.read(shard) for shard in range(self.shards)]
         missing = [shard for shard, part in enumerate(parts) if part is None]
@@ -229,6 +214,5 @@ class ReferenceCache:
         wait()
         for shard, part in enumerate(parts):
             if part is None:  # another process's, or on a disk that is not shared
-                other = self.read(shard)
-                parts[shard] = other if other is not None else compute(self.rows(shard))
-        return self._joined([part for part in parts if part is not None])
+                parts[shard] = self.read(shard) or compute(self.rows(shard))
+        return self._joined(parts)

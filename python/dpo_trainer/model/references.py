@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import linear_dpo_loss, sequence_logps
 
-from .split import Batch, SplitModel
-
-logger = logging.getLogger("dpo_trainer")
+from .split import Batch, SplitModel, evaluating
 
 
 class _Reference:
@@ -84,13 +81,8 @@ class AdapterOffReference(_Reference):
     def whole_model(self) -> Any:
         """A context in which the adapter is off."""
         model: Any = self.split.model
-        was_training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter():
-                yield model
-        finally:
-            model.train(was_training)
+        with evaluating(model), model.disable_adapter():
+            yield model
 
 
 #: None where no reference is in memory.
@@ -99,7 +91,6 @@ Reference = FrozenReference | AdapterOffReference | None
 
 def reference_logps(
     source: SplitModel | _Reference,
-    split: SplitModel,
     dataset: Any,
     collate: Callable[[list[dict[str, Any]]], Batch],
     *,
@@ -112,26 +103,20 @@ def reference_logps(
     Rows are visited sorted by length, so that batches carry little padding; a row's result does not depend on its
     neighbours beyond the rounding of matrix products. Logits exist a chunk at a time where the head allows it.
     """
-    lengths = dataset["length"]
-    order = sorted(range(len(dataset)), key=lambda index: lengths[index])
-    chosen, rejected = [0.0] * len(dataset), [0.0] * len(dataset)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = {name: value.to(device) for name, value in collate([dataset[index] for index in indices]).items()}
+    found = torch.empty(2, len(dataset), dtype=torch.float64)
+    for indices in torch.tensor(list(dataset["length"])).argsort(stable=True).split(batch_size):
+        rows = [dataset[index] for index in indices.tolist()]
+        batch = {name: value.to(device) for name, value in collate(rows).items()}
         with torch.no_grad(), context():
-            sums = _sums(source, split, batch).tolist()
-        for row, index in enumerate(indices):
-            chosen[index], rejected[index] = sums[row], sums[row + len(indices)]
+            found[:, indices] = _sums(source, batch).view(2, -1).cpu().double()
+    chosen, rejected = found.tolist()
     return chosen, rejected
 
 
-def _sums(source: Any, split: SplitModel, batch: Batch) -> Tensor:
+def _sums(source: SplitModel | _Reference, batch: Batch) -> Tensor:
     """Log-probabilities [2P] of a batch's completions."""
-    options: dict[str, Any] = {
-        "cu_seqlens": batch["cu_seqlens"],
-        "logit_scale": split.logit_scale,
-        "logit_softcap": split.logit_softcap,
-    }
+    split = source if isinstance(source, SplitModel) else source.split
+    options: dict[str, Any] = {"cu_seqlens": batch["cu_seqlens"], **split.after_head}
     if split.obstacle_to_linear:
         return sequence_logps(source.packed_logits(batch), batch["labels"], **options)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import attention
-from ..batch.layout import attention_cost, attention_inputs
+from ..batch.layout import attention_inputs
 from ..errors import first_line
 
 logger = logging.getLogger("dpo_trainer")
@@ -36,8 +37,8 @@ class SplitModel:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         base = unwrap_adapter(model)
-        self.backbone = _backbone(base)
-        self.head: nn.Module | None = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self.backbone: Any = _backbone(base)
+        self.head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         self.split = self.backbone is not None and self.head is not None
         self._config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
         self._scale, self._softcap = _after_head(self._config)
@@ -52,16 +53,19 @@ class SplitModel:
         """Softcap still to be applied to `packed_logits`, after the scale."""
         return self._softcap if self.split else None
 
+    @property
+    def after_head(self) -> dict[str, Any]:
+        """`logit_scale` and `logit_softcap`, as arguments of the losses."""
+        return {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
     def packed_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
-        assert self.backbone is not None
         output = self.backbone(**self._inputs(batch))
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch["positions"])
 
     def packed_logits(self, batch: Batch) -> Tensor:
         """Logits `[N, V]` at the batch's `positions`, before `logit_scale` and `logit_softcap`."""
         if self.split:
-            assert self.head is not None
             return self.head(self.packed_hidden(batch))
         output = self.model(**self._inputs(batch))
         return output.logits.flatten(0, 1).index_select(0, batch["positions"])
@@ -76,10 +80,9 @@ class SplitModel:
         """Why the loss cannot be computed from hidden states and the head's weight; None if it can."""
         if not self.split:
             return "the model's logits are not head(backbone(x))"
-        head: Any = self.head
         # An adapter on the head, a quantised head or an offloading hook make of it more than one matrix product.
-        if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
-            return f"the head is not a plain nn.Linear but {type(head).__name__}"
+        if type(self.head).forward is not nn.Linear.forward or "forward" in self.head.__dict__:
+            return f"the head is not a plain nn.Linear but {type(self.head).__name__}"
         return None
 
     def through_head(self, function: Callable[..., Any], hidden: Tensor) -> Any:
@@ -87,7 +90,7 @@ class SplitModel:
 
         So hooks around the head, such as those that gather a shard of its weight, fire as they do for logits.
         """
-        head: Any = self.head
+        head = self.head
         return call_through(head, head, lambda hidden: function(hidden, head.weight, head.bias), hidden)
 
     def finish(self, logits: Tensor) -> Tensor:
@@ -111,23 +114,18 @@ class SplitModel:
         if not self.split:
             logger.warning("%s: no separable head found; computing the logits of all tokens", type(self.model).__name__)
             return False
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             logits = self.packed_logits(batch)
             precision = torch.finfo(logits.dtype).eps
             values = self.finish(logits.double())
             self.split = False
             whole = self.packed_logits(batch).double()
-        finally:
-            self.model.train(was_training)
+        reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
         if values.shape == whole.shape:
             error = (values - whole).abs().max().item()
             limit = max(4 * precision, 1e-4) * max(whole.abs().max().item(), 1e-30)
             self.split = error <= limit
             reason = f"differ by {error:.2g} (limit {limit:.2g})"
-        else:
-            reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
         if not self.split:
             logger.warning(
                 "%s: logits by head(backbone(x)) and the model's own %s; computing those of all tokens, slower",
@@ -150,15 +148,11 @@ class SplitModel:
             padded: the same pairs in the padded layout.
         """
         answer = self.packed_hidden if self.split else self.packed_logits
-        was_training = self.model.training
-        self.model.eval()
         try:
-            expected = answer(padded)
-            found = answer(batch)
+            with evaluating(self.model):
+                expected, found = answer(padded), answer(batch)
         except Exception as error:  # whatever a model's own code raises when it does not know such inputs
             return f"it refuses the batch ({type(error).__name__}: {first_line(error)})"
-        finally:
-            self.model.train(was_training)
         if found.shape != expected.shape:
             return f"its answers have shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
         exact = torch.finfo(found.dtype).bits >= 32 and torch.get_float32_matmul_precision() == "highest"
@@ -182,10 +176,17 @@ class SplitModel:
         return lambda: base.set_attn_implementation(before)
 
     def attention_cost(self) -> float:
-        """See `layout.attention_cost`; parameters are counted without the embeddings."""
-        backbone = self.backbone if self.backbone is not None else self.model
-        embeddings = sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
-        return attention_cost(self._config, sum(value.numel() for value in backbone.parameters()) - embeddings)
+        """What comparing a token with one key costs, relative to all of its matrix products in the backbone.
+
+        Scores and weighted values are two products with every key in each layer. Attention kernels reach a fraction of the
+        rate of large matrix products; a third is what was measured (see docs/trainer.md).
+        """
+        backbone, config = self.backbone if self.backbone is not None else self.model, self._config
+        parameters = sum(value.numel() for value in backbone.parameters())
+        parameters -= sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+        return 3 * 2 * getattr(config, "num_hidden_layers", 0) * heads * head_dim / max(parameters, 1)
 
 
 def unwrap_adapter(model: Any) -> Any:
@@ -194,10 +195,8 @@ def unwrap_adapter(model: Any) -> Any:
 
 
 def _backbone(base: Any) -> nn.Module | None:
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    if decoder is None or decoder is base:
-        decoder = getattr(base, "base_model", None)
-    return decoder if isinstance(decoder, nn.Module) and decoder is not base else None
+    candidates = (base.get_decoder() if hasattr(base, "get_decoder") else None, getattr(base, "base_model", None))
+    return next((part for part in candidates if isinstance(part, nn.Module) and part is not base), None)
 
 
 def _after_head(config: Any) -> tuple[float, float | None]:
@@ -211,6 +210,17 @@ def _after_head(config: Any) -> tuple[float, float | None]:
         scale = float(value)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return scale, float(softcap) if softcap else None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in evaluation mode; afterwards it is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError, first_line
+from ..model.split import evaluating
 from ..run import Run
 from ..run_folder.records import SAMPLES, Journal
 from .diagnostics import spread
@@ -97,16 +98,11 @@ def generate(
         pad_token_id=pad,
         eos_token_id=sorted(ends - {None}) or None,
     )
-    was_training = model.training
-    model.eval()
     devices = [device] if device.type == "cuda" else []
-    try:
-        # Shapes change with every token: a compiled backbone would be compiled again and again.
-        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-            torch.manual_seed(seed)
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    finally:
-        model.train(was_training)
+    # Shapes change with every token: a compiled backbone would be compiled again and again.
+    with evaluating(model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(seed)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
