@@ -23,6 +23,7 @@ from ..model.references import FrozenReference
 from ..model.split import Batch, SplitModel
 from ..reference_trainer import has_reference
 from ..report.page import duration
+from ..run_folder.summary import changed_settings
 from ..trainer import DPOTrainer
 from ..watch.diagnostics import reference_facts
 from ..watch.evaluated import shortened
@@ -59,7 +60,9 @@ class Inspector(DPOTrainer):
         step = self._time(batches)
         taken = step["head_of_timed_batch"]  # None on the logits path
         head = taken and self.plan_of(batches["largest"], taken.partition(":")[0]).describe()
+        settings = changed_settings(self.args)
         return {
+            "settings": {name: value for name, value in settings.items() if name != "output_dir"},
             "data": [account.describe() for account in self.accounts],
             "lengths": {name: _histogram(values) for name, values in self._lengths().items()},
             "reference": {
@@ -217,7 +220,9 @@ def _reference_figures(dataset: Any) -> dict[str, Any]:
 
 def render(found: dict[str, Any]) -> str:
     """What `Inspector.inspect` found, for a terminal."""
-    lines = ["Data", *(f"  {line}" for line in found["data"]), "", "Lengths of training pairs, in tokens"]
+    lines = ["Settings that are not at their defaults"]
+    lines += [f"  {name}: {value}" for name, value in found["settings"].items()]
+    lines += ["", "Data", *(f"  {line}" for line in found["data"]), "", "Lengths of training pairs, in tokens"]
     for name, histogram in found["lengths"].items():
         lines.append(
             f"  {name}: mean {histogram['mean']:.1f}, median {histogram['median']:g}, {histogram['least']} to {histogram['most']}"

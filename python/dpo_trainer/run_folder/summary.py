@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import platform
@@ -17,7 +16,7 @@ from dpo_kernels.objectives import Pairs, build, mix
 
 from ..model.split import unwrap_adapter
 from ..run import Run
-from ..settings.config import DPOConfig
+from ..settings.config import DPOConfig, settings_table
 from .metrics import evaluation_records, training_records
 from .records import METRICS, read_records
 
@@ -55,7 +54,7 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
         "eval_first": evals[0] if evals else {},
         "eval_last": evals[-1] if evals else {},
         "device": _device(run.args.device),
-        "changed_settings": _changed(run.args),
+        "changed_settings": changed_settings(run.args),
         "settings": run.args.to_sanitized_dict(),
         "versions": _versions(),
     }
@@ -93,14 +92,15 @@ def _peak_memory_mib() -> float | None:
     return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
 
 
-def _changed(args: DPOConfig) -> dict[str, Any]:
+def changed_settings(args: DPOConfig) -> dict[str, Any]:
+    """The settings that are not at their defaults, as JSON values; not those that transformers works out from others."""
     changed = {}
-    for item in dataclasses.fields(args):
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        value, default = (getattr(setting, "value", setting) for setting in (getattr(args, item.name), default))
-        same = value == default or (value in (None, [], {}, False) and default in (None, "none", "", [], {}, False))
-        if not same and item.name not in _DERIVED:
-            changed[item.name] = value
+    for name, row in settings_table().items():
+        value = getattr(args, name, row.default)
+        value = getattr(value, "value", value)
+        nothing = value in (None, [], {}, False) and row.default in (None, "none", "", [], {}, False)
+        if value != row.default and not nothing and name not in _DERIVED:
+            changed[name] = value
     return json.loads(json.dumps(changed, default=str))
 
 

@@ -46,20 +46,21 @@ _run = partial(setting, group="run", common=True)
 _optimizer, _objective, _data, _model, _kernels, _watch = (
     partial(setting, group=group) for group in ("optimizer", "objective", "data", "model", "kernels", "watch")
 )
-#: Of settings of TrainingArguments, which takes most values without a look, what they must be, and which `--help` shows.
+_common = partial(Setting, common=True)
+#: Settings of TrainingArguments, which takes most values without a look: what they must be, and how `--help` shows some.
 INHERITED = {
     **dict.fromkeys(
         ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), Setting(rule=NOT_NEGATIVE)
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Setting(rule=DECAY)),
     **dict.fromkeys(("seed", "data_seed"), Setting(rule=SEED)),
-    **dict.fromkeys(("save_steps", "eval_steps"), Setting(rule=POSITIVE, group="watch", common=True)),
-    **dict.fromkeys(("max_steps", "bf16"), Setting(group="optimizer", common=True)),
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "gradient_accumulation_steps"),
-        Setting(rule=at_least(1), group="optimizer", common=True),
-    ),
     "per_device_eval_batch_size": Setting(rule=at_least(1)),
+    "per_device_train_batch_size": _common(at_least(1), "optimizer", help="Pairs in a batch, on each device."),
+    "gradient_accumulation_steps": _common(at_least(1), "optimizer", help="Batches that make an optimizer step."),
+    "max_steps": _common(None, "optimizer", help="Optimizer steps of the run. -1: as many as num_train_epochs has."),
+    "bf16": _common(None, "optimizer", help="Compute in bfloat16. The weights keep their type, float32 unless set."),
+    "eval_steps": _common(POSITIVE, "watch", help="Steps between two evaluations. Below 1: a fraction of the run."),
+    "save_steps": _common(POSITIVE, "watch", help="Steps between two checkpoints. Below 1: a fraction of the run."),
 }
 
 
@@ -367,12 +368,13 @@ def settings_table() -> dict[str, Setting]:
             if not field.init or field.name in rows:
                 continue
             default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            row = row_of(field, INHERITED)
             rows[field.name] = dataclasses.replace(
-                row_of(field, INHERITED),
+                row,
                 name=field.name,
                 hint=hints[field.name],
                 default=getattr(default, "value", default),
-                help=" ".join(field.metadata.get("help", "").split()),
+                help=row.help or " ".join(field.metadata.get("help", "").split()),
             )
     own = {*RunSettings.__annotations__, *DPOConfig.__annotations__}
     return {name: rows[name] for name in sorted(rows, key=lambda name: name not in own)}

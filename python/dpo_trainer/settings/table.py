@@ -58,7 +58,7 @@ class Setting:
         choices: the texts that it may be, or that its items may be.
         called: what a choice is called in an error.
         common: whether `--help` shows it.
-        name, hint, default, help: of the dataclass field; only `settings_table` knows them.
+        name, hint, default, help: of the dataclass field, put in by `settings_table`; a row may bring a help of its own.
     """
 
     rule: Range | None = None
