@@ -1,4 +1,4 @@
-"""The reference's side of `DPOTrainer`: which one there is, what it says of a dataset beforehand, and where that is kept."""
+"""The reference's side of `DPOTrainer`: it chooses the reference, precomputes its log-probabilities and caches them."""
 
 from __future__ import annotations
 

@@ -82,6 +82,8 @@ class RunTrainer(ReferenceTrainer):
             return None
         if self.eval_dataset is None:
             raise ConfigError("sample_prompts: there is no evaluation dataset to take prompts from")
+        if self.args.eval_strategy == "no" and not self.args.eval_on_start:
+            logger.warning("sample_prompts: the run evaluates nothing, so it samples nothing; set eval_strategy")
         return Samples(self, self.journal, scorer)
 
     @contextlib.contextmanager

@@ -102,6 +102,28 @@ def test_the_command_line_wins_and_reaches_nested_keys(here: Path) -> None:
     assert switches == {"--quiet"}
 
 
+def test_nested_keys_may_be_dotted_in_the_file_too(here: Path) -> None:
+    config = yaml.safe_load((here / "config.yaml").read_text())
+    (here / "dotted.yaml").write_text(
+        yaml.safe_dump({**config, "lora.r": 4, "diagnostics.kl_level": None, "lora.lora_alpha": 8})
+    )
+    settings, _ = read_settings(["dotted.yaml", "--lora.r", "2"])
+    assert settings["lora"] == {"r": 2, "lora_alpha": 8}
+    assert settings["diagnostics"] == {"kl_level": None}
+
+
+def test_a_list_in_several_words_is_told_how_to_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config.yaml", "--filters", "identical", "empty"]) == 2
+    assert "'empty': expected --key value; a list is one word, '[a, b]'" in capsys.readouterr().err
+
+
+def test_help_of_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--output" in shown
+    assert "--beta" not in shown
+
+
 def test_lora_saves_an_adapter(here: Path) -> None:
     assert (
         main(["config.yaml", "--lora.r", "4", "--lora.target_modules", "[q_proj]", "--max_steps", "1", "--quiet"]) == 0

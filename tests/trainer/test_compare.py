@@ -1,6 +1,7 @@
 """`dpo-train compare`, and what the report shows of single pairs and of diagnoses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def test_mistakes_get_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_dpo_train_and_the_whole_run_s_throughput_are_compared(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("slow", "fast")]
+    for folder, rank in zip(folders, (4, 8), strict=True):
+        (folder / "settings.json").write_text(json.dumps({"model": "same", "lora": {"r": rank}}))
+    assert main(["compare", *map(str, folders), "--output", str(tmp_path / "both.html")]) == 0
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("tokens/s")]
+    rates = [json.loads((folder / "summary.json").read_text())["tokens_per_second"] for folder in folders]
+    assert row.split()[1:] == [f"{rate:,.0f}" for rate in rates]
+    page = (tmp_path / "both.html").read_text()
+    assert ">lora<" in page
+    assert ">model<" not in page, "which is the same in both"
 
 
 def test_hardest_and_most_improved_pairs_are_those_of_the_evaluation(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def arrange(lengths: Sequence[tuple[int, int, int]], layout: str = "auto", atten
 def cost(rows: Rows, attention_cost: float) -> float:
     """Work of a batch, in tokens: every token of every row costs 1, and each key that it is compared with `attention_cost`.
 
-    Masked attention computes whole rows, padding and strangers included, so length counts squared.
+    Masked attention computes whole rows, padding and other sequences included, so length counts squared.
     """
     longest = width(rows)
     return len(rows) * longest * (1 + attention_cost * longest)
@@ -73,7 +73,7 @@ def row_of_sequences(lengths: Sequence[tuple[int, int, int]]) -> list[Piece]:
 
 
 def cost_by_sequence(row: list[Piece], attention_cost: float) -> float:
-    """Work of a batch as `cost` counts it, where every sequence is attended to alone: none compares itself with strangers."""
+    """Work of a batch as `cost` counts it, where every sequence is attended to alone: none is compared with another."""
     return sum(piece.length * (1 + attention_cost * piece.length) + SEQUENCE_COST for piece in row)
 
 

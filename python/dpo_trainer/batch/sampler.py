@@ -74,7 +74,7 @@ class Batching:
         Args:
             lengths: tokens of the longer side of every pair, prompt included.
             epoch: seeds the order.
-            fixed: with `max_tokens`, put the same pairs together in every epoch, so that all have as many batches.
+            fixed: with `max_tokens`, put the same pairs together in every epoch. All epochs then have the same number of batches.
         """
         batches = self._batches(lengths, 0 if fixed and self.max_tokens is not None else epoch)
         unit = self.batches_per_step
@@ -118,8 +118,8 @@ class PairBatchSampler:
     """Batches of row indices for one process; together the processes see every pair once an epoch.
 
     An epoch's last step, for which too few pairs are left, comes last. What is left is divided such that every process
-    gets as many batches; where there are fewer pairs than processes, some batches hold none. No pair is repeated.
-    With `max_tokens`, which pairs share a batch is decided once, since an epoch must always have as many steps.
+    gets the same number of batches; where there are fewer pairs than processes, some batches hold none. No pair is repeated.
+    With `max_tokens`, the pairs of each batch are chosen once, since all epochs must have the same number of steps.
 
     Args:
         lengths: tokens of the longer side of every pair, prompt included.
@@ -213,7 +213,7 @@ class PairStream(IterableDataset):
 
 
 def divided(step: Batches, multiple: int) -> Batches:
-    """The pairs of a step, in order, in a multiple of so many batches: the largest are halved; single ones leave an empty one."""
+    """Split batches of a step, the largest first, until their number is a multiple of `multiple`. Half of one pair is empty."""
     step = list(step)
     while len(step) % multiple:
         place = max(range(len(step)), key=lambda index: len(step[index]))

@@ -1,4 +1,4 @@
-"""`dpo-train inspect`: what a run would see and what it would take, before any of it is paid for. Trains nothing."""
+"""`dpo-train inspect`: what a run would see, and the memory and time that it would take. Trains nothing."""
 
 from __future__ import annotations
 

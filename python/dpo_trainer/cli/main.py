@@ -21,7 +21,7 @@ from ..watch import signals as guard
 from ..watch.callbacks import SaveAtTheEnd
 from .build import build_trainer, set_up_logging
 from .inspect import Inspector, render
-from .settings import COMPARE, REQUIRED, help_parser, read_settings
+from .settings import COMPARE, COMPARE_ABOUT, REQUIRED, help_parser, read_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or "--help" in arguments or "-h" in arguments or "--help-all" in arguments:
+        if arguments[:1] == ["compare"]:
+            print(f"usage: {COMPARE}\n\n{COMPARE_ABOUT}")
+            return 0
         print(help_parser(everything="--help-all" in arguments).format_help(), end="")
         return 0
     try:

@@ -31,19 +31,26 @@ from ..settings.table import GROUPS
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
 COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
+COMPARE_ABOUT = """\
+Prints the last figures of 2 to 8 runs, each the output_dir of one. Writes a page with their curves and the settings that
+differ: comparison.html in the working directory, unless --output names another file."""
 ABOUT = """\
 Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML file
-and from the command line, which wins; nested ones are written with dots. Defaults stand in brackets. Example:
+and from the command line, which wins. Nested settings are written with dots, lists as '[a, b]'. Defaults stand in
+brackets. Example:
 
   dpo-train --model ./my-model --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6"""
 MORE = "All settings of transformers.TrainingArguments may be given. --help-all lists them, and the rest of ours."
 
 #: Keys of a run besides the fields of DPOConfig, and their help.
 RUN_KEYS = {field.name: field.metadata["help"] for field in dataclasses.fields(RunSettings)}
+#: Settings that may be paths, and how shtab is told to complete one (`shtab.FILE`).
+_PATHS = ("model", "ref_model", "train_data", "eval_data", "output_dir", "ref_cache_dir")
+_FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {
     "--resume": "Go on from the last checkpoint in output_dir, also with other settings or other data than before.",
-    "--overwrite": "Throw away the run that output_dir holds.",
+    "--overwrite": "Delete the run that output_dir holds.",
     "--quiet": "Print nothing but errors.",
     "--json": "Print one JSON object a line on standard output for every log, diagnosis, sample and the summary.",
     "--help": "Show the settings that most runs need.",
@@ -69,7 +76,7 @@ def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) 
             switches.add(word)
             continue
         if not word.startswith("--"):
-            raise ConfigError(f"'{word}': expected --key value (usage: {USAGE})")
+            raise ConfigError(f"'{word}': expected --key value; a list is one word, '[a, b]' (usage: {USAGE})")
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
         if not equals:
@@ -96,7 +103,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        hint = did_you_mean(path, ("inspect", "compare"))
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}){hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text") from error
     except yaml.YAMLError as error:
@@ -105,7 +113,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
     if not isinstance(value, dict | None):
         raise ConfigError(f"{path}: expected 'key: value' lines, found {type(value).__name__}")
-    return {str(key): item for key, item in (value or {}).items()}
+    settings: dict[str, Any] = {}
+    for key, item in (value or {}).items():
+        _set(settings, str(key), item)
+    return settings
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -210,12 +221,17 @@ def help_parser(*, everything: bool = True) -> argparse.ArgumentParser:
         add_help=False,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=width),
     )
+    config = parser.add_argument("config", nargs="?", help=argparse.SUPPRESS)
+    config.complete = _FILE  # type: ignore[attr-defined]
     for key, title in {**GROUPS, "": "Other settings of transformers.TrainingArguments"}.items():
         group = parser.add_argument_group(title)
         for row in settings_table().values():
             if row.group == key and (everything or row.common):
                 default = "" if row.default is None else f" [{json.dumps(row.default, default=str)}]"
-                group.add_argument(f"--{row.name}", metavar="", help=f"{row.help}{default}".replace("%", "%%"))
+                said = f"{row.help}{default}".replace("%", "%%")
+                option = group.add_argument(f"--{row.name}", metavar="", help=said, choices=tuple(row.choices) or None)
+                if row.name in _PATHS:
+                    option.complete = _FILE  # type: ignore[attr-defined]
     switches = parser.add_argument_group("Switches")
     for word, text in SWITCHES.items():
         switches.add_argument(word, action="store_true", help=text)

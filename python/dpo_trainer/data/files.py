@@ -1,4 +1,4 @@
-"""Preference data as people have them: files, folders, hub names and streams, every row checked and named when it is bad."""
+"""Preference data as people have them: files, folders, hub names and streams. Every row is checked; an error names its place."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     """Load a causal language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
 
     float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
-    A .gguf file is dequantised by transformers and freed of the marks that would keep it from being trained and saved.
+    A .gguf file is dequantised by transformers. Its quantisation attributes are removed, so that it can be trained and saved.
 
     Raises:
         ModelError: the path does not exist or cannot be read as a model.

@@ -1,4 +1,4 @@
-"""A reference that follows the policy (TR-DPO): every so many steps its weights move towards the policy's.
+"""A reference that follows the policy (TR-DPO): every `ref_model_sync_steps` steps its weights move towards the policy's.
 
 Gorbatovski et al. 2024, Learn Your Reference Model for Real Good Alignment (arXiv:2404.09656), eq. 4 and 5: the soft
 update ref <- alpha policy + (1 - alpha) ref every tau steps; alpha = 1 is the hard update.
@@ -60,7 +60,7 @@ class MovingReference(TrainerCallback):
         save_model(self.reference, str(folder / FILE))
 
     def load(self, folder: Path) -> None:
-        """Read them back. Raises OutputError for a checkpoint of a run whose reference stood still, or of another model."""
+        """Read them back. Raises OutputError for a checkpoint of a run without sync_ref_model, or of another model."""
         if not (folder / FILE).exists():
             raise OutputError(f"{folder}: holds no {FILE}; sync_ref_model was off when it was written")
         missing, _ = load_model(self.reference, folder / FILE, strict=False)

@@ -3,7 +3,7 @@
 A folder a key, and the key is a hash of everything that the numbers depend on: the reference's weights and config, the
 precision it runs in, and the token ids of every pair (in which template, truncation and end tokens show). A file a shard,
 written aside and renamed, so that a kill loses the shard at work and nothing else. Each file repeats its key and its rows
-and carries a digest of its numbers: what is cut short, changed or from elsewhere is computed again, never believed.
+and carries a digest of its numbers: what is cut short, changed or from elsewhere is computed again.
 """
 
 from __future__ import annotations

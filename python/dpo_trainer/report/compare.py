@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import OutputError
-from ..run_folder.metrics import evaluation_prefixes, evaluation_records, training_records
-from ..run_folder.records import METRICS, SUMMARY, read_records, write_aside
+from ..run_folder.metrics import evaluation_prefixes, evaluation_records, throughput, training_records
+from ..run_folder.output_dir import SETTINGS
+from ..run_folder.records import METRICS, SUMMARY, read_object, read_records, write_aside
+from ..settings.config import RunSettings
 from .charts import CHARTS, COLOURS, Curve, draw, points_of
 from .page import LABELS, figure, template
 
@@ -18,12 +19,12 @@ OUTPUT = "comparison.html"
 _ROWS = (
     *((f"held-out {label}", "eval", metric) for metric, label in LABELS.items()),
     ("training loss", "train", "loss"),
-    ("tokens/s", "train", "tokens_per_second"),
+    ("tokens/s", "run", "tokens_per_second"),
     ("steps", "train", "step"),
 )
 
 
-class Run:
+class RunFolder:
     """What a run's folder says.
 
     Raises:
@@ -37,15 +38,17 @@ class Run:
         self.name = name
         first = next(iter(evaluation_prefixes(records)), "eval")
         self.records = {"train": training_records(records), "eval": evaluation_records(records, first)}
-        try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-            self.settings: dict[str, Any] = summary["changed_settings"]
-        except (OSError, ValueError, KeyError):
-            self.settings = {}  # not finished
+        tokens, seconds = throughput(self.records["train"])
+        if seconds:
+            self.records["run"] = [{"step": self.records["train"][-1]["step"], "tokens_per_second": tokens / seconds}]
+        # The trainer's own settings, of a finished run, and those that dpo-train has besides.
+        self.settings = dict(read_object(folder / SUMMARY).get("changed_settings", {}))
+        given = read_object(folder / SETTINGS)
+        self.settings |= {name: given[name] for name in RunSettings.__annotations__ if given.get(name) is not None}
 
     def points(self, source: str, metric: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric in the records of training ("train") or of evaluations ("eval")."""
-        return points_of(self.records[source], metric)
+        """(step, value) of a metric in the records of training ("train"), of evaluations ("eval") or of the whole ("run")."""
+        return points_of(self.records.get(source, []), metric)
 
 
 def compare(folders: Sequence[str], output: Path) -> str:
@@ -56,7 +59,7 @@ def compare(folders: Sequence[str], output: Path) -> str:
     """
     if not 2 <= len(folders) <= COLOURS:
         raise OutputError(f"compare: give 2 to {COLOURS} folders of runs, got {len(folders)}")
-    runs = [Run(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
+    runs = [RunFolder(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
     import pandas
 
     charts = []
@@ -92,7 +95,7 @@ def _names(folders: Sequence[str]) -> list[str]:
     raise OutputError("compare: the same folder was given twice")
 
 
-def _curves(runs: Sequence[Run], metric: str) -> list[Curve]:
+def _curves(runs: Sequence[RunFolder], metric: str) -> list[Curve]:
     """One curve a run: held out where the run was evaluated, else of training, dashed where others are held out."""
     held_out = [run.points("eval", metric) for run in runs]
     found = []

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, known to be as they were written, with what transformers does not keep."""
+"""Checkpoints that are written atomically, with the digests of their files and the state that transformers does not keep."""
 
 from __future__ import annotations
 

@@ -39,6 +39,13 @@ def evaluation_records(records: Sequence[Record], prefix: str = "eval") -> list[
     return list(found.values())
 
 
+def throughput(records: Sequence[Record]) -> tuple[float, float]:
+    """(tokens, seconds) of all training steps in the records; evaluations and checkpoints do not count."""
+    timed = [record for record in records if record.get("tokens_per_second")]
+    seconds = sum(record["tokens"] / record["tokens_per_second"] for record in timed)
+    return sum(record.get("tokens") or 0 for record in records), seconds
+
+
 def without_ties(record: Record) -> Record:
     """The figures without the accuracy of a model that has not moved: with rewards of 0 nothing is right or wrong."""
     tied = {

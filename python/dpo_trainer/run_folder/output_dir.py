@@ -85,7 +85,7 @@ def check_output(
 def data_digests(settings: dict[str, Any]) -> dict[str, str]:
     """The SHA-256 digests of the data files, by the words that name them: the setting and its path.
 
-    Of a stream, which may be too large to be read twice, it is the size. Data of the hub have none.
+    For a stream, which may be too large to be read twice, the size is used instead. Data of the hub have no digest.
     """
     found = {}
     for key in ("train_data", "eval_data"):

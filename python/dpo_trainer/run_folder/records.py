@@ -90,6 +90,14 @@ def as_object(text: str | bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        return as_object(path.read_bytes())
+    except OSError:
+        return {}
+
+
 class Journal(TrainerCallback):
     """The record files in `output_dir`, which the main process alone writes. As a callback it appends every log to METRICS.
 

@@ -17,7 +17,7 @@ from dpo_kernels.objectives import Pairs, build, mix
 from ..model.split import unwrap_adapter
 from ..run import Run
 from ..settings.config import DPOConfig, settings_table
-from .metrics import evaluation_records, training_records
+from .metrics import evaluation_records, throughput, training_records
 from .records import METRICS, read_records
 
 #: Settings that transformers works out from others.
@@ -28,8 +28,7 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
     """Facts of a run: data, first and last figures, throughput, settings, versions. Plain JSON values."""
     records = read_records(Path(str(run.args.output_dir)) / METRICS)
     train, evals = training_records(records), evaluation_records(records)
-    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in train if r.get("tokens_per_second"))
-    tokens = sum(r.get("tokens") or 0 for r in train)
+    tokens, seconds = throughput(train)
     model = run.policy.model
     parameters = list(model.parameters())
     return {

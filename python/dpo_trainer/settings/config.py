@@ -133,9 +133,14 @@ class DPOConfig(TrainingArguments):
 
     # The data.
     max_length: int | None = _data(
-        1024, "Most tokens of prompt + completion; longer ones are cut. None: no limit.", at_least(2), common=True
+        1024,
+        "Maximum number of tokens of prompt and completion; longer ones are cut. None: no limit.",
+        at_least(2),
+        common=True,
     )
-    max_prompt_length: int | None = _data(None, "Most tokens of the prompt. None: only max_length counts.", at_least(1))
+    max_prompt_length: int | None = _data(
+        None, "Maximum number of tokens of the prompt. None: max_length alone counts.", at_least(1)
+    )
     truncation_mode: str = _data(
         "keep_end",
         "'keep_end' drops the start of a too long prompt, 'keep_start' the end of the completion.",
@@ -148,7 +153,7 @@ class DPOConfig(TrainingArguments):
     )
     max_tokens: int | None = _data(
         None,
-        "Most tokens in a training batch, counted as 2 sides x pairs x the longest. Replaces per_device_train_batch_size; "
+        "Maximum number of tokens in a training batch: 2 sides x pairs x the longest. Replaces per_device_train_batch_size; "
         "every pair still counts the same.",
         at_least(4),
     )
@@ -232,7 +237,7 @@ class DPOConfig(TrainingArguments):
         at_least(0),
         common=True,
     )
-    sample_max_new_tokens: int = _watch(128, "Most tokens of such an answer.", at_least(1))
+    sample_max_new_tokens: int = _watch(128, "Maximum number of tokens of a sampled answer.", at_least(1))
     sample_temperature: float = _watch(
         0.0, "0: the likeliest token each time; else sampled, with the run's seed.", at_least(0)
     )
@@ -243,7 +248,7 @@ class DPOConfig(TrainingArguments):
     )
     win_rate_against: str = _watch(
         "reference",
-        "Whom they must beat: 'reference', the answers before training; or 'chosen', those of the data.",
+        "What the policy's answers are compared with: 'reference', the answers before training; or 'chosen', those of the data.",
         choices=("reference", "chosen"),
     )
     diagnostics: dict[str, Any] | str | None = _watch(

@@ -117,7 +117,9 @@ class ProgressLine(TrainerCallback):
         return f"step {state.global_step}/{state.max_steps} {percent:>3}%  {figures}"
 
     def _show(self, text: str) -> None:
-        """Put the text in the live line's place, as much of it as the terminal is wide."""
+        """Put the text in the live line's place, as many whole figures of it as the terminal is wide."""
+        while len(text) > self.console.width and "  " in text:
+            text = text.rpartition("  ")[0]
         self.console.control(_CLEAR)
         self.console.print(Text(text), no_wrap=True, overflow="ellipsis", end="")
 
@@ -128,18 +130,21 @@ class ProgressLine(TrainerCallback):
         self.console.print(Text(text), soft_wrap=True)
 
 
-def _figures(logs: dict[str, Any]) -> str:
-    logs = without_ties(logs)
-    shown = (
-        ("loss", "loss {:.4f}"),
-        ("rewards/accuracies", "acc {:.0%}"),
-        ("rewards/margins", "margin {:.3f}"),
-        ("kl", "kl {:.4f}"),
-        ("win_rate", "wins {:.0%}"),
-        ("time_left", "{} left"),
-        ("tokens_per_second", "{:,.0f} tok/s"),
-    )
-    return "  ".join(text.format(logs[name]) for name, text in shown if logs.get(name) is not None)
+#: What the lines show of a record, in this order: the metric and its format.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "acc {:.0%}",
+    "rewards/margins": "margin {:.3f}",
+    "kl": "kl {:.4f}",
+    "win_rate": "wins {:.0%}",
+    "time_left": "{} left",
+    "tokens_per_second": "{:,.0f} tok/s",
+}
+
+
+def _figures(record: dict[str, Any]) -> str:
+    record = without_ties(record)
+    return "  ".join(text.format(record[name]) for name, text in SHOWN.items() if record.get(name) is not None)
 
 
 def _clock(seconds: float) -> str:

@@ -121,7 +121,7 @@ def before_training(run: History) -> Iterator[Found]:
 
 
 def doubt(pairs: int) -> float:
-    """Two standard deviations of the share of heads in so many throws of a fair coin."""
+    """Two standard errors of an accuracy of 50 % over `pairs` pairs."""
     return 1 / math.sqrt(max(pairs, 1))
 
 
@@ -212,7 +212,7 @@ def _grad_spike(run: History) -> Iterator[Found]:
 
 
 def _weightless_stream(run: History) -> Iterator[Found]:
-    """Of a stream no weights are known beforehand; that its first steps have no loss and no gradient shows them."""
+    """A stream's weights are not known before training. If all are 0, the first steps have no loss and no gradient."""
     first = run.train[0] if run.train else {}
     if not run.facts.pairs and run.start_loss > 0 and first.get("loss") == 0 and first.get("grad_norm") == 0:
         yield "weights_zero", f"up to step {first['step']} the loss is 0 and so is its gradient"

@@ -1,4 +1,4 @@
-"""Watches a run while it trains: asks the reference beforehand, runs the checks at every log, tells what they find, stops."""
+"""Watches a run: asks the reference about a sample before training, runs the checks at every log, reports, and may stop."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, A
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """So many places, or all, spread evenly over a dataset's rows."""
+    """`wanted` row indices, evenly spaced; all of them where there are fewer rows."""
     wanted = min(wanted, count)
     return [index * count // wanted for index in range(wanted)]
 

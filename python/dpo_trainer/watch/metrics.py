@@ -106,7 +106,7 @@ class MetricWindow:
 
 
 def names(statistics: Iterable[str], *, reference: bool) -> list[str]:
-    """What `MetricWindow.drain` will call its means, tokens aside: asked of it with a pair of ones.
+    """What `MetricWindow.drain` will call its means, tokens aside. Found by draining a window that holds one pair of ones.
 
     Args:
         statistics: those that the outputs have.
