@@ -54,7 +54,7 @@ class RunTrainer(ReferenceTrainer):
 
     def _watch(self, scorer: Scorer | None) -> None:
         """Add the observers, in the order in which they are called."""
-        self.evaluated, self.journal = {}, Journal(self.args)
+        self.evaluated, self.journal = {}, Journal(self)
         self.samples = self._make_samples(scorer)
         self.diagnostics, self.signals = Diagnostics(self, self.journal), EndAfterStep(self)
         for unwanted in (ProgressCallback, PrinterCallback):

@@ -206,6 +206,10 @@ def test_json_is_all_that_stands_on_standard_output(
     assert of("event") == read_jsonl(run / "events.jsonl") != []
     assert of("sample") == read_jsonl(run / "samples.jsonl")
     assert [line["step"] for line in of("sample")] == [0] * 4 + [2] * 2 + [4] * 2
+    at = [
+        (kind, line["step"]) for kind, line in zip(kinds, lines, strict=True) if "eval_loss" in line or kind == "sample"
+    ]
+    assert at == [("log", 0), *[("sample", 0)] * 4, ("log", 2), *[("sample", 2)] * 2, ("log", 4), *[("sample", 4)] * 2]
     assert of("summary") == [json.loads((run / "summary.json").read_text())]
     assert kinds[-1] == "summary"
     assert "judging" in shown.err
@@ -255,6 +259,7 @@ def test_the_process_exits_with_2_and_no_traceback(here: Path) -> None:
         ("eval_strategy", "steps", "steps"),
         ("save_strategy", False, "no"),
         ("lr_scheduler_kwargs", {"min_lr": 1}, {"min_lr": 1}),
+        ("model_init_kwargs", {1: True, "a": "1"}, {1: True, "a": "1"}),
         ("model", 7, "7"),
     ],
 )
@@ -264,7 +269,19 @@ def test_values_come_in_the_type_of_their_setting(key: str, value: Any, wanted: 
     assert type(found) is type(wanted)
 
 
-@pytest.mark.parametrize(("key", "value"), [("max_steps", True), ("bf16", 1), ("learning_rate", None), ("beta", [1])])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_steps", True),
+        ("bf16", 1),
+        ("learning_rate", None),
+        ("beta", [1]),
+        ("loss_weights", [True]),
+        ("model", b"hi"),
+        ("stop_on", {"kl_exploding"}),
+        ("optim", False),
+    ],
+)
 def test_values_of_another_type_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key}: expected "):
         check_setting(key, value, hints())

@@ -1,5 +1,6 @@
 """No run is lost: what a killed, damaged, doubled, interrupted or spoilt run leaves, and what the same command makes of it."""
 
+import copy
 import getpass
 import json
 import os
@@ -546,3 +547,16 @@ def test_thousands_of_damages_are_answered(two_checkpoints: Path, caplog: pytest
     assert tried > 20_000
     record("damaged_files", {"tried": tried, "answered": answered})
     assert answered == tried
+
+
+def test_a_trainer_with_other_arguments_leaves_the_first_run_alone(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=2, save_steps=1, save_strategy="steps")
+    trainer.train()
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    trainer.args = copy.copy(trainer.args)
+    trainer.args.output_dir = str(tmp_path / "second")
+    trainer.train()
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
+    names = {path.name for path in (tmp_path / "second").iterdir()}
+    assert {"metrics.jsonl", "events.jsonl", "summary.json", "checkpoint-2"} <= names
+    assert json.loads((tmp_path / "second" / "summary.json").read_text())["last"]["step"] == 2

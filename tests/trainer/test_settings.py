@@ -2,10 +2,14 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -203,3 +207,42 @@ def test_all_of_them_from_a_file(
 def test_config_takes_them(tmp_path: Path) -> None:
     config = DPOConfig(output_dir=str(tmp_path), bf16=True, gradient_checkpointing=True, **COMPILED)
     assert config.torch_compile
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"statistics": "kl"}, "statistics: expected a list of text, got 'kl'"),
+        ({"filters": "identical"}, "filters: expected a list of text, got 'identical'"),
+        ({"stop_on": None}, "stop_on: expected a list of text, got None"),
+        ({"truncation_mode": None}, "truncation_mode: unknown 'None'; known are keep_end, keep_start"),
+        ({"loss_path": [1]}, "loss_path: unknown '[1]'; known are auto, linear, logits"),
+        ({"batch_layout": 0}, "batch_layout: unknown '0'; known are auto, padded, prefix_shared"),
+        ({"seed": np.int64(-1)}, "seed: must lie in [0, 2**32), got -1"),
+        ({"kl_coef": Decimal(-1)}, "kl_coef: must not be negative, got -1"),
+        ({"max_length": np.int64(-3)}, "max_length: must be at least 2, got -3"),
+        ({"learning_rate": "0.1"}, "learning_rate: expected a number, got '0.1'"),
+        ({"beta": None}, "beta: expected a number, got None"),
+        ({"beta": math.nan}, "beta: must be a positive number, got nan"),
+    ],
+    ids=str,
+)
+def test_values_that_come_from_python_are_checked_whatever_their_type(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as found:
+        DPOConfig(output_dir=str(tmp_path), **settings)
+    assert str(found.value) == said
+
+
+def test_a_field_that_a_subclass_declares_again_is_checked(tmp_path: Path) -> None:
+    @dataclass
+    class Mine(DPOConfig):
+        beta: float = 0.5
+        stop_on: list[str] = field(default_factory=lambda: ["kl_explodng"])
+
+    with pytest.raises(ConfigError, match="beta: must be a positive number, got -1"):
+        Mine(output_dir=str(tmp_path), beta=-1, stop_on=[])
+    with pytest.raises(ConfigError, match="stop_on: unknown diagnosis 'kl_explodng'"):
+        Mine(output_dir=str(tmp_path))
+    assert Mine(output_dir=str(tmp_path), stop_on=[]).beta == 0.5

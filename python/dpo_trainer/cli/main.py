@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,7 +107,7 @@ def run(arguments: Sequence[str]) -> None:
     settings, switches = read_settings(arguments)
     output_dir = Path(str(settings["output_dir"])).expanduser()
     check_place(output_dir)
-    stream = sys.stdout
+    json_lines = JsonLines(sys.stdout)
     with contextlib.ExitStack() as stack:
         if "--json" in switches:
             # Whatever a library or a scorer prints must not stand between the objects.
@@ -121,7 +120,7 @@ def run(arguments: Sequence[str]) -> None:
         trainer = build_trainer(DPOTrainer, settings, switches, resumes=resumes)
         trainer.callback_handler.callbacks.insert(0, SaveAtTheEnd(trainer))
         if "--json" in switches:
-            trainer.journal.listeners.append(partial(_print_json, stream))
+            trainer.journal.listeners.append(json_lines)
         first = trainer.is_world_process_zero()
         tells = first and "--quiet" not in switches
         if tells:
@@ -135,7 +134,7 @@ def run(arguments: Sequence[str]) -> None:
         trainer.accelerator.wait_for_everyone()  # before another process writes what this one clears
         trainer.train(resume_from_checkpoint=resumes or trainer.args.resume_from_checkpoint or False)
         if first and "--json" in switches:
-            _print_json(stream, SUMMARY, json.loads((output_dir / SUMMARY).read_text(encoding="utf-8")))
+            json_lines(SUMMARY, json.loads((output_dir / SUMMARY).read_text(encoding="utf-8")))
         if tells:
             for account in trainer.accounts:
                 if account.streamed:
@@ -147,6 +146,22 @@ def run(arguments: Sequence[str]) -> None:
 JSON_TYPES = {METRICS: "log", EVENTS: "event", SAMPLES: "sample", SUMMARY: "summary"}
 
 
-def _print_json(stream: IO[str], name: str, record: dict[str, Any]) -> None:
-    """Print a record of a file as one line with its type, at once."""
-    print(json_line({"type": JSON_TYPES[name], **record}), end="", file=stream, flush=True)
+class JsonLines:
+    """Prints records as lines with their type, at once; samples after the log of their evaluation, which comes later."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        self.samples: list[dict[str, Any]] = []
+
+    def __call__(self, name: str, record: dict[str, Any]) -> None:
+        if name == SAMPLES:
+            self.samples.append(record)
+            return
+        self._print(name, record)
+        if name == METRICS:
+            for sample in self.samples:
+                self._print(SAMPLES, sample)
+            self.samples.clear()
+
+    def _print(self, name: str, record: dict[str, Any]) -> None:
+        print(json_line({"type": JSON_TYPES[name], **record}), end="", file=self.stream, flush=True)

@@ -149,7 +149,11 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     """(value in the hinted type, whether it fits). A single item stands for a list of one."""
     from pydantic import ConfigDict, ValidationError, create_model
 
-    if value is False and _enums(hint):
+    if isinstance(value, bytes | set):
+        return value, False  # of YAML's own types; pydantic would make texts and lists of them
+    if isinstance(value, dict) and dict in {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}:
+        return value, True  # its keys and values are for whoever takes the mapping
+    if value is False and any(member.value == "no" for choice in _enums(hint) for member in choice):
         value = "no"  # YAML reads no as false, and save_strategy: no is common
     if isinstance(value, str) and {int, float} & {hint, *typing.get_args(hint)}:
         with contextlib.suppress(ValueError):
@@ -159,10 +163,14 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     for candidate in (value, [value]):
         with contextlib.suppress(ValidationError):
             fitted = model(value=candidate).value
-            # pydantic takes true for 1, and 1 for true.
-            if isinstance(fitted, bool) == isinstance(value, bool):
+            if _booleans(fitted) == _booleans(candidate):  # pydantic takes true for 1, and 1 for true
                 return fitted, True
     return value, False
+
+
+def _booleans(value: Any) -> list[bool]:
+    """Of a value, or of each item of a list, whether it is a boolean."""
+    return [isinstance(item, bool) for item in (value if isinstance(value, list) else [value])]
 
 
 def _enums(hint: Any) -> list[Any]:

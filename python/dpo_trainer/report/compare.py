@@ -82,7 +82,8 @@ def compare(folders: Sequence[str], output: Path) -> str:
         names=[run.name for run in runs], charts=charts, rows=rows, settings=settings
     )
     write_aside(output, page)
-    return pandas.DataFrame(rows, [run.name for run in runs]).T.to_string()
+    names = [run.name for run in runs]
+    return pandas.DataFrame(rows, names).T.to_string() if rows else "  ".join(names)
 
 
 def _names(folders: Sequence[str]) -> list[str]:

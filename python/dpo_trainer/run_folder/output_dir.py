@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, OutputError
 from .checkpoints import checkpoints, discard_half
-from .records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, as_object, sha256, write_aside
+from .records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, read_object, sha256, write_aside
 
 #: The settings of the run that a folder holds, by which the same command is known again.
 SETTINGS = "settings.json"
@@ -48,7 +48,7 @@ def check_output(
         raise ConfigError("--resume and --overwrite contradict each other")
     found = checkpoints(folder)
     wanted = json.loads(json.dumps(settings, default=str))
-    recorded = as_object((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).exists() else {}
+    recorded = read_object(folder / SETTINGS)
     known = recorded.pop(DIGESTS, None) or {}
     changed = [key for key in digests if key in known and known[key] != digests[key]]
     what = f"{' and '.join(changed)} changed since the run began"

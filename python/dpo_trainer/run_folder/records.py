@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import OutputError, first_line
-from ..settings.config import DPOConfig
+from ..run import Run
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -104,24 +104,31 @@ class Journal(TrainerCallback):
     A fresh run starts METRICS anew; a resumed one drops the lines after its checkpoint, which will be written again.
 
     Attributes:
-        first: whether this process writes.
         listeners: each is called with the file's name and the record once a record is written.
     """
 
-    def __init__(self, args: DPOConfig) -> None:
-        self.args, self.first = args, args.process_index == 0
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @property
     def folder(self) -> Path:
-        return Path(str(self.args.output_dir))
+        """The run's `output_dir` as it is now; a trainer may get other arguments for its next run."""
+        return Path(str(self.run.args.output_dir))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.run.args.process_index == 0
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a record as a file's last line. Raises OutputError."""
         if self.first:
             path = self.folder / name
-            with writing(path), path.open("a", encoding="utf-8") as file:
-                file.write(json_line(record))
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json_line(record))
             for listener in self.listeners:
                 listener(name, record)
 

@@ -263,7 +263,7 @@ class DPOConfig(TrainingArguments):
     write_report: bool = _watch(True, "Write report.html into output_dir at checkpoints and at the end.")
 
     def __post_init__(self) -> None:
-        check_fields(self, INHERITED)
+        check_fields(self, settings_table())
         self._check_objective()
         self._check_together()
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)

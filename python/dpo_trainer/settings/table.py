@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,26 +81,48 @@ def setting(default: Any, text: str, rule: Range | None = None, **row: Any) -> A
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str], called: str = "") -> None:
-    """Raise ConfigError, with the nearest choice and all of them, for a value that is none."""
-    if value not in (known := tuple(choices)):
-        raise ConfigError(
-            f"{name}: unknown {called + ' ' if called else ''}'{value}'{did_you_mean(value, known)}; "
-            f"known are {', '.join(known)}"
-        )
-
-
-def row_of(field: dataclasses.Field[Any], inherited: dict[str, Setting]) -> Setting:
+def row_of(field: dataclasses.Field[Any], inherited: Mapping[str, Setting]) -> Setting:
     """The row that a dataclass field brings, or else has in `inherited`; an empty one where there is none."""
     return field.metadata.get("row") or inherited.get(field.name, Setting())
 
 
-def check_fields(config: Any, inherited: dict[str, Setting]) -> None:
-    """Raise ConfigError for the first value of a dataclass that the field's row excludes."""
-    for field in dataclasses.fields(config):
-        value, row = getattr(config, field.name), row_of(field, inherited)
-        if row.rule and isinstance(value, int | float) and not row.rule.holds(value):
-            raise ConfigError(f"{field.name}: {row.rule.words}, got {value}")
+def check_choice(name: str, value: Any, choices: Iterable[str], called: str = "") -> None:
+    """Raise ConfigError, with the nearest choice and all of them, for a value that is none."""
+    if value not in (known := tuple(choices)):
+        raise ConfigError(
+            f"{name}: unknown {called + ' ' if called else ''}'{value}'{did_you_mean(str(value), known)}; "
+            f"known are {', '.join(known)}"
+        )
+
+
+def check_fields(config: Any, rows: Mapping[str, Setting]) -> None:
+    """Raise ConfigError for the first attribute that its row excludes.
+
+    Args:
+        rows: by attribute, with hints. They come from outside, since a subclass may declare a field again.
+    """
+    for name, row in rows.items():
+        if row.rule is None and not row.choices:
+            continue
+        value, kinds = getattr(config, name), (row.hint, *typing.get_args(row.hint))
+        if value is None and type(None) in kinds:
+            continue
         if row.choices:
-            for item in [value] if isinstance(value, str) else value or ():
-                check_choice(field.name, item, row.choices, row.called)
+            listed = typing.get_origin(row.hint) is list
+            if listed and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise ConfigError(f"{name}: expected a list of text, got {value!r}")
+            for item in value if listed else [value]:
+                check_choice(name, item, row.choices, row.called)
+        if row.rule and not (isinstance(value, str) and str in kinds):
+            if (number := _number(value)) is None:
+                raise ConfigError(f"{name}: expected a number, got {value!r}")
+            if not row.rule.holds(number):
+                raise ConfigError(f"{name}: {row.rule.words}, got {value}")
+
+
+def _number(value: Any) -> float | None:
+    """A number of any type as a float; None for text and whatever else is no number."""
+    try:
+        return None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None
