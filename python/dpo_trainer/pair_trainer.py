@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from .batch.sampler import Batching, PairBatchSampler, PairStream
-from .data.prepare import Account, Preparation, PreparedStream, is_stream, prepare_dataset
+from .data.prepare import Account, Preparation, PreparedStream, by_name, is_stream, prepare_dataset
 from .errors import ConfigError, DataError
 from .settings.config import DPOConfig
 
@@ -138,6 +138,5 @@ class PairTrainer(Trainer):
 
 def looked_at(train_dataset: Any, eval_dataset: Any) -> list[Any]:
     """The datasets that there are; of a stream, its first pairs. Evaluation datasets may be several, by name."""
-    evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    found = [dataset for dataset in (train_dataset, *evals) if dataset is not None]
+    found = [dataset for dataset in (train_dataset, *by_name(eval_dataset).values()) if dataset is not None]
     return [dataset.sample if isinstance(dataset, PreparedStream) else dataset for dataset in found]

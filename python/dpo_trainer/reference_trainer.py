@@ -7,18 +7,13 @@ from typing import Any
 
 from dpo_kernels import objectives, use_backend
 
-from .data.rows import REFERENCE
+from .data.rows import REFERENCE, has_reference
 from .errors import ConfigError, DataError
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .model.references import AdapterOffReference, FrozenReference, Reference, reference_logps
 from .model.split import Batch, SplitModel, evaluating
 from .pair_trainer import PairTrainer
-
-
-def has_reference(dataset: Any) -> bool:
-    """Whether the data bring the reference's log-probabilities."""
-    return all(name in dataset.column_names for name in REFERENCE)
 
 
 class ReferenceTrainer(PairTrainer):

@@ -121,7 +121,7 @@ class RunTrainer(ReferenceTrainer):
             checkpoint = self._sound_checkpoint(folder, resume_from_checkpoint) if resume_from_checkpoint else None
             if first:
                 discard_half(folder)
-            self._training_seconds()
+            self._training_seconds()  # the clock starts here
             self._saved_at = -1
             self._take_state({})
             return super().train(checkpoint, *args, **kwargs)
@@ -190,7 +190,7 @@ class RunTrainer(ReferenceTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and, unless it is for a checkpoint, its card. Raises OutputError where the disk is full."""
-        folder = Path(output_dir or str(self.args.output_dir))
+        folder = Path(output_dir) if output_dir else self.args.run_folder
         if self.is_world_process_zero() and (spoilt := _not_finite(self.policy.model)) is not None:
             logger.warning("%s: holds weights that are not finite, first in '%s'", folder.name, spoilt)
         with contextlib.nullcontext() if _internal_call else writing(folder):

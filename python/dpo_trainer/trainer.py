@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from dpo_kernels import DPOOutput, length_desensitized_weights, objectives
 
 from .batch.collator import PairCollator
-from .data.rows import REFERENCE
+from .data.prepare import by_name
+from .data.rows import REFERENCE, has_reference
 from .errors import ConfigError
 from .model import loss_path
 from .model.layouts import choose_layout
@@ -24,7 +25,6 @@ from .model.loading import load_parts, with_adapter
 from .model.references import FrozenReference
 from .model.split import Batch, SplitModel, call_through, disable_dropout
 from .pair_trainer import looked_at
-from .reference_trainer import has_reference
 from .run_trainer import RunTrainer, SpoiltUpdate
 from .settings.config import DPOConfig, as_mapping
 from .settings.fit import check_best_metric, check_fit
@@ -335,14 +335,15 @@ class DPOTrainer(RunTrainer):
             self.gather_function = self._gather_rows  # the loop itself sets it back
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        dataset = getattr(args[0] if args else kwargs["dataloader"], "dataset", None)
         if self.args.write_report and (output := self._window["eval"].joined(self._gather)) is not None:
-            dataset = getattr(args[0] if args else kwargs["dataloader"], "dataset", None)
-            if (pairs := look_at(output, dataset, self.processing_class)) is not None:
+            pairs = look_at(output, dataset, self.processing_class)
+            if pairs is not None:
                 self.evaluated[prefix] = pairs
         means = self._drain("eval")
         means.pop("tokens", None)
         if self.samples is not None and prefix.startswith("eval"):
-            means |= self.samples.evaluate(prefix, getattr(args[0] if args else kwargs["dataloader"], "dataset", None))
+            means |= self.samples.evaluate(prefix, dataset)
         cast(dict[str, float], result.metrics).update({f"{prefix}_{name}": value for name, value in means.items()})
         return result
 
@@ -355,8 +356,7 @@ class DPOTrainer(RunTrainer):
     def _evaluation_names(self) -> list[str]:
         """What this run's evaluations log, without the prefix "eval_"."""
         found = []
-        named: Any = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for key, dataset in named.items():
+        for key, dataset in by_name(self.eval_dataset).items():
             given = self.args.precompute_ref_log_probs or has_reference(dataset)
             own = metric_names(
                 self._statistics(self.reference is not None and not given),

@@ -17,11 +17,10 @@ from transformers.trainer_utils import has_length
 
 from dpo_kernels import linear, objectives
 
-from ..data.rows import REFERENCE
+from ..data.rows import REFERENCE, has_reference
 from ..model.loss_path import memory_budget
 from ..model.references import FrozenReference
 from ..model.split import Batch, SplitModel
-from ..reference_trainer import has_reference
 from ..report.page import duration
 from ..run_folder.summary import changed_settings
 from ..trainer import DPOTrainer

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rich.console import Console
+
 from ..errors import ConfigError, UsageError
 from ..report.compare import OUTPUT, compare
 from ..run_folder.lock import run_lock
@@ -56,8 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(text: str) -> int:
     """Print the line, in red on a terminal; returns the exit code."""
-    from rich.console import Console
-
     line = f"dpo-train: {text}"
     Console(stderr=True).print(line, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
     return 2

@@ -199,6 +199,13 @@ class PreparedStream(IterableDataset):
         return self.rows(0)
 
 
+def by_name(eval_dataset: Any) -> dict[str, Any]:
+    """The evaluation datasets that there are: several by their names, a single one by ""."""
+    if isinstance(eval_dataset, dict):
+        return eval_dataset
+    return {} if eval_dataset is None else {"": eval_dataset}
+
+
 def is_stream(dataset: Any) -> bool:
     """Whether a dataset is one whose rows come one after the other."""
     return isinstance(dataset, (IterableDataset, datasets.IterableDataset))

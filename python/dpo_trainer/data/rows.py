@@ -20,6 +20,11 @@ COLUMNS = (*TEXTS, "tools", *NUMBERS)
 PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "prompts")
 
 
+def has_reference(dataset: Any) -> bool:
+    """Whether a dataset brings the reference's log-probabilities."""
+    return all(name in dataset.column_names for name in REFERENCE)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt and two answers to it: what a row says, checked and split.

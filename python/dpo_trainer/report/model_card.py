@@ -38,7 +38,7 @@ def render_card(run: Run, given: dict[str, Any]) -> str:
     # A model hub may know a name or owner/name that is no folder of this machine.
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", origin) and not Path(origin).exists()
     base = origin or summary["architecture"]
-    name = given.get("model_name") or Path(str(run.args.output_dir)).resolve().name
+    name = given.get("model_name") or run.args.run_folder.resolve().name
     metadata = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -49,7 +49,7 @@ def render_card(run: Run, given: dict[str, Any]) -> str:
         "datasets": given.get("dataset_tags") or given.get("dataset"),
         "tags": list(dict.fromkeys([*TAGS, *_as_list(given.get("tags")), *_as_list(given.get("tasks"))])),
     }
-    folder = Path(str(run.args.output_dir))
+    folder = run.args.run_folder
     records = read_records(folder / METRICS)
     built: Any = objectives.build(run.args.loss_type)
     weights = run.args.loss_weights or [1.0] * len(built)

@@ -33,7 +33,7 @@ _SAMPLES_SHOWN = 6
 
 def write_report(run: Run, *, finished: bool) -> Path | None:
     """Write `summary.json` (once the run is finished) and, if asked for, `report.html`; returns the report's path."""
-    folder = Path(str(run.args.output_dir))
+    folder = run.args.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(run, finished=finished)
     if run.args.write_report:

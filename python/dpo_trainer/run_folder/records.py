@@ -114,7 +114,7 @@ class Journal(TrainerCallback):
     @property
     def folder(self) -> Path:
         """The run's `output_dir` as it is now; a trainer may get other arguments for its next run."""
-        return Path(str(self.run.args.output_dir))
+        return self.run.args.run_folder
 
     @property
     def first(self) -> bool:

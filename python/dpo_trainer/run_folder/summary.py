@@ -26,7 +26,7 @@ _DERIVED = ("disable_tqdm", "dataloader_pin_memory", "eval_steps", "local_rank",
 
 def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
     """Facts of a run: data, first and last figures, throughput, settings, versions. Plain JSON values."""
-    records = read_records(Path(str(run.args.output_dir)) / METRICS)
+    records = read_records(run.args.run_folder / METRICS)
     train, evals = training_records(records), evaluation_records(records)
     tokens, seconds = throughput(train)
     model = run.policy.model

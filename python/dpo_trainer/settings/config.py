@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -276,6 +277,11 @@ class DPOConfig(TrainingArguments):
             raise ConfigError("fp16: needs an accelerator; on a CPU it would be ignored without a word. Use bf16 there")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
+
+    @property
+    def run_folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(str(self.output_dir))
 
     def _check_objective(self) -> None:
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)

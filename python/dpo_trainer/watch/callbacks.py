@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -40,7 +39,7 @@ class ReportFile(TrainerCallback):
         self.ended = False
         self.run.accelerator.wait_for_everyone()  # others may still have to see whether the run had finished
         if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / SUMMARY).unlink(missing_ok=True)
+            (self.run.args.run_folder / SUMMARY).unlink(missing_ok=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step < state.max_steps:  # otherwise the end is near and writes it anyway

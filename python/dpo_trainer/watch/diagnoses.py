@@ -85,8 +85,8 @@ def number(value: float | None) -> float:
 Found = tuple[str, str]  # name in DIAGNOSES, what was seen
 
 
-def before_training(run: History) -> Iterator[Found]:
-    facts, limits, lengths = run.facts, run.limits, run.facts.lengths
+def before_training(history: History) -> Iterator[Found]:
+    facts, limits, lengths = history.facts, history.limits, history.facts.lengths
     if max(lengths) > limits.length_ratio * min(lengths):
         seen = f"chosen answers have {lengths[0]:.1f} tokens on average, rejected ones {lengths[1]:.1f}"
         yield "lengths_differ", seen
@@ -125,24 +125,28 @@ def doubt(pairs: int) -> float:
     return 1 / math.sqrt(max(pairs, 1))
 
 
-def _loss_stuck(run: History) -> Iterator[Found]:
+def _loss_stuck(history: History) -> Iterator[Found]:
     """The loss has not left its start; what the rewards, gradients and weights do tells the cause."""
-    limits = run.limits
-    since = run.train[-1]["step"] - run.warmup_steps if run.train else 0
-    loss, spread, accuracy = run.recent("loss"), run.recent("rewards/margins_std"), run.recent("rewards/accuracies")
-    size = max(abs(run.recent("rewards/chosen")), abs(run.recent("rewards/rejected")))
-    stuck = loss >= run.start_loss - limits.stuck_tolerance * abs(run.start_loss)
-    if not stuck or since < max(limits.stuck_steps, limits.stuck_share * run.planned_steps):
+    limits = history.limits
+    since = history.train[-1]["step"] - history.warmup_steps if history.train else 0
+    loss, spread, accuracy = (
+        history.recent("loss"),
+        history.recent("rewards/margins_std"),
+        history.recent("rewards/accuracies"),
+    )
+    size = max(abs(history.recent("rewards/chosen")), abs(history.recent("rewards/rejected")))
+    stuck = loss >= history.start_loss - limits.stuck_tolerance * abs(history.start_loss)
+    if not stuck or since < max(limits.stuck_steps, limits.stuck_share * history.planned_steps):
         return
-    seen = f"{since} steps past the warm-up the loss is {loss:.4f}, and it starts at {run.start_loss:.4f}"
-    if spread <= 1e-3 * max(size, 1e-3) and (size > 1e-6 or run.recent("grad_norm") < 1e-4):
+    seen = f"{since} steps past the warm-up the loss is {loss:.4f}, and it starts at {history.start_loss:.4f}"
+    if spread <= 1e-3 * max(size, 1e-3) and (size > 1e-6 or history.recent("grad_norm") < 1e-4):
         # Two sides with the same tokens: the gradient cancels but for rounding, which Adam still turns into steps.
         yield "pairs_equal", f"{seen}; over all pairs, the margin between the two answers varies by {spread:.1e}"
     elif max(spread, size) < limits.stuck_rewards:
-        if run.changed < limits.changed_share:
+        if history.changed < limits.changed_share:
             yield (
                 "updates_lost",
-                f"{seen}; an update changes {run.changed:.1%} of the 16-bit weights that have a gradient",
+                f"{seen}; an update changes {history.changed:.1%} of the 16-bit weights that have a gradient",
             )
         else:
             yield "learning_rate_low", f"{seen}; rewards are {size:.1e} in size, and margins vary by {spread:.1e}"
@@ -152,76 +156,76 @@ def _loss_stuck(run: History) -> Iterator[Found]:
         yield "pairs_random", f"{seen}; margins vary by {spread:.2f}, but accuracy is {accuracy:.0%}"
 
 
-def _swapped_evaluation(run: History) -> Iterator[Found]:
-    for name, records in run.evals.items():
+def _swapped_evaluation(history: History) -> Iterator[Found]:
+    for name, records in history.evals.items():
         last = records[-1]
         accuracy = number(last.get("rewards/accuracies"))
         moved = number(last.get("rewards/margins_std")) > 0  # before that, all pairs are ties
-        if moved and accuracy < min(run.limits.swapped_accuracy, 0.5 - doubt(run.eval_pairs)):
+        if moved and accuracy < min(history.limits.swapped_accuracy, 0.5 - doubt(history.eval_pairs)):
             seen = f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of the pairs"
             yield "pairs_swapped", seen
 
 
-def _overfitting(run: History) -> Iterator[Found]:
-    limits, accuracy, train = run.limits, run.recent("rewards/accuracies"), run.recent("loss")
-    for name, records in run.evals.items():
+def _overfitting(history: History) -> Iterator[Found]:
+    limits, accuracy, train = history.limits, history.recent("rewards/accuracies"), history.recent("loss")
+    for name, records in history.evals.items():
         (least, best), last = min((number(record["loss"]), record["step"]) for record in records), records[-1]
         rise = number(last["loss"]) - least
-        if train < least and rise > limits.eval_rise * abs(run.start_loss):
+        if train < least and rise > limits.eval_rise * abs(history.start_loss):
             yield (
                 "overfitting",
                 f"the loss on {name} rose from {least:.4f} at step {best} to {least + rise:.4f}; in training it is {train:.4f}",
             )
         held_out = number(last.get("rewards/accuracies"))
         moved = number(last.get("rewards/margins_std")) > 0
-        if moved and accuracy - held_out > max(limits.accuracy_gap, doubt(run.eval_pairs)):
+        if moved and accuracy - held_out > max(limits.accuracy_gap, doubt(history.eval_pairs)):
             yield "overfitting", f"accuracy is {accuracy:.0%} in training and {held_out:.0%} on {name}"
-    falling = run.falling("logratios/chosen")
+    falling = history.falling("logratios/chosen")
     if accuracy >= limits.memorised_accuracy and falling < -limits.displacement:
         seen = f"training accuracy is {accuracy:.0%} while chosen answers lose {-falling:.2f} nats per token"
         yield "overfitting", seen
 
 
-def _displacement(run: History) -> Iterator[Found]:
-    chosen, rejected = run.falling("logratios/chosen"), run.falling("logratios/rejected")
-    if chosen < -run.limits.displacement and rejected < -run.limits.displacement:
+def _displacement(history: History) -> Iterator[Found]:
+    chosen, rejected = history.falling("logratios/chosen"), history.falling("logratios/rejected")
+    if chosen < -history.limits.displacement and rejected < -history.limits.displacement:
         yield (
             "displacement",
             f"against the reference, chosen answers have lost {-chosen:.2f} nats per token and rejected ones {-rejected:.2f}",
         )
 
 
-def _kl_exploding(run: History) -> Iterator[Found]:
-    limits = run.limits
-    last = number(run.train[-1].get("kl")) if run.train else math.nan
-    now, before = run.recent("kl"), run.recent("kl", back=1)
+def _kl_exploding(history: History) -> Iterator[Found]:
+    limits = history.limits
+    last = number(history.train[-1].get("kl")) if history.train else math.nan
+    now, before = history.recent("kl"), history.recent("kl", back=1)
     if last > limits.kl_level:
         yield "kl_exploding", f"the KL divergence is {last:.2f} nats per token"
     elif now > limits.kl_level / 5 and now > limits.kl_growth * before:
         yield "kl_exploding", f"the KL divergence grew from {before:.3f} to {now:.3f} nats per token in a few records"
 
 
-def _grad_spike(run: History) -> Iterator[Found]:
-    norms = [number(record.get("grad_norm_max")) for record in run.train[-21:]]
+def _grad_spike(history: History) -> Iterator[Found]:
+    norms = [number(record.get("grad_norm_max")) for record in history.train[-21:]]
     known = [norm for norm in norms[:-1] if math.isfinite(norm)]
     if len(known) < 5:
         return
     usual = statistics.median(known)
-    if math.inf > norms[-1] > run.limits.grad_spike * usual > 0:
+    if math.inf > norms[-1] > history.limits.grad_spike * usual > 0:
         yield "grad_spike", f"the gradient norm is {norms[-1]:.3g}; the median of the records before is {usual:.3g}"
 
 
-def _weightless_stream(run: History) -> Iterator[Found]:
+def _weightless_stream(history: History) -> Iterator[Found]:
     """A stream's weights are not known before training. If all are 0, the first steps have no loss and no gradient."""
-    first = run.train[0] if run.train else {}
-    if not run.facts.pairs and run.start_loss > 0 and first.get("loss") == 0 and first.get("grad_norm") == 0:
+    first = history.train[0] if history.train else {}
+    if not history.facts.pairs and history.start_loss > 0 and first.get("loss") == 0 and first.get("grad_norm") == 0:
         yield "weights_zero", f"up to step {first['step']} the loss is 0 and so is its gradient"
 
 
-def _not_finite(run: History) -> Iterator[Found]:
+def _not_finite(history: History) -> Iterator[Found]:
     for name in ("loss", "grad_norm"):
-        if run.train and name in run.train[-1]:
-            value = number(run.train[-1][name])
+        if history.train and name in history.train[-1]:
+            value = number(history.train[-1][name])
             if not math.isfinite(value):
                 yield "not_finite", f"{name} is {value}"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.prepare import PreparedStream
-from ..data.rows import REFERENCE, SIDES
+from ..data.prepare import PreparedStream, by_name
+from ..data.rows import REFERENCE, SIDES, has_reference
 from ..run import Run
 from ..run_folder.records import EVENTS, SUMMARY, Journal
 from ..run_folder.summary import initial_loss
@@ -27,8 +27,8 @@ logger = logging.getLogger("dpo_trainer")
 def examine(run: Run, limits: Limits) -> Facts:
     """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
     dataset: Any = run.train_dataset
-    evals = run.eval_dataset if isinstance(run.eval_dataset, dict) else {"": run.eval_dataset}
-    named = {"the training data": dataset} | {f"the evaluation data {key}".strip(): evals[key] for key in evals}
+    evals = by_name(run.eval_dataset).items()
+    named = {"the training data": dataset} | {f"the evaluation data {key}".strip(): data for key, data in evals}
     weights = {
         name: list(data["weight"]) for name, data in named.items() if "weight" in getattr(data, "column_names", ())
     }
@@ -37,7 +37,7 @@ def examine(run: Run, limits: Limits) -> Facts:
         return Facts(weightless=weightless)  # nothing is known before it flows
     sample = dataset.select(spread(len(dataset), 2048))
     probe = dataset.select(probed(dataset["length"], limits))
-    if all(column in dataset.column_names for column in REFERENCE):
+    if has_reference(dataset):
         logps = tuple(probe[column] for column in REFERENCE)
     else:
         logps = run.reference_logps(probe, batch_size=run.args.per_device_eval_batch_size)

@@ -19,6 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.prepare import by_name
 from ..errors import ConfigError, first_line
 from ..model.split import evaluating
 from ..run import Run
@@ -126,8 +127,7 @@ class Samples(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.initial = {}
         records = self.journal.keep(SAMPLES, state.global_step)
-        datasets = self.run.eval_dataset
-        for key, dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
+        for key, dataset in by_name(self.run.eval_dataset).items():
             prefix = f"eval_{key}" if key else "eval"
             if state.global_step:
                 known = [r for r in records if r["step"] == 0 and r["evaluation"] == prefix and "policy" not in r]

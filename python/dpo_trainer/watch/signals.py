@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,7 +88,7 @@ class EndAfterStep(TrainerCallback):
 
     def end(self, signum: int) -> None:
         """Say which checkpoint there is, and end."""
-        found = checkpoints(Path(str(self.run.args.output_dir)))
+        found = checkpoints(self.run.args.run_folder)
         if found:
             end(signum, f"stopped; the same command, or train(resume_from_checkpoint=True), goes on from {found[-1]}")
         end(signum, "stopped before the first checkpoint; nothing to go on from was written")
