@@ -290,7 +290,7 @@ FAULTS = (
     # --- the trainer ---
     Fault(
         "pair_weights_dropped",
-        "python/dpo_trainer/trainer.py",
+        "python/dpo_trainer/loss_trainer.py",
         '"pair_weights": pair_weights,',
         '"pair_weights": None,',
         "pairs' weights, and with them the divisor of a step, are left out",
@@ -302,7 +302,7 @@ FAULTS = (
     ),
     Fault(
         "pair_weights_averaged",
-        "python/dpo_trainer/trainer.py",
+        "python/dpo_trainer/loss_trainer.py",
         '"pair_weights": pair_weights,',
         '"pair_weights": pair_weights.mean() if len(pair_weights) else pair_weights,',
         "all pairs of a batch weigh the same",
@@ -326,7 +326,7 @@ FAULTS = (
     ),
     Fault(
         "mean_of_means",
-        "python/dpo_trainer/trainer.py",
+        "python/dpo_trainer/loss_trainer.py",
         "share = weights * (self.accelerator.num_processes / num_items_in_batch)",
         "share = weights / weights.sum()",
         "accumulated batches are divided by their own weights instead of the step's",

@@ -23,6 +23,7 @@ ROOMS = (
     "pair_trainer",
     "reference_trainer",
     "run_trainer",
+    "loss_trainer",
     "trainer",
     "cli",
 )
