@@ -148,6 +148,10 @@ def trainable_in(policy: SplitModel, batch: Batch, *, adapter: bool = True) -> l
     model: Any = policy.model
     with evaluating(model), torch.enable_grad(), nullcontext() if adapter else model.disable_adapter():
         found = reached(policy.packed_logits(batch))
+        with torch.no_grad():
+            policy.packed_logits(
+                batch
+            )  # models that keep a state between calls would keep its graph, and not be copied
     return [name for name, value in trainable if id(value) in found]
 
 

@@ -37,8 +37,8 @@ class SplitModel:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         base = unwrap_adapter(model)
-        self.backbone: Any = _backbone(base)
         self.head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self.backbone: Any = _backbone(base, self.head)
         self.split = self.backbone is not None and self.head is not None
         self._config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
         self._scale, self._softcap = _after_head(self._config)
@@ -114,18 +114,22 @@ class SplitModel:
         if not self.split:
             logger.warning("%s: no separable head found; computing the logits of all tokens", type(self.model).__name__)
             return False
+        reason = ""
         with evaluating(self.model):
-            logits = self.packed_logits(batch)
-            precision = torch.finfo(logits.dtype).eps
+            try:
+                logits = self.packed_logits(batch)
+            except Exception as error:  # of a head or a backbone that takes other inputs
+                logits, reason = torch.empty(0), f"cannot be compared ({type(error).__name__}: {first_line(error)})"
             values = self.finish(logits.double())
             self.split = False
             whole = self.packed_logits(batch).double()
-        reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
-        if values.shape == whole.shape:
-            error = (values - whole).abs().max().item()
-            limit = max(4 * precision, 1e-4) * max(whole.abs().max().item(), 1e-30)
-            self.split = error <= limit
-            reason = f"differ by {error:.2g} (limit {limit:.2g})"
+        if not reason and values.shape != whole.shape:
+            reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
+        elif not reason:
+            gap = (values - whole).abs().max().item()
+            limit = max(4 * torch.finfo(logits.dtype).eps, 1e-4) * max(whole.abs().max().item(), 1e-30)
+            self.split = gap <= limit
+            reason = f"differ by {gap:.2g} (limit {limit:.2g})"
         if not self.split:
             logger.warning(
                 "%s: logits by head(backbone(x)) and the model's own %s; computing those of all tokens, slower",
@@ -185,7 +189,11 @@ class SplitModel:
         parameters = sum(value.numel() for value in backbone.parameters())
         parameters -= sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
         heads = getattr(config, "num_attention_heads", None) or 1
-        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+        try:
+            head_dim = getattr(config, "head_dim", None)
+        except Exception:  # of configs in which layers have heads of several sizes
+            head_dim = None
+        head_dim = head_dim or getattr(config, "hidden_size", 0) // heads
         return 3 * 2 * getattr(config, "num_hidden_layers", 0) * heads * head_dim / max(parameters, 1)
 
 
@@ -194,9 +202,11 @@ def unwrap_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _backbone(base: Any) -> nn.Module | None:
+def _backbone(base: Any, head: Any) -> nn.Module | None:
     candidates = (base.get_decoder() if hasattr(base, "get_decoder") else None, getattr(base, "base_model", None))
-    return next((part for part in candidates if isinstance(part, nn.Module) and part is not base), None)
+    # ModernBERT's attribute `decoder`, which get_decoder finds, is its head.
+    found = (part for part in candidates if isinstance(part, nn.Module) and part is not base and part is not head)
+    return next(found, None)
 
 
 def _after_head(config: Any) -> tuple[float, float | None]:
