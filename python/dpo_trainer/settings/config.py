@@ -25,6 +25,7 @@ from ..batch.sampler import STRATEGIES
 from ..data.prepare import FILTERS
 from ..errors import ConfigError
 from .diagnoses import DIAGNOSES, Limits
+from .reading import ReadingSettings
 from .table import (
     DECAY,
     FINITE_NOT_NEGATIVE,
@@ -66,7 +67,7 @@ INHERITED = {
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(ReadingSettings, TrainingArguments):
     """Settings of a DPO run: those of `transformers.TrainingArguments` and the ones below.
 
     Names are TRL's where TRL has the setting. Some defaults of TrainingArguments are changed to what preference
@@ -269,6 +270,7 @@ class DPOConfig(TrainingArguments):
         self._check_together()
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
         self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
+        self.check_reading(as_mapping)
         Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
@@ -387,5 +389,5 @@ def settings_table() -> dict[str, Setting]:
                 default=getattr(default, "value", default),
                 help=row.help or " ".join(field.metadata.get("help", "").split()),
             )
-    own = {*RunSettings.__annotations__, *DPOConfig.__annotations__}
+    own = {*RunSettings.__annotations__, *ReadingSettings.__annotations__, *DPOConfig.__annotations__}
     return {name: rows[name] for name in sorted(rows, key=lambda name: name not in own)}
