@@ -12,8 +12,8 @@ from typing import Any
 from dpo_kernels.confidence import confidence_weights, preference_probability
 
 from ..errors import ConfigError, DataError, did_you_mean
-from .messages import plain
-from .rows import COLUMNS, NUMBERS, SIDES, json_type, number_of
+from .messages import as_written, forms_of, plain
+from .rows import COLUMNS, NUMBERS, SIDES, TEXTS, json_type, number_of
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -54,7 +54,7 @@ def _openai(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     given = row["input"]
     if isinstance(given, str):
         try:
-            given = json.loads(given)
+            given = as_written(json.loads(given))
         except ValueError as error:
             raise DataError(f"{where}: 'input' must be an object with messages, or its JSON text") from error
     if not isinstance(given, Mapping) or given.get("messages") is None:
@@ -229,10 +229,14 @@ class Reading:
             break
         else:
             return
-        layout = layout_of(self._renamed(row, where)[0]) if isinstance(row, Mapping) else None
-        if layout is not None and not told.layout:
-            logger.warning("%s: read as %s rows: %s", name, layout.name, layout.words)
+        first = self._renamed(row, where)[0] if isinstance(row, Mapping) else {}
+        layout = layout_of(first)
+        if not told.layout:
             told.layout = True
+            if layout is not None:
+                logger.warning("%s: read as %s rows: %s", name, layout.name, layout.words)
+            if forms := dict.fromkeys(form for text in TEXTS for form in forms_of(first.get(text))):
+                logger.warning("%s: messages are written as %s; read as role and content", name, " and ".join(forms))
 
         def converted() -> Located:
             for where, row in located:

@@ -45,8 +45,10 @@ def plain(value: Any, name: str, where: str) -> Any:
     Raises:
         DataError: a part of the content is no text, `from` is no known role, or a text is Python's way to print messages.
     """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        value = _read(value, name, where)
+    if isinstance(value, str):
+        if value.lstrip("[ \n").startswith(("{'role'", "{'from'", "{'content'", "{'value'")):
+            raise DataError(f"{where}: '{name}' holds messages as Python prints them; write them as JSON (json.dumps)")
+        value = _opened(value)
     if isinstance(value, Mapping) and _is_message(value):
         value = [value]
     if isinstance(value, list):
@@ -61,14 +63,13 @@ def _is_message(value: Any) -> bool:
     return (isinstance(value.get("role"), str) and said) or (isinstance(value.get("from"), str) and "value" in value)
 
 
-def _read(text: str, name: str, where: str) -> Any:
+def _opened(text: str) -> Any:
     """The messages that a text holds as JSON, or the text itself."""
-    with contextlib.suppress(ValueError):
-        value = json.loads(text)
-        found = value if isinstance(value, list) else [value]
-        return value if found and all(map(_is_message, found)) else text
-    if text.lstrip("[ \n").startswith(("{'role'", "{'from'", "{'content'", "{'value'")):
-        raise DataError(f"{where}: '{name}' holds messages as Python prints them; write them as JSON (json.dumps)")
+    if text.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
+            found = value if isinstance(value, list) else [value]
+            return as_written(value) if found and all(map(_is_message, found)) else text
     return text
 
 
@@ -108,6 +109,21 @@ def _text_of(parts: list[Any], which: str, where: str) -> str:
             raise DataError(f"{where}: {which} has a part of type '{kind}' in 'content'; only text can be trained on")
         texts.append(text)
     return "".join(texts)
+
+
+def forms_of(value: Any) -> list[str]:
+    """In words, what `plain` would change about a prompt or completion."""
+    forms = []
+    if isinstance(value, str) and isinstance(read := _opened(value), list | dict):
+        forms, value = ["JSON text"], read
+    if _is_message(value):
+        forms, value = [*forms, "a single message"], [value]
+    messages = [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    if any(message.get("role") is None and "from" in message for message in messages):
+        forms.append("'from' and 'value'")
+    if any(isinstance(message.get("content"), list) for message in messages):
+        forms.append("content in parts")
+    return forms
 
 
 def as_written(value: Any) -> Any:

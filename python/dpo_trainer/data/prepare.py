@@ -162,7 +162,7 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
     _check_weights(dataset.column_names, preparation, where)
     parse = split_row if reading_of(dataset) is not None else parse_row
     first = [parse(dataset[index], f"{where} row {index + 1}") for index in range(min(SAMPLE, len(dataset)))]
-    strip = _all_repeat(first)
+    strip = _most_repeat(first)
     account.remarks += _remarks(first, tokenizer, preparation)
     keep = [column for column in NUMBERS if column in dataset.column_names]
     key = _key(dataset, tokenizer, preparation, strip)
@@ -215,7 +215,7 @@ class PreparedStream(IterableDataset):
         self._tokenizer, self._preparation = tokenizer, preparation
         self.account = Account(name, streamed=True)
         first = list(itertools.islice(self._source.pairs(0), SAMPLE))
-        self._strip = _all_repeat(first)
+        self._strip = _most_repeat(first)
         self.account.remarks += _remarks(first, tokenizer, preparation)
         if self._strip:
             self.account.remarks.append(_of_repeated(name, f"the first {len(first)} pairs", strip=True))
@@ -313,13 +313,13 @@ def _repeats(pair: Pair) -> bool:
     )
 
 
-def _all_repeat(pairs: Sequence[Pair]) -> bool:
-    """Whether completions are written with their prompts: in single pairs it may be chance."""
-    return bool(pairs) and all(map(_repeats, pairs))
+def _most_repeat(pairs: Sequence[Pair]) -> bool:
+    """Whether completions are written with their prompts: in a few pairs it may be chance."""
+    return 2 * sum(map(_repeats, pairs)) > len(pairs)
 
 
 def _of_repeated(name: str, which: str, strip: bool) -> str:
-    done = "it is taken away there" if strip else "it is left there, since others do not"
+    done = "it is taken away there" if strip else "it is left there, since most others do not"
     return f"{name}: both completions of {which} begin with the prompt; {done}"
 
 

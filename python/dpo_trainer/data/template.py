@@ -20,6 +20,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REFUSALS = (TemplateError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
+#: Characters that are looked at to see where a text goes on after a part of it was left out.
+_SURE = 8
+
+
 class Rendered(NamedTuple):
     """A conversation as text.
 
@@ -146,16 +150,25 @@ def _others(
 def _place(part: str, full: str, last: Mapping[str, Any]) -> int | None:
     """Where the first messages, rendered alone, end in the text of all; None where that is not to be seen.
 
-    A template may leave something out of an answer that others follow (its thinking): one such part is passed over.
+    A template may leave something out of answers that others follow (their thinking): such parts are passed over, but not
+    in what the last message says and what follows that.
     """
-    if full.startswith(part):
-        return len(part)
-    at = shared_prefix(part, full)
     content = str(last.get("content") or "").strip()
-    for skipped in range(at, part.rfind(content) + 1 if content else len(part)):
-        if full.startswith(part[skipped:], at):
-            return at + len(part) - skipped
-    return None
+    tail = part[part.rfind(content) :] if content in part and content else part[-_SURE:]
+
+    def aligned(at: int, place: int) -> int | None:
+        """The end in `full`, where `part[at:]` and `full[place:]` belong together."""
+        same = shared_prefix(part[at:], full[place:])
+        at, place = at + same, place + same
+        if at == len(part):
+            return place if full[:place].endswith(tail) else None
+        for after in range(at + 1, len(part) - len(tail) + 1):
+            ahead = part[after : after + _SURE]
+            if full.startswith(ahead, place) and (end := aligned(after, place)) is not None:
+                return end
+        return None
+
+    return aligned(0, 0)
 
 
 def scored_tokens(
