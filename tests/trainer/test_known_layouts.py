@@ -397,8 +397,8 @@ def test_settings_reach_files_from_the_command_line(
     rows = [{"q": row["prompt"], **row, "prompt": 3, "gap": 1.0} for row in build_pairs(6)]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for streaming in ("false", "true"):
-        arguments = f"--model {model_folder} --train_data a.jsonl --output_dir run-{streaming} --max_steps 1 --streaming {streaming}"
-        named = "--columns.prompt q --weight_from.margin gap --weight_from.scale 2 --write_report false"
+        arguments = f"--model {model_folder} --train_data a.jsonl --output_dir run-{streaming} --streaming {streaming}"
+        named = "--columns.prompt q --weight_from.margin gap --weight_from.scale 2 --write_report false --max_steps 1"
         assert main([*arguments.split(), *named.split()]) == 0
         assert caplog.messages.count("a.jsonl: not used: prompt") == 1
         caplog.clear()

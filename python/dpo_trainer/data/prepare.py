@@ -157,7 +157,12 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         return dataset, account
     known = reading_of(dataset)
     if known is None or not (reading.is_default or reading == known):
-        dataset = in_our_columns(dataset, where, lambda number: f"{where} row {number}", reading)
+        try:
+            dataset = in_our_columns(dataset, where, lambda number: f"{where} row {number}", reading)
+        except ConfigError as error:
+            if known is None:
+                raise
+            raise ConfigError(f"{error}; load_pairs takes the setting too, and leaves out what nobody names") from error
     check_columns(dataset.column_names, where)
     _check_weights(dataset.column_names, preparation, where)
     parse = split_row if reading_of(dataset) is not None else parse_row
