@@ -124,6 +124,21 @@ def test_a_name_that_the_template_does_not_know_is_told(
     assert "chat_template_kwargs: not used, since rows are text" in caplog.messages
 
 
+def test_what_the_template_leaves_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def said(template: str, row: dict[str, Any]) -> list[str]:
+        return prepare_dataset([row], with_template(template), Preparation(), name="x")[1].remarks
+
+    thought = {**message("assistant", "good"), "reasoning_content": "fine"}
+    line = "the chat template does not use what rows say as {}; the model will not see it"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert said(CHAT_TEMPLATE, CALLS) == [line.format("tool_calls")]
+    assert said(CHAT_TEMPLATE, {**chat(thought), "tools": tools}) == [line.format("reasoning_content, tools")]
+    assert said(THINKING, CALLS) == []
+    assert said("{% if false %}{{ thinking }}{% endif %}" + CHAT_TEMPLATE, chat(thought)) == [], (
+        "transformers gives it all three names"
+    )
+
+
 # --- tool calls --------------------------------------------------------------------------------------------------------
 
 

@@ -468,7 +468,7 @@ def test_unpaired_rows_are_paired_where_a_prompt_has_both(
                 tokens(data, tokenizer)
         else:
             assert tokens(data, tokenizer) == tokens(by_hand, tokenizer), form
-            assert "4 of 6 rows make 2 pairs; 2 are left over" in caplog.text
+            assert "4 of 6 rows are paired; 2 are left over" in caplog.text
         caplog.clear()
     with pytest.raises(DataError, match=r"no prompt has an answer with label true and one with label false"):
         tokens(rows[1:4], tokenizer)

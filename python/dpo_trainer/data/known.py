@@ -343,8 +343,8 @@ def _paired(located: Located, name: str) -> Iterator[tuple[str, Any]]:
             "false; DPO compares two answers to one prompt"
         )
     logger.warning(
-        "%s: %d of %d rows make %d pairs; %d are left over, with no answer of the other label to their prompt",
-        *(name, 2 * len(pairs), count, len(pairs), count - 2 * len(pairs)),
+        "%s: %d of %d rows are paired; %d are left over, with no answer of the other label to their prompt",
+        *(name, 2 * len(pairs), count, count - 2 * len(pairs)),
     )
     for (_, where, good), (_, _, bad) in pairs:
         row = {key: value for key, value in good.items() if key not in UNPAIRED[1:]}

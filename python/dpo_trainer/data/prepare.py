@@ -342,7 +342,8 @@ def _remarks(pairs: Sequence[Pair], tokenizer: Any, preparation: Preparation) ->
     ids = tokenize_pair(pair, tokenizer, **{**preparation.of_tokens, "max_length": None})
     answer = ids["chosen_input_ids"]
     scored = ids.get("chosen_mask", [True] * len(answer))
-    return remarks(tokenizer, pair, kwargs, list(itertools.compress(answer, scored)))
+    chats = [as_chat(pair, tokenizer) for pair in pairs]
+    return remarks(tokenizer, chats, kwargs, list(itertools.compress(answer, scored)))
 
 
 def _is_blank(completion: str | list[Any]) -> bool:

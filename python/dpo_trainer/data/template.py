@@ -20,6 +20,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REFUSALS = (TemplateError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
+#: Names of a message's reasoning, which transformers gives to templates under all of them.
+_THOUGHTS = {"reasoning", "reasoning_content", "thinking"}
 #: Characters that are looked at to see where a text goes on after a part of it was left out.
 _SURE = 8
 
@@ -241,14 +243,27 @@ def with_chat_template(tokenizer: Any, path: str | None) -> Any:
     return tokenizer
 
 
-def remarks(tokenizer: Any, pair: Pair, run: Mapping[str, Any] | None, answer: Sequence[int]) -> list[str]:
-    """What a person should know about the template, from a chat pair and the scored tokens of its chosen answer, uncut."""
-    said = []
-    text = template_text(tokenizer, options_of(pair, run))
-    for name in {**(run or {}), **pair.template_kwargs}:
-        if not re.search(rf"\b{re.escape(name)}\b", text):
-            near = did_you_mean(name, set(re.findall(r"\w+", text)))
-            said.append(f"chat_template_kwargs: the chat template does not use '{name}'{near}")
+def remarks(tokenizer: Any, pairs: Sequence[Pair], run: Mapping[str, Any] | None, answer: Sequence[int]) -> list[str]:
+    """What a person should know about the template.
+
+    Args:
+        pairs: some of chat messages.
+        run: what the template is told for all rows.
+        answer: the scored tokens of the first one's chosen answer, uncut.
+    """
+    text = template_text(tokenizer, options_of(pairs[0], run))
+    words = set(re.findall(r"\w+", text))
+    told = {name for pair in pairs for name in pair.template_kwargs}.union(run or ())
+    said = [
+        f"chat_template_kwargs: the chat template does not use '{name}'{did_you_mean(name, words)}"
+        for name in sorted(told - words)
+    ]
+    messages = [message for pair in pairs for side in (pair.prompt, pair.chosen, pair.rejected) for message in side]
+    written = {name for message in messages for name in message if message[name]} - words
+    unused = sorted(written - (_THOUGHTS if _THOUGHTS & words else set()))
+    unused += ["tools"] if "tools" not in words and any(pair.tools for pair in pairs) else []
+    if unused:
+        said.append(f"the chat template does not use what rows say as {', '.join(unused)}; the model will not see it")
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [number for number in answer if tokenizer.decode([number]).strip() or number in special]
     if ends and ends[-1] not in special | set(tokenizer.all_special_ids):
