@@ -48,10 +48,10 @@ class DPOTrainer(LossTrainer):
             that needs no reference gets none, unless one is given: then for the KL in the log.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
-            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `tools` (for the chat
-            template), optional `weight` (confidence: losses are weighted means), optional `ref_chosen_logps` and
-            `ref_rejected_logps` (summed log-probabilities under the reference); or, with `max_steps`, a stream of them: a
-            `datasets.IterableDataset`, or one of torch.
+            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `system`, `tools` and
+            `chat_template_kwargs` (for the chat template), optional `weight` (confidence: losses are weighted means),
+            optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference); or of a known
+            layout (docs/trainer.md); or, with `max_steps`, a stream of them: a `datasets.IterableDataset`, or one of torch.
         eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.

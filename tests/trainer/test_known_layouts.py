@@ -59,7 +59,7 @@ LAYOUTS: dict[str, tuple[Rows, Rows]] = {
         ],
         CHATS,
     ),
-    "read as system text rows": (
+    "read as rows with a system text": (
         [
             {"system": "terse", "prompt": "the film", "chosen": "good", "rejected": "bad"},
             {"system": None, "prompt": "the review", "chosen": "great", "rejected": "awful"},

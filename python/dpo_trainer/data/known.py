@@ -68,7 +68,7 @@ def _conversation(column: str) -> Layout:
         return {"prompt": row[column], **{side: _answer(row[side], side, where) for side in SIDES}}
 
     words = f"'{column}' is the prompt; chosen and rejected are the messages that follow"
-    return Layout("ShareGPT", words, (column, *SIDES), ("prompt",), make)
+    return Layout("ShareGPT rows", words, (column, *SIDES), ("prompt",), make)
 
 
 def _answer(value: Any, side: str, where: str) -> Any:
@@ -98,7 +98,7 @@ _CHAT = "a chat where the tokenizer has a chat template"
 #: The first that fits is taken.
 LAYOUTS = (
     Layout(
-        "OpenAI",
+        "OpenAI rows",
         "'input' holds the prompt's messages and tools, preferred_output and non_preferred_output the answers",
         ("input", "preferred_output", "non_preferred_output"),
         SIDES,
@@ -106,7 +106,7 @@ LAYOUTS = (
     ),
     *map(_conversation, ("conversations", "conversation")),
     Layout(
-        "alpaca",
+        "alpaca rows",
         f"'instruction' and 'input' are the user's message, 'system' the system's; {_CHAT}",
         ("instruction", *SIDES),
         ("prompt",),
@@ -114,14 +114,14 @@ LAYOUTS = (
         ("input", "system"),
     ),
     Layout(
-        "Orca",
+        "Orca rows",
         f"'question' is the user's message, 'system' the system's; {_CHAT}",
         ("system", "question", *SIDES),
         ("prompt",),
         _question(("question",)),
     ),
     Layout(
-        "system text",
+        "rows with a system text",
         f"'system' is the system's message; with a prompt of text, {_CHAT}",
         ("system", *SIDES),
         (),
@@ -209,7 +209,7 @@ class Reading:
     def leaves(self, row: Any) -> bool:
         """Whether a row like this one is taken as it is."""
         layout = layout_of(row) if isinstance(row, Mapping) else None
-        return self.is_default and (layout is None or layout.name == "system text")
+        return self.is_default and (layout is None or layout.name == "rows with a system text")
 
     def rows(self, located: Located, name: str, told: Told | None = None) -> Iterator[tuple[str, Any]]:
         """(place, row) of every row in our columns. What is recognised, and what nobody reads, is told once each.
@@ -234,7 +234,7 @@ class Reading:
         if not told.layout:
             told.layout = True
             if layout is not None:
-                logger.warning("%s: read as %s rows: %s", name, layout.name, layout.words)
+                logger.warning("%s: read as %s: %s", name, layout.name, layout.words)
             if forms := dict.fromkeys(form for text in TEXTS for form in forms_of(first.get(text))):
                 logger.warning("%s: messages are written as %s; read as role and content", name, " and ".join(forms))
 
@@ -245,7 +245,7 @@ class Reading:
                     told.unread()
 
         ours = converted()
-        if layout is not None and layout.name == "unpaired":
+        if layout is not None and layout.name == "unpaired rows":
             if streamed:
                 raise DataError(
                     f"{name}: unpaired rows ({', '.join(UNPAIRED)}) cannot be paired while they are streamed; read them whole"
@@ -281,7 +281,7 @@ class Reading:
                     if missing
                     else f"a column '{next(n for n in layout.without if n in found)}'"
                 )
-                raise DataError(f"{where}: {what}, where earlier rows are {layout.name} rows")
+                raise DataError(f"{where}: {what}, where earlier rows are {layout.name}")
             read |= {*layout.needs, *layout.reads}
             found = {**found, **layout.make(found, where)}
         if self.weight_from:

@@ -128,6 +128,8 @@ def forms_of(value: Any) -> list[str]:
 
 def as_written(value: Any) -> Any:
     """A row with tools, arguments of tool calls and `chat_template_kwargs` as JSON text, for a table or a line of it."""
+    if isinstance(value, str):  # as most are, and Mapping is slow to ask for
+        return value
     if isinstance(value, Mapping):
         return {
             key: json.dumps(item) if isinstance(item, _AS_TEXT.get(key, ())) else as_written(item)

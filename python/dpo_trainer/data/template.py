@@ -259,7 +259,7 @@ def remarks(tokenizer: Any, pairs: Sequence[Pair], run: Mapping[str, Any] | None
         for name in sorted(told - words)
     ]
     messages = [message for pair in pairs for side in (pair.prompt, pair.chosen, pair.rejected) for message in side]
-    written = {name for message in messages for name in message if message[name]} - words
+    written = {name for message in messages for name in message if message[name]} - words - {"role", "content"}
     unused = sorted(written - (_THOUGHTS if _THOUGHTS & words else set()))
     unused += ["tools"] if "tools" not in words and any(pair.tools for pair in pairs) else []
     if unused:
