@@ -128,7 +128,11 @@ LAYOUTS = (
         lambda row, _: {},
     ),
     Layout(
-        "unpaired", "answers to one prompt with label true and false make pairs", UNPAIRED, SIDES, lambda row, _: {}
+        "unpaired rows",
+        "answers to one prompt with label true and false make pairs",
+        UNPAIRED,
+        SIDES,
+        lambda row, _: {},
     ),
 )
 
