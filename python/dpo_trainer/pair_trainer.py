@@ -43,6 +43,10 @@ class PairTrainer(Trainer):
             dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
             if account.dropped:
                 logger.warning(account.describe())
+        said = {line for other in self.accounts for line in other.remarks}
+        for line in account.remarks:
+            if line not in said:
+                logger.warning(line)
         self.accounts.append(account)
         return dataset
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from dpo_kernels import objectives
 
 from .batch.collator import PairCollator
 from .data.rows import REFERENCE
+from .data.template import with_chat_template
+from .data.tokens import MASKS, scored_counts
 from .errors import ConfigError
 from .loss_trainer import LossTrainer
 from .model import loss_path
@@ -48,10 +51,10 @@ class DPOTrainer(LossTrainer):
             unless one is given: then for the KL in the log.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
-            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `tools` (for the chat
-            template), optional `weight` (confidence: losses are weighted means), optional `ref_chosen_logps` and
-            `ref_rejected_logps` (summed log-probabilities under the reference); or, with `max_steps`, a stream of them: a
-            `datasets.IterableDataset`, or one of torch.
+            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `system`, `tools` and
+            `chat_template_kwargs` (for the chat template), optional `weight` (confidence: losses are weighted means),
+            optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference); or of a known
+            layout (docs/trainer.md); or, with `max_steps`, a stream of them: a `datasets.IterableDataset`, or one of torch.
         eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.
@@ -87,6 +90,7 @@ class DPOTrainer(LossTrainer):
             raise ConfigError(f"args: expected a DPOConfig, got {type(args).__name__}")
         init = as_mapping("model_init_kwargs", args.model_init_kwargs) or {}
         policy, reference, processing_class = load_parts(model, ref_model, processing_class, init)
+        processing_class = with_chat_template(processing_class, args.chat_template_path)
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
         set_seed(args.seed)  # for a new adapter's weights
         attached = attach(policy, peft_config, args.adapter, loaded=isinstance(model, (str, Path)))
@@ -157,18 +161,32 @@ class DPOTrainer(LossTrainer):
             self._precompute_all()
 
     def _example_batch(self) -> Batch | None:
-        """Two short pairs, padded, on which to check the model's split, or None without data."""
-        if not self.datasets():
-            return None
-        dataset = self.datasets()[0]
-        rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
+        """Two short pairs, padded, on which to check the model's split, or None without data or anything to score."""
+        rows = self._scored_rows(lambda lengths: [range(len(lengths))] * 2)
         for row in rows:
             row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
             for side in ("chosen_input_ids", "rejected_input_ids"):
                 row[side] = row[side][:16]
+            for mask in MASKS:
+                row.pop(mask, None)
+        if not rows:
+            return None
         collator: Any = self.data_collator
         padded = replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
         return self._prepare_inputs(padded(rows))
+
+    def _scored_rows(self, orders: Callable[[Any], Iterable[Iterable[int]]]) -> list[dict[str, Any]]:
+        """The first pair of each order (made from lengths) that has tokens to score on both sides and was not taken before."""
+        if not self.datasets():
+            return []
+        dataset = self.datasets()[0]
+        found: dict[int, dict[str, Any]] = {}
+        for order in orders(list(dataset["length"])):
+            for index in order:
+                if index not in found and all(all(side) for side in scored_counts(dataset[index : index + 1])):
+                    found[index] = dict(dataset[index])
+                    break
+        return list(found.values())
 
     def _check_layout(self) -> None:
         """Choose the layout by the longest pair and another.
@@ -178,9 +196,13 @@ class DPOTrainer(LossTrainer):
         collator = self.data_collator
         if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self.datasets():
             return
-        dataset = self.datasets()[0]
-        lengths = dataset["length"]
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        rows = [dict(dataset[index]) for index in {longest, 0 if longest else len(lengths) - 1}]
+        rows = self._scored_rows(
+            lambda lengths: [
+                sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True),
+                itertools.chain([0], reversed(range(len(lengths)))),
+            ]
+        )
+        if not rows:
+            return
         splits = [self.policy, *([self.reference.split] if isinstance(self.reference, FrozenReference) else [])]
         choose_layout(collator, splits, rows, self._prepare_inputs, compiled=self.args.torch_compile)

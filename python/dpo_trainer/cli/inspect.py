@@ -171,7 +171,7 @@ class Inspector(DPOTrainer):
                 item.eval()  # running means stay as they are
         # A run with precompute_ref_log_probs computes the reference first; here 0 stands for it.
         unknown = self.reference is None and objectives.needs_reference(self._objectives)
-        for timed in (cast(Batch, self._example_batch()), batch):
+        for timed in filter(None, (self._example_batch(), batch)):
             pairs, device = (len(timed["cu_seqlens"]) - 1) // 2, timed["labels"].device
             zeros = {"ref_logps": torch.zeros(2 * pairs, dtype=torch.float64, device=device)} if unknown else {}
             start = timer()

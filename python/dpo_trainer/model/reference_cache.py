@@ -23,7 +23,7 @@ import pyarrow.parquet
 import torch
 from torch import nn
 
-from ..data.tokens import TOKENS
+from ..data.tokens import MASKS, TOKENS
 from ..errors import first_line
 from .split import unwrap_adapter
 
@@ -74,10 +74,11 @@ def _as_json(value: Any) -> Any:
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """A hash of all token ids, pair by pair, in order."""
+    """A hash of all token ids, pair by pair, in order, and of which are scored, where some are not."""
     digest = hashlib.sha256()
-    for rows in dataset.select_columns(list(TOKENS)).iter(1000):
-        for name in TOKENS:
+    names = [*TOKENS, *(name for name in MASKS if name in dataset.column_names)]
+    for rows in dataset.select_columns(names).iter(1000):
+        for name in names:
             digest.update(np.array([len(ids) for ids in rows[name]], dtype=np.int64).tobytes())
             digest.update(np.array([token for ids in rows[name] for token in ids], dtype=np.int64).tobytes())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from ..data.prepare import FILTERS
 from ..errors import ConfigError
 from .checks import as_mapping, check_objective, check_together
 from .diagnoses import DIAGNOSES, Limits
+from .reading import ReadingSettings
 from .table import (
     DECAY,
     FINITE_NOT_NEGATIVE,
@@ -59,7 +60,7 @@ INHERITED = {
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(ReadingSettings, TrainingArguments):
     """Settings of a DPO run: those of `transformers.TrainingArguments` and the ones below.
 
     Names are TRL's where TRL has the setting. Some defaults of TrainingArguments are changed to what preference
@@ -272,6 +273,7 @@ class DPOConfig(TrainingArguments):
         check_together(self)
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
         self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
+        self.check_reading(as_mapping)
         Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
@@ -330,5 +332,5 @@ def settings_table() -> dict[str, Setting]:
                 default=getattr(default, "value", default),
                 help=row.help or " ".join(field.metadata.get("help", "").split()),
             )
-    own = {*RunSettings.__annotations__, *DPOConfig.__annotations__}
+    own = {*RunSettings.__annotations__, *ReadingSettings.__annotations__, *DPOConfig.__annotations__}
     return {name: rows[name] for name in sorted(rows, key=lambda name: name not in own)}

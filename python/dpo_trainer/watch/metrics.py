@@ -83,7 +83,8 @@ class MetricWindow:
 
         `loss` (weighted mean over pairs), the names of `DPOOutput.metrics`, `rewards/margins_std` (standard deviation over
         pairs), with a reference `logratios/chosen` and `logratios/rejected` (log-probability gained over the reference, in
-        nats per completion token), and `tokens` (a sum).
+        nats per completion token), and `tokens` (a sum). Means over a side's tokens are left out where none of
+        them was scored; where no token was scored at all, only `tokens` is left.
 
         Args:
             gather: collects a list of picklable objects from all processes.
@@ -96,12 +97,17 @@ class MetricWindow:
         # float64, and weights after the loss: where policy equals reference, exactly log 2 whatever the weights.
         weight = torch.cat([state["weights"] for state in states]).double()
         loss = (everything.losses.double() * weight).sum() / weight.sum().clamp(min=TINY)
+        tokens = {"tokens": float(sum(state["tokens"] for state in states))}
+        chosen, rejected = (counts.sum().item() for counts in everything.token_counts.chunk(2))
+        if not chosen and not rejected:
+            return tokens  # nothing was seen: means would be NaN, or the 0 of empty sums
+        per_token = {"mean_token_accuracy": chosen, "logits/chosen": chosen, "logits/rejected": rejected}
         return {
             "loss": loss.item(),
-            **everything.metrics(),
+            **{name: value for name, value in everything.metrics().items() if per_token.get(name, 1)},
             "rewards/margins_std": (everything.chosen_rewards - everything.rejected_rewards).std(correction=0).item(),
             **_log_ratios(everything),
-            "tokens": float(sum(state["tokens"] for state in states)),
+            **tokens,
         }
 
 
