@@ -1,5 +1,6 @@
 """The report's first sentence: what became of a run, judged by runs whose end is known."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,31 @@ def test_a_learning_rate_far_too_low(make_trainer: Make) -> None:
 
 def test_nothing_held_out(make_trainer: Make) -> None:
     assert "Unclear: nothing was held out" in run(make_trainer, eval_dataset=None)
+
+
+def test_an_evaluation_of_training_pairs_is_told_everywhere(
+    make_trainer: Make, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    rows = build_pairs(40)
+    with caplog.at_level(logging.WARNING, "dpo_trainer"):
+        said = run(make_trainer, train_dataset=rows, eval_dataset=rows[:30] + HELD_OUT[:2])
+    known = sum(row in rows for row in rows[:30] + HELD_OUT[:2])
+    assert f"eval_dataset: {known} of 32 pairs are training pairs too" in caplog.text
+    assert "Unclear: the evaluation is not held out" in said
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "label\">evaluation accuracy" in page
+    assert "label\">held-out" not in page
+    assert "<h2>Held-out" not in page
+
+
+def test_pairs_that_were_held_out_are_no_training_pairs(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(eval_dataset={"a": HELD_OUT, "b": build_pairs(24)[:5]}, train_dataset=build_pairs(24))
+    assert {account.name: account.trained_on for account in trainer.accounts} == {
+        "train_dataset": 0,
+        "eval_dataset a": 0,
+        "eval_dataset b": 5,
+    }
+    assert "eval_dataset a" not in caplog.text
 
 
 def summary(**changed: Any) -> dict[str, Any]:

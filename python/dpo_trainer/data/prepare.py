@@ -34,7 +34,8 @@ FILTERS = {
 SAMPLE = 64
 
 #: Columns beside the tokens, for the account.
-MARKS = ("status", "digest", "tokens", "repeats", "unscored")
+DIGEST = "digest"
+MARKS = ("status", DIGEST, "tokens", "repeats", "unscored")
 
 #: A row with what decides whether it is kept: status (a name of FILTERS, or ""), digest, number of tokens and weight.
 Marked = tuple[Any, str, str, int, float | None]
@@ -50,6 +51,7 @@ class Account:
         reasons: rows left out, by reason (the values of FILTERS, and the least weight).
         streamed: whether more may follow.
         remarks: what else a person should know of the data, a line each.
+        trained_on: pairs of an evaluation dataset that are training pairs too.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Account:
     reasons: Counter[str] = field(default_factory=Counter)
     streamed: bool = False
     remarks: list[str] = field(default_factory=list)
+    trained_on: int = 0
 
     @property
     def dropped(self) -> int:
@@ -132,7 +135,8 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
     """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
 
     Returns the dataset with `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (tokens of the
-    longer side) and, where given, `weight` and the reference log-probabilities; and the account of what was dropped.
+    longer side), `digest` (of all tokens) and, where given, `weight` and the reference log-probabilities; and the account of
+    what was dropped.
     Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. Datasets that are
     tokenised already pass through.
 
@@ -188,7 +192,7 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         desc=f"Tokenising {name}",
     )
     weights = dataset["weight"] if "weight" in keep else itertools.repeat(None)
-    marks = (dataset[column] for column in ("status", "digest", "tokens"))
+    marks = (dataset[column] for column in ("status", DIGEST, "tokens"))
     kept = list(sift(zip(itertools.count(), *marks, weights, strict=False), preparation, account))
     if repeated := sum(dataset["repeats"]):
         account.remarks.append(_of_repeated(name, f"{repeated:,} of {len(dataset):,} pairs", strip))
@@ -204,7 +208,8 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         raise DataError(
             f"{where}: weight_from gives every pair the weight 0: no chosen answer has a higher score than the rejected one"
         )
-    return dataset.remove_columns([column for column in MARKS if column in dataset.column_names]), account
+    spent = [column for column in MARKS if column in dataset.column_names and column != DIGEST]
+    return dataset.remove_columns(spent), account
 
 
 class PreparedStream(IterableDataset):
@@ -244,6 +249,18 @@ class PreparedStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.rows(0)
+
+
+def count_trained_on(evaluation: Any, train: Any) -> int:
+    """How many pairs of a tokenised evaluation dataset are, token for token, pairs of a tokenised training dataset.
+
+    0 where one of them is a stream or was tokenised elsewhere.
+    """
+    if any(DIGEST not in (getattr(dataset, "column_names", None) or ()) for dataset in (evaluation, train)):
+        return 0
+    wanted = list(evaluation[DIGEST])
+    found = set(wanted).intersection(train[DIGEST])
+    return sum(digest in found for digest in wanted)
 
 
 def by_name(eval_dataset: Any) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def render_report(
             for number, (prefix, pairs) in enumerate((evaluated or {}).items())
         ],
         evaluations=evaluations,
+        held_out="Evaluated" if summary.get("trained_on") else "Held-out",
         labels={name: label for name, label in LABELS.items() if any(name in row for row in evals)},
         samples=_last_samples(samples),
     )
