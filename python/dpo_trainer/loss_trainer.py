@@ -14,6 +14,7 @@ from .data.prepare import by_name
 from .data.rows import has_reference
 from .errors import ConfigError
 from .model import loss_path
+from .model.adapter_kinds import allocation_state, take_allocation_state
 from .model.split import Batch, call_through
 from .run_trainer import RunTrainer, SpoiltUpdate
 from .watch.evaluated import look_at
@@ -227,6 +228,7 @@ class LossTrainer(RunTrainer):
             "window": self._window["train"].state(),
             "grad_norm_max": None if norm is None else norm.cpu(),
             "objectives": running,
+            "ranks": allocation_state(self.policy.model),
         }
 
     def _take_state(self, state: dict[str, Any]) -> None:
@@ -235,6 +237,7 @@ class LossTrainer(RunTrainer):
         self._grad_norm_max = None if norm is None else norm.to(self.args.device)
         for index, values in state.get("objectives", {}).items():
             cast(nn.Module, self._objectives[int(index)]).load_state_dict(values)
+        take_allocation_state(self.policy.model, state.get("ranks", {}))
 
 
 def _weights(batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import ConfigError, DataError, OutputError
+from .model.adapter_kinds import all_ranks
 from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
@@ -193,7 +194,7 @@ class RunTrainer(ReferenceTrainer):
         folder = Path(output_dir) if output_dir else self.args.run_folder
         if self.is_world_process_zero() and (spoilt := _not_finite(self.policy.model)) is not None:
             logger.warning("%s: holds weights that are not finite, first in '%s'", folder.name, spoilt)
-        with contextlib.nullcontext() if _internal_call else writing(folder):
+        with all_ranks(self.policy.model) if _internal_call else writing(folder):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             write_card(self, folder, {})  # peft writes one of its own

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..batch import attention
 from ..batch.layout import attention_inputs
 from ..errors import first_line
+from .adapter_kinds import moved, needs_task, own_forward
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -32,6 +33,9 @@ class SplitModel:
 
     Args:
         model: a `transformers` causal language model or a peft model around one.
+
+    Attributes:
+        around: what an adapter does around the model, so that only the whole model is right; None where nothing is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,7 +43,8 @@ class SplitModel:
         base = unwrap_adapter(model)
         self.backbone: Any = _backbone(base)
         self.head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-        self.split = self.backbone is not None and self.head is not None
+        self.around = own_forward(model)
+        self.split = self.backbone is not None and self.head is not None and self.around is None
         self._config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
         self._scale, self._softcap = _after_head(self._config)
 
@@ -67,8 +72,17 @@ class SplitModel:
         """Logits `[N, V]` at the batch's `positions`, before `logit_scale` and `logit_softcap`."""
         if self.split:
             return self.head(self.packed_hidden(batch))
-        output = self.model(**self._inputs(batch))
-        return output.logits.flatten(0, 1).index_select(0, batch["positions"])
+        return self.whole_logits(batch).flatten(0, 1).index_select(0, batch["positions"])
+
+    def whole_logits(self, batch: Batch) -> Tensor:
+        """The whole model's own logits `[B, T, V]` of every token, None where it gives none."""
+        inputs = self._inputs(batch)
+        if needs_task(self.model):
+            inputs["task_ids"] = inputs["input_ids"].new_zeros(len(inputs["input_ids"]))
+        output = self.model(**inputs)
+        logits = getattr(output, "logits", None)
+        # Virtual tokens of an adapter stand in front.
+        return logits[:, -inputs["input_ids"].shape[1] :] if self.around and logits is not None else logits
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         dtype = next((value.dtype for value in self.model.parameters() if value.is_floating_point()), torch.float32)
@@ -83,6 +97,8 @@ class SplitModel:
         # An adapter on the head, a quantised head or an offloading hook make of it more than one matrix product.
         if type(self.head).forward is not nn.Linear.forward or "forward" in self.head.__dict__:
             return f"the head is not a plain nn.Linear but {type(self.head).__name__}"
+        if self.head.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"the head's weight is quantised ({self.head.weight.dtype})"
         return None
 
     def through_head(self, function: Callable[..., Any], hidden: Tensor) -> Any:
@@ -111,10 +127,14 @@ class SplitModel:
         Returns:
             whether the split is used.
         """
-        if not self.split:
-            logger.warning("%s: no separable head found; computing the logits of all tokens", type(self.model).__name__)
+        name = type(self.model).__name__
+        if self.around:
+            logger.info("%s: %s; computing the logits of all tokens, in padded batches", name, self.around)
             return False
-        with evaluating(self.model):
+        if not self.split:
+            logger.warning("%s: no separable head found; computing the logits of all tokens", name)
+            return False
+        with evaluating(self.model), moved(self.model):
             logits = self.packed_logits(batch)
             precision = torch.finfo(logits.dtype).eps
             values = self.finish(logits.double())
@@ -129,7 +149,7 @@ class SplitModel:
         if not self.split:
             logger.warning(
                 "%s: logits by head(backbone(x)) and the model's own %s; computing those of all tokens, slower",
-                type(self.model).__name__,
+                name,
                 reason,
             )
         return self.split
@@ -147,9 +167,11 @@ class SplitModel:
             batch: some pairs in the layout to try.
             padded: the same pairs in the padded layout.
         """
+        if self.around:
+            return self.around
         answer = self.packed_hidden if self.split else self.packed_logits
         try:
-            with evaluating(self.model):
+            with evaluating(self.model), moved(self.model):
                 expected, found = answer(padded), answer(batch)
         except Exception as error:  # whatever a model's own code raises when it does not know such inputs
             return f"it refuses the batch ({type(error).__name__}: {first_line(error)})"
@@ -221,15 +243,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in the model to 0, also where attention keeps it as a plain number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def call_through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
