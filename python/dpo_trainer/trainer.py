@@ -19,6 +19,7 @@ from .errors import ConfigError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
+from .model.auxiliary import auxiliary_loss
 from .model.causal import check_answers
 from .model.dropout import disable_dropout, settle
 from .model.layouts import choose_layout
@@ -137,6 +138,7 @@ class DPOTrainer(LossTrainer):
                     with moved(self.policy.model):
                         name = type(self.policy.model).__name__
                         settle(self.policy.model, lambda: self.policy.packed_logits(example), name)
+        self.auxiliary = auxiliary_loss(self.policy, args.router_aux_loss_coef, example)
         self.reference = self._make_reference(reference, example)
         self.moving = self._make_moving()
         self._check_layout()

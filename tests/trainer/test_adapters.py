@@ -11,10 +11,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 from torch.nn.functional import logsigmoid
 
-from dpo_trainer import ConfigError, ModelError
 from dpo_trainer.model.adapter_kinds import moved
 
-from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
+from .tiny import build_model, build_tokenizer, build_trainer
 
 VOCAB = len(build_tokenizer())
 LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -36,7 +36,11 @@ class SplitModel:
 
     Attributes:
         around: what an adapter does around the model, so that only the whole model is right; None where nothing is.
+        collect_routers: whether forward passes with gradient leave their router logits in `router_logits` (see `auxiliary`).
     """
+
+    collect_routers = False
+    router_logits: Any = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -65,7 +69,7 @@ class SplitModel:
 
     def packed_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
-        output = self.backbone(**self._inputs(batch))
+        output = self._call(self.backbone, batch)
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch["positions"])
 
     def packed_logits(self, batch: Batch) -> Tensor:
@@ -76,13 +80,20 @@ class SplitModel:
 
     def whole_logits(self, batch: Batch) -> Tensor:
         """The whole model's own logits `[B, T, V]` of every token, None where it gives none."""
-        inputs = self._inputs(batch)
-        if needs_task(self.model):
-            inputs["task_ids"] = inputs["input_ids"].new_zeros(len(inputs["input_ids"]))
-        output = self.model(**inputs)
-        logits = getattr(output, "logits", None)
+        rows, length = batch["input_ids"].shape
+        task = {"task_ids": batch["input_ids"].new_zeros(rows)} if needs_task(self.model) else {}
+        logits = getattr(self._call(self.model, batch, **task), "logits", None)
         # Virtual tokens of an adapter stand in front.
-        return logits[:, -inputs["input_ids"].shape[1] :] if self.around and logits is not None else logits
+        return logits[:, -length:] if self.around and logits is not None else logits
+
+    def _call(self, module: nn.Module, batch: Batch, **more: Any) -> Any:
+        collect = self.collect_routers and torch.is_grad_enabled()
+        if collect:
+            more["output_router_logits"] = True
+        output = module(**self._inputs(batch), **more)
+        if collect:
+            self.router_logits = getattr(output, "router_logits", None)
+        return output
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         dtype = next((value.dtype for value in self.model.parameters() if value.is_floating_point()), torch.float32)
@@ -169,6 +180,8 @@ class SplitModel:
         """
         if self.around:
             return self.around
+        if self.collect_routers and not self.split:
+            return "the whole model computes its auxiliary loss of padded batches only"
         answer = self.packed_hidden if self.split else self.packed_logits
         try:
             with evaluating(self.model), moved(self.model):

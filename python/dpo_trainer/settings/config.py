@@ -201,6 +201,12 @@ class DPOConfig(TrainingArguments):
     disable_dropout: bool = _model(
         True, "Set all dropout (LoRA's too) to 0, so that policy and reference agree at the start."
     )
+    router_aux_loss_coef: float | None = _model(
+        None,
+        "Mixture of experts: factor of the auxiliary loss that keeps experts equally busy, added in training. None: what the "
+        "model's config says; 0: none.",
+        FINITE_NOT_NEGATIVE,
+    )
     model_init_kwargs: dict[str, Any] | str | None = _model(
         None, "Keyword arguments of from_pretrained when the model is given as a path."
     )
