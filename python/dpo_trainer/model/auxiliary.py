@@ -26,7 +26,7 @@ def coefficient(model: Any, given: float | None) -> float:
     if not hasattr(config, "output_router_logits"):
         if given:
             raise ConfigError(
-                f"router_aux_loss_coef: {type(base).__name__} returns no router logits, so there is no auxiliary loss; leave it out"
+                f"router_aux_loss_coef: {type(base).__name__} returns no router logits, so it has no auxiliary loss; leave it out"
             )
         return 0.0
     if given is not None:
@@ -90,7 +90,7 @@ class AuxiliaryLoss:
         self._split = split
         base = unwrap_adapter(split.model)
         config = base.config.get_text_config()
-        self._top_k = getattr(base, "num_experts_per_tok", getattr(config, "num_experts_per_tok", None))
+        self._top_k: Any = getattr(base, "num_experts_per_tok", getattr(config, "num_experts_per_tok", None))
         split.collect_routers = True
 
     def take(self, batch: Batch) -> Tensor:

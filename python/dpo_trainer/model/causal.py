@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from ..errors import ModelError, UsageError, first_line
-from .adapter_kinds import moved
+from .adapter_kinds import active_configs, moved
 from .split import Batch, SplitModel, evaluating, unwrap_adapter
 
 logger = logging.getLogger("dpo_trainer")
@@ -65,36 +66,75 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
     changed[0, length - 1] = (changed[0, length - 1] + 1) % max(int(changed.max()), 2)
     try:
         with evaluating(split.model), moved(split.model):
-            answers = [split.whole_logits({**batch, "input_ids": ids}) for ids in (batch["input_ids"], changed)]
+            with torch.enable_grad():
+                whole = split.whole_logits(batch)
+            other = split.whole_logits({**batch, "input_ids": changed})
     except UsageError:
         raise
     except Exception as error:  # whatever a model's own code raises
         raise ModelError(
             f"{name}: {kind} cannot be run on a batch of tokens ({type(error).__name__}: {first_line(error)})"
         ) from error
-    whole, other = answers
     greatest = int(max(batch["labels"].max(), batch["input_ids"].max())) if batch["labels"].numel() else 0
     if whole is None or whole.dim() != 3 or whole.shape[:2] != changed.shape or whole.shape[2] <= greatest:
         shape = "no logits" if whole is None else f"logits of shape {tuple(whole.shape)}"
         raise ModelError(
             f"{name}: {kind} gives {shape} for tokens {tuple(changed.shape)}, not one score a token; {_WANTED}"
         )
-    if _differ(whole[0, : length - 1], other[0, : length - 1]):
+    trained = any(value.requires_grad for value in split.model.parameters())
+    if trained and not (whole.requires_grad and _head_returns_gradient(split.head)):
+        raise ModelError(
+            f"{name}: {kind}'s head {type(split.head).__name__} lets no gradient through; a quantised head must be one for "
+            "training (bitsandbytes), or be left out of the quantisation"
+        )
+    limit = _limit(split.model, whole)
+    if _differ(whole[0, : length - 1], other[0, : length - 1], limit):
+        adapters = " and ".join(config.peft_type.value for config in active_configs(split.model))
+        if adapters and not _looks_ahead_without(split, batch, changed, length, limit):
+            raise ModelError(
+                f"{name}: its adapter {adapters} looks ahead: a later token changes the logits before it; use another kind"
+            )
         raise ModelError(
             f"{name}: {kind} looks ahead: a later token changes the logits before it, so it sees the tokens that it is to "
             f"predict; {_WANTED} (of BERT-like models, with is_decoder=True)"
         )
     real = batch["attention_mask"][1:].bool()
-    if _differ(whole[1:][real], other[1:][real]):
+    if _differ(whole[1:][real], other[1:][real], limit):
         logger.warning(
             "%s: an answer depends on the other rows of its batch, so log-probabilities are those of the batch at hand",
             kind,
         )
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    if not one.numel():
-        return False
-    limit = 1e-4 if torch.finfo(one.dtype).bits >= 32 and torch.get_float32_matmul_precision() == "highest" else 0.05
-    one, other = one.double(), other.double()
+def _looks_ahead_without(split: SplitModel, batch: Batch, changed: Tensor, length: int, limit: float) -> bool:
+    """Whether the model looks ahead with its adapter off."""
+    model: Any = split.model
+    with evaluating(model), model.disable_adapter():
+        whole, other = (split.whole_logits({**batch, "input_ids": ids}) for ids in (batch["input_ids"], changed))
+    return _differ(whole[0, : length - 1], other[0, : length - 1], limit)
+
+
+def _head_returns_gradient(head: Any) -> bool:
+    """Whether a gradient comes back through the head; asked only of heads that are not plain."""
+    if not hasattr(head, "in_features") or type(head).forward is nn.Linear.forward:
+        return True
+    weight = next(iter([*head.parameters(), *head.buffers()]), torch.empty(0))
+    with torch.enable_grad():
+        hidden = torch.ones(1, head.in_features, device=weight.device, requires_grad=True)
+        try:
+            torch.autograd.grad(head(hidden).sum(), hidden)
+        except RuntimeError as error:
+            return "dtype" in str(error)  # of another type than the hidden states have; it has run on those
+    return True
+
+
+def _limit(model: nn.Module, logits: Tensor) -> float:
+    """How far logits may move, relative to their norm, without being others: what is quantised by batch moves a little."""
+    quantised = any(re.search("quant|bitsandbytes", type(part).__module__) for part in model.modules())
+    exact = torch.finfo(logits.dtype).bits >= 32 and torch.get_float32_matmul_precision() == "highest"
+    return 1e-4 if exact and not quantised else 0.05
+
+
+def _differ(one: Tensor, other: Tensor, limit: float) -> bool:
+    one, other = one.detach().double(), other.detach().double()
     return bool(((one - other).norm(dim=-1) > limit * one.norm(dim=-1)).any())

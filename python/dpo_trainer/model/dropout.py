@@ -1,4 +1,4 @@
-"""Dropout off: every number that makes a model draw at random in training is set to 0, and the model is asked whether it still does."""
+"""Dropout off: every number that makes a model draw at random is set to 0, and the model is asked whether it still draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -111,9 +110,9 @@ def _first_that_differs(
 
 
 def _answer(
-    _: nn.Module, forward: Callable[[], Tensor], generators: list[torch.Generator], seed: int
+    _model: nn.Module, forward: Callable[[], Tensor], generators: list[torch.Generator], seed: int
 ) -> tuple[Tensor, bool]:
-    """The answer under a random state, and whether that state has moved."""
+    """The answer of the model, in the mode that it is in, under a random state, and whether that state has moved."""
     before = _seed(generators, seed)
     answer = forward().clone()
     return answer, before != _states(generators)
@@ -169,15 +168,13 @@ def _generators(model: nn.Module) -> list[torch.Generator]:
 
 def _states(generators: list[torch.Generator]) -> tuple[bytes, ...]:
     """All random states, in a form that can be compared."""
-    others = (random.getstate(), numpy.random.get_state())
-    return (*(item.get_state().numpy().tobytes() for item in generators), *(repr(item).encode() for item in others))
+    return (*(item.get_state().numpy().tobytes() for item in generators), repr(random.getstate()).encode())
 
 
 def _seed(generators: list[torch.Generator], seed: int) -> tuple[bytes, ...]:
     for generator in generators:
         generator.manual_seed(seed)
     random.seed(seed)
-    numpy.random.seed(seed)
     return _states(generators)
 
 
@@ -186,14 +183,13 @@ def _left_alone(model: nn.Module, generators: list[torch.Generator]) -> Iterator
     """A context that leaves random states, the model's buffers and its modules' modes as they were."""
     buffers = [(value, value.clone()) for value in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
-    states, python, numbers = [item.get_state() for item in generators], random.getstate(), numpy.random.get_state()
+    states, python = [item.get_state() for item in generators], random.getstate()
     try:
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         random.setstate(python)
-        numpy.random.set_state(numbers)
         for value, before in buffers:
             value.copy_(before)
         for module, training in modes:

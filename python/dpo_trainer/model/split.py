@@ -78,7 +78,7 @@ class SplitModel:
             return self.head(self.packed_hidden(batch))
         return self.whole_logits(batch).flatten(0, 1).index_select(0, batch["positions"])
 
-    def whole_logits(self, batch: Batch) -> Tensor:
+    def whole_logits(self, batch: Batch) -> Any:
         """The whole model's own logits `[B, T, V]` of every token, None where it gives none."""
         rows, length = batch["input_ids"].shape
         task = {"task_ids": batch["input_ids"].new_zeros(rows)} if needs_task(self.model) else {}

@@ -35,7 +35,7 @@ def check_fit(
             raise ModelError(
                 f"ref_model: has a vocabulary of {others} tokens, the model one of {ours}; they must share their tokenizer"
             )
-    check_adapter(model, gradient_checkpointing=config.gradient_checkpointing)
+    check_adapter(model, gradient_checkpointing=bool(config.gradient_checkpointing))
     if not datasets:
         return
     Batching(1, config.max_tokens, config.pad_to_multiple_of).check(max(datasets[0]["length"]))
