@@ -31,8 +31,12 @@ def coefficient(model: Any, given: float | None) -> float:
         return 0.0
     if given is not None:
         return given
-    own = getattr(config, "router_aux_loss_coef", getattr(base, "router_aux_loss_coef", None))
-    return float(own or 0.0)
+    places = (
+        (config, "router_aux_loss_coef"),
+        (base, "router_aux_loss_coef"),
+        (base, "aux_loss_coef"),
+    )  # JetMoE the last
+    return float(next((value for place, name in places if (value := getattr(place, name, None)) is not None), 0.0))
 
 
 def load_balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> Tensor:
@@ -110,6 +114,9 @@ class AuxiliaryLoss:
                 self._split.packed_logits(batch)
                 if self._split.router_logits is None:
                     return "it returns no router logits"
+                tokens = batch["input_ids"].numel() + len(batch["input_ids"]) * virtual_tokens(self._split.model)
+                if any(logits.dim() != 2 or len(logits) != tokens for logits in self._split.router_logits):
+                    return "its router logits are not one row for each token"
                 found = self.take(batch).double()
         except Exception as error:  # whatever a model's own code raises
             return f"{type(error).__name__}: {first_line(error)}"

@@ -104,7 +104,7 @@ class SplitModel:
     def obstacle_to_linear(self) -> str | None:
         """Why the loss cannot be computed from hidden states and the head's weight; None if it can."""
         if not self.split:
-            return "the model's logits are not head(backbone(x))"
+            return self.around or "the model's logits are not head(backbone(x))"
         # An adapter on the head, a quantised head or an offloading hook make of it more than one matrix product.
         if type(self.head).forward is not nn.Linear.forward or "forward" in self.head.__dict__:
             return f"the head is not a plain nn.Linear but {type(self.head).__name__}"
@@ -178,8 +178,6 @@ class SplitModel:
             batch: some pairs in the layout to try.
             padded: the same pairs in the padded layout.
         """
-        if self.around:
-            return self.around
         if self.collect_routers and not self.split:
             return "the whole model computes its auxiliary loss of padded batches only"
         answer = self.packed_hidden if self.split else self.packed_logits
