@@ -15,8 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from .errors import ConfigError, DataError, OutputError
+from .errors import ConfigError, DataError, ModelError, OutputError
 from .model.adapter_kinds import all_ranks
+from .model.adapters import BASE, save_base
 from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
@@ -47,6 +48,8 @@ class RunTrainer(ReferenceTrainer):
     evaluated: dict[str, EvaluatedPairs]
     journal: Journal
     samples: Samples | None
+    #: Why the model cannot be trained; `train` raises it.
+    obstacle_to_training: str | None = None
     _started_at = _paused_for = 0.0
     #: The step of this run's last checkpoint.
     _saved_at = -1
@@ -119,11 +122,15 @@ class RunTrainer(ReferenceTrainer):
         """
         if self.train_dataset is None:
             raise DataError("train_dataset: none given, nothing to train on")
+        if self.obstacle_to_training is not None:
+            raise ModelError(self.obstacle_to_training)
         folder, first = self.journal.folder, self.is_world_process_zero()
         with run_lock(folder, first=first), self.signals.listening():
             checkpoint = self._sound_checkpoint(folder, resume_from_checkpoint) if resume_from_checkpoint else None
             if first:
                 discard_half(folder)
+                if self.attached.merged and self.attached.is_new:
+                    self._save_base(folder / BASE)
             self._training_seconds()  # the clock starts here
             self._saved_at = -1
             self._take_state({})
@@ -200,6 +207,16 @@ class RunTrainer(ReferenceTrainer):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             write_card(self, folder, {})  # peft writes one of its own
+
+    def _save_base(self, folder: Path) -> None:
+        """Keep the model that a new adapter belongs to: an older adapter is merged into it, so it stands nowhere else."""
+        model: Any = self.policy.model
+        if not (folder / "config.json").exists():
+            with writing(folder):
+                save_base(model, folder)
+                self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+            logger.info("the model under the new adapter is saved in %s", folder)
+        model.peft_config[model.active_adapter].base_model_name_or_path = str(folder.resolve())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` into `output_dir`; takes what `transformers.Trainer.create_model_card` takes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from dpo_kernels import objectives
 
@@ -19,15 +19,17 @@ from .errors import ConfigError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
+from .model.adapters import attach, named_adapter, obstacle_to_training
 from .model.auxiliary import auxiliary_loss
 from .model.causal import check_answers
 from .model.dropout import disable_dropout, settle
 from .model.layouts import choose_layout
-from .model.loading import load_parts, with_adapter
+from .model.loading import load_parts
 from .model.references import FrozenReference
 from .model.split import Batch, SplitModel
 from .pair_trainer import looked_at
-from .settings.config import DPOConfig, as_mapping
+from .settings.checks import as_mapping
+from .settings.config import DPOConfig
 from .settings.fit import check_best_metric, check_fit
 from .watch.metrics import MetricWindow
 from .watch.samples import Scorer
@@ -43,10 +45,11 @@ class DPOTrainer(LossTrainer):
     `output_dir`: `metrics.jsonl`, `events.jsonl`, `samples.jsonl`, `summary.json`, `report.html`, the card `README.md`.
 
     Args:
-        model: a causal language model, a peft model, or a path for `load_model`.
-        ref_model: the reference: a model or a path. None: the model as it is now (a frozen copy, or nothing at all with
-            `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off. An objective
-            that needs no reference gets none, unless one is given: then for the KL in the log.
+        model: a causal language model, a peft model, or a path for `load_model`, also of an adapter.
+        ref_model: the reference: a model or a path. None: the model as it is given. That is a frozen copy, or nothing at all
+            with `precompute_ref_log_probs=True`. With `peft_config` it is the model with the adapter switched off. Of a
+            model that brings a trained adapter, the adapter is copied. An objective that needs no reference gets none,
+            unless one is given: then for the KL in the log.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
             messages; without `prompt`, chosen and rejected are whole and begin alike), optional `tools` (for the chat
@@ -56,7 +59,8 @@ class DPOTrainer(LossTrainer):
         eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.
-        peft_config: a peft config; the model is wrapped in an adapter of this kind.
+        peft_config: a peft config; the model is wrapped in an adapter of this kind. See the setting `adapter` for a model
+            that brings one.
         scorer: judges answers, (prompts, completions) -> a number each, higher is better: logs the win rate of the
             policy's answers to `sample_prompts` held-out prompts. Instead of `win_rate_scorer`, which names one.
         compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. `predict` and
@@ -88,8 +92,11 @@ class DPOTrainer(LossTrainer):
         init = as_mapping("model_init_kwargs", args.model_init_kwargs) or {}
         policy, reference, processing_class = load_parts(model, ref_model, processing_class, init)
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
-        if peft_config is not None:
-            policy = with_adapter(policy, peft_config)
+        set_seed(args.seed)  # for a new adapter's weights
+        attached = attach(policy, peft_config, args.adapter, loaded=isinstance(model, (str, Path)))
+        policy = attached.model
+        if args.model_adapter_name is not None:
+            named_adapter(policy, args.model_adapter_name, "model_adapter_name")
         if args.disable_dropout:
             for part in (policy, reference):
                 if part is not None:
@@ -126,6 +133,7 @@ class DPOTrainer(LossTrainer):
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._grad_norm_max: Tensor | None = None
 
+        self.attached = attached
         self.policy = SplitModel(self.model)  # type: ignore[arg-type]
         if args.torch_compile and self.policy.backbone is not None:
             self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -138,6 +146,7 @@ class DPOTrainer(LossTrainer):
                     with moved(self.policy.model):
                         name = type(self.policy.model).__name__
                         settle(self.policy.model, lambda: self.policy.packed_logits(example), name)
+                self.obstacle_to_training = obstacle_to_training(self.policy, example)
         self.auxiliary = auxiliary_loss(self.policy, args.router_aux_loss_coef, example)
         self.reference = self._make_reference(reference, example)
         self.moving = self._make_moving()

@@ -87,6 +87,10 @@ NEEDS = {"ADAMSS": "sklearn"}
 
 
 def with_adapter(kind: str, folder: Path, **settings: Any) -> Any:
+    return peft.get_peft_model(*base_and_config(kind, folder, **settings))
+
+
+def base_and_config(kind: str, folder: Path, **settings: Any) -> tuple[Any, Any]:
     base = build_model("llama-tied", VOCAB, 0)
     arguments = {**KINDS[kind], **settings}
     if kind == "XLORA":
@@ -97,7 +101,7 @@ def with_adapter(kind: str, folder: Path, **settings: Any) -> Any:
             arguments["adapters"][str(index)] = str(folder / str(index))
         base.config.use_cache = False
     torch.manual_seed(0)
-    return peft.get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **arguments))
+    return base, PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **arguments)
 
 
 def plain_logps(model: Any, dataset: Any, count: int, **inputs: Any) -> torch.Tensor:
@@ -125,8 +129,9 @@ def test_every_kind_of_peft_is_here() -> None:
 def test_policy_reference_and_gradient_are_those_of_plain_forwards(kind: str, layout: str, tmp_path: Path) -> None:
     if kind in NEEDS:
         pytest.importorskip(NEEDS[kind])
-    model = with_adapter(kind, tmp_path)
-    trainer = build_trainer(tmp_path / "run", model=model, batch_layout=layout, beta=1.0)
+    base, config = base_and_config(kind, tmp_path)
+    trainer = build_trainer(tmp_path / "run", model=base, peft_config=config, batch_layout=layout, beta=1.0)
+    model = trainer.model
     task = {"task_ids": torch.zeros(1, dtype=torch.int64)} if kind in ("POLY", "MULTITASK_PROMPT_TUNING") else {}
     if layout == "prefix_shared":
         assert (trainer.data_collator.layout == "padded") == (trainer.policy.around is not None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..errors import ConfigError, ModelError, first_line
+from ..errors import ModelError, first_line
 from .causal import check_class
 
 
@@ -18,6 +21,7 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
 
     float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
     A .gguf file is dequantised by transformers. Its quantisation attributes are removed, so that it can be trained and saved.
+    An adapter of peft is loaded around the model that its config names, ready to be trained.
 
     Raises:
         ModelError: the path does not exist or cannot be read as a model.
@@ -25,6 +29,8 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     dtype = kwargs.setdefault("dtype", torch.float32)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ModelError(f"model_init_kwargs: unknown dtype '{dtype}'")
+    if (base := _base_of(path)) is not None:
+        return _load_adapter(path, base, **kwargs)
     model = _read(AutoModelForCausalLM, path, "cannot be loaded", **kwargs)
     if Path(path).suffix == ".gguf":
         model.hf_quantizer = None
@@ -35,12 +41,18 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer that belongs to a model folder, hub name or .gguf file.
+    """Load the tokenizer that belongs to a model folder, hub name or .gguf file; of an adapter without one, its model's.
 
     Raises:
         ModelError: there is none.
     """
-    return _read(AutoTokenizer, path, "its tokenizer cannot be loaded")
+    try:
+        return _read(AutoTokenizer, path, "its tokenizer cannot be loaded")
+    except ModelError:
+        if (base := _base_of(path)) is None:
+            raise
+        with _of_adapter(path, base):
+            return load_tokenizer(base)
 
 
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -67,16 +79,46 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     return model, ref_model, tokenizer
 
 
-def with_adapter(model: Any, peft_config: Any) -> Any:
-    """The model with an adapter around it. Raises ConfigError or ModelError."""
-    from peft import PeftModel, get_peft_model
-
-    if isinstance(model, PeftModel):
-        raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
+def _base_of(path: str | Path) -> str | None:
+    """The model that an adapter of peft belongs to, by its config; None where the path holds no adapter."""
+    folder, extra = _source(path)
     try:
-        return get_peft_model(model, peft_config)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"peft_config: {first_line(error)}") from error
+        found = None if extra else find_adapter_config_file(folder)
+    except OSError:
+        return None  # no such hub name, which is for the loading of a model to say
+    if found is None:
+        return None
+    if not (base := json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")):
+        raise ModelError(
+            f"model '{path}': is an adapter, and its adapter_config.json names no model; set base_model_name_or_path there"
+        )
+    return base
+
+
+@contextlib.contextmanager
+def _of_adapter(path: str | Path, base: str) -> Iterator[None]:
+    """Errors of loading an adapter's model say whose it is."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"model '{path}': is an adapter, whose base_model_name_or_path in adapter_config.json is '{base}': {error}"
+        ) from error
+
+
+def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
+    """The adapter around its model, ready to be trained."""
+    from peft import PeftModel
+
+    with _of_adapter(path, base):
+        model = load_model(base, **kwargs)
+    tokenizer = load_tokenizer(path)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))  # the adapter was trained with tokens of its own
+    try:
+        return PeftModel.from_pretrained(model, str(Path(path).expanduser()), is_trainable=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"model '{path}': the adapter cannot be loaded ({first_line(error)})") from error
 
 
 def _read(kind: Any, path: str | Path, failure: str, **kwargs: Any) -> Any:

@@ -1,11 +1,7 @@
 """DPOConfig: the settings of a run, each in one row with its type, default, range, help and group, and the checks across rows."""
 
-import contextlib
 import dataclasses
-import json
-import math
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,16 +10,14 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from dpo_kernels import objectives
 from dpo_kernels.backends import NAMES as BACKENDS
 from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
-from dpo_kernels.linear.planner import parse_budget
-from dpo_kernels.objectives import OBJECTIVES
 
 from ..batch.layout import LAYOUTS
 from ..batch.sampler import STRATEGIES
 from ..data.prepare import FILTERS
 from ..errors import ConfigError
+from .checks import as_mapping, check_objective, check_together
 from .diagnoses import DIAGNOSES, Limits
 from .table import (
     DECAY,
@@ -37,7 +31,6 @@ from .table import (
     SHARE,
     Setting,
     at_least,
-    check_choice,
     check_fields,
     row_of,
     setting,
@@ -207,6 +200,16 @@ class DPOConfig(TrainingArguments):
         "model's config says; 0: none.",
         FINITE_NOT_NEGATIVE,
     )
+    adapter: str | None = _model(
+        None,
+        "What becomes of an adapter that the model brings: 'continue' trains it, 'merge' merges it into the model. None: "
+        "continue, or merge where lora asks for a new one.",
+        choices=("continue", "merge"),
+    )
+    model_adapter_name: str | None = _model(
+        None, "The adapter to train, of a model that brings several. None: the active one."
+    )
+    ref_adapter_name: str | None = _model(None, "The adapter with which the model is the reference.")
     model_init_kwargs: dict[str, Any] | str | None = _model(
         None, "Keyword arguments of from_pretrained when the model is given as a path."
     )
@@ -271,8 +274,8 @@ class DPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_fields(self, settings_table())
-        self._check_objective()
-        self._check_together()
+        check_objective(self)
+        check_together(self)
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
         self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
         Limits.of(self.diagnostics)
@@ -288,66 +291,6 @@ class DPOConfig(TrainingArguments):
     def run_folder(self) -> Path:
         """`output_dir` as a path."""
         return Path(str(self.output_dir))
-
-    def _check_objective(self) -> None:
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        if not names:
-            raise ConfigError("loss_type: at least one objective is needed")
-        for name in names:
-            # "simpo(gamma=1)" names simpo, with a hyper-parameter of its own.
-            check_choice("loss_type", name.partition("(")[0].strip(), OBJECTIVES, "objective")
-        if self.loss_weights is not None and len(self.loss_weights) != len(names):
-            raise ConfigError(
-                f"loss_weights: {len(self.loss_weights)} weights for {len(names)} objectives in loss_type"
-            )
-        try:
-            built = objectives.build(self.loss_type)
-        except ValueError as error:
-            raise ConfigError(f"loss_type: {error}") from error
-        try:
-            objectives.check(built, self.loss_weights, self.label_smoothing)
-        except ValueError as error:
-            raise ConfigError(f"label_smoothing: {error}") from error
-        for name in ("precompute_ref_log_probs", "sync_ref_model"):
-            if getattr(self, name) and not objectives.needs_reference(built):
-                raise ConfigError(f"{name}: loss_type {self.loss_type} compares with no reference; leave it off")
-
-    def _check_together(self) -> None:
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ConfigError(
-                "sync_ref_model: the reference moves during training, so its log-probabilities cannot be precomputed; "
-                "leave precompute_ref_log_probs off"
-            )
-        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
-            raise ConfigError(
-                f"max_prompt_length: {self.max_prompt_length} leaves no room for a completion "
-                f"within max_length {self.max_length}"
-            )
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ConfigError(f"max_steps: must be at least 1, or -1 for whole epochs, got {self.max_steps}")
-        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
-            raise ConfigError(f"num_train_epochs: must be positive, got {self.num_train_epochs}")
-        for pair in (self.optim_args or "").replace(" ", "").split(","):
-            if pair and not pair.partition("=")[2]:
-                raise ConfigError(f"optim_args: expected name=value, separated by commas, got '{self.optim_args}'")
-        if self.win_rate_scorer is not None and not self.sample_prompts:
-            raise ConfigError("win_rate_scorer: there is nothing to score; set sample_prompts, e.g. to 32")
-        try:
-            parse_budget(self.memory_budget, 1, 1)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"memory_budget: {error}") from error
-        if isinstance(self.grad_filter, str) and self.grad_filter != "auto":
-            raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{self.grad_filter}'")
-
-
-def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
-    """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected a mapping, got {value!r}")
-    return value
 
 
 @dataclass
