@@ -174,7 +174,7 @@ def test_an_adapter_that_looks_ahead_is_refused(kind: str, tmp_path: Path) -> No
 
 
 def test_virtual_tokens_are_not_scored(tmp_path: Path) -> None:
-    """The first loss of prompt tuning is not log 2: its prompt begins at random, and the reference is the model without."""
+    """Whole logits, padded batches; the saved adapter answers as the trained one does."""
     trainer = build_trainer(tmp_path / "run", model=with_adapter("PROMPT_TUNING", tmp_path), max_steps=2)
     assert (trainer.policy.split, trainer.loss_path, trainer.data_collator.layout) == (False, "logits", "padded")
     before = trainer.model.prompt_encoder["default"].embedding.weight.detach().clone()
