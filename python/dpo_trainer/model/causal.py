@@ -66,9 +66,7 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
     changed[0, length - 1] = (changed[0, length - 1] + 1) % max(int(changed.max()), 2)
     try:
         with evaluating(split.model), moved(split.model):
-            with torch.enable_grad():
-                whole = split.whole_logits(batch)
-            other = split.whole_logits({**batch, "input_ids": changed})
+            whole, other = (split.whole_logits({**batch, "input_ids": ids}) for ids in (batch["input_ids"], changed))
     except UsageError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -82,7 +80,7 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
             f"{name}: {kind} gives {shape} for tokens {tuple(changed.shape)}, not one score a token; {_WANTED}"
         )
     trained = any(value.requires_grad for value in split.model.parameters())
-    if trained and not (whole.requires_grad and _head_returns_gradient(split.head)):
+    if trained and not _head_returns_gradient(split.head):
         raise ModelError(
             f"{name}: {kind}'s head {type(split.head).__name__} lets no gradient through; a quantised head must be one for "
             "training (bitsandbytes), or be left out of the quantisation"
@@ -136,5 +134,5 @@ def _limit(model: nn.Module, logits: Tensor) -> float:
 
 
 def _differ(one: Tensor, other: Tensor, limit: float) -> bool:
-    one, other = one.detach().double(), other.detach().double()
+    one, other = one.double(), other.double()
     return bool(((one - other).norm(dim=-1) > limit * one.norm(dim=-1)).any())
