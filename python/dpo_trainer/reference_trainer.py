@@ -12,6 +12,7 @@ from dpo_kernels import objectives, use_backend
 from .data.rows import REFERENCE, has_reference
 from .errors import ConfigError, DataError
 from .model.adapters import Attached, named_adapter, starts_without_effect, trainable_in, without_adapter
+from .model.causal import check_answers
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .model.references import AdapterOffReference, FrozenReference, Reference, reference_logps
@@ -54,6 +55,7 @@ class ReferenceTrainer(PairTrainer):
             reference = FrozenReference(ref_model.to(self.args.device))
             if example is not None:
                 with self.accelerator.autocast():
+                    check_answers(reference.split, example, "ref_model")
                     reference.split.verify(example)
             return reference
         if (name := self.args.ref_adapter_name) is not None:

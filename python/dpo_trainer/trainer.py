@@ -21,11 +21,15 @@ from .data.tokens import MASKS, scored_counts
 from .errors import ConfigError
 from .loss_trainer import LossTrainer
 from .model import loss_path
+from .model.adapter_kinds import AllocateRanks, moved
 from .model.adapters import attach, named_adapter, obstacle_to_training
+from .model.auxiliary import auxiliary_loss
+from .model.causal import check_answers
+from .model.dropout import disable_dropout, settle
 from .model.layouts import choose_layout
 from .model.loading import load_parts
 from .model.references import FrozenReference
-from .model.split import Batch, SplitModel, disable_dropout
+from .model.split import Batch, SplitModel
 from .pair_trainer import looked_at
 from .settings.checks import as_mapping
 from .settings.config import DPOConfig
@@ -140,8 +144,14 @@ class DPOTrainer(LossTrainer):
         example = self._example_batch()
         if example is not None:
             with self.accelerator.autocast():
+                check_answers(self.policy, example)
                 self.policy.verify(example)
+                if args.disable_dropout:
+                    with moved(self.policy.model):
+                        name = type(self.policy.model).__name__
+                        settle(self.policy.model, lambda: self.policy.packed_logits(example), name)
                 self.obstacle_to_training = obstacle_to_training(self.policy, example)
+        self.auxiliary = auxiliary_loss(self.policy, args.router_aux_loss_coef, example)
         self.reference = self._make_reference(reference, example)
         self.moving = self._make_moving()
         self._check_layout()
@@ -155,6 +165,8 @@ class DPOTrainer(LossTrainer):
         if args.kl_coef > 0 and self.reference is None:
             raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
         self._watch(scorer)
+        if AllocateRanks.wanted(self.model):
+            self.add_callback(AllocateRanks())
         if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
             check_best_metric(args, self._evaluation_names())
         if args.precompute_ref_log_probs:

@@ -245,7 +245,7 @@ class PreparedStream(IterableDataset):
         _check_weights(pair.numbers, self._preparation, self._source.name)
         found = _prepared(pair, self._tokenizer, self._preparation.of_tokens, self._strip)
         status, digest, tokens, *_ = (found.pop(mark) for mark in MARKS)
-        return found, status, digest, tokens, pair.numbers.get("weight")
+        return {**found, DIGEST: digest}, status, digest, tokens, pair.numbers.get("weight")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.rows(0)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ModelError, first_line
+from .causal import check_class
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
@@ -66,10 +67,9 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"model: {type(model).__name__} is an encoder-decoder; only causal language models are supported"
-        )
+    check_class(model)
+    if ref_model is not None:
+        check_class(ref_model, "ref_model")
     if ref_model is model:
         raise ModelError("ref_model: is the model itself, which would move with it; pass None for a frozen copy")
     if tokenizer is None:

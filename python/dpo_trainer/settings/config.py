@@ -195,6 +195,12 @@ class DPOConfig(ReadingSettings, TrainingArguments):
     disable_dropout: bool = _model(
         True, "Set all dropout (LoRA's too) to 0, so that policy and reference agree at the start."
     )
+    router_aux_loss_coef: float | None = _model(
+        None,
+        "Mixture of experts: factor of the auxiliary loss that keeps experts equally busy, added in training. None: what the "
+        "model's config says; 0: none.",
+        FINITE_NOT_NEGATIVE,
+    )
     adapter: str | None = _model(
         None,
         "What becomes of an adapter that the model brings: 'continue' trains it, 'merge' merges it into the model. None: "
