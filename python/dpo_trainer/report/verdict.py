@@ -45,9 +45,9 @@ def judge(summary: dict[str, Any], evals: Sequence[dict[str, Any]], events: Sequ
     wins = accuracy is not None and accuracy - 2 * error > 0.5 and fell
     far = (last or summary["last"]).get("kl", 0) > limits.kl_level
     for event in by_cause(events):
-        diagnosis = DIAGNOSES.get(event["name"])
+        diagnosis = DIAGNOSES.get(event.get("name", ""))
         # What held early need not hold at the end: an evaluation that is won answers all causes of a stuck loss.
-        over = wins and event["name"] != "not_finite" and not (event["name"] == "learning_rate_high" and far)
+        over = wins and event.get("name") != "not_finite" and not (event.get("name") == "learning_rate_high" and far)
         if diagnosis is not None and diagnosis.fails and not over:
             return Verdict("Failed", _lower(event["title"]), event["seen"], event["remedy"])
     if accuracy is None:
@@ -73,8 +73,8 @@ def judge(summary: dict[str, Any], evals: Sequence[dict[str, Any]], events: Sequ
 
 def by_cause(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Events with causes before their consequences, then by step."""
-    order = list(DIAGNOSES)
-    return sorted(events, key=lambda event: order.index(event["name"]) if event["name"] in order else len(order))
+    order = {name: place for place, name in enumerate(DIAGNOSES)}
+    return sorted(events, key=lambda event: order.get(event.get("name", ""), len(order)))
 
 
 def _lower(title: str) -> str:
