@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from dpo_kernels import objectives
 
 from .batch.collator import PairCollator
+from .batch.images import ImageInputs
+from .data.images import DIGEST, has_images, tokenizer_of
 from .data.rows import REFERENCE
 from .errors import ConfigError
 from .loss_trainer import LossTrainer
@@ -24,7 +26,7 @@ from .model.references import FrozenReference
 from .model.split import Batch, SplitModel, disable_dropout
 from .pair_trainer import looked_at
 from .settings.config import DPOConfig, as_mapping
-from .settings.fit import check_best_metric, check_fit
+from .settings.fit import check_best_metric, check_fit, check_images
 from .watch.metrics import MetricWindow
 from .watch.samples import Scorer
 
@@ -46,11 +48,12 @@ class DPOTrainer(LossTrainer):
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
             messages; without `prompt`, chosen and rejected are whole and begin alike), optional `tools` (for the chat
-            template), optional `weight` (confidence: losses are weighted means), optional `ref_chosen_logps` and
+            template), optional `images` or `image` (docs/trainer.md), optional `weight` (confidence: losses are weighted means), optional `ref_chosen_logps` and
             `ref_rejected_logps` (summed log-probabilities under the reference); or, with `max_steps`, a stream of them: a
             `datasets.IterableDataset`, or one of torch.
         eval_dataset: the same, or a dict of several; no stream.
-        processing_class: the tokenizer; loaded from the model's folder if not given.
+        processing_class: the tokenizer, or the processor of a vision-language model; loaded from the model's folder if
+            not given.
         data_collator: a PairCollator of your own making.
         peft_config: a peft config; the model is wrapped in an adapter of this kind.
         scorer: judges answers, (prompts, completions) -> a number each, higher is better: logs the win rate of the
@@ -91,14 +94,20 @@ class DPOTrainer(LossTrainer):
                 if part is not None:
                     disable_dropout(part)
 
+        tokenizer = tokenizer_of(processing_class)
         if data_collator is None:
-            pad = getattr(processing_class, "pad_token_id", None)
+            pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = PairCollator(
                 pad_token_id=pad if pad is not None else 0,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 layout=args.batch_layout,
             )
-        check_fit(args, policy, reference, processing_class, looked_at(train_dataset, eval_dataset))
+        check_fit(args, policy, reference, tokenizer, looked_at(train_dataset, eval_dataset))
+        if isinstance(data_collator, PairCollator) and tokenizer is not processing_class:
+            data_collator.images = ImageInputs(processing_class)
+        if check_images(args, policy, reference, looked_at(train_dataset, eval_dataset)):
+            if isinstance(data_collator, PairCollator):
+                data_collator.layout = "padded"
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1
@@ -151,10 +160,13 @@ class DPOTrainer(LossTrainer):
         """Two short pairs, padded, on which to check the model's split, or None without data."""
         if not self.datasets():
             return None
-        dataset = self.datasets()[0]
-        rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
+        dataset = next(filter(has_images, self.datasets()), self.datasets()[0])
+        with_images = [place for place, digest in enumerate(dataset[DIGEST]) if digest] if has_images(dataset) else []
+        first = with_images[0] if with_images else 0
+        rows = [dict(dataset[index % len(dataset)]) for index in range(first, first + min(2, len(dataset)))]
         for row in rows:
-            row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
+            if not row.get(DIGEST):  # image tokens are never cut
+                row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
             for side in ("chosen_input_ids", "rejected_input_ids"):
                 row[side] = row[side][:16]
         collator: Any = self.data_collator

@@ -15,7 +15,8 @@ import pyarrow.parquet
 from torch.utils.data import IterableDataset
 
 from ..errors import DataError, first_line
-from .rows import COLUMNS, NUMBERS, Pair, check_columns, json_type, parse_rows
+from .images import beside_file, for_table
+from .rows import COLUMNS, IMAGES, NUMBERS, Pair, check_columns, json_type, parse_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -44,12 +45,15 @@ def load_pairs(path: str | Path) -> Any:
         with _readable(Path(name)):
             # Not by datasets' own reader, which would copy the file into a cache first.
             dataset = datasets.Dataset(pyarrow.parquet.read_table(name))
+        if any(_names_files(dataset.features.get(column)) for column in IMAGES):
+            dataset = None  # read as rows, whose paths begin at the file
     if dataset is None:
         dataset = table_of(list(_rows_of(Path(name))), name)
     else:
         check_columns(dataset.column_names, name)
         dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
-        _check_rows(numbered(name, dataset), name)
+        images = [column for column in IMAGES if column in dataset.column_names]
+        _check_rows(numbered(name, dataset.remove_columns(images)), name)  # images are opened once, when they are read
         _CHECKED[dataset] = dataset._fingerprint
     dataset.info.dataset_name = name  # messages about its rows then say where they come from
     return dataset
@@ -57,6 +61,8 @@ def load_pairs(path: str | Path) -> Any:
 
 def table_of(located: Sequence[tuple[str, Any]], name: str) -> Any:
     """Rows, checked, as a `datasets.Dataset`; `tools` as JSON text, since a table would give all of them the same keys.
+
+    Where rows have images, they become objects with `bytes` and `path`, and the content of all messages a list of parts.
 
     Args:
         located: (place, row) of every row, where the place names the row to a person.
@@ -67,10 +73,13 @@ def table_of(located: Sequence[tuple[str, Any]], name: str) -> Any:
     """
 
     def table(count: int) -> Any:
-        taken = [_tools_as_text(row) for _, row in located[:count]]
-        return datasets.Dataset.from_list([{name: row[name] for name in COLUMNS if name in row} for row in taken])
+        return datasets.Dataset.from_list(
+            [{name: row[name] for name in COLUMNS if name in row} for row in taken[:count]]
+        )
 
     _check_rows(located, name)
+    pictures = any(column in row for _, row in located for column in IMAGES)
+    taken = [_tools_as_text(for_table(row, where) if pictures else row) for where, row in located]
     mistakes = (ValueError, TypeError, OverflowError)  # pyarrow's errors are of these kinds
     try:
         dataset = table(len(located))
@@ -97,6 +106,11 @@ def is_checked(dataset: Any) -> bool:
 def _check_rows(located: Located, name: str) -> None:
     if not sum(1 for _ in parse_rows(located)):
         raise DataError(f"{name}: no rows")
+
+
+def _names_files(feature: Any) -> bool:
+    """Whether a column's values, or the items of its lists, are texts."""
+    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
 
 
 def _tools_as_text(row: Any) -> Any:
@@ -156,11 +170,10 @@ def _from_hub(name: str, *, streaming: bool) -> Any:
 
 
 def _rows_of(path: Path) -> Located:
-    """(place, row) of every row of a file."""
-    if path.suffix == ".jsonl":
-        return _jsonl_rows(path)
+    """(place, row) of every row of a file. Paths of images begin at the file's folder, where they lead to a file."""
     readers = {".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
-    return numbered(str(path), readers[path.suffix](path))
+    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else numbered(str(path), readers[path.suffix](path))
+    return ((where, beside_file(row, path.parent)) for where, row in rows)
 
 
 def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,8 @@ from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
 from .files import RowStream, is_checked, stream_of, table_of
-from .rows import NUMBERS, Pair, check_columns, parse_row, split_row
+from .images import DIGEST, description_of, encoded, reading, state_of_files, text_of, tokenizer_of
+from .rows import IMAGES, NUMBERS, Pair, check_columns, parse_row, split_row
 from .tokens import TOKENS, tokenize_pair
 
 #: Why a pair may be left out, by the name that `filters` takes.
@@ -27,10 +28,12 @@ FILTERS = {
     "truncated": "with nothing of a completion left after truncation",
     "duplicates": "that repeat an earlier one",
 }
+#: Why a pair with images is left out whatever `filters` says: the model would not find its image tokens.
+CUT_IMAGES = "whose images max_length or max_prompt_length would cut"
 #: Pairs of a stream that are looked at before training.
 SAMPLE = 64
 
-#: A row with what decides whether it is kept: status (a name of FILTERS, or ""), digest, number of tokens and weight.
+#: A row with what decides whether it is kept: status (a name of FILTERS, CUT_IMAGES, or ""), digest, number of tokens and weight.
 Marked = tuple[Any, str, str, int, float | None]
 
 
@@ -41,7 +44,7 @@ class Account:
     Attributes:
         rows: rows seen; of a stream, in its first pass so far.
         tokens: of the pairs that were kept, prompts counted for both sides.
-        reasons: rows left out, by reason (the values of FILTERS, and the least weight).
+        reasons: rows left out, by reason (the values of FILTERS, CUT_IMAGES, and the least weight).
         streamed: whether more may follow.
     """
 
@@ -97,7 +100,7 @@ def sift(marked: Iterable[Marked], preparation: Preparation, account: Account) -
     filters, least = preparation.filters, preparation.min_weight
     seen: set[str] = set()
     for row, status, digest, tokens, weight in marked:
-        reason = FILTERS[status] if status in filters else ""
+        reason = status if status == CUT_IMAGES else FILTERS[status] if status in filters else ""
         if not reason and "duplicates" in filters:
             reason = FILTERS["duplicates"] if digest in seen else ""
             seen.add(digest)
@@ -111,11 +114,13 @@ def sift(marked: Iterable[Marked], preparation: Preparation, account: Account) -
             yield row
 
 
-def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
+def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
     """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
 
     Returns the dataset with `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (tokens of the
     longer side) and, where given, `weight` and the reference log-probabilities; and the account of what was dropped.
+    Where there are images, it also has their column as it was, and `images_digest`. The pixels that models read take
+    many times the memory of the files, so the collator makes them for each batch.
     Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. Datasets that are
     tokenised already pass through.
 
@@ -133,19 +138,24 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         raise DataError(f"{where}: no rows")
     account = Account(name)
     if "prompt_input_ids" in dataset.column_names:
+        if DIGEST not in dataset.column_names and any(column in dataset.column_names for column in IMAGES):
+            raise DataError(
+                f"{where}: is tokenised and has images; pass rows with texts or messages, or remove the column"
+            )
         lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
         account.rows, account.tokens = len(dataset), sum(2 * prompt + c + r for prompt, c, r in lengths)
         return dataset, account
     check_columns(dataset.column_names, where)
     _check_weights(dataset.column_names, preparation, where)
     keep = [column for column in NUMBERS if column in dataset.column_names]
-    key = _key(dataset, tokenizer, preparation)
+    images = dataset.select_columns([column for column in IMAGES if column in dataset.column_names])
+    key = _key(dataset, processing_class, preparation)
     dataset = dataset.map(
         _prepare_row,
         with_indices=True,
         fn_kwargs={
             "parse": split_row if is_checked(dataset) else parse_row,
-            "tokenizer": tokenizer,
+            "processing_class": processing_class,
             "name": where,
             "settings": preparation.of_tokens,
         },
@@ -155,6 +165,12 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         new_fingerprint=key,
         desc=f"Tokenising {name}",
     )
+    if images.column_names and any(dataset[DIGEST]):
+        dataset = datasets.concatenate_datasets(
+            [dataset, images], axis=1
+        )  # beside the tokens, not copied into their cache
+    elif images.column_names:
+        dataset = dataset.remove_columns(DIGEST)
     weights = dataset["weight"] if "weight" in keep else itertools.repeat(None)
     marks = (dataset[column] for column in ("status", "digest", "tokens"))
     kept = list(sift(zip(itertools.count(), *marks, weights, strict=False), preparation, account))
@@ -173,11 +189,15 @@ class PreparedStream(IterableDataset):
         account: of what the first pass has read so far.
     """
 
-    def __init__(self, dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> None:
+    def __init__(self, dataset: Any, processing_class: Any, preparation: Preparation, *, name: str) -> None:
         self._source: RowStream = stream_of(dataset, name)
-        self._tokenizer, self._preparation = tokenizer, preparation
+        self._processing_class, self._preparation = processing_class, preparation
         self.account = Account(name, streamed=True)
-        self.sample = datasets.Dataset.from_list(list(itertools.islice(self.rows(0), SAMPLE)))
+        rows = [
+            {**row, "images": [encoded(image, name) for image in row["images"]]} if DIGEST in row else row
+            for row in itertools.islice(self.rows(0), SAMPLE)
+        ]
+        self.sample = datasets.Dataset.from_list(rows)
         if len(self.sample) == 0:
             nothing = f"nothing is left to train on: {self.account.describe()}" if self.account.rows else "no rows"
             raise DataError(f"{self._source.name}: {nothing}")
@@ -191,8 +211,9 @@ class PreparedStream(IterableDataset):
 
     def _marked(self, pair: Pair) -> Marked:
         _check_weights(pair.numbers, self._preparation, self._source.name)
-        found = _prepared(pair, self._tokenizer, self._preparation.of_tokens)
+        found = _prepared(pair, self._processing_class, self._preparation.of_tokens)
         status, digest, tokens = (found.pop(mark) for mark in ("status", "digest", "tokens"))
+        found |= {} if pair.images is None else {"images": pair.images}
         return {**found, **pair.numbers}, status, digest, tokens, pair.numbers.get("weight")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -217,15 +238,23 @@ def _check_weights(columns: Iterable[str], preparation: Preparation, name: str) 
 
 
 def _prepare_row(
-    row: dict[str, Any], index: int, *, parse: Callable[[Any, str], Pair], tokenizer: Any, name: str, settings: Any
+    row: dict[str, Any],
+    index: int,
+    *,
+    parse: Callable[[Any, str], Pair],
+    processing_class: Any,
+    name: str,
+    settings: Any,
 ) -> dict[str, Any]:
-    return _prepared(parse(row, f"{name} row {index + 1}"), tokenizer, settings)
+    return _prepared(parse(row, f"{name} row {index + 1}"), processing_class, settings)
 
 
-def _prepared(pair: Pair, tokenizer: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of a pair, with `status`, `digest` and `tokens` for `sift`."""
-    ids = tokenize_pair(pair, tokenizer, **settings)
+def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of a pair, with `status`, `digest` and `tokens` for `sift`, and the images' digest where rows may have some."""
+    pair, reader = reading(pair, processing_class)
+    ids = tokenize_pair(pair, reader, **settings)
     prompt, chosen, rejected = (ids[name] for name in TOKENS)
+    images = {} if pair.images is None else {DIGEST: reader.digest if pair.images else ""}
     status = ""
     # The first token of all has nothing to be predicted from.
     if min(len(chosen), len(rejected)) <= (0 if prompt else 1):
@@ -234,26 +263,33 @@ def _prepared(pair: Pair, tokenizer: Any, settings: dict[str, Any]) -> dict[str,
         status = "identical"
     if _is_blank(pair.chosen) or _is_blank(pair.rejected):
         status = "identical" if pair.chosen == pair.rejected else "empty"
-    digest = hashlib.blake2b(json.dumps([prompt, chosen, rejected]).encode(), digest_size=16).hexdigest()
+    if pair.images:
+        whole = tokenize_pair(pair, reader, **{**settings, "max_length": None, "max_prompt_length": None})
+        status = CUT_IMAGES if reader.cuts_images(whole[TOKENS[0]], prompt) else status
+    content = json.dumps([prompt, chosen, rejected, *images.values()])
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     longer = max(len(chosen), len(rejected))
     tokens = 2 * len(prompt) + len(chosen) + len(rejected)
-    return {**ids, "length": len(prompt) + longer, "status": status, "digest": digest, "tokens": tokens}
+    return {**ids, **images, "length": len(prompt) + longer, "status": status, "digest": digest, "tokens": tokens}
 
 
 def _is_blank(completion: str | list[Any]) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
-    return not completion or not ((completion[-1].get("content") or "").strip() or completion[-1].get("tool_calls"))
+    return not completion or not (text_of(completion[-1].get("content")).strip() or completion[-1].get("tool_calls"))
 
 
-def _key(dataset: Any, tokenizer: Any, preparation: Preparation) -> str:
+def _key(dataset: Any, processing_class: Any, preparation: Preparation) -> str:
     """Name of the tokens: changes with the data, the tokenizer, the settings and the code that makes them."""
+    tokenizer = tokenizer_of(processing_class)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A fast tokenizer's own description; as an object it would hash differently after its first use.
     described = backend.to_str() if backend is not None else Hasher.hash(tokenizer)
     special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
+    if tokenizer is not processing_class:
+        special += [description_of(processing_class), processing_class.chat_template, state_of_files(dataset)]
     folder = Path(__file__).parent
-    code = [(folder / name).read_bytes() for name in ("rows.py", "files.py", "tokens.py", "prepare.py")]
+    code = [(folder / name).read_bytes() for name in ("rows.py", "files.py", "images.py", "tokens.py", "prepare.py")]
     return Hasher.hash([dataset._fingerprint, described, special, preparation.of_tokens, code])
 
 

@@ -15,7 +15,8 @@ SIDES = ("chosen", "rejected")
 TEXTS = ("prompt", *SIDES)
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = ("weight", *REFERENCE)
-COLUMNS = (*TEXTS, "tools", *NUMBERS)
+IMAGES = ("images", "image")
+COLUMNS = (*TEXTS, *IMAGES, "tools", *NUMBERS)
 #: What other data sets call the prompt. Where there is one, a missing prompt is not a prompt within the conversations.
 PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "prompts")
 
@@ -36,6 +37,7 @@ class Pair:
         rejected: the worse answer, of the prompt's type.
         tools: descriptions of the tools that the answers may call.
         numbers: `weight` and the reference's log-probabilities, as far as the row has them, by column.
+        images: of the prompt, as the row has them; None where it has no column for them.
     """
 
     where: str
@@ -44,6 +46,7 @@ class Pair:
     rejected: Any
     tools: list[Any] | None
     numbers: dict[str, float]
+    images: list[Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -139,7 +142,24 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
             raise DataError(
                 f"{where}: the first message of '{name}' after the prompt is of '{side[0]['role']}', not the assistant's"
             )
-    return Pair(where, prompt, chosen, rejected, tools, numbers)
+    return Pair(where, prompt, chosen, rejected, tools, numbers, images_of(row, where))
+
+
+def images_of(row: Mapping[str, Any], where: str = "row") -> list[Any] | None:
+    """The images of a row, in order; None where it has no column for them. Raises DataError where it has two with images."""
+    given = [name for name in IMAGES if name in row]
+    held = [
+        name for name in given if row[name] is not None and not (isinstance(row[name], str) and not row[name].strip())
+    ]
+    if len(held) > 1:
+        raise DataError(f"{where}: has both 'images' and 'image'; use one of them")
+    if not held:
+        return [] if given else None
+    found = row[held[0]]
+    found = list(found) if isinstance(found, (list, tuple)) else [found]
+    if any(image is None for image in found):
+        raise DataError(f"{where}: '{held[0]}' holds nothing (null) in the place of an image")
+    return found
 
 
 def check_columns(columns: Sequence[str], where: str) -> None:
@@ -170,9 +190,29 @@ def _check_messages(messages: list[Any], name: str, where: str) -> None:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: message {number} of '{name}' must be an object with role and content")
         content, calls = message.get("content"), message.get("tool_calls")
-        if not isinstance(content, str) and not calls:
+        if isinstance(content, list) and content:
+            _check_parts(content, f"message {number} of '{name}'", where)
+        elif not isinstance(content, str) and not calls:
             raise DataError(
                 f"{where}: message {number} of '{name}' has no text in 'content' (found {json_type(content)})"
+            )
+
+
+def _check_parts(parts: list[Any], message: str, where: str) -> None:
+    """Parts of a message are {"type": "text", "text": ...} and {"type": "image"}."""
+    for number, part in enumerate(parts, 1):
+        what = part.get("type") if isinstance(part, Mapping) else None
+        if what == "text" and isinstance(part.get("text"), str):
+            continue
+        if what != "image":
+            raise DataError(
+                f"{where}: part {number} of {message} must be {{'type': 'text', 'text': ...}} or {{'type': 'image'}}, "
+                f"found {_shown(part)}"
+            )
+        if held := [name for name, value in part.items() if name not in ("type", "text") and value is not None]:
+            raise DataError(
+                f"{where}: part {number} of {message} holds its image in '{held[0]}'; images belong in the column 'images', "
+                "in the order of their places"
             )
 
 

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ConfigError, ModelError, first_line
+from .split import unwrap_adapter
+from .vision import auto_class, load_processor, takes_images
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
-    """Load a causal language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
+    """Load a causal or vision-language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
 
     float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
     A .gguf file is dequantised by transformers. Its quantisation attributes are removed, so that it can be trained and saved.
@@ -24,8 +26,10 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     dtype = kwargs.setdefault("dtype", torch.float32)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ModelError(f"model_init_kwargs: unknown dtype '{dtype}'")
-    model = _read(AutoModelForCausalLM, path, "cannot be loaded", **kwargs)
-    if Path(path).suffix == ".gguf":
+    gguf = Path(path).suffix == ".gguf"
+    kind = AutoModelForCausalLM if gguf else auto_class(_source(path)[0], kwargs)
+    model = _read(kind, path, "cannot be loaded", **kwargs)
+    if gguf:
         model.hf_quantizer = None
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
@@ -42,15 +46,25 @@ def load_tokenizer(path: str | Path) -> Any:
     return _read(AutoTokenizer, path, "its tokenizer cannot be loaded")
 
 
+def load_processing_class(path: str | Path, model: Any) -> Any:
+    """The processor that belongs to a vision-language model, or the tokenizer of any other, or where there is no processor.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    processor = load_processor(_source(path)[0]) if takes_images(unwrap_adapter(model)) else None
+    return processor if processor is not None else load_tokenizer(path)
+
+
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """(model, reference, tokenizer), loaded where they are given as paths, with `init` for from_pretrained.
+    """(model, reference, tokenizer or processor), loaded where they are given as paths, with `init` for from_pretrained.
 
     Raises:
         ModelError: a part cannot be loaded, or the parts do not go together.
     """
     if isinstance(model, (str, Path)):
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
-        model = load_model(model, **init)
+        path, model = model, load_model(model, **init)
+        tokenizer = tokenizer if tokenizer is not None else load_processing_class(path, model)
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
     config = getattr(model, "config", None)
@@ -63,7 +77,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if tokenizer is None:
         if not (name := getattr(config, "_name_or_path", "")):
             raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_processing_class(name, model)
     return model, ref_model, tokenizer
 
 

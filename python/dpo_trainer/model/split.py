@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import attention
+from ..batch.images import model_inputs
 from ..batch.layout import attention_inputs
 from ..errors import first_line
+from .vision import takes_images
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -72,8 +74,8 @@ class SplitModel:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         dtype = next((value.dtype for value in self.model.parameters() if value.is_floating_point()), torch.float32)
-        attention = attention_inputs(batch, self._config, dtype)
-        return {"input_ids": batch["input_ids"], **attention, "use_cache": False, "return_dict": True}
+        given = {**attention_inputs(batch, self._config, dtype), **model_inputs(batch, dtype)}
+        return {"input_ids": batch["input_ids"], **given, "use_cache": False, "return_dict": True}
 
     @property
     def obstacle_to_linear(self) -> str | None:
@@ -195,6 +197,9 @@ def unwrap_adapter(model: Any) -> Any:
 
 
 def _backbone(base: Any) -> nn.Module | None:
+    if takes_images(base):  # its decoder alone would not see them
+        whole = getattr(base, "base_model", None)
+        return whole if whole is not base and takes_images(whole) else None
     candidates = (base.get_decoder() if hasattr(base, "get_decoder") else None, getattr(base, "base_model", None))
     return next((part for part in candidates if isinstance(part, nn.Module) and part is not base), None)
 
