@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dpo_kernels import DPOOutput, length_desensitized_weights
 
-from .data.images import tokenizer_of
 from .data.prepare import by_name
+from .data.processor import tokenizer_of
 from .data.rows import has_reference
 from .errors import ConfigError
 from .model import loss_path

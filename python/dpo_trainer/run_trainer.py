@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import ConfigError, DataError, OutputError
+from .model.checkpoint_weights import load_translated
 from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
@@ -227,6 +228,16 @@ class RunTrainer(ReferenceTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (whole and load_translated(model or self.model, resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best, whole = self.state.best_model_checkpoint, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (whole and best and load_translated(self.model, best)):
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -15,7 +15,8 @@ from dpo_kernels import objectives
 
 from .batch.collator import PairCollator
 from .batch.images import ImageInputs
-from .data.images import DIGEST, has_images, tokenizer_of
+from .data.images import DIGEST, has_images
+from .data.processor import tokenizer_of
 from .data.rows import REFERENCE
 from .errors import ConfigError
 from .loss_trainer import LossTrainer
@@ -41,16 +42,16 @@ class DPOTrainer(LossTrainer):
     `output_dir`: `metrics.jsonl`, `events.jsonl`, `samples.jsonl`, `summary.json`, `report.html`, the card `README.md`.
 
     Args:
-        model: a causal language model, a peft model, or a path for `load_model`.
+        model: a causal language model or a vision-language model, a peft model, or a path for `load_model`.
         ref_model: the reference: a model or a path. None: the model as it is now (a frozen copy, or nothing at all with
             `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off. An objective
             that needs no reference gets none, unless one is given: then for the KL in the log.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
             messages; without `prompt`, chosen and rejected are whole and begin alike), optional `tools` (for the chat
-            template), optional `images` or `image` (docs/trainer.md), optional `weight` (confidence: losses are weighted means), optional `ref_chosen_logps` and
-            `ref_rejected_logps` (summed log-probabilities under the reference); or, with `max_steps`, a stream of them: a
-            `datasets.IterableDataset`, or one of torch.
+            template), optional `images` or `image` (docs/trainer.md), optional `weight` (confidence: losses are weighted
+            means), optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference); or,
+            with `max_steps`, a stream of them: a `datasets.IterableDataset`, or one of torch.
         eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer, or the processor of a vision-language model; loaded from the model's folder if
             not given.
@@ -105,9 +106,9 @@ class DPOTrainer(LossTrainer):
         check_fit(args, policy, reference, tokenizer, looked_at(train_dataset, eval_dataset))
         if isinstance(data_collator, PairCollator) and tokenizer is not processing_class:
             data_collator.images = ImageInputs(processing_class)
-        if check_images(args, policy, reference, looked_at(train_dataset, eval_dataset)):
-            if isinstance(data_collator, PairCollator):
-                data_collator.layout = "padded"
+        seen = check_images(args, policy, reference, looked_at(train_dataset, eval_dataset))
+        if seen and isinstance(data_collator, PairCollator):
+            data_collator.layout = "padded"
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1

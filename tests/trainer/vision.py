@@ -40,7 +40,10 @@ TEMPLATE = (
 )
 #: What each model's template writes for an image, and the special tokens that it needs.
 MARKS = {
-    "qwen2.5-vl": ("<|vision_start|><|image_pad|><|vision_end|>", ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]),
+    "qwen2.5-vl": (
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
+    ),
     "llava": ("<image>\n", ["<image>"]),
     "gemma3": ("<boi>", ["<boi>", "<eoi>", "<img>"]),
     "idefics3": (
@@ -105,10 +108,21 @@ def build_vision_model(kind: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     tokenizer = build_processor(kind).tokenizer
     vocab, ids = len(tokenizer), {token: tokenizer.convert_tokens_to_ids(token) for token in MARKS[kind][1]}
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
     if kind == "qwen2.5-vl":
         config = Qwen2_5_VLConfig(
-            text_config={**TEXT, "vocab_size": vocab, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+            text_config={
+                **TEXT,
+                "vocab_size": vocab,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            },
             vision_config={
                 "depth": 2,
                 "hidden_size": 16,

@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from dpo_kernels import linear, objectives
 
-from ..data.images import tokenizer_of
+from ..data.processor import tokenizer_of
 from ..data.rows import REFERENCE, has_reference
 from ..model.loss_path import memory_budget
 from ..model.references import FrozenReference

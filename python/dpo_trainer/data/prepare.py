@@ -17,7 +17,8 @@ from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
 from .files import RowStream, is_checked, stream_of, table_of
-from .images import DIGEST, description_of, encoded, reading, state_of_files, text_of, tokenizer_of
+from .images import DIGEST, encoded, state_of_files, text_of
+from .processor import description_of, reading, tokenizer_of
 from .rows import IMAGES, NUMBERS, Pair, check_columns, parse_row, split_row
 from .tokens import TOKENS, tokenize_pair
 
@@ -289,7 +290,10 @@ def _key(dataset: Any, processing_class: Any, preparation: Preparation) -> str:
     if tokenizer is not processing_class:
         special += [description_of(processing_class), processing_class.chat_template, state_of_files(dataset)]
     folder = Path(__file__).parent
-    code = [(folder / name).read_bytes() for name in ("rows.py", "files.py", "images.py", "tokens.py", "prepare.py")]
+    code = [
+        (folder / name).read_bytes()
+        for name in ("rows.py", "files.py", "images.py", "processor.py", "tokens.py", "prepare.py")
+    ]
     return Hasher.hash([dataset._fingerprint, described, special, preparation.of_tokens, code])
 
 

@@ -21,8 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..batch.images import ImageInputs
-from ..data.images import has_images, tokenizer_of
+from ..data.images import has_images
 from ..data.prepare import by_name
+from ..data.processor import tokenizer_of
 from ..data.rows import images_of
 from ..errors import ConfigError, first_line
 from ..model.split import evaluating
