@@ -44,7 +44,8 @@ class ImageInputs:
         name = type(self.processor).__name__
         try:
             texts = [self.processor.image_token * len(row) for row in opened]
-            found = dict(self.processor(text=texts, images=opened, add_special_tokens=False))
+            padding = self.processor.tokenizer.pad_token is not None  # some give tensors whatever they are asked for
+            found = dict(self.processor(text=texts, images=opened, add_special_tokens=False, padding=padding))
             ids = found.pop("input_ids")
             found.pop("attention_mask", None)
             kinds = {key: found.pop(key) for key in list(found) if key.endswith("token_type_ids")}
@@ -57,14 +58,12 @@ class ImageInputs:
         inputs = {key: torch.cat([value] * copies) for key, value in pixels.items()}
         for key, rows in kinds.items():
             # A token's kind follows from its id: that of text is 0.
-            kind = {
-                token: kind
-                for row, kinds_of in zip(ids, rows, strict=True)
-                for token, kind in zip(row, kinds_of, strict=True)
-            }
             inputs[key] = torch.zeros_like(input_ids)
-            for token in kind:
-                inputs[key][input_ids == token] = kind[token]
+            pairs = {
+                (int(token), int(kind)) for row in zip(ids, rows, strict=True) for token, kind in zip(*row, strict=True)
+            }
+            for token, kind in pairs:
+                inputs[key][input_ids == token] = kind
         return inputs
 
 

@@ -144,7 +144,10 @@ class Reader:
         if not self.images:
             return self.tokenizer(text, **options)
         with naming(self.where, f"{type(self._whole).__name__} fails on the images"):
-            return {"input_ids": list(self._whole(text=[text], images=[self.images], **options)["input_ids"][0])}
+            ids = self._whole(text=[text], images=[self.images], **options)["input_ids"][0]
+            return {
+                "input_ids": [int(token) for token in ids]
+            }  # some processors give tensors whatever they are asked for
 
     def cuts_images(self, whole: Sequence[int], kept: Sequence[int]) -> bool:
         """Whether truncation of a prompt, from `whole` to `kept`, took image tokens or the marks around them."""
