@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from ..errors import ConfigError, ModelError, first_line
 from .split import unwrap_adapter
@@ -46,13 +46,13 @@ def load_tokenizer(path: str | Path) -> Any:
     return _read(AutoTokenizer, path, "its tokenizer cannot be loaded")
 
 
-def load_processing_class(path: str | Path, model: Any) -> Any:
+def load_processing_class(path: str | Path, *, vision: bool) -> Any:
     """The processor that belongs to a vision-language model, or the tokenizer of any other, or where there is no processor.
 
     Raises:
         ModelError: there is neither.
     """
-    processor = load_processor(_source(path)[0]) if takes_images(unwrap_adapter(model)) else None
+    processor = load_processor(_source(path)[0]) if vision else None
     return processor if processor is not None else load_tokenizer(path)
 
 
@@ -63,8 +63,10 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
         ModelError: a part cannot be loaded, or the parts do not go together.
     """
     if isinstance(model, (str, Path)):
-        path, model = model, load_model(model, **init)
-        tokenizer = tokenizer if tokenizer is not None else load_processing_class(path, model)
+        if tokenizer is None:  # first, since it takes less time
+            vision = auto_class(_source(model)[0], init) is AutoModelForImageTextToText
+            tokenizer = load_processing_class(model, vision=vision)
+        model = load_model(model, **init)
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
     config = getattr(model, "config", None)
@@ -77,7 +79,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if tokenizer is None:
         if not (name := getattr(config, "_name_or_path", "")):
             raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
-        tokenizer = load_processing_class(name, model)
+        tokenizer = load_processing_class(name, vision=takes_images(unwrap_adapter(model)))
     return model, ref_model, tokenizer
 
 
