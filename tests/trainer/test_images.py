@@ -188,6 +188,21 @@ def test_answers_are_tokenised_as_without_images(kind: str) -> None:
     assert "good<|end|>" in processor.tokenizer.decode(with_images["chosen_input_ids"])
 
 
+def test_several_processes_read_images_as_one_does() -> None:
+    rows = vision_pairs(6)
+    two = Preparation(filters=(), dataset_num_proc=2, max_length=1000)
+    assert list(prepared(rows, preparation=two)) == list(prepared(rows))
+
+
+def test_places_may_be_numbered_and_have_columns_of_a_table() -> None:
+    numbered = [{**TEXT, "index": None}, {**PLACE, "text": None, "index": 0}]
+    found, plain = (
+        prepared([{**ROW, "prompt": [{"role": "user", "content": content}], "images": [build_image(1)]}])
+        for content in (numbered, [TEXT, PLACE])
+    )
+    assert found[0]["prompt_input_ids"] == plain[0]["prompt_input_ids"]
+
+
 def test_text_in_parts_is_read_as_text_where_there_are_no_images(tokenizer: Any) -> None:
     parts = {
         **ROW,
@@ -268,6 +283,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "'chosen' has a place for an image; images belong in the prompt",
     ),
     ({"prompt": [{"role": "system", "content": "x"}], "images": [IMAGE]}, "'prompt' has no message of the user's"),
+    (
+        {
+            "prompt": [{"role": "user", "content": [{**PLACE, "index": 1}, {**PLACE, "index": 0}]}],
+            "images": [IMAGE, IMAGE],
+        },
+        "the places in 'prompt' have the 'index' [1, 0]",
+    ),
     ({"images": ["/no/such.png"]}, "an image cannot be read ("),
     ({"images": [b"no image"]}, "an image cannot be read (cannot identify image file"),
     ({"images": [{"bytes": None, "path": None}]}, "an image cannot be stored ("),

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from ..data.images import open_image
+from ..data.processor import image_token_of
 from ..errors import DataError, first_line
 
 #: Begins the names of a batch's entries that go to the model as they are.
@@ -43,7 +44,7 @@ class ImageInputs:
             return {}
         name = type(self.processor).__name__
         try:
-            texts = [self.processor.image_token * len(row) for row in opened]
+            texts = [(image_token_of(self.processor) or "") * len(row) for row in opened]
             padding = self.processor.tokenizer.pad_token is not None  # some give tensors whatever they are asked for
             found = dict(self.processor(text=texts, images=opened, add_special_tokens=False, padding=padding))
             ids = found.pop("input_ids")

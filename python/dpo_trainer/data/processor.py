@@ -19,6 +19,12 @@ from .rows import TEXTS, Pair, shared_prefix
 _PROBE = "Is this text kept?"
 
 
+def image_token_of(processor: Any) -> str | None:
+    """What stands for an image in a text before the processor reads it; None where the processor has no such token."""
+    token = getattr(processor, "image_token", None)
+    return getattr(token, "content", token) or None  # some have an AddedToken
+
+
 def tokenizer_of(processing_class: Any) -> Any:
     """The tokenizer of a processor, or the tokenizer itself."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
@@ -51,7 +57,7 @@ def reading(pair: Pair, processing_class: Any) -> tuple[Pair, Any]:
             f"{pair.where}: has images, and {type(processing_class).__name__} reads text only; pass a vision-language model's "
             "processor as processing_class, or remove the column"
         )
-    if not getattr(processing_class, "image_token", None):
+    if image_token_of(processing_class) is None:
         raise DataError(f"{pair.where}: has images, and {type(processing_class).__name__} has no token for them")
     reader = Reader(processing_class, [open_image(image, pair.where) for image in pair.images], pair.where)
     if not chat:
@@ -66,8 +72,13 @@ def reading(pair: Pair, processing_class: Any) -> tuple[Pair, Any]:
 def _with_places(prompt: list[Any], images: int, where: str) -> list[Any]:
     """The messages of a prompt with a place for every image."""
     if places := _places(prompt):
-        if places != images:
-            raise DataError(f"{where}: 'prompt' has {places} places for images, and the row has {images} images")
+        if len(places) != images:
+            raise DataError(f"{where}: 'prompt' has {len(places)} places for images, and the row has {images} images")
+        order = [place["index"] for place in places if place.get("index") is not None]
+        if order and order != list(range(images)):
+            raise DataError(
+                f"{where}: the places in 'prompt' have the 'index' {order}; images must be in the order of their places"
+            )
         return prompt
     first = next((number for number, message in enumerate(prompt) if message["role"] == "user"), None)
     if first is None:
@@ -76,9 +87,9 @@ def _with_places(prompt: list[Any], images: int, where: str) -> list[Any]:
     return [*prompt[:first], {**prompt[first], "content": content}, *prompt[first + 1 :]]
 
 
-def _places(messages: list[Any]) -> int:
+def _places(messages: list[Any]) -> list[Any]:
     contents = (message.get("content") for message in messages)
-    return sum(part["type"] == "image" for content in contents if isinstance(content, list) for part in content)
+    return [part for content in contents if isinstance(content, list) for part in content if part["type"] == "image"]
 
 
 def _in_text(messages: list[Any]) -> list[Any]:
@@ -157,7 +168,7 @@ class Reader:
     def _around_images(self, ids: Sequence[int]) -> set[int]:
         """The places of image tokens, and of the special tokens next to them."""
         image_ids = getattr(self._whole, "image_token_ids", None)
-        image_ids = image_ids or [self.tokenizer.convert_tokens_to_ids(self._whole.image_token)]
+        image_ids = image_ids or [self.tokenizer.convert_tokens_to_ids(image_token_of(self._whole))]
         special = self.tokenizer.added_tokens_decoder
         found = {place for place, token in enumerate(ids) if token in image_ids}
         for place, step in [(place, step) for place in found for step in (-1, 1)]:
@@ -168,7 +179,7 @@ class Reader:
         return found
 
     def _check_places(self, text: str, who: str) -> None:
-        token = getattr(self._whole, "image_token", None)
+        token = image_token_of(self._whole)
         if token and (count := text.count(token)) != len(self.images):
             raise DataError(
                 f"{self.where}: {who} {count} of the image token '{token}' for {len(self.images)} images; each image needs one"

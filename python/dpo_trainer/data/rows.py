@@ -209,7 +209,7 @@ def _check_parts(parts: list[Any], message: str, where: str) -> None:
                 f"{where}: part {number} of {message} must be {{'type': 'text', 'text': ...}} or {{'type': 'image'}}, "
                 f"found {_shown(part)}"
             )
-        if held := [name for name, value in part.items() if name not in ("type", "text") and value is not None]:
+        if held := [name for name in ("image", "path", "url", "base64") if part.get(name) is not None]:
             raise DataError(
                 f"{where}: part {number} of {message} holds its image in '{held[0]}'; images belong in the column 'images', "
                 "in the order of their places"
