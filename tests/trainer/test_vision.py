@@ -157,20 +157,20 @@ def test_a_saved_run_is_loaded_by_its_path_with_its_processor(kind: str, tmp_pat
     model, _, processor = load_parts(folder, None, None, {})
     assert type(model) is type(build_vision_model(kind))
     assert type(processor) is type(build_processor(kind))
-    again = build(tmp_path / "again", kind, model=model, processing_class=processor, precompute_ref_log_probs=True)
-    found = trainer.reference_logps  # of the frozen reference; the policy's own are asked of the loaded model
-    assert found is not None
+    settings = {"model": model, "processing_class": processor, "ref_model": folder, "precompute_ref_log_probs": True}
+    again = build(tmp_path / "again", kind, **settings)
+    trained = trainer.policy.model.eval()
     with torch.no_grad():
-        expected = [
-            plain_logps(trainer.policy.model.eval(), build_processor(kind), row, "chosen").item()
-            for row in vision_pairs(8)
-        ]
+        expected = [plain_logps(trained, build_processor(kind), row, "chosen").item() for row in vision_pairs(8)]
     assert list(again.train_dataset["ref_chosen_logps"]) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_takes_the_same_steps(kind: str, tmp_path: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+def test_a_resumed_run_takes_the_same_steps(kind: str, adapter: bool, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    if adapter:
+        settings["peft_config"] = LoraConfig(r=4, target_modules=r".*(language|text)_model.*\.(q|v)_proj")
     whole = build(tmp_path / "whole", kind, **settings)
     whole.train()
     resumed = build(tmp_path / "whole", kind, **settings)
