@@ -149,7 +149,8 @@ class ReferenceTrainer(PairTrainer):
         if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
             dataset = self.tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run
-            check_images(self.args, self.policy.model, None, [dataset])
+            reference = None if self.reference is None else self.reference.split.model
+            check_images(self.args, self.policy.model, reference, [dataset])
         if objectives.needs_reference(self._objectives) and self.reference is None and not has_reference(dataset):
             if self.state.global_step > 0:
                 raise DataError(

@@ -291,6 +291,9 @@ def test_images_need_a_processor_and_a_model_that_reads_them(
     trainer = build(tmp_path, model=text_model, train_dataset=text_rows)
     with pytest.raises(ModelError, match=r"^model: LlamaForCausalLM reads no images"):
         trainer.evaluate(vision_pairs(2))
+    trainer = build(tmp_path, ref_model=text_model, train_dataset=text_rows)
+    with pytest.raises(ModelError, match=r"^ref_model: LlamaForCausalLM reads no images"):
+        trainer.evaluate(vision_pairs(2))
 
 
 def test_text_alone_with_a_processor_is_as_with_its_tokenizer(tmp_path: Path) -> None:
