@@ -138,7 +138,7 @@ class Reader:
     def apply_chat_template(self, messages: list[Any], **options: Any) -> str:
         """The messages as text, one image token for every image."""
         render = _template_of(self._whole)
-        if not self.images and not takes_text(self._whole):
+        if not self.images and not takes_text(self._whole, str(self.chat_template)):
             messages = in_parts(messages)
         text = render(messages, **options)
         if self.images:
@@ -213,8 +213,11 @@ def _template_of(processor: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def takes_text(processor: Any) -> bool:
-    """Whether the chat template keeps content that is text; those of some vision-language models read parts alone."""
+def takes_text(processor: Any, template: str) -> bool:
+    """Whether the processor's chat template keeps content that is text; some of vision-language models read parts alone.
+
+    `template` is the template, so that another one is asked anew.
+    """
     try:
         return _PROBE in _template_of(processor)([{"role": "user", "content": _PROBE}], tokenize=False)
     except Exception:  # templates run code of their own
