@@ -214,6 +214,7 @@ def test_text_in_parts_is_read_as_text_where_there_are_no_images(tokenizer: Any)
 
 def test_a_template_that_reads_parts_alone_does_not_lose_text() -> None:
     processor = build_processor("llava")
+    prepare_dataset([ROW], processor, PLAIN, name="train_dataset")  # by the template that it came with
     processor.chat_template = (
         "{% for m in messages %}<|start|>{{ m['role'] }}\n{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
         "{{ part['text'] }}{% endfor %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
