@@ -65,8 +65,8 @@ def test_an_evaluation_of_training_pairs_is_told_everywhere(
     assert f"eval_dataset: {known} of 32 pairs are training pairs too" in caplog.text
     assert "Unclear: the evaluation is not held out" in said
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
-    assert "label\">evaluation accuracy" in page
-    assert "label\">held-out" not in page
+    assert 'label">evaluation accuracy' in page
+    assert 'label">held-out' not in page
     assert "<h2>Held-out" not in page
 
 

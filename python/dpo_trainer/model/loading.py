@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ModelError, first_line
 from .causal import check_class
+from .split import unwrap_adapter
+from .vision import auto_class, load_processor, takes_images
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
-    """Load a causal language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
+    """Load a causal or vision-language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
 
     float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
     A .gguf file is dequantised by transformers. Its quantisation attributes are removed, so that it can be trained and saved.
@@ -31,8 +33,10 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
         raise ModelError(f"model_init_kwargs: unknown dtype '{dtype}'")
     if (base := _base_of(path)) is not None:
         return _load_adapter(path, base, **kwargs)
-    model = _read(AutoModelForCausalLM, path, "cannot be loaded", **kwargs)
-    if Path(path).suffix == ".gguf":
+    gguf = Path(path).suffix == ".gguf"
+    kind = AutoModelForCausalLM if gguf else auto_class(_source(path)[0], kwargs)
+    model = _read(kind, path, "cannot be loaded", **kwargs)
+    if gguf:
         model.hf_quantizer = None
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
@@ -55,14 +59,26 @@ def load_tokenizer(path: str | Path) -> Any:
             return load_tokenizer(base)
 
 
+def load_processing_class(path: str | Path, *, vision: bool) -> Any:
+    """The processor that belongs to a vision-language model, or the tokenizer of any other, or where there is no processor.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    processor = load_processor(_source(path)[0]) if vision else None
+    return processor if processor is not None else load_tokenizer(path)
+
+
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """(model, reference, tokenizer), loaded where they are given as paths, with `init` for from_pretrained.
+    """(model, reference, tokenizer or processor), loaded where they are given as paths, with `init` for from_pretrained.
 
     Raises:
         ModelError: a part cannot be loaded, or the parts do not go together.
     """
     if isinstance(model, (str, Path)):
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+        if tokenizer is None:  # first, since it takes less time
+            vision = auto_class(_source(model)[0], init) is AutoModelForImageTextToText
+            tokenizer = load_processing_class(model, vision=vision)
         model = load_model(model, **init)
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
@@ -75,7 +91,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if tokenizer is None:
         if not (name := getattr(config, "_name_or_path", "")):
             raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_processing_class(name, vision=takes_images(unwrap_adapter(model)))
     return model, ref_model, tokenizer
 
 

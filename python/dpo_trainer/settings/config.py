@@ -15,7 +15,7 @@ from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
 
 from ..batch.layout import LAYOUTS
 from ..batch.sampler import STRATEGIES
-from ..data.prepare import FILTERS
+from ..data.account import FILTERS
 from ..errors import ConfigError
 from .checks import as_mapping, check_objective, check_together
 from .diagnoses import DIAGNOSES, Limits
