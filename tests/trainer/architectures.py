@@ -57,8 +57,11 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """The model types that transformers has a causal language model for."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The model types that transformers has a causal language model for.
+
+    Without ProphetNet: its logits depend, by 1e-4, on how many tokens follow, so a sequence alone has other ones.
+    """
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {"prophetnet"})
 
 
 def tiny(model_type: str, vocab: int, **changed: Any) -> Any:

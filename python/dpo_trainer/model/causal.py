@@ -52,10 +52,10 @@ def _classes(table: str) -> set[str]:
 
 @torch.no_grad()
 def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
-    """Ask the whole model about a small padded batch, and again with another last token in its first row.
+    """Ask the whole model about a small padded batch, and again with another last token, as padding, in its first row.
 
-    Logits before that token must be the same: a model that looks ahead sees the answer that it is to predict. The other rows'
-    should be: a model whose rows depend on each other is told in a line.
+    Logits before that token must be the same: a model that looks ahead sees the answer that it is to predict, or how long
+    it is. The other rows' should be: a model whose rows depend on each other is told in a line.
 
     Raises:
         ModelError: the model cannot be run on tokens, gives no logits for each, or looks ahead.
@@ -64,9 +64,12 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
     length = int(batch["attention_mask"][0].sum())
     changed = batch["input_ids"].clone()
     changed[0, length - 1] = (changed[0, length - 1] + 1) % max(int(changed.max()), 2)
+    mask = batch["attention_mask"].clone()
+    mask[0, length - 1] = 0
+    without: Batch = {**batch, "input_ids": changed, "attention_mask": mask}
     try:
         with evaluating(split.model), moved(split.model):
-            whole, other = (split.whole_logits({**batch, "input_ids": ids}) for ids in (batch["input_ids"], changed))
+            whole, other = (split.whole_logits(asked) for asked in (batch, without))
     except UsageError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -88,7 +91,7 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
     limit = _limit(split.model, whole)
     if _differ(whole[0, : length - 1], other[0, : length - 1], limit):
         adapters = " and ".join(config.peft_type.value for config in active_configs(split.model))
-        if adapters and not _looks_ahead_without(split, batch, changed, length, limit):
+        if adapters and not _looks_ahead_without(split, batch, without, length, limit):
             raise ModelError(
                 f"{name}: its adapter {adapters} looks ahead: a later token changes the logits before it; use another kind"
             )
@@ -104,11 +107,11 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
         )
 
 
-def _looks_ahead_without(split: SplitModel, batch: Batch, changed: Tensor, length: int, limit: float) -> bool:
+def _looks_ahead_without(split: SplitModel, batch: Batch, without: Batch, length: int, limit: float) -> bool:
     """Whether the model looks ahead with its adapter off."""
     model: Any = split.model
     with evaluating(model), model.disable_adapter():
-        whole, other = (split.whole_logits({**batch, "input_ids": ids}) for ids in (batch["input_ids"], changed))
+        whole, other = (split.whole_logits(asked) for asked in (batch, without))
     return _differ(whole[0, : length - 1], other[0, : length - 1], limit)
 
 
