@@ -27,11 +27,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_P
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "python")]
 
-import datasets
-import pytest
-import torch
-import transformers
-from trainer.tiny import NASTY, NICE, SUBJECTS, build_tokenizer
+import datasets  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from trainer.tiny import NASTY, NICE, SUBJECTS, build_tokenizer  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "trl_suite.json"
 HUB = "trl-internal-testing/"
@@ -70,7 +70,10 @@ NEMOTRON = {
 #: By the name on the hub: the architecture, and what its config has besides SIZES.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-Cohere2ForCausalLM": ("Cohere2", {"logit_scale": 1.0}),
-    "tiny-Glm4MoeForCausalLM": ("Glm4Moe", {**EXPERTS, "head_dim": 2, "n_routed_experts": 4, "first_k_dense_replace": 1}),
+    "tiny-Glm4MoeForCausalLM": (
+        "Glm4Moe",
+        {**EXPERTS, "head_dim": 2, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    ),
     "tiny-GptOssForCausalLM": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 2}),
     "tiny-Qwen2ForCausalLM-2.5": ("Qwen2", {}),
     "tiny-Qwen3MoeForCausalLM": ("Qwen3Moe", {**EXPERTS, "num_experts": 4, "head_dim": 8}),

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
-
-from dpo_kernels import objectives
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers.trainer_utils import number_of_arguments
 
 from .batch.collator import PairCollator
 from .data.rows import REFERENCE
@@ -19,12 +18,14 @@ from .errors import ConfigError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.layouts import choose_layout
-from .model.loading import load_parts, with_adapter
+from .model.loading import load_parts, set_pad_token, with_adapter
 from .model.references import FrozenReference
 from .model.split import Batch, SplitModel, disable_dropout
 from .pair_trainer import looked_at
-from .settings.config import DPOConfig, as_mapping
-from .settings.fit import check_best_metric, check_fit
+from .report.model_card import TAGS
+from .settings import objective
+from .settings.config import DPOConfig, check_settings
+from .settings.fit import READ_ONCE, check_best_metric, check_fit, check_model_init, init_of
 from .watch.metrics import MetricWindow
 from .watch.samples import Scorer
 
@@ -52,11 +53,15 @@ class DPOTrainer(LossTrainer):
         eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.
+        quantization_config: for a model that is given as a path: from_pretrained's, e.g. a BitsAndBytesConfig.
         peft_config: a peft config; the model is wrapped in an adapter of this kind.
         scorer: judges answers, (prompts, completions) -> a number each, higher is better: logs the win rate of the
             policy's answers to `sample_prompts` held-out prompts. Instead of `win_rate_scorer`, which names one.
+        model_init: makes the model, instead of `model`, at every call of `train`: for `hyperparameter_search`. It may take
+            the trial.
         compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. `predict` and
             compute_metrics see rewards `[rows, 2]` (chosen, rejected).
+        preprocess_logits_for_metrics: refused, since there are no logits.
 
     Raises:
         ConfigError, DataError, ModelError: ValueErrors of one line that say what is wrong and where.
@@ -64,7 +69,7 @@ class DPOTrainer(LossTrainer):
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel | nn.Module,
+        model: str | Path | PreTrainedModel | nn.Module | None = None,
         ref_model: str | Path | PreTrainedModel | nn.Module | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], Batch] | None = None,
@@ -74,28 +79,38 @@ class DPOTrainer(LossTrainer):
         compute_metrics: Callable[..., dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
         scorer: Scorer | None = None,
+        model_init: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Any = None,
     ) -> None:
         args = args if args is not None else DPOConfig(output_dir="dpo_output")
         if not isinstance(args, DPOConfig):
             raise ConfigError(f"args: expected a DPOConfig, got {type(args).__name__}")
-        init = as_mapping("model_init_kwargs", args.model_init_kwargs) or {}
+        if preprocess_logits_for_metrics is not None:
+            raise ConfigError(
+                "preprocess_logits_for_metrics: there are no logits to preprocess; compute_metrics gets rewards [rows, 2]"
+            )
+        set_seed(args.seed)  # before model_init, and before an adapter draws its weights
+        if model_init is not None:
+            check_model_init(args, model)
+            model = self._made(model_init)
+        init = init_of(args, model, ref_model, quantization_config)
         policy, reference, processing_class = load_parts(model, ref_model, processing_class, init)
+        set_pad_token(processing_class, args.pad_token)
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
-        if peft_config is not None:
-            policy = with_adapter(policy, peft_config)
-        if args.disable_dropout:
-            for part in (policy, reference):
-                if part is not None:
-                    disable_dropout(part)
+        self._peft_config = peft_config
+        policy = self._dressed(policy, args)
+        if args.disable_dropout and reference is not None:
+            disable_dropout(reference)
 
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
             data_collator = PairCollator(
                 pad_token_id=pad if pad is not None else 0,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.padded_to,
                 layout=args.batch_layout,
             )
         check_fit(args, policy, reference, processing_class, looked_at(train_dataset, eval_dataset))
@@ -117,22 +132,10 @@ class DPOTrainer(LossTrainer):
         self.args: DPOConfig
         # Makes transformers hand the accumulated batch's size to training_step in every version.
         self.model_accepts_loss_kwargs = True
-        # Made once: some objectives keep a running mean between steps.
-        self._objectives = objectives.build(args.loss_type)
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._grad_norm_max: Tensor | None = None
-
-        self.policy = SplitModel(self.model)  # type: ignore[arg-type]
-        if args.torch_compile and self.policy.backbone is not None:
-            self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        example = self._example_batch()
-        if example is not None:
-            with self.accelerator.autocast():
-                self.policy.verify(example)
-        self.reference = self._make_reference(reference, example)
-        self.moving = self._make_moving()
-        self._check_layout()
-        self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
+        self.model_init, self._given_reference = cast(Any, model_init), reference
+        self._take_model()
         given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
         for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
             if used and (given or args.precompute_ref_log_probs):
@@ -146,6 +149,78 @@ class DPOTrainer(LossTrainer):
             check_best_metric(args, self._evaluation_names())
         if args.precompute_ref_log_probs:
             self._precompute_all()
+
+    def _dressed(self, model: Any, args: DPOConfig) -> Any:
+        """The model with the adapter and without the dropout that the run asks for."""
+        if self._peft_config is not None:
+            model = with_adapter(model, self._peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        return model
+
+    def _take_model(self) -> None:
+        """Make of `self.model` the policy and what depends on it: the reference, the layout and the way of the loss."""
+        args = self.args
+        # Made once for a model: some objectives keep a running mean between steps.
+        self._objectives = objective.build(args)
+        self.policy = SplitModel(self.model)  # type: ignore[arg-type]
+        if args.torch_compile and self.policy.backbone is not None:
+            self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        example = self._example_batch()
+        if example is not None:
+            with self.accelerator.autocast():
+                self.policy.verify(example)
+        self.reference = self._make_reference(self._given_reference, example)
+        self.moving = self._make_moving()
+        self._check_layout()
+        self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
+        if hasattr(self.model, "add_model_tags"):
+            cast(Any, self.model).add_model_tags(list(TAGS))
+
+    @staticmethod
+    def _made(model_init: Callable[..., Any], trial: Any = None) -> Any:
+        """What `model_init` makes. Raises ConfigError where it makes nothing."""
+        model = model_init(trial) if number_of_arguments(model_init) else model_init()
+        if model is None:
+            raise ConfigError("model_init: gave no model; it must return one")
+        return model
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model for a call of `train` (called by transformers), with all that depends on it."""
+        self.model = self._dressed(self._made(cast(Any, self.model_init), trial), self.args).to(self.args.device)
+        before = self.moving
+        self._take_model()
+        if before is not None:
+            observers = self.callback_handler.callbacks
+            observers[observers.index(before)] = self.moving
+        return self.model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        before = {name: getattr(self.args, name) for name in READ_ONCE}
+        super()._hp_search_setup(trial)
+        check_settings(self.args)
+        for name, value in before.items():
+            if getattr(self.args, name) != value:
+                raise ConfigError(f"{name}: is read when the trainer is made, so it cannot be searched")
+
+    # --- what code that was written for TRL reads --------------------------------------------------------------------
+
+    aux_loss_enabled = False
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's model, or None where it is no model of its own."""
+        return self.reference.split.model if isinstance(self.reference, FrozenReference) else None
+
+    @property
+    def beta(self) -> float:
+        """The setting of this name."""
+        return self.args.beta
+
+    @property
+    def loss_types(self) -> list[str]:
+        """`loss_type` as a list."""
+        return [self.args.loss_type] if isinstance(self.args.loss_type, str) else list(self.args.loss_type)
 
     def _example_batch(self) -> Batch | None:
         """Two short pairs, padded, on which to check the model's split, or None without data."""

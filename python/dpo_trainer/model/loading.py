@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import ConfigError, ModelError, first_line
+from ..errors import ConfigError, ModelError, did_you_mean, first_line
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
@@ -33,13 +33,23 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer that belongs to a model folder, hub name or .gguf file.
+def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
+    """Load the tokenizer that belongs to a model folder, hub name or .gguf file; keyword arguments as `load_model`'s.
 
     Raises:
         ModelError: there is none.
     """
-    return _read(AutoTokenizer, path, "its tokenizer cannot be loaded")
+    return _read(AutoTokenizer, path, "its tokenizer cannot be loaded", **kwargs)
+
+
+def set_pad_token(tokenizer: Any, token: str | None) -> None:
+    """Let the tokenizer pad with a token of its vocabulary; None leaves its own. Raises ConfigError for another token."""
+    if token is None:
+        return
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if token not in (known := inner.get_vocab()):
+        raise ConfigError(f"pad_token: '{token}' is not in the tokenizer's vocabulary{did_you_mean(token, known)}")
+    inner.pad_token = token
 
 
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -48,8 +58,9 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     Raises:
         ModelError: a part cannot be loaded, or the parts do not go together.
     """
+    of_tokenizer = {name: init[name] for name in ("revision", "trust_remote_code") if name in init}
     if isinstance(model, (str, Path)):
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, **of_tokenizer)
         model = load_model(model, **init)
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
@@ -63,7 +74,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if tokenizer is None:
         if not (name := getattr(config, "_name_or_path", "")):
             raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, **of_tokenizer)
     return model, ref_model, tokenizer
 
 

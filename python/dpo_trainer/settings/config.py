@@ -73,7 +73,7 @@ class DPOConfig(TrainingArguments):
     logging_steps: float = _watch(10, "Optimizer steps between two log records; below 1, a fraction of the run.")
     logging_first_step: bool = _watch(True, "Also log the first step, whose loss must be log 2.")
     logging_nan_inf_filter: bool = _watch(False, "Hide NaN losses from the log. Off: a NaN should be seen.")
-    report_to: None | str | list[str] = _watch(  # in this order for HfArgumentParser
+    report_to: None | str | list[str] = _watch(  # noqa: RUF036 - in this order for HfArgumentParser
         "none", "Trackers to write to besides the run's own files, e.g. 'tensorboard'."
     )
     train_sampling_strategy: str = _data(
@@ -106,7 +106,9 @@ class DPOConfig(TrainingArguments):
         "Divergence between policy and reference (f-DPO), in objectives of the difference of the log-ratios.",
         choices=objective.DIVERGENCES,
     )
-    f_alpha_divergence_coef: float = _objective(0.5, "Alpha of 'alpha_divergence'; 1 is reverse_kl, 0 is forward_kl.", ANY)
+    f_alpha_divergence_coef: float = _objective(
+        0.5, "Alpha of 'alpha_divergence'; 1 is reverse_kl, 0 is forward_kl.", ANY
+    )
     discopop_tau: float = _objective(0.05, "loss_type discopop: its temperature.", FINITE_POSITIVE)
     ld_alpha: float | None = _objective(
         None,
@@ -269,10 +271,7 @@ class DPOConfig(TrainingArguments):
         if self.loss_type is None:  # HfArgumentParser's default of a list
             self.loss_type = "sigmoid"
         read_words(self, settings_table())
-        trl.check_values(self)
-        check_fields(self, settings_table())
-        objective.check(self)
-        self._check_together()
+        check_settings(self)
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
         self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
         Limits.of(self.diagnostics)
@@ -289,6 +288,11 @@ class DPOConfig(TrainingArguments):
         _check_accelerator(self.accelerator_config)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
+
+    @property
+    def padded_to(self) -> int | None:
+        """`pad_to_multiple_of` as a number."""
+        return self.pad_to_multiple_of if isinstance(self.pad_to_multiple_of, int) else None
 
     @property
     def run_folder(self) -> Path:
@@ -323,6 +327,14 @@ class DPOConfig(TrainingArguments):
             raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{self.grad_filter}'")
 
 
+def check_settings(config: DPOConfig) -> None:
+    """Raise ConfigError for a setting out of its range, or one that contradicts another."""
+    trl.check_values(config)
+    check_fields(config, settings_table())
+    objective.check(config)
+    config._check_together()
+
+
 def _check_accelerator(config: Any) -> None:
     """Of accelerate's settings for data loaders: training does not use its loaders, so they cannot be followed."""
     if config.split_batches:
@@ -330,7 +342,9 @@ def _check_accelerator(config: Any) -> None:
             "accelerator_config.split_batches: is not supported; per_device_train_batch_size is the batch of one device"
         )
     if config.dispatch_batches:
-        logger.warning("accelerator_config.dispatch_batches: left out; every process makes its own batches, the same ones")
+        logger.warning(
+            "accelerator_config.dispatch_batches: left out; every process makes its own batches, the same ones"
+        )
         config.dispatch_batches = None
 
 

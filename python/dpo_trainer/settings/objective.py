@@ -27,7 +27,7 @@ def build(config: Any) -> list[Any]:
 def _texts(config: Any) -> list[Any]:
     """The entries of `loss_type`; each takes from the settings beside it what its own parentheses do not say."""
     kind = DIVERGENCES[config.f_divergence_type]
-    found = []
+    found: list[Any] = []
     for entry in objectives.as_list(config.loss_type):
         if not isinstance(entry, str):
             found.append(entry)

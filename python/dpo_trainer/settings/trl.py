@@ -17,7 +17,11 @@ logger = logging.getLogger("dpo_trainer")
 #: Fields whose default is another one in TRL: its default, why ours stays, and whether the start of a run tells it.
 DIFFERENT: dict[str, tuple[Any, str, bool]] = {
     "num_train_epochs": (3.0, "More than one pass over preference pairs memorises them.", True),
-    "bf16": (True, "float32 is exact on every device. Set bf16=True on a GPU: it is faster and takes less memory.", True),
+    "bf16": (
+        True,
+        "float32 is exact on every device. Set bf16=True on a GPU: it is faster and takes less memory.",
+        True,
+    ),
     "gradient_checkpointing": (
         True,
         "It costs a third more time, and the fused head needs little memory. Set it where memory is short.",
