@@ -1,12 +1,8 @@
 """DPOConfig: the settings of a run, each in one row with its type, default, range, help and group, and the checks across rows."""
 
-import contextlib
 import dataclasses
-import json
-import logging
 import math
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -35,6 +31,7 @@ from .table import (
     PROBABILITY,
     SHARE,
     Setting,
+    as_mapping,
     at_least,
     check_fields,
     read_words,
@@ -42,7 +39,6 @@ from .table import (
     setting,
 )
 
-logger = logging.getLogger("dpo_trainer")
 _run = partial(setting, group="run", common=True)
 _optimizer, _objective, _data, _model, _kernels, _watch = (
     partial(setting, group=group) for group in ("optimizer", "objective", "data", "model", "kernels", "watch")
@@ -285,7 +281,7 @@ class DPOConfig(TrainingArguments):
                 "use_liger_kernel: needs an accelerator: its Triton kernels would stay in every model of this process. The "
                 "loss is fused without it"
             )
-        _check_accelerator(self.accelerator_config)
+        trl.check_accelerator(self.accelerator_config)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
 
@@ -333,29 +329,6 @@ def check_settings(config: DPOConfig) -> None:
     check_fields(config, settings_table())
     objective.check(config)
     config._check_together()
-
-
-def _check_accelerator(config: Any) -> None:
-    """Of accelerate's settings for data loaders: training does not use its loaders, so they cannot be followed."""
-    if config.split_batches:
-        raise ConfigError(
-            "accelerator_config.split_batches: is not supported; per_device_train_batch_size is the batch of one device"
-        )
-    if config.dispatch_batches:
-        logger.warning(
-            "accelerator_config.dispatch_batches: left out; every process makes its own batches, the same ones"
-        )
-        config.dispatch_batches = None
-
-
-def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
-    """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected a mapping, got {value!r}")
-    return value
 
 
 @dataclass

@@ -16,7 +16,8 @@ from ..batch.sampler import Batching
 from ..data.prepare import Preparation
 from ..data.tokens import TOKENS
 from ..errors import ConfigError, ModelError, did_you_mean
-from .config import DPOConfig, as_mapping
+from .config import DPOConfig
+from .table import as_mapping
 
 #: Settings that shape the data and the batches when the trainer is made.
 READ_ONCE = (*(item.name for item in fields(Preparation)), "pad_to_multiple_of", "batch_layout", "pad_token")

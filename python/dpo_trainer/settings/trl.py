@@ -97,6 +97,19 @@ def check_values(config: Any) -> None:
     config.remove_unused_columns = False
 
 
+def check_accelerator(config: Any) -> None:
+    """Of accelerate's settings for data loaders: training does not use its loaders, so they cannot be followed."""
+    if config.split_batches:
+        raise ConfigError(
+            "accelerator_config.split_batches: is not supported; per_device_train_batch_size is the batch of one device"
+        )
+    if config.dispatch_batches:
+        logger.warning(
+            "accelerator_config.dispatch_batches: left out; every process makes its own batches, the same ones"
+        )
+        config.dispatch_batches = None
+
+
 def differences(config: Any) -> list[str]:
     """What a run does by default, and TRL would not, as `name=ours (TRL: theirs)`; a value that somebody chose is not told."""
     defaults = {field.name: field for field in dataclasses.fields(config)}

@@ -17,8 +17,8 @@ from ..data.rows import REFERENCE, SIDES, has_reference
 from ..run import Run
 from ..run_folder.records import EVENTS, SUMMARY, Journal
 from ..run_folder.summary import initial_loss
-from ..settings.config import as_mapping
 from ..settings.diagnoses import DIAGNOSES, Limits
+from ..settings.table import as_mapping
 from .diagnoses import CHECKS, FEWEST, Facts, Found, History, before_training, number
 
 logger = logging.getLogger("dpo_trainer")
