@@ -78,7 +78,9 @@ def differing() -> str:
     lines = ["| setting | TRL | here | why |", "|---|---|---|---|"]
     for name, (theirs, why, _) in DIFFERENT.items():
         lines.append(row(f"`{name}`", shown(theirs), shown(defaults(DPOConfig)[name]), why))
-    lines.append(row("`filters`", "none", shown(defaults(DPOConfig)["filters"]), "Such pairs teach nothing. `[]` keeps all."))
+    lines.append(
+        row("`filters`", "none", shown(defaults(DPOConfig)["filters"]), "Such pairs teach nothing. `[]` keeps all.")
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -93,7 +95,11 @@ def older() -> str:
     """The table of settings of older versions of TRL."""
     theirs = of_trl()
     lines = ["| field | instead |", "|---|---|"]
-    lines += [row(f"`{name}`", text) for name, text in ANSWERS.items() if name not in theirs and name not in defaults(DPOConfig)]
+    lines += [
+        row(f"`{name}`", text)
+        for name, text in ANSWERS.items()
+        if name not in theirs and name not in defaults(DPOConfig)
+    ]
     return "\n".join(lines) + "\n"
 
 

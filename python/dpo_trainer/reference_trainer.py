@@ -145,7 +145,7 @@ class ReferenceTrainer(PairTrainer):
 
     def _ready(self, dataset: Any, name: str) -> Any:
         """A dataset that is not the run's own, tokenised, and with a reference to compare with."""
-        if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
+        if "prompt_ids" not in getattr(dataset, "column_names", ()):
             dataset = self.tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run
         if objectives.needs_reference(self._objectives) and self.reference is None and not has_reference(dataset):

@@ -229,8 +229,8 @@ class DPOTrainer(LossTrainer):
         dataset = self.datasets()[0]
         rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
         for row in rows:
-            row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
-            for side in ("chosen_input_ids", "rejected_input_ids"):
+            row["prompt_ids"] = row["prompt_ids"][-16:]
+            for side in ("chosen_ids", "rejected_ids"):
                 row[side] = row[side][:16]
         collator: Any = self.data_collator
         padded = replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator

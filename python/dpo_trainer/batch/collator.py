@@ -15,7 +15,7 @@ from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_seque
 
 @dataclass
 class PairCollator:
-    """Collate rows of `prompt_input_ids`, `chosen_input_ids` and `rejected_input_ids` (completions without prompt).
+    """Collate rows of `prompt_ids`, `chosen_ids` and `rejected_ids` (completions without prompt).
 
     With P pairs the batch holds, on B rows of T tokens (see `layout` for what stands where; a completion's last token stands
     nowhere, since it is predicted and predicts nothing):

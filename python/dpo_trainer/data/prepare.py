@@ -114,7 +114,7 @@ def sift(marked: Iterable[Marked], preparation: Preparation, account: Account) -
 def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
     """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
 
-    Returns the dataset with `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (tokens of the
+    Returns the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`, `length` (tokens of the
     longer side) and, where given, `weight` and the reference log-probabilities; and the account of what was dropped.
     Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. Datasets that are
     tokenised already pass through.
@@ -132,7 +132,7 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
     if len(dataset) == 0:
         raise DataError(f"{where}: no rows")
     account = Account(name)
-    if "prompt_input_ids" in dataset.column_names:
+    if "prompt_ids" in dataset.column_names:
         lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
         account.rows, account.tokens = len(dataset), sum(2 * prompt + c + r for prompt, c, r in lengths)
         return dataset, account

@@ -12,7 +12,7 @@ from ..errors import DataError, first_line
 from .rows import Pair, parse_row, shared_prefix
 
 #: The columns of a tokenised pair.
-TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def tokenize_pair(
@@ -24,7 +24,7 @@ def tokenize_pair(
     truncation_mode: str = "keep_end",
     append_eos: bool = True,
 ) -> dict[str, list[int]]:
-    """Token ids of one pair, or of the row that holds one: `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`.
+    """Token ids of one pair, or of the row that holds one: `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
     Prompt and completion are tokenised together, because that is how the text reads: cutting first would give
     tokens no generation produces (" great" after a prompt that ends in a space). The prompt then owns the tokens that

@@ -43,7 +43,7 @@ def examine(run: Run, limits: Limits) -> Facts:
         logps = run.reference_logps(probe, batch_size=run.args.per_device_eval_batch_size)
     return Facts(
         pairs=len(dataset),
-        lengths=tuple(statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in SIDES),
+        lengths=tuple(statistics.fmean(map(len, sample[f"{side}_ids"])) for side in SIDES),
         weights=tuple(weights.get("the training data", ())),
         weightless=weightless,
         **reference_facts(probe, logps),
@@ -58,8 +58,8 @@ def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, A
         logps: of the chosen and of the rejected answers, in nats, in the dataset's order.
     """
     values = torch.tensor([list(side) for side in logps], dtype=torch.float64)
-    unscored = torch.tensor([not ids for ids in pairs["prompt_input_ids"]])  # first tokens, which follow nothing
-    lengths = torch.tensor([list(map(len, pairs[f"{side}_input_ids"])) for side in SIDES])
+    unscored = torch.tensor([not ids for ids in pairs["prompt_ids"]])  # first tokens, which follow nothing
+    lengths = torch.tensor([list(map(len, pairs[f"{side}_ids"])) for side in SIDES])
     known = values.isfinite().all(dim=0)
     (chosen, rejected), counts = values[:, known], (lengths - unscored.long()).clamp(min=1)[:, known]
     lead = chosen / counts[0] - rejected / counts[1]

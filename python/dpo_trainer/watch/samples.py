@@ -158,7 +158,7 @@ class Samples(TrainerCallback):
         places = spread(len(dataset), self.run.args.sample_prompts)
         rows = dataset.select(places)
         decode = partial(self.run.processing_class.batch_decode, skip_special_tokens=True)
-        prompts, answers = decode(list(rows["prompt_input_ids"])), decode(list(rows["chosen_input_ids"]))
+        prompts, answers = decode(list(rows["prompt_ids"])), decode(list(rows["chosen_ids"]))
         return [
             {"step": self.run.state.global_step, "evaluation": prefix, "row": row, "prompt": prompt, "chosen": chosen}
             for row, prompt, chosen in zip(places, prompts, answers, strict=True)
@@ -166,7 +166,7 @@ class Samples(TrainerCallback):
 
     def _answers(self, dataset: Any, source: contextlib.AbstractContextManager[Any]) -> list[str]:
         args, size = self.run.args, self.run.args.per_device_eval_batch_size
-        prompts = list(dataset.select(spread(len(dataset), args.sample_prompts))["prompt_input_ids"])
+        prompts = list(dataset.select(spread(len(dataset), args.sample_prompts))["prompt_ids"])
         found: list[str] = []
         with source as model, self.run.accelerator.autocast():
             for start in range(0, len(prompts), size):
