@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -128,8 +127,9 @@ TABLES: dict[str, Callable[[], str]] = {"differing": differing, "fields": fields
 def filled(page: str) -> str:
     """The page with every table between its markers."""
     for name, table in TABLES.items():
-        marks = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        page = marks.sub(lambda match, made=table(): match[1] + made + match[2], page)
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        before, rest = page.split(begin)
+        page = before + begin + table() + end + rest.partition(end)[2]
     return page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers.trainer_utils import number_of_arguments
 
 from .batch.collator import PairCollator
 from .data.rows import REFERENCE
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.layouts import choose_layout
@@ -97,6 +98,8 @@ class DPOTrainer(LossTrainer):
         if model_init is not None:
             check_model_init(args, model)
             model = self._made(model_init)
+        if model is None:
+            raise ModelError("model: none given; pass a model, a path, or a model_init")
         init = init_of(args, model, ref_model, quantization_config)
         policy, reference, processing_class = load_parts(model, ref_model, processing_class, init)
         set_pad_token(processing_class, args.pad_token)
@@ -136,14 +139,6 @@ class DPOTrainer(LossTrainer):
         self._grad_norm_max: Tensor | None = None
         self.model_init, self._given_reference = cast(Any, model_init), reference
         self._take_model()
-        given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
-        for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
-            if used and (given or args.precompute_ref_log_probs):
-                raise ConfigError(
-                    f"{setting}: needs the reference model in every step; log-probabilities computed beforehand are plain sums"
-                )
-        if args.kl_coef > 0 and self.reference is None:
-            raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
         self._watch(scorer)
         if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
             check_best_metric(args, self._evaluation_names())
@@ -164,8 +159,6 @@ class DPOTrainer(LossTrainer):
         # Made once for a model: some objectives keep a running mean between steps.
         self._objectives = objective.build(args)
         self.policy = SplitModel(self.model)  # type: ignore[arg-type]
-        if args.torch_compile and self.policy.backbone is not None:
-            self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         example = self._example_batch()
         if example is not None:
             with self.accelerator.autocast():
@@ -173,7 +166,18 @@ class DPOTrainer(LossTrainer):
         self.reference = self._make_reference(self._given_reference, example)
         self.moving = self._make_moving()
         self._check_layout()
+        if args.torch_compile and self.policy.backbone is not None:
+            # After the trials above: each would be compiled by itself, without gradient, and never be used again.
+            self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
+        given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
+        for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
+            if used and (given or args.precompute_ref_log_probs):
+                raise ConfigError(
+                    f"{setting}: needs the reference model in every step; log-probabilities computed beforehand are plain sums"
+                )
+        if args.kl_coef > 0 and self.reference is None:
+            raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
         if hasattr(self.model, "add_model_tags"):
             cast(Any, self.model).add_model_tags(list(TAGS))
 
@@ -186,22 +190,30 @@ class DPOTrainer(LossTrainer):
         return model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new model for a call of `train` (called by transformers), with all that depends on it."""
-        self.model = self._dressed(self._made(cast(Any, self.model_init), trial), self.args).to(self.args.device)
-        before = self.moving
-        self._take_model()
-        if before is not None:
-            observers = self.callback_handler.callbacks
-            observers[observers.index(before)] = self.moving
-        return self.model
+        """A new model for a call of `train`, which transformers makes before it calls `_hp_search_setup`."""
+        return self._dressed(self._made(cast(Any, self.model_init), trial), self.args)
 
     def _hp_search_setup(self, trial: Any) -> None:
         before = {name: getattr(self.args, name) for name in READ_ONCE}
         super()._hp_search_setup(trial)
-        check_settings(self.args)
         for name, value in before.items():
             if getattr(self.args, name) != value:
                 raise ConfigError(f"{name}: is read when the trainer is made, so it cannot be searched")
+        if self.model_init is not None:
+            check_settings(self.args)
+            moving = self.moving
+            self._take_model()
+            observers = self.callback_handler.callbacks
+            observers[:] = [self.moving if moving is not None and item is moving else item for item in observers]
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.Trainer.hyperparameter_search`; what is sought is the least evaluation loss, unless given.
+
+        transformers would take the sum of all metrics.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or _loss_of, *args, **kwargs)
 
     # --- what code that was written for TRL reads --------------------------------------------------------------------
 
@@ -250,3 +262,9 @@ class DPOTrainer(LossTrainer):
         rows = [dict(dataset[index]) for index in {longest, 0 if longest else len(lengths) - 1}]
         splits = [self.policy, *([self.reference.split] if isinstance(self.reference, FrozenReference) else [])]
         choose_layout(collator, splits, rows, self._prepare_inputs, compiled=self.args.torch_compile)
+
+
+def _loss_of(metrics: dict[str, float]) -> float:
+    """The loss of an evaluation; the mean of several ones'."""
+    losses = [value for name, value in metrics.items() if re.fullmatch(r"eval_(\w+_)?loss", name)]
+    return sum(losses) / len(losses)

@@ -573,8 +573,8 @@ def test_what_a_stream_cannot_do_is_said(make_trainer: Any) -> None:
         make_trainer(train_dataset=stream)
     with pytest.raises(ConfigError, match="precompute_ref_log_probs: needs all pairs"):
         make_trainer(train_dataset=stream, max_steps=1, precompute_ref_log_probs=True)
-    with pytest.raises(DataError, match="eval_dataset: is a stream"):
-        make_trainer(eval_dataset=stream)
+    with pytest.raises(ConfigError, match=r"precompute_ref_log_probs: .*\(eval_dataset held_out\)"):
+        make_trainer(eval_dataset={"held_out": stream}, precompute_ref_log_probs=True)
     with pytest.raises(DataError, match="train_dataset: no rows"):
         make_trainer(train_dataset=stream.take(0), max_steps=1)
 

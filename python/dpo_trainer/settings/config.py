@@ -202,7 +202,7 @@ class DPOConfig(TrainingArguments):
 
     # The kernels, and what is watched.
     statistics: list[str] = _watch(
-        ["entropy", "kl", "accuracy"],
+        ["entropy", "kl", "accuracy", "mean_logits"],
         "Statistics of the completion tokens to log: entropy, kl (exact; needs the reference's logits in the step), accuracy "
         "(as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected), grad_dropped_mass (linear path: what "
         "grad_filter left out).",

@@ -19,8 +19,16 @@ from ..errors import ConfigError, ModelError, did_you_mean
 from .config import DPOConfig
 from .table import as_mapping
 
-#: Settings that shape the data and the batches when the trainer is made.
-READ_ONCE = (*(item.name for item in fields(Preparation)), "pad_to_multiple_of", "batch_layout", "pad_token")
+#: Settings that are read when the trainer is made: those of the data, and these.
+READ_ONCE = (
+    *(item.name for item in fields(Preparation)),
+    "pad_to_multiple_of",
+    "pad_token",
+    "batch_layout",
+    "disable_dropout",
+    "precompute_ref_log_probs",
+    "sync_ref_model",
+)
 logger = logging.getLogger("dpo_trainer")
 
 
