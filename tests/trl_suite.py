@@ -38,7 +38,27 @@ HUB = "trl-internal-testing/"
 #: Tests of what is counted apart.
 APART = ("*VLM*", "*Vision*", "*vision*", "*vlm*")
 #: Why a test fails, by pattern of its name; the first that fits counts.
-REASONS: tuple[tuple[str, str], ...] = ()
+REASONS: tuple[tuple[str, str], ...] = (
+    (
+        "*liger*",
+        "use_liger_kernel is refused on a CPU, where these tests ran: Liger's Triton kernels cannot run there, and would stay "
+        "in every later model of the process.",
+    ),
+    ("*test_tag_added*", "The model's tags say what trained it: dpo, dpo-kernels."),
+    (
+        "*test_train_dataset_required",
+        "A trainer without training data is allowed: it can evaluate and predict. `train` refuses.",
+    ),
+    (
+        "*test_train_with_eval",
+        "It takes the first log record for the evaluation's; here the first step has logged its loss (logging_first_step).",
+    ),
+    (
+        "*test_evaluate_precompute_ref_log_probs_after_training_raises",
+        "Refused as in TRL, by a ValueError with a text of our own.",
+    ),
+    ("*test_train_with_chat_template_kwargs", "The column chat_template_kwargs is not read."),
+)
 
 
 # --- models -------------------------------------------------------------------------------------------------------

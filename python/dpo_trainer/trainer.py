@@ -137,8 +137,11 @@ class DPOTrainer(LossTrainer):
         self.model_accepts_loss_kwargs = True
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._grad_norm_max: Tensor | None = None
-        self.model_init, self._given_reference = cast(Any, model_init), reference
-        self._take_model()
+        self.model_init = cast(Any, model_init)
+        self._given_reference = (
+            reference if model_init is not None else None
+        )  # else nobody may hold it longer than needed
+        self._take_model(reference)
         self._watch(scorer)
         if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
             check_best_metric(args, self._evaluation_names())
@@ -153,7 +156,7 @@ class DPOTrainer(LossTrainer):
             disable_dropout(model)
         return model
 
-    def _take_model(self) -> None:
+    def _take_model(self, ref_model: Any) -> None:
         """Make of `self.model` the policy and what depends on it: the reference, the layout and the way of the loss."""
         args = self.args
         # Made once for a model: some objectives keep a running mean between steps.
@@ -163,7 +166,7 @@ class DPOTrainer(LossTrainer):
         if example is not None:
             with self.accelerator.autocast():
                 self.policy.verify(example)
-        self.reference = self._make_reference(self._given_reference, example)
+        self.reference = self._make_reference(ref_model, example)
         self.moving = self._make_moving()
         self._check_layout()
         if args.torch_compile and self.policy.backbone is not None:
@@ -202,7 +205,7 @@ class DPOTrainer(LossTrainer):
         if self.model_init is not None:
             check_settings(self.args)
             moving = self.moving
-            self._take_model()
+            self._take_model(self._given_reference)
             observers = self.callback_handler.callbacks
             observers[:] = [self.moving if moving is not None and item is moving else item for item in observers]
 

@@ -550,6 +550,19 @@ def test_a_trial_moves_its_own_reference(tmp_path: Path) -> None:
         assert torch.equal(trainer.ref_model.get_parameter(name), value), "a hard update after every step"
 
 
+def test_every_trial_is_compared_with_the_reference_that_is_given(tmp_path: Path) -> None:
+    vocabulary = len(build_tokenizer())
+    reference = build_model("llama-tied", vocabulary, seed=9)
+    trainer = DPOTrainer(
+        model_init=lambda: build_model("llama-tied", vocabulary, seed=7),
+        ref_model=reference,
+        **given(tmp_path, max_steps=1),
+    )
+    trainer.train()
+    trainer.train()
+    assert trainer.ref_model is reference
+
+
 def test_an_adapter_is_put_around_every_trials_model(tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel
 
