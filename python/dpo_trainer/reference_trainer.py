@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_kernels import objectives, use_backend
 
+from .data.prepare import is_prepared
 from .data.rows import REFERENCE, has_reference
 from .errors import ConfigError, DataError
 from .model.moving_reference import MovingReference
@@ -145,7 +146,7 @@ class ReferenceTrainer(PairTrainer):
 
     def _ready(self, dataset: Any, name: str) -> Any:
         """A dataset that is not the run's own, tokenised, and with a reference to compare with."""
-        if "prompt_ids" not in getattr(dataset, "column_names", ()):
+        if not is_prepared(dataset):
             dataset = self.tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run
         if objectives.needs_reference(self._objectives) and self.reference is None and not has_reference(dataset):

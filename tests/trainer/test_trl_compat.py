@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 from transformers.trainer_utils import HPSearchBackend
 
 from dpo_kernels.objectives import Pairs, objective
-from dpo_trainer import ConfigError, DPOConfig, DPOTrainer, ModelError
+from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelError
 from dpo_trainer.cli.build import build_trainer as build_for_cli
 from dpo_trainer.settings import objective as of_settings
 from dpo_trainer.settings import trl as facts
@@ -464,6 +464,17 @@ def test_a_resumed_run_goes_on_counting_tokens(make_trainer: Any) -> None:
     ]
     assert counts[0] == counts[1]
     assert len(counts[0]) == 4
+
+
+def test_tokens_that_trl_has_made_are_made_anew_or_told(make_trainer: Any) -> None:
+    rows = build_pairs(4)
+    tokens = {"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5]}
+    trainer = make_trainer(train_dataset=datasets.Dataset.from_list([{**row, **tokens} for row in rows]))
+    expected = make_trainer(train_dataset=rows)
+    assert trainer.train_dataset["chosen_ids"] == expected.train_dataset["chosen_ids"]
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
+    with pytest.raises(DataError, match="no column 'chosen'; it has prompt_ids, chosen_ids, rejected_ids"):
+        make_trainer(train_dataset=datasets.Dataset.from_list([tokens] * 4))
 
 
 @pytest.mark.parametrize("kind", ["one", "several"])

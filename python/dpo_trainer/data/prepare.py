@@ -132,7 +132,7 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
     if len(dataset) == 0:
         raise DataError(f"{where}: no rows")
     account = Account(name)
-    if "prompt_ids" in dataset.column_names:
+    if is_prepared(dataset):
         lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
         account.rows, account.tokens = len(dataset), sum(2 * prompt + c + r for prompt, c, r in lengths)
         return dataset, account
@@ -204,6 +204,11 @@ def by_name(eval_dataset: Any) -> dict[str, Any]:
     if isinstance(eval_dataset, dict):
         return eval_dataset
     return {} if eval_dataset is None else {"": eval_dataset}
+
+
+def is_prepared(dataset: Any) -> bool:
+    """Whether `prepare_dataset` has made the tokens of a dataset. TRL's have the same names, and no lengths."""
+    return {*TOKENS, "length"} <= set(getattr(dataset, "column_names", None) or ())
 
 
 def is_stream(dataset: Any) -> bool:
