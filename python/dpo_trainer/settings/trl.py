@@ -43,11 +43,11 @@ OTHER_MEANING = {
     "padding_free": "True is what batch_layout 'auto' does anyway, on any attention; refused with batch_layout 'padded'.",
     "pad_to_multiple_of": "'auto' is None.",
     "pad_token": "sets the tokenizer's pad token, without a deprecation.",
-    "activation_offloading": "True is refused: gradient_checkpointing saves the same memory.",
+    "activation_offloading": "True is refused; gradient_checkpointing saves that memory as well.",
     "use_liger_kernel": "True is refused on a CPU, where Liger's kernels cannot run.",
     "precompute_ref_batch_size": "None is per_device_eval_batch_size for all data, and results are kept in ref_cache_dir.",
     "remove_unused_columns": "has no effect: tokenising keeps the columns that it needs.",
-    "max_length": "never leaves a pair unequal: both sides keep the same prompt.",
+    "max_length": "cuts such that both sides keep the same prompt; TRL cuts each side by itself.",
     "f_divergence_type": "does not change an entry of loss_type that names a divergence of its own.",
     "discopop_tau": "does not change an entry of loss_type that names a tau of its own.",
 }
