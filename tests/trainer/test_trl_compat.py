@@ -25,6 +25,7 @@ from dpo_trainer.settings import objective as of_settings
 from dpo_trainer.settings import trl as facts
 from dpo_trainer.settings.config import settings_table
 from dpo_trainer.settings.table import Setting
+from dpo_trainer.trainer import _loss_of
 
 from .tiny import build_model, build_pairs, build_tokenizer
 
@@ -135,6 +136,26 @@ def test_trls_parser_reads_a_yaml_file(tmp_path: Path) -> None:
     assert (config.beta, config.loss_type, config.loss_weights) == (0.4, ["sigmoid", "sft"], [1.0, 0.1])
     assert (config.filters, config.grad_filter, config.learning_rate) == ([], None, 5e-7)
     assert config.model_init_kwargs == {"dtype": "float32"}
+
+
+def test_trls_own_script_runs_with_our_classes(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl.scripts.dpo as script
+
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 8), ("test", 2)):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, build_pairs(count))))
+    monkeypatch.setattr(trl, "DPOConfig", DPOConfig)
+    monkeypatch.setattr(trl, "DPOTrainer", DPOTrainer)
+    words = f"--dataset_name {tmp_path / 'data'} --model_name_or_path {model_folder} --output_dir {tmp_path / 'run'}"
+    words += " --learning_rate 1e-3 --loss_type sigmoid sft --loss_weights 1.0 0.1 --eval_strategy steps --eval_steps 1"
+    words += " --max_steps 2 --use_cpu --use_peft --lora_r 4 --lora_target_modules q_proj v_proj --dtype float32"
+    parsed = script.make_parser().parse_args_and_config(words.split())
+    assert isinstance(parsed[1], DPOConfig)
+    script.main(*parsed)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval_last"]["loss"] > 0
 
 
 # --- fields ----------------------------------------------------------------------------------------------------------
@@ -618,6 +639,21 @@ def test_model_init_does_not_go_with_another_model(tmp_path: Path, model_folder:
         DPOTrainer(**given(tmp_path, precompute_ref_log_probs=True), model_init=lambda: None)
     with pytest.raises(ModelError, match="model: none given"):
         DPOTrainer(**given(tmp_path))
+
+
+def test_what_a_search_seeks_is_the_loss() -> None:
+    assert _loss_of({"eval_loss": 2.0, "eval_runtime": 9.0, "eval_rewards/margins": 5.0}) == 2.0
+    assert _loss_of({"eval_a_loss": 1.0, "eval_b_loss": 3.0, "epoch": 1.0}) == 2.0
+
+
+def test_nothing_is_compiled_before_the_first_step(make_trainer: Any) -> None:
+    """Each trial of a layout took a minute and was never used again."""
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    trainer = make_trainer(torch_compile=True, torch_compile_backend="eager")
+    assert not frames
+    assert trainer.policy.backbone._compiled_call_impl is not None
 
 
 # --- docs ------------------------------------------------------------------------------------------------------------
