@@ -334,8 +334,8 @@ FAULTS = (
     ),
     Fault(
         "dropout_left_on",
-        "python/dpo_trainer/model/split.py",
-        "module.p = 0.0",
+        "python/dpo_trainer/model/dropout.py",
+        "setattr(module, name, 0.0)",
         "pass",
         "dropout stays on, in the reference too, and the first loss is not log 2",
         ("tests/trainer/test_model.py::test_dropout_is_disabled_everywhere",),

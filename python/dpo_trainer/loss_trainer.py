@@ -14,6 +14,8 @@ from .data.prepare import by_name
 from .data.rows import has_reference
 from .errors import ConfigError
 from .model import loss_path
+from .model.adapter_kinds import allocation_state, take_allocation_state
+from .model.auxiliary import AuxiliaryLoss
 from .model.split import Batch, call_through
 from .run_trainer import RunTrainer, SpoiltUpdate
 from .watch.evaluated import look_at
@@ -29,11 +31,13 @@ class LossTrainer(RunTrainer):
 
     Attributes:
         loss_path: "linear" or "logits", see `model.loss_path`.
+        auxiliary: the auxiliary loss of a mixture-of-experts policy, added in training; None where there is none.
     """
 
     # Read by transformers: our loss is already a mean over the accumulated batch, not over a micro-batch.
     loss_is_scaled_for_ga = True
     loss_path: str
+    auxiliary: AuxiliaryLoss | None
     _window: dict[str, MetricWindow]
     _grad_norm_max: Tensor | None
     #: Tokens trained on so far, prompts counted for both sides.
@@ -75,7 +79,17 @@ class LossTrainer(RunTrainer):
             output = loss_path.from_logits(self.policy, reference, batch, options)
         if mean is not None:
             output.loss = output.loss * (mean * len(pair_weights))
+        if self.auxiliary is not None and torch.is_grad_enabled() and len(pair_weights):
+            # Each batch's counts in the step as its pairs do.
+            auxiliary = self.auxiliary.take(batch)
+            self._window["train"].add_auxiliary(auxiliary, _weights(batch))
+            output.loss = output.loss + self.auxiliary.factor * pair_weights.sum() * auxiliary
         return output
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether an auxiliary loss of the experts' load is added in training (TRL's name)."""
+        return self.auxiliary is not None
 
     def _statistics(self, has_reference: bool) -> tuple[str, ...]:
         """The statistics asked for that a batch can have."""
@@ -232,6 +246,7 @@ class LossTrainer(RunTrainer):
             "grad_norm_max": None if norm is None else norm.cpu(),
             "num_tokens": self._num_tokens,
             "objectives": running,
+            "ranks": allocation_state(self.policy.model),
         }
 
     def _take_state(self, state: dict[str, Any]) -> None:
@@ -241,6 +256,7 @@ class LossTrainer(RunTrainer):
         self._grad_norm_max = None if norm is None else norm.to(self.args.device)
         for index, values in state.get("objectives", {}).items():
             cast(nn.Module, self._objectives[int(index)]).load_state_dict(values)
+        take_allocation_state(self.policy.model, state.get("ranks", {}))
 
 
 def _weights(batch: Batch) -> Tensor:

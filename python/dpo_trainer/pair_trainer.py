@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from .batch.sampler import Batching, PairBatchSampler, PairStream
-from .data.prepare import Account, Preparation, PreparedStream, by_name, is_stream, prepare_dataset
+from .data.prepare import Account, Preparation, PreparedStream, by_name, count_trained_on, is_stream, prepare_dataset
 from .errors import ConfigError, DataError
 from .settings.config import DPOConfig
 
@@ -46,6 +46,10 @@ class PairTrainer(Trainer):
             dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
             if account.dropped:
                 logger.warning(account.describe())
+        said = {line for other in self.accounts for line in other.remarks}
+        for line in account.remarks:
+            if line not in said:
+                logger.warning(line)
         self.accounts.append(account)
         return dataset
 
@@ -62,6 +66,15 @@ class PairTrainer(Trainer):
                 }
             elif evaluation is not None:
                 evaluation = self.tokenize(evaluation, "eval_dataset", args, tokenizer)
+        for account, dataset in zip(reversed(self.accounts), reversed(by_name(evaluation).values()), strict=False):
+            if repeated := count_trained_on(dataset, train):
+                account.trained_on = repeated
+                logger.warning(
+                    "%s: %s of %s pairs are training pairs too, so its figures are not of held-out pairs",
+                    account.name,
+                    f"{repeated:,}",
+                    f"{account.kept:,}",
+                )
         return train, evaluation
 
     @staticmethod

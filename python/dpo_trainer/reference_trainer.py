@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from dpo_kernels import objectives, use_backend
@@ -10,11 +12,15 @@ from dpo_kernels import objectives, use_backend
 from .data.prepare import is_prepared
 from .data.rows import REFERENCE, has_reference
 from .errors import ConfigError, DataError
+from .model.adapters import Attached, named_adapter, starts_without_effect, trainable_in, without_adapter
+from .model.causal import check_answers
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
 from .model.references import AdapterOffReference, FrozenReference, Reference, reference_logps
 from .model.split import Batch, SplitModel, evaluating
 from .pair_trainer import PairTrainer
+
+logger = logging.getLogger("dpo_trainer")
 
 
 class ReferenceTrainer(PairTrainer):
@@ -24,8 +30,10 @@ class ReferenceTrainer(PairTrainer):
         policy: the trained model.
         reference: None where no reference is in memory.
         moving: what moves the reference during training; None where it stands still.
+        attached: the model as it was given or loaded, with its adapter.
     """
 
+    attached: Attached
     policy: SplitModel
     reference: Reference
     moving: MovingReference | None
@@ -48,19 +56,51 @@ class ReferenceTrainer(PairTrainer):
             reference = FrozenReference(ref_model.to(self.args.device))
             if example is not None:
                 with self.accelerator.autocast():
+                    check_answers(reference.split, example, "ref_model")
                     reference.split.verify(example)
             return reference
+        if (name := self.args.ref_adapter_name) is not None:
+            return self._frozen_copy(
+                lambda copy: named_adapter(copy, name, "ref_adapter_name"), f"with its adapter '{name}'"
+            )
         if not objectives.needs_reference(self._objectives):
             return None
         if hasattr(self.model, "disable_adapter"):
-            return AdapterOffReference(self.policy)
+            return self._reference_of_adapter(example)
         if self.args.precompute_ref_log_probs:
             return None  # computed from the model itself before it moves
         return self._frozen_copy()
 
-    def _frozen_copy(self) -> FrozenReference:
-        reference = FrozenReference.copy_of(self.model)  # type: ignore[arg-type]
+    def _reference_of_adapter(self, example: Batch | None) -> Reference:
+        """The model as it was given: without a new adapter, or with the adapter that it brought."""
+        neutral = example is not None and starts_without_effect(self.policy, example)
+        without = (self.attached.is_new and self.attached.keeps_base) or neutral
+        outside = [] if example is None else trainable_in(self.policy, example, adapter=False)
+        if self.attached.is_new and without and not neutral and example is not None:
+            logger.info("adapter: the model answers differently with it from the start, so the first loss is not log 2")
+        if without and (not outside or self.args.precompute_ref_log_probs):
+            return AdapterOffReference(self.policy)
+        if self.args.precompute_ref_log_probs:
+            return None
+        if without:
+            logger.info(
+                "reference: a frozen copy of the weights that train, because '%s' is no part of the adapter", outside[0]
+            )
+            return self._frozen_copy(without_adapter, "without its adapter", begins_alike=neutral)
+        why = "rewrites the model's weights" if self.attached.is_new else "is trained already"
+        logger.info("reference: the model with a frozen copy of its adapter as it starts, because the adapter %s", why)
+        return self._frozen_copy(None, "with its adapter as it started")
+
+    def _frozen_copy(
+        self, change: Callable[[Any], Any] | None = None, kind: str = "", *, begins_alike: bool = True
+    ) -> FrozenReference:
+        """The model as it is now, or what `change` makes of its copy."""
+        shared = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # they take the weights out of the model
+        reference = FrozenReference.copy_of(self.model, change, shared=shared)  # type: ignore[arg-type]
         reference.split.split = self.policy.split
+        reference.copied = begins_alike
+        if kind:
+            reference.kind = f"a frozen copy of the model {kind}"
         return reference
 
     def _make_moving(self) -> MovingReference | None:
@@ -138,7 +178,10 @@ class ReferenceTrainer(PairTrainer):
         if (root := folder_of(self.args.ref_cache_dir)) is None:
             return None
         facts = {
-            "model": model_fingerprint(self.policy.model if self.reference is None else self.reference.split.model),
+            "model": model_fingerprint(
+                self.policy.model if self.reference is None else self.reference.split.model,
+                adapter=not isinstance(self.reference, AdapterOffReference),
+            ),
             "data": data_fingerprint(dataset),
             "precision": self.accelerator.mixed_precision,  # autocast changes what the same weights answer
         }

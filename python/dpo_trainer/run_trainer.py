@@ -15,11 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from .errors import ConfigError, DataError, OutputError
+from .errors import ConfigError, DataError, ModelError, OutputError
+from .model.adapter_kinds import all_ranks
+from .model.adapters import BASE, save_base
 from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
-from .run_folder.checkpoints import discard_half, load_state, save_state, sound_checkpoint, written_aside
+from .run_folder.checkpoints import discard_half, load_as_saved, load_state, save_state, sound_checkpoint, written_aside
 from .run_folder.lock import run_lock
 from .run_folder.records import Journal, writing
 from .settings.trl import tell_differences
@@ -47,9 +49,13 @@ class RunTrainer(ReferenceTrainer):
     evaluated: dict[str, EvaluatedPairs]
     journal: Journal
     samples: Samples | None
+    #: Why the model cannot be trained; `train` raises it.
+    obstacle_to_training: str | None = None
     _started_at = _paused_for = 0.0
     #: The step of this run's last checkpoint.
     _saved_at = -1
+    #: Whether the weights loaded last have other names in the checkpoint than in memory.
+    _renamed = False
     #: While a checkpoint is being saved, the folder that it is written to first.
     _aside: Path | None = None
 
@@ -117,6 +123,8 @@ class RunTrainer(ReferenceTrainer):
         """
         if self.train_dataset is None:
             raise DataError("train_dataset: none given, nothing to train on")
+        if self.obstacle_to_training is not None:
+            raise ModelError(self.obstacle_to_training)
         if self.is_world_process_zero():
             tell_differences(self.args)
         folder, first = self.journal.folder, self.is_world_process_zero()
@@ -124,6 +132,8 @@ class RunTrainer(ReferenceTrainer):
             checkpoint = self._sound_checkpoint(folder, resume_from_checkpoint) if resume_from_checkpoint else None
             if first:
                 discard_half(folder)
+                if self.attached.merged and self.attached.is_new:
+                    self._save_base(folder / BASE)
             self._training_seconds()  # the clock starts here
             self._saved_at = -1
             self._take_state({})
@@ -196,10 +206,20 @@ class RunTrainer(ReferenceTrainer):
         folder = Path(output_dir) if output_dir else self.args.run_folder
         if self.is_world_process_zero() and (spoilt := _not_finite(self.policy.model)) is not None:
             logger.warning("%s: holds weights that are not finite, first in '%s'", folder.name, spoilt)
-        with contextlib.nullcontext() if _internal_call else writing(folder):
+        with all_ranks(self.policy.model) if _internal_call else writing(folder):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             write_card(self, folder, {})  # peft writes one of its own
+
+    def _save_base(self, folder: Path) -> None:
+        """Keep the model that a new adapter belongs to: an older adapter is merged into it, so it stands nowhere else."""
+        model: Any = self.policy.model
+        if not (folder / "config.json").exists():
+            with writing(folder):
+                save_base(model, folder)
+                self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+            logger.info("the model under the new adapter is saved in %s", folder)
+        model.peft_config[model.active_adapter].base_model_name_or_path = str(folder.resolve())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` into `output_dir`; takes what `transformers.Trainer.create_model_card` takes."""
@@ -230,6 +250,27 @@ class RunTrainer(ReferenceTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(str(self.state.best_model_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Names that both lack are a model saved under others, see below; else transformers says what is missing.
+        whole = not hasattr(self.policy.model, "disable_adapter")
+        self._renamed = bool(whole and load_result.missing_keys and load_result.unexpected_keys)
+        if not self._renamed:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_renamed(self, folder: str) -> None:
+        """Some models save weights under other names than they have in memory (experts); transformers has left those out."""
+        if self._renamed:
+            load_as_saved(self.policy.model, folder)
+            self._renamed = False
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

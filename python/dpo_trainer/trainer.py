@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,20 @@ from transformers.trainer_utils import number_of_arguments
 
 from .batch.collator import PairCollator
 from .data.rows import REFERENCE
+from .data.template import with_chat_template
+from .data.tokens import MASKS, scored_counts
 from .errors import ConfigError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
+from .model.adapter_kinds import AllocateRanks, moved
+from .model.adapters import attach, named_adapter, obstacle_to_training
+from .model.auxiliary import auxiliary_loss
+from .model.causal import check_answers
+from .model.dropout import disable_dropout, settle
 from .model.layouts import choose_layout
-from .model.loading import load_parts, set_pad_token, with_adapter
+from .model.loading import load_parts, set_pad_token
 from .model.references import FrozenReference
-from .model.split import Batch, SplitModel, disable_dropout
+from .model.split import Batch, SplitModel
 from .pair_trainer import looked_at
 from .report.model_card import TAGS
 from .settings import objective
@@ -41,21 +49,23 @@ class DPOTrainer(LossTrainer):
     `output_dir`: `metrics.jsonl`, `events.jsonl`, `samples.jsonl`, `summary.json`, `report.html`, the card `README.md`.
 
     Args:
-        model: a causal language model, a peft model, or a path for `load_model`.
-        ref_model: the reference: a model or a path. None: the model as it is now (a frozen copy, or nothing at all with
-            `precompute_ref_log_probs=True`), or, with an adapter, the model with the adapter switched off. An objective
-            that needs no reference gets none, unless one is given: then for the KL in the log.
+        model: a causal language model, a peft model, or a path for `load_model`, also of an adapter.
+        ref_model: the reference: a model or a path. None: the model as it is given. That is a frozen copy, or nothing at all
+            with `precompute_ref_log_probs=True`. With `peft_config` it is the model with the adapter switched off. Of a
+            model that brings a trained adapter, the adapter is copied. An objective that needs no reference gets none,
+            unless one is given: then for the KL in the log.
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
-            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `tools` (for the chat
-            template), optional `weight` (confidence: losses are weighted means), optional `ref_chosen_logps` and
-            `ref_rejected_logps` (summed log-probabilities under the reference); or, with `max_steps`, a stream of them: a
-            `datasets.IterableDataset`, or one of torch.
+            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `system`, `tools` and
+            `chat_template_kwargs` (for the chat template), optional `weight` (confidence: losses are weighted means),
+            optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference); or of a known
+            layout (docs/trainer.md); or, with `max_steps`, a stream of them: a `datasets.IterableDataset`, or one of torch.
         eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer; loaded from the model's folder if not given.
         data_collator: a PairCollator of your own making.
         quantization_config: for a model that is given as a path: from_pretrained's, e.g. a BitsAndBytesConfig.
-        peft_config: a peft config; the model is wrapped in an adapter of this kind.
+        peft_config: a peft config; the model is wrapped in an adapter of this kind. See the setting `adapter` for a model
+            that brings one.
         scorer: judges answers, (prompts, completions) -> a number each, higher is better: logs the win rate of the
             policy's answers to `sample_prompts` held-out prompts. Instead of `win_rate_scorer`, which names one.
         model_init: makes the model, instead of `model`, at every call of `train`: for `hyperparameter_search`. It may take
@@ -103,9 +113,10 @@ class DPOTrainer(LossTrainer):
         init = init_of(args, model, ref_model, quantization_config)
         policy, reference, processing_class = load_parts(model, ref_model, processing_class, init)
         set_pad_token(processing_class, args.pad_token)
+        processing_class = with_chat_template(processing_class, args.chat_template_path)
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
         self._peft_config = peft_config
-        policy = self._dressed(policy, args)
+        policy = self._dressed(policy, args, loaded=isinstance(model, (str, Path)))
         if args.disable_dropout and reference is not None:
             disable_dropout(reference)
 
@@ -143,15 +154,20 @@ class DPOTrainer(LossTrainer):
         )  # else nobody may hold it longer than needed
         self._take_model(reference)
         self._watch(scorer)
+        if AllocateRanks.wanted(self.model):
+            self.add_callback(AllocateRanks())
         if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
             check_best_metric(args, self._evaluation_names())
         if args.precompute_ref_log_probs:
             self._precompute_all()
 
-    def _dressed(self, model: Any, args: DPOConfig) -> Any:
+    def _dressed(self, model: Any, args: DPOConfig, *, loaded: bool) -> Any:
         """The model with the adapter and without the dropout that the run asks for."""
-        if self._peft_config is not None:
-            model = with_adapter(model, self._peft_config)
+        set_seed(args.seed)  # for a new adapter's weights
+        self.attached = attach(model, self._peft_config, args.adapter, loaded=loaded)
+        model = self.attached.model
+        if args.model_adapter_name is not None:
+            named_adapter(model, args.model_adapter_name, "model_adapter_name")
         if args.disable_dropout:
             disable_dropout(model)
         return model
@@ -165,7 +181,14 @@ class DPOTrainer(LossTrainer):
         example = self._example_batch()
         if example is not None:
             with self.accelerator.autocast():
+                check_answers(self.policy, example)
                 self.policy.verify(example)
+                if args.disable_dropout:
+                    with moved(self.policy.model):
+                        name = type(self.policy.model).__name__
+                        settle(self.policy.model, lambda: self.policy.packed_logits(example), name)
+                self.obstacle_to_training = obstacle_to_training(self.policy, example)
+        self.auxiliary = auxiliary_loss(self.policy, args.router_aux_loss_coef, example)
         self.reference = self._make_reference(ref_model, example)
         self.moving = self._make_moving()
         self._check_layout()
@@ -194,7 +217,7 @@ class DPOTrainer(LossTrainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model for a call of `train`, which transformers makes before it calls `_hp_search_setup`."""
-        return self._dressed(self._made(cast(Any, self.model_init), trial), self.args)
+        return self._dressed(self._made(cast(Any, self.model_init), trial), self.args, loaded=False)
 
     def _hp_search_setup(self, trial: Any) -> None:
         before = {name: getattr(self.args, name) for name in READ_ONCE}
@@ -220,8 +243,6 @@ class DPOTrainer(LossTrainer):
 
     # --- what code that was written for TRL reads --------------------------------------------------------------------
 
-    aux_loss_enabled = False
-
     @property
     def ref_model(self) -> nn.Module | None:
         """The reference's model, or None where it is no model of its own."""
@@ -238,18 +259,32 @@ class DPOTrainer(LossTrainer):
         return [self.args.loss_type] if isinstance(self.args.loss_type, str) else list(self.args.loss_type)
 
     def _example_batch(self) -> Batch | None:
-        """Two short pairs, padded, on which to check the model's split, or None without data."""
-        if not self.datasets():
-            return None
-        dataset = self.datasets()[0]
-        rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
+        """Two short pairs, padded, on which to check the model's split, or None without data or anything to score."""
+        rows = self._scored_rows(lambda lengths: [range(len(lengths))] * 2)
         for row in rows:
             row["prompt_ids"] = row["prompt_ids"][-16:]
             for side in ("chosen_ids", "rejected_ids"):
                 row[side] = row[side][:16]
+            for mask in MASKS:
+                row.pop(mask, None)
+        if not rows:
+            return None
         collator: Any = self.data_collator
         padded = replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
         return self._prepare_inputs(padded(rows))
+
+    def _scored_rows(self, orders: Callable[[Any], Iterable[Iterable[int]]]) -> list[dict[str, Any]]:
+        """The first pair of each order (made from lengths) that has tokens to score on both sides and was not taken before."""
+        if not self.datasets():
+            return []
+        dataset = self.datasets()[0]
+        found: dict[int, dict[str, Any]] = {}
+        for order in orders(list(dataset["length"])):
+            for index in order:
+                if index not in found and all(all(side) for side in scored_counts(dataset[index : index + 1])):
+                    found[index] = dict(dataset[index])
+                    break
+        return list(found.values())
 
     def _check_layout(self) -> None:
         """Choose the layout by the longest pair and another.
@@ -259,10 +294,14 @@ class DPOTrainer(LossTrainer):
         collator = self.data_collator
         if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self.datasets():
             return
-        dataset = self.datasets()[0]
-        lengths = dataset["length"]
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        rows = [dict(dataset[index]) for index in {longest, 0 if longest else len(lengths) - 1}]
+        rows = self._scored_rows(
+            lambda lengths: [
+                sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True),
+                itertools.chain([0], reversed(range(len(lengths)))),
+            ]
+        )
+        if not rows:
+            return
         splits = [self.policy, *([self.reference.split] if isinstance(self.reference, FrozenReference) else [])]
         choose_layout(collator, splits, rows, self._prepare_inputs, compiled=self.args.torch_compile)
 

@@ -15,7 +15,8 @@ from dpo_kernels import sequence_logps
 from dpo_trainer import PairCollator
 from dpo_trainer.batch import attention
 from dpo_trainer.batch.layout import LAYOUTS, arrange, cost, visible
-from dpo_trainer.model.split import SplitModel, disable_dropout
+from dpo_trainer.model.dropout import disable_dropout
+from dpo_trainer.model.split import SplitModel
 
 VOCAB = 97
 SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

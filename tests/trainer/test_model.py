@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 
 from dpo_trainer import ModelError, PairCollator, load_model, load_tokenizer
 from dpo_trainer.data.prepare import Preparation, prepare_dataset
+from dpo_trainer.model.dropout import disable_dropout
 from dpo_trainer.model.references import AdapterOffReference, FrozenReference, reference_logps
-from dpo_trainer.model.split import SplitModel, disable_dropout
+from dpo_trainer.model.split import SplitModel
 
 from .tiny import MODELS
 

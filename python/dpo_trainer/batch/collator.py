@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from ..data.rows import REFERENCE
-from ..data.tokens import TOKENS
+from ..data.tokens import MASKS, TOKENS
 from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_sequences, width
 
 
 @dataclass
 class PairCollator:
     """Collate rows of `prompt_ids`, `chosen_ids` and `rejected_ids` (completions without prompt).
+
+    Where a row has `chosen_mask` and `rejected_mask`, a bool for each token of a completion, those that are false are read and
+    not scored.
 
     With P pairs the batch holds, on B rows of T tokens (see `layout` for what stands where; a completion's last token stands
     nowhere, since it is predicted and predicts nothing):
@@ -84,7 +87,10 @@ class PairCollator:
                     if part:
                         before = torch.arange(start - 1, start - 1 + len(tokens))
                         before[:1] = last  # of the prompt, which another side may stand behind
-                        scored = slice(0 if counts[0] else 1, None)
+                        scored: Any = slice(0 if counts[0] else 1, None)
+                        mask = rows[piece.pair].get(MASKS[part - 1])
+                        if mask is not None and not all(mask):
+                            scored = [place for place in range(len(tokens))[scored] if mask[place]]
                         sequence = piece.pair + (part - 1) * len(pairs)
                         positions[sequence] = before[scored] + index * longest
                         labels[sequence] = tokens[scored]

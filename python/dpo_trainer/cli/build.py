@@ -62,8 +62,9 @@ def build_trainer(
     peft_config = lora_config(settings["lora"]) if settings.get("lora") is not None else None
     if settings.get("streaming") and config.max_steps <= 0:
         raise ConfigError("max_steps: must be given with streaming, which does not tell how many pairs there are")
-    train_data = (stream_pairs if settings.get("streaming") else load_pairs)(settings["train_data"])
-    eval_data = load_pairs(settings["eval_data"]) if settings.get("eval_data") is not None else None
+    reading: Any = {"columns": config.columns, "weight_from": config.weight_from}
+    train_data = (stream_pairs if settings.get("streaming") else load_pairs)(settings["train_data"], **reading)
+    eval_data = load_pairs(settings["eval_data"], **reading) if settings.get("eval_data") is not None else None
     with _named(fields):
         return kind(
             settings["model"],

@@ -45,7 +45,7 @@ class SelfReference(FrozenReference):
 class Inspector(DPOTrainer):
     """A trainer as it stands before its first step, that copies no reference and computes none beforehand."""
 
-    def _frozen_copy(self) -> FrozenReference:
+    def _frozen_copy(self, *args: Any, **kwargs: Any) -> FrozenReference:
         return SelfReference(self.policy)
 
     def _reference_columns(self, dataset: Any, name: str) -> tuple[list[float], ...]:
@@ -117,7 +117,11 @@ class Inspector(DPOTrainer):
         model: Any = self.policy.model
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(p.nbytes for p in trained)
-        reference = self.reference.split.model.parameters() if isinstance(self.reference, FrozenReference) else ()
+        copied = 0
+        if isinstance(self.reference, SelfReference):  # a copy shares what does not train
+            copied = gradients
+        elif isinstance(self.reference, FrozenReference):
+            copied = sum(p.nbytes for p in self.reference.split.model.parameters())
         return {
             "model": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -127,7 +131,7 @@ class Inspector(DPOTrainer):
             "optimizer_bytes": next(
                 (n * gradients for name, n in _STATE.items() if self.args.optim.startswith(name)), None
             ),
-            "reference_bytes": sum(p.nbytes for p in reference),
+            "reference_bytes": copied,
             "reference": self.reference_kind,
             "loss_path": self.loss_path,
             "layout": getattr(self.data_collator, "layout", "custom"),
@@ -167,7 +171,7 @@ class Inspector(DPOTrainer):
                 item.eval()  # running means stay as they are
         # A run with precompute_ref_log_probs computes the reference first; here 0 stands for it.
         unknown = self.reference is None and objectives.needs_reference(self._objectives)
-        for timed in (cast(Batch, self._example_batch()), batch):
+        for timed in filter(None, (self._example_batch(), batch)):
             pairs, device = (len(timed["cu_seqlens"]) - 1) // 2, timed["labels"].device
             zeros = {"ref_logps": torch.zeros(2 * pairs, dtype=torch.float64, device=device)} if unknown else {}
             start = timer()

@@ -15,94 +15,126 @@ import pyarrow.parquet
 from torch.utils.data import IterableDataset
 
 from ..errors import DataError, first_line
+from .known import AS_THEY_ARE, Located, Reading, Told
+from .messages import as_written
 from .rows import COLUMNS, NUMBERS, Pair, check_columns, json_type, parse_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
-#: (place, row) of every row, where the place names the row to a person.
-Located = Iterable[tuple[str, Any]]
-
-#: Datasets whose rows were all checked, with their fingerprints at that time: `set_transform` changes one in place.
-_CHECKED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+#: Datasets whose rows were all checked, with their fingerprints at that time, since `set_transform` changes one in place; and
+#: how they were read.
+_CHECKED: WeakKeyDictionary[Any, tuple[str, Reading]] = WeakKeyDictionary()
 
 
 # --- whole data sets -----------------------------------------------------------------------------------------------
 
 
-def load_pairs(path: str | Path) -> Any:
+def load_pairs(
+    path: str | Path, *, columns: Mapping[str, str] | None = None, weight_from: Mapping[str, Any] | None = None
+) -> Any:
     """Read preference data into a `datasets.Dataset` with the columns of a pair, every row checked.
+
+    Known layouts become our columns; a line tells which, and another what nobody reads (docs/trainer.md).
 
     Args:
         path: a .jsonl, .json (a list of objects), .parquet or .csv file, a folder made by `Dataset.save_to_disk`, or the
             name of a data set on the hub, "owner/name" or "owner/name:split".
+        columns, weight_from: the settings of DPOConfig, see `known.Reading`.
 
     Raises:
         DataError: naming the file and the line or row.
+        ConfigError: `columns` or `weight_from` is wrong.
     """
+    reading = Reading(columns, weight_from)
     name, dataset = _stored(path, streaming=False)
     if dataset is None and name.endswith(".parquet"):
         with _readable(Path(name)):
             # Not by datasets' own reader, which would copy the file into a cache first.
             dataset = datasets.Dataset(pyarrow.parquet.read_table(name))
     if dataset is None:
-        dataset = table_of(list(_rows_of(Path(name))), name)
+        dataset = table_of(list(_rows_of(Path(name))), name, reading)
+    elif len(dataset) == 0:
+        check_columns(dataset.column_names, name)
+        raise DataError(f"{name}: no rows")
+    elif (own := in_our_columns(dataset, name, lambda number: f"{name}: row {number}", reading)) is not dataset:
+        dataset = own
     else:
         check_columns(dataset.column_names, name)
         dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
-        _check_rows(numbered(name, dataset), name)
-        _CHECKED[dataset] = dataset._fingerprint
+        for _ in parse_rows(numbered(name, dataset)):
+            pass
+        _CHECKED[dataset] = dataset._fingerprint, reading
     dataset.info.dataset_name = name  # messages about its rows then say where they come from
     return dataset
 
 
-def table_of(located: Sequence[tuple[str, Any]], name: str) -> Any:
-    """Rows, checked, as a `datasets.Dataset`; `tools` as JSON text, since a table would give all of them the same keys.
+def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) -> Any:
+    """Rows, checked, as a `datasets.Dataset` with the columns of a pair.
 
     Args:
-        located: (place, row) of every row, where the place names the row to a person.
+        located: (place, row) of every row, where the place names the row to a person. Tools, arguments of tool calls and
+            `chat_template_kwargs` should be JSON text (`as_written`), since a table would give all of them the same keys.
         name: of the file or data set, for messages.
+        reading: how columns are read.
 
     Raises:
         DataError: there are none; or naming the first that is bad, or whose values have other types than those before it.
+        ConfigError: a column that `reading` names is not there.
     """
+    places: list[str] = []
+    rows: list[dict[str, Any]] = []
 
-    def table(count: int) -> Any:
-        taken = [_tools_as_text(row) for _, row in located[:count]]
-        return datasets.Dataset.from_list([{name: row[name] for name in COLUMNS if name in row} for row in taken])
+    def noted() -> Located:
+        for where, row in reading.rows(located, name):
+            places.append(where)
+            yield where, row
 
-    _check_rows(located, name)
+    rows.extend(row for row, _ in parse_rows(noted()))
+    if not rows:
+        raise DataError(f"{name}: no rows")
     mistakes = (ValueError, TypeError, OverflowError)  # pyarrow's errors are of these kinds
     try:
-        dataset = table(len(located))
+        dataset = datasets.Dataset.from_list(rows)
     except mistakes as error:
-        good, bad = 0, len(located)
+        good, bad = 0, len(rows)
         while bad - good > 1:
             middle = (good + bad) // 2
             try:
-                table(middle)
+                datasets.Dataset.from_list(rows[:middle])
                 good = middle
             except mistakes:
                 bad = middle
-        where, _ = located[bad - 1]
+        where = places[bad - 1]
         raise DataError(f"{where}: a value has another type than in earlier rows ({first_line(error)})") from error
-    _CHECKED[dataset] = dataset._fingerprint
+    _CHECKED[dataset] = dataset._fingerprint, reading
     return dataset
+
+
+def in_our_columns(dataset: Any, name: str, place: Callable[[int], str], reading: Reading) -> Any:
+    """A dataset of at least one row that may have other columns than ours, as a checked one; itself where it has ours.
+
+    Args:
+        place: names a row, counted from 1, to a person.
+    """
+    first = dataset[0]
+    if reading.leaves(first):
+        for _ in reading.rows([(name, first)], name):  # for what it tells
+            pass
+        return dataset
+    own = table_of([(place(number), row) for number, row in enumerate(dataset, 1)], name, reading)
+    own.info.dataset_name = dataset.info.dataset_name
+    return own
 
 
 def is_checked(dataset: Any) -> bool:
     """Whether `load_pairs` or `table_of` has made a dataset, and nothing has changed it since."""
-    return _CHECKED.get(dataset) == dataset._fingerprint
+    return reading_of(dataset) is not None
 
 
-def _check_rows(located: Located, name: str) -> None:
-    if not sum(1 for _ in parse_rows(located)):
-        raise DataError(f"{name}: no rows")
-
-
-def _tools_as_text(row: Any) -> Any:
-    if isinstance(row, Mapping) and not isinstance(row.get("tools", ""), str):
-        return {**row, "tools": json.dumps(row["tools"])}
-    return row
+def reading_of(dataset: Any) -> Reading | None:
+    """How `load_pairs` or `table_of` has read a dataset that nothing has changed since; None for any other."""
+    fingerprint, reading = _CHECKED.get(dataset, ("", None))
+    return reading if fingerprint == dataset._fingerprint else None
 
 
 # --- folders and the hub -------------------------------------------------------------------------------------------
@@ -169,7 +201,7 @@ def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every line that is not blank, `tools` as JSON text."""
+    """(place, row) of every line that is not blank."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
@@ -180,7 +212,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-            yield f"{path}:{number}", _tools_as_text(row)
+            yield f"{path}:{number}", as_written(row)
 
 
 def _json_rows(path: Path) -> list[Any]:
@@ -193,7 +225,7 @@ def _json_rows(path: Path) -> list[Any]:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of objects, found {json_type(rows)}")
-    return rows
+    return as_written(rows)
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -236,45 +268,59 @@ class RowStream(IterableDataset):
     Args:
         name: of the file or data set, for messages.
         located: makes an iterator over (place, row), where the place names the row to a person, for a pass from 0.
+        reading: how columns are read.
     """
 
-    def __init__(self, name: str, located: Callable[[int], Located]) -> None:
-        self.name, self._located = name, located
+    def __init__(self, name: str, located: Callable[[int], Located], reading: Reading) -> None:
+        self.name, self.reading, self._located = name, reading, located
+        self._told = Told(name)
+
+    def read_with(self, reading: Reading) -> RowStream:
+        """The same rows, read otherwise; itself where they are read so, or nothing is said of it."""
+        return self if reading.is_default or reading == self.reading else RowStream(self.name, self._located, reading)
 
     def pairs(self, number: int) -> Iterator[Pair]:
         """What the rows become, in the pass of this number."""
-        return (pair for _, pair in parse_rows(self._located(number)))
+        return (pair for _, pair in self._parsed(number))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (row for row, _ in parse_rows(self._located(0)))
+        return (row for row, _ in self._parsed(0))
+
+    def _parsed(self, number: int) -> Iterator[tuple[Any, Pair]]:
+        return parse_rows(self.reading.rows(self._located(number), self.name, self._told))
 
 
-def stream_pairs(path: str | Path) -> RowStream:
+def stream_pairs(
+    path: str | Path, *, columns: Mapping[str, str] | None = None, weight_from: Mapping[str, Any] | None = None
+) -> RowStream:
     """The pairs of `load_pairs`, read while training: for data that are too large to be read beforehand.
 
     Args:
         path: a .jsonl, .parquet or .csv file, a folder made by `Dataset.save_to_disk`, or the name of a data set on the
             hub, "owner/name" or "owner/name:split".
+        columns, weight_from: the settings of DPOConfig, see `known.Reading`.
 
     Raises:
         DataError: it does not exist or cannot be streamed. Bad rows are found when they are read.
+        ConfigError: `columns` or `weight_from` is wrong.
     """
+    reading = Reading(columns, weight_from)
     name, dataset = _stored(path, streaming=True)
     if dataset is not None:
-        return stream_of(dataset, name)
+        return stream_of(dataset, name, reading)
     if name.endswith(".json"):
         raise DataError(f"{name}: a .json list is read as a whole; to stream it, write one object a line as .jsonl")
-    return RowStream(name, lambda _: _rows_of(Path(name)))
+    return RowStream(name, lambda _: _rows_of(Path(name)), reading)
 
 
-def stream_of(dataset: Any, name: str) -> RowStream:
+def stream_of(dataset: Any, name: str, reading: Reading = AS_THEY_ARE) -> RowStream:
     """A `datasets.IterableDataset`, or any other iterable over rows, as a RowStream."""
     if isinstance(dataset, RowStream):
-        return dataset
+        return dataset.read_with(reading)
 
     def located(number: int) -> Located:
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(number)  # another order, where the dataset shuffles
         return numbered(name, dataset)
 
-    return RowStream(name, located)
+    return RowStream(name, located, reading)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError, did_you_mean
+from .messages import plain, with_arguments
 
 SIDES = ("chosen", "rejected")
 TEXTS = ("prompt", *SIDES)
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = ("weight", *REFERENCE)
-COLUMNS = (*TEXTS, "tools", *NUMBERS)
+COLUMNS = (*TEXTS, "system", "tools", "chat_template_kwargs", *NUMBERS)
+#: What the trainer itself tells a chat template; `chat_template_kwargs` must not.
+RESERVED = {
+    *("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt"),
+    *("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
+    *("padding", "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens"),
+}
 #: What other data sets call the prompt. Where there is one, a missing prompt is not a prompt within the conversations.
 PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "prompts")
 
@@ -36,6 +44,8 @@ class Pair:
         rejected: the worse answer, of the prompt's type.
         tools: descriptions of the tools that the answers may call.
         numbers: `weight` and the reference's log-probabilities, as far as the row has them, by column.
+        system: of a text row with a column `system`, its text, perhaps empty. In chat messages it stands in the prompt.
+        template_kwargs: what the row tells the chat template.
     """
 
     where: str
@@ -44,6 +54,8 @@ class Pair:
     rejected: Any
     tools: list[Any] | None
     numbers: dict[str, float]
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -52,7 +64,7 @@ class Pair:
 
 
 def parse_rows(located: Iterable[tuple[str, Any]]) -> Iterator[tuple[Any, Pair]]:
-    """Every row with the pair that it becomes.
+    """Every row, with the columns of a pair alone and its messages in one form, and the pair that it becomes.
 
     Args:
         located: (place, row) of every row, where the place names the row to a person.
@@ -62,7 +74,8 @@ def parse_rows(located: Iterable[tuple[str, Any]]) -> Iterator[tuple[Any, Pair]]
     """
     columns: list[str] = []
     kind = ""
-    for where, row in located:
+    for where, given in located:
+        row = _plain_row(given, where)
         pair = parse_row(row, where)
         found = [name for name in COLUMNS if name in row]
         columns, kind = columns or found, kind or pair.kind
@@ -73,7 +86,14 @@ def parse_rows(located: Iterable[tuple[str, Any]]) -> Iterator[tuple[Any, Pair]]
             raise DataError(f"{where}: a column '{name}', which earlier rows do not have")
         if pair.kind != kind:
             raise DataError(f"{where}: {pair.kind}, where earlier rows are {kind}; use one of them for all rows")
-        yield row, pair
+        yield {name: row[name] for name in found}, pair
+
+
+def _plain_row(row: Any, where: str) -> Any:
+    """The row with its messages in one form."""
+    if not isinstance(row, Mapping):
+        return row
+    return {**row, **{name: plain(row[name], name, where) for name in TEXTS if name in row}}
 
 
 def parse_row(row: Any, where: str) -> Pair:
@@ -81,7 +101,8 @@ def parse_row(row: Any, where: str) -> Pair:
 
     Args:
         row: an object with chosen and rejected, and prompt unless they are whole texts or conversations: strings or
-            lists of messages; optional tools, weight and reference log-probabilities.
+            lists of messages (see `messages.plain`); optional system, tools, chat_template_kwargs, weight and reference
+            log-probabilities.
         where: how to name the row to a person, for instance "pairs.jsonl:17".
 
     Raises:
@@ -90,6 +111,7 @@ def parse_row(row: Any, where: str) -> Pair:
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object with {', '.join(TEXTS)}, found {json_type(row)}")
     check_columns(list(row), where)
+    row = _plain_row(row, where)
     kinds = {}
     for name in TEXTS:
         if name not in row:
@@ -109,7 +131,10 @@ def parse_row(row: Any, where: str) -> Pair:
             described = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
             raise DataError(f"{where}: text and chat are mixed ({described}); use one of them for all three")
     if "prompt" not in row and not shared_prefix(row["chosen"], row["rejected"]):
-        raise DataError(f"{where}: no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one")
+        raise DataError(
+            f"{where}: no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one; where another "
+            "column is the prompt, name it by the setting columns"
+        )
     return split_row(row, where)
 
 
@@ -118,15 +143,17 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
 
     Without a prompt of its own, what chosen and rejected have in common at their beginning is the prompt: characters of
     two texts, messages of two conversations (all but the last, where they are equal). Messages, and tools that are not
-    JSON text, lose the keys that hold nothing: a table gives every object the union of all keys.
+    JSON text, lose the keys that hold nothing: a table gives every object the union of all keys. Arguments of tool calls
+    become objects. A `system` beside messages becomes their first one.
 
     Raises:
-        DataError: tools or numbers are not usable, or the conversations part at a message that is not an answer.
+        DataError: system, tools, template arguments or numbers are not usable, or the conversations part at a message that is
+            not an answer.
     """
-    tools = _tools(row.get("tools"), where)
-    numbers = {name: _number(row[name], name, where) for name in NUMBERS if name in row}
-    prompt = _without_nothing(row.get("prompt"))
-    chosen, rejected = _without_nothing(row["chosen"]), _without_nothing(row["rejected"])
+    tools, system = _tools(row.get("tools"), where), _system(row, where)
+    kwargs = _template_kwargs(row.get("chat_template_kwargs"), where)
+    numbers = {name: number_of(row[name], name, where) for name in NUMBERS if name in row}
+    prompt, chosen, rejected = (_messages(row.get(name), name, where) for name in TEXTS)
     if not isinstance(prompt, list if isinstance(chosen, list) else str):  # none, or one that conversations hold too
         start = shared_prefix(chosen, rejected)
         if chosen == rejected and isinstance(chosen, list):
@@ -139,7 +166,16 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
             raise DataError(
                 f"{where}: the first message of '{name}' after the prompt is of '{side[0]['role']}', not the assistant's"
             )
-    return Pair(where, prompt, chosen, rejected, tools, numbers)
+    if system is not None and isinstance(prompt, list):
+        first = prompt[0] if prompt and prompt[0]["role"] == "system" else None
+        if system and first is not None and first.get("content") != system:
+            raise DataError(f"{where}: 'system' is one system text and the first message another; keep one of them")
+        if system and first is None:
+            prompt = [{"role": "system", "content": system}, *prompt]
+        system = None
+    elif system is not None and row.get("prompt") is None:  # whole texts, which are no question and answer
+        prompt, system = "\n\n".join(filter(None, (system, prompt))), None
+    return Pair(where, prompt, chosen, rejected, tools, numbers, system, kwargs)
 
 
 def check_columns(columns: Sequence[str], where: str) -> None:
@@ -155,8 +191,8 @@ def check_columns(columns: Sequence[str], where: str) -> None:
         hint = f" (did you mean '{like}'?)" if like is not None else did_you_mean("prompt", others)
         if hint:
             raise DataError(
-                f"{where}: no column 'prompt'; it has {', '.join(columns)}{hint}; rename that, or leave it out where chosen "
-                "and rejected hold the prompt"
+                f"{where}: no column 'prompt'; it has {', '.join(columns)}{hint}; name it by the setting columns, as in "
+                "columns: {prompt: question}, or leave it out where chosen and rejected hold the prompt"
             )
     if (REFERENCE[0] in columns) != (REFERENCE[1] in columns):
         missing = REFERENCE[0] if REFERENCE[0] not in columns else REFERENCE[1]
@@ -176,6 +212,33 @@ def _check_messages(messages: list[Any], name: str, where: str) -> None:
             )
 
 
+def _messages(value: Any, name: str, where: str) -> Any:
+    value = _without_nothing(plain(value, name, where))
+    return [with_arguments(message) for message in value] if isinstance(value, list) else value
+
+
+def _system(row: Mapping[str, Any], where: str) -> str | None:
+    """The text of a column `system`, "" where the row has none in it; None without the column."""
+    if "system" not in row:
+        return None
+    if not isinstance(system := row["system"] or "", str):
+        raise DataError(f"{where}: 'system' must be text, found {json_type(system)}")
+    return system
+
+
+def _template_kwargs(kwargs: Any, where: str) -> Mapping[str, Any]:
+    found = kwargs
+    if isinstance(found, str) and found.strip():
+        with contextlib.suppress(ValueError):
+            found = json.loads(found)
+    if found and not isinstance(found, Mapping):
+        raise DataError(f"{where}: 'chat_template_kwargs' must be an object or its JSON text, found {_shown(kwargs)}")
+    for name in found or ():
+        if name in RESERVED:
+            raise DataError(f"{where}: 'chat_template_kwargs' cannot hold '{name}', which the trainer sets")
+    return (found if isinstance(kwargs, str) else _without_nothing(found)) or {}
+
+
 def _tools(tools: Any, where: str) -> list[Any] | None:
     text = tools
     if isinstance(text, str) and text.strip():
@@ -190,13 +253,14 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
     return (tools if isinstance(text, str) else _without_nothing(tools)) or None
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def number_of(value: Any, name: str, where: str) -> float:
+    """A finite number as a float; a weight is not negative. Raises DataError with the column's name."""
     # Not by math.isfinite, which fails for integers that no float can hold.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise DataError(f"{where}: '{name}' must be a finite number, found {_shown(value)}")
     if name == "weight" and value < 0:
         raise DataError(f"{where}: 'weight' must not be negative, found {value}")
-    return value
+    return float(value)
 
 
 def json_type(value: Any) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import TemplateError
-
-from ..errors import DataError, first_line
-from .rows import Pair, parse_row, shared_prefix
+from .rows import SIDES, Pair, parse_row, shared_prefix
+from .template import as_chat, options_of, render_chat, scored_tokens
 
 #: The columns of a tokenised pair.
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+#: Whether each token of a completion is scored; columns of pairs of which some are not.
+MASKS = ("chosen_mask", "rejected_mask")
 
 
 def tokenize_pair(
@@ -23,8 +22,12 @@ def tokenize_pair(
     max_prompt_length: int | None = None,
     truncation_mode: str = "keep_end",
     append_eos: bool = True,
-) -> dict[str, list[int]]:
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    assistant_only_loss: bool = True,
+) -> dict[str, list[Any]]:
     """Token ids of one pair, or of the row that holds one: `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Where some tokens of the completions are not to be scored, also `chosen_mask` and `rejected_mask`, a bool for each token.
 
     Prompt and completion are tokenised together, because that is how the text reads: cutting first would give
     tokens no generation produces (" great" after a prompt that ends in a space). The prompt then owns the tokens that
@@ -34,12 +37,14 @@ def tokenize_pair(
     Text completions get the end-of-sequence token unless they end in it, or `append_eos` is false: then they end as
     the tokenizer leaves them, for completions that were cut off and do not teach where to stop. Chat rows are rendered
     by the tokenizer's chat template, which also decides how a turn ends and what becomes of `tools`. Rows without a prompt
-    are split as `split_row` says.
+    are split as `split_row` says. What users and tools say within a completion of chat messages is not scored, unless
+    `assistant_only_loss` is false.
 
     Truncation to `max_length` (see `truncate`) comes last.
     """
     if not isinstance(pair, Pair):
         pair = parse_row(pair, "row")
+    pair = as_chat(pair, tokenizer)
     start, completions = pair.prompt, (pair.chosen, pair.rejected)
     if isinstance(start, str):
         prompt = tokenizer(start)["input_ids"]
@@ -48,14 +53,21 @@ def tokenize_pair(
         if append_eos and end is not None:
             sides = [ids if ids and ids[-1] == end else [*ids, end] for ids in sides]
     else:
-        texts = [render_chat(tokenizer, start, completion, pair.where, tools=pair.tools) for completion in completions]
+        options = options_of(pair, chat_template_kwargs)
+        rendered = [
+            render_chat(tokenizer, start, side, pair.where, options=options, answers_only=assistant_only_loss)
+            for side in completions
+        ]
         # The template writes the special tokens itself. A template may treat an answer's start specially: the shorter
         # prompt of the two is the shared one.
-        prompt_text = min((prompt_text for prompt_text, _ in texts), key=len)
+        prompt_text = min((found.prompt for found in rendered), key=len)
         prompt = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-        sides = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in texts]
+        sides = [tokenizer(found.full, add_special_tokens=False)["input_ids"] for found in rendered]
 
     boundary = min(shared_prefix(prompt, ids) for ids in sides)
+    masks: list[list[bool]] = []
+    if not isinstance(start, str) and assistant_only_loss:
+        masks = [scored_tokens(tokenizer, *side, boundary, options) for side in zip(rendered, sides, strict=True)]
     cut = truncate(
         prompt[:boundary],
         *(ids[boundary:] for ids in sides),
@@ -64,43 +76,26 @@ def tokenize_pair(
         mode=truncation_mode,
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
     )
-    return dict(zip(TOKENS, cut, strict=True))
+    found = dict(zip(TOKENS, cut, strict=True))
+    cut_masks = [mask[: len(side)] for mask, side in zip(masks, cut[1:], strict=False)]
+    return found if all(map(all, cut_masks)) else {**found, **dict(zip(MASKS, cut_masks, strict=True))}
 
 
-def render_chat(
-    tokenizer: Any, prompt: list[Any], completion: list[Any], where: str, *, tools: list[Any] | None = None
-) -> tuple[str, str]:
-    """Text of the prompt (with the generation prompt) and of prompt + completion, the first a prefix of the second.
+def scored_counts(rows: Any) -> list[list[int]]:
+    """How many tokens of each row's completions are scored, of the chosen ones and of the rejected ones.
 
-    Some templates render the start of an answer in two ways (an empty thinking block, say); then the common part counts
-    as the prompt, as long as it holds all of its messages. `tools` go to the template as they are.
-
-    Raises:
-        DataError: no chat template, a template that refuses these messages, or one that changes the prompt once an
-            answer follows.
+    Args:
+        rows: a dataset of tokenised pairs, or a mapping of its columns to lists.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(f"{where}: rows are chat messages but the tokenizer has no chat template; use text or set one")
-    options: dict[str, Any] = {"tokenize": False} if tools is None else {"tokenize": False, "tools": tools}
-    render = functools.partial(tokenizer.apply_chat_template, **options)
-    try:
-        open_turn = prompt[-1]["role"] == "assistant" and bool(completion)
-        prompt_text = render(prompt, **{"continue_final_message" if open_turn else "add_generation_prompt": True})
-        if open_turn:  # the completion goes on with the assistant's message
-            head, *rest = completion
-            joined = {**prompt[-1], "content": prompt[-1]["content"] + (head.get("content") or "")}
-            full_text = render([*prompt[:-1], joined, *rest])
-        else:
-            full_text = render([*prompt, *completion])
-        bare = prompt_text if open_turn or full_text.startswith(prompt_text) else render(prompt)
-    except (TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:  # templates run code of their own
-        raise DataError(f"{where}: the chat template refuses these messages: {first_line(error)}") from error
-    if not full_text.startswith(bare):
-        raise DataError(
-            f"{where}: the chat template renders the prompt differently once an answer follows it, "
-            "so the answer's tokens cannot be told apart; use another template, or text rows"
-        )
-    return full_text[: shared_prefix(prompt_text, full_text)], full_text
+    masked = MASKS[0] in (rows.column_names if hasattr(rows, "column_names") else rows)
+    firsts = [not prompt for prompt in rows[TOKENS[0]]]  # a first token has nothing to be predicted from
+    return [
+        [
+            sum(side[first:]) if masked else max(len(side) - first, 0)
+            for side, first in zip(rows[name], firsts, strict=True)
+        ]
+        for name in (MASKS if masked else [f"{side}_ids" for side in SIDES])
+    ]
 
 
 def truncate(

@@ -34,6 +34,9 @@ def choose_layout(
         compiled: whether backbones are compiled. They would be compiled anew for every number of sequences, so they get
             masks alone.
     """
+    if any(split.around for split in splits):  # which has been told
+        collator.layout = "padded"
+        return
     collator.attention_cost = splits[0].attention_cost()
     sequences, shared, padded = (
         prepare(replace(collator, layout=layout, attention_cost=0.0)(rows))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError, did_you_mean, first_line
+from .causal import check_class
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
@@ -17,6 +21,7 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
 
     float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
     A .gguf file is dequantised by transformers. Its quantisation attributes are removed, so that it can be trained and saved.
+    An adapter of peft is loaded around the model that its config names, ready to be trained.
 
     Raises:
         ModelError: the path does not exist or cannot be read as a model.
@@ -24,6 +29,8 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     dtype = kwargs.setdefault("dtype", torch.float32)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ModelError(f"model_init_kwargs: unknown dtype '{dtype}'")
+    if (base := _base_of(path)) is not None:
+        return _load_adapter(path, base, **kwargs)
     model = _read(AutoModelForCausalLM, path, "cannot be loaded", **kwargs)
     if Path(path).suffix == ".gguf":
         model.hf_quantizer = None
@@ -34,12 +41,20 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
-    """Load the tokenizer that belongs to a model folder, hub name or .gguf file; keyword arguments as `load_model`'s.
+    """Load the tokenizer that belongs to a model folder, hub name or .gguf file; of an adapter without one, its model's.
+
+    Keyword arguments are those of from_pretrained.
 
     Raises:
         ModelError: there is none.
     """
-    return _read(AutoTokenizer, path, "its tokenizer cannot be loaded", **kwargs)
+    try:
+        return _read(AutoTokenizer, path, "its tokenizer cannot be loaded", **kwargs)
+    except ModelError:
+        if (base := _base_of(path)) is None:
+            raise
+        with _of_adapter(path, base):
+            return load_tokenizer(base, **kwargs)
 
 
 def set_pad_token(tokenizer: Any, token: str | None) -> None:
@@ -65,10 +80,9 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"model: {type(model).__name__} is an encoder-decoder; only causal language models are supported"
-        )
+    check_class(model)
+    if ref_model is not None:
+        check_class(ref_model, "ref_model")
     if ref_model is model:
         raise ModelError("ref_model: is the model itself, which would move with it; pass None for a frozen copy")
     if tokenizer is None:
@@ -78,16 +92,46 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     return model, ref_model, tokenizer
 
 
-def with_adapter(model: Any, peft_config: Any) -> Any:
-    """The model with an adapter around it. Raises ConfigError or ModelError."""
-    from peft import PeftModel, get_peft_model
-
-    if isinstance(model, PeftModel):
-        raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
+def _base_of(path: str | Path) -> str | None:
+    """The model that an adapter of peft belongs to, by its config; None where the path holds no adapter."""
+    folder, extra = _source(path)
     try:
-        return get_peft_model(model, peft_config)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"peft_config: {first_line(error)}") from error
+        found = None if extra else find_adapter_config_file(folder)
+    except OSError:
+        return None  # no such hub name, which is for the loading of a model to say
+    if found is None:
+        return None
+    if not (base := json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")):
+        raise ModelError(
+            f"model '{path}': is an adapter, and its adapter_config.json names no model; set base_model_name_or_path there"
+        )
+    return base
+
+
+@contextlib.contextmanager
+def _of_adapter(path: str | Path, base: str) -> Iterator[None]:
+    """Errors of loading an adapter's model say whose it is."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"model '{path}': is an adapter, whose base_model_name_or_path in adapter_config.json is '{base}': {error}"
+        ) from error
+
+
+def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
+    """The adapter around its model, ready to be trained."""
+    from peft import PeftModel
+
+    with _of_adapter(path, base):
+        model = load_model(base, **kwargs)
+    tokenizer = load_tokenizer(path)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))  # the adapter was trained with tokens of its own
+    try:
+        return PeftModel.from_pretrained(model, str(Path(path).expanduser()), is_trainable=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"model '{path}': the adapter cannot be loaded ({first_line(error)})") from error
 
 
 def _read(kind: Any, path: str | Path, failure: str, **kwargs: Any) -> Any:

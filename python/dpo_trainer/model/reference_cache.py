@@ -23,7 +23,7 @@ import pyarrow.parquet
 import torch
 from torch import nn
 
-from ..data.tokens import TOKENS
+from ..data.tokens import MASKS, TOKENS
 from ..errors import first_line
 from .split import unwrap_adapter
 
@@ -48,13 +48,19 @@ def folder_of(setting: str | None) -> Path | None:
 # --- what the numbers depend on ------------------------------------------------------------------------------------
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of a model's class, config and weights; of a peft model, without its adapter."""
+def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
+    """A hash of a model's class, config and weights; with `adapter=False`, of a peft model without its adapter."""
     base: Any = unwrap_adapter(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None) if base is not model else None
     said = {name: value for name, value in base.config.to_dict().items() if name not in _INCIDENTAL}
-    digest = hashlib.sha256(json.dumps([type(base).__name__, said], sort_keys=True, default=str).encode())
-    for name, value in sorted(base.state_dict().items()):
+    about: list[Any] = [type(base).__name__, said]
+    weights = base.state_dict()
+    if adapter and base is not model:
+        adapters: Any = model
+        about += [(name, adapters.peft_config[name].to_dict()) for name in adapters.active_adapters]
+        weights, prefix = model.state_dict(), None
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=_as_json).encode())
+    for name, value in sorted(weights.items()):
         if not isinstance(value, torch.Tensor) or (prefix and prefix in name):
             continue
         # peft moves what it wraps one level down; the weight is the same.
@@ -63,11 +69,16 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _as_json(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
 def data_fingerprint(dataset: Any) -> str:
-    """A hash of all token ids, pair by pair, in order."""
+    """A hash of all token ids, pair by pair, in order, and of which are scored, where some are not."""
     digest = hashlib.sha256()
-    for rows in dataset.select_columns(list(TOKENS)).iter(1000):
-        for name in TOKENS:
+    names = [*TOKENS, *(name for name in MASKS if name in dataset.column_names)]
+    for rows in dataset.select_columns(names).iter(1000):
+        for name in names:
             digest.update(np.array([len(ids) for ids in rows[name]], dtype=np.int64).tobytes())
             digest.update(np.array([token for ids in rows[name] for token in ids], dtype=np.int64).tobytes())
     return digest.hexdigest()

@@ -58,9 +58,17 @@ class FrozenReference(_Reference):
         self.split = SplitModel(model.eval().requires_grad_(False))
 
     @classmethod
-    def copy_of(cls, model: nn.Module) -> FrozenReference:
-        """The model as it is now: the usual reference of DPO."""
-        reference = cls(copy.deepcopy(model))
+    def copy_of(
+        cls, model: nn.Module, change: Callable[[nn.Module], nn.Module] | None = None, *, shared: bool = True
+    ) -> FrozenReference:
+        """The model as it is now: the usual reference of DPO. Or what `change` makes of its copy.
+
+        Args:
+            shared: whether weights that do not train are the model's own, so that they stand in memory once.
+        """
+        frozen = [value for value in model.parameters() if not value.requires_grad] if shared else []
+        copied = copy.deepcopy(model, {id(value): value for value in frozen})
+        reference = cls(copied if change is None else change(copied))
         reference.copied = True
         return reference
 

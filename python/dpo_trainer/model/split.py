@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..batch import attention
 from ..batch.layout import attention_inputs
 from ..errors import first_line
+from .adapter_kinds import moved, needs_task, own_forward
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -32,14 +33,22 @@ class SplitModel:
 
     Args:
         model: a `transformers` causal language model or a peft model around one.
+
+    Attributes:
+        around: what an adapter does around the model, so that only the whole model is right; None where nothing is.
+        collect_routers: whether forward passes with gradient leave their router logits in `router_logits` (see `auxiliary`).
     """
+
+    collect_routers = False
+    router_logits: Any = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         base = unwrap_adapter(model)
-        self.backbone: Any = _backbone(base)
         self.head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-        self.split = self.backbone is not None and self.head is not None
+        self.backbone: Any = _backbone(base, self.head)
+        self.around = own_forward(model)
+        self.split = self.backbone is not None and self.head is not None and self.around is None
         self._config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
         self._scale, self._softcap = _after_head(self._config)
 
@@ -60,15 +69,31 @@ class SplitModel:
 
     def packed_hidden(self, batch: Batch) -> Tensor:
         """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
-        output = self.backbone(**self._inputs(batch))
+        output = self._call(self.backbone, batch)
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch["positions"])
 
     def packed_logits(self, batch: Batch) -> Tensor:
         """Logits `[N, V]` at the batch's `positions`, before `logit_scale` and `logit_softcap`."""
         if self.split:
             return self.head(self.packed_hidden(batch))
-        output = self.model(**self._inputs(batch))
-        return output.logits.flatten(0, 1).index_select(0, batch["positions"])
+        return self.whole_logits(batch).flatten(0, 1).index_select(0, batch["positions"])
+
+    def whole_logits(self, batch: Batch) -> Any:
+        """The whole model's own logits `[B, T, V]` of every token, None where it gives none."""
+        rows, length = batch["input_ids"].shape
+        task = {"task_ids": batch["input_ids"].new_zeros(rows)} if needs_task(self.model) else {}
+        logits = getattr(self._call(self.model, batch, **task), "logits", None)
+        # Virtual tokens of an adapter stand in front.
+        return logits[:, -length:] if self.around and logits is not None else logits
+
+    def _call(self, module: nn.Module, batch: Batch, **more: Any) -> Any:
+        collect = self.collect_routers and torch.is_grad_enabled()
+        if collect:
+            more["output_router_logits"] = True
+        output = module(**self._inputs(batch), **more)
+        if collect:
+            self.router_logits = getattr(output, "router_logits", None)
+        return output
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         dtype = next((value.dtype for value in self.model.parameters() if value.is_floating_point()), torch.float32)
@@ -79,10 +104,12 @@ class SplitModel:
     def obstacle_to_linear(self) -> str | None:
         """Why the loss cannot be computed from hidden states and the head's weight; None if it can."""
         if not self.split:
-            return "the model's logits are not head(backbone(x))"
+            return self.around or "the model's logits are not head(backbone(x))"
         # An adapter on the head, a quantised head or an offloading hook make of it more than one matrix product.
         if type(self.head).forward is not nn.Linear.forward or "forward" in self.head.__dict__:
             return f"the head is not a plain nn.Linear but {type(self.head).__name__}"
+        if self.head.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"the head's weight is quantised ({self.head.weight.dtype})"
         return None
 
     def through_head(self, function: Callable[..., Any], hidden: Tensor) -> Any:
@@ -111,25 +138,33 @@ class SplitModel:
         Returns:
             whether the split is used.
         """
-        if not self.split:
-            logger.warning("%s: no separable head found; computing the logits of all tokens", type(self.model).__name__)
+        name = type(self.model).__name__
+        if self.around:
+            logger.info("%s: %s; computing the logits of all tokens, in padded batches", name, self.around)
             return False
-        with evaluating(self.model):
-            logits = self.packed_logits(batch)
-            precision = torch.finfo(logits.dtype).eps
+        if not self.split:
+            logger.warning("%s: no separable head found; computing the logits of all tokens", name)
+            return False
+        reason = ""
+        with evaluating(self.model), moved(self.model):
+            try:
+                logits = self.packed_logits(batch)
+            except Exception as error:  # of a head or a backbone that takes other inputs
+                logits, reason = torch.empty(0), f"cannot be compared ({type(error).__name__}: {first_line(error)})"
             values = self.finish(logits.double())
             self.split = False
             whole = self.packed_logits(batch).double()
-        reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
-        if values.shape == whole.shape:
-            error = (values - whole).abs().max().item()
-            limit = max(4 * precision, 1e-4) * max(whole.abs().max().item(), 1e-30)
-            self.split = error <= limit
-            reason = f"differ by {error:.2g} (limit {limit:.2g})"
+        if not reason and values.shape != whole.shape:
+            reason = f"have shape {tuple(values.shape)} instead of {tuple(whole.shape)}"
+        elif not reason:
+            gap = (values - whole).abs().max().item()
+            limit = max(4 * torch.finfo(logits.dtype).eps, 1e-4) * max(whole.abs().max().item(), 1e-30)
+            self.split = gap <= limit
+            reason = f"differ by {gap:.2g} (limit {limit:.2g})"
         if not self.split:
             logger.warning(
                 "%s: logits by head(backbone(x)) and the model's own %s; computing those of all tokens, slower",
-                type(self.model).__name__,
+                name,
                 reason,
             )
         return self.split
@@ -147,9 +182,11 @@ class SplitModel:
             batch: some pairs in the layout to try.
             padded: the same pairs in the padded layout.
         """
+        if self.collect_routers and not self.split:
+            return "the whole model computes its auxiliary loss of padded batches only"
         answer = self.packed_hidden if self.split else self.packed_logits
         try:
-            with evaluating(self.model):
+            with evaluating(self.model), moved(self.model):
                 expected, found = answer(padded), answer(batch)
         except Exception as error:  # whatever a model's own code raises when it does not know such inputs
             return f"it refuses the batch ({type(error).__name__}: {first_line(error)})"
@@ -185,7 +222,11 @@ class SplitModel:
         parameters = sum(value.numel() for value in backbone.parameters())
         parameters -= sum(module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Embedding))
         heads = getattr(config, "num_attention_heads", None) or 1
-        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+        try:
+            head_dim = getattr(config, "head_dim", None)
+        except Exception:  # of configs in which layers have heads of several sizes
+            head_dim = None
+        head_dim = head_dim or getattr(config, "hidden_size", 0) // heads
         return 3 * 2 * getattr(config, "num_hidden_layers", 0) * heads * head_dim / max(parameters, 1)
 
 
@@ -194,9 +235,11 @@ def unwrap_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _backbone(base: Any) -> nn.Module | None:
+def _backbone(base: Any, head: Any) -> nn.Module | None:
     candidates = (base.get_decoder() if hasattr(base, "get_decoder") else None, getattr(base, "base_model", None))
-    return next((part for part in candidates if isinstance(part, nn.Module) and part is not base), None)
+    # ModernBERT's attribute `decoder`, which get_decoder finds, is its head.
+    found = (part for part in candidates if isinstance(part, nn.Module) and part is not base and part is not head)
+    return next(found, None)
 
 
 def _after_head(config: Any) -> tuple[float, float | None]:
@@ -221,15 +264,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in the model to 0, also where attention keeps it as a plain number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def call_through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

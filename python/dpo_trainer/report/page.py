@@ -15,6 +15,7 @@ from ..run_folder.records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, read
 from ..run_folder.summary import summarize
 from ..watch.evaluated import EvaluatedPairs
 from .charts import CHARTS, curves_of, draw, draw_margins
+from .verdict import by_cause, judge
 
 #: Labels of an evaluation's metrics, on all pages.
 LABELS = {
@@ -82,14 +83,16 @@ def render_report(
         name=name,
         summary=summary,
         model=Path(summary["model"]).name if Path(summary["model"]).is_absolute() else summary["model"],
+        verdict=judge(summary, evals, events),
         cards=_cards(summary, evals),
         charts=[{"title": chart.title, "healthy": chart.healthy, "svg": svg} for chart, svg in drawn if svg],
-        events=events,
+        events=by_cause(events),
         pairs=[
             (prefix, pairs, draw_margins(f"margins{number}", pairs.before, pairs.after))
             for number, (prefix, pairs) in enumerate((evaluated or {}).items())
         ],
         evaluations=evaluations,
+        held_out="Evaluated" if summary.get("trained_on") else "Held-out",
         labels={name: label for name, label in LABELS.items() if any(name in row for row in evals)},
         samples=_last_samples(samples),
     )
@@ -124,7 +127,7 @@ def _last_samples(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
 
 def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The figures a reader looks for first: held out if there is such data, else of training."""
-    kind = "held-out" if evals else "training"
+    kind = ("evaluation" if summary.get("trained_on") else "held-out") if evals else "training"
     first, last = (evals[0], evals[-1]) if evals else (summary["first"], summary["last"])
     cards = []
     for metric, unit in (("loss", ""), ("rewards/accuracies", "guessing is 50 %"), ("kl", "nats per completion token")):

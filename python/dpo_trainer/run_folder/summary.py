@@ -41,6 +41,7 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
         "reference": run.reference_kind,
         "data": [account.describe() for account in run.accounts],
         "pairs": {account.name: account.kept for account in run.accounts},
+        "trained_on": {account.name: account.trained_on for account in run.accounts if account.trained_on},
         "steps": run.state.global_step,
         "initial_loss": initial_loss(run.args),
         "planned_steps": run.state.max_steps,

@@ -1,7 +1,6 @@
 """DPOConfig: the settings of a run, each in one row with its type, default, range, help and group, and the checks across rows."""
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,14 +12,15 @@ from transformers import TrainingArguments
 
 from dpo_kernels.backends import NAMES as BACKENDS
 from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
-from dpo_kernels.linear.planner import parse_budget
 
 from ..batch.layout import LAYOUTS
 from ..batch.sampler import STRATEGIES
 from ..data.prepare import FILTERS
 from ..errors import ConfigError
 from . import objective, trl
+from .checks import as_mapping, check_together
 from .diagnoses import DIAGNOSES, Limits
+from .reading import ReadingSettings
 from .table import (
     ANY,
     FINITE_NOT_NEGATIVE,
@@ -31,7 +31,6 @@ from .table import (
     PROBABILITY,
     SHARE,
     Setting,
-    as_mapping,
     at_least,
     check_fields,
     read_words,
@@ -46,7 +45,7 @@ _optimizer, _objective, _data, _model, _kernels, _watch = (
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(ReadingSettings, TrainingArguments):
     """Settings of a DPO run: those of `transformers.TrainingArguments` and the ones below.
 
     Names are TRL's where TRL has the setting. Some defaults of TrainingArguments are changed to what preference
@@ -192,6 +191,22 @@ class DPOConfig(TrainingArguments):
     disable_dropout: bool = _model(
         True, "Set all dropout (LoRA's too) to 0, so that policy and reference agree at the start."
     )
+    router_aux_loss_coef: float | None = _model(
+        None,
+        "Mixture of experts: factor of the auxiliary loss that keeps experts equally busy, added in training. None: what the "
+        "model's config says; 0: none.",
+        FINITE_NOT_NEGATIVE,
+    )
+    adapter: str | None = _model(
+        None,
+        "What becomes of an adapter that the model brings: 'continue' trains it, 'merge' merges it into the model. None: "
+        "continue, or merge where lora asks for a new one.",
+        choices=("continue", "merge"),
+    )
+    model_adapter_name: str | None = _model(
+        None, "The adapter to train, of a model that brings several. None: the active one."
+    )
+    ref_adapter_name: str | None = _model(None, "The adapter with which the model is the reference.")
     model_init_kwargs: dict[str, Any] | str | None = _model(
         None, "Keyword arguments of from_pretrained when the model is given as a path."
     )
@@ -270,6 +285,7 @@ class DPOConfig(TrainingArguments):
         check_settings(self)
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
         self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
+        self.check_reading(as_mapping)
         Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
@@ -295,40 +311,13 @@ class DPOConfig(TrainingArguments):
         """`output_dir` as a path."""
         return Path(str(self.output_dir))
 
-    def _check_together(self) -> None:
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ConfigError(
-                "sync_ref_model: the reference moves during training, so its log-probabilities cannot be precomputed; "
-                "leave precompute_ref_log_probs off"
-            )
-        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
-            raise ConfigError(
-                f"max_prompt_length: {self.max_prompt_length} leaves no room for a completion "
-                f"within max_length {self.max_length}"
-            )
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ConfigError(f"max_steps: must be at least 1, or -1 for whole epochs, got {self.max_steps}")
-        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
-            raise ConfigError(f"num_train_epochs: must be positive, got {self.num_train_epochs}")
-        for pair in (self.optim_args or "").replace(" ", "").split(","):
-            if pair and not pair.partition("=")[2]:
-                raise ConfigError(f"optim_args: expected name=value, separated by commas, got '{self.optim_args}'")
-        if self.win_rate_scorer is not None and not self.sample_prompts:
-            raise ConfigError("win_rate_scorer: there is nothing to score; set sample_prompts, e.g. to 32")
-        try:
-            parse_budget(self.memory_budget, 1, 1)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"memory_budget: {error}") from error
-        if isinstance(self.grad_filter, str) and self.grad_filter != "auto":
-            raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{self.grad_filter}'")
-
 
 def check_settings(config: DPOConfig) -> None:
     """Raise ConfigError for a setting out of its range, or one that contradicts another."""
     trl.check_values(config)
     check_fields(config, settings_table())
     objective.check(config)
-    config._check_together()
+    check_together(config)
 
 
 @dataclass
@@ -374,5 +363,5 @@ def settings_table() -> dict[str, Setting]:
                 default=getattr(default, "value", default),
                 help=row.help or " ".join(field.metadata.get("help", "").split()),
             )
-    own = {*RunSettings.__annotations__, *DPOConfig.__annotations__}
+    own = {*RunSettings.__annotations__, *ReadingSettings.__annotations__, *DPOConfig.__annotations__}
     return {name: rows[name] for name in sorted(rows, key=lambda name: name not in own)}

@@ -21,52 +21,67 @@ class Diagnosis:
     remedy: str
     #: Thresholds that decide it: fields of Limits.
     limits: tuple[str, ...] = ()
+    #: Whether a run in which it holds to the end has failed.
+    fails: bool = False
 
 
 #: When a loss counts as stuck.
 _STUCK = ("stuck_steps", "stuck_share", "stuck_tolerance")
 
+#: Causes stand before their consequences.
 DIAGNOSES: dict[str, Diagnosis] = {
-    "learning_rate_low": Diagnosis(
-        "The loss is stuck where it started and the rewards do not move",
-        "Raise the learning rate tenfold (5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA), and check that the "
-        "parameters you mean to train require gradients.",
-        (*_STUCK, "stuck_rewards"),
+    "weights_zero": Diagnosis(
+        "No pair counts: all weights are 0",
+        "Give the column weight a positive number for each pair that should count, or leave the column out.",
+        fails=True,
+    ),
+    "learning_rate_high": Diagnosis(
+        "The learning rate is far too high",
+        "Lower it tenfold or more (5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA) and begin again: the first steps "
+        "have already taken the model far from its reference.",
+        ("early_steps", "early_share", "kl_level"),
+        fails=True,
+    ),
+    "not_finite": Diagnosis(
+        "The loss or the gradient is not a number",
+        "Lower the learning rate; use bf16 instead of fp16; check the data's weights and reference columns for "
+        "infinities.",
+        fails=True,
     ),
     "updates_lost": Diagnosis(
         "The loss is stuck where it started because updates are lost to rounding",
         "16-bit weights cannot take updates of this size. Load the model in float32 (the default) and set bf16: true for "
         "16-bit arithmetic on float32 weights, or train a LoRA adapter in float32.",
         (*_STUCK, "stuck_rewards", "changed_share"),
+        fails=True,
     ),
-    "pairs_random": Diagnosis(
-        "The rewards move, but chosen answers win no more often than by chance",
-        "Read twenty pairs: is the preference visible in the text, and the same kind of preference throughout? Filter "
-        "unclear pairs, give weights, or set label_smoothing. A learning rate that is far too high looks the same.",
-        (*_STUCK, "random_accuracy"),
+    "learning_rate_low": Diagnosis(
+        "The loss is stuck where it started and the rewards do not move",
+        "Raise the learning rate tenfold (5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA), and check that the "
+        "parameters you mean to train require gradients.",
+        (*_STUCK, "stuck_rewards"),
+        fails=True,
     ),
     "pairs_equal": Diagnosis(
         "Chosen and rejected answers are the same to the model",
         "Look at the batches (dpo-train inspect): a truncation that cuts both answers to the same tokens, a template "
         "or a collator that puts one text on both sides.",
         _STUCK,
+        fails=True,
     ),
     "pairs_swapped": Diagnosis(
         "Rejected answers win: accuracy is well under 50 %",
         "Check that the columns chosen and rejected are not swapped, in training and in evaluation data, and that both "
         "were labelled by the same rule.",
         (*_STUCK, "swapped_accuracy"),
+        fails=True,
     ),
-    "overfitting": Diagnosis(
-        "The model memorises the training pairs",
-        "Stop here or go back to the best checkpoint; fewer epochs, a lower learning rate, a larger beta, more pairs, "
-        "or label_smoothing.",
-        ("eval_rise", "accuracy_gap", "memorised_accuracy", "displacement"),
-    ),
-    "kl_exploding": Diagnosis(
-        "The policy is running away from the reference",
-        "Lower the learning rate, raise beta, or stop at an earlier checkpoint.",
-        ("kl_level", "kl_growth"),
+    "pairs_random": Diagnosis(
+        "The rewards move, but chosen answers win no more often than by chance",
+        "Read twenty pairs: is the preference visible in the text, and the same kind of preference throughout? Filter "
+        "unclear pairs, give weights, or set label_smoothing. A learning rate that is far too high looks the same.",
+        (*_STUCK, "random_accuracy"),
+        fails=True,
     ),
     "weak_reference": Diagnosis(
         "The reference is weak on these pairs",
@@ -80,6 +95,23 @@ DIAGNOSES: dict[str, Diagnosis] = {
         "each preference.",
         ("margin_spread", "weight_share"),
     ),
+    "lengths_differ": Diagnosis(
+        "Chosen and rejected answers differ in length",
+        "The model may learn length for quality. Balance the lengths, set ld_alpha below 1, or use a length-normalised "
+        "objective (loss_type: sigmoid_norm or simpo).",
+        ("length_ratio",),
+    ),
+    "kl_exploding": Diagnosis(
+        "The policy is running away from the reference",
+        "Lower the learning rate, raise beta, or stop at an earlier checkpoint.",
+        ("kl_level", "kl_growth"),
+    ),
+    "overfitting": Diagnosis(
+        "The model memorises the training pairs",
+        "Stop here or go back to the best checkpoint; fewer epochs, a lower learning rate, a larger beta, more pairs, "
+        "or label_smoothing.",
+        ("eval_rise", "accuracy_gap", "memorised_accuracy", "displacement"),
+    ),
     "displacement": Diagnosis(
         "Likelihood displacement: chosen and rejected answers both become less likely",
         "The margin grows while good answers are unlearnt. Add the chosen answers' likelihood to the loss "
@@ -87,26 +119,11 @@ DIAGNOSES: dict[str, Diagnosis] = {
         "nearly alike.",
         ("displacement",),
     ),
-    "weights_zero": Diagnosis(
-        "No pair counts: all weights are 0",
-        "Give the column weight a positive number for each pair that should count, or leave the column out.",
-    ),
-    "lengths_differ": Diagnosis(
-        "Chosen and rejected answers differ in length",
-        "The model may learn length for quality. Balance the lengths, set ld_alpha below 1, or use a length-normalised "
-        "objective (loss_type: sigmoid_norm or simpo).",
-        ("length_ratio",),
-    ),
     "grad_spike": Diagnosis(
         "A gradient far above the usual",
         "A lone spike points to odd pairs at this step: very long, garbled or extreme ones. Repeated ones: lower the "
         "learning rate, lengthen the warm-up, keep max_grad_norm at 1.",
         ("grad_spike",),
-    ),
-    "not_finite": Diagnosis(
-        "The loss or the gradient is not a number",
-        "Lower the learning rate; use bf16 instead of fp16; check the data's weights and reference columns for "
-        "infinities.",
     ),
 }
 
@@ -139,6 +156,10 @@ class Limits:
     eval_rise: float = _limit(0.1, "rise of the evaluation loss over its least, as a share of the first loss")
     accuracy_gap: float = _limit(0.25, "training accuracy above evaluation accuracy")
     memorised_accuracy: float = _limit(0.99, "with chosen log-probs falling by more than `displacement`")
+    early_steps: float = _limit(
+        10, "steps after the warm-up in which a KL above `kl_level` means a learning rate far too high"
+    )
+    early_share: float = _limit(0.1, "the same as a share of the run, where that is more")
     kl_level: float = _limit(1.0, "nats per token")
     kl_growth: float = _limit(4.0, "recent KL over that of the windows before, from a fifth of kl_level on")
     chosen_likelihood: float = _floor(-4.0, "mean log-prob per chosen token under the reference, in nats", ANY)

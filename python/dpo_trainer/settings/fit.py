@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_kernels.backends import why_not
 
@@ -16,8 +16,9 @@ from ..batch.sampler import Batching
 from ..data.prepare import Preparation
 from ..data.tokens import TOKENS
 from ..errors import ConfigError, ModelError, did_you_mean
+from ..model.adapter_kinds import check_adapter, virtual_tokens
+from .checks import as_mapping
 from .config import DPOConfig
-from .table import as_mapping
 
 #: Settings that are read when the trainer is made: those of the data, and these.
 READ_ONCE = (
@@ -48,6 +49,7 @@ def check_fit(
             raise ModelError(
                 f"ref_model: has a vocabulary of {others} tokens, the model one of {ours}; they must share their tokenizer"
             )
+    check_adapter(model, gradient_checkpointing=bool(config.gradient_checkpointing))
     if not datasets:
         return
     Batching(1, config.max_tokens, config.padded_to).check(max(datasets[0]["length"]))
@@ -107,14 +109,16 @@ def _check_positions(model: Any, longest: int) -> None:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
+    longest += virtual_tokens(model)
     if not isinstance(limit, int) or not 0 < limit < longest:
         return
     # Learned positions end; some models keep a few rows more than they count.
     tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not _embeddings(model)]
+    own = f" (of them {virtual} of the adapter)" if (virtual := virtual_tokens(model)) else ""
     if any(limit <= table.num_embeddings <= limit + 2 for table in tables):
         raise ConfigError(
-            f"max_length: the longest pair has {longest} tokens, but the model has positions for {limit}; "
-            f"set max_length to {limit} or less"
+            f"max_length: the longest pair has {longest} tokens{own}, but the model has positions for {limit}; "
+            f"set max_length to {limit - virtual_tokens(model)} or less"
         )
     logger.warning("the longest pair has %d tokens, but the model was made for %d (max_length)", longest, limit)
 
@@ -125,6 +129,10 @@ def _embeddings(model: Any) -> nn.Embedding | None:
 
 
 def _vocabulary(model: Any) -> int | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(
+        size := getattr(head, "out_features", None), int
+    ):  # a quantised weight may have any shape, or be a method
+        return size
     weight = getattr(head, "weight", None)
-    return None if weight is None else len(weight)
+    return len(weight) if isinstance(weight, Tensor) else None

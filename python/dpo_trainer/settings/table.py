@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -110,16 +109,6 @@ def setting(default: Any, text: str, rule: Range | None = None, **row: Any) -> A
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
-    """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected a mapping, got {value!r}")
-    return value
 
 
 def row_of(field: dataclasses.Field[Any], inherited: Mapping[str, Setting]) -> Setting:

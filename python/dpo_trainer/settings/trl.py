@@ -53,7 +53,6 @@ OTHER_MEANING = {
 }
 #: Settings that DPOConfig does not take, of TRL 1.16 and of older versions, and what to use.
 ANSWERS = {
-    "router_aux_loss_coef": "is not supported; a mixture of experts is trained without its load-balancing loss",
     "padding_value": "is not needed; set pad_token",
     "label_pad_token_id": "is not needed; labels never leave the trainer",
     "max_completion_length": "is not supported; set max_length and max_prompt_length, which leave the rest to the completion",
@@ -66,8 +65,6 @@ ANSWERS = {
     "reference_free": "is not supported; use an objective without a reference, e.g. loss_type='simpo' or 'cpo'",
     "force_use_ref_model": "is not needed; a ref_model that is given is used",
     "ref_model_init_kwargs": "is not supported; model_init_kwargs serve both, or pass ref_model as a model",
-    "model_adapter_name": "is not supported; the active adapter is trained",
-    "ref_adapter_name": "is not supported; pass ref_model",
     "rpo_alpha": "is not supported; set loss_type='rpo(alpha=...)'",
     "generate_during_eval": "is not supported; set sample_prompts",
     "tools": "is not supported; give the data a column 'tools'",

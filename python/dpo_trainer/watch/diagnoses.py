@@ -195,6 +195,17 @@ def _displacement(history: History) -> Iterator[Found]:
         )
 
 
+def _learning_rate_high(history: History) -> Iterator[Found]:
+    limits, last = history.limits, history.train[-1] if history.train else {}
+    since = last.get("step", 0) - history.warmup_steps
+    early = since <= max(limits.early_steps, limits.early_share * history.planned_steps)
+    if early and number(last.get("kl")) > limits.kl_level:
+        yield (
+            "learning_rate_high",
+            f"at step {last['step']} the KL divergence is {last['kl']:.2f} nats per token already",
+        )
+
+
 def _kl_exploding(history: History) -> Iterator[Found]:
     limits = history.limits
     last = number(history.train[-1].get("kl")) if history.train else math.nan
@@ -233,6 +244,7 @@ def _not_finite(history: History) -> Iterator[Found]:
 CHECKS: tuple[Callable[[History], Iterator[Found]], ...] = (
     _not_finite,
     _weightless_stream,
+    _learning_rate_high,
     _loss_stuck,
     _swapped_evaluation,
     _overfitting,

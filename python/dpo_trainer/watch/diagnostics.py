@@ -14,11 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data.prepare import PreparedStream, by_name
 from ..data.rows import REFERENCE, SIDES, has_reference
+from ..data.tokens import scored_counts
 from ..run import Run
 from ..run_folder.records import EVENTS, SUMMARY, Journal
 from ..run_folder.summary import initial_loss
+from ..settings.checks import as_mapping
 from ..settings.diagnoses import DIAGNOSES, Limits
-from ..settings.table import as_mapping
 from .diagnoses import CHECKS, FEWEST, Facts, Found, History, before_training, number
 
 logger = logging.getLogger("dpo_trainer")
@@ -58,10 +59,8 @@ def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, A
         logps: of the chosen and of the rejected answers, in nats, in the dataset's order.
     """
     values = torch.tensor([list(side) for side in logps], dtype=torch.float64)
-    unscored = torch.tensor([not ids for ids in pairs["prompt_ids"]])  # first tokens, which follow nothing
-    lengths = torch.tensor([list(map(len, pairs[f"{side}_ids"])) for side in SIDES])
     known = values.isfinite().all(dim=0)
-    (chosen, rejected), counts = values[:, known], (lengths - unscored.long()).clamp(min=1)[:, known]
+    (chosen, rejected), counts = values[:, known], torch.tensor(scored_counts(pairs)).clamp(min=1)[:, known]
     lead = chosen / counts[0] - rejected / counts[1]
     return {
         "chosen_per_token": (chosen.sum() / counts[0].sum()).item(),

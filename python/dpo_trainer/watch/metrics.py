@@ -35,14 +35,21 @@ class MetricWindow:
 
     def __init__(self) -> None:
         self._batches: list[tuple[DPOOutput, Tensor, Tensor]] = []
+        self._auxiliary: list[Tensor] = []  # [2] each: weight, and weight times the loss
 
     def add(self, output: DPOOutput, weights: Tensor, tokens: Tensor) -> None:
         """Add a batch, the weights [P] of its pairs, and the number of its real tokens, prompts included."""
         self._batches.append((output.detach(), weights, tokens))
 
+    def add_auxiliary(self, loss: Tensor, weights: Tensor) -> None:
+        """Add the auxiliary loss of a batch whose pairs have these weights [P]."""
+        weight = weights.sum().double()
+        self._auxiliary.append(torch.stack([weight, weight * loss.detach()]))
+
     def drop(self, batches: int) -> None:
         """Forget the last batches: those of a step that was not taken."""
         del self._batches[len(self._batches) - batches :]
+        del self._auxiliary[max(len(self._auxiliary) - batches, 0) :]
 
     def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> DPOOutput | None:
         """All batches as one, on the CPU; None before the first.
@@ -67,7 +74,9 @@ class MetricWindow:
             if output._check is not None:
                 output._check()
         fields = join([output.fields() for output in outputs])
-        return {"output": fields, "weights": torch.cat(weights), "tokens": sum(map(int, tokens))}
+        auxiliary = torch.stack(self._auxiliary) if self._auxiliary else torch.empty(0, 2, dtype=torch.float64)
+        state = {"output": fields, "weights": torch.cat(weights), "tokens": sum(map(int, tokens))}
+        return {**state, "auxiliary": auxiliary}
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> MetricWindow:
@@ -76,6 +85,7 @@ class MetricWindow:
         if state:
             state = send_to_device(state, device)
             window.add(DPOOutput(**state["output"]), state["weights"], torch.tensor(state["tokens"]))
+            window._auxiliary = list(state.get("auxiliary", ()))
         return window
 
     def drain(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
@@ -83,7 +93,9 @@ class MetricWindow:
 
         `loss` (weighted mean over pairs), the names of `DPOOutput.metrics`, `rewards/margins_std` (standard deviation over
         pairs), with a reference `logratios/chosen` and `logratios/rejected` (log-probability gained over the reference, in
-        nats per completion token), and `tokens` (a sum).
+        nats per completion token), for a mixture of experts `aux_loss` (its batches' mean), and `tokens` (a sum).
+        Means over a side's tokens are left out where none of them was scored; where no token was scored at all, only
+        `tokens` is left.
 
         Args:
             gather: collects a list of picklable objects from all processes.
@@ -91,17 +103,24 @@ class MetricWindow:
         if not self._batches:
             return {}
         states = gather([send_to_device(self.state(), "cpu")])
-        self._batches = []
+        self._batches, self._auxiliary = [], []
+        auxiliary = torch.cat([state["auxiliary"] for state in states]).sum(dim=0)
         everything = DPOOutput(**join([state["output"] for state in states]))
         # float64, and weights after the loss: where policy equals reference, exactly log 2 whatever the weights.
         weight = torch.cat([state["weights"] for state in states]).double()
         loss = (everything.losses.double() * weight).sum() / weight.sum().clamp(min=TINY)
+        tokens = {"tokens": float(sum(state["tokens"] for state in states))}
+        chosen, rejected = (counts.sum().item() for counts in everything.token_counts.chunk(2))
+        if not chosen and not rejected:
+            return tokens  # nothing was seen: means would be NaN, or the 0 of empty sums
+        per_token = {"mean_token_accuracy": chosen, "logits/chosen": chosen, "logits/rejected": rejected}
         return {
             "loss": loss.item(),
-            **everything.metrics(),
+            **{name: value for name, value in everything.metrics().items() if per_token.get(name, 1)},
             "rewards/margins_std": (everything.chosen_rewards - everything.rejected_rewards).std(correction=0).item(),
             **_log_ratios(everything),
-            "tokens": float(sum(state["tokens"] for state in states)),
+            **({"aux_loss": (auxiliary[1] / auxiliary[0].clamp(min=TINY)).item()} if auxiliary.any() else {}),
+            **tokens,
         }
 
 

@@ -1,0 +1,185 @@
+"""Adapters of peft: continuing, merging or adding one, and what the model is without it."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ModelError, did_you_mean, first_line
+from .split import Batch, SplitModel, evaluating, unwrap_adapter
+
+logger = logging.getLogger("dpo_trainer")
+
+#: Folder in `output_dir` of the model that a new adapter belongs to, where an older adapter was merged into its base.
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with the adapter that is to be trained, or a plain one.
+
+    Attributes:
+        is_new: whether the trainer put the adapter around a plain model.
+        keeps_base: whether the model without the adapter still is the plain model. Some adapters rewrite its weights.
+        merged: whether an older adapter was merged into the model before.
+    """
+
+    model: Any
+    is_new: bool = False
+    keeps_base: bool = True
+    merged: bool = False
+
+
+def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -> Attached:
+    """The model with its own adapter, or a new one, or none.
+
+    Args:
+        adapter: what becomes of the adapter that the model brings: "continue" trains it, "merge" merges it into its base.
+            None: it is continued, or merged where the trainer loaded it and there is a `peft_config` for a new one.
+        loaded: whether the trainer loaded the model from a path.
+
+    Raises:
+        ConfigError, ModelError: the adapter and the settings contradict each other.
+    """
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        if adapter is not None:
+            raise ConfigError(f"adapter: '{adapter}' needs a model that brings an adapter, and this one brings none")
+        return Attached(model) if peft_config is None else _with_new_adapter(model, peft_config)
+    merge = adapter == "merge" or (adapter is None and peft_config is not None and loaded)
+    names = ", ".join(f"'{name}'" for name in model.active_adapters)
+    if not merge:
+        if peft_config is not None and adapter is not None:
+            raise ConfigError(
+                "adapter: 'continue' trains the adapter that the model brings, so give no config for a new one"
+            )
+        if peft_config is not None:
+            raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
+        if loaded:
+            logger.info("adapter: %s goes on training (adapter: merge would merge it into the model)", names)
+        return Attached(model)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ModelError(f"adapter: {type(model.base_model).__name__} cannot merge this kind of adapter into its model")
+    model = model.merge_and_unload().requires_grad_(peft_config is None)
+    if peft_config is None:
+        logger.info("adapter: %s is merged into the model, and all of its weights train", names)
+        return Attached(model, merged=True)
+    logger.info("adapter: %s is merged into the model, and a new one starts on top of it", names)
+    found = _with_new_adapter(model, peft_config)
+    if not found.keeps_base:
+        raise ModelError(
+            "peft_config: this adapter rewrites the merged model; merge and save the older adapter beforehand"
+        )
+    return Attached(found.model, is_new=True, merged=True)
+
+
+def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
+    from peft import get_peft_model
+
+    before = [(value, _sum(value)) for value in model.parameters()]
+    try:
+        wrapped = get_peft_model(model, peft_config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"peft_config: {first_line(error)}") from error
+    return Attached(wrapped, is_new=True, keeps_base=all(_sum(value) == total for value, total in before))
+
+
+def _sum(value: Tensor) -> float:
+    """The sum of a tensor's elements, or of its bytes where its type has no sum. 0 for a tensor without memory."""
+    if value.is_meta:
+        return 0.0
+    value = value.detach() if value.dtype.itemsize > 1 else value.detach().view(torch.uint8)
+    return value.sum(dtype=torch.float64).item()
+
+
+def named_adapter(model: Any, name: str, setting: str) -> Any:
+    """The model with the adapter of this name switched on. Raises ConfigError, which begins with the setting."""
+    known = list(getattr(model, "peft_config", {}))
+    if name not in known:
+        shown = f"it has {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"{setting}: the model has no adapter '{name}'; {shown}{did_you_mean(name, known)}")
+    model.set_adapter(name)
+    return model
+
+
+def without_adapter(model: Any) -> Any:
+    """The plain model that a peft model was made of, which it is no longer afterwards."""
+    tuner: Any = model.base_model
+    return tuner.unload() if hasattr(tuner, "unload") else model.get_base_model()
+
+
+def save_base(model: Any, folder: Path) -> None:
+    """Save the plain model under an adapter."""
+    base, prefix = model.get_base_model(), model.base_model.prefix
+    state = {
+        name.replace("base_layer.", "").replace("original_module.", ""): value
+        for name, value in base.state_dict().items()
+        if prefix not in name and "modules_to_save." not in name
+    }
+    base.save_pretrained(folder, state_dict=state)
+
+
+# --- what the model is without its adapter -------------------------------------------------------------------------
+
+
+def reached(output: Tensor) -> set[int]:
+    """The ids of the leaf tensors whose gradient a result has. Computes no gradient: only its graph is walked."""
+    seen: set[Any] = set()
+    waiting, found = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def trainable_in(policy: SplitModel, batch: Batch, *, adapter: bool = True) -> list[str]:
+    """Names of the trainable parameters that the batch's logits depend on, with the model's adapter or without it."""
+    trainable = [(name, value) for name, value in policy.model.named_parameters() if value.requires_grad]
+    model: Any = policy.model
+    with evaluating(model), torch.enable_grad(), nullcontext() if adapter else model.disable_adapter():
+        found = reached(policy.packed_logits(batch))
+        with torch.no_grad():
+            policy.packed_logits(
+                batch
+            )  # models that keep a state between calls would keep its graph, and not be copied
+    return [name for name, value in trainable if id(value) in found]
+
+
+def obstacle_to_training(policy: SplitModel, batch: Batch) -> str | None:
+    """Why no step could change the loss, judged by a batch; None if one could."""
+    named = [name for name, value in policy.model.named_parameters() if value.requires_grad]
+    if not named:
+        hint = ""
+        if hasattr(policy.model, "peft_config"):
+            hint = "; load an adapter with PeftModel.from_pretrained(..., is_trainable=True), or by its path"
+        return f"model: nothing would be trained, since no parameter requires a gradient{hint}"
+    if not trainable_in(policy, batch):
+        return (
+            f"model: nothing would be trained, since the loss does not depend on what is trainable ('{named[0]}' first)"
+        )
+    return None
+
+
+@torch.no_grad()
+def starts_without_effect(policy: SplitModel, batch: Batch) -> bool:
+    """Whether the model answers to the bit as it does without its adapter, judged by a batch.
+
+    Where the adapter covers the embeddings the answer is no: a batch shows nothing of tokens that it does not hold.
+    """
+    model: Any = policy.model
+    if not isinstance(unwrap_adapter(model).get_input_embeddings(), nn.Embedding):
+        return False
+    with evaluating(model):
+        expected = policy.packed_logits(batch)
+        with model.disable_adapter():
+            return torch.equal(expected, policy.packed_logits(batch))

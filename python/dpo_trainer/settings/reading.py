@@ -1,0 +1,48 @@
+"""Settings that say how rows are read and what of them is scored: names of columns, weights from scores, the chat template."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..data.known import Reading
+from ..data.rows import RESERVED
+from ..errors import ConfigError
+from .table import setting
+
+_data = partial(setting, group="data")
+
+
+@dataclass
+class ReadingSettings:
+    """Fields of DPOConfig."""
+
+    columns: dict[str, Any] | str | None = _data(
+        None,
+        "The data's columns by our names, e.g. --columns.prompt question or columns: {prompt: question, weight: margin}.",
+    )
+    weight_from: dict[str, Any] | str | None = _data(
+        None,
+        "Weights from scores: the columns {chosen: score_chosen, rejected: score_rejected} or {margin: column}, and scale, "
+        "power, floor: max(2 p - 1, floor)^power with p = sigmoid(margin / scale).",
+    )
+    chat_template_path: str | None = _data(
+        None, "A file with the chat template, or the folder of a tokenizer that has it. None: the tokenizer's own."
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = _data(
+        None, "What the chat template is told, e.g. {enable_thinking: false}; a column of this name wins, row by row."
+    )
+    assistant_only_loss: bool = _data(
+        True,
+        "Score only the assistant's words of completions with several messages, not those of users and tools. False: all that "
+        "follows the prompt.",
+    )
+
+    def check_reading(self, as_mapping: Callable[[str, Any], dict[str, Any] | None]) -> None:
+        """Make mappings of those that are JSON text. Raises ConfigError for what cannot be meant."""
+        for name in ("columns", "weight_from", "chat_template_kwargs"):
+            setattr(self, name, as_mapping(name, getattr(self, name)))
+        Reading(self.columns, self.weight_from)  # type: ignore[arg-type]
+        for name in self.chat_template_kwargs or ():
+            if name in RESERVED:
+                raise ConfigError(f"chat_template_kwargs: cannot hold '{name}', which the trainer sets")
