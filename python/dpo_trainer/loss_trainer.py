@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dpo_kernels import DPOOutput, length_desensitized_weights
 
 from .data.prepare import by_name
+from .data.processor import tokenizer_of
 from .data.rows import has_reference
 from .errors import ConfigError
 from .model import loss_path
@@ -201,7 +202,7 @@ class LossTrainer(RunTrainer):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         dataset = getattr(args[0] if args else kwargs["dataloader"], "dataset", None)
         if self.args.write_report and (output := self._window["eval"].joined(self._gather)) is not None:
-            pairs = look_at(output, dataset, self.processing_class)
+            pairs = look_at(output, dataset, tokenizer_of(self.processing_class))
             if pairs is not None:
                 self.evaluated[prefix] = pairs
         means = self._drain("eval")

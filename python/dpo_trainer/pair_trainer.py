@@ -16,7 +16,8 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from .batch.sampler import Batching, PairBatchSampler, PairStream
-from .data.prepare import Account, Preparation, PreparedStream, by_name, count_trained_on, is_stream, prepare_dataset
+from .data.account import Account, count_trained_on
+from .data.prepare import Preparation, PreparedStream, by_name, is_stream, prepare_dataset
 from .errors import ConfigError, DataError
 from .settings.config import DPOConfig
 

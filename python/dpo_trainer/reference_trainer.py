@@ -19,6 +19,7 @@ from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, 
 from .model.references import AdapterOffReference, FrozenReference, Reference, reference_logps
 from .model.split import Batch, SplitModel, evaluating
 from .pair_trainer import PairTrainer
+from .settings.fit import check_images
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -192,6 +193,8 @@ class ReferenceTrainer(PairTrainer):
         if not is_prepared(dataset):
             dataset = self.tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run
+            reference = None if self.reference is None else self.reference.split.model
+            check_images(self.args, self.policy.model, reference, [dataset])
         if objectives.needs_reference(self._objectives) and self.reference is None and not has_reference(dataset):
             if self.state.global_step > 0:
                 raise DataError(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from transformers import TrainerState
 
-from .data.prepare import Account
+from .data.account import Account
 from .model.references import Reference
 from .model.split import SplitModel
 from .settings.config import DPOConfig

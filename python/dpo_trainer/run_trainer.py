@@ -18,10 +18,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from .errors import ConfigError, DataError, ModelError, OutputError
 from .model.adapter_kinds import all_ranks
 from .model.adapters import BASE, save_base
+from .model.checkpoint_weights import load_translated
 from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
-from .run_folder.checkpoints import discard_half, load_as_saved, load_state, save_state, sound_checkpoint, written_aside
+from .run_folder.checkpoints import discard_half, load_state, save_state, sound_checkpoint, written_aside
 from .run_folder.lock import run_lock
 from .run_folder.records import Journal, writing
 from .settings.trl import tell_differences
@@ -54,8 +55,6 @@ class RunTrainer(ReferenceTrainer):
     _started_at = _paused_for = 0.0
     #: The step of this run's last checkpoint.
     _saved_at = -1
-    #: Whether the weights loaded last have other names in the checkpoint than in memory.
-    _renamed = False
     #: While a checkpoint is being saved, the folder that it is written to first.
     _aside: Path | None = None
 
@@ -251,26 +250,15 @@ class RunTrainer(ReferenceTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_renamed(resume_from_checkpoint)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (whole and load_translated(model or self.model, resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_renamed(str(self.state.best_model_checkpoint))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # Names that both lack are a model saved under others, see below; else transformers says what is missing.
-        whole = not hasattr(self.policy.model, "disable_adapter")
-        self._renamed = bool(whole and load_result.missing_keys and load_result.unexpected_keys)
-        if not self._renamed:
-            super()._issue_warnings_after_load(load_result)
-
-    def _load_renamed(self, folder: str) -> None:
-        """Some models save weights under other names than they have in memory (experts); transformers has left those out."""
-        if self._renamed:
-            load_as_saved(self.policy.model, folder)
-            self._renamed = False
+        best, whole = self.state.best_model_checkpoint, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (whole and best and load_translated(self.model, best)):
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

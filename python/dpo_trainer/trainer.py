@@ -15,6 +15,9 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import number_of_arguments
 
 from .batch.collator import PairCollator
+from .batch.images import ImageInputs
+from .data.images import DIGEST, has_images
+from .data.processor import tokenizer_of
 from .data.rows import REFERENCE
 from .data.template import with_chat_template
 from .data.tokens import MASKS, scored_counts
@@ -34,7 +37,7 @@ from .pair_trainer import looked_at
 from .report.model_card import TAGS
 from .settings import objective
 from .settings.config import DPOConfig, check_settings
-from .settings.fit import READ_ONCE, check_best_metric, check_fit, check_model_init, init_of
+from .settings.fit import READ_ONCE, check_best_metric, check_fit, check_images, check_model_init, init_of
 from .watch.metrics import MetricWindow
 from .watch.samples import Scorer
 
@@ -49,7 +52,7 @@ class DPOTrainer(LossTrainer):
     `output_dir`: `metrics.jsonl`, `events.jsonl`, `samples.jsonl`, `summary.json`, `report.html`, the card `README.md`.
 
     Args:
-        model: a causal language model, a peft model, or a path for `load_model`, also of an adapter.
+        model: a causal language model or a vision-language model, a peft model, or a path for `load_model`, also of an adapter.
         ref_model: the reference: a model or a path. None: the model as it is given. That is a frozen copy, or nothing at all
             with `precompute_ref_log_probs=True`. With `peft_config` it is the model with the adapter switched off. Of a
             model that brings a trained adapter, the adapter is copied. An objective that needs no reference gets none,
@@ -57,11 +60,13 @@ class DPOTrainer(LossTrainer):
         args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
         train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
             messages; without `prompt`, chosen and rejected are whole and begin alike), optional `system`, `tools` and
-            `chat_template_kwargs` (for the chat template), optional `weight` (confidence: losses are weighted means),
-            optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under the reference); or of a known
-            layout (docs/trainer.md); or, with `max_steps`, a stream of them: a `datasets.IterableDataset`, or one of torch.
+            `chat_template_kwargs` (for the chat template), optional `images` or `image`, optional `weight` (confidence:
+            losses are weighted means), optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under
+            the reference); or of a known layout (docs/trainer.md); or, with `max_steps`, a stream of them: a
+            `datasets.IterableDataset`, or one of torch.
         eval_dataset: the same, or a dict of several; no stream.
-        processing_class: the tokenizer; loaded from the model's folder if not given.
+        processing_class: the tokenizer, or the processor of a vision-language model; loaded from the model's folder if
+            not given.
         data_collator: a PairCollator of your own making.
         quantization_config: for a model that is given as a path: from_pretrained's, e.g. a BitsAndBytesConfig.
         peft_config: a peft config; the model is wrapped in an adapter of this kind. See the setting `adapter` for a model
@@ -120,14 +125,20 @@ class DPOTrainer(LossTrainer):
         if args.disable_dropout and reference is not None:
             disable_dropout(reference)
 
+        tokenizer = tokenizer_of(processing_class)
         if data_collator is None:
-            pad = getattr(processing_class, "pad_token_id", None)
+            pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = PairCollator(
                 pad_token_id=pad if pad is not None else 0,
                 pad_to_multiple_of=args.padded_to,
                 layout=args.batch_layout,
             )
-        check_fit(args, policy, reference, processing_class, looked_at(train_dataset, eval_dataset))
+        check_fit(args, policy, reference, tokenizer, looked_at(train_dataset, eval_dataset))
+        if isinstance(data_collator, PairCollator) and tokenizer is not processing_class:
+            data_collator.images = ImageInputs(processing_class)
+        seen = check_images(args, policy, reference, looked_at(train_dataset, eval_dataset))
+        if seen and isinstance(data_collator, PairCollator):
+            data_collator.layout = "padded"
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1
@@ -259,10 +270,16 @@ class DPOTrainer(LossTrainer):
         return [self.args.loss_type] if isinstance(self.args.loss_type, str) else list(self.args.loss_type)
 
     def _example_batch(self) -> Batch | None:
-        """Two short pairs, padded, on which to check the model's split, or None without data or anything to score."""
-        rows = self._scored_rows(lambda lengths: [range(len(lengths))] * 2)
+        """Two short pairs, padded, on which to check the model's split, or None without data or anything to score.
+
+        The first has images, if some pair has.
+        """
+        dataset = next(filter(has_images, self.datasets()), None)
+        pictured = [] if dataset is None else [place for place, digest in enumerate(dataset[DIGEST]) if digest]
+        rows = self._scored_rows(lambda lengths: [pictured, *[range(len(lengths))] * 2], dataset)[:2]
         for row in rows:
-            row["prompt_ids"] = row["prompt_ids"][-16:]
+            if not row.get(DIGEST):  # image tokens are never cut
+                row["prompt_ids"] = row["prompt_ids"][-16:]
             for side in ("chosen_ids", "rejected_ids"):
                 row[side] = row[side][:16]
             for mask in MASKS:
@@ -273,11 +290,16 @@ class DPOTrainer(LossTrainer):
         padded = replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
         return self._prepare_inputs(padded(rows))
 
-    def _scored_rows(self, orders: Callable[[Any], Iterable[Iterable[int]]]) -> list[dict[str, Any]]:
-        """The first pair of each order (made from lengths) that has tokens to score on both sides and was not taken before."""
+    def _scored_rows(
+        self, orders: Callable[[Any], Iterable[Iterable[int]]], dataset: Any = None
+    ) -> list[dict[str, Any]]:
+        """The first pair of each order (made from lengths) that has tokens to score on both sides and was not taken before.
+
+        Of the first dataset, unless another one is given.
+        """
         if not self.datasets():
             return []
-        dataset = self.datasets()[0]
+        dataset = dataset if dataset is not None else self.datasets()[0]
         found: dict[int, dict[str, Any]] = {}
         for order in orders(list(dataset["length"])):
             for index in order:

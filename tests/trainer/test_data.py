@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from dpo_trainer import ConfigError, DataError, load_pairs
 from dpo_trainer.data import prepare as prepare_module
+from dpo_trainer.data.account import FILTERS
 from dpo_trainer.data.files import is_checked, stream_of, stream_pairs
-from dpo_trainer.data.prepare import FILTERS, Preparation, PreparedStream, prepare_dataset
+from dpo_trainer.data.prepare import Preparation, PreparedStream, prepare_dataset
 from dpo_trainer.data.rows import split_row
 from dpo_trainer.data.tokens import tokenize_pair, truncate
 

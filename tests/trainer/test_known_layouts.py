@@ -246,7 +246,7 @@ def test_rows_of_mixed_layouts_are_refused_with_their_place(tokenizer: Any, tmp_
     [
         (
             {**CHATS[1], "prompt": [{"role": "user", "content": [{"type": "image", "image": "a"}]}]},
-            "message 1 of 'prompt' has a part of type 'image' in 'content'; only text",
+            "part 1 of message 1 of 'prompt' holds its image in 'image'; images belong in the column 'images'",
         ),
         (
             {**CHATS[1], "chosen": [sharegpt("alien", "x")]},

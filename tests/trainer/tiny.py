@@ -105,6 +105,7 @@ def build_trainer(folder: Path, **settings: Any) -> DPOTrainer:
         "train_dataset",
         "eval_dataset",
         "peft_config",
+        "processing_class",
         "callbacks",
         "compute_metrics",
         "scorer",
@@ -113,6 +114,7 @@ def build_trainer(folder: Path, **settings: Any) -> DPOTrainer:
     tokenizer = build_tokenizer()
     given.setdefault("model", build_model("llama-tied", len(tokenizer)))
     given.setdefault("train_dataset", build_pairs(24))
+    given.setdefault("processing_class", tokenizer)
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -123,4 +125,4 @@ def build_trainer(folder: Path, **settings: Any) -> DPOTrainer:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return DPOTrainer(**given, args=DPOConfig(**{**defaults, **settings}), processing_class=tokenizer)
+    return DPOTrainer(**given, args=DPOConfig(**{**defaults, **settings}))

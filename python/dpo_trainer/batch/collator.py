@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..data.rows import REFERENCE
+from ..data.rows import REFERENCE, images_of
 from ..data.tokens import MASKS, TOKENS
+from .images import PREFIX, ImageInputs
 from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_sequences, width
 
 
@@ -38,6 +39,8 @@ class PairCollator:
       in every layout.
     * `pair_weights` [P] float32 when every row has `weight`; `ref_logps` [2P] float64 when every row has
       `ref_chosen_logps` and `ref_rejected_logps`.
+    * `model.pixel_values` and others where rows have images: what the model reads beside token ids, of the chosen
+      sequences first, then of the rejected ones. Such a batch is padded: models count the positions of images themselves.
 
     Everything is derived from lengths, never from token ids: a tokenizer whose padding token is also its end token
     (SmolLM2 has such a one) is safe. The first token of a sequence without a prompt has nothing to be predicted from
@@ -52,6 +55,7 @@ class PairCollator:
         attention_cost: what "auto" weighs long rows by, see `layout.cost`.
         by_sequence: whether the model attends by sequence where told to: "prefix_shared" and "auto" then tell it to, where
             that is cheaper.
+        images: makes the model's inputs for images. None: rows have none.
     """
 
     pad_token_id: int = 0
@@ -59,11 +63,14 @@ class PairCollator:
     layout: str = "padded"
     attention_cost: float = 1e-3
     by_sequence: bool = False
+    images: ImageInputs | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pairs = [[list(row[name]) for name in TOKENS] for row in rows]
         lengths = [(len(p), _inputs(p, chosen), _inputs(p, rejected)) for p, chosen, rejected in pairs]
-        arranged, by_sequence = self._arrange(lengths) if pairs else ([[]], False)
+        images = [images_of(row) or [] for row in rows] if self.images is not None else []
+        layout = "padded" if any(images) else self.layout
+        arranged, by_sequence = self._arrange(lengths, layout) if pairs else ([[]], False)
         longest = max(width(arranged), 1)
         longest += -longest % (self.pad_to_multiple_of or 1)
 
@@ -103,6 +110,9 @@ class PairCollator:
             "cu_seqlens": torch.tensor([0, *map(len, labels)]).cumsum(0),
             "num_tokens": torch.tensor(sum(len(prompt) + len(side) for prompt, *sides in pairs for side in sides)),
         }
+        if self.images is not None and any(images):
+            found = self.images(images, input_ids, copies=2)
+            batch |= {PREFIX + name: value for name, value in found.items()}
         if any(len(row) > 1 or len(piece.sides) > 1 for row in arranged for piece in row):
             batch |= {"segments": segments, "position_ids": position_ids}
         if by_sequence:
@@ -113,13 +123,13 @@ class PairCollator:
             batch["ref_logps"] = torch.tensor([row[name] for name in REFERENCE for row in rows], dtype=torch.float64)
         return batch
 
-    def _arrange(self, lengths: list[tuple[int, int, int]]) -> tuple[Rows, bool]:
+    def _arrange(self, lengths: list[tuple[int, int, int]], layout: str) -> tuple[Rows, bool]:
         """The rows, and whether their sequences are to be attended to one by one."""
         row = row_of_sequences(lengths)
-        if self.layout == "sequences":
+        if layout == "sequences":
             return [row], True
-        rows = arrange(lengths, self.layout, self.attention_cost)
-        allowed = self.by_sequence and self.layout != "padded"
+        rows = arrange(lengths, layout, self.attention_cost)
+        allowed = self.by_sequence and layout != "padded"
         if allowed and cost_by_sequence(row, self.attention_cost) <= cost(rows, self.attention_cost):
             return [row], True
         return rows, False

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 
 from dpo_kernels import linear, objectives
 
+from ..data.processor import tokenizer_of
 from ..data.rows import REFERENCE, has_reference
 from ..model.loss_path import memory_budget
 from ..model.references import FrozenReference
@@ -80,7 +81,7 @@ class Inspector(DPOTrainer):
         return {**parts, "prompt + longer answer": [a + b for a, b in zip(parts["prompt"], longer, strict=True)]}
 
     def _examples(self) -> list[dict[str, Any]]:
-        dataset, tokenizer = self.datasets()[0], cast(Any, self.processing_class)
+        dataset, tokenizer = self.datasets()[0], tokenizer_of(self.processing_class)
         found = []
         for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
             row = dataset[index]

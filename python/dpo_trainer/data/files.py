@@ -15,9 +15,10 @@ import pyarrow.parquet
 from torch.utils.data import IterableDataset
 
 from ..errors import DataError, first_line
+from .images import beside_file, for_table
 from .known import AS_THEY_ARE, Located, Reading, Told
 from .messages import as_written
-from .rows import COLUMNS, NUMBERS, Pair, check_columns, json_type, parse_rows
+from .rows import COLUMNS, IMAGES, NUMBERS, Pair, check_columns, json_type, parse_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -51,6 +52,8 @@ def load_pairs(
         with _readable(Path(name)):
             # Not by datasets' own reader, which would copy the file into a cache first.
             dataset = datasets.Dataset(pyarrow.parquet.read_table(name))
+        if any(_names_files(dataset.features.get(column)) for column in IMAGES):
+            dataset = None  # read as rows, whose paths begin at the file
     if dataset is None:
         dataset = table_of(list(_rows_of(Path(name))), name, reading)
     elif len(dataset) == 0:
@@ -61,7 +64,10 @@ def load_pairs(
     else:
         check_columns(dataset.column_names, name)
         dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
-        for _ in parse_rows(numbered(name, dataset)):
+        images = [column for column in IMAGES if column in dataset.column_names]
+        for _ in parse_rows(
+            numbered(name, dataset.remove_columns(images))
+        ):  # images are opened once, when they are read
             pass
         _CHECKED[dataset] = dataset._fingerprint, reading
     dataset.info.dataset_name = name  # messages about its rows then say where they come from
@@ -70,6 +76,8 @@ def load_pairs(
 
 def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) -> Any:
     """Rows, checked, as a `datasets.Dataset` with the columns of a pair.
+
+    Where rows have images, they become objects with `bytes` and `path`, and the content of all messages a list of parts.
 
     Args:
         located: (place, row) of every row, where the place names the row to a person. Tools, arguments of tool calls and
@@ -92,6 +100,8 @@ def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) ->
     rows.extend(row for row, _ in parse_rows(noted()))
     if not rows:
         raise DataError(f"{name}: no rows")
+    if any(column in row for row in rows for column in IMAGES):
+        rows = [for_table(row, where) for where, row in zip(places, rows, strict=True)]
     mistakes = (ValueError, TypeError, OverflowError)  # pyarrow's errors are of these kinds
     try:
         dataset = datasets.Dataset.from_list(rows)
@@ -135,6 +145,11 @@ def reading_of(dataset: Any) -> Reading | None:
     """How `load_pairs` or `table_of` has read a dataset that nothing has changed since; None for any other."""
     fingerprint, reading = _CHECKED.get(dataset, ("", None))
     return reading if fingerprint == dataset._fingerprint else None
+
+
+def _names_files(feature: Any) -> bool:
+    """Whether a column's values, or the items of its lists, are texts."""
+    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
 
 
 # --- folders and the hub -------------------------------------------------------------------------------------------
@@ -188,11 +203,10 @@ def _from_hub(name: str, *, streaming: bool) -> Any:
 
 
 def _rows_of(path: Path) -> Located:
-    """(place, row) of every row of a file."""
-    if path.suffix == ".jsonl":
-        return _jsonl_rows(path)
+    """(place, row) of every row of a file. Paths of images begin at the file's folder, where they lead to a file."""
     readers = {".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
-    return numbered(str(path), readers[path.suffix](path))
+    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else numbered(str(path), readers[path.suffix](path))
+    return ((where, beside_file(row, path.parent)) for where, row in rows)
 
 
 def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

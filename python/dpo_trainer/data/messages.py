@@ -86,7 +86,11 @@ def _message(message: Any, which: str, where: str) -> Any:
         said = {"content": message.get("value")} if call is None else {"tool_calls": call}
         message = {"role": ROLES[sender.lower()], **said, **rest}
     content = message.get("content")
-    return {**message, "content": _text_of(content, which, where)} if isinstance(content, list) else message
+    if not isinstance(content, list) or any(
+        isinstance(part, Mapping) and part.get("type") == "image" for part in content
+    ):
+        return message  # where it has images, `rows` checks its parts
+    return {**message, "content": _text_of(content, which, where)}
 
 
 def _call(text: Any) -> list[Any] | None:
@@ -106,7 +110,9 @@ def _text_of(parts: list[Any], which: str, where: str) -> str:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            raise DataError(f"{where}: {which} has a part of type '{kind}' in 'content'; only text can be trained on")
+            raise DataError(
+                f"{where}: {which} has a part of type '{kind}' in 'content'; only text and images can be trained on"
+            )
         texts.append(text)
     return "".join(texts)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +15,18 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
+from .account import CONTENT, CUT_IMAGES, FILTERS, MARKS, Account, Marked, sift
 from .files import RowStream, in_our_columns, reading_of, stream_of, table_of
+from .images import DIGEST, encoded, state_of_files, text_of
 from .known import Reading
 from .messages import as_written
-from .rows import NUMBERS, Pair, check_columns, parse_row, split_row
+from .processor import description_of, read_by, tokenizer_of
+from .rows import IMAGES, NUMBERS, Pair, check_columns, parse_row, split_row
 from .template import as_chat, remarks
 from .tokens import MASKS, TOKENS, tokenize_pair
 
-#: Why a pair may be left out, by the name that `filters` takes.
-FILTERS = {
-    "identical": "with chosen equal to rejected",
-    "empty": "with an empty completion",
-    "truncated": "with nothing of a completion left after truncation",
-    "duplicates": "that repeat an earlier one",
-}
 #: Pairs of a stream that are looked at before training.
 SAMPLE = 64
-
-#: Columns beside the tokens, for the account.
-DIGEST = "digest"
-MARKS = ("status", DIGEST, "tokens", "repeats", "unscored")
-
-#: A row with what decides whether it is kept: status (a name of FILTERS, or ""), digest, number of tokens and weight.
-Marked = tuple[Any, str, str, int, float | None]
-
-
-@dataclass
-class Account:
-    """What became of a dataset's rows on the way to training.
-
-    Attributes:
-        rows: rows seen; of a stream, in its first pass so far.
-        tokens: of the pairs that were kept, prompts counted for both sides.
-        reasons: rows left out, by reason (the values of FILTERS, and the least weight).
-        streamed: whether more may follow.
-        remarks: what else a person should know of the data, a line each.
-        trained_on: pairs of an evaluation dataset that are training pairs too.
-    """
-
-    name: str
-    rows: int = 0
-    tokens: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    streamed: bool = False
-    remarks: list[str] = field(default_factory=list)
-    trained_on: int = 0
-
-    @property
-    def dropped(self) -> int:
-        return sum(self.reasons.values())
-
-    @property
-    def kept(self) -> int:
-        return self.rows - self.dropped
-
-    def describe(self) -> str:
-        """One line for people: rows kept, and the reasons for the others."""
-        parts = [f"{count:,} {reason}" for reason, count in self.reasons.items() if count]
-        tail = f"; dropped {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}" if parts else ""
-        so_far = " so far (a stream)" if self.streamed else ""
-        return f"{self.name}: {self.kept:,} of {self.rows:,} pairs kept{so_far}, {self.tokens:,} tokens{tail}"
 
 
 @dataclass(frozen=True)
@@ -112,31 +63,13 @@ class Preparation:
         return Reading(self.columns, self.weight_from)
 
 
-def sift(marked: Iterable[Marked], preparation: Preparation, account: Account) -> Iterator[Any]:
-    """The rows of one pass that are kept, one after the other. What becomes of every row goes into the account."""
-    filters, least = preparation.filters, preparation.min_weight
-    seen: set[str] = set()
-    for row, status, digest, tokens, weight in marked:
-        reason = FILTERS[status] if status in filters else ""
-        if not reason and "duplicates" in filters:
-            reason = FILTERS["duplicates"] if digest in seen else ""
-            seen.add(digest)
-        if not reason and least is not None and weight is not None and weight < least:
-            reason = f"with a weight below {least:g}"
-        account.rows += 1
-        if reason:
-            account.reasons[reason] += 1
-        else:
-            account.tokens += tokens
-            yield row
-
-
-def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
+def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
     """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
 
     Returns the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`, `length` (tokens of the
-    longer side), `digest` (of all tokens) and, where given, `weight` and the reference log-probabilities; and the account of
-    what was dropped.
+    longer side), `digest` (of tokens and images) and, where given, `weight` and the reference log-probabilities; and the
+    account of what was dropped. Where there are images, it also has their column as it was, and `images_digest`. The pixels
+    that models read take many times the memory of the files, so the collator makes them for each batch.
     Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. Datasets that are
     tokenised already pass through.
 
@@ -156,6 +89,10 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         raise DataError(f"{where}: no rows")
     account = Account(name)
     if is_prepared(dataset):
+        if DIGEST not in dataset.column_names and any(column in dataset.column_names for column in IMAGES):
+            raise DataError(
+                f"{where}: is tokenised and has images; pass rows with texts or messages, or remove the column"
+            )
         lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
         account.rows, account.tokens = len(dataset), sum(2 * prompt + c + r for prompt, c, r in lengths)
         return dataset, account
@@ -172,15 +109,16 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
     parse = split_row if reading_of(dataset) is not None else parse_row
     first = [parse(dataset[index], f"{where} row {index + 1}") for index in range(min(SAMPLE, len(dataset)))]
     strip = _most_repeat(first)
-    account.remarks += _remarks(first, tokenizer, preparation)
+    account.remarks += _remarks(first, processing_class, preparation)
     keep = [column for column in NUMBERS if column in dataset.column_names]
-    key = _key(dataset, tokenizer, preparation, strip)
+    images = dataset.select_columns([column for column in IMAGES if column in dataset.column_names])
+    key = _key(dataset, processing_class, preparation, strip)
     dataset = dataset.map(
         _prepare_row,
         with_indices=True,
         fn_kwargs={
             "parse": parse,
-            "tokenizer": tokenizer,
+            "processing_class": processing_class,
             "name": where,
             "settings": preparation.of_tokens,
             "strip": strip,
@@ -191,9 +129,19 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         new_fingerprint=key,
         desc=f"Tokenising {name}",
     )
+    if images.column_names and any(dataset[DIGEST]):
+        dataset = datasets.concatenate_datasets(
+            [dataset, images], axis=1
+        )  # beside the tokens, not copied into their cache
+    elif images.column_names:
+        dataset = dataset.remove_columns(DIGEST)
     weights = dataset["weight"] if "weight" in keep else itertools.repeat(None)
-    marks = (dataset[column] for column in ("status", DIGEST, "tokens"))
-    kept = list(sift(zip(itertools.count(), *marks, weights, strict=False), preparation, account))
+    marks = (dataset[column] for column in ("status", CONTENT, "tokens"))
+    kept = list(
+        sift(
+            zip(itertools.count(), *marks, weights, strict=False), account, preparation.filters, preparation.min_weight
+        )
+    )
     if repeated := sum(dataset["repeats"]):
         account.remarks.append(_of_repeated(name, f"{repeated:,} of {len(dataset):,} pairs", strip))
     if not sum(dataset["unscored"]):
@@ -208,7 +156,7 @@ def prepare_dataset(dataset: Any, tokenizer: Any, preparation: Preparation, *, n
         raise DataError(
             f"{where}: weight_from gives every pair the weight 0: no chosen answer has a higher score than the rejected one"
         )
-    spent = [column for column in MARKS if column in dataset.column_names and column != DIGEST]
+    spent = [column for column in MARKS if column in dataset.column_names and column != CONTENT]
     return dataset.remove_columns(spent), account
 
 
@@ -220,16 +168,20 @@ class PreparedStream(IterableDataset):
         account: of what the first pass has read so far.
     """
 
-    def __init__(self, dataset: Any, tokenizer: Any, preparation: Preparation, *, name: str) -> None:
+    def __init__(self, dataset: Any, processing_class: Any, preparation: Preparation, *, name: str) -> None:
         self._source: RowStream = stream_of(dataset, name, preparation.reading)
-        self._tokenizer, self._preparation = tokenizer, preparation
+        self._processing_class, self._preparation = processing_class, preparation
         self.account = Account(name, streamed=True)
         first = list(itertools.islice(self._source.pairs(0), SAMPLE))
         self._strip = _most_repeat(first)
-        self.account.remarks += _remarks(first, tokenizer, preparation)
+        self.account.remarks += _remarks(first, processing_class, preparation)
         if self._strip:
             self.account.remarks.append(_of_repeated(name, f"the first {len(first)} pairs", strip=True))
-        self.sample = datasets.Dataset.from_list(list(itertools.islice(self.rows(0), SAMPLE)))
+        rows = [
+            {**row, "images": [encoded(image, name) for image in row["images"]]} if DIGEST in row else row
+            for row in itertools.islice(self.rows(0), SAMPLE)
+        ]
+        self.sample = datasets.Dataset.from_list(rows)
         if len(self.sample) == 0:
             nothing = f"nothing is left to train on: {self.account.describe()}" if self.account.rows else "no rows"
             raise DataError(f"{self._source.name}: {nothing}")
@@ -239,28 +191,22 @@ class PreparedStream(IterableDataset):
         account = self.account if number == 0 else Account(self.account.name, streamed=True)
         account.rows = account.tokens = 0  # the first pass may begin again, as it does after the sample
         account.reasons.clear()
-        return sift(map(self._marked, self._source.pairs(number)), self._preparation, account)
+        return sift(
+            map(self._marked, self._source.pairs(number)),
+            account,
+            self._preparation.filters,
+            self._preparation.min_weight,
+        )
 
     def _marked(self, pair: Pair) -> Marked:
         _check_weights(pair.numbers, self._preparation, self._source.name)
-        found = _prepared(pair, self._tokenizer, self._preparation.of_tokens, self._strip)
+        found = _prepared(pair, self._processing_class, self._preparation.of_tokens, self._strip)
         status, digest, tokens, *_ = (found.pop(mark) for mark in MARKS)
-        return {**found, DIGEST: digest}, status, digest, tokens, pair.numbers.get("weight")
+        found |= {} if pair.images is None else {"images": pair.images}
+        return {**found, CONTENT: digest}, status, digest, tokens, pair.numbers.get("weight")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.rows(0)
-
-
-def count_trained_on(evaluation: Any, train: Any) -> int:
-    """How many pairs of a tokenised evaluation dataset are, token for token, pairs of a tokenised training dataset.
-
-    0 where one of them is a stream or was tokenised elsewhere.
-    """
-    if any(DIGEST not in (getattr(dataset, "column_names", None) or ()) for dataset in (evaluation, train)):
-        return 0
-    wanted = list(evaluation[DIGEST])
-    found = set(wanted).intersection(train[DIGEST])
-    return sum(digest in found for digest in wanted)
 
 
 def by_name(eval_dataset: Any) -> dict[str, Any]:
@@ -290,16 +236,18 @@ def _prepare_row(
     index: int,
     *,
     parse: Callable[[Any, str], Pair],
-    tokenizer: Any,
+    processing_class: Any,
     name: str,
     settings: Any,
     strip: bool,
 ) -> dict[str, Any]:
-    return _prepared(parse(row, f"{name} row {index + 1}"), tokenizer, settings, strip)
+    return _prepared(parse(row, f"{name} row {index + 1}"), processing_class, settings, strip)
 
 
-def _prepared(pair: Pair, tokenizer: Any, settings: dict[str, Any], strip: bool) -> dict[str, Any]:
-    """Tokens, numbers and MARKS of a pair. Of chat messages also masks, since a table needs them in all rows or in none.
+def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip: bool) -> dict[str, Any]:
+    """Tokens, numbers and MARKS of a pair, and the images' digest where rows may have some.
+
+    Of chat messages also masks, since a table needs them in all rows or in none.
 
     Args:
         strip: take the prompt from the beginning of completions that repeat it.
@@ -308,11 +256,13 @@ def _prepared(pair: Pair, tokenizer: Any, settings: dict[str, Any], strip: bool)
     if strip and repeats:
         start = len(pair.prompt)
         pair = replace(pair, chosen=pair.chosen[start:], rejected=pair.rejected[start:])
-    ids = tokenize_pair(pair, tokenizer, **settings)
+    pair, reader = read_by(pair, processing_class)
+    ids = tokenize_pair(pair, reader, **settings)
     prompt, chosen, rejected = (ids[name] for name in TOKENS)
     masks = [ids.get(name) or [True] * len(side) for name, side in zip(MASKS, (chosen, rejected), strict=True)]
-    if settings["assistant_only_loss"] and isinstance(as_chat(pair, tokenizer).prompt, list):
+    if settings["assistant_only_loss"] and isinstance(pair.prompt, list):
         ids.update(zip(MASKS, masks, strict=True))
+    images = {} if pair.images is None else {DIGEST: reader.digest if pair.images else ""}
     status = ""
     # The first token of all has nothing to be predicted from.
     if not all(any(mask[0 if prompt else 1 :]) for mask in masks):
@@ -321,12 +271,16 @@ def _prepared(pair: Pair, tokenizer: Any, settings: dict[str, Any], strip: bool)
         status = "identical"
     if _is_blank(pair.chosen) or _is_blank(pair.rejected):
         status = "identical" if pair.chosen == pair.rejected else "empty"
-    digest = hashlib.blake2b(json.dumps([prompt, chosen, rejected]).encode(), digest_size=16).hexdigest()
+    if pair.images:
+        whole = tokenize_pair(pair, reader, **{**settings, "max_length": None, "max_prompt_length": None})
+        status = CUT_IMAGES if reader.cuts_images(whole[TOKENS[0]], prompt) else status
+    content = json.dumps([prompt, chosen, rejected, *filter(None, images.values())])
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     longer = max(len(chosen), len(rejected))
     found = {**ids, **pair.numbers, "length": len(prompt) + longer}
     tokens = 2 * len(prompt) + len(chosen) + len(rejected)
     unscored = sum(not token for mask in masks for token in mask)
-    return {**found, **dict(zip(MARKS, (status, digest, tokens, repeats, unscored), strict=True))}
+    return {**found, **images, **dict(zip(MARKS, (status, digest, tokens, repeats, unscored), strict=True))}
 
 
 def _repeats(pair: Pair) -> bool:
@@ -350,36 +304,40 @@ def _of_repeated(name: str, which: str, strip: bool) -> str:
     return f"{name}: both completions of {which} begin with the prompt; {done}"
 
 
-def _remarks(pairs: Sequence[Pair], tokenizer: Any, preparation: Preparation) -> list[str]:
+def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparation) -> list[str]:
     """What is to be said of the template, from the first pairs."""
     if not pairs:
         return []
-    pair, kwargs = as_chat(pairs[0], tokenizer), preparation.chat_template_kwargs
+    pair, reader = read_by(pairs[0], processing_class)
+    kwargs = preparation.chat_template_kwargs
     if isinstance(pair.prompt, str):
         if pairs[0].system is not None:
             return [
                 "the tokenizer has no chat template: system text, prompt and answer stand in one text, a blank line apart"
             ]
         return ["chat_template_kwargs: not used, since rows are text"] if kwargs else []
-    ids = tokenize_pair(pair, tokenizer, **{**preparation.of_tokens, "max_length": None})
+    ids = tokenize_pair(pair, reader, **{**preparation.of_tokens, "max_length": None})
     answer = ids["chosen_ids"]
     scored = ids.get("chosen_mask", [True] * len(answer))
-    chats = [as_chat(pair, tokenizer) for pair in pairs]
-    return remarks(tokenizer, chats, kwargs, list(itertools.compress(answer, scored)))
+    chats = [as_chat(pair, reader) for pair in pairs]
+    return remarks(reader, chats, kwargs, list(itertools.compress(answer, scored)))
 
 
 def _is_blank(completion: str | list[Any]) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
-    return not completion or not ((completion[-1].get("content") or "").strip() or completion[-1].get("tool_calls"))
+    return not completion or not (text_of(completion[-1].get("content")).strip() or completion[-1].get("tool_calls"))
 
 
-def _key(dataset: Any, tokenizer: Any, preparation: Preparation, strip: bool) -> str:
+def _key(dataset: Any, processing_class: Any, preparation: Preparation, strip: bool) -> str:
     """Name of the tokens: changes with the data, the tokenizer, the settings and the code that makes them."""
+    tokenizer = tokenizer_of(processing_class)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A fast tokenizer's own description; as an object it would hash differently after its first use.
     described = backend.to_str() if backend is not None else Hasher.hash(tokenizer)
     special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
+    if tokenizer is not processing_class:
+        special += [description_of(processing_class), processing_class.chat_template, state_of_files(dataset)]
     folder = Path(__file__).parent
     code = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
     return Hasher.hash([dataset._fingerprint, described, special, preparation.of_tokens, strip, code])

@@ -17,7 +17,8 @@ SIDES = ("chosen", "rejected")
 TEXTS = ("prompt", *SIDES)
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = ("weight", *REFERENCE)
-COLUMNS = (*TEXTS, "system", "tools", "chat_template_kwargs", *NUMBERS)
+IMAGES = ("images", "image")
+COLUMNS = (*TEXTS, *IMAGES, "system", "tools", "chat_template_kwargs", *NUMBERS)
 #: What the trainer itself tells a chat template; `chat_template_kwargs` must not.
 RESERVED = {
     *("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt"),
@@ -46,6 +47,7 @@ class Pair:
         numbers: `weight` and the reference's log-probabilities, as far as the row has them, by column.
         system: of a text row with a column `system`, its text, perhaps empty. In chat messages it stands in the prompt.
         template_kwargs: what the row tells the chat template.
+        images: of the prompt, as the row has them; None where it has no column for them.
     """
 
     where: str
@@ -56,6 +58,7 @@ class Pair:
     numbers: dict[str, float]
     system: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    images: list[Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -175,7 +178,24 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
         system = None
     elif system is not None and row.get("prompt") is None:  # whole texts, which are no question and answer
         prompt, system = "\n\n".join(filter(None, (system, prompt))), None
-    return Pair(where, prompt, chosen, rejected, tools, numbers, system, kwargs)
+    return Pair(where, prompt, chosen, rejected, tools, numbers, system, kwargs, images_of(row, where))
+
+
+def images_of(row: Mapping[str, Any], where: str = "row") -> list[Any] | None:
+    """The images of a row, in order; None where it has no column for them. Raises DataError where it has two with images."""
+    given = [name for name in IMAGES if name in row]
+    held = [
+        name for name in given if row[name] is not None and not (isinstance(row[name], str) and not row[name].strip())
+    ]
+    if len(held) > 1:
+        raise DataError(f"{where}: has both 'images' and 'image'; use one of them")
+    if not held:
+        return [] if given else None
+    found = row[held[0]]
+    found = list(found) if isinstance(found, (list, tuple)) else [found]
+    if any(image is None for image in found):
+        raise DataError(f"{where}: '{held[0]}' holds nothing (null) in the place of an image")
+    return found
 
 
 def check_columns(columns: Sequence[str], where: str) -> None:
@@ -206,7 +226,9 @@ def _check_messages(messages: list[Any], name: str, where: str) -> None:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: message {number} of '{name}' must be an object with role and content")
         content, calls = message.get("content"), message.get("tool_calls")
-        if not isinstance(content, str) and not calls:
+        if isinstance(content, list) and content:
+            _check_parts(content, f"message {number} of '{name}'", where)
+        elif not isinstance(content, str) and not calls:
             raise DataError(
                 f"{where}: message {number} of '{name}' has no text in 'content' (found {json_type(content)})"
             )
@@ -237,6 +259,24 @@ def _template_kwargs(kwargs: Any, where: str) -> Mapping[str, Any]:
         if name in RESERVED:
             raise DataError(f"{where}: 'chat_template_kwargs' cannot hold '{name}', which the trainer sets")
     return (found if isinstance(kwargs, str) else _without_nothing(found)) or {}
+
+
+def _check_parts(parts: list[Any], message: str, where: str) -> None:
+    """Parts of a message are {"type": "text", "text": ...} and {"type": "image"}."""
+    for number, part in enumerate(parts, 1):
+        what = part.get("type") if isinstance(part, Mapping) else None
+        if what == "text" and isinstance(part.get("text"), str):
+            continue
+        if what != "image":
+            raise DataError(
+                f"{where}: part {number} of {message} must be {{'type': 'text', 'text': ...}} or {{'type': 'image'}}, "
+                f"found {_shown(part)}"
+            )
+        if held := [name for name in ("image", "path", "url", "base64") if part.get(name) is not None]:
+            raise DataError(
+                f"{where}: part {number} of {message} holds its image in '{held[0]}'; images belong in the column 'images', "
+                "in the order of their places"
+            )
 
 
 def _tools(tools: Any, where: str) -> list[Any] | None:

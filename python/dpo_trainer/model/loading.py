@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError, did_you_mean, first_line
 from .causal import check_class
+from .split import unwrap_adapter
+from .vision import auto_class, load_processor, takes_images
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
-    """Load a causal language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
+    """Load a causal or vision-language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
 
     float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
     A .gguf file is dequantised by transformers. Its quantisation attributes are removed, so that it can be trained and saved.
@@ -31,8 +33,10 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
         raise ModelError(f"model_init_kwargs: unknown dtype '{dtype}'")
     if (base := _base_of(path)) is not None:
         return _load_adapter(path, base, **kwargs)
-    model = _read(AutoModelForCausalLM, path, "cannot be loaded", **kwargs)
-    if Path(path).suffix == ".gguf":
+    gguf = Path(path).suffix == ".gguf"
+    kind = AutoModelForCausalLM if gguf else auto_class(_source(path)[0], kwargs)
+    model = _read(kind, path, "cannot be loaded", **kwargs)
+    if gguf:
         model.hf_quantizer = None
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
@@ -67,15 +71,27 @@ def set_pad_token(tokenizer: Any, token: str | None) -> None:
     inner.pad_token = token
 
 
+def load_processing_class(path: str | Path, *, vision: bool, **kwargs: Any) -> Any:
+    """The processor that belongs to a vision-language model, or the tokenizer of any other, or where there is no processor.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    processor = load_processor(_source(path)[0], **kwargs) if vision else None
+    return processor if processor is not None else load_tokenizer(path, **kwargs)
+
+
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """(model, reference, tokenizer), loaded where they are given as paths, with `init` for from_pretrained.
+    """(model, reference, tokenizer or processor), loaded where they are given as paths, with `init` for from_pretrained.
 
     Raises:
         ModelError: a part cannot be loaded, or the parts do not go together.
     """
     of_tokenizer = {name: init[name] for name in ("revision", "trust_remote_code") if name in init}
     if isinstance(model, (str, Path)):
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, **of_tokenizer)
+        if tokenizer is None:  # first, since it takes less time
+            vision = auto_class(_source(model)[0], init) is AutoModelForImageTextToText
+            tokenizer = load_processing_class(model, vision=vision, **of_tokenizer)
         model = load_model(model, **init)
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
@@ -88,7 +104,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if tokenizer is None:
         if not (name := getattr(config, "_name_or_path", "")):
             raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
-        tokenizer = load_tokenizer(name, **of_tokenizer)
+        tokenizer = load_processing_class(name, vision=takes_images(unwrap_adapter(model)), **of_tokenizer)
     return model, ref_model, tokenizer
 
 

@@ -1,7 +1,8 @@
 """Reference log-probabilities on disk: computed once, shard by shard, and found again by what they were computed from.
 
 A folder a key, and the key is a hash of everything that the numbers depend on: the reference's weights and config, the
-precision it runs in, and the token ids of every pair (in which template, truncation and end tokens show). A file a shard,
+precision it runs in, and the token ids of every pair (in which template, truncation and end tokens show) and its images
+(their contents, and how they are processed). A file a shard,
 written aside and renamed, so that a kill loses the shard at work and nothing else. Each file repeats its key and its rows
 and carries a digest of its numbers: what is cut short, changed or from elsewhere is computed again.
 """
@@ -23,6 +24,7 @@ import pyarrow.parquet
 import torch
 from torch import nn
 
+from ..data.images import DIGEST, has_images
 from ..data.tokens import MASKS, TOKENS
 from ..errors import first_line
 from .split import unwrap_adapter
@@ -74,13 +76,15 @@ def _as_json(value: Any) -> Any:
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """A hash of all token ids, pair by pair, in order, and of which are scored, where some are not."""
+    """A hash of all token ids and images, pair by pair, in order, and of which tokens are scored, where some are not."""
     digest = hashlib.sha256()
     names = [*TOKENS, *(name for name in MASKS if name in dataset.column_names)]
     for rows in dataset.select_columns(names).iter(1000):
         for name in names:
             digest.update(np.array([len(ids) for ids in rows[name]], dtype=np.int64).tobytes())
             digest.update(np.array([token for ids in rows[name] for token in ids], dtype=np.int64).tobytes())
+    if has_images(dataset):
+        digest.update(json.dumps(list(dataset[DIGEST])).encode())
     return digest.hexdigest()
 
 

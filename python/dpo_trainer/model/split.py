@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import attention
+from ..batch.images import model_inputs
 from ..batch.layout import attention_inputs
 from ..errors import first_line
 from .adapter_kinds import moved, needs_task, own_forward
+from .vision import takes_images
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -97,8 +99,8 @@ class SplitModel:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         dtype = next((value.dtype for value in self.model.parameters() if value.is_floating_point()), torch.float32)
-        attention = attention_inputs(batch, self._config, dtype)
-        return {"input_ids": batch["input_ids"], **attention, "use_cache": False, "return_dict": True}
+        given = {**attention_inputs(batch, self._config, dtype), **model_inputs(batch, dtype)}
+        return {"input_ids": batch["input_ids"], **given, "use_cache": False, "return_dict": True}
 
     @property
     def obstacle_to_linear(self) -> str | None:
@@ -236,6 +238,9 @@ def unwrap_adapter(model: Any) -> Any:
 
 
 def _backbone(base: Any, head: Any) -> nn.Module | None:
+    if takes_images(base):  # its decoder alone would not see them
+        whole = getattr(base, "base_model", None)
+        return whole if whole is not base and takes_images(whole) else None
     candidates = (base.get_decoder() if hasattr(base, "get_decoder") else None, getattr(base, "base_model", None))
     # ModernBERT's attribute `decoder`, which get_decoder finds, is its head.
     found = (part for part in candidates if isinstance(part, nn.Module) and part is not base and part is not head)

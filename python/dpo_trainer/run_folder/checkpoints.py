@@ -188,9 +188,3 @@ def load_state(folder: Path, rank: int) -> dict[str, Any]:
     """A process's state from a checkpoint; empty from a checkpoint that has none, such as one of another trainer."""
     path = folder / f"dpo_state_{rank}.pt"
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-
-
-def load_as_saved(model: Any, folder: str) -> None:
-    """Load a checkpoint's weights into a model by way of `from_pretrained`, which knows the names that they are saved under."""
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
-    model.load_state_dict(saved.state_dict())

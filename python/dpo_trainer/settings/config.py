@@ -15,7 +15,7 @@ from dpo_kernels.functional import LINEAR_STATISTICS as STATISTICS
 
 from ..batch.layout import LAYOUTS
 from ..batch.sampler import STRATEGIES
-from ..data.prepare import FILTERS
+from ..data.account import FILTERS
 from ..errors import ConfigError
 from . import objective, trl
 from .checks import as_mapping, check_together

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from dpo_kernels.backends import why_not
 
 from ..batch.sampler import Batching
+from ..data.images import has_images
 from ..data.prepare import Preparation
 from ..data.tokens import TOKENS
 from ..errors import ConfigError, ModelError, did_you_mean
 from ..model.adapter_kinds import check_adapter, virtual_tokens
+from ..model.split import unwrap_adapter
+from ..model.vision import takes_images
 from .checks import as_mapping
 from .config import DPOConfig
 
@@ -31,6 +34,9 @@ READ_ONCE = (
     "sync_ref_model",
 )
 logger = logging.getLogger("dpo_trainer")
+
+#: Models whose prompts attend to what follows within them, so that prompt and answer are not one text. By model_type.
+PREFIX_MODELS = ("paligemma",)
 
 
 def check_fit(
@@ -90,6 +96,26 @@ def init_of(config: DPOConfig, model: Any, ref_model: Any, quantization: Any) ->
     if config.trust_remote_code:
         found.setdefault("trust_remote_code", True)
     return found
+
+
+def check_images(config: DPOConfig, model: Any, ref_model: Any, datasets: Sequence[Any]) -> bool:
+    """Whether the data have images. Raises ModelError or ConfigError where models or settings do not go with them."""
+    if not any(map(has_images, datasets)):
+        return False
+    for name, part in (("model", model), ("ref_model", ref_model)):
+        base = unwrap_adapter(part)
+        if base is not None and not takes_images(base):
+            raise ModelError(f"{name}: {type(base).__name__} reads no images, and the data have some")
+        if getattr(getattr(base, "config", None), "model_type", "") in PREFIX_MODELS:
+            raise ModelError(
+                f"{name}: {type(base).__name__} reads prompts otherwise than answers, which the trainer does not know"
+            )
+    if config.batch_layout == "prefix_shared":
+        raise ConfigError(
+            "batch_layout: 'prefix_shared' is not possible with images, whose positions the model counts itself; "
+            "use 'auto' or 'padded'"
+        )
+    return True
 
 
 def check_best_metric(config: DPOConfig, names: Sequence[str]) -> None:

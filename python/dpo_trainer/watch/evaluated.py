@@ -63,7 +63,8 @@ def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs |
     order = torch.argsort(after - before).tolist()
 
     def example(index: int) -> Example:
-        texts = tokenizer.batch_decode([dataset[index][ids] for ids in TOKENS], skip_special_tokens=True)
+        row = dataset[index]
+        texts = tokenizer.batch_decode([row[ids] for ids in TOKENS], skip_special_tokens=True)
         prompt, chosen, rejected = (shortened(text.strip(), LONGEST, "...") for text in texts)
         return Example(prompt, chosen, rejected, before[index].item(), after[index].item())
 

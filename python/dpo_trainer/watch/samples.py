@@ -16,10 +16,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..batch.images import ImageInputs
+from ..data.images import has_images
 from ..data.prepare import by_name
+from ..data.processor import tokenizer_of
+from ..data.rows import images_of
 from ..errors import ConfigError, first_line
 from ..model.split import evaluating
 from ..run import Run
@@ -77,10 +82,18 @@ def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, f
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    beside: Callable[[Tensor], dict[str, Tensor]] = lambda _: {},
 ) -> list[str]:
     """One answer to each prompt, as text: greedy at temperature 0, else sampled from the whole distribution.
 
+    `beside` gives what the model reads beside its token ids [prompts, T], by name: its inputs for images.
     The caller's random numbers are as they were afterwards. Every call with one seed draws the same numbers.
     """
     device = next(model.parameters()).device
@@ -90,6 +103,11 @@ def generate(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     filled = [torch.tensor(list(prompt) or [start if start is not None else 0]) for prompt in prompts]
     ids = pad_sequence(filled, batch_first=True, padding_value=pad, padding_side="left").to(device)
+    dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
+    inputs = {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in beside(ids.cpu()).items()
+    }
     mask = pad_sequence([torch.ones_like(row) for row in filled], batch_first=True, padding_side="left").to(device)
     how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(
@@ -103,7 +121,7 @@ def generate(
     # Shapes change with every token: a compiled backbone would be compiled again and again.
     with evaluating(model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = model.generate(input_ids=ids, attention_mask=mask, **inputs, generation_config=config)
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -157,7 +175,7 @@ class Samples(TrainerCallback):
         """A record for each sampled row, without an answer: spread evenly over the dataset, the same ones every time."""
         places = spread(len(dataset), self.run.args.sample_prompts)
         rows = dataset.select(places)
-        decode = partial(self.run.processing_class.batch_decode, skip_special_tokens=True)
+        decode = partial(tokenizer_of(self.run.processing_class).batch_decode, skip_special_tokens=True)
         prompts, answers = decode(list(rows["prompt_ids"])), decode(list(rows["chosen_ids"]))
         return [
             {"step": self.run.state.global_step, "evaluation": prefix, "row": row, "prompt": prompt, "chosen": chosen}
@@ -165,18 +183,25 @@ class Samples(TrainerCallback):
         ]
 
     def _answers(self, dataset: Any, source: contextlib.AbstractContextManager[Any]) -> list[str]:
-        args, size = self.run.args, self.run.args.per_device_eval_batch_size
-        prompts = list(dataset.select(spread(len(dataset), args.sample_prompts))["prompt_ids"])
+        args, size, processing_class = (
+            self.run.args,
+            self.run.args.per_device_eval_batch_size,
+            self.run.processing_class,
+        )
+        rows = dataset.select(spread(len(dataset), args.sample_prompts))
+        prompts = list(rows["prompt_ids"])
+        images = [images_of(row) or [] for row in rows] if has_images(dataset) else []
         found: list[str] = []
         with source as model, self.run.accelerator.autocast():
             for start in range(0, len(prompts), size):
                 found += generate(
                     model,
-                    self.run.processing_class,
+                    tokenizer_of(processing_class),
                     prompts[start : start + size],
                     max_new_tokens=args.sample_max_new_tokens,
                     temperature=args.sample_temperature,
                     seed=args.seed + start,
+                    beside=partial(ImageInputs(processing_class), images[start : start + size]),
                 )
         return found
 

@@ -1,0 +1,42 @@
+"""The weights of a checkpoint whose names are not the model's own.
+
+transformers writes many models, most vision-language models and mixtures of experts among them, with the names and shapes of
+their first release, and translates them in `from_pretrained`. Its trainer does not: it leaves out what it finds no name for.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+def load_translated(model: Any, folder: str | Path) -> bool:
+    """Load a checkpoint's weights by `from_pretrained` if it has names that the model lacks; else do nothing.
+
+    Takes the memory of the weights once more while it loads.
+
+    Returns:
+        whether they were loaded.
+    """
+    if not isinstance(model, PreTrainedModel) or saved_names(Path(folder)) <= set(model.state_dict()):
+        return False
+    dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
+    found = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=dtype)
+    model.load_state_dict(found.state_dict())
+    return True
+
+
+def saved_names(folder: Path) -> set[str]:
+    """The names of the weights in a checkpoint's safetensors files; none where it has no such files."""
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
+    if not (folder / SAFE_WEIGHTS_NAME).exists():
+        return set()
+    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+        return set(file.keys())
