@@ -69,9 +69,9 @@ def samples(
             {
                 key: torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
                 for key, count in (
-                    ("prompt_input_ids", prompt),
-                    ("chosen_input_ids", length - prompt),
-                    ("rejected_input_ids", length - prompt),
+                    ("prompt_ids", prompt),
+                    ("chosen_ids", length - prompt),
+                    ("rejected_ids", length - prompt),
                 )
             }
             for _ in range(pairs)

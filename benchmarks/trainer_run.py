@@ -48,8 +48,6 @@ def pick(path: Path, tokenizer: Any, count: int, max_length: int) -> list[dict[s
 def token_counts(dataset: Any, batch: int, max_length: int) -> list[int]:
     """Real tokens of each step: prompts and completions of both sides, cut at max_length, padding not counted."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    if names[0] not in dataset.column_names:
-        names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
     prompts, *sides = (dataset[name] for name in names)
     pairs = [
         sum(min(len(prompt) + len(side[index]), max_length) for side in sides) for index, prompt in enumerate(prompts)
@@ -119,7 +117,7 @@ def floor(trainer: Any, batch: int) -> float:
 
     dataset = trainer.train_dataset
     prompts, chosen, rejected = (
-        [len(ids) for ids in dataset[name]] for name in ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+        [len(ids) for ids in dataset[name]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
     steps = len(dataset) / batch
     # A completion's last token is predicted and not read.

@@ -420,8 +420,8 @@ def test_continuations_cut_at_a_length_get_no_end_token(tiny, tmp_path):
         processing_class=tokenizer,
     )
     row = trainer.train_dataset[0]
-    assert tokenizer.decode(row["chosen_input_ids"]) == " good"
-    assert tokenizer.eos_token_id not in row["chosen_input_ids"] + row["rejected_input_ids"]
+    assert tokenizer.decode(row["chosen_ids"]) == " good"
+    assert tokenizer.eos_token_id not in row["chosen_ids"] + row["rejected_ids"]
     assert row["weight"] == 1.5
     assert "weight" not in trainer.eval_dataset.column_names
 

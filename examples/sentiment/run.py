@@ -89,9 +89,9 @@ def divergence(trainer: DPOTrainer, tokenizer: Any, prompts: list[str], samples:
     for start in range(0, len(samples), 2 * PAIRS_PER_BATCH):
         pairs = [
             {
-                "prompt_input_ids": tokenizer(prompts[row // SAMPLES_PER_PROMPT])["input_ids"],
-                "chosen_input_ids": samples[row].tolist(),
-                "rejected_input_ids": samples[row + 1].tolist(),
+                "prompt_ids": tokenizer(prompts[row // SAMPLES_PER_PROMPT])["input_ids"],
+                "chosen_ids": samples[row].tolist(),
+                "rejected_ids": samples[row + 1].tolist(),
             }
             for row in range(start, min(start + 2 * PAIRS_PER_BATCH, len(samples)), 2)
         ]

@@ -41,6 +41,8 @@ class LossTrainer(RunTrainer):
     auxiliary: AuxiliaryLoss | None
     _window: dict[str, MetricWindow]
     _grad_norm_max: Tensor | None
+    #: Tokens trained on so far, prompts counted for both sides.
+    _num_tokens = 0.0
 
     def pair_loss(self, batch: Batch, pair_weights: Tensor) -> DPOOutput:
         """Policy, reference and loss of one batch: `loss` is the sum over pairs of `pair_weights` [P] times their losses.
@@ -186,6 +188,8 @@ class LossTrainer(RunTrainer):
                 means["grad_norm_max"] = float(self._grad_norm_max)
                 self._grad_norm_max = None
             logs = {**logs, **means, "tokens_per_second": tokens / seconds if seconds > 0 else 0.0, "tokens": tokens}
+            self._num_tokens += tokens
+            logs["num_tokens"] = self._num_tokens
             logs["memory_mib"] = memory_mib(self.args.device)
         super().log(logs, start_time)
 
@@ -241,12 +245,14 @@ class LossTrainer(RunTrainer):
         return {
             "window": self._window["train"].state(),
             "grad_norm_max": None if norm is None else norm.cpu(),
+            "num_tokens": self._num_tokens,
             "objectives": running,
             "ranks": allocation_state(self.policy.model),
         }
 
     def _take_state(self, state: dict[str, Any]) -> None:
         self._window["train"] = MetricWindow.of(state.get("window", {}), self.args.device)
+        self._num_tokens = state.get("num_tokens", 0.0)
         norm = state.get("grad_norm_max")
         self._grad_norm_max = None if norm is None else norm.to(self.args.device)
         for index, values in state.get("objectives", {}).items():

@@ -38,6 +38,9 @@ class PairTrainer(Trainer):
         preparation = Preparation(**{field.name: getattr(args, field.name) for field in fields(Preparation)})
         if is_stream(dataset):
             self._check_streamable(name, args)
+            if name != "train_dataset":
+                dataset = list(dataset)  # evaluations need the same rows every time
+        if is_stream(dataset):
             dataset = PreparedStream(dataset, tokenizer, preparation, name=name)
             account = dataset.account
         else:
@@ -77,15 +80,13 @@ class PairTrainer(Trainer):
 
     @staticmethod
     def _check_streamable(name: str, args: DPOConfig) -> None:
-        if name != "train_dataset":
-            raise DataError(
-                f"{name}: is a stream, but evaluations need the same rows every time; pass a datasets.Dataset, for instance "
-                "Dataset.from_list(list(stream.take(500)))"
-            )
-        if args.max_steps <= 0:
-            raise ConfigError("max_steps: must be given with a stream of pairs, which does not tell its length")
         if args.precompute_ref_log_probs:
-            raise ConfigError("precompute_ref_log_probs: needs all pairs before training; not possible with a stream")
+            raise ConfigError(
+                "precompute_ref_log_probs: needs all pairs before training; not supported with IterableDataset or another "
+                f"stream ({name})"
+            )
+        if name == "train_dataset" and args.max_steps <= 0:
+            raise ConfigError("max_steps: must be given with a stream of pairs, which does not tell its length")
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of `PairBatchSampler`, which divides them among processes itself."""
@@ -95,7 +96,7 @@ class PairTrainer(Trainer):
         batching = Batching(
             pairs=self._train_batch_size,
             max_tokens=args.max_tokens,
-            pad_to_multiple_of=args.pad_to_multiple_of,
+            pad_to_multiple_of=args.padded_to,
             strategy=args.train_sampling_strategy,
             accumulation=args.gradient_accumulation_steps,
             num_processes=self.accelerator.num_processes // self.get_tp_size(),

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_kernels import objectives, use_backend
 
+from .data.prepare import is_prepared
 from .data.rows import REFERENCE, has_reference
 from .errors import ConfigError, DataError
 from .model.adapters import Attached, named_adapter, starts_without_effect, trainable_in, without_adapter
@@ -189,7 +190,7 @@ class ReferenceTrainer(PairTrainer):
 
     def _ready(self, dataset: Any, name: str) -> Any:
         """A dataset that is not the run's own, tokenised, and with a reference to compare with."""
-        if "prompt_input_ids" not in getattr(dataset, "column_names", ()):
+        if not is_prepared(dataset):
             dataset = self.tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run
             reference = None if self.reference is None else self.reference.split.model

@@ -25,6 +25,7 @@ from .report.model_card import write_card
 from .run_folder.checkpoints import discard_half, load_state, save_state, sound_checkpoint, written_aside
 from .run_folder.lock import run_lock
 from .run_folder.records import Journal, writing
+from .settings.trl import tell_differences
 from .watch.callbacks import LogAtTheEnd, ProgressLine, ReportFile
 from .watch.diagnostics import Diagnostics
 from .watch.evaluated import EvaluatedPairs
@@ -123,6 +124,8 @@ class RunTrainer(ReferenceTrainer):
             raise DataError("train_dataset: none given, nothing to train on")
         if self.obstacle_to_training is not None:
             raise ModelError(self.obstacle_to_training)
+        if self.is_world_process_zero():
+            tell_differences(self.args)
         folder, first = self.journal.folder, self.is_world_process_zero()
         with run_lock(folder, first=first), self.signals.listening():
             checkpoint = self._sound_checkpoint(folder, resume_from_checkpoint) if resume_from_checkpoint else None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
-
-from dpo_kernels import objectives
+from transformers.trainer_utils import number_of_arguments
 
 from .batch.collator import PairCollator
 from .batch.images import ImageInputs
@@ -21,7 +21,7 @@ from .data.processor import tokenizer_of
 from .data.rows import REFERENCE
 from .data.template import with_chat_template
 from .data.tokens import MASKS, scored_counts
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
@@ -30,13 +30,14 @@ from .model.auxiliary import auxiliary_loss
 from .model.causal import check_answers
 from .model.dropout import disable_dropout, settle
 from .model.layouts import choose_layout
-from .model.loading import load_parts
+from .model.loading import load_parts, set_pad_token
 from .model.references import FrozenReference
 from .model.split import Batch, SplitModel
 from .pair_trainer import looked_at
-from .settings.checks import as_mapping
-from .settings.config import DPOConfig
-from .settings.fit import check_best_metric, check_fit, check_images
+from .report.model_card import TAGS
+from .settings import objective
+from .settings.config import DPOConfig, check_settings
+from .settings.fit import READ_ONCE, check_best_metric, check_fit, check_images, check_model_init, init_of
 from .watch.metrics import MetricWindow
 from .watch.samples import Scorer
 
@@ -67,12 +68,16 @@ class DPOTrainer(LossTrainer):
         processing_class: the tokenizer, or the processor of a vision-language model; loaded from the model's folder if
             not given.
         data_collator: a PairCollator of your own making.
+        quantization_config: for a model that is given as a path: from_pretrained's, e.g. a BitsAndBytesConfig.
         peft_config: a peft config; the model is wrapped in an adapter of this kind. See the setting `adapter` for a model
             that brings one.
         scorer: judges answers, (prompts, completions) -> a number each, higher is better: logs the win rate of the
             policy's answers to `sample_prompts` held-out prompts. Instead of `win_rate_scorer`, which names one.
+        model_init: makes the model, instead of `model`, at every call of `train`: for `hyperparameter_search`. It may take
+            the trial.
         compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. `predict` and
             compute_metrics see rewards `[rows, 2]` (chosen, rejected).
+        preprocess_logits_for_metrics: refused, since there are no logits.
 
     Raises:
         ConfigError, DataError, ModelError: ValueErrors of one line that say what is wrong and where.
@@ -80,7 +85,7 @@ class DPOTrainer(LossTrainer):
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel | nn.Module,
+        model: str | Path | PreTrainedModel | nn.Module | None = None,
         ref_model: str | Path | PreTrainedModel | nn.Module | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], Batch] | None = None,
@@ -90,33 +95,42 @@ class DPOTrainer(LossTrainer):
         compute_metrics: Callable[..., dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
         scorer: Scorer | None = None,
+        model_init: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Any = None,
     ) -> None:
         args = args if args is not None else DPOConfig(output_dir="dpo_output")
         if not isinstance(args, DPOConfig):
             raise ConfigError(f"args: expected a DPOConfig, got {type(args).__name__}")
-        init = as_mapping("model_init_kwargs", args.model_init_kwargs) or {}
+        if preprocess_logits_for_metrics is not None:
+            raise ConfigError(
+                "preprocess_logits_for_metrics: there are no logits to preprocess; compute_metrics gets rewards [rows, 2]"
+            )
+        set_seed(args.seed)  # before model_init, and before an adapter draws its weights
+        if model_init is not None:
+            check_model_init(args, model)
+            model = self._made(model_init)
+        if model is None:
+            raise ModelError("model: none given; pass a model, a path, or a model_init")
+        init = init_of(args, model, ref_model, quantization_config)
         policy, reference, processing_class = load_parts(model, ref_model, processing_class, init)
+        set_pad_token(processing_class, args.pad_token)
         processing_class = with_chat_template(processing_class, args.chat_template_path)
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
-        set_seed(args.seed)  # for a new adapter's weights
-        attached = attach(policy, peft_config, args.adapter, loaded=isinstance(model, (str, Path)))
-        policy = attached.model
-        if args.model_adapter_name is not None:
-            named_adapter(policy, args.model_adapter_name, "model_adapter_name")
-        if args.disable_dropout:
-            for part in (policy, reference):
-                if part is not None:
-                    disable_dropout(part)
+        self._peft_config = peft_config
+        policy = self._dressed(policy, args, loaded=isinstance(model, (str, Path)))
+        if args.disable_dropout and reference is not None:
+            disable_dropout(reference)
 
         tokenizer = tokenizer_of(processing_class)
         if data_collator is None:
             pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = PairCollator(
                 pad_token_id=pad if pad is not None else 0,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.padded_to,
                 layout=args.batch_layout,
             )
         check_fit(args, policy, reference, tokenizer, looked_at(train_dataset, eval_dataset))
@@ -143,15 +157,38 @@ class DPOTrainer(LossTrainer):
         self.args: DPOConfig
         # Makes transformers hand the accumulated batch's size to training_step in every version.
         self.model_accepts_loss_kwargs = True
-        # Made once: some objectives keep a running mean between steps.
-        self._objectives = objectives.build(args.loss_type)
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._grad_norm_max: Tensor | None = None
+        self.model_init = cast(Any, model_init)
+        self._given_reference = (
+            reference if model_init is not None else None
+        )  # else nobody may hold it longer than needed
+        self._take_model(reference)
+        self._watch(scorer)
+        if AllocateRanks.wanted(self.model):
+            self.add_callback(AllocateRanks())
+        if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
+            check_best_metric(args, self._evaluation_names())
+        if args.precompute_ref_log_probs:
+            self._precompute_all()
 
-        self.attached = attached
+    def _dressed(self, model: Any, args: DPOConfig, *, loaded: bool) -> Any:
+        """The model with the adapter and without the dropout that the run asks for."""
+        set_seed(args.seed)  # for a new adapter's weights
+        self.attached = attach(model, self._peft_config, args.adapter, loaded=loaded)
+        model = self.attached.model
+        if args.model_adapter_name is not None:
+            named_adapter(model, args.model_adapter_name, "model_adapter_name")
+        if args.disable_dropout:
+            disable_dropout(model)
+        return model
+
+    def _take_model(self, ref_model: Any) -> None:
+        """Make of `self.model` the policy and what depends on it: the reference, the layout and the way of the loss."""
+        args = self.args
+        # Made once for a model: some objectives keep a running mean between steps.
+        self._objectives = objective.build(args)
         self.policy = SplitModel(self.model)  # type: ignore[arg-type]
-        if args.torch_compile and self.policy.backbone is not None:
-            self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         example = self._example_batch()
         if example is not None:
             with self.accelerator.autocast():
@@ -163,9 +200,12 @@ class DPOTrainer(LossTrainer):
                         settle(self.policy.model, lambda: self.policy.packed_logits(example), name)
                 self.obstacle_to_training = obstacle_to_training(self.policy, example)
         self.auxiliary = auxiliary_loss(self.policy, args.router_aux_loss_coef, example)
-        self.reference = self._make_reference(reference, example)
+        self.reference = self._make_reference(ref_model, example)
         self.moving = self._make_moving()
         self._check_layout()
+        if args.torch_compile and self.policy.backbone is not None:
+            # After the trials above: each would be compiled by itself, without gradient, and never be used again.
+            self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
         given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
         for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
@@ -175,13 +215,59 @@ class DPOTrainer(LossTrainer):
                 )
         if args.kl_coef > 0 and self.reference is None:
             raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
-        self._watch(scorer)
-        if AllocateRanks.wanted(self.model):
-            self.add_callback(AllocateRanks())
-        if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
-            check_best_metric(args, self._evaluation_names())
-        if args.precompute_ref_log_probs:
-            self._precompute_all()
+        if hasattr(self.model, "add_model_tags"):
+            cast(Any, self.model).add_model_tags(list(TAGS))
+
+    @staticmethod
+    def _made(model_init: Callable[..., Any], trial: Any = None) -> Any:
+        """What `model_init` makes. Raises ConfigError where it makes nothing."""
+        model = model_init(trial) if number_of_arguments(model_init) else model_init()
+        if model is None:
+            raise ConfigError("model_init: gave no model; it must return one")
+        return model
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model for a call of `train`, which transformers makes before it calls `_hp_search_setup`."""
+        return self._dressed(self._made(cast(Any, self.model_init), trial), self.args, loaded=False)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        before = {name: getattr(self.args, name) for name in READ_ONCE}
+        super()._hp_search_setup(trial)
+        for name, value in before.items():
+            if getattr(self.args, name) != value:
+                raise ConfigError(f"{name}: is read when the trainer is made, so it cannot be searched")
+        if self.model_init is not None:
+            check_settings(self.args)
+            moving = self.moving
+            self._take_model(self._given_reference)
+            observers = self.callback_handler.callbacks
+            observers[:] = [self.moving if moving is not None and item is moving else item for item in observers]
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.Trainer.hyperparameter_search`; what is sought is the least evaluation loss, unless given.
+
+        transformers would take the sum of all metrics.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or _loss_of, *args, **kwargs)
+
+    # --- what code that was written for TRL reads --------------------------------------------------------------------
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's model, or None where it is no model of its own."""
+        return self.reference.split.model if isinstance(self.reference, FrozenReference) else None
+
+    @property
+    def beta(self) -> float:
+        """The setting of this name."""
+        return self.args.beta
+
+    @property
+    def loss_types(self) -> list[str]:
+        """`loss_type` as a list."""
+        return [self.args.loss_type] if isinstance(self.args.loss_type, str) else list(self.args.loss_type)
 
     def _example_batch(self) -> Batch | None:
         """Two short pairs, padded, on which to check the model's split, or None without data or anything to score.
@@ -193,8 +279,8 @@ class DPOTrainer(LossTrainer):
         rows = self._scored_rows(lambda lengths: [pictured, *[range(len(lengths))] * 2], dataset)[:2]
         for row in rows:
             if not row.get(DIGEST):  # image tokens are never cut
-                row["prompt_input_ids"] = row["prompt_input_ids"][-16:]
-            for side in ("chosen_input_ids", "rejected_input_ids"):
+                row["prompt_ids"] = row["prompt_ids"][-16:]
+            for side in ("chosen_ids", "rejected_ids"):
                 row[side] = row[side][:16]
             for mask in MASKS:
                 row.pop(mask, None)
@@ -240,3 +326,9 @@ class DPOTrainer(LossTrainer):
             return
         splits = [self.policy, *([self.reference.split] if isinstance(self.reference, FrozenReference) else [])]
         choose_layout(collator, splits, rows, self._prepare_inputs, compiled=self.args.torch_compile)
+
+
+def _loss_of(metrics: dict[str, float]) -> float:
+    """The loss of an evaluation; the mean of several ones'."""
+    losses = [value for name, value in metrics.items() if re.fullmatch(r"eval_(\w+_)?loss", name)]
+    return sum(losses) / len(losses)

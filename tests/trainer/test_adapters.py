@@ -107,12 +107,12 @@ def base_and_config(kind: str, folder: Path, **settings: Any) -> tuple[Any, Any]
 def plain_logps(model: Any, dataset: Any, count: int, **inputs: Any) -> torch.Tensor:
     """Summed log-probabilities [2 * count], chosen ones first, each from a plain forward of one text alone."""
     found = []
-    for side in ("chosen_input_ids", "rejected_input_ids"):
+    for side in ("chosen_ids", "rejected_ids"):
         for row in (dataset[index] for index in range(count)):
-            ids = torch.tensor([row["prompt_input_ids"] + row[side]])
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
             logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, -ids.shape[1] :]
             logps = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-            found.append(logps[len(row["prompt_input_ids"]) - 1 :].sum())
+            found.append(logps[len(row["prompt_ids"]) - 1 :].sum())
     return torch.stack(found)
 
 

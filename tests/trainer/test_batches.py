@@ -175,9 +175,7 @@ def test_a_pair_beyond_the_budget_is_refused() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
 def test_no_layout_exceeds_the_budget(shapes: list[tuple[int, int, int]]) -> None:
-    rows = [
-        {"prompt_input_ids": [1] * p, "chosen_input_ids": [2] * c, "rejected_input_ids": [3] * r} for p, c, r in shapes
-    ]
+    rows = [{"prompt_ids": [1] * p, "chosen_ids": [2] * c, "rejected_ids": [3] * r} for p, c, r in shapes]
     for multiple in (1, 8):
         lengths = [p + max(c, r) for p, c, r in shapes]
         for batch in epoch_of(lengths, Batching(1, max_tokens=100, pad_to_multiple_of=multiple))[0]:

@@ -101,14 +101,14 @@ def test_rows_that_tell_the_template_different_things_keep_them_apart() -> None:
     tokenizer = with_template("{{ a | default('-') }}{{ b | default('-') }}" + CHAT_TEMPLATE)
     rows = [{**SIMPLE, "chat_template_kwargs": told} for told in ({"a": 1}, {"b": "x"}, {"a": "y"})]
     found = prepare_dataset(rows, tokenizer, Preparation(), name="x")[0]
-    assert [tokenizer.decode(row["prompt_input_ids"])[:2] for row in found] == ["1-", "-x", "y-"]
+    assert [tokenizer.decode(row["prompt_ids"])[:2] for row in found] == ["1-", "-x", "y-"]
 
 
 def test_what_the_template_is_told_is_in_the_name_of_the_tokens() -> None:
     tokenizer = with_template(THINKING)
     for told, block in (({"enable_thinking": False}, True), (None, False), ({"enable_thinking": True}, False)):
         row = prepare_dataset([SIMPLE], tokenizer, Preparation(chat_template_kwargs=told), name="x")[0][0]
-        assert tokenizer.decode(row["prompt_input_ids"]).endswith("</think>\n\n") == block
+        assert tokenizer.decode(row["prompt_ids"]).endswith("</think>\n\n") == block
 
 
 def test_a_name_that_the_template_does_not_know_is_told(
@@ -152,7 +152,7 @@ def test_arguments_that_are_json_text_reach_the_template_as_objects(arguments: A
     tokenizer = with_template(THINKING.replace("<think>\n\n</think>\n\n", ""))
     row = prepare_dataset(rows, tokenizer, Preparation(), name="x")[0][0]
     expected = '{"n": [1, null]}' if "n" in arguments and "no" not in arguments else json.dumps(arguments)
-    assert tokenizer.decode(row["chosen_input_ids"]) == f"look({expected})<|end|>\n"
+    assert tokenizer.decode(row["chosen_ids"]) == f"look({expected})<|end|>\n"
 
 
 # --- what is scored ----------------------------------------------------------------------------------------------------
@@ -161,9 +161,9 @@ def test_arguments_that_are_json_text_reach_the_template_as_objects(arguments: A
 def scored(tokenizer: Any, row: dict[str, Any], **settings: Any) -> tuple[str, str]:
     """The chosen completion, and those of its tokens that are scored."""
     ids = tokenize_pair(row, tokenizer, **settings)
-    mask = ids.get("chosen_mask", [True] * len(ids["chosen_input_ids"]))
-    kept = [token for token, keep in zip(ids["chosen_input_ids"], mask, strict=True) if keep]
-    return tokenizer.decode(ids["chosen_input_ids"]), tokenizer.decode(kept)
+    mask = ids.get("chosen_mask", [True] * len(ids["chosen_ids"]))
+    kept = [token for token, keep in zip(ids["chosen_ids"], mask, strict=True) if keep]
+    return tokenizer.decode(ids["chosen_ids"]), tokenizer.decode(kept)
 
 
 BLOCK = "<think>\n\n</think>\n\n"
@@ -213,7 +213,7 @@ def test_a_completion_may_begin_with_a_tools_answer() -> None:
     }
     tokenizer = with_template(CHAT_TEMPLATE)
     ids = tokenize_pair(row, tokenizer)
-    assert tokenizer.decode(ids["prompt_input_ids"]).endswith("<|start|>assistant\n<|end|>\n")
+    assert tokenizer.decode(ids["prompt_ids"]).endswith("<|start|>assistant\n<|end|>\n")
     assert scored(tokenizer, row)[1] == "good<|end|>\n"
 
 
@@ -235,7 +235,7 @@ def test_masks_are_kept_only_where_something_is_not_scored() -> None:
     tokenizer = with_template(CHAT_TEMPLATE)
     prepared = prepare_dataset([SIMPLE, TURNS], tokenizer, Preparation(), name="x")[0]
     assert set(MASKS) <= set(prepared.column_names)
-    assert prepared[0]["chosen_mask"] == [True] * len(prepared[0]["chosen_input_ids"])
+    assert prepared[0]["chosen_mask"] == [True] * len(prepared[0]["chosen_ids"])
     assert not all(prepared[1]["chosen_mask"])
     plain = prepare_dataset([SIMPLE], tokenizer, Preparation(), name="x")[0]
     assert not set(MASKS) & set(plain.column_names)
@@ -246,8 +246,8 @@ def test_masks_are_cut_as_their_tokens_are(most: int) -> None:
     tokenizer = with_template(CHAT_TEMPLATE)
     whole = tokenize_pair(TURNS, tokenizer)
     ids = tokenize_pair(TURNS, tokenizer, max_length=most, truncation_mode="keep_start")
-    length = len(ids["chosen_input_ids"])
-    assert length < len(whole["chosen_input_ids"])
+    length = len(ids["chosen_ids"])
+    assert length < len(whole["chosen_ids"])
     assert ids.get("chosen_mask", [True] * length) == whole["chosen_mask"][:length]
 
 
@@ -297,10 +297,10 @@ def test_logps_are_sums_over_the_answers_words_alone(precompute: bool, make_trai
         output = trainer.pair_loss(batch, torch.ones(len(dataset)))
     for side, found in (("chosen", output.chosen_logps), ("rejected", output.rejected_logps)):
         for row, logp in zip(dataset, found.tolist(), strict=True):
-            ids = torch.tensor([row["prompt_input_ids"] + row[f"{side}_input_ids"]])
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
             with torch.no_grad():
                 logps = trainer.model(input_ids=ids).logits.double().log_softmax(-1)[0]
-            start, mask = len(row["prompt_input_ids"]), row[f"{side}_mask"]
+            start, mask = len(row["prompt_ids"]), row[f"{side}_mask"]
             expected = sum(
                 logps[start + place - 1, ids[0, start + place]].item() for place, keep in enumerate(mask) if keep
             )
@@ -366,7 +366,7 @@ def test_a_template_from_a_file_or_a_folder_is_used_and_saved(
     with_template(BARE).save_pretrained(tmp_path / "folder")
     for path in ("a.jinja", "folder"):
         trainer = make_trainer(train_dataset=[SIMPLE], chat_template_path=str(tmp_path / path))
-        assert tokenizer.decode(trainer.train_dataset[0]["prompt_input_ids"]) == "[Q] the film [/Q]"
+        assert tokenizer.decode(trainer.train_dataset[0]["prompt_ids"]) == "[Q] the film [/Q]"
         trainer.save_model()
         assert trainer.processing_class.chat_template == BARE
         assert (tmp_path / "run" / "chat_template.jinja").read_text() == BARE

@@ -7,8 +7,8 @@ from dpo_trainer import PairCollator
 
 # Token 0 is padding *and* a real token, at the start, in the middle and at the end.
 ROWS = [
-    {"prompt_input_ids": [0, 5, 6], "chosen_input_ids": [7, 0, 8, 0], "rejected_input_ids": [9]},
-    {"prompt_input_ids": [4], "chosen_input_ids": [3, 0], "rejected_input_ids": [2, 2, 0]},
+    {"prompt_ids": [0, 5, 6], "chosen_ids": [7, 0, 8, 0], "rejected_ids": [9]},
+    {"prompt_ids": [4], "chosen_ids": [3, 0], "rejected_ids": [2, 2, 0]},
 ]
 
 
@@ -32,7 +32,7 @@ def test_a_completions_last_token_is_predicted_and_not_read(layout: str) -> None
 
 def test_a_sequence_of_one_token_is_read_all_the_same() -> None:
     """A row of nothing has no attention to compute, and models answer NaN."""
-    batch = PairCollator()([{"prompt_input_ids": [], "chosen_input_ids": [3], "rejected_input_ids": [5]}])
+    batch = PairCollator()([{"prompt_ids": [], "chosen_ids": [3], "rejected_ids": [5]}])
     assert batch["input_ids"].tolist() == [[3], [5]]
     assert batch["labels"].numel() == 0
 
@@ -68,7 +68,7 @@ def test_padding_to_a_multiple_only_adds_columns() -> None:
 
 
 def test_without_a_prompt_the_first_token_is_not_scored() -> None:
-    batch = PairCollator()([{"prompt_input_ids": [], "chosen_input_ids": [3, 4], "rejected_input_ids": [5, 6, 7]}])
+    batch = PairCollator()([{"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [5, 6, 7]}])
     assert batch["labels"].tolist() == [4, 6, 7]
     assert batch["cu_seqlens"].tolist() == [0, 1, 3]
 

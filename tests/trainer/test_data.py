@@ -49,11 +49,11 @@ def test_tokens_are_those_of_the_joined_text_with_one_end(
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     ids = tokenize_pair(row, tokenizer)
     for side in ("chosen", "rejected"):
-        joined = ids["prompt_input_ids"] + ids[f"{side}_input_ids"]
+        joined = ids["prompt_ids"] + ids[f"{side}_ids"]
         text = tokenizer(prompt + row[side], add_special_tokens=False)["input_ids"]
         start = [tokenizer.bos_token_id] if "bos" in kind else []
         assert joined == [*start, *text, tokenizer.eos_token_id]
-        assert len(ids[f"{side}_input_ids"]) > 0
+        assert len(ids[f"{side}_ids"]) > 0
 
 
 WORDS = st.lists(
@@ -72,10 +72,8 @@ def test_no_text_is_tokenised_otherwise_than_as_a_whole(
     for side in ("chosen", "rejected"):
         text = tokenizer(row["prompt"] + row[side], add_special_tokens=False)["input_ids"]
         start = [tokenizer.bos_token_id] if "bos" in kind else []
-        assert ids["prompt_input_ids"] + ids[f"{side}_input_ids"] == [*start, *text, tokenizer.eos_token_id]
-    assert row["prompt"].startswith(
-        tokenizer.decode(ids["prompt_input_ids"], skip_special_tokens=True).rstrip("\ufffd")
-    )
+        assert ids["prompt_ids"] + ids[f"{side}_ids"] == [*start, *text, tokenizer.eos_token_id]
+    assert row["prompt"].startswith(tokenizer.decode(ids["prompt_ids"], skip_special_tokens=True).rstrip("\ufffd"))
 
 
 @pytest.mark.parametrize("kind", ["plain", "bos", "eos", "bos+eos"])
@@ -83,14 +81,14 @@ def test_without_append_eos_a_text_ends_as_the_tokenizer_leaves_it(tokenizers: d
     tokenizer = tokenizers[kind]
     ids = tokenize_pair(ROW, tokenizer, append_eos=False)
     for side in ("chosen", "rejected"):
-        joined = ids["prompt_input_ids"] + ids[f"{side}_input_ids"]
+        joined = ids["prompt_ids"] + ids[f"{side}_ids"]
         assert joined == tokenizer(ROW["prompt"] + ROW[side])["input_ids"]
         assert (joined[-1] == tokenizer.eos_token_id) == ("eos" in kind)
 
 
 def test_clean_boundary_keeps_the_whole_prompt(tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["plain"]
-    assert tokenize_pair(ROW, tokenizer)["prompt_input_ids"] == tokenizer(ROW["prompt"])["input_ids"]
+    assert tokenize_pair(ROW, tokenizer)["prompt_ids"] == tokenizer(ROW["prompt"])["input_ids"]
 
 
 def test_a_straddling_token_belongs_to_both_completions(tokenizers: dict[str, Any]) -> None:
@@ -98,14 +96,14 @@ def test_a_straddling_token_belongs_to_both_completions(tokenizers: dict[str, An
     tokenizer = tokenizers["plain"]
     assert len(tokenizer(" greatest")["input_ids"]) == 1
     ids = tokenize_pair({"prompt": "the great", "chosen": "est", "rejected": " film"}, tokenizer)
-    assert tokenizer.decode(ids["prompt_input_ids"]) == "the"
-    assert tokenizer.decode(ids["chosen_input_ids"]) == " greatest<|end|>"
-    assert tokenizer.decode(ids["rejected_input_ids"]) == " great film<|end|>"
+    assert tokenizer.decode(ids["prompt_ids"]) == "the"
+    assert tokenizer.decode(ids["chosen_ids"]) == " greatest<|end|>"
+    assert tokenizer.decode(ids["rejected_ids"]) == " great film<|end|>"
 
 
 def test_end_token_is_not_added_twice(tokenizers: dict[str, Any]) -> None:
     row = {**ROW, "chosen": " great<|end|>"}
-    assert tokenize_pair(row, tokenizers["plain"])["chosen_input_ids"].count(0) == 1
+    assert tokenize_pair(row, tokenizers["plain"])["chosen_ids"].count(0) == 1
 
 
 # --- chat ----------------------------------------------------------------------------------------------------------
@@ -120,18 +118,18 @@ CHAT = {
 def test_chat_rows_follow_the_template(tokenizer: Any) -> None:
     ids = tokenize_pair(CHAT, tokenizer)
     assert (
-        tokenizer.decode(ids["prompt_input_ids"])
+        tokenizer.decode(ids["prompt_ids"])
         == "<|start|>system\nthe answer<|end|>\n<|start|>user\nthe film<|end|>\n<|start|>assistant\n"
     )
-    assert tokenizer.decode(ids["chosen_input_ids"]) == "good<|end|>\n"
+    assert tokenizer.decode(ids["chosen_ids"]) == "good<|end|>\n"
 
 
 def test_an_open_assistant_turn_is_continued(tokenizer: Any) -> None:
     row = {**CHAT, "prompt": [*CHAT["prompt"], {"role": "assistant", "content": "the answer:"}]}
     row["chosen"] = [{"role": "assistant", "content": " good"}]
     ids = tokenize_pair(row, tokenizer)
-    assert tokenizer.decode(ids["prompt_input_ids"]).endswith("<|start|>assistant\nthe answer:")
-    assert tokenizer.decode(ids["chosen_input_ids"]) == " good<|end|>\n"
+    assert tokenizer.decode(ids["prompt_ids"]).endswith("<|start|>assistant\nthe answer:")
+    assert tokenizer.decode(ids["chosen_ids"]) == " good<|end|>\n"
 
 
 def test_a_generation_prompt_that_answers_lack_is_shortened(tokenizer: Any) -> None:
@@ -144,8 +142,8 @@ def test_a_generation_prompt_that_answers_lack_is_shortened(tokenizer: Any) -> N
         ids = tokenize_pair(CHAT, tokenizer)
     finally:
         tokenizer.chat_template = template
-    assert tokenizer.decode(ids["prompt_input_ids"]).endswith("<|start|>assistant\n")
-    assert tokenizer.decode(ids["chosen_input_ids"]) == "good<|end|>\n"
+    assert tokenizer.decode(ids["prompt_ids"]).endswith("<|start|>assistant\n")
+    assert tokenizer.decode(ids["chosen_ids"]) == "good<|end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -212,9 +210,9 @@ def test_whole_texts_share_their_beginning_as_the_prompt(tokenizers: dict[str, A
         ("the film:\n\ngood", "the film:\n\nbad", "the film:\n\n"),
     ):
         ids = tokenize_pair({"chosen": chosen, "rejected": rejected}, tokenizer)
-        assert tokenizer.decode(ids["prompt_input_ids"], skip_special_tokens=True) == prompt
+        assert tokenizer.decode(ids["prompt_ids"], skip_special_tokens=True) == prompt
         for side, text in (("chosen", chosen), ("rejected", rejected)):
-            joined = ids["prompt_input_ids"] + ids[f"{side}_input_ids"]
+            joined = ids["prompt_ids"] + ids[f"{side}_ids"]
             assert joined == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
 
@@ -260,8 +258,8 @@ def test_whole_conversations_equal_prompt_and_answers(row: dict[str, Any], token
     explicit = tokenize_pair({"prompt": conversation(*MULTI_TURN), **answers}, tokenizer)
     stored = datasets.Dataset.from_list([row])[0]
     assert tokenize_pair(row, tokenizer) == tokenize_pair(stored, tokenizer) == explicit
-    assert tokenizer.decode(explicit["chosen_input_ids"]) == "good<|end|>\n"
-    assert tokenizer.decode(explicit["prompt_input_ids"]).count("<|start|>") == 5
+    assert tokenizer.decode(explicit["chosen_ids"]) == "good<|end|>\n"
+    assert tokenizer.decode(explicit["prompt_ids"]).count("<|start|>") == 5
 
 
 def test_conversations_may_part_before_several_turns(tokenizer: Any) -> None:
@@ -270,8 +268,8 @@ def test_conversations_may_part_before_several_turns(tokenizer: Any) -> None:
         "rejected": conversation("the answer", "the film", "bad"),
     }
     ids = tokenize_pair(row, tokenizer)
-    assert tokenizer.decode(ids["rejected_input_ids"]) == "bad<|end|>\n"
-    assert tokenizer.decode(ids["chosen_input_ids"]).startswith("good<|end|>\n<|start|>user\nthe review<|end|>\n")
+    assert tokenizer.decode(ids["rejected_ids"]) == "bad<|end|>\n"
+    assert tokenizer.decode(ids["chosen_ids"]).startswith("good<|end|>\n<|start|>user\nthe review<|end|>\n")
 
 
 # --- tools ---------------------------------------------------------------------------------------------------------
@@ -306,10 +304,10 @@ def test_tools_reach_the_template_as_they_were_written(source: str, tokenizers: 
         datasets.Dataset.from_list(texts).to_parquet(tmp_path / "a.parquet")
         found = list(prepare(load_pairs(tmp_path / "a.parquet"), tokenizer)[0])
     for ids, tool in zip(found, TOOLS, strict=True):
-        shown, _, rest = tokenizer.decode(ids["prompt_input_ids"]).partition(";")
+        shown, _, rest = tokenizer.decode(ids["prompt_ids"]).partition(";")
         assert json.loads(shown) == [tool]
         assert rest == "system:the answer;user:the film;assistant:"
-        assert json.loads(tokenizer.decode(ids["rejected_input_ids"]).strip(";")) == CALL["tool_calls"]
+        assert json.loads(tokenizer.decode(ids["rejected_ids"]).strip(";")) == CALL["tool_calls"]
 
 
 # --- the account ---------------------------------------------------------------------------------------------------
@@ -576,8 +574,8 @@ def test_what_a_stream_cannot_do_is_said(make_trainer: Any) -> None:
         make_trainer(train_dataset=stream)
     with pytest.raises(ConfigError, match="precompute_ref_log_probs: needs all pairs"):
         make_trainer(train_dataset=stream, max_steps=1, precompute_ref_log_probs=True)
-    with pytest.raises(DataError, match="eval_dataset: is a stream"):
-        make_trainer(eval_dataset=stream)
+    with pytest.raises(ConfigError, match=r"precompute_ref_log_probs: .*\(eval_dataset held_out\)"):
+        make_trainer(eval_dataset={"held_out": stream}, precompute_ref_log_probs=True)
     with pytest.raises(DataError, match="train_dataset: no rows"):
         make_trainer(train_dataset=stream.take(0), max_steps=1)
 

@@ -114,7 +114,7 @@ class SameOnBothSides(PairCollator):
     """A collator with a mistake."""
 
     def __call__(self, rows: Any) -> Any:
-        return super().__call__([{**row, "rejected_input_ids": row["chosen_input_ids"]} for row in rows])
+        return super().__call__([{**row, "rejected_ids": row["chosen_ids"]} for row in rows])
 
 
 def test_answers_that_are_the_same_to_the_model(make_trainer: Make, tmp_path: Path) -> None:
@@ -249,10 +249,10 @@ def test_the_sample_says_what_the_reference_says_and_runs_only_that(kind: str, m
     model, sums = taught_model(("rejected",)), []
     for row in trainer.train_dataset:
         for side in SIDES:
-            ids = torch.tensor([row["prompt_input_ids"] + row[f"{side}_input_ids"]])
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
             with torch.no_grad():
                 logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            sums.append((logps[len(row["prompt_input_ids"]) - 1 :].sum().item(), len(row[f"{side}_input_ids"])))
+            sums.append((logps[len(row["prompt_ids"]) - 1 :].sum().item(), len(row[f"{side}_ids"])))
     chosen, rejected = sums[::2], sums[1::2]
     assert facts.pairs == 20
     assert facts.margins == pytest.approx([a - b for (a, _), (b, _) in zip(chosen, rejected, strict=True)], abs=1e-4)

@@ -38,9 +38,9 @@ def mixture(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sett
 def plain_auxiliary(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
     """Of both sides of all pairs, each text alone and without padding: Switch Transformers' formula, written down plainly."""
     shares, probabilities = [], []
-    for side in ("chosen_input_ids", "rejected_input_ids"):
+    for side in ("chosen_ids", "rejected_ids"):
         for row in rows:
-            ids = torch.tensor([row["prompt_input_ids"] + row[side][:-1]])
+            ids = torch.tensor([row["prompt_ids"] + row[side][:-1]])
             for logits in model.model(input_ids=ids, output_router_logits=True).router_logits:
                 probabilities.append(logits.softmax(-1))
                 shares.append(one_hot(logits.topk(2).indices, logits.shape[-1]).sum(1).to(logits.dtype))

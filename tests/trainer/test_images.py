@@ -101,9 +101,9 @@ def test_an_image_that_was_changed_after_it_was_opened_is_taken_as_it_is(tmp_pat
     image.thumbnail((16, 24))
     stored = prepared([{**ROW, "images": [image]}], "qwen2.5-vl")
     expected = prepared([{**ROW, "images": [image.copy()]}], "qwen2.5-vl")
-    assert stored[0]["prompt_input_ids"] == expected[0]["prompt_input_ids"]
-    assert len(prepared([{**ROW, "images": [str(tmp_path / "large.png")]}], "qwen2.5-vl")[0]["prompt_input_ids"]) > len(
-        expected[0]["prompt_input_ids"]
+    assert stored[0]["prompt_ids"] == expected[0]["prompt_ids"]
+    assert len(prepared([{**ROW, "images": [str(tmp_path / "large.png")]}], "qwen2.5-vl")[0]["prompt_ids"]) > len(
+        expected[0]["prompt_ids"]
     )
 
 
@@ -113,16 +113,16 @@ def test_another_image_in_a_file_is_seen(tmp_path: Path) -> None:
     first = prepared([{**ROW, "images": [str(path)]}], "qwen2.5-vl")
     build_image(2, 64, 32).save(path)
     second = prepared([{**ROW, "images": [str(path)]}], "qwen2.5-vl")
-    assert len(second[0]["prompt_input_ids"]) > len(first[0]["prompt_input_ids"])
+    assert len(second[0]["prompt_ids"]) > len(first[0]["prompt_ids"])
     assert first[0]["images_digest"] != second[0]["images_digest"]
 
 
 def test_pixels_are_not_stored_beside_the_tokens() -> None:
     dataset = prepared(vision_pairs(4))
     assert set(dataset.column_names) == {
-        "prompt_input_ids",
-        "chosen_input_ids",
-        "rejected_input_ids",
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
         "length",
         "digest",
         "images_digest",
@@ -134,7 +134,7 @@ def test_pixels_are_not_stored_beside_the_tokens() -> None:
 
 
 def order_of(dataset: Any, kind: str = "qwen2.5-vl") -> str:
-    return build_processor(kind).tokenizer.decode(dataset[0]["prompt_input_ids"])
+    return build_processor(kind).tokenizer.decode(dataset[0]["prompt_ids"])
 
 
 def test_without_places_images_stand_at_the_start_of_the_first_users_message() -> None:
@@ -142,7 +142,7 @@ def test_without_places_images_stand_at_the_start_of_the_first_users_message() -
     placed = [prompt[0], {"role": "user", "content": [PLACE, PLACE, TEXT]}, *prompt[2:]]
     images = [build_image(1), build_image(2, 40, 16)]
     found, expected = (prepared([{**ROW, "prompt": p, "images": images}], "qwen2.5-vl") for p in (prompt, placed))
-    assert found[0]["prompt_input_ids"] == expected[0]["prompt_input_ids"]
+    assert found[0]["prompt_ids"] == expected[0]["prompt_ids"]
     text = order_of(found)
     assert text.index("<|start|>user") < text.index("<|vision_start|>") < text.index("the film")
 
@@ -177,17 +177,17 @@ def test_prompts_of_text_hold_the_image_token(kind: str) -> None:
     row = {"prompt": f"the film {token} question", "chosen": " good", "rejected": " bad", "images": [build_image(1)]}
     dataset = prepared([row], kind)
     expected = build_processor(kind)(text=[row["prompt"]], images=[row["images"]])["input_ids"][0]
-    assert dataset[0]["prompt_input_ids"] == expected
-    assert dataset[0]["chosen_input_ids"][-1] == 0
+    assert dataset[0]["prompt_ids"] == expected
+    assert dataset[0]["chosen_ids"][-1] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_tokenised_as_without_images(kind: str) -> None:
     processor = build_processor(kind)
     with_images, without = (prepared([{**ROW, "images": images}], kind)[0] for images in ([build_image(1)], []))
-    for side in ("chosen_input_ids", "rejected_input_ids"):
+    for side in ("chosen_ids", "rejected_ids"):
         assert with_images[side] == without[side]
-    assert "good<|end|>" in processor.tokenizer.decode(with_images["chosen_input_ids"])
+    assert "good<|end|>" in processor.tokenizer.decode(with_images["chosen_ids"])
 
 
 def test_several_processes_read_images_as_one_does() -> None:
@@ -202,7 +202,7 @@ def test_places_may_be_numbered_and_have_columns_of_a_table() -> None:
         prepared([{**ROW, "prompt": [{"role": "user", "content": content}], "images": [build_image(1)]}])
         for content in (numbered, [TEXT, PLACE])
     )
-    assert found[0]["prompt_input_ids"] == plain[0]["prompt_input_ids"]
+    assert found[0]["prompt_ids"] == plain[0]["prompt_ids"]
 
 
 def test_text_in_parts_is_read_as_text_where_there_are_no_images(tokenizer: Any) -> None:
@@ -222,8 +222,8 @@ def test_a_template_that_reads_parts_alone_does_not_lose_text() -> None:
         "{{ part['text'] }}{% endfor %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
     )
     found = prepare_dataset([ROW], processor, PLAIN, name="train_dataset")[0][0]
-    assert processor.decode(found["prompt_input_ids"]) == "<|start|>user\nthe film<|end|>\n<|start|>assistant\n"
-    assert processor.decode(found["chosen_input_ids"]) == "good<|end|>\n"
+    assert processor.decode(found["prompt_ids"]) == "<|start|>user\nthe film<|end|>\n<|start|>assistant\n"
+    assert processor.decode(found["chosen_ids"]) == "good<|end|>\n"
 
 
 # --- what is left out ----------------------------------------------------------------------------------------------
@@ -244,14 +244,14 @@ def test_no_length_ever_cuts_an_image(kind: str, mode: str) -> None:
     long = " ".join(["the film question answer"] * 2)
     prompt = [{"role": "user", "content": [{"type": "text", "text": long}, PLACE, {"type": "text", "text": long}]}]
     row = {**ROW, "prompt": prompt, "images": [build_image(1, 16, 16)]}
-    whole = prepared([row], kind)[0]["prompt_input_ids"]
+    whole = prepared([row], kind)[0]["prompt_ids"]
     marks = {token for token in whole if token in processor.tokenizer.added_tokens_decoder} - {0, 1}
     seen = set()
     for length in range(3, len(whole) + 4):
         for limit in ({"max_length": length}, {"max_prompt_length": length}):
             settings = Preparation(filters=(), truncation_mode=mode, **limit)
             found = _prepared(parse_row(row, "row"), processor, settings.of_tokens, strip=False)
-            kept, intact = found["prompt_input_ids"], found["status"] != CUT_IMAGES
+            kept, intact = found["prompt_ids"], found["status"] != CUT_IMAGES
             seen.add("left out" if not intact else "cut" if len(kept) < len(whole) else "whole")
             if intact:
                 assert [token for token in kept if token in marks] == [token for token in whole if token in marks]
@@ -388,7 +388,7 @@ def test_files_name_images_beside_them_or_hold_them(ending: str, tmp_path: Path)
         path = path.with_suffix(".parquet" if "parquet" in ending else "")
         pairs.to_parquet(path) if "parquet" in ending else pairs.save_to_disk(path)
     found, expected = prepared(load_pairs(path)), prepared(vision_pairs(6, images=(1, 2, 0)))
-    assert found["prompt_input_ids"][:] == expected["prompt_input_ids"][:]
+    assert found["prompt_ids"][:] == expected["prompt_ids"][:]
     assert found["images_digest"][:] == expected["images_digest"][:]
     assert collated(found)["model.pixel_values"].tolist() == collated(expected)["model.pixel_values"].tolist()
 
@@ -436,7 +436,7 @@ def test_inspect_counts_image_tokens(vision_folder: Path, tmp_path: Path, capsys
     assert found["plan"]["layout"] == "padded"
     assert found["plan"]["model"] == "LlavaForConditionalGeneration"
     expected = prepared(vision_pairs(6, images=(1, 2, 0)))
-    assert found["lengths"]["prompt"]["most"] == max(map(len, expected["prompt_input_ids"]))
+    assert found["lengths"]["prompt"]["most"] == max(map(len, expected["prompt_ids"]))
     assert "<image>" in found["examples"][0]["prompt"]["text"]
 
 

@@ -214,7 +214,7 @@ def test_without_a_chat_template_a_system_text_stands_before_the_prompt(
     found, account = prepare_dataset(
         [{"system": "terse", "question": "the film", **row}], plain, Preparation(), name="train_dataset"
     )
-    assert found[0]["prompt_input_ids"] == expected[0]["prompt_input_ids"]
+    assert found[0]["prompt_ids"] == expected[0]["prompt_ids"]
     assert "no chat template" in account.remarks[0]
     whole = [{"system": "terse", "chosen": "the film: good", "rejected": "the film: bad"}]
     assert tokens(whole, plain) == tokens([{**by_hand[0], "prompt": "terse\n\nthe film:", **SPACED}], plain)
@@ -499,7 +499,7 @@ def test_a_few_completions_that_begin_as_the_prompt_does_are_left_and_told(
     trainer = make_trainer(train_dataset=rows)
     assert "both completions of 1 of 6 pairs begin with the prompt; it is left there" in caplog.text
     row = trainer.train_dataset[5]
-    assert tokenizer.decode(row["prompt_input_ids"] + row["chosen_input_ids"]) == "goodgoodness<|end|>"
+    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) == "goodgoodness<|end|>"
 
 
 def test_remarks_are_logged_at_warning_level(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -85,7 +85,7 @@ UNABLE = {
 def rows(*lengths: tuple[int, int, int], seed: int = 0) -> list[dict[str, Any]]:
     """Pairs of random tokens with these lengths of prompt, chosen and rejected."""
     generator = torch.Generator().manual_seed(seed)
-    names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [
         {name: torch.randint(VOCAB, (n,), generator=generator).tolist() for name, n in zip(names, row, strict=True)}
         for row in lengths
@@ -99,10 +99,10 @@ LENGTHS = ((20, 3, 14), (1, 9, 9), (5, 1, 12), (17, 12, 1), (0, 6, 4))
 def logps_one_by_one(model: Any, pairs: list[dict[str, Any]]) -> torch.Tensor:
     """log-probabilities [2P] of the completions, each sequence alone, by the model's own forward."""
     sums = []
-    for side in ("chosen_input_ids", "rejected_input_ids"):
+    for side in ("chosen_ids", "rejected_ids"):
         for row in pairs:
-            ids = torch.tensor([row["prompt_input_ids"] + row[side]])
-            first = max(len(row["prompt_input_ids"]), 1)
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            first = max(len(row["prompt_ids"]), 1)
             logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
             sums.append(logps[first - 1 :].double().sum())
     return torch.stack(sums)

@@ -21,7 +21,7 @@ rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 rows = [
-    {"prompt_input_ids": [5, 6, 7 + i], "chosen_input_ids": [9, 10 + i], "rejected_input_ids": [11, 12, 13]}
+    {"prompt_ids": [5, 6, 7 + i], "chosen_ids": [9, 10 + i], "rejected_ids": [11, 12, 13]}
     for i in range(4)
 ]
 collate = PairCollator()

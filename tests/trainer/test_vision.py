@@ -214,9 +214,7 @@ def test_precomputed_references_are_kept_by_the_images(tmp_path: Path, own_cache
         for row in rows
     ]
     moved = build(tmp_path / "c", train_dataset=others, precompute_ref_log_probs=True)
-    assert [row["prompt_input_ids"] for row in moved.train_dataset] == [
-        row["prompt_input_ids"] for row in same.train_dataset
-    ]
+    assert [row["prompt_ids"] for row in moved.train_dataset] == [row["prompt_ids"] for row in same.train_dataset]
     with torch.no_grad():
         expected = [plain_logps(model, processor, row, "rejected").item() for row in others]
     assert list(moved.train_dataset["ref_rejected_logps"]) == pytest.approx(expected, rel=1e-5)

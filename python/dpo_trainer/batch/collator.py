@@ -16,7 +16,7 @@ from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_seque
 
 @dataclass
 class PairCollator:
-    """Collate rows of `prompt_input_ids`, `chosen_input_ids` and `rejected_input_ids` (completions without prompt).
+    """Collate rows of `prompt_ids`, `chosen_ids` and `rejected_ids` (completions without prompt).
 
     Where a row has `chosen_mask` and `rejected_mask`, a bool for each token of a completion, those that are false are read and
     not scored.

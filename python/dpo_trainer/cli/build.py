@@ -17,6 +17,7 @@ import transformers
 from ..data.files import load_pairs, stream_pairs
 from ..errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
 from ..settings.config import DPOConfig
+from ..settings.trl import hush
 from ..trainer import DPOTrainer
 from .settings import RUN_KEYS, lora_config
 
@@ -42,6 +43,7 @@ def build_trainer(
     Raises:
         UsageError: a setting, the model or the data cannot be used.
     """
+    hush()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

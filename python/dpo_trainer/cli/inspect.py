@@ -76,7 +76,7 @@ class Inspector(DPOTrainer):
 
     def _lengths(self) -> dict[str, list[int]]:
         dataset = self.datasets()[0]
-        parts = {name: [len(ids) for ids in dataset[f"{name}_input_ids"]] for name in PARTS}
+        parts = {name: [len(ids) for ids in dataset[f"{name}_ids"]] for name in PARTS}
         longer = map(max, parts["chosen"], parts["rejected"])
         return {**parts, "prompt + longer answer": [a + b for a, b in zip(parts["prompt"], longer, strict=True)]}
 
@@ -85,7 +85,7 @@ class Inspector(DPOTrainer):
         found = []
         for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
             row = dataset[index]
-            ids = {name: row[f"{name}_input_ids"] for name in PARTS}
+            ids = {name: row[f"{name}_ids"] for name in PARTS}
             texts = {name: {"tokens": len(ids[name]), "text": tokenizer.decode(ids[name])} for name in PARTS}
             weight = {} if row.get("weight") is None else {"weight": row["weight"]}
             found.append({"row": index + 1, **texts, **weight})

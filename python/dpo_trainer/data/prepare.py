@@ -66,7 +66,7 @@ class Preparation:
 def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
     """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
 
-    Returns the dataset with `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (tokens of the
+    Returns the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`, `length` (tokens of the
     longer side), `digest` (of tokens and images) and, where given, `weight` and the reference log-probabilities; and the
     account of what was dropped. Where there are images, it also has their column as it was, and `images_digest`. The pixels
     that models read take many times the memory of the files, so the collator makes them for each batch.
@@ -88,7 +88,7 @@ def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparatio
     if len(dataset) == 0:
         raise DataError(f"{where}: no rows")
     account = Account(name)
-    if "prompt_input_ids" in dataset.column_names:
+    if is_prepared(dataset):
         if DIGEST not in dataset.column_names and any(column in dataset.column_names for column in IMAGES):
             raise DataError(
                 f"{where}: is tokenised and has images; pass rows with texts or messages, or remove the column"
@@ -216,6 +216,11 @@ def by_name(eval_dataset: Any) -> dict[str, Any]:
     return {} if eval_dataset is None else {"": eval_dataset}
 
 
+def is_prepared(dataset: Any) -> bool:
+    """Whether `prepare_dataset` has made the tokens of a dataset. TRL's have the same names, and no lengths."""
+    return {*TOKENS, "length"} <= set(getattr(dataset, "column_names", None) or ())
+
+
 def is_stream(dataset: Any) -> bool:
     """Whether a dataset is one whose rows come one after the other."""
     return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
@@ -312,7 +317,7 @@ def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparat
             ]
         return ["chat_template_kwargs: not used, since rows are text"] if kwargs else []
     ids = tokenize_pair(pair, reader, **{**preparation.of_tokens, "max_length": None})
-    answer = ids["chosen_input_ids"]
+    answer = ids["chosen_ids"]
     scored = ids.get("chosen_mask", [True] * len(answer))
     chats = [as_chat(pair, reader) for pair in pairs]
     return remarks(reader, chats, kwargs, list(itertools.compress(answer, scored)))

@@ -9,7 +9,7 @@ from .rows import SIDES, Pair, parse_row, shared_prefix
 from .template import as_chat, options_of, render_chat, scored_tokens
 
 #: The columns of a tokenised pair.
-TOKENS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 #: Whether each token of a completion is scored; columns of pairs of which some are not.
 MASKS = ("chosen_mask", "rejected_mask")
 
@@ -25,7 +25,7 @@ def tokenize_pair(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     assistant_only_loss: bool = True,
 ) -> dict[str, list[Any]]:
-    """Token ids of one pair, or of the row that holds one: `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`.
+    """Token ids of one pair, or of the row that holds one: `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
     Where some tokens of the completions are not to be scored, also `chosen_mask` and `rejected_mask`, a bool for each token.
 
@@ -94,7 +94,7 @@ def scored_counts(rows: Any) -> list[list[int]]:
             sum(side[first:]) if masked else max(len(side) - first, 0)
             for side, first in zip(rows[name], firsts, strict=True)
         ]
-        for name in (MASKS if masked else [f"{side}_input_ids" for side in SIDES])
+        for name in (MASKS if masked else [f"{side}_ids" for side in SIDES])
     ]
 
 

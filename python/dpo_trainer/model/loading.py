@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..errors import ModelError, first_line
+from ..errors import ConfigError, ModelError, did_you_mean, first_line
 from .causal import check_class
 from .split import unwrap_adapter
 from .vision import auto_class, load_processor, takes_images
@@ -44,29 +44,41 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
     """Load the tokenizer that belongs to a model folder, hub name or .gguf file; of an adapter without one, its model's.
+
+    Keyword arguments are those of from_pretrained.
 
     Raises:
         ModelError: there is none.
     """
     try:
-        return _read(AutoTokenizer, path, "its tokenizer cannot be loaded")
+        return _read(AutoTokenizer, path, "its tokenizer cannot be loaded", **kwargs)
     except ModelError:
         if (base := _base_of(path)) is None:
             raise
         with _of_adapter(path, base):
-            return load_tokenizer(base)
+            return load_tokenizer(base, **kwargs)
 
 
-def load_processing_class(path: str | Path, *, vision: bool) -> Any:
+def set_pad_token(tokenizer: Any, token: str | None) -> None:
+    """Let the tokenizer pad with a token of its vocabulary; None leaves its own. Raises ConfigError for another token."""
+    if token is None:
+        return
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if token not in (known := inner.get_vocab()):
+        raise ConfigError(f"pad_token: '{token}' is not in the tokenizer's vocabulary{did_you_mean(token, known)}")
+    inner.pad_token = token
+
+
+def load_processing_class(path: str | Path, *, vision: bool, **kwargs: Any) -> Any:
     """The processor that belongs to a vision-language model, or the tokenizer of any other, or where there is no processor.
 
     Raises:
         ModelError: there is neither.
     """
-    processor = load_processor(_source(path)[0]) if vision else None
-    return processor if processor is not None else load_tokenizer(path)
+    processor = load_processor(_source(path)[0], **kwargs) if vision else None
+    return processor if processor is not None else load_tokenizer(path, **kwargs)
 
 
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -75,10 +87,11 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     Raises:
         ModelError: a part cannot be loaded, or the parts do not go together.
     """
+    of_tokenizer = {name: init[name] for name in ("revision", "trust_remote_code") if name in init}
     if isinstance(model, (str, Path)):
         if tokenizer is None:  # first, since it takes less time
             vision = auto_class(_source(model)[0], init) is AutoModelForImageTextToText
-            tokenizer = load_processing_class(model, vision=vision)
+            tokenizer = load_processing_class(model, vision=vision, **of_tokenizer)
         model = load_model(model, **init)
     if isinstance(ref_model, (str, Path)):
         ref_model = load_model(ref_model, **init)
@@ -91,7 +104,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if tokenizer is None:
         if not (name := getattr(config, "_name_or_path", "")):
             raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
-        tokenizer = load_processing_class(name, vision=takes_images(unwrap_adapter(model)))
+        tokenizer = load_processing_class(name, vision=takes_images(unwrap_adapter(model)), **of_tokenizer)
     return model, ref_model, tokenizer
 
 

@@ -52,10 +52,10 @@ def auto_class(folder: str, options: Mapping[str, Any]) -> Any:
     return AutoModelForCausalLM
 
 
-def load_processor(folder: str) -> Any:
+def load_processor(folder: str, **kwargs: Any) -> Any:
     """The processor of a vision-language model; None where there is none, or it cannot be loaded, which a line says."""
     try:
-        found = AutoProcessor.from_pretrained(folder)
+        found = AutoProcessor.from_pretrained(folder, **kwargs)
     except Exception as error:  # packages that a processor needs may be missing, torchvision for instance
         logger.warning(
             "model '%s': its processor cannot be loaded (%s: %s); it can be trained on text, not on images",

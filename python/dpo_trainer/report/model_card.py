@@ -10,6 +10,7 @@ from ..run import Run
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records
 from ..run_folder.records import EVENTS, METRICS, read_records, write_aside
 from ..run_folder.summary import summarize
+from ..settings import objective
 from .page import LABELS, template
 
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")
@@ -28,8 +29,6 @@ def write_card(run: Run, folder: Path, given: dict[str, Any]) -> None:
 def render_card(run: Run, given: dict[str, Any]) -> str:
     """The card's text: metadata that model hubs read, then prose and tables in Markdown."""
     import yaml
-
-    from dpo_kernels import objectives
 
     summary = summarize(run, finished=True)
     adapter = hasattr(run.policy.model, "peft_config")
@@ -51,7 +50,7 @@ def render_card(run: Run, given: dict[str, Any]) -> str:
     }
     folder = run.args.run_folder
     records = read_records(folder / METRICS)
-    built: Any = objectives.build(run.args.loss_type)
+    built: Any = objective.build(run.args)
     weights = run.args.loss_weights or [1.0] * len(built)
     return template("model_card.md.j2").render(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False).strip(),

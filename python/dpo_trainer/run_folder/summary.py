@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from dpo_kernels.objectives import Pairs, build, mix
+from dpo_kernels.objectives import Pairs, mix
 
 from ..model.split import unwrap_adapter
 from ..run import Run
+from ..settings import objective
 from ..settings.config import DPOConfig, settings_table
 from .metrics import evaluation_records, throughput, training_records
 from .records import METRICS, read_records
@@ -67,7 +68,7 @@ def initial_loss(args: DPOConfig) -> float | None:
     values = []
     for sums in (zero.repeat(2), torch.tensor([-3.0, -7.0], dtype=torch.float64)):
         pairs = Pairs.from_sums(sums, sums, 2 * one.repeat(2), beta, smoothing, kl_sums=zero.repeat(2))
-        values.append(mix(pairs, build(args.loss_type), args.loss_weights).item())
+        values.append(mix(pairs, objective.build(args), args.loss_weights).item())
     return values[0] if math.isclose(*values, abs_tol=1e-12) else None
 
 

@@ -6,35 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_kernels import objectives
 from dpo_kernels.linear.planner import parse_budget
-from dpo_kernels.objectives import OBJECTIVES
 
 from ..errors import ConfigError
-from .table import check_choice
-
-
-def check_objective(config: Any) -> None:
-    """Raise ConfigError where the settings of the objective contradict each other."""
-    names = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
-    if not names:
-        raise ConfigError("loss_type: at least one objective is needed")
-    for name in names:
-        # "simpo(gamma=1)" names simpo, with a hyper-parameter of its own.
-        check_choice("loss_type", name.partition("(")[0].strip(), OBJECTIVES, "objective")
-    if config.loss_weights is not None and len(config.loss_weights) != len(names):
-        raise ConfigError(f"loss_weights: {len(config.loss_weights)} weights for {len(names)} objectives in loss_type")
-    try:
-        built = objectives.build(config.loss_type)
-    except ValueError as error:
-        raise ConfigError(f"loss_type: {error}") from error
-    try:
-        objectives.check(built, config.loss_weights, config.label_smoothing)
-    except ValueError as error:
-        raise ConfigError(f"label_smoothing: {error}") from error
-    for name in ("precompute_ref_log_probs", "sync_ref_model"):
-        if getattr(config, name) and not objectives.needs_reference(built):
-            raise ConfigError(f"{name}: loss_type {config.loss_type} compares with no reference; leave it off")
 
 
 def check_together(config: Any) -> None:

@@ -17,22 +17,23 @@ from ..batch.layout import LAYOUTS
 from ..batch.sampler import STRATEGIES
 from ..data.account import FILTERS
 from ..errors import ConfigError
-from .checks import as_mapping, check_objective, check_together
+from . import objective, trl
+from .checks import as_mapping, check_together
 from .diagnoses import DIAGNOSES, Limits
 from .reading import ReadingSettings
 from .table import (
-    DECAY,
+    ANY,
     FINITE_NOT_NEGATIVE,
     FINITE_POSITIVE,
+    INHERITED,
     NOT_NEGATIVE,
-    POSITIVE,
     POSITIVE_SHARE,
     PROBABILITY,
-    SEED,
     SHARE,
     Setting,
     at_least,
     check_fields,
+    read_words,
     row_of,
     setting,
 )
@@ -41,22 +42,6 @@ _run = partial(setting, group="run", common=True)
 _optimizer, _objective, _data, _model, _kernels, _watch = (
     partial(setting, group=group) for group in ("optimizer", "objective", "data", "model", "kernels", "watch")
 )
-_common = partial(Setting, common=True)
-#: Settings of TrainingArguments, which takes most values without a look: what they must be, and how `--help` shows some.
-INHERITED = {
-    **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), Setting(rule=NOT_NEGATIVE)
-    ),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Setting(rule=DECAY)),
-    **dict.fromkeys(("seed", "data_seed"), Setting(rule=SEED)),
-    "per_device_eval_batch_size": Setting(rule=at_least(1)),
-    "per_device_train_batch_size": _common(at_least(1), "optimizer", help="Pairs in a batch, on each device."),
-    "gradient_accumulation_steps": _common(at_least(1), "optimizer", help="Batches that make an optimizer step."),
-    "max_steps": _common(None, "optimizer", help="Optimizer steps of the run. -1: as many as num_train_epochs has."),
-    "bf16": _common(None, "optimizer", help="Compute in bfloat16. The weights keep their type, float32 unless set."),
-    "eval_steps": _common(POSITIVE, "watch", help="Steps between two evaluations. Below 1: a fraction of the run."),
-    "save_steps": _common(POSITIVE, "watch", help="Steps between two checkpoints. Below 1: a fraction of the run."),
-}
 
 
 @dataclass
@@ -83,7 +68,7 @@ class DPOConfig(ReadingSettings, TrainingArguments):
     logging_steps: float = _watch(10, "Optimizer steps between two log records; below 1, a fraction of the run.")
     logging_first_step: bool = _watch(True, "Also log the first step, whose loss must be log 2.")
     logging_nan_inf_filter: bool = _watch(False, "Hide NaN losses from the log. Off: a NaN should be seen.")
-    report_to: str | list[str] | None = _watch(
+    report_to: None | str | list[str] = _watch(  # noqa: RUF036 - in this order for HfArgumentParser
         "none", "Trackers to write to besides the run's own files, e.g. 'tensorboard'."
     )
     train_sampling_strategy: str = _data(
@@ -91,7 +76,7 @@ class DPOConfig(ReadingSettings, TrainingArguments):
         "'group_by_length': pairs of similar length in a step; 'random'; 'sequential'.",
         choices=STRATEGIES,
     )
-    remove_unused_columns: bool = _data(False, "Must stay off: the collator chooses its columns.")
+    remove_unused_columns: bool = _data(False, "Has no effect: tokenising keeps the columns that it needs.")
 
     # The objective.
     beta: float = _objective(
@@ -111,6 +96,15 @@ class DPOConfig(ReadingSettings, TrainingArguments):
     label_smoothing: float = _objective(
         0.0, "Share of pairs assumed to be labelled the wrong way round, e.g. 0.1.", common=True
     )
+    f_divergence_type: str = _objective(
+        "reverse_kl",
+        "Divergence between policy and reference (f-DPO), in objectives of the difference of the log-ratios.",
+        choices=objective.DIVERGENCES,
+    )
+    f_alpha_divergence_coef: float = _objective(
+        0.5, "Alpha of 'alpha_divergence'; 1 is reverse_kl, 0 is forward_kl.", ANY
+    )
+    discopop_tau: float = _objective(0.05, "loss_type discopop: its temperature.", FINITE_POSITIVE)
     ld_alpha: float | None = _objective(
         None,
         "Weight, in [0, 1], of the longer answer's tokens beyond the shorter one's length (LD-DPO): below 1, length tells less.",
@@ -158,9 +152,11 @@ class DPOConfig(ReadingSettings, TrainingArguments):
         "own; 'auto': what costs least, batch by batch. Models that cannot share are noticed and padded.",
         choices=LAYOUTS,
     )
-    pad_to_multiple_of: int | None = _data(
-        None, "Round the padded length of a batch up to a multiple of this.", at_least(1)
+    pad_to_multiple_of: int | str | None = _data(
+        None, "Round the padded length of a batch up to a multiple of this. 'auto': none.", at_least(1)
     )
+    padding_free: bool = _data(False, "TRL's name of what batch_layout 'auto' does.")
+    pad_token: str | None = _data(None, "The token to pad with, of the tokenizer's vocabulary. None: its own.")
     dataset_num_proc: int | None = _data(None, "Processes to tokenise with.", at_least(1))
     filters: list[str] = _data(
         list(FILTERS),
@@ -214,10 +210,14 @@ class DPOConfig(ReadingSettings, TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = _model(
         None, "Keyword arguments of from_pretrained when the model is given as a path."
     )
+    trust_remote_code: bool = _model(
+        False, "Let a model and a tokenizer that are given as paths bring Python code of their own."
+    )
+    activation_offloading: bool = _model(False, "Not supported; set gradient_checkpointing.")
 
     # The kernels, and what is watched.
     statistics: list[str] = _watch(
-        ["entropy", "kl", "accuracy"],
+        ["entropy", "kl", "accuracy", "mean_logits"],
         "Statistics of the completion tokens to log: entropy, kl (exact; needs the reference's logits in the step), accuracy "
         "(as mean_token_accuracy), mean_logits (as logits/chosen, logits/rejected), grad_dropped_mass (linear path: what "
         "grad_filter left out).",
@@ -273,10 +273,16 @@ class DPOConfig(ReadingSettings, TrainingArguments):
     )
     write_report: bool = _watch(True, "Write report.html into output_dir at checkpoints and at the end.")
 
+    def __new__(cls, *_: Any, **given: Any) -> "DPOConfig":
+        """Before dataclasses refuse a name that they do not know: for TRL's names, a ConfigError says what to use."""
+        trl.check_known(given, (field.name for field in dataclasses.fields(cls)))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        check_fields(self, settings_table())
-        check_objective(self)
-        check_together(self)
+        if self.loss_type is None:  # HfArgumentParser's default of a list
+            self.loss_type = "sigmoid"
+        read_words(self, settings_table())
+        check_settings(self)
         self.diagnostics = as_mapping("diagnostics", self.diagnostics)
         self.model_init_kwargs = as_mapping("model_init_kwargs", self.model_init_kwargs)
         self.check_reading(as_mapping)
@@ -286,13 +292,32 @@ class DPOConfig(ReadingSettings, TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu" and self.fp16:
             raise ConfigError("fp16: needs an accelerator; on a CPU it would be ignored without a word. Use bf16 there")
+        if self.device.type == "cpu" and self.use_liger_kernel:
+            raise ConfigError(
+                "use_liger_kernel: needs an accelerator: its Triton kernels would stay in every model of this process. The "
+                "loss is fused without it"
+            )
+        trl.check_accelerator(self.accelerator_config)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
+
+    @property
+    def padded_to(self) -> int | None:
+        """`pad_to_multiple_of` as a number."""
+        return self.pad_to_multiple_of if isinstance(self.pad_to_multiple_of, int) else None
 
     @property
     def run_folder(self) -> Path:
         """`output_dir` as a path."""
         return Path(str(self.output_dir))
+
+
+def check_settings(config: DPOConfig) -> None:
+    """Raise ConfigError for a setting out of its range, or one that contradicts another."""
+    trl.check_values(config)
+    check_fields(config, settings_table())
+    objective.check(config)
+    check_together(config)
 
 
 @dataclass

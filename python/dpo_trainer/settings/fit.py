@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,13 +14,25 @@ from dpo_kernels.backends import why_not
 
 from ..batch.sampler import Batching
 from ..data.images import has_images
+from ..data.prepare import Preparation
 from ..data.tokens import TOKENS
 from ..errors import ConfigError, ModelError, did_you_mean
 from ..model.adapter_kinds import check_adapter, virtual_tokens
 from ..model.split import unwrap_adapter
 from ..model.vision import takes_images
+from .checks import as_mapping
 from .config import DPOConfig
 
+#: Settings that are read when the trainer is made: those of the data, and these.
+READ_ONCE = (
+    *(item.name for item in fields(Preparation)),
+    "pad_to_multiple_of",
+    "pad_token",
+    "batch_layout",
+    "disable_dropout",
+    "precompute_ref_log_probs",
+    "sync_ref_model",
+)
 logger = logging.getLogger("dpo_trainer")
 
 #: Models whose prompts attend to what follows within them, so that prompt and answer are not one text. By model_type.
@@ -44,7 +58,7 @@ def check_fit(
     check_adapter(model, gradient_checkpointing=bool(config.gradient_checkpointing))
     if not datasets:
         return
-    Batching(1, config.max_tokens, config.pad_to_multiple_of).check(max(datasets[0]["length"]))
+    Batching(1, config.max_tokens, config.padded_to).check(max(datasets[0]["length"]))
     embeddings = _embeddings(model)
     if embeddings is not None and len(tokenizer) > embeddings.num_embeddings:
         greatest = max(max(ids, default=0) for dataset in datasets for name in TOKENS for ids in dataset[name])
@@ -54,6 +68,34 @@ def check_fit(
                 f"({tokenizer.decode([greatest])!r}): model and tokenizer do not belong together"
             )
     _check_positions(model, max(max(dataset["length"]) for dataset in datasets))
+
+
+def check_model_init(config: DPOConfig, model: Any) -> None:
+    """Raise ConfigError for what does not go with a `model_init`."""
+    if model is not None:
+        raise ConfigError("model_init: makes the model, and a model is given as well; leave one of them out")
+    if config.precompute_ref_log_probs:
+        raise ConfigError("precompute_ref_log_probs: needs one model, and model_init makes a new one for every run")
+
+
+def init_of(config: DPOConfig, model: Any, ref_model: Any, quantization: Any) -> dict[str, Any]:
+    """Keyword arguments of from_pretrained for the models that are given as paths.
+
+    Raises:
+        ConfigError: `quantization` without a path, or given twice.
+    """
+    found = dict(as_mapping("model_init_kwargs", config.model_init_kwargs) or {})
+    if quantization is not None:
+        if not isinstance(model, (str, Path)):
+            raise ConfigError("quantization_config: is for a model that is given as a path; this one is loaded already")
+        if "quantization_config" in found:
+            raise ConfigError("quantization_config: is given twice, also in model_init_kwargs; leave one out")
+        found["quantization_config"] = quantization
+    if found and not any(isinstance(part, (str, Path)) for part in (model, ref_model)):
+        logger.warning("model_init_kwargs: not used, since no model is given as a path")
+    if config.trust_remote_code:
+        found.setdefault("trust_remote_code", True)
+    return found
 
 
 def check_images(config: DPOConfig, model: Any, ref_model: Any, datasets: Sequence[Any]) -> bool:

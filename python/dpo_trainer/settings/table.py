@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
@@ -73,9 +75,37 @@ class Setting:
     help: str = ""
 
 
+_common = partial(Setting, common=True)
+#: Settings of TrainingArguments, which takes most values without a look: what they must be, and how `--help` shows some.
+INHERITED = {
+    **dict.fromkeys(
+        ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), Setting(rule=NOT_NEGATIVE)
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Setting(rule=DECAY)),
+    **dict.fromkeys(("seed", "data_seed"), Setting(rule=SEED)),
+    "per_device_eval_batch_size": Setting(rule=at_least(1)),
+    "per_device_train_batch_size": _common(at_least(1), "optimizer", help="Pairs in a batch, on each device."),
+    "gradient_accumulation_steps": _common(at_least(1), "optimizer", help="Batches that make an optimizer step."),
+    "max_steps": _common(None, "optimizer", help="Optimizer steps of the run. -1: as many as num_train_epochs has."),
+    "bf16": _common(None, "optimizer", help="Compute in bfloat16. The weights keep their type, float32 unless set."),
+    "eval_steps": _common(POSITIVE, "watch", help="Steps between two evaluations. Below 1: a fraction of the run."),
+    "save_steps": _common(POSITIVE, "watch", help="Steps between two checkpoints. Below 1: a fraction of the run."),
+}
+
+
+class Help(str):
+    """The help of a field, which brings its row of the table.
+
+    `HfArgumentParser` hands everything that it finds in a field's metadata to argparse, which knows `help` and no `row`.
+    """
+
+    row: Setting
+
+
 def setting(default: Any, text: str, rule: Range | None = None, **row: Any) -> Any:
     """A dataclass field with its default, of which a list is copied for each object, and its row of the table."""
-    metadata = {"help": text, "row": Setting(rule, **row)}
+    metadata = {"help": Help(text)}
+    metadata["help"].row = Setting(rule, **row)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -83,7 +113,8 @@ def setting(default: Any, text: str, rule: Range | None = None, **row: Any) -> A
 
 def row_of(field: dataclasses.Field[Any], inherited: Mapping[str, Setting]) -> Setting:
     """The row that a dataclass field brings, or else has in `inherited`; an empty one where there is none."""
-    return field.metadata.get("row") or inherited.get(field.name, Setting())
+    own = getattr(field.metadata.get("help"), "row", None)
+    return own or inherited.get(field.name, Setting())
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], called: str = "") -> None:
@@ -93,6 +124,25 @@ def check_choice(name: str, value: Any, choices: Iterable[str], called: str = ""
             f"{name}: unknown {called + ' ' if called else ''}'{value}'{did_you_mean(str(value), known)}; "
             f"known are {', '.join(known)}"
         )
+
+
+def read_words(config: Any, rows: Mapping[str, Setting]) -> None:
+    """Make numbers and None of the texts that a parser of words hands over where a setting may also be text.
+
+    Of the settings that the table describes; `report_to` knows "none" itself.
+    """
+    for name, row in rows.items():
+        value, kinds = getattr(config, name, None), typing.get_args(row.hint)
+        if not row.group or name == "report_to" or not isinstance(value, str) or str not in kinds:
+            continue
+        if type(None) in kinds and value.lower() in ("none", "null"):
+            setattr(config, name, None)
+            continue
+        for kind in (int, float):
+            if kind in kinds:
+                with contextlib.suppress(ValueError):
+                    setattr(config, name, kind(value))
+                    break
 
 
 def check_fields(config: Any, rows: Mapping[str, Setting]) -> None:

@@ -44,7 +44,7 @@ def examine(run: Run, limits: Limits) -> Facts:
         logps = run.reference_logps(probe, batch_size=run.args.per_device_eval_batch_size)
     return Facts(
         pairs=len(dataset),
-        lengths=tuple(statistics.fmean(map(len, sample[f"{side}_input_ids"])) for side in SIDES),
+        lengths=tuple(statistics.fmean(map(len, sample[f"{side}_ids"])) for side in SIDES),
         weights=tuple(weights.get("the training data", ())),
         weightless=weightless,
         **reference_facts(probe, logps),

@@ -52,7 +52,7 @@ def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs |
         tokenizer: to show them with.
     """
     columns = getattr(dataset, "column_names", None) or ()
-    if "chosen_input_ids" not in columns or len(dataset) != len(output.chosen_logps):
+    if "chosen_ids" not in columns or len(dataset) != len(output.chosen_logps):
         return None
     if not (output.ref_chosen_logps.any() or output.ref_rejected_logps.any()):
         return None

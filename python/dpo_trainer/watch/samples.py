@@ -176,7 +176,7 @@ class Samples(TrainerCallback):
         places = spread(len(dataset), self.run.args.sample_prompts)
         rows = dataset.select(places)
         decode = partial(tokenizer_of(self.run.processing_class).batch_decode, skip_special_tokens=True)
-        prompts, answers = decode(list(rows["prompt_input_ids"])), decode(list(rows["chosen_input_ids"]))
+        prompts, answers = decode(list(rows["prompt_ids"])), decode(list(rows["chosen_ids"]))
         return [
             {"step": self.run.state.global_step, "evaluation": prefix, "row": row, "prompt": prompt, "chosen": chosen}
             for row, prompt, chosen in zip(places, prompts, answers, strict=True)
@@ -189,7 +189,7 @@ class Samples(TrainerCallback):
             self.run.processing_class,
         )
         rows = dataset.select(spread(len(dataset), args.sample_prompts))
-        prompts = list(rows["prompt_input_ids"])
+        prompts = list(rows["prompt_ids"])
         images = [images_of(row) or [] for row in rows] if has_images(dataset) else []
         found: list[str] = []
         with source as model, self.run.accelerator.autocast():

@@ -1,0 +1,137 @@
+"""Writes the tables of docs/compatibility.md that compare with TRL: `python docs/compatibility_tables.py`.
+
+The settings come from both classes (TRL must be installed), the tests from benchmarks/results/trl_suite.json, which
+`tests/trl_suite.py` writes. Each table stands between two markers of its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dpo_trainer import DPOConfig
+from dpo_trainer.settings.trl import ANSWERS, DIFFERENT, OTHER_MEANING
+
+DOCS = Path(__file__).resolve().parent
+PAGE = DOCS / "compatibility.md"
+SUITE = DOCS.parent / "benchmarks" / "results" / "trl_suite.json"
+
+
+def defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a dataclass that may be set, by field."""
+    return {
+        item.name: getattr(value, "value", value)
+        for item in dataclasses.fields(kind)
+        if item.init
+        for value in [item.default if item.default_factory is dataclasses.MISSING else item.default_factory()]
+    }
+
+
+def of_trl() -> dict[str, Any]:
+    """The defaults of TRL's DPOConfig: of the fields that it declares or changes, and of those that differ from ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl import DPOConfig as Theirs
+    whole, base = defaults(Theirs), defaults(TrainingArguments)
+    whole["bf16"] = DIFFERENT["bf16"][0] if whole["bf16"] is None else whole["bf16"]  # None is True unless fp16 is set
+    return {
+        name: value
+        for name, value in whole.items()
+        if name not in base or value != base[name] or name in DIFFERENT or name in OTHER_MEANING
+    }
+
+
+def ours_of(name: str, value: Any) -> Any:
+    """Our default beside TRL's, in the same form."""
+    ours = defaults(DPOConfig)[name]
+    return [ours] if isinstance(value, list) and isinstance(ours, str) else ours
+
+
+def status(name: str, value: Any) -> str:
+    """What becomes of TRL's field here."""
+    if name not in defaults(DPOConfig):
+        return f"told: {ANSWERS[name]}"
+    if name in OTHER_MEANING:
+        return OTHER_MEANING[name]
+    return "the same"
+
+
+def shown(value: Any) -> str:
+    """A default as it would be written."""
+    return f"`{json.dumps(value, default=str)}`"
+
+
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def differing() -> str:
+    """The table of defaults that differ."""
+    lines = ["| setting | TRL | here | why |", "|---|---|---|---|"]
+    for name, (theirs, why, _) in DIFFERENT.items():
+        lines.append(row(f"`{name}`", shown(theirs), shown(defaults(DPOConfig)[name]), why))
+    lines.append(
+        row("`filters`", "none", shown(defaults(DPOConfig)["filters"]), "Such pairs teach nothing. `[]` keeps all.")
+    )
+    return "\n".join(lines) + "\n"
+
+
+def fields() -> str:
+    """The table of the fields of TRL's DPOConfig."""
+    lines = ["| field | TRL's default | here |", "|---|---|---|"]
+    lines += [row(f"`{name}`", shown(value), status(name, value)) for name, value in of_trl().items()]
+    return "\n".join(lines) + "\n"
+
+
+def older() -> str:
+    """The table of settings of older versions of TRL."""
+    theirs = of_trl()
+    lines = ["| field | instead |", "|---|---|"]
+    lines += [
+        row(f"`{name}`", text)
+        for name, text in ANSWERS.items()
+        if name not in theirs and name not in defaults(DPOConfig)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def suite() -> str:
+    """What became of TRL's tests."""
+    found = json.loads(SUITE.read_text(encoding="utf-8"))
+    counted = found["tests"] - len(found["skipped"])
+    lines = [
+        f"{len(found['passed'])} of {counted} tests pass (TRL {found['suite']}'s tests, TRL {found['trl']} installed). "
+        f"{len(found['skipped'])} more are skipped where they ran, since they need packages or a GPU; {found['apart']} tests "
+        "of vision-language models are counted apart. These fail:",
+        "",
+        "| test | why |",
+        "|---|---|",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for entry in found["failed"]:
+        reasons.setdefault(entry["reason"] or entry["error"], []).append(entry["test"].partition("::")[2])
+    lines += [row(", ".join(f"`{test}`" for test in tests), reason) for reason, tests in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"differing": differing, "fields": fields, "older": older, "suite": suite}
+
+
+def filled(page: str) -> str:
+    """The page with every table between its markers."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        before, rest = page.split(begin)
+        page = before + begin + table() + end + rest.partition(end)[2]
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

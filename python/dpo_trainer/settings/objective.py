@@ -1,0 +1,72 @@
+"""The objective of a run: `loss_type`, with the settings that belong to some objectives only, and its checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_kernels import objectives
+from dpo_kernels.objectives import OBJECTIVES
+
+from ..errors import ConfigError
+from .table import check_choice
+
+#: The kernels' names of the divergences, by TRL's.
+DIVERGENCES = {
+    "reverse_kl": "reverse_kl",
+    "forward_kl": "forward_kl",
+    "js_divergence": "js",
+    "alpha_divergence": "alpha",
+}
+
+
+def build(config: Any) -> list[Any]:
+    """The objectives of a DPOConfig as callables; those with state are made anew."""
+    return objectives.build(_texts(config))
+
+
+def _texts(config: Any) -> list[Any]:
+    """The entries of `loss_type`; each takes from the settings beside it what its own parentheses do not say."""
+    kind = DIVERGENCES[config.f_divergence_type]
+    found: list[Any] = []
+    for entry in objectives.as_list(config.loss_type):
+        if not isinstance(entry, str):
+            found.append(entry)
+            continue
+        name, _, own = (part.strip() for part in entry.partition("("))
+        words = [own.removesuffix(")").strip()] if own.removesuffix(")").strip() else []
+        # sft looks at the chosen answer alone: no reference, and so no divergence.
+        if kind != "reverse_kl" and name != "sft" and "divergence" not in own:
+            words.append(f"divergence={kind}")
+            if kind == "alpha":
+                words.append(f"divergence_alpha={config.f_alpha_divergence_coef}")
+        if name == "discopop" and "tau" not in own:
+            words.append(f"tau={config.discopop_tau}")
+        found.append(f"{name}({', '.join(words)})" if words else entry)
+    return found
+
+
+def check(config: Any) -> None:
+    """Raise ConfigError for a DPOConfig whose objective cannot be built, or does not fit its other settings."""
+    names = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
+    if not names:
+        raise ConfigError("loss_type: at least one objective is needed")
+    for name in names:
+        # "simpo(gamma=1)" names simpo, with a hyper-parameter of its own.
+        check_choice("loss_type", name.partition("(")[0].strip(), OBJECTIVES, "objective")
+    if config.loss_weights is not None and len(config.loss_weights) != len(names):
+        raise ConfigError(f"loss_weights: {len(config.loss_weights)} weights for {len(names)} objectives in loss_type")
+    try:
+        objectives.build(config.loss_type)
+    except ValueError as error:
+        raise ConfigError(f"loss_type: {error}") from error
+    try:
+        built = build(config)
+    except ValueError as error:
+        raise ConfigError(f"f_divergence_type: {error}") from error
+    try:
+        objectives.check(built, config.loss_weights, config.label_smoothing)
+    except ValueError as error:
+        raise ConfigError(f"label_smoothing: {error}") from error
+    for name in ("precompute_ref_log_probs", "sync_ref_model"):
+        if getattr(config, name) and not objectives.needs_reference(built):
+            raise ConfigError(f"{name}: loss_type {config.loss_type} compares with no reference; leave it off")

@@ -1,0 +1,140 @@
+"""What a script that was written for TRL is told: defaults that differ, and settings that are not taken.
+
+The facts are those of TRL 1.16. A test compares them with the TRL that is installed, and docs/compatibility.md shows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import ConfigError
+
+logger = logging.getLogger("dpo_trainer")
+
+#: Fields whose default is another one in TRL: its default, why ours stays, and whether the start of a run tells it.
+DIFFERENT: dict[str, tuple[Any, str, bool]] = {
+    "num_train_epochs": (3.0, "More than one pass over preference pairs memorises them.", True),
+    "bf16": (
+        True,
+        "float32 is exact on every device. Set bf16=True on a GPU: it is faster and takes less memory.",
+        True,
+    ),
+    "gradient_checkpointing": (
+        True,
+        "It costs a third more time, and the fused head needs little memory. Set it where memory is short.",
+        False,
+    ),
+    "truncation_mode": (
+        "keep_start",
+        "keep_end shortens the prompt and keeps whole answers, which is what the loss compares.",
+        True,
+    ),
+    "train_sampling_strategy": ("random", "Pairs of similar length in a step carry little padding.", True),
+    "logging_first_step": (False, "The loss of the first step must be log 2: a quick check of the reference.", False),
+    "logging_nan_inf_filter": (True, "A loss that is not a number should be seen.", False),
+    "remove_unused_columns": (True, "Neither value has an effect: tokenising keeps the columns that it needs.", False),
+}
+#: Fields that have another meaning than in TRL, and what it is.
+OTHER_MEANING = {
+    "label_smoothing": "counts in every objective that has it, also in sigmoid (conservative DPO), where TRL ignores it.",
+    "padding_free": "True is what batch_layout 'auto' does anyway, on any attention; refused with batch_layout 'padded'.",
+    "pad_to_multiple_of": "'auto' is None.",
+    "pad_token": "sets the tokenizer's pad token, without a deprecation.",
+    "activation_offloading": "True is refused; gradient_checkpointing saves that memory as well.",
+    "use_liger_kernel": "True is refused on a CPU, where Liger's kernels cannot run.",
+    "precompute_ref_batch_size": "None is per_device_eval_batch_size for all data, and results are kept in ref_cache_dir.",
+    "remove_unused_columns": "has no effect: tokenising keeps the columns that it needs.",
+    "max_length": "cuts such that both sides keep the same prompt; TRL cuts each side by itself.",
+    "f_divergence_type": "does not change an entry of loss_type that names a divergence of its own.",
+    "discopop_tau": "does not change an entry of loss_type that names a tau of its own.",
+}
+#: Settings that DPOConfig does not take, of TRL 1.16 and of older versions, and what to use.
+ANSWERS = {
+    "padding_value": "is not needed; set pad_token",
+    "label_pad_token_id": "is not needed; labels never leave the trainer",
+    "max_completion_length": "is not supported; set max_length and max_prompt_length, which leave the rest to the completion",
+    "max_target_length": "is not supported; there are no encoder-decoder models here",
+    "is_encoder_decoder": "is not needed; there are no encoder-decoder models here",
+    "use_logits_to_keep": "is not needed; only completion tokens meet the head",
+    "use_num_logits_to_keep": "is not needed; only completion tokens meet the head",
+    "use_liger_loss": "is not needed; the loss is fused with the head already (loss_path)",
+    "base_model_attribute_name": "is not needed; the backbone is found by itself",
+    "reference_free": "is not supported; use an objective without a reference, e.g. loss_type='simpo' or 'cpo'",
+    "force_use_ref_model": "is not needed; a ref_model that is given is used",
+    "ref_model_init_kwargs": "is not supported; model_init_kwargs serve both, or pass ref_model as a model",
+    "rpo_alpha": "is not supported; set loss_type='rpo(alpha=...)'",
+    "generate_during_eval": "is not supported; set sample_prompts",
+    "tools": "is not supported; give the data a column 'tools'",
+}
+#: Whether this process has been told.
+_told = False
+
+
+def check_known(settings: Mapping[str, Any], fields: Iterable[str]) -> None:
+    """Raise ConfigError, with what to use, for a setting of TRL's that is none of `fields`."""
+    known = set(fields)
+    for name in settings:
+        if name in ANSWERS and name not in known:
+            raise ConfigError(f"{name}: {ANSWERS[name]}")
+
+
+def check_values(config: Any) -> None:
+    """Bring TRL's values of shared settings into ours. Raises ConfigError for those that cannot be followed."""
+    if config.pad_to_multiple_of == "auto":
+        config.pad_to_multiple_of = None
+    if isinstance(config.pad_to_multiple_of, str):
+        raise ConfigError(f"pad_to_multiple_of: expected a whole number or 'auto', got '{config.pad_to_multiple_of}'")
+    if config.padding_free and config.batch_layout == "padded":
+        raise ConfigError("padding_free: contradicts batch_layout 'padded'; leave batch_layout at 'auto'")
+    if config.activation_offloading:
+        raise ConfigError("activation_offloading: is not supported; set gradient_checkpointing=True to save memory")
+    config.remove_unused_columns = False
+
+
+def check_accelerator(config: Any) -> None:
+    """Of accelerate's settings for data loaders: training does not use its loaders, so they cannot be followed."""
+    if config.split_batches:
+        raise ConfigError(
+            "accelerator_config.split_batches: is not supported; per_device_train_batch_size is the batch of one device"
+        )
+    if config.dispatch_batches:
+        logger.warning(
+            "accelerator_config.dispatch_batches: left out; every process makes its own batches, the same ones"
+        )
+        config.dispatch_batches = None
+
+
+def differences(config: Any) -> list[str]:
+    """What a run does by default, and TRL would not, as `name=ours (TRL: theirs)`; a value that somebody chose is not told."""
+    defaults = {field.name: field for field in dataclasses.fields(config)}
+    found = []
+    for name, (theirs, _, told) in DIFFERENT.items():
+        ours = getattr(config, name)
+        if told and ours == defaults[name].default:
+            found.append(f"{name}={ours} (TRL: {theirs})")
+    if config.filters:
+        found.append("filters leave out pairs that teach nothing (TRL: none)")
+    if config.label_smoothing and "sigmoid" in str(config.loss_type):
+        found.append("label_smoothing counts in sigmoid (TRL: not)")
+    return found
+
+
+def tell_differences(config: Any) -> None:
+    """One warning in a process, unless `log_level` asks for errors only."""
+    if not told() and config.get_process_log_level() <= logging.WARNING and (found := differences(config)):
+        logger.warning("differs from TRL's default: %s; see docs/compatibility.md", ", ".join(found))
+    hush()
+
+
+def told() -> bool:
+    """Whether the process has been told, or need not be."""
+    return _told
+
+
+def hush() -> None:
+    """Tell nothing from here on: whoever uses the command line does not come with TRL's code."""
+    global _told
+    _told = True
