@@ -1,7 +1,8 @@
-"""Writes the tables of docs/compatibility.md that compare with TRL: `python docs/compatibility_tables.py`.
+"""Writes the tables of docs/compatibility.md: `python docs/compatibility_tables.py`.
 
-The settings come from both classes (TRL must be installed), the tests from benchmarks/results/trl_suite.json, which
-`tests/trl_suite.py` writes. Each table stands between two markers of its name.
+The settings come from TRL's class and ours (TRL must be installed), TRL's tests from benchmarks/results/trl_suite.json, which
+`tests/trl_suite.py` writes, and the architectures from benchmarks/results/architectures.json, which
+tests/trainer/test_architectures.py writes. Each table stands between two markers of its name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dpo_trainer.settings.trl import ANSWERS, DIFFERENT, OTHER_MEANING
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "compatibility.md"
-SUITE = DOCS.parent / "benchmarks" / "results" / "trl_suite.json"
+RESULTS = DOCS.parent / "benchmarks" / "results"
+SUITE, ARCHITECTURES = RESULTS / "trl_suite.json", RESULTS / "architectures.json"
 
 
 def defaults(kind: Any) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def status(name: str, value: Any) -> str:
         return f"told: {ANSWERS[name]}"
     if name in OTHER_MEANING:
         return OTHER_MEANING[name]
-    return "the same"
+    return "the same, with another default (above)" if name in DIFFERENT else "the same"
 
 
 def shown(value: Any) -> str:
@@ -121,7 +123,49 @@ def suite() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"differing": differing, "fields": fields, "older": older, "suite": suite}
+def kind_of(found: dict[str, Any]) -> tuple[str, str]:
+    """(what becomes of an architecture, why), from what the trainer said of it."""
+    if refused := found.get("refused"):
+        why = "a later token changes the logits before it" if "looks ahead" in refused else refused.partition(": ")[2]
+        return "refused", why.replace(found["class"], "it", 1).partition(";")[0]
+    reasons = []
+    if found["head"] == "logits":
+        reasons.append("its logits are not one matrix product of its hidden states, so whole logits are computed")
+    if found["layout"] == "padded":
+        said = " ".join(found["said"])
+        why = "its code takes no such batch" if "it refuses" in said else "a sequence in a shared row has other answers"
+        reasons.append(f"batches are padded, since {why}")
+    elif found["layout"] == "shared rows":
+        reasons.append("prompts are shared under a mask, since its attention is not sdpa's")
+    return ("slower", "; ".join(reasons)) if reasons else ("supported", "prompts are shared, and the head is fused")
+
+
+def architectures() -> str:
+    """What becomes of every architecture of transformers that can be made tiny."""
+    whole = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, found in whole["architectures"].items():
+        groups.setdefault(kind_of(found), []).append(name)
+    order = ("supported", "slower", "refused")
+    lines = [
+        f"{len(whole['architectures'])} architectures of transformers {whole['transformers']}, by their model types. "
+        f"{len(whole['not_tried'])} more could not be made small enough to try, most of them since they need images or sound.",
+        "",
+        "| | why | architectures |",
+        "|---|---|---|",
+    ]
+    for what, why in sorted(groups, key=lambda group: (order.index(group[0]), -len(groups[group]))):
+        lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "differing": differing,
+    "fields": fields,
+    "older": older,
+    "suite": suite,
+    "architectures": architectures,
+}
 
 
 def filled(page: str) -> str:

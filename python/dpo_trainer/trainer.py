@@ -21,7 +21,7 @@ from .data.processor import tokenizer_of
 from .data.rows import REFERENCE
 from .data.template import with_chat_template
 from .data.tokens import MASKS, scored_counts
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, DataError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
@@ -108,6 +108,10 @@ class DPOTrainer(LossTrainer):
         if preprocess_logits_for_metrics is not None:
             raise ConfigError(
                 "preprocess_logits_for_metrics: there are no logits to preprocess; compute_metrics gets rewards [rows, 2]"
+            )
+        if train_dataset is None and eval_dataset is None:  # without data nothing about the model can be checked
+            raise DataError(
+                "train_dataset: none given, nothing to train on; to evaluate or predict alone, give an eval_dataset"
             )
         set_seed(args.seed)  # before model_init, and before an adapter draws its weights
         if model_init is not None:

@@ -21,6 +21,7 @@ import torch
 import transformers
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dpo_trainer import DPOTrainer, UsageError
 
@@ -66,16 +67,17 @@ def build(model_type: str) -> Any:
 
 
 def lora(model: Any) -> LoraConfig:
-    """LoRA on the linear layers of the first block that are neither a router nor refused by peft (Mamba's out_proj)."""
-    from transformers.pytorch_utils import Conv1D
-
+    """LoRA on the linear layers that are neither the head, a router or grouped, nor refused by peft (Mamba's out_proj)."""
     head = model.get_output_embeddings()
-    names = {
-        name.rpartition(".")[2]
+    names = [
+        name
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not head and not re.search(r"router|gate$|out_proj", name)
-    }
-    return LoraConfig(r=4, target_modules=sorted(names), task_type="CAUSAL_LM")
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and not re.search(r"router|gate$|out_proj", name)
+        and "Grouped" not in type(module).__name__
+    ]
+    return LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM")
 
 
 @torch.no_grad()
@@ -135,6 +137,7 @@ def tried(model_type: str, make_trainer: Callable[..., DPOTrainer], caplog: pyte
                     peft_config=lora(model) if adapter else None,
                 )
         except UsageError as error:
+            assert not adapter, f"{model_type}: {error}"
             return {**found, "refused": str(error)}
         where = f"{model_type}, {layout}, {'LoRA' if adapter else 'whole'}"
         policy, reference, losses = answers(trainer)

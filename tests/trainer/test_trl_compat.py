@@ -51,9 +51,13 @@ def load_tables() -> Any:
 
 
 @pytest.fixture
-def untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process in which nothing has been trained."""
+def untold(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As in a process in which nothing has been trained, and no command line has made transformers quiet."""
     monkeypatch.setattr(facts, "_told", False)
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()
+    yield
+    transformers.utils.logging.set_verbosity(before)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
