@@ -137,7 +137,8 @@ def tried(model_type: str, make_trainer: Callable[..., DPOTrainer], caplog: pyte
                     peft_config=lora(model) if adapter else None,
                 )
         except UsageError as error:
-            assert not adapter, f"{model_type}: {error}"
+            if adapter:  # refused for the adapter's sake
+                raise
             return {**found, "refused": str(error)}
         where = f"{model_type}, {layout}, {'LoRA' if adapter else 'whole'}"
         policy, reference, losses = answers(trainer)
