@@ -22,7 +22,9 @@ from dpo_trainer.settings.trl import ANSWERS, DIFFERENT, OTHER_MEANING
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "compatibility.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
-SUITE, ARCHITECTURES = RESULTS / "trl_suite.json", RESULTS / "architectures.json"
+SUITE, ARCHITECTURES, ADAPTERS = (RESULTS / f"{name}.json" for name in ("trl_suite", "architectures", "adapters"))
+#: What may become of a model or an adapter, the best first.
+ORDER = ("supported", "slower", "refused")
 
 
 def defaults(kind: Any) -> dict[str, Any]:
@@ -146,7 +148,6 @@ def architectures() -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, found in whole["architectures"].items():
         groups.setdefault(kind_of(found), []).append(name)
-    order = ("supported", "slower", "refused")
     lines = [
         f"{len(whole['architectures'])} architectures of transformers {whole['transformers']}, by their model types. "
         f"{len(whole['not_tried'])} more could not be made small enough to try, most of them since they need images or sound.",
@@ -154,7 +155,26 @@ def architectures() -> str:
         "| | why | architectures |",
         "|---|---|---|",
     ]
-    for what, why in sorted(groups, key=lambda group: (order.index(group[0]), -len(groups[group]))):
+    for what, why in sorted(groups, key=lambda group: (ORDER.index(group[0]), -len(groups[group]))):
+        lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
+    return "\n".join(lines) + "\n"
+
+
+def adapters() -> str:
+    """What becomes of every kind of adapter."""
+    whole = json.loads(ADAPTERS.read_text(encoding="utf-8"))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, found in whole["kinds"].items():
+        if refused := found.get("refused"):
+            why = "a later token changes the logits before it" if "looks ahead" in refused else refused
+            groups.setdefault(("refused", why), []).append(name)
+        elif found["why"]:
+            why = "virtual tokens stand in front of every row" if "virtual tokens" in found["why"] else found["why"]
+            groups.setdefault(("slower", why), []).append(name)
+        else:
+            groups.setdefault(("supported", "prompts are shared, and the head is fused"), []).append(name)
+    lines = [f"{len(whole['kinds'])} kinds of peft {whole['peft']}.", "", "| | why | kinds |", "|---|---|---|"]
+    for what, why in sorted(groups, key=lambda group: (ORDER.index(group[0]), -len(groups[group]))):
         lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
     return "\n".join(lines) + "\n"
 
@@ -165,6 +185,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "older": older,
     "suite": suite,
     "architectures": architectures,
+    "adapters": adapters,
 }
 
 

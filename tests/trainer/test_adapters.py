@@ -1,6 +1,8 @@
 """Every adapter kind of peft: the policy is the peft model, the reference the untouched base, and all of it gets a gradient."""
 
+import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from dpo_trainer.model.adapter_kinds import moved
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 
+#: What the table of adapters in docs/compatibility.md is made of.
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/adapters.json"
 VOCAB = len(build_tokenizer())
 LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 VIRTUAL = {"num_virtual_tokens": 4}
@@ -165,6 +169,31 @@ def test_policy_reference_and_gradient_are_those_of_plain_forwards(kind: str, la
                 torch.testing.assert_close(value.grad, gradients[name], rtol=1e-3, atol=limit)
             else:
                 assert value.grad is None, name
+
+
+def becomes(kind: str, folder: Path) -> dict[str, str]:
+    """What the trainer makes of an adapter of this kind: the head's way and the layout, or why it is refused."""
+    try:
+        base, config = base_and_config(kind, folder)
+        trainer = build_trainer(folder / "run", model=base, peft_config=config)
+    except (ModelError, ConfigError) as error:
+        return {"refused": str(error)}
+    return {"head": trainer.loss_path, "layout": trainer.data_collator.layout, "why": trainer.policy.around or ""}
+
+
+def test_what_becomes_of_a_sample(tmp_path: Path) -> None:
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))["kinds"]
+    sample = (*SAMPLE, *REFUSED)
+    assert {kind: becomes(kind, tmp_path / kind) for kind in sample} == {kind: known[kind] for kind in sample}
+
+
+@pytest.mark.slow
+def test_what_becomes_of_every_kind(tmp_path: Path) -> None:
+    found = {kind: becomes(kind, tmp_path / kind) for kind in KINDS if kind not in NEEDS}
+    assert {kind for kind, what in found.items() if "refused" in what} == set(REFUSED)
+    if os.environ.get("DPO_WRITE_RESULTS") == "1":
+        results = {"peft": peft.__version__, "kinds": found}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", REFUSED)
