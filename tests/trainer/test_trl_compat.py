@@ -1,6 +1,7 @@
 """A script that was written for TRL runs with our classes, or is told in one line what to change."""
 
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import json
@@ -381,6 +382,36 @@ def test_a_quantization_goes_to_from_pretrained(
     twice = given(tmp_path, model_init_kwargs={"quantization_config": wanted})
     with pytest.raises(ConfigError, match="quantization_config: is given twice"):
         DPOTrainer(str(model_folder), **twice, quantization_config=wanted)
+
+
+def test_objects_of_other_kinds_are_told_in_a_line(tmp_path: Path) -> None:
+    model = build_model("llama-tied", len(build_tokenizer()))
+    theirs = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    of_trl = importlib.import_module("trl.trainer.dpo_trainer").DataCollatorForPreference(pad_token_id=0)
+    for wrong, said in (
+        (
+            {"args": theirs},
+            "args: expected a DPOConfig, got DPOConfig of trl.trainer.dpo_config; import it from dpo_trainer",
+        ),
+        ({"peft_config": {"r": 4}}, "peft_config: expected a config of peft, such as LoraConfig, got dict"),
+        ({"data_collator": of_trl}, "data_collator: its batches have no 'labels'; leave it out"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            DPOTrainer(model, **{**given(tmp_path), **wrong})
+        assert str(error.value).startswith(said)
+
+
+def test_the_hub_gets_the_name_of_the_data(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's script ends with `push_to_hub(dataset_name=...)`, which transformers hands to the model card."""
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    hub = SimpleNamespace(upload_folder=lambda **_: None)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer.hub_model_id = "someone/a-model"
+    trainer.push_to_hub(dataset_name="someone/some-pairs")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "someone/some-pairs" in card.split("---")[1]
+    trainer.create_model_card(model_name="x", dataset_name=None)
 
 
 def test_keywords_for_a_loaded_model_are_told_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

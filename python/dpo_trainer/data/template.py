@@ -88,7 +88,9 @@ def render_chat(
             answer follows, or an answer once a user or tool follows in a way that cannot be followed.
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(f"{where}: rows are chat messages but the tokenizer has no chat template; use text or set one")
+        raise DataError(
+            f"{where}: rows are chat messages but the tokenizer has no chat template; use text or set chat_template_path"
+        )
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **(options or {}))
     messages, answered = [*prompt, *completion], bool(completion) and completion[0]["role"] not in NOT_ANSWERS
     begin = len(prompt)
