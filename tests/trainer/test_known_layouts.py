@@ -300,6 +300,14 @@ def test_rows_of_mixed_layouts_are_refused_with_their_place(tokenizer: Any, tmp_
             "no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one; where another column is the "
             "prompt, name it by the setting columns, as in columns: {prompt: messages}",
         ),
+        (
+            {"conversations": [user("x"), answer("y")], "chosen": answer("good"), "rejected": answer("bad")},
+            "'conversations' ends with an answer; it must end before chosen and rejected",
+        ),
+        (
+            {"prompt": [user("x"), answer("good")], "chosen": [answer("good")], "rejected": [answer("bad")]},
+            "the prompt ends with the message that 'chosen' begins with; leave it out of the prompt",
+        ),
         ({"instruction": "x", "history": ["a"], **SPACED}, "'history' must be a list of [question, answer]"),
         ({"instruction": 3, **SPACED}, "'instruction' must be text, found a number"),
         ({"input": "x", "preferred_output": [], "non_preferred_output": []}, "'input' must be an object with messages"),

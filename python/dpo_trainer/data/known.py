@@ -65,7 +65,13 @@ def _openai(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _conversation(column: str) -> Layout:
     def make(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        return {"prompt": row[column], **{side: _answer(row[side], side, where) for side in SIDES}}
+        prompt = plain(row[column], column, where)
+        last = prompt[-1] if isinstance(prompt, list) and prompt else None
+        if isinstance(last, Mapping) and last.get("role") == "assistant":
+            raise DataError(
+                f"{where}: '{column}' ends with an answer; it must end before chosen and rejected, which answer it"
+            )
+        return {"prompt": prompt, **{side: _answer(row[side], side, where) for side in SIDES}}
 
     words = f"'{column}' is the prompt; chosen and rejected are the messages that follow"
     return Layout("ShareGPT rows", words, (column, *SIDES), ("prompt",), make)

@@ -157,8 +157,8 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
     become objects. A `system` beside messages becomes their first one.
 
     Raises:
-        DataError: system, tools, template arguments or numbers are not usable, or the conversations part at a message that is
-            not an answer.
+        DataError: system, tools, template arguments or numbers are not usable, the conversations part at a message that is
+            not an answer, or the prompt holds an answer.
     """
     tools, system = _tools(row.get("tools"), where), _system(row, where)
     kwargs = _template_kwargs(row.get("chat_template_kwargs"), where)
@@ -175,6 +175,10 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
         if isinstance(side, list) and side and side[0]["role"] in ("user", "system"):
             raise DataError(
                 f"{where}: the first message of '{name}' after the prompt is of '{side[0]['role']}', not the assistant's"
+            )
+        if isinstance(prompt, list) and prompt and side and prompt[-1] == side[0]:
+            raise DataError(
+                f"{where}: the prompt ends with the message that '{name}' begins with; leave it out of the prompt"
             )
     if system is not None and isinstance(prompt, list):
         first = prompt[0] if prompt and prompt[0]["role"] == "system" else None
@@ -209,7 +213,7 @@ def check_columns(columns: Sequence[str], where: str) -> None:
     """Raise DataError when a needed column is missing, naming the ones that are there."""
     for name in SIDES:
         if name not in columns:
-            hint = did_you_mean(name, columns) or "; the setting columns names one that is called otherwise"
+            hint = did_you_mean(name, columns) or "; if it has another name, give that in the setting columns"
             raise DataError(f"{where}: no column '{name}'; it has {', '.join(columns) or 'none'}{hint}")
     if "prompt" not in columns:
         others = [name for name in columns if name not in COLUMNS and not name.endswith("id")]

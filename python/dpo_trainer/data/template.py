@@ -115,7 +115,9 @@ def render_chat(
     except DataError:
         raise
     except _REFUSALS as error:
-        raise DataError(f"{where}: the chat template refuses these messages: {first_line(error)}") from error
+        raise DataError(
+            f"{where}: the chat template refuses these messages: {first_line(error)} (chat_template_path sets another)"
+        ) from error
     return Rendered(full_text[: shared_prefix(prompt_text, full_text)], full_text, unscored, messages)
 
 
