@@ -205,6 +205,8 @@ def test_what_is_said_of_a_field_is_said_of_one_that_exists() -> None:
     [
         ({"rpo_alpha": 1.0}, "rpo_alpha: is not supported; set loss_type='rpo(alpha=...)'"),
         ({"max_completion_length": 8}, "max_completion_length: is not supported; set max_length"),
+        ({"warmup_ratio": 0.1}, "warmup_ratio: is no setting of this transformers; set warmup_steps to the share"),
+        ({"evaluation_strategy": "steps"}, "evaluation_strategy: is called eval_strategy"),
         ({"reference_free": True}, "reference_free: is not supported; use an objective without"),
         ({"activation_offloading": True}, "activation_offloading: is not supported; set gradient_checkpointing"),
         ({"padding_free": True, "batch_layout": "padded"}, "padding_free: contradicts batch_layout 'padded'"),
