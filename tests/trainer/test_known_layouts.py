@@ -380,10 +380,16 @@ def test_csv_rows_of_more_fields_than_the_header_are_refused(tmp_path: Path) -> 
         load_pairs(tmp_path / "a.csv")
 
 
-def test_half_a_character_is_named(tmp_path: Path) -> None:
+def test_half_a_character_is_named(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "q \\ud800", "chosen": "a", "rejected": "b"}')
     with pytest.raises(DataError, match=r"a\.jsonl:1: a text holds half a character"):
         load_pairs(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: a text holds half a character"):
+        list(stream_pairs(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match="train_dataset row 1: a text holds half a character"):
+        tokens([json.loads((tmp_path / "a.jsonl").read_text())], tokenizer)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q \U0001f600", "chosen": "a", "rejected": "b"}))
+    assert load_pairs(tmp_path / "a.jsonl")[0]["prompt"] == "q \U0001f600"
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "int64", "float16"])

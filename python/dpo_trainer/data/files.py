@@ -224,6 +224,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if b"\\ud" in raw.lower():  # JSON can write half a character, which no tokenizer takes
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{path}:{number}: a text holds half a character ({first_line(error)})") from error
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
             except json.JSONDecodeError as error:
