@@ -221,8 +221,13 @@ class RunTrainer(ReferenceTrainer):
         model.peft_config[model.active_adapter].base_model_name_or_path = str(folder.resolve())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` into `output_dir`; takes what `transformers.Trainer.create_model_card` takes."""
+        """Write `README.md` into `output_dir`; takes what `transformers.Trainer.create_model_card` takes.
+
+        `dataset_name` is TRL's name of `dataset`; `push_to_hub` hands it on.
+        """
         if self.is_world_process_zero():
+            if "dataset_name" in kwargs:
+                kwargs["dataset"] = kwargs.pop("dataset_name") or kwargs.get("dataset")
             given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
             write_card(self, self.journal.folder, given)
 

@@ -104,7 +104,10 @@ class DPOTrainer(LossTrainer):
     ) -> None:
         args = args if args is not None else DPOConfig(output_dir="dpo_output")
         if not isinstance(args, DPOConfig):
-            raise ConfigError(f"args: expected a DPOConfig, got {type(args).__name__}")
+            kind = type(args)
+            raise ConfigError(
+                f"args: expected a DPOConfig, got {kind.__name__} of {kind.__module__}; import it from dpo_trainer"
+            )
         if preprocess_logits_for_metrics is not None:
             raise ConfigError(
                 "preprocess_logits_for_metrics: there are no logits to preprocess; compute_metrics gets rewards [rows, 2]"
@@ -292,7 +295,12 @@ class DPOTrainer(LossTrainer):
             return None
         collator: Any = self.data_collator
         padded = replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
-        return self._prepare_inputs(padded(rows))
+        batch = padded(rows)
+        if missing := next((name for name in ("input_ids", "labels", "cu_seqlens") if name not in batch), None):
+            raise ConfigError(
+                f"data_collator: its batches have no '{missing}'; leave it out, or make it of a PairCollator"
+            )
+        return self._prepare_inputs(batch)
 
     def _scored_rows(
         self, orders: Callable[[Any], Iterable[Iterable[int]]], dataset: Any = None

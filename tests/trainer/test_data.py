@@ -443,6 +443,22 @@ def test_lists_and_datasets_give_the_same_tokens(tokenizer: Any, pairs: Callable
     assert listed.to_list() == stored.to_list()
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_a_dataset_s_format_changes_nothing(kind: str, tokenizer: Any, pairs: Callable[..., Any]) -> None:
+    rows = [{**row, "weight": 0.5} for row in pairs(4)]
+    dataset = datasets.Dataset.from_list(rows)
+    assert prepare(dataset.with_format(kind), tokenizer)[0].to_list() == prepare(dataset, tokenizer)[0].to_list()
+    assert isinstance(prepare(dataset.with_format(kind), tokenizer)[0][0]["prompt_ids"], list)
+
+
+def test_a_dataset_s_transform_is_for_its_rows(tokenizer: Any, pairs: Callable[..., Any]) -> None:
+    by_hand = [{**row, "prompt": row["prompt"] + " so"} for row in pairs(4)]
+    dataset = datasets.Dataset.from_list(pairs(4)).with_transform(
+        lambda rows: {**rows, "prompt": [text + " so" for text in rows["prompt"]]}
+    )
+    assert prepare(dataset, tokenizer)[0].to_list() == prepare(by_hand, tokenizer)[0].to_list()
+
+
 def test_tokenised_datasets_pass_through(tokenizer: Any, pairs: Callable[..., Any]) -> None:
     dataset, _ = prepare(pairs(5), tokenizer)
     again, account = prepare(dataset, tokenizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 import pandas
 import pytest
 
@@ -52,6 +53,34 @@ CHATS = [
 ]
 #: (name of the layout, or what the line says; rows of it; the same rows by hand)
 LAYOUTS: dict[str, tuple[Rows, Rows]] = {
+    "'history' earlier turns": (
+        [
+            {"instruction": "the film", "chosen": "good", "rejected": "bad", "system": "", "history": [["a", "b"]]},
+            {"instruction": "the review", "chosen": "fine", "rejected": "awful", "system": "terse", "history": []},
+        ],
+        [
+            {
+                "prompt": [user("a"), answer("b"), user("the film")],
+                "chosen": [answer("good")],
+                "rejected": [answer("bad")],
+            },
+            {
+                "prompt": [system("terse"), user("the review")],
+                "chosen": [answer("fine")],
+                "rejected": [answer("awful")],
+            },
+        ],
+    ),
+    "role 'human' and role 'gpt'; read as role and content": (
+        [
+            {
+                "prompt": [system("terse"), {"role": "human", "content": "the film"}],
+                "chosen": [{"role": "gpt", "content": "good"}],
+                "rejected": [{"role": "gpt", "content": "bad"}],
+            }
+        ],
+        CHATS[:1],
+    ),
     "read as Orca rows": (
         [
             {"system": "terse", "question": "the film", "chosen": "good", "rejected": "bad"},
@@ -262,6 +291,24 @@ def test_rows_of_mixed_layouts_are_refused_with_their_place(tokenizer: Any, tmp_
             {"question": "x", **SPACED},
             "no column 'prompt'; it has question, chosen, rejected (did you mean 'question'?)",
         ),
+        (
+            {"messages": CHATS[1]["prompt"], "chosen": "The good", "rejected": "The bad"},
+            "no column 'prompt', and 'messages' may be it; name it by the setting columns",
+        ),
+        (
+            {"messages": CHATS[1]["prompt"], "chosen": [answer("good")], "rejected": [answer("bad")]},
+            "no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one; where another column is the "
+            "prompt, name it by the setting columns, as in columns: {prompt: messages}",
+        ),
+        (
+            {"conversations": [user("x"), answer("y")], "chosen": answer("good"), "rejected": answer("bad")},
+            "'conversations' ends with an answer; it must end before chosen and rejected",
+        ),
+        (
+            {"prompt": [user("x"), answer("good")], "chosen": [answer("good")], "rejected": [answer("bad")]},
+            "the prompt ends with the message that 'chosen' begins with; leave it out of the prompt",
+        ),
+        ({"instruction": "x", "history": ["a"], **SPACED}, "'history' must be a list of [question, answer]"),
         ({"instruction": 3, **SPACED}, "'instruction' must be text, found a number"),
         ({"input": "x", "preferred_output": [], "non_preferred_output": []}, "'input' must be an object with messages"),
         ({**CHATS[1], "chat_template_kwargs": "[1]"}, "'chat_template_kwargs' must be an object or its JSON text"),
@@ -303,6 +350,52 @@ def test_columns_that_nobody_reads_are_named_once(
 def test_tools_and_template_arguments_of_text_rows_are_named(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokens([{**row, "tools": TOOLS, "chat_template_kwargs": {"a": 1}} for row in build_pairs(2)], tokenizer)
     assert caplog.messages == ["train_dataset: not used: tools, chat_template_kwargs"]
+
+
+def test_columns_of_chats_in_csv_files_are_read_and_not_named(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "tools": TOOLS, "chat_template_kwargs": {"a": 1}} for row in CHATS]
+    for form, data in forms(rows, tmp_path):
+        tokens(data, tokenizer)
+        assert "not used: tools" not in caplog.text, form
+    assert "'chosen' and" not in caplog.text
+    assert "no column 'prompt'" not in caplog.text
+
+
+def test_a_prompt_that_is_what_texts_share_is_told_once(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = [{"chosen": "q: good", "rejected": "q: bad"}, {"chosen": "z: good", "rejected": "z: bad"}]
+    for form, data in forms(whole, tmp_path):
+        tokens(data, tokenizer)
+        assert caplog.text.count("what chosen and rejected share at the beginning is the prompt") == 1, form
+        caplog.clear()
+
+
+def test_csv_rows_of_more_fields_than_the_header_are_refused(tmp_path: Path) -> None:
+    """pandas would take the first field for an index, and every column for the one before it."""
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nq,a,b,c\nz,a,b,c\n")
+    with pytest.raises(DataError, match=r"a\.csv: rows have more fields than the header \(prompt, chosen, rejected\)"):
+        load_pairs(tmp_path / "a.csv")
+
+
+def test_half_a_character_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q \\ud800", "chosen": "a", "rejected": "b"}')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: a text holds half a character"):
+        load_pairs(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: a text holds half a character"):
+        list(stream_pairs(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match="train_dataset row 1: a text holds half a character"):
+        tokens([json.loads((tmp_path / "a.jsonl").read_text())], tokenizer)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q \U0001f600", "chosen": "a", "rejected": "b"}))
+    assert load_pairs(tmp_path / "a.jsonl")[0]["prompt"] == "q \U0001f600"
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64", "float16"])
+def test_weights_may_be_numbers_of_numpy(kind: str, tokenizer: Any) -> None:
+    rows = [{**row, "weight": getattr(numpy, kind)(2)} for row in build_pairs(2)]
+    assert [row["weight"] for row in tokens(rows, tokenizer)] == [2.0, 2.0]
 
 
 def test_rows_of_ours_are_not_remarked_on(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -347,6 +440,7 @@ def test_a_question_becomes_the_prompt_by_name(tokenizer: Any) -> None:
     [
         ({"columns": {"promt": "q"}}, "columns: unknown 'promt' (did you mean 'prompt'?); known are prompt, chosen"),
         ({"columns": {"prompt": 3}}, "columns: 'prompt' must be the name of a column, got 3"),
+        ({"columns": {"prompt": "q", "chosen": "q"}}, "columns: 'q' is named for both 'prompt' and 'chosen'"),
         ({"columns": "x"}, "columns: expected a mapping, got 'x'"),
         ({"weight_from": {"chosen": "a"}}, "weight_from: give the columns 'chosen' and 'rejected' of the scores, or"),
         ({"weight_from": {"margn": "a"}}, "weight_from: unknown 'margn' (did you mean 'margin'?); known are chosen"),
@@ -362,6 +456,21 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], sai
     with pytest.raises(ConfigError) as caught:
         DPOConfig(output_dir=str(tmp_path), **settings)
     assert str(caught.value).startswith(said)
+    if set(settings) <= {"columns", "weight_from"}:
+        with pytest.raises(ConfigError) as caught:
+            load_pairs(tmp_path / "a.jsonl", **settings)
+        assert str(caught.value).startswith(said)
+
+
+def test_a_column_of_ours_that_is_read_in_place_of_the_named_one_is_told(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"prompt": "questoin"}
+    for form, data in forms(build_pairs(2), tmp_path, columns=columns):
+        tokens(data, tokenizer, columns=columns)
+        assert caplog.text.count("columns: no column 'questoin'; its own 'prompt' is read") == 1, form
+        assert "not used" not in caplog.text, form
+        caplog.clear()
 
 
 def test_a_column_that_is_not_there_is_refused_with_the_nearest(tokenizer: Any, tmp_path: Path) -> None:

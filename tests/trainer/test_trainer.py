@@ -459,6 +459,11 @@ def test_bad_arguments_are_explained(
         make_trainer(model=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="expected a DPOConfig, got TrainingArguments"):
         DPOTrainer(model, args=TrainingArguments(output_dir=str(tmp_path)), processing_class=tokenizer)
+    with pytest.raises(ModelError, match="processing_class: expected a tokenizer or processor, got a path"):
+        make_trainer(processing_class=str(tmp_path))
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(pairs(2))})
+    with pytest.raises(DataError, match=r"found DatasetDict; pass one of its splits \(train\)"):
+        make_trainer(train_dataset=splits)
     with pytest.raises(ModelError, match="no tokenizer given"):
         DPOTrainer(model, args=DPOConfig(output_dir=str(tmp_path)), train_dataset=pairs(2))
     with pytest.raises(DataError, match="no rows"):

@@ -1,6 +1,7 @@
 """A script that was written for TRL runs with our classes, or is told in one line what to change."""
 
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import json
@@ -208,6 +209,8 @@ def test_what_is_said_of_a_field_is_said_of_one_that_exists() -> None:
     [
         ({"rpo_alpha": 1.0}, "rpo_alpha: is not supported; set loss_type='rpo(alpha=...)'"),
         ({"max_completion_length": 8}, "max_completion_length: is not supported; set max_length"),
+        ({"warmup_ratio": 0.1}, "warmup_ratio: is no setting of this transformers; set warmup_steps to the share"),
+        ({"evaluation_strategy": "steps"}, "evaluation_strategy: is called eval_strategy"),
         ({"reference_free": True}, "reference_free: is not supported; use an objective without"),
         ({"activation_offloading": True}, "activation_offloading: is not supported; set gradient_checkpointing"),
         ({"padding_free": True, "batch_layout": "padded"}, "padding_free: contradicts batch_layout 'padded'"),
@@ -385,6 +388,36 @@ def test_a_quantization_goes_to_from_pretrained(
     twice = given(tmp_path, model_init_kwargs={"quantization_config": wanted})
     with pytest.raises(ConfigError, match="quantization_config: is given twice"):
         DPOTrainer(str(model_folder), **twice, quantization_config=wanted)
+
+
+def test_objects_of_other_kinds_are_told_in_a_line(tmp_path: Path) -> None:
+    model = build_model("llama-tied", len(build_tokenizer()))
+    theirs = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    of_trl = importlib.import_module("trl.trainer.dpo_trainer").DataCollatorForPreference(pad_token_id=0)
+    for wrong, said in (
+        (
+            {"args": theirs},
+            "args: expected a DPOConfig, got DPOConfig of trl.trainer.dpo_config; import it from dpo_trainer",
+        ),
+        ({"peft_config": {"r": 4}}, "peft_config: expected a config of peft, such as LoraConfig, got dict"),
+        ({"data_collator": of_trl}, "data_collator: its batches have no 'labels'; leave it out"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            DPOTrainer(model, **{**given(tmp_path), **wrong})
+        assert str(error.value).startswith(said)
+
+
+def test_the_hub_gets_the_name_of_the_data(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's script ends with `push_to_hub(dataset_name=...)`, which transformers hands to the model card."""
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    hub = SimpleNamespace(upload_folder=lambda **_: None)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer.hub_model_id = "someone/a-model"
+    trainer.push_to_hub(dataset_name="someone/some-pairs")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "someone/some-pairs" in card.split("---")[1]
+    trainer.create_model_card(model_name="x", dataset_name=None)
 
 
 def test_keywords_for_a_loaded_model_are_told_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

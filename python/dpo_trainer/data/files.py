@@ -115,6 +115,8 @@ def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) ->
             except mistakes:
                 bad = middle
         where = places[bad - 1]
+        if isinstance(error, UnicodeEncodeError):
+            raise DataError(f"{where}: a text holds half a character ({first_line(error)})") from error
         raise DataError(f"{where}: a value has another type than in earlier rows ({first_line(error)})") from error
     _CHECKED[dataset] = dataset._fingerprint, reading
     return dataset
@@ -222,6 +224,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if b"\\ud" in raw.lower():  # JSON can write half a character, which no tokenizer takes
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{path}:{number}: a text holds half a character ({first_line(error)})") from error
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
             except json.JSONDecodeError as error:
@@ -246,6 +252,8 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     with _readable(path):
         # As text: what pandas makes of a column depends on all of its rows, so that a bad one would spoil good ones.
         for frame in pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=1024):
+            if not isinstance(frame.index, pandas.RangeIndex):  # pandas takes what is too much for an index
+                raise DataError(f"{path}: rows have more fields than the header ({', '.join(frame.columns)})")
             if frame.empty:
                 check_columns(list(frame.columns), str(path))
             for row in frame.to_dict("records"):

@@ -12,8 +12,8 @@ from typing import Any
 from dpo_kernels.confidence import confidence_weights, preference_probability
 
 from ..errors import ConfigError, DataError, did_you_mean
-from .messages import as_written, forms_of, plain
-from .rows import COLUMNS, NUMBERS, SIDES, TEXTS, json_type, number_of
+from .messages import as_written, forms_of, opened, past_turns, plain
+from .rows import COLUMNS, NUMBERS, SIDES, TEXTS, check_whole_texts, json_type, number_of
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -65,7 +65,13 @@ def _openai(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _conversation(column: str) -> Layout:
     def make(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        return {"prompt": row[column], **{side: _answer(row[side], side, where) for side in SIDES}}
+        prompt = plain(row[column], column, where)
+        last = prompt[-1] if isinstance(prompt, list) and prompt else None
+        if isinstance(last, Mapping) and last.get("role") == "assistant":
+            raise DataError(
+                f"{where}: '{column}' ends with an answer; it must end before chosen and rejected, which answer it"
+            )
+        return {"prompt": prompt, **{side: _answer(row[side], side, where) for side in SIDES}}
 
     words = f"'{column}' is the prompt; chosen and rejected are the messages that follow"
     return Layout("ShareGPT rows", words, (column, *SIDES), ("prompt",), make)
@@ -77,7 +83,7 @@ def _answer(value: Any, side: str, where: str) -> Any:
     return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
 
 
-def _question(parts: tuple[str, ...]) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
+def _question(*parts: str) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
     """Of layouts whose prompt is a question in one or more columns, perhaps with a system text."""
 
     def make(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -87,7 +93,10 @@ def _question(parts: tuple[str, ...]) -> Callable[[Mapping[str, Any], str], dict
                 raise DataError(f"{where}: '{name}' must be text, found {json_type(text)}")
         prompt: Any = "\n".join(filter(None, texts))
         sides = {side: plain(row[side], side, where) for side in SIDES}
-        if all(isinstance(side, list) for side in sides.values()):
+        if "history" in row and "instruction" in parts:
+            prompt = [*past_turns(row["history"], where), {"role": "user", "content": prompt}]
+            sides = {side: _answer(value, side, where) for side, value in sides.items()}
+        elif all(isinstance(side, list) for side in sides.values()):
             prompt = [{"role": "user", "content": prompt}]
         return {"prompt": prompt, "system": row.get("system") or "", **sides}
 
@@ -107,18 +116,18 @@ LAYOUTS = (
     *map(_conversation, ("conversations", "conversation")),
     Layout(
         "alpaca rows",
-        f"'instruction' and 'input' are the user's message, 'system' the system's; {_CHAT}",
+        f"'instruction' and 'input' are the user's message, 'system' the system's, 'history' earlier turns; {_CHAT}",
         ("instruction", *SIDES),
         ("prompt",),
-        _question(("instruction", "input")),
-        ("input", "system"),
+        _question("instruction", "input"),
+        ("input", "system", "history"),
     ),
     Layout(
         "Orca rows",
         f"'question' is the user's message, 'system' the system's; {_CHAT}",
         ("system", "question", *SIDES),
         ("prompt",),
-        _question(("question",)),
+        _question("question"),
     ),
     Layout(
         "rows with a system text",
@@ -177,6 +186,9 @@ class Reading:
     weight_from: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for setting in ("columns", "weight_from"):
+            if not isinstance(given := getattr(self, setting), Mapping | None):
+                raise ConfigError(f"{setting}: expected a mapping, got {given!r}")
         ours = (*COLUMNS, *UNPAIRED[1:])
         for name, theirs in (self.columns or {}).items():
             if name not in ours:
@@ -185,6 +197,8 @@ class Reading:
                 )
             if not isinstance(theirs, str):
                 raise ConfigError(f"columns: '{name}' must be the name of a column, got {theirs!r}")
+            if other := [own for own, column in (self.columns or {}).items() if column == theirs and own != name]:
+                raise ConfigError(f"columns: '{theirs}' is named for both '{name}' and '{other[0]}'")
         known = (*_SCORES, *_SHAPE)
         given = self.weight_from or {}
         for name, value in given.items():
@@ -237,6 +251,14 @@ class Reading:
         layout = layout_of(first)
         if not told.layout:
             told.layout = True
+            for own, theirs in (self.columns or {}).items():
+                if theirs not in row and own in row:
+                    logger.warning("%s: columns: no column '%s'; its own '%s' is read", name, theirs, own)
+            if layout is None and "prompt" not in first and isinstance(opened(first.get("chosen")), str):
+                check_whole_texts(first, where)
+                logger.warning(
+                    "%s: no column 'prompt': what chosen and rejected share at the beginning is the prompt", name
+                )
             if layout is not None:
                 logger.warning("%s: read as %s: %s", name, layout.name, layout.words)
             if forms := dict.fromkeys(form for text in TEXTS for form in forms_of(first.get(text))):
@@ -264,7 +286,8 @@ class Reading:
         read = set()
         for name, theirs in (self.columns or {}).items():
             if theirs not in row and name in row:
-                continue  # other data, whose column has our name
+                read.add(name)  # other data, whose column has our name
+                continue
             if theirs not in row:
                 raise ConfigError(f"columns: {where}: no column '{theirs}'; it has {_listed(row, theirs)}")
             value = row[theirs]
@@ -291,7 +314,7 @@ class Reading:
         if self.weight_from:
             found["weight"] = self._weight_of(row, where)
             read |= {self.weight_from[name] for name in _SCORES if name in self.weight_from}
-        if isinstance(found.get("chosen"), str) and "system" not in found:
+        if isinstance(opened(found.get("chosen")), str) and "system" not in found:
             read -= {"tools", "chat_template_kwargs"}  # of chats alone
         told.columns.update(dict.fromkeys(name for name in row if name not in read))
         return found
@@ -347,8 +370,9 @@ def _paired(located: Located, name: str) -> Iterator[tuple[str, Any]]:
             "false; DPO compares two answers to one prompt"
         )
     logger.warning(
-        "%s: %d of %d rows are paired; %d are left over, with no answer of the other label to their prompt",
+        "%s: %d of %d rows are paired; %d are left over%s",
         *(name, 2 * len(pairs), count, count - 2 * len(pairs)),
+        ", with no answer of the other label to their prompt" if count > 2 * len(pairs) else "",
     )
     for (_, where, good), (_, _, bad) in pairs:
         row = {key: value for key, value in good.items() if key not in UNPAIRED[1:]}

@@ -82,7 +82,16 @@ def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparatio
         located = [(f"{name} row {number}", as_written(row)) for number, row in enumerate(dataset, 1)]
         dataset = table_of(located, name, reading)
     if not isinstance(dataset, datasets.Dataset):
-        raise DataError(f"{name}: expected a datasets.Dataset or a list of rows, found {type(dataset).__name__}")
+        splits = (
+            f"; pass one of its splits ({', '.join(map(str, dataset))})"
+            if isinstance(dataset, datasets.DatasetDict)
+            else ""
+        )
+        raise DataError(
+            f"{name}: expected a datasets.Dataset or a list of rows, found {type(dataset).__name__}{splits}"
+        )
+    if dataset.format["type"] not in (None, "custom"):  # tensors and arrays, in place of texts and lists
+        dataset = dataset.with_format(None)
     source = dataset.info.dataset_name
     where = f"{name} ({source})" if source else name
     if len(dataset) == 0:
@@ -129,6 +138,8 @@ def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparatio
         new_fingerprint=key,
         desc=f"Tokenising {name}",
     )
+    if dataset.format["type"] == "custom":  # a transform was for the rows, not for their tokens
+        dataset = dataset.with_format(None)
     if images.column_names and any(dataset[DIGEST]):
         dataset = datasets.concatenate_datasets(
             [dataset, images], axis=1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from ..errors import DataError, did_you_mean
@@ -27,6 +28,11 @@ RESERVED = {
 }
 #: What other data sets call the prompt. Where there is one, a missing prompt is not a prompt within the conversations.
 PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "prompts")
+#: The same beside answers that are text, which may begin alike by chance ("The ...").
+PROMPTS_OF_TEXTS = (
+    *("messages", "conversations", "conversation", "history", "dialogue", "dialog", "user", "human", "text", "request"),
+    *("problem", "document", "article"),
+)
 
 
 def has_reference(dataset: Any) -> bool:
@@ -134,9 +140,10 @@ def parse_row(row: Any, where: str) -> Pair:
             described = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
             raise DataError(f"{where}: text and chat are mixed ({described}); use one of them for all three")
     if "prompt" not in row and not shared_prefix(row["chosen"], row["rejected"]):
+        like = next((name for name in PROMPTS_OF_TEXTS if name in row), "question")
         raise DataError(
             f"{where}: no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one; where another "
-            "column is the prompt, name it by the setting columns"
+            f"column is the prompt, name it by the setting columns, as in columns: {{prompt: {like}}}"
         )
     return split_row(row, where)
 
@@ -150,8 +157,8 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
     become objects. A `system` beside messages becomes their first one.
 
     Raises:
-        DataError: system, tools, template arguments or numbers are not usable, or the conversations part at a message that is
-            not an answer.
+        DataError: system, tools, template arguments or numbers are not usable, the conversations part at a message that is
+            not an answer, or the prompt holds an answer.
     """
     tools, system = _tools(row.get("tools"), where), _system(row, where)
     kwargs = _template_kwargs(row.get("chat_template_kwargs"), where)
@@ -168,6 +175,10 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
         if isinstance(side, list) and side and side[0]["role"] in ("user", "system"):
             raise DataError(
                 f"{where}: the first message of '{name}' after the prompt is of '{side[0]['role']}', not the assistant's"
+            )
+        if isinstance(prompt, list) and prompt and side and prompt[-1] == side[0]:
+            raise DataError(
+                f"{where}: the prompt ends with the message that '{name}' begins with; leave it out of the prompt"
             )
     if system is not None and isinstance(prompt, list):
         first = prompt[0] if prompt and prompt[0]["role"] == "system" else None
@@ -202,9 +213,8 @@ def check_columns(columns: Sequence[str], where: str) -> None:
     """Raise DataError when a needed column is missing, naming the ones that are there."""
     for name in SIDES:
         if name not in columns:
-            raise DataError(
-                f"{where}: no column '{name}'; it has {', '.join(columns) or 'none'}{did_you_mean(name, columns)}"
-            )
+            hint = did_you_mean(name, columns) or "; if it has another name, give that in the setting columns"
+            raise DataError(f"{where}: no column '{name}'; it has {', '.join(columns) or 'none'}{hint}")
     if "prompt" not in columns:
         others = [name for name in columns if name not in COLUMNS and not name.endswith("id")]
         like = next((name for name in PROMPT_LIKE if name in others), None)
@@ -217,6 +227,16 @@ def check_columns(columns: Sequence[str], where: str) -> None:
     if (REFERENCE[0] in columns) != (REFERENCE[1] in columns):
         missing = REFERENCE[0] if REFERENCE[0] not in columns else REFERENCE[1]
         raise DataError(f"{where}: no column '{missing}'; reference log-probabilities come in pairs")
+
+
+def check_whole_texts(row: Mapping[str, Any], where: str) -> None:
+    """Raise DataError where another column of a text row without a prompt seems to be it."""
+    check_columns(list(row), where)
+    if like := next((name for name in PROMPTS_OF_TEXTS if name in row), None):
+        raise DataError(
+            f"{where}: no column 'prompt', and '{like}' may be it; name it by the setting columns, as in "
+            f"columns: {{prompt: {like}}}, or remove it where chosen and rejected hold the prompt"
+        )
 
 
 def _check_messages(messages: list[Any], name: str, where: str) -> None:
@@ -295,12 +315,15 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
 
 def number_of(value: Any, name: str, where: str) -> float:
     """A finite number as a float; a weight is not negative. Raises DataError with the column's name."""
-    # Not by math.isfinite, which fails for integers that no float can hold.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # of integers that no float can hold
+            number = float(value)
+    if not math.isfinite(number):
         raise DataError(f"{where}: '{name}' must be a finite number, found {_shown(value)}")
-    if name == "weight" and value < 0:
+    if name == "weight" and number < 0:
         raise DataError(f"{where}: 'weight' must not be negative, found {value}")
-    return float(value)
+    return number
 
 
 def json_type(value: Any) -> str:

@@ -88,7 +88,9 @@ def render_chat(
             answer follows, or an answer once a user or tool follows in a way that cannot be followed.
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(f"{where}: rows are chat messages but the tokenizer has no chat template; use text or set one")
+        raise DataError(
+            f"{where}: rows are chat messages but the tokenizer has no chat template; use text or set chat_template_path"
+        )
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **(options or {}))
     messages, answered = [*prompt, *completion], bool(completion) and completion[0]["role"] not in NOT_ANSWERS
     begin = len(prompt)
@@ -113,7 +115,9 @@ def render_chat(
     except DataError:
         raise
     except _REFUSALS as error:
-        raise DataError(f"{where}: the chat template refuses these messages: {first_line(error)}") from error
+        raise DataError(
+            f"{where}: the chat template refuses these messages: {first_line(error)} (chat_template_path sets another)"
+        ) from error
     return Rendered(full_text[: shared_prefix(prompt_text, full_text)], full_text, unscored, messages)
 
 

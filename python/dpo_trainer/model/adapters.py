@@ -79,8 +79,12 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
 
 
 def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
 
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config: expected a config of peft, such as LoraConfig, got {type(peft_config).__name__}"
+        )
     before = [(value, _sum(value)) for value in model.parameters()]
     try:
         wrapped = get_peft_model(model, peft_config)

@@ -88,6 +88,10 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
         ModelError: a part cannot be loaded, or the parts do not go together.
     """
     of_tokenizer = {name: init[name] for name in ("revision", "trust_remote_code") if name in init}
+    if isinstance(tokenizer, (str, Path)):
+        raise ModelError(
+            "processing_class: expected a tokenizer or processor, got a path; load_tokenizer(path) loads one"
+        )
     if isinstance(model, (str, Path)):
         if tokenizer is None:  # first, since it takes less time
             vision = auto_class(_source(model)[0], init) is AutoModelForImageTextToText

@@ -51,7 +51,7 @@ OTHER_MEANING = {
     "f_divergence_type": "does not change an entry of loss_type that names a divergence of its own.",
     "discopop_tau": "does not change an entry of loss_type that names a tau of its own.",
 }
-#: Settings that DPOConfig does not take, of TRL 1.16 and of older versions, and what to use.
+#: Settings that DPOConfig does not take, of TRL 1.16 and of older versions of TRL and transformers, and what to use.
 ANSWERS = {
     "padding_value": "is not needed; set pad_token",
     "label_pad_token_id": "is not needed; labels never leave the trainer",
@@ -68,6 +68,10 @@ ANSWERS = {
     "rpo_alpha": "is not supported; set loss_type='rpo(alpha=...)'",
     "generate_during_eval": "is not supported; set sample_prompts",
     "tools": "is not supported; give the data a column 'tools'",
+    "warmup_ratio": "is no setting of this transformers; set warmup_steps to the share, such as 0.1",
+    "evaluation_strategy": "is called eval_strategy",
+    "logging_dir": "is no setting of this transformers; set the environment variable TENSORBOARD_LOGGING_DIR",
+    "no_cuda": "is called use_cpu",
 }
 #: Whether this process has been told.
 _told = False
