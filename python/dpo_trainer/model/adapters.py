@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError, did_you_mean, first_line
+from .adapter_kinds import active_names
 from .split import Batch, SplitModel, evaluating, unwrap_adapter
 
 logger = logging.getLogger("dpo_trainer")
@@ -47,7 +49,10 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
     Raises:
         ConfigError, ModelError: the adapter and the settings contradict each other.
     """
+    if type(model).__name__ == "PeftMixedModel":
+        raise ModelError("model: peft saves no model of mixed adapters (PeftMixedModel); pass a PeftModel")
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        _check_layers(model, peft_config, adapter)
         if adapter is not None:
             raise ConfigError(f"adapter: '{adapter}' needs a model that brings an adapter, and this one brings none")
         return Attached(model) if peft_config is None else _with_new_adapter(model, peft_config)
@@ -65,7 +70,9 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
         return Attached(model)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ModelError(f"adapter: {type(model.base_model).__name__} cannot merge this kind of adapter into its model")
+    expected = _answer(model)
     model = model.merge_and_unload().requires_grad_(peft_config is None)
+    _check_merged(expected, _answer(model))
     if peft_config is None:
         logger.info("adapter: %s is merged into the model, and all of its weights train", names)
         return Attached(model, merged=True)
@@ -78,6 +85,57 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
     return Attached(found.model, is_new=True, merged=True)
 
 
+def _check_layers(model: Any, peft_config: Any, adapter: str | None) -> None:
+    """Raise ModelError or ConfigError for a model that is no peft model and whose layers hold an adapter that would be lost."""
+    if not any(hasattr(part, "adapter_layer_names") for part in model.modules()):
+        return
+    added = getattr(model, "_hf_peft_config_loaded", False)  # by transformers, which saves it as an adapter
+    if not added and isinstance(model, PreTrainedModel):
+        raise ModelError(
+            "model: its layers hold an adapter of peft, which is saved only with the peft model around it; pass that one, or "
+            "the model that its merge_and_unload() or unload() gives"
+        )
+    if peft_config is not None:
+        raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
+    if adapter is not None:
+        raise ConfigError(
+            f"adapter: '{adapter}' is for peft models and paths of adapters; what add_adapter added goes on training"
+        )
+
+
+@torch.no_grad()
+def _answer(model: Any) -> Tensor | None:
+    """Logits [1, T, V] of a few tokens from all over the vocabulary.
+
+    None where they cannot be had: of quantised weights, which merging rounds; of weights that are elsewhere; of a model that
+    does not take tokens alone.
+    """
+    values = list(model.parameters())
+    if any(value.is_meta or not value.numel() or value.dtype.itemsize == 1 for value in values):
+        return None
+    try:
+        count = unwrap_adapter(model).config.get_text_config().vocab_size
+        ids = torch.arange(0, count, max(count // 32, 1), device=values[0].device)[None, :32]
+        with evaluating(model):
+            return model(input_ids=ids).logits
+    except Exception:  # whatever a model's own code raises; whether it can be trained is asked later
+        return None
+
+
+def _check_merged(expected: Tensor | None, found: Tensor | None) -> None:
+    """Raise ModelError where a merged model answers otherwise than the model with its adapter did, beyond rounding."""
+    if expected is None or found is None:
+        return
+    exact = torch.finfo(expected.dtype).bits >= 32
+    differ = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    if differ > (1e-3 if exact else 0.1):
+        raise ModelError(
+            f"adapter: it cannot be merged: afterwards the model's logits differ by {differ:.2g} of their norm. Modules that "
+            "share one weight (head and embeddings, replicated layers) cannot take an update for one of them. adapter: "
+            "continue, without a config for a new one, trains it as it is"
+        )
+
+
 def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
     from peft import get_peft_model
 
@@ -86,7 +144,16 @@ def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
         wrapped = get_peft_model(model, peft_config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft_config: {first_line(error)}") from error
-    return Attached(wrapped, is_new=True, keeps_base=all(_sum(value) == total for value, total in before))
+    keeps_base = all(_sum(value) == total for value, total in before)
+    if getattr(peft_config, "layer_replication", None):
+        logger.info("peft_config: layer_replication repeats layers of the model; the reference repeats them too")
+    if not keeps_base and "niter" in str(getattr(peft_config, "init_lora_weights", "")):
+        logger.warning(
+            "peft_config: init_lora_weights '%s' rewrites the model at random, so the saved adapter does not fit what "
+            "from_pretrained makes of the model; 'pissa' does not draw",
+            peft_config.init_lora_weights,
+        )
+    return Attached(wrapped, is_new=True, keeps_base=keeps_base)
 
 
 def _sum(value: Tensor) -> float:
@@ -170,16 +237,34 @@ def obstacle_to_training(policy: SplitModel, batch: Batch) -> str | None:
     return None
 
 
-@torch.no_grad()
-def starts_without_effect(policy: SplitModel, batch: Batch) -> bool:
-    """Whether the model answers to the bit as it does without its adapter, judged by a batch.
-
-    Where the adapter covers the embeddings the answer is no: a batch shows nothing of tokens that it does not hold.
-    """
+def unsaved(policy: SplitModel, batch: Batch) -> list[str]:
+    """Names of the trainable parameters beside a peft model's adapter that peft does not save with it, judged by a batch."""
     model: Any = policy.model
-    if not isinstance(unwrap_adapter(model).get_input_embeddings(), nn.Embedding):
-        return False
+    if not hasattr(model, "get_base_model") or not (beside := trainable_in(policy, batch, adapter=False)):
+        return []
+    from peft import get_peft_model_state_dict
+
+    states = [
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in active_names(model)
+    ]
+    saved = {value.data_ptr() for state in states for value in state.values()}
+    return [name for name in beside if model.get_parameter(name).data_ptr() not in saved]
+
+
+@torch.no_grad()
+def effect(policy: SplitModel, batch: Batch) -> float:
+    """How far the model's logits are from those without its adapter, relative to their norm; 0 where they agree to the bit."""
+    model: Any = policy.model
     with evaluating(model):
-        expected = policy.packed_logits(batch)
+        found = policy.packed_logits(batch)
         with model.disable_adapter():
-            return torch.equal(expected, policy.packed_logits(batch))
+            expected = policy.packed_logits(batch)
+    if torch.equal(found, expected):
+        return 0.0
+    return max(((found.double() - expected.double()).norm() / expected.double().norm()).item(), 1e-30)
+
+
+def covers_embeddings(model: Any) -> bool:
+    """Whether an adapter covers the embeddings: a batch shows nothing of tokens that it does not hold. True if unknown."""
+    base = unwrap_adapter(model)
+    return not hasattr(base, "get_input_embeddings") or not isinstance(base.get_input_embeddings(), nn.Embedding)

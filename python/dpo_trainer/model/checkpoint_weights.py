@@ -15,6 +15,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .adapter_kinds import active_names
+
 
 def load_translated(model: Any, folder: str | Path) -> bool:
     """Load a checkpoint's weights by `from_pretrained` if it has names that the model lacks; else do nothing.
@@ -29,6 +31,25 @@ def load_translated(model: Any, folder: str | Path) -> bool:
     dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
     found = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=dtype)
     model.load_state_dict(found.state_dict())
+    return True
+
+
+def load_adapters(model: Any, folder: str | Path) -> bool:
+    """Load a peft model's active adapters from a checkpoint if they are not just "default"; else do nothing.
+
+    transformers loads the first of several only, and as the best model of a run the file of "default" into any.
+
+    Returns:
+        whether they were loaded.
+    """
+    names = active_names(model)
+    if names in ([], ["default"]):
+        return False
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    for name in names:  # peft saves "default" in the folder itself
+        place = Path(folder) / ("" if name == "default" else name)
+        set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), adapter_name=name)
     return True
 
 
