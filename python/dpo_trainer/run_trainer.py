@@ -222,7 +222,7 @@ class RunTrainer(ReferenceTrainer):
         model: Any = self.policy.model
         if anew or not (folder / "config.json").exists():
             with writing(folder):
-                save_base(model, folder)
+                save_base(self.attached, folder)
                 self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
             logger.info("the model under the new adapter is saved in %s", folder)
         model.peft_config[model.active_adapter].base_model_name_or_path = str(folder.resolve())

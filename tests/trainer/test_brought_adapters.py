@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from dpo_trainer import ConfigError, DPOTrainer, ModelError, load_model
@@ -106,6 +106,54 @@ def test_other_merges_are_done(config: LoraConfig, make_trainer: Make, tmp_path:
     adapter = folder_of(tmp_path, config)
     truth = plain_logps(load_model(adapter), ROWS)
     assert torch.allclose(plain_logps(make_trainer(model=adapter, adapter="merge").model, ROWS), truth, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        VeraConfig(r=4, target_modules=["q_proj"]),
+        lora(trainable_token_indices=[3, 4]),
+        lora(modules_to_save=["lm_head"], use_dora=True),
+    ],
+    ids=["prompt", "vera", "tokens", "head"],
+)
+def test_the_base_under_any_new_adapter_is_the_merged_model(
+    config: PeftConfig, make_trainer: Make, tmp_path: Path
+) -> None:
+    adapter = folder_of(tmp_path, lora())
+    truth = plain_logps(load_model(adapter), ROWS)
+    trainer = make_trainer(model=adapter, peft_config=config, max_steps=1, output_dir=str(tmp_path / "run"))
+    trainer.train()
+    assert torch.allclose(plain_logps(load_model(tmp_path / "run" / "base"), ROWS), truth, atol=1e-4)
+
+
+def test_layers_are_not_replicated_over_a_merge(make_trainer: Make, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^peft_config: layer_replication changes the merged model"):
+        make_trainer(model=folder_of(tmp_path, lora()), peft_config=lora(layer_replication=[[0, 2], [0, 2]]))
+
+
+def test_ranks_that_adalora_has_cut_are_not_cut_again(make_trainer: Make, tmp_path: Path) -> None:
+    """peft applies the second cut, which counts the ranks that the first one left, to all of them."""
+    config = AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        tinit=1,
+        tfinal=1,
+        total_step=6,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
+    plain = folder_of(tmp_path, lora()).with_name("plain")
+    trainer = make_trainer(
+        model=plain, peft_config=config, max_steps=6, learning_rate=5e-2, output_dir=str(tmp_path / "run")
+    )
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(ModelError, match=r"^adapter: AdaLoRA has cut the ranks of this one already"):
+        make_trainer(model=tmp_path / "run")
+    merged = make_trainer(model=tmp_path / "run", adapter="merge")
+    assert torch.allclose(plain_logps(merged.model, ROWS), plain_logps(trainer.policy.model, ROWS), atol=1e-4)
 
 
 def test_the_base_under_a_new_adapter_is_this_runs_own(make_trainer: Make, tmp_path: Path) -> None:

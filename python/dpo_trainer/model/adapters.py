@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError, did_you_mean, first_line
-from .adapter_kinds import active_names
+from .adapter_kinds import active_configs, active_names
 from .split import Batch, SplitModel, evaluating, unwrap_adapter
 
 logger = logging.getLogger("dpo_trainer")
 
 #: Folder in `output_dir` of the model that a new adapter belongs to, where an older adapter was merged into its base.
 BASE = "base"
+#: Parts of a weight's name by which peft moves it down where it wraps a module.
+_WRAPPED = re.compile(r"\b(original_module|token_adapter|base_layer)\.")
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class Attached:
         is_new: whether the trainer put the adapter around a plain model.
         keeps_base: whether the model without the adapter still is the plain model. Some adapters rewrite its weights.
         merged: whether an older adapter was merged into the model before.
+        names: of the weights of the plain model under a new adapter.
     """
 
     model: Any
     is_new: bool = False
     keeps_base: bool = True
     merged: bool = False
+    names: frozenset[str] = frozenset()
 
 
 def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -> Attached:
@@ -65,6 +70,13 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
             )
         if peft_config is not None:
             raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
+        if any(
+            getattr(config, "rank_pattern", None) and hasattr(config, "total_step") for config in active_configs(model)
+        ):
+            raise ModelError(
+                "adapter: AdaLoRA has cut the ranks of this one already, and peft cannot load what is saved of it after "
+                "more training; adapter: merge merges it into the model"
+            )
         if loaded:
             logger.info("adapter: %s goes on training (adapter: merge would merge it into the model)", names)
         return Attached(model)
@@ -77,12 +89,17 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
         logger.info("adapter: %s is merged into the model, and all of its weights train", names)
         return Attached(model, merged=True)
     logger.info("adapter: %s is merged into the model, and a new one starts on top of it", names)
+    if getattr(peft_config, "layer_replication", None):
+        raise ModelError(
+            "peft_config: layer_replication changes the merged model; merge and save the older adapter beforehand"
+        )
+    plain = frozenset(model.state_dict())
     found = _with_new_adapter(model, peft_config)
     if not found.keeps_base:
         raise ModelError(
             "peft_config: this adapter rewrites the merged model; merge and save the older adapter beforehand"
         )
-    return Attached(found.model, is_new=True, merged=True)
+    return Attached(found.model, is_new=True, merged=True, names=plain)
 
 
 def _check_layers(model: Any, peft_config: Any, adapter: str | None) -> None:
@@ -180,15 +197,16 @@ def without_adapter(model: Any) -> Any:
     return tuner.unload() if hasattr(tuner, "unload") else model.get_base_model()
 
 
-def save_base(model: Any, folder: Path) -> None:
-    """Save the plain model under an adapter."""
-    base, prefix = model.get_base_model(), model.base_model.prefix
-    state = {
-        name.replace("base_layer.", "").replace("original_module.", ""): value
-        for name, value in base.state_dict().items()
-        if prefix not in name and "modules_to_save." not in name
-    }
-    base.save_pretrained(folder, state_dict=state)
+def save_base(attached: Attached, folder: Path) -> None:
+    """Save the plain model under a new adapter."""
+    base = attached.model.get_base_model()
+    found = {_WRAPPED.sub("", name): value for name, value in base.state_dict().items()}
+    if missing := sorted(attached.names.difference(found)):
+        raise ModelError(
+            f"peft_config: the merged model cannot be saved, since '{missing[0]}' is not found under this adapter; merge and "
+            "save the older adapter beforehand"
+        )
+    base.save_pretrained(folder, state_dict={name: found[name] for name in attached.names})
 
 
 # --- what the model is without its adapter -------------------------------------------------------------------------
