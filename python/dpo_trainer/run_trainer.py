@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from .errors import ConfigError, DataError, ModelError, OutputError
 from .model.adapter_kinds import active_names, all_ranks
 from .model.adapters import BASE, save_base
-from .model.checkpoint_weights import load_adapters, load_translated
+from .model.checkpoint_weights import check_kind, load_adapters, load_translated
 from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
@@ -260,6 +260,8 @@ class RunTrainer(ReferenceTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         into, folder = model or self.model, resume_from_checkpoint
+        if whole:
+            check_kind(into, folder)
         if not (whole and (load_translated(into, folder) or load_adapters(into, folder))):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -13,7 +13,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from dpo_trainer import ConfigError, DPOTrainer, ModelError, load_model
+from dpo_trainer import ConfigError, DPOTrainer, ModelError, OutputError, load_model
 from dpo_trainer.model.reference_cache import model_fingerprint
 
 from .test_adapter_references import LOG2, lora, losses, moved, plain_logps
@@ -245,6 +245,14 @@ def test_two_active_adapters_are_resumed(make_trainer: Make, make_model: Any, tm
     again, found = run(str(tmp_path / "checkpoint-1"))
     assert again == whole
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("config", [None, lora()], ids=["whole", "adapter"])
+def test_a_checkpoint_of_the_other_kind_is_refused(config: Any, make_trainer: Make, tmp_path: Path) -> None:
+    make_trainer(peft_config=config, output_dir=str(tmp_path), **SAVED).train()
+    other = make_trainer(peft_config=None if config else lora(), output_dir=str(tmp_path), **{**SAVED, "max_steps": 4})
+    with pytest.raises(OutputError, match=r"checkpoint-3: holds a.*, but the run trains a.*; go on with the model"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_weights_that_peft_does_not_save_are_told(make_trainer: Make, make_model: Any, caplog: Any) -> None:

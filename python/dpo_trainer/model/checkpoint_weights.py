@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..errors import OutputError
 from .adapter_kinds import active_names
 
 
@@ -32,6 +33,17 @@ def load_translated(model: Any, folder: str | Path) -> bool:
     found = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=dtype)
     model.load_state_dict(found.state_dict())
     return True
+
+
+def check_kind(model: Any, folder: str | Path) -> None:
+    """Raise OutputError where a checkpoint is of an adapter and the model is no peft model, or the other way round."""
+    held = any(next(Path(folder).glob(place), None) for place in ("adapter_config.json", "*/adapter_config.json"))
+    if held != hasattr(model, "get_base_model"):
+        kinds = ("a whole model", "an adapter of peft")
+        raise OutputError(
+            f"{folder}: holds {kinds[held]}, but the run trains {kinds[not held]}; go on with the model and the settings lora "
+            "and adapter of the run that saved it"
+        )
 
 
 def load_adapters(model: Any, folder: str | Path) -> bool:
