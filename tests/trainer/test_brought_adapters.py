@@ -255,6 +255,14 @@ def test_a_checkpoint_of_the_other_kind_is_refused(config: Any, make_trainer: Ma
         other.train(resume_from_checkpoint=True)
 
 
+def test_an_adapter_that_cannot_be_copied_is_compared_with_beforehand(make_trainer: Make, tmp_path: Path) -> None:
+    adapter = folder_of(tmp_path, lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True))
+    with pytest.raises(ModelError, match=r"^reference: the model holds tensors that torch cannot copy; set precompute"):
+        make_trainer(model=adapter)
+    trainer = make_trainer(model=adapter, precompute_ref_log_probs=True, max_steps=2)
+    assert losses(trainer)[0] == pytest.approx(LOG2, abs=1e-5)
+
+
 def test_weights_that_peft_does_not_save_are_told(make_trainer: Make, make_model: Any, caplog: Any) -> None:
     config = lora(bias="all", modules_to_save=["embed_out"], target_modules=["query_key_value"])
     model = get_peft_model(make_model("gpt-neox"), config)
