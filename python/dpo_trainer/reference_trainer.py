@@ -11,8 +11,8 @@ from dpo_kernels import objectives, use_backend
 
 from .data.prepare import is_prepared
 from .data.rows import REFERENCE, has_reference
-from .errors import ConfigError, DataError
-from .model.adapters import Attached, named_adapter, starts_without_effect, trainable_in, without_adapter
+from .errors import ConfigError, DataError, ModelError
+from .model.adapters import Attached, covers_embeddings, effect, named_adapter, trainable_in, without_adapter
 from .model.causal import check_answers
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
@@ -54,6 +54,7 @@ class ReferenceTrainer(PairTrainer):
         if datasets and all(map(has_reference, datasets)):
             return None
         if ref_model is not None:
+            self._check_given(ref_model)
             reference = FrozenReference(ref_model.to(self.args.device))
             if example is not None:
                 with self.accelerator.autocast():
@@ -72,12 +73,26 @@ class ReferenceTrainer(PairTrainer):
             return None  # computed from the model itself before it moves
         return self._frozen_copy()
 
+    def _check_given(self, ref_model: Any) -> None:
+        """Raise ConfigError or ModelError where a given reference is not the only one, or would move with the policy."""
+        if self.args.ref_adapter_name is not None:
+            raise ConfigError(
+                "ref_adapter_name: names an adapter of the model, but ref_model is given too; leave one out"
+            )
+        own = {id(value) for value in ref_model.parameters()}
+        for name, value in self.policy.model.named_parameters():
+            if value.requires_grad and id(value) in own:
+                raise ModelError(
+                    f"ref_model: shares '{name}' with the model, which trains it; pass None for the model as it is given"
+                )
+
     def _reference_of_adapter(self, example: Batch | None) -> Reference:
         """The model as it was given: without a new adapter, or with the adapter that it brought."""
-        neutral = example is not None and starts_without_effect(self.policy, example)
+        moved = None if example is None else effect(self.policy, example)
+        neutral = moved == 0.0 and not covers_embeddings(self.policy.model)
         without = (self.attached.is_new and self.attached.keeps_base) or neutral
         outside = [] if example is None else trainable_in(self.policy, example, adapter=False)
-        if self.attached.is_new and without and not neutral and example is not None:
+        if self.attached.is_new and without and moved is not None and moved > 1e-5:
             logger.info("adapter: the model answers differently with it from the start, so the first loss is not log 2")
         if without and (not outside or self.args.precompute_ref_log_probs):
             return AdapterOffReference(self.policy)

@@ -16,9 +16,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import ConfigError, DataError, ModelError, OutputError
-from .model.adapter_kinds import all_ranks
+from .model.adapter_kinds import active_names, all_ranks
 from .model.adapters import BASE, save_base
-from .model.checkpoint_weights import load_translated
+from .model.checkpoint_weights import check_kind, load_adapters, load_translated
 from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
@@ -132,7 +132,7 @@ class RunTrainer(ReferenceTrainer):
             if first:
                 discard_half(folder)
                 if self.attached.merged and self.attached.is_new:
-                    self._save_base(folder / BASE)
+                    self._save_base(folder / BASE, anew=checkpoint is None)
             self._training_seconds()  # the clock starts here
             self._saved_at = -1
             self._take_state({})
@@ -209,13 +209,20 @@ class RunTrainer(ReferenceTrainer):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             write_card(self, folder, {})  # peft writes one of its own
+            for name in active_names(self.policy.model):
+                if name != "default":
+                    logger.info("the adapter '%s' is saved in %s, where peft keeps it", name, folder / name)
 
-    def _save_base(self, folder: Path) -> None:
-        """Keep the model that a new adapter belongs to: an older adapter is merged into it, so it stands nowhere else."""
+    def _save_base(self, folder: Path, *, anew: bool) -> None:
+        """Keep the model that a new adapter belongs to: an older adapter is merged into it, so it stands nowhere else.
+
+        Args:
+            anew: also where there is one, which may be an earlier run's, or half of one after a kill.
+        """
         model: Any = self.policy.model
-        if not (folder / "config.json").exists():
+        if anew or not (folder / "config.json").exists():
             with writing(folder):
-                save_base(model, folder)
+                save_base(self.attached, folder)
                 self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
             logger.info("the model under the new adapter is saved in %s", folder)
         model.peft_config[model.active_adapter].base_model_name_or_path = str(folder.resolve())
@@ -257,12 +264,15 @@ class RunTrainer(ReferenceTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if not (whole and load_translated(model or self.model, resume_from_checkpoint)):
+        into, folder = model or self.model, resume_from_checkpoint
+        if whole:
+            check_kind(into, folder)
+        if not (whole and (load_translated(into, folder) or load_adapters(into, folder))):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best, whole = self.state.best_model_checkpoint, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if not (whole and best and load_translated(self.model, best)):
+        if not (whole and best and (load_translated(self.model, best) or load_adapters(self.model, best))):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -25,7 +25,7 @@ from .errors import ConfigError, DataError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
-from .model.adapters import attach, named_adapter, obstacle_to_training
+from .model.adapters import attach, named_adapter, obstacle_to_training, unsaved
 from .model.auxiliary import auxiliary_loss
 from .model.causal import check_answers
 from .model.dropout import disable_dropout, settle
@@ -206,6 +206,13 @@ class DPOTrainer(LossTrainer):
                         name = type(self.policy.model).__name__
                         settle(self.policy.model, lambda: self.policy.packed_logits(example), name)
                 self.obstacle_to_training = obstacle_to_training(self.policy, example)
+                if names := unsaved(self.policy, example):
+                    logger.warning(
+                        "model: '%s' (%d in all) trains beside the adapter, and peft saves it neither in checkpoints nor at "
+                        "the end; name its module in modules_to_save",
+                        names[0],
+                        len(names),
+                    )
         self.auxiliary = auxiliary_loss(self.policy, args.router_aux_loss_coef, example)
         self.reference = self._make_reference(ref_model, example)
         self.moving = self._make_moving()

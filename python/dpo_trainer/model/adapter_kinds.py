@@ -34,6 +34,13 @@ def active_configs(model: Any) -> list[Any]:
     return [model.peft_config[name] for name in names if name in model.peft_config]
 
 
+def active_names(model: Any) -> list[str]:
+    """Names of a peft model's active adapters that have weights of their own in its layers; none for other models."""
+    if not hasattr(model, "get_base_model"):
+        return []
+    return [name for name in model.active_adapters if name in model.peft_config]
+
+
 def own_forward(model: Any) -> str | None:
     """What an active adapter does in the peft model's own forward, so that backbone and head alone would pass it by.
 

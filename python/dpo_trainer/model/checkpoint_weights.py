@@ -15,6 +15,9 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..errors import OutputError
+from .adapter_kinds import active_names
+
 
 def load_translated(model: Any, folder: str | Path) -> bool:
     """Load a checkpoint's weights by `from_pretrained` if it has names that the model lacks; else do nothing.
@@ -29,6 +32,36 @@ def load_translated(model: Any, folder: str | Path) -> bool:
     dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
     found = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=dtype)
     model.load_state_dict(found.state_dict())
+    return True
+
+
+def check_kind(model: Any, folder: str | Path) -> None:
+    """Raise OutputError where a checkpoint is of an adapter and the model is no peft model, or the other way round."""
+    held = any(next(Path(folder).glob(place), None) for place in ("adapter_config.json", "*/adapter_config.json"))
+    if held != hasattr(model, "get_base_model"):
+        kinds = ("a whole model", "an adapter of peft")
+        raise OutputError(
+            f"{folder}: holds {kinds[held]}, but the run trains {kinds[not held]}; go on with the model and the settings lora "
+            "and adapter of the run that saved it"
+        )
+
+
+def load_adapters(model: Any, folder: str | Path) -> bool:
+    """Load a peft model's active adapters from a checkpoint if they are not just "default"; else do nothing.
+
+    transformers loads the first of several only, and as the best model of a run the file of "default" into any.
+
+    Returns:
+        whether they were loaded.
+    """
+    names = active_names(model)
+    if names in ([], ["default"]):
+        return False
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    for name in names:  # peft saves "default" in the folder itself
+        place = Path(folder) / ("" if name == "default" else name)
+        set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), adapter_name=name)
     return True
 
 

@@ -121,7 +121,11 @@ def _base_of(path: str | Path) -> str | None:
         return None  # no such hub name, which is for the loading of a model to say
     if found is None:
         return None
-    if not (base := json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")):
+    try:
+        config = json.loads(Path(found).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model '{path}': its adapter_config.json cannot be read ({first_line(error)})") from error
+    if not (base := config.get("base_model_name_or_path")):
         raise ModelError(
             f"model '{path}': is an adapter, and its adapter_config.json names no model; set base_model_name_or_path there"
         )
@@ -141,17 +145,56 @@ def _of_adapter(path: str | Path, base: str) -> Iterator[None]:
 
 def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
     """The adapter around its model, ready to be trained."""
-    from peft import PeftModel
+    from peft import PeftModel, load_peft_weights
 
+    folder = str(Path(path).expanduser())
+    try:
+        weights = load_peft_weights(folder, device="cpu")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model '{path}': holds an adapter_config.json, but no weights that can be read") from error
+    with _of_adapter(path, base):
+        stacked = _base_of(base) is not None
+    if stacked:
+        raise ModelError(
+            f"model '{path}': is an adapter of an adapter ('{base}'), which peft does not stack; merge that one into its model "
+            "(merge_and_unload), save it, and set base_model_name_or_path in adapter_config.json to it"
+        )
     with _of_adapter(path, base):
         model = load_model(base, **kwargs)
     tokenizer = load_tokenizer(path)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))  # the adapter was trained with tokens of its own
+    if (size := _embeddings(model, weights) or len(tokenizer)) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(size)  # the adapter was trained with tokens of its own
     try:
-        return PeftModel.from_pretrained(model, str(Path(path).expanduser()), is_trainable=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"model '{path}': the adapter cannot be loaded ({first_line(error)})") from error
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
+        # torch's own first line says no more than that something is wrong
+        text = first_line(error).removeprefix("Error(s) in loading state_dict for PeftModelForCausalLM:")
+        text = text or str(error).splitlines()[1].strip()
+        raise ModelError(f"model '{path}': the adapter cannot be loaded ({text})") from error
+    _check_names(path, model, weights)
+    return model
+
+
+def _embeddings(model: Any, weights: Mapping[str, Any]) -> int | None:
+    """How many embeddings an adapter's file has, which may be more than the tokenizer has tokens; None where it has none."""
+    inside = model.get_input_embeddings()
+    ours = next((name for name, part in model.named_modules() if part is inside), "")
+    ends = (f"{ours}.weight", f"{ours}.base_layer.weight")
+    return next((len(value) for name, value in weights.items() if ours and name.endswith(ends)), None)
+
+
+def _check_names(path: str | Path, model: Any, weights: Mapping[str, Any]) -> None:
+    """Raise ModelError where LoRA's file and its config name other layers: peft leaves out what it finds no layer for."""
+    from peft import get_peft_model_state_dict
+
+    if model.peft_config["default"].peft_type.value != "LORA":
+        return
+    ours = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for one, other, where in ((weights, ours, "its config"), (ours, weights, "its file")):
+        if odd := sorted(name for name in one if "lora_" in name and name not in other):
+            raise ModelError(
+                f"model '{path}': the adapter's file and config do not belong together: '{odd[0]}' is not in {where}"
+            )
 
 
 def _read(kind: Any, path: str | Path, failure: str, **kwargs: Any) -> Any:

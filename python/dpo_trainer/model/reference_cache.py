@@ -36,6 +36,8 @@ SHARD = 256
 FORMAT = 2
 #: Entries of a model's config that say where it lies and how it is run, not what it computes.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
+#: What a layer of peft keeps of how its adapters are used, beside their weights.
+_IN_LAYERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 Logps = tuple[list[float], list[float]]
 
@@ -54,8 +56,11 @@ def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
     """A hash of a model's class, config and weights; with `adapter=False`, of a peft model without its adapter."""
     base: Any = unwrap_adapter(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None) if base is not model else None
-    said = {name: value for name, value in base.config.to_dict().items() if name not in _INCIDENTAL}
+    config = base.config.to_dict() if hasattr(base, "config") else {}
+    said = {name: value for name, value in config.items() if name not in _INCIDENTAL}
     about: list[Any] = [type(base).__name__, said]
+    if adapter:
+        about += [(name, [getattr(part, key, None) for key in _IN_LAYERS]) for name, part in _adapter_layers(model)]
     weights = base.state_dict()
     if adapter and base is not model:
         adapters: Any = model
@@ -69,6 +74,10 @@ def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
         digest.update(f"{name.replace('.base_layer', '')} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, part) for name, part in model.named_modules() if hasattr(part, "adapter_layer_names")]
 
 
 def _as_json(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_kernels import linear_dpo_loss, sequence_logps
 
+from ..errors import ModelError
 from .split import Batch, SplitModel, evaluating
 
 
@@ -67,7 +68,15 @@ class FrozenReference(_Reference):
             shared: whether weights that do not train are the model's own, so that they stand in memory once.
         """
         frozen = [value for value in model.parameters() if not value.requires_grad] if shared else []
-        copied = copy.deepcopy(model, {id(value): value for value in frozen})
+        try:
+            copied = copy.deepcopy(model, {id(value): value for value in frozen})
+        except RuntimeError as error:
+            if "deepcopy" not in str(error):
+                raise
+            # Such as LoRA's with ensure_weight_tying, whose head holds a view of the embeddings' factors.
+            raise ModelError(
+                "reference: the model holds tensors that torch cannot copy; set precompute_ref_log_probs or give a ref_model"
+            ) from error
         reference = cls(copied if change is None else change(copied))
         reference.copied = True
         return reference

@@ -51,7 +51,8 @@ class SplitModel:
         self.backbone: Any = _backbone(base, self.head)
         self.around = own_forward(model)
         self.split = self.backbone is not None and self.head is not None and self.around is None
-        self._config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+        config: Any = getattr(base, "config", None)
+        self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._scale, self._softcap = _after_head(self._config)
 
     @property
