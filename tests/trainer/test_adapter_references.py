@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from dpo_trainer import ConfigError, DPOTrainer, ModelError, load_model, load_tokenizer
 from dpo_trainer.cli import main
@@ -251,6 +251,21 @@ def test_an_adapter_folder_is_loaded_with_its_model(adapter_folder: Path) -> Non
     assert isinstance(model, PeftModel)
     assert sum(value.requires_grad for value in model.parameters()) > 0
     assert len(load_tokenizer(adapter_folder)) == len(build_tokenizer())
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_in_a_folder_go_on_training(
+    kind: Any, model_folder: Path, tmp_path: Path, make_trainer: Make
+) -> None:
+    torch.manual_seed(5)
+    saved = get_peft_model(load_model(model_folder), kind(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    saved.save_pretrained(tmp_path / "prompt")
+    trainer = make_trainer(model=str(tmp_path / "prompt"), learning_rate=0.1, max_steps=2)
+    before = trainer.policy.model.prompt_encoder["default"].embedding.weight.detach().clone()
+    assert losses(trainer)[0] == pytest.approx(LOG2, abs=1e-6)
+    assert not torch.equal(before, trainer.policy.model.prompt_encoder["default"].embedding.weight)
+    assert trainer.reference is not None
+    assert torch.equal(before, trainer.reference.split.model.prompt_encoder["default"].embedding.weight)
 
 
 def settings(here: Path, adapter: Path) -> list[str]:

@@ -168,11 +168,12 @@ def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
     keeps_base = all(_sum(value) == total for value, total in before)
     if getattr(peft_config, "layer_replication", None):
         logger.info("peft_config: layer_replication repeats layers of the model; the reference repeats them too")
-    if not keeps_base and "niter" in str(getattr(peft_config, "init_lora_weights", "")):
+    init = str(getattr(peft_config, "init_lora_weights", ""))
+    if not keeps_base and "niter" in init:
         logger.warning(
             "peft_config: init_lora_weights '%s' rewrites the model at random, so the saved adapter does not fit what "
             "from_pretrained makes of the model; 'pissa' does not draw",
-            peft_config.init_lora_weights,
+            init,
         )
     return Attached(wrapped, is_new=True, keeps_base=keeps_base)
 

@@ -145,7 +145,7 @@ def _of_adapter(path: str | Path, base: str) -> Iterator[None]:
 
 def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
     """The adapter around its model, ready to be trained."""
-    from peft import PeftModel, load_peft_weights
+    from peft import PeftConfig, PeftModel, load_peft_weights
 
     folder = str(Path(path).expanduser())
     try:
@@ -165,7 +165,12 @@ def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
     if (size := _embeddings(model, weights) or len(tokenizer)) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(size)  # the adapter was trained with tokens of its own
     try:
-        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        config: Any = PeftConfig.from_pretrained(folder)
+        # peft refuses to load virtual tokens as trainable; afterwards they may be.
+        model = PeftModel.from_pretrained(model, folder, is_trainable=not config.is_prompt_learning)
+        if config.is_prompt_learning:
+            model.prompt_encoder.requires_grad_(True)
+            model.peft_config[model.active_adapter].inference_mode = False
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
         # torch's own first line says no more than that something is wrong
         text = first_line(error).removeprefix("Error(s) in loading state_dict for PeftModelForCausalLM:")

@@ -242,7 +242,10 @@ def _backbone(base: Any, head: Any) -> nn.Module | None:
     if takes_images(base):  # its decoder alone would not see them
         whole = getattr(base, "base_model", None)
         return whole if whole is not base and takes_images(whole) else None
-    candidates = (base.get_decoder() if hasattr(base, "get_decoder") else None, getattr(base, "base_model", None))
+    decoder = None
+    with contextlib.suppress(Exception):  # of models whose get_decoder is not for them
+        decoder = base.get_decoder()
+    candidates = (decoder, getattr(base, "base_model", None))
     # ModernBERT's attribute `decoder`, which get_decoder finds, is its head.
     found = (part for part in candidates if isinstance(part, nn.Module) and part is not base and part is not head)
     return next(found, None)
