@@ -177,7 +177,7 @@ WEIGHTS_TEXT = """\
 ## Uneven pairs
 
 Some pairs are obvious, others nearly a coin toss. `label_smoothing` and `beta` take one value per pair, and `pair_weights`
-scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes:
+scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer: `weight_from`):
 
 ```python
 from dpo_kernels.confidence import confidence_smoothing, confidence_weights, preference_probability
