@@ -173,7 +173,13 @@ def adapters() -> str:
             groups.setdefault(("slower", why), []).append(name)
         else:
             groups.setdefault(("supported", "prompts are shared, and the head is fused"), []).append(name)
-    lines = [f"{len(whole['kinds'])} kinds of peft {whole['peft']}.", "", "| | why | kinds |", "|---|---|---|"]
+    absent = ", ".join(f"`{name}` ({package})" for name, package in whole["not_tried"].items())
+    lines = [
+        f"{len(whole['kinds'])} kinds of peft {whole['peft']}. Not tried, since a package was missing: {absent}.",
+        "",
+        "| | why | kinds |",
+        "|---|---|---|",
+    ]
     for what, why in sorted(groups, key=lambda group: (ORDER.index(group[0]), -len(groups[group]))):
         lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
     return "\n".join(lines) + "\n"

@@ -192,7 +192,7 @@ def test_what_becomes_of_every_kind(tmp_path: Path) -> None:
     found = {kind: becomes(kind, tmp_path / kind) for kind in KINDS if kind not in NEEDS}
     assert {kind for kind, what in found.items() if "refused" in what} == set(REFUSED)
     if os.environ.get("DPO_WRITE_RESULTS") == "1":
-        results = {"peft": peft.__version__, "kinds": found}
+        results = {"peft": peft.__version__, "kinds": found, "not_tried": NEEDS}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
