@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 SUITE, ARCHITECTURES, ADAPTERS = (RESULTS / f"{name}.json" for name in ("trl_suite", "architectures", "adapters"))
 #: What may become of a model or an adapter, the best first.
 ORDER = ("supported", "slower", "refused")
+AHEAD, FULL = "a later token changes the logits before it", "prompts are shared, and the head is fused"
 
 
 def defaults(kind: Any) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def suite() -> str:
 def kind_of(found: dict[str, Any]) -> tuple[str, str]:
     """(what becomes of an architecture, why), from what the trainer said of it."""
     if refused := found.get("refused"):
-        why = "a later token changes the logits before it" if "looks ahead" in refused else refused.partition(": ")[2]
+        why = AHEAD if "looks ahead" in refused else refused.partition(": ")[2]
         return "refused", why.replace(found["class"], "it", 1).partition(";")[0]
     reasons = []
     if found["head"] == "logits":
@@ -139,49 +140,50 @@ def kind_of(found: dict[str, Any]) -> tuple[str, str]:
         reasons.append(f"batches are padded, since {why}")
     elif found["layout"] == "shared rows":
         reasons.append("prompts are shared under a mask, since its attention is not sdpa's")
-    return ("slower", "; ".join(reasons)) if reasons else ("supported", "prompts are shared, and the head is fused")
+    return ("slower", "; ".join(reasons)) if reasons else ("supported", FULL)
+
+
+def groups_of(entries: Iterable[tuple[str, tuple[str, str]]], title: str) -> list[str]:
+    """A table with a row for each (what becomes of them, why), of entries (name, (what, why))."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, group in entries:
+        groups.setdefault(group, []).append(name)
+    lines = [f"| | why | {title} |", "|---|---|---|"]
+    for what, why in sorted(groups, key=lambda group: (ORDER.index(group[0]), -len(groups[group]))):
+        lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
+    return lines
 
 
 def architectures() -> str:
     """What becomes of every architecture of transformers that can be made tiny."""
     whole = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, found in whole["architectures"].items():
-        groups.setdefault(kind_of(found), []).append(name)
     lines = [
         f"{len(whole['architectures'])} architectures of transformers {whole['transformers']}, by their model types. "
         f"{len(whole['not_tried'])} more could not be made small enough to try, most of them since they need images or sound.",
         "",
-        "| | why | architectures |",
-        "|---|---|---|",
+        *groups_of(((name, kind_of(found)) for name, found in whole["architectures"].items()), "architectures"),
     ]
-    for what, why in sorted(groups, key=lambda group: (ORDER.index(group[0]), -len(groups[group]))):
-        lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
     return "\n".join(lines) + "\n"
+
+
+def kind_of_adapter(found: dict[str, str]) -> tuple[str, str]:
+    """(what becomes of a kind of adapter, why)."""
+    if refused := found.get("refused"):
+        return "refused", AHEAD if "looks ahead" in refused else refused
+    if why := found["why"]:
+        return "slower", "virtual tokens stand in front of every row" if "virtual tokens" in why else why
+    return "supported", FULL
 
 
 def adapters() -> str:
     """What becomes of every kind of adapter."""
     whole = json.loads(ADAPTERS.read_text(encoding="utf-8"))
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, found in whole["kinds"].items():
-        if refused := found.get("refused"):
-            why = "a later token changes the logits before it" if "looks ahead" in refused else refused
-            groups.setdefault(("refused", why), []).append(name)
-        elif found["why"]:
-            why = "virtual tokens stand in front of every row" if "virtual tokens" in found["why"] else found["why"]
-            groups.setdefault(("slower", why), []).append(name)
-        else:
-            groups.setdefault(("supported", "prompts are shared, and the head is fused"), []).append(name)
     absent = ", ".join(f"`{name}` ({package})" for name, package in whole["not_tried"].items())
     lines = [
         f"{len(whole['kinds'])} kinds of peft {whole['peft']}. Not tried, since a package was missing: {absent}.",
         "",
-        "| | why | kinds |",
-        "|---|---|---|",
+        *groups_of(((name, kind_of_adapter(found)) for name, found in whole["kinds"].items()), "kinds"),
     ]
-    for what, why in sorted(groups, key=lambda group: (ORDER.index(group[0]), -len(groups[group]))):
-        lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
     return "\n".join(lines) + "\n"
 
 

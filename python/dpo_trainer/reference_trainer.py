@@ -12,7 +12,7 @@ from dpo_kernels import objectives, use_backend
 from .data.prepare import is_prepared
 from .data.rows import REFERENCE, has_reference
 from .errors import ConfigError, DataError, ModelError
-from .model.adapters import Attached, covers_embeddings, effect, named_adapter, trainable_in, without_adapter
+from .model.adapters import Attached, covers_embeddings, effect, named_adapter, without_adapter
 from .model.causal import check_answers
 from .model.moving_reference import MovingReference
 from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, model_fingerprint
@@ -39,6 +39,13 @@ class ReferenceTrainer(PairTrainer):
     reference: Reference
     moving: MovingReference | None
     _objectives: list[Any]
+    #: Names of the trainable parameters that the model depends on without its adapter too.
+    _beside_adapter: list[str]
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed takes the weights out of the model."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @contextlib.contextmanager
     def _kernels(self) -> Any:
@@ -91,16 +98,16 @@ class ReferenceTrainer(PairTrainer):
         moved = None if example is None else effect(self.policy, example)
         neutral = moved == 0.0 and not covers_embeddings(self.policy.model)
         without = (self.attached.is_new and self.attached.keeps_base) or neutral
-        outside = [] if example is None else trainable_in(self.policy, example, adapter=False)
         if self.attached.is_new and without and moved is not None and moved > 1e-5:
             logger.info("adapter: the model answers differently with it from the start, so the first loss is not log 2")
-        if without and (not outside or self.args.precompute_ref_log_probs):
+        if without and (not self._beside_adapter or self.args.precompute_ref_log_probs):
             return AdapterOffReference(self.policy)
         if self.args.precompute_ref_log_probs:
             return None
         if without:
             logger.info(
-                "reference: a frozen copy of the weights that train, because '%s' is no part of the adapter", outside[0]
+                "reference: a frozen copy of the weights that train, because '%s' is no part of the adapter",
+                self._beside_adapter[0],
             )
             return self._frozen_copy(without_adapter, "without its adapter", begins_alike=neutral)
         why = "rewrites the model's weights" if self.attached.is_new else "is trained already"
@@ -111,8 +118,7 @@ class ReferenceTrainer(PairTrainer):
         self, change: Callable[[Any], Any] | None = None, kind: str = "", *, begins_alike: bool = True
     ) -> FrozenReference:
         """The model as it is now, or what `change` makes of its copy."""
-        shared = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # they take the weights out of the model
-        reference = FrozenReference.copy_of(self.model, change, shared=shared)  # type: ignore[arg-type]
+        reference = FrozenReference.copy_of(self.model, change, shared=not self._sharded)  # type: ignore[arg-type]
         reference.split.split = self.policy.split
         reference.copied = begins_alike
         if kind:

@@ -263,17 +263,20 @@ class RunTrainer(ReferenceTrainer):
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        into, folder = model or self.model, resume_from_checkpoint
-        if whole:
-            check_kind(into, folder)
-        if not (whole and (load_translated(into, folder) or load_adapters(into, folder))):
+        into = model or self.model
+        if not self._sharded:
+            check_kind(into, resume_from_checkpoint)
+        if not self._load_weights(into, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best, whole = self.state.best_model_checkpoint, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if not (whole and best and (load_translated(self.model, best) or load_adapters(self.model, best))):
+        best = self.state.best_model_checkpoint
+        if not (best and self._load_weights(self.model, best)):
             super()._load_best_model()
+
+    def _load_weights(self, model: Any, folder: str) -> bool:
+        """Load what transformers would not load rightly; whether there was something of that kind."""
+        return not self._sharded and (load_translated(model, folder) or load_adapters(model, folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -25,7 +25,7 @@ from .errors import ConfigError, DataError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
-from .model.adapters import attach, named_adapter, obstacle_to_training, unsaved
+from .model.adapters import attach, named_adapter, obstacle_to_training, trainable_in, unsaved
 from .model.auxiliary import auxiliary_loss
 from .model.causal import check_answers
 from .model.dropout import disable_dropout, settle
@@ -116,7 +116,7 @@ class DPOTrainer(LossTrainer):
             raise DataError(
                 "train_dataset: none given, nothing to train on; to evaluate or predict alone, give an eval_dataset"
             )
-        set_seed(args.seed)  # before model_init, and before an adapter draws its weights
+        set_seed(args.seed)  # for what model_init, or the loading of a model, draws
         if model_init is not None:
             check_model_init(args, model)
             model = self._made(model_init)
@@ -196,6 +196,7 @@ class DPOTrainer(LossTrainer):
         # Made once for a model: some objectives keep a running mean between steps.
         self._objectives = objective.build(args)
         self.policy = SplitModel(self.model)  # type: ignore[arg-type]
+        self._beside_adapter = []
         example = self._example_batch()
         if example is not None:
             with self.accelerator.autocast():
@@ -206,7 +207,9 @@ class DPOTrainer(LossTrainer):
                         name = type(self.policy.model).__name__
                         settle(self.policy.model, lambda: self.policy.packed_logits(example), name)
                 self.obstacle_to_training = obstacle_to_training(self.policy, example)
-                if names := unsaved(self.policy, example):
+                if hasattr(self.model, "disable_adapter"):
+                    self._beside_adapter = trainable_in(self.policy, example, adapter=False)
+                if names := unsaved(self.model, self._beside_adapter):
                     logger.warning(
                         "model: '%s' (%d in all) trains beside the adapter, and peft saves it neither in checkpoints nor at "
                         "the end; name its module in modules_to_save",

@@ -1,34 +1,24 @@
 """docs/trainer.md says what the code does: its tables of diagnoses are made from it, and the settings it names exist."""
 
 import dataclasses
-import importlib.util
 import re
-from pathlib import Path
-from typing import Any
 
 from dpo_trainer.cli.settings import RUN_KEYS, SWITCHES
 from dpo_trainer.settings.config import DPOConfig
 from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_trainer_tables", DOCS / "trainer_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from .docs_scripts import DOCS, load_script
 
 
 def test_the_tables_of_diagnoses_are_the_code_s() -> None:
     page = (DOCS / "trainer.md").read_text(encoding="utf-8")
-    assert load().filled(page) == page, "run: python docs/trainer_tables.py"
+    assert load_script("trainer_tables").filled(page) == page, "run: python docs/trainer_tables.py"
 
 
 def test_the_page_of_settings_is_the_table_s() -> None:
-    assert load().settings() == (DOCS / "settings.md").read_text(encoding="utf-8"), "run: python docs/trainer_tables.py"
+    assert load_script("trainer_tables").settings() == (DOCS / "settings.md").read_text(encoding="utf-8"), (
+        "run: python docs/trainer_tables.py"
+    )
 
 
 def test_every_threshold_belongs_to_a_diagnosis_and_says_what_it_means() -> None:

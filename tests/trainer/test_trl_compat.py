@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import json
 import typing
@@ -28,6 +27,7 @@ from dpo_trainer.settings.config import settings_table
 from dpo_trainer.settings.table import Setting
 from dpo_trainer.trainer import _loss_of
 
+from .docs_scripts import DOCS, load_script
 from .tiny import build_model, build_pairs, build_tokenizer
 
 pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0 (the extra `peers`)")
@@ -36,19 +36,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import trl
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 #: Our own fields, and those of TRL's.
 OWN = [row for row in settings_table().values() if row.group not in ("", "run")]
 THEIRS = [field for field in dataclasses.fields(trl.DPOConfig) if field.init]
-
-
-def load_tables() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_compatibility_tables", DOCS / "compatibility_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -182,7 +172,7 @@ def test_every_field_of_trls_is_taken_at_its_default_or_answered(field: Any, tmp
 
 
 def test_the_defaults_that_differ_are_those_that_are_told() -> None:
-    tables = load_tables()
+    tables = load_script("compatibility_tables")
     theirs, ours = tables.of_trl(), tables.defaults(DPOConfig)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -701,11 +691,11 @@ def test_nothing_is_compiled_before_the_first_step(make_trainer: Any) -> None:
 
 def test_the_page_s_tables_are_the_classes() -> None:
     page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
-    assert load_tables().filled(page) == page, "run: python docs/compatibility_tables.py"
+    assert load_script("compatibility_tables").filled(page) == page, "run: python docs/compatibility_tables.py"
 
 
 def test_every_test_of_trls_that_fails_has_a_reason() -> None:
-    found = json.loads(load_tables().SUITE.read_text(encoding="utf-8"))
+    found = json.loads(load_script("compatibility_tables").SUITE.read_text(encoding="utf-8"))
     assert found["classes"] == "ours"
     assert found["tests"] == len(found["passed"]) + len(found["failed"]) + len(found["skipped"])
     assert [entry["test"] for entry in found["failed"] if not entry["reason"]] == []

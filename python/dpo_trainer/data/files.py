@@ -138,11 +138,6 @@ def in_our_columns(dataset: Any, name: str, place: Callable[[int], str], reading
     return own
 
 
-def is_checked(dataset: Any) -> bool:
-    """Whether `load_pairs` or `table_of` has made a dataset, and nothing has changed it since."""
-    return reading_of(dataset) is not None
-
-
 def reading_of(dataset: Any) -> Reading | None:
     """How `load_pairs` or `table_of` has read a dataset that nothing has changed since; None for any other."""
     fingerprint, reading = _CHECKED.get(dataset, ("", None))

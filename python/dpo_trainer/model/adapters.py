@@ -260,10 +260,9 @@ def obstacle_to_training(policy: SplitModel, batch: Batch) -> str | None:
     return None
 
 
-def unsaved(policy: SplitModel, batch: Batch) -> list[str]:
-    """Names of the trainable parameters beside a peft model's adapter that peft does not save with it, judged by a batch."""
-    model: Any = policy.model
-    if not hasattr(model, "get_base_model") or not (beside := trainable_in(policy, batch, adapter=False)):
+def unsaved(model: Any, beside: list[str]) -> list[str]:
+    """The names, of trainable parameters beside a peft model's adapter, of those that peft does not save with it."""
+    if not beside:
         return []
     from peft import get_peft_model_state_dict
 
