@@ -60,7 +60,7 @@ def _stacked(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_stacked, "is an adapter of an adapter (.*), which peft does not stack"),
+        (_stacked, "is an adapter of an adapter (.*), and peft cannot stack them"),
         (lambda path: _edited(path, target_modules=["q_proj"]), "'.*v_proj.*' is not in its config"),
         (lambda path: _edited(path, target_modules=["q_proj", "v_proj", "o_proj"]), "'.*o_proj.*' is not in its file"),
         (lambda path: _edited(path, r=8), "cannot be loaded .size mismatch for .*q_proj"),
@@ -150,7 +150,7 @@ def test_ranks_that_adalora_has_cut_are_not_cut_again(make_trainer: Make, tmp_pa
     )
     trainer.train()
     trainer.save_model()
-    with pytest.raises(ModelError, match=r"^adapter: AdaLoRA has cut the ranks of this one already"):
+    with pytest.raises(ModelError, match=r"^adapter: AdaLoRA has already reduced the ranks of this adapter"):
         make_trainer(model=tmp_path / "run")
     merged = make_trainer(model=tmp_path / "run", adapter="merge")
     assert torch.allclose(plain_logps(merged.model, ROWS), plain_logps(trainer.policy.model, ROWS), atol=1e-4)
@@ -172,7 +172,9 @@ def test_the_base_under_a_new_adapter_is_this_runs_own(make_trainer: Make, tmp_p
 def test_the_inside_of_a_peft_model_is_refused(given: Any, make_trainer: Make, make_model: Any) -> None:
     inner = make_model()
     moved(get_peft_model(inner, lora()))
-    with pytest.raises(ModelError, match=r"^model: its layers hold an adapter of peft, which is saved only with"):
+    with pytest.raises(
+        ModelError, match=r"^model: its layers hold a peft adapter, which only the peft model around it can save"
+    ):
         make_trainer(model=inner, peft_config=given)
 
 
@@ -251,7 +253,7 @@ def test_two_active_adapters_are_resumed(make_trainer: Make, make_model: Any, tm
 def test_a_checkpoint_of_the_other_kind_is_refused(config: Any, make_trainer: Make, tmp_path: Path) -> None:
     make_trainer(peft_config=config, output_dir=str(tmp_path), **SAVED).train()
     other = make_trainer(peft_config=None if config else lora(), output_dir=str(tmp_path), **{**SAVED, "max_steps": 4})
-    with pytest.raises(OutputError, match=r"checkpoint-3: holds a.*, but the run trains a.*; go on with the model"):
+    with pytest.raises(OutputError, match=r"checkpoint-3: holds a.*, but the run trains a.*; resume with the model"):
         other.train(resume_from_checkpoint=True)
 
 
@@ -279,7 +281,7 @@ def test_weights_that_peft_does_not_save_are_told(make_trainer: Make, make_model
 def test_an_adapter_that_rewrites_the_base_at_random_is_told(make_trainer: Make, caplog: Any) -> None:
     trainer = make_trainer(peft_config=lora(init_lora_weights="pissa_niter_4"), max_steps=1)
     assert (
-        "init_lora_weights 'pissa_niter_4' rewrites the model at random, so the saved adapter does not fit"
+        "init_lora_weights 'pissa_niter_4' rewrites the model with random numbers, so the saved adapter does not fit"
         in caplog.text
     )
     assert losses(trainer)[0] == pytest.approx(LOG2, abs=1e-6)

@@ -65,7 +65,7 @@ def test_a_model_that_does_more_after_its_head_falls_back(
     model.forward = forward
     split = SplitModel(model)
     assert not split.verify(batch)
-    assert "computing those of all tokens" in caplog.text
+    assert "computing the logits of all tokens" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(split.packed_logits(batch), one_by_one(model, batch), rtol=1e-4, atol=1e-5)
     assert (split.logit_scale, split.logit_softcap) == (1.0, None)

@@ -69,7 +69,7 @@ def test_dropout_in_a_config_is_told(tmp_path: Path, caplog: pytest.LogCaptureFi
     caplog.set_level("INFO", logger="dpo_trainer")
     model = built("Falcon")
     build_trainer(tmp_path, model=model)
-    assert "FalconForCausalLM: reads dropout from its config; set to 0 there, and saved so: " in caplog.text
+    assert "FalconForCausalLM: reads dropout from its config; set to 0 there, and saved as 0: " in caplog.text
     assert model.config.hidden_dropout == 0.0
     other = built("OPT")
     build_trainer(tmp_path, model=other)
@@ -124,7 +124,7 @@ def test_what_still_draws_is_named_and_nothing_is_disturbed(tmp_path: Path, capl
     assert not any(module.training for module in model.modules())
     build_trainer(tmp_path, model=model)
     assert caplog.text.count("PeftModel") == 0
-    assert "LlamaForCausalLM: in training, though disable_dropout is on, it draws at random, first in" in caplog.text
+    assert "LlamaForCausalLM: in training, although disable_dropout is on, it draws at random, first in" in caplog.text
     caplog.clear()
     build_trainer(tmp_path, model=model, disable_dropout=False)
     assert "draws" not in caplog.text
@@ -139,7 +139,7 @@ def test_a_model_that_only_answers_otherwise_in_training_is_named() -> None:
 
     norm.forward = forward
     found = what_draws(model, lambda: model(input_ids=torch.arange(2, 12)[None]).logits)
-    assert found == "it answers otherwise than in evaluation, first in 'model.norm' (LlamaRMSNorm)"
+    assert found == "its output differs from that in evaluation, first in 'model.norm' (LlamaRMSNorm)"
 
 
 def test_an_adapter_that_draws_by_itself_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +217,7 @@ def test_rows_that_depend_on_each_other_are_told(tmp_path: Path, caplog: pytest.
 
     model.model.norm.register_forward_hook(mixed)
     build_trainer(tmp_path, model=model, batch_layout="padded")
-    assert "LlamaForCausalLM: an answer depends on the other rows of its batch" in caplog.text
+    assert "LlamaForCausalLM: the logits of a row depend on the other rows of its batch" in caplog.text
 
 
 # --- quantised heads -----------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def dynamic(linear: nn.Linear) -> nn.Module:
 def test_a_head_that_lets_no_gradient_through_is_one_line(tmp_path: Path) -> None:
     model = build_model("llama-untied", VOCAB)
     model.lm_head = dynamic(model.lm_head)
-    with pytest.raises(ModelError, match="model: LlamaForCausalLM's head Linear lets no gradient through"):
+    with pytest.raises(ModelError, match="model: LlamaForCausalLM's head Linear has no gradient"):
         build_trainer(tmp_path, model=model)
     trainer = build_trainer(tmp_path, ref_model=model, max_steps=1)
     trainer.train()

@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line_and_not_the_run(
     trainer = make_trainer(
         model=make_model(), precompute_ref_log_probs=True, ref_cache_dir=str(tmp_path / "file" / "x")
     )
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written to the cache" in caplog.text
     assert len(columns(trainer)[0]) == 24
 
 
@@ -341,7 +341,7 @@ def test_a_reference_that_cannot_move_is_refused(make_trainer: Make, make_model:
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in build_pairs(4)]
     with pytest.raises(ConfigError, match="cannot move reference log-probabilities in the data"):
         make_trainer(model=make_model(), train_dataset=rows, sync_ref_model=True)
-    with pytest.raises(ModelError, match="must be of one architecture; they differ in"):
+    with pytest.raises(ModelError, match="must have one architecture; they differ in"):
         make_trainer(model=make_model(), ref_model=make_model("llama-untied"), sync_ref_model=True)
     for name, value, said in (
         ("ref_model_mixup_alpha", 0.0, r"must lie in \(0, 1\]"),
