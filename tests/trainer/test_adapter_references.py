@@ -1,4 +1,4 @@
-"""What a model that brings an adapter starts from, what it is compared with, and what trains."""
+"""A model with an adapter starts from the right weights, has the right reference, and trains the right parameters."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def lora(**given: Any) -> LoraConfig:
 
 
 def moved(model: Any, scale: float = 0.1) -> Any:
-    """The model with an adapter that was trained before."""
+    """The model with changed adapter weights, as if it had been trained."""
     torch.manual_seed(3)
     for name, value in model.named_parameters():
         if "lora_B" in name:
@@ -42,7 +42,7 @@ def losses(trainer: DPOTrainer) -> list[float]:
 
 @torch.no_grad()
 def plain_logps(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """[2, rows] of a float64 forward, a sequence at a time."""
+    """Log-probabilities [2, rows] from a float64 forward of each sequence separately."""
     tokenizer, model = build_tokenizer(), copy.deepcopy(model).double().eval()
     found = []
     for side in ("chosen", "rejected"):
@@ -121,7 +121,7 @@ PLAIN = lora(target_modules=["query_key_value"])
 BIAS = lora(bias="all", target_modules=["query_key_value"])
 
 
-# A peft_config freezes all but the adapter, so only a peft model can have norms or a head that train beside it.
+# A peft_config freezes all weights except the adapter, so only a given peft model can have trainable norms or a trainable head.
 @pytest.mark.parametrize(
     ("config", "change", "given"),
     [
@@ -162,7 +162,7 @@ def test_a_module_that_the_adapter_saves_is_part_of_it(make_trainer: Make, make_
 
 
 def test_tokens_that_no_example_holds_count(make_trainer: Make, make_model: Any) -> None:
-    """A trained embedding row shows in no batch that lacks its token."""
+    """A trained embedding row has no effect on a batch without its token."""
     model = get_peft_model(make_model(), lora(trainable_token_indices=[5, 6]))
     for name, value in model.named_parameters():
         if "trainable_tokens_delta" in name:
@@ -207,7 +207,7 @@ def test_an_unknown_adapter_name(setting: str, make_trainer: Make, make_model: A
         make_trainer(**{setting: "x"})
 
 
-# --- what trains -----------------------------------------------------------------------------------------------------
+# --- trained parameters ----------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_loaded_for_inference_is_refused(make_trainer: Make, make_model: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Dropout is off wherever a model keeps it, and models that cannot be trained on pairs are refused in one line."""
+"""Dropout is turned off in every model, and models that cannot be trained on pairs are refused with a one-line error."""
 
 import math
 import random
@@ -25,7 +25,7 @@ BART = {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attent
 EXPERTS = {**LLAMA, "vocab_size": VOCAB, "num_local_experts": 4}
 BERT = {**LAYERS, **POSITIONS, "intermediate_size": 64}
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-#: Class, arguments of its config: each keeps dropout in a place of its own.
+#: Class and arguments of its config. Each class keeps dropout in a different place.
 DROPS: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("OPTForCausalLM", {**LAYERS, **POSITIONS, "ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.3}),
     "GPT2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}),
@@ -33,7 +33,7 @@ DROPS: dict[str, tuple[str, dict[str, Any]]] = {
     "Bloom": ("BloomForCausalLM", {**BLOOM, "hidden_dropout": 0.2, "attention_dropout": 0.2}),
     "Mixtral": ("MixtralForCausalLM", {**EXPERTS, "router_jitter_noise": 0.3, "attention_dropout": 0.2}),
     "Bert": ("BertLMHeadModel", {**BERT, "is_decoder": True}),
-    # These read it from their config at every forward.
+    # These read dropout from their config at every forward pass.
     "Falcon": ("FalconForCausalLM", {**LAYERS, "hidden_dropout": 0.2, "attention_dropout": 0.2}),
     "Persimmon": ("PersimmonForCausalLM", {**LAYERS, "intermediate_size": 64, "attention_dropout": 0.2}),
 }
@@ -46,7 +46,7 @@ def built(name: str) -> Any:
     model = getattr(transformers, kind)(config)
     with torch.no_grad():
         for value in model.parameters():
-            value.mul_(3)  # so that what is dropped is felt
+            value.mul_(3)  # so that dropout changes the loss
     return model
 
 
@@ -94,7 +94,7 @@ def test_the_dropout_of_adapters_is_off(adapter: Any) -> None:
 
 
 class Noisy(nn.Module):
-    """A layer that draws under a name that nobody knows, and counts in its buffers."""
+    """A layer whose dropout has an unknown name and which counts its calls in a buffer."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def test_rows_that_depend_on_each_other_are_told(tmp_path: Path, caplog: pytest.
 
 
 class Packed(nn.Module):
-    """A head as GPTQ and AWQ have it: integers and scales, and no weight."""
+    """A head like GPTQ's and AWQ's, with integers and scales but without `weight`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Packed(nn.Module):
 
 
 class FourBit(nn.Linear):
-    """A head as bitsandbytes has it: a Linear whose weight is bytes of another shape."""
+    """A head like bitsandbytes': a Linear whose weight is bytes of another shape."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
