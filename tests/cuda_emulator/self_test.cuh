@@ -1,4 +1,4 @@
-// Small kernels that test the emulator: one for each feature that the real kernels use, and some with deliberate errors.
+// Small kernels that test the emulator: one for each feature that the real kernels use, and some with planted errors.
 #pragma once
 
 #include "../../csrc/cuda/device.cuh"

@@ -287,7 +287,7 @@ def test_a_divergence_trains(make_trainer: Any) -> None:
     assert losses["reverse_kl"][1] != pytest.approx(losses["js_divergence"][1], abs=1e-7)
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------------------------
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -349,7 +349,7 @@ def test_the_constructor_takes_trls_arguments_in_trls_order() -> None:
 
 
 def given(tmp_path: Path, **settings: Any) -> dict[str, Any]:
-    """Keywords of a small trainer."""
+    """Keyword arguments of a small trainer."""
     own = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "write_report": False, "save_strategy": "no"}
     return {
         "args": DPOConfig(**{**own, "disable_tqdm": True, **settings}),
@@ -398,7 +398,7 @@ def test_objects_of_other_kinds_are_told_in_a_line(tmp_path: Path) -> None:
 
 
 def test_the_hub_gets_the_name_of_the_data(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's script ends with `push_to_hub(dataset_name=...)`, which transformers hands to the model card."""
+    """TRL's script ends with `push_to_hub(dataset_name=...)`. transformers passes these arguments to the model card."""
     trainer = make_trainer(max_steps=1)
     trainer.train()
     hub = SimpleNamespace(upload_folder=lambda **_: None)
@@ -464,7 +464,7 @@ def test_there_are_no_logits_to_preprocess(tmp_path: Path, model_folder: Path) -
         DPOTrainer(str(model_folder), **given(tmp_path), preprocess_logits_for_metrics=lambda *_: None)
 
 
-# --- what scripts read -----------------------------------------------------------------------------------------------
+# --- attributes that scripts use -------------------------------------------------------------------------------------
 
 
 def test_what_scripts_read_of_a_trainer(make_trainer: Any) -> None:
@@ -553,7 +553,7 @@ def test_a_stream_is_evaluated_as_its_rows_are(kind: str, make_trainer: Any) -> 
 
 @pytest.fixture(autouse=True)
 def trials_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers asks optuna's classes for a trial's parameters; ours here are of no library."""
+    """Make transformers accept this file's trials, which do not belong to a search library such as optuna."""
     whole = transformers.integrations.hp_params
     monkeypatch.setattr(
         transformers.integrations, "hp_params", lambda t: t.params if isinstance(t, SimpleNamespace) else whole(t)
