@@ -294,7 +294,7 @@ def test_a_folder_of_an_adapter_goes_on_training(
 ) -> None:
     with caplog.at_level(logging.INFO, "dpo_trainer"):
         assert main(settings(tmp_path, adapter_folder)) == 0
-    assert "adapter: 'default' goes on training" in caplog.text
+    assert "adapter: 'default' continues training" in caplog.text
     assert first_loss(tmp_path) == pytest.approx(LOG2, abs=1e-6)
     start, end = logps_of(adapter_folder), logps_of(tmp_path / "run")
     assert 1e-4 < (start - end).abs().max() < 1, "the saved adapter is the loaded one, a few steps on"

@@ -197,7 +197,7 @@ def test_an_adapter_that_transformers_added(make_trainer: Make, make_model: Any,
 
 
 def test_a_mixed_model_is_refused(make_trainer: Make, make_model: Any) -> None:
-    with pytest.raises(ModelError, match=r"^model: peft saves no model of mixed adapters"):
+    with pytest.raises(ModelError, match=r"^model: peft cannot save a model of mixed adapters"):
         make_trainer(model=get_peft_model(make_model(), lora(), mixed=True))
 
 

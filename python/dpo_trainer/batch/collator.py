@@ -44,7 +44,7 @@ class PairCollator:
       ones. Such a batch is always padded, because the model computes the positions of images itself.
 
     Everything follows from lengths, never from token ids. So a tokenizer whose padding token is also its end token
-    (SmolLM2's, for example) is safe. The first token of a sequence without a prompt is not scored, because nothing stands
+    (SmolLM2's, for example) is safe. The first token of a sequence without a prompt is not scored, because there is no token
     before it.
 
     An empty list of rows gives a batch of no pairs and one token. A process gets such a batch when a step has no pairs left
@@ -67,6 +67,17 @@ class PairCollator:
     images: ImageInputs | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows into a batch.
+
+        Args:
+            rows: tokenised pairs, as described above.
+
+        Returns:
+            the entries of the batch by name, on the CPU.
+
+        Raises:
+            DataError: an image cannot be read or processed.
+        """
         pairs = [[list(row[name]) for name in TOKENS] for row in rows]
         lengths = [(len(p), _inputs(p, chosen), _inputs(p, rejected)) for p, chosen, rejected in pairs]
         images = [images_of(row) or [] for row in rows] if self.images is not None else []

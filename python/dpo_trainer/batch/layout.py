@@ -73,7 +73,7 @@ def row_of_sequences(lengths: Sequence[tuple[int, int, int]]) -> list[Piece]:
 
 
 def cost_by_sequence(row: list[Piece], attention_cost: float) -> float:
-    """Work of a batch, in tokens as in `cost`, for a model that attends by sequence: each is compared with itself alone."""
+    """Work of a batch, in tokens as in `cost`, if every sequence is compared only with itself."""
     return sum(piece.length * (1 + attention_cost * piece.length) + SEQUENCE_COST for piece in row)
 
 
@@ -97,7 +97,7 @@ def _packings(pieces: list[Piece]) -> list[Rows]:
     return candidates
 
 
-# --- what tokens attend to -----------------------------------------------------------------------------------------
+# --- attention masks -----------------------------------------------------------------------------------------------
 
 
 def attention_inputs(batch: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> dict[str, Any]:

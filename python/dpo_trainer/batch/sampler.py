@@ -126,7 +126,7 @@ class PairBatchSampler:
         lengths: tokens of the longer side of every pair, prompt included.
         batching: size, order and division of the batches.
         process_index: index of the process that reads these batches.
-        drop_last: leave out the last pairs if they do not fill one batch on every process.
+        drop_last: leave out remaining pairs that do not fill a batch on every process.
 
     Raises:
         ConfigError: a single pair exceeds `max_tokens`.

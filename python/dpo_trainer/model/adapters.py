@@ -59,7 +59,7 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
         ModelError: the adapter cannot be continued, merged or added.
     """
     if type(model).__name__ == "PeftMixedModel":
-        raise ModelError("model: peft saves no model of mixed adapters (PeftMixedModel); pass a PeftModel")
+        raise ModelError("model: peft cannot save a model of mixed adapters (PeftMixedModel); pass a PeftModel")
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         _check_layers(model, peft_config, adapter)
         if adapter is not None:
@@ -80,7 +80,7 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
                 "training; set adapter: merge to merge it into the model"
             )
         if loaded:
-            logger.info("adapter: %s goes on training (adapter: merge would merge it into the model)", names)
+            logger.info("adapter: %s continues training (adapter: merge would merge it into the model)", names)
         return Attached(model)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ModelError(f"adapter: {type(model.base_model).__name__} cannot merge this kind of adapter into its model")

@@ -86,7 +86,7 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
     if whole is None or whole.dim() != 3 or whole.shape[:2] != changed.shape or whole.shape[2] <= greatest:
         shape = "no logits" if whole is None else f"logits of shape {tuple(whole.shape)}"
         raise ModelError(
-            f"{name}: {kind} gives {shape} for tokens {tuple(changed.shape)}, not one score a token; {_WANTED}"
+            f"{name}: {kind} gives {shape} for tokens {tuple(changed.shape)}, not one score per token; {_WANTED}"
         )
     trained = any(value.requires_grad for value in split.model.parameters())
     if trained and not _head_returns_gradient(split.head):
@@ -131,9 +131,7 @@ def _head_returns_gradient(head: Any) -> bool:
         try:
             torch.autograd.grad(head(hidden).sum(), hidden)
         except RuntimeError as error:
-            return "dtype" in str(
-                error
-            )  # the head expects another dtype; it has already run on the hidden states' dtype
+            return "dtype" in str(error)  # the head expects another dtype; it has already run on real hidden states
     return True
 
 

@@ -188,7 +188,7 @@ class SplitModel:
             padded: the same pairs in the padded layout.
         """
         if self.collect_routers and not self.split:
-            return "the whole model computes its auxiliary loss of padded batches only"
+            return "the whole model computes its auxiliary loss for padded batches only"
         answer = self.packed_hidden if self.split else self.packed_logits
         try:
             with evaluating(self.model), moved(self.model):

@@ -80,7 +80,7 @@ class MetricWindow:
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> MetricWindow:
-        """Restore the window that `state` was called on."""
+        """Restore a window, on `device`, from what the method `state` returned."""
         window = cls()
         if state:
             state = send_to_device(state, device)

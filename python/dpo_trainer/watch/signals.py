@@ -84,7 +84,7 @@ class EndAfterStep(TrainerCallback):
             self.end(signum)
         name = signal.Signals(signum).name
         if is_first():
-            logger.warning("%s: ending after the step at hand with a checkpoint; a second signal ends at once", name)
+            logger.warning("%s: ending after the current step with a checkpoint; a second signal ends at once", name)
 
     def end(self, signum: int) -> None:
         """Log from which checkpoint the run can go on, and end."""
