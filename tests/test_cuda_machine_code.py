@@ -42,7 +42,7 @@ SLOTS = {
     "fp32 reference, all statistics": 9.25,
     "softcap": 30.0,  # an accurate tanh costs 15 to 20
 }
-# Bytes in flight per SM at full bandwidth and 700 ns, of the newest card of an architecture.
+# Bytes in flight per SM that the newest card of an architecture needs for full bandwidth at a latency of 700 ns.
 NEEDED = {80: 13 << 10, 90: 25 << 10, 100: 38 << 10}
 # Resident threads per SM that these variants need; all other variants need 768.
 THREADS = {"alone": 1024, "alone, V odd": 1024, "logits_grad": 1024, "logits_grad kl": 1024}

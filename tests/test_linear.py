@@ -255,7 +255,7 @@ INTERPRETED = {
 def each_backend(case: Case) -> list[Any]:
     """The case on every available backend."""
     slow = DEVICE == "cpu" and case.name not in INTERPRETED
-    # The Triton kernels serve up to float32; float64 always falls to eager.
+    # The Triton kernels serve up to float32; float64 always runs on eager.
     names = [name for name in BACKENDS if name != "triton" or case.dtype != _F64]
     marks = {name: [pytest.mark.slow] if slow and name == "triton" else [] for name in names}
     return [pytest.param(case, name, id=f"{name}-{case}", marks=marks[name]) for name in names]

@@ -213,7 +213,7 @@ def test_a_plan_explains_itself():
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------
 
-#: Bytes that torch reports of cards that are sold as 80 GB and 24 GB.
+#: Bytes that torch reports for cards that are sold as 80 GB and 24 GB.
 CARD, SMALL_CARD = 85_000_000_000, 25_300_000_000
 LARGE = Head(hidden_size=4096, vocab=128256, item_size=2, device_type="cuda")
 STRATEGIES = ("forward", "whole_pairs", "two_pass", "frozen_head")

@@ -227,7 +227,7 @@ def test_a_bad_verdict_is_kept_too(plant, runs):
 
 
 def test_an_error_is_not_kept(plant, runs):
-    """A compiler that is missing today may be there tomorrow."""
+    """A missing compiler may be installed later."""
     plant(FAULTS["kernel_raises"][0])
     with pytest.warns(RuntimeWarning, match="ptxas died"):
         step()

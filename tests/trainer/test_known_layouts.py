@@ -490,7 +490,7 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest(tokenizer: Any, 
         ),
     ):
         if said is None:
-            assert tokens(rows, tokenizer, **settings)[0]["weight"] == 1.0  # it has our name already
+            assert tokens(rows, tokenizer, **settings)[0]["weight"] == 1.0  # the column already has our name
             continue
         with pytest.raises(ConfigError, match=said.format("train_dataset row 1")):
             tokens(rows, tokenizer, **settings)

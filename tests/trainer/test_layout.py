@@ -129,7 +129,7 @@ def test_shared_prompts_and_rows_give_the_log_probs_of_sequences_alone(name: str
     split.verify(padded)
     with torch.no_grad():
         expected = logps_one_by_one(model, pairs)
-        # All pairs in one row, then one pair a row, then whatever "auto" chooses.
+        # All pairs in one row, one pair per row, and the choice of "auto".
         tried = [("prefix_shared", 0.0), ("prefix_shared", 10.0), ("auto", 0.01)]
         if implementation == "by sequence" and name not in EAGER_ONLY:
             tried.append(("sequences", 0.0))

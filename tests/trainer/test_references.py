@@ -237,7 +237,7 @@ def test_processes_share_the_shards_out(own_cache: Path, small_shards: None) -> 
     cache = reference_cache.ReferenceCache(own_cache, {"model": "m"}, lengths)
     waits = 0
 
-    def other_process() -> None:  # runs while the first waits for it the second time
+    def other_process() -> None:  # runs during the first process's second wait
         nonlocal waits
         waits += 1
         if waits == 2:

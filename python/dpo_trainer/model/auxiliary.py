@@ -35,7 +35,7 @@ def coefficient(model: Any, given: float | None) -> float:
         (config, "router_aux_loss_coef"),
         (base, "router_aux_loss_coef"),
         (base, "aux_loss_coef"),
-    )  # JetMoE the last
+    )  # the last name is JetMoE's
     return float(next((value for place, name in places if (value := getattr(place, name, None)) is not None), 0.0))
 
 
