@@ -137,19 +137,25 @@ INTRODUCTION = """\
 <!-- Written by docs/objectives.py from dpo_kernels/objectives/; edit those. -->
 # Objectives
 
-Every objective is a function of a few numbers per pair, so all of them run on the same kernels, from logits or from hidden
+This page lists every objective (loss of a pair), with its formula, its picture and when to use it.
+
+Every objective is a function of a few numbers per pair. So all of them run on the same kernels, from logits or from hidden
 states, and any of them can be mixed:
 
 ```python
+import torch
 from dpo_kernels import DPOLoss, dpo_loss, objective
+
+logits, ref_logits = torch.randn(4, 8, 100, requires_grad=True), torch.randn(4, 8, 100)    # 2 pairs
+labels = torch.randint(0, 100, (4, 8))
 
 dpo_loss(logits, labels, ref_logits=ref_logits, loss_type="ipo")
 dpo_loss(logits, labels, loss_type=objective("simpo", gamma=1.0, beta=2.0))
-DPOLoss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1])
+DPOLoss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1])(logits, labels, ref_logits=ref_logits)
 dpo_loss(logits, labels, ref_logits=ref_logits, loss_type=lambda pairs: (1 - pairs.beta * pairs.margins) ** 2)
 ```
 
-In a configuration file or on a command line the same is text: `simpo(gamma=1.0, beta=2.0)`. An objective's own `beta` and
+In a configuration file or on the command line, the same is text: `simpo(gamma=1.0, beta=2.0)`. An objective's own `beta` and
 `label_smoothing` override the call's, so that each part of a mix can have its own. `python -m pydoc
 dpo_kernels.objectives` has the rest.
 
@@ -164,8 +170,8 @@ DIVERGENCES_TEXT = """\
 ## Divergences
 
 DPO keeps the policy near the reference in reverse KL. f-DPO (Wang et al. 2023, Beyond Reverse KL: Generalizing Direct
-Preference Optimization with Diverse Divergence Constraints) exchanges the divergence: f'(pi / pi_ref) takes the place of
-each log-ratio `u`. It holds where only the difference of the two counts: {able}.
+Preference Optimization with Diverse Divergence Constraints) replaces the divergence: f'(pi / pi_ref) takes the place of
+each log-ratio `u`. It applies to objectives of the difference of the two log-ratios alone: {able}.
 Ask for it with `objective("sigmoid", divergence="js")` or `sigmoid(divergence=js)`. Reported rewards stay log-ratios.
 
 | `divergence` | in the place of `u` |
@@ -176,23 +182,27 @@ Ask for it with `objective("sigmoid", divergence="js")` or `sigmoid(divergence=j
 WEIGHTS_TEXT = """\
 ## Uneven pairs
 
-Some pairs are obvious, others nearly a coin toss. `label_smoothing` and `beta` take one value per pair, and `pair_weights`
+Some pairs are clear, and the labels of others are nearly random. `label_smoothing` and `beta` take one value per pair, and `pair_weights`
 scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer: `weight_from`):
 
 ```python
+import torch
+from dpo_kernels import dpo_loss
 from dpo_kernels.confidence import confidence_smoothing, confidence_weights, preference_probability
 
-p = preference_probability(chosen_ratings, rejected_ratings, scale=1.0)      # sigmoid(gap / scale)
-dpo_loss(..., label_smoothing=confidence_smoothing(p))                       # min(1 - p, 0.5): bounds the margin asked for
-dpo_loss(..., pair_weights=confidence_weights(p))                            # (2 p - 1) / mean: doubtful pairs pull less
+logits, labels = torch.randn(4, 8, 100, requires_grad=True), torch.randint(0, 100, (4, 8))    # 2 pairs
+ref_logps = torch.tensor([-40.0, -41.0, -42.0, -39.0])
+p = preference_probability([8.0, 6.0], [3.0, 5.5], scale=1.0)    # ratings of chosen and rejected: sigmoid(gap / scale)
+dpo_loss(logits, labels, ref_logps=ref_logps, label_smoothing=confidence_smoothing(p))  # min(1 - p, 0.5): bounds the margin
+dpo_loss(logits, labels, ref_logps=ref_logps, pair_weights=confidence_weights(p))       # (2 p - 1) / mean: doubtful pairs count less
 ```
 
 Answers of different length: `token_weights=length_desensitized_weights(labels, ld_alpha)` counts the longer answer's
 surplus tokens at weight `ld_alpha` (Liu et al. 2024, Length Desensitization in Direct Preference Optimization).
 
 `use_weighting=True` weighs each pair by how likely the policy is to have written both answers itself (Zhou et al. 2024, WPO:
-Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data count less. Its log sum of squared
-probabilities is one more sum of the pass that finds the log-probabilities; `linear_logps` returns it as `"log_sum_sq"`.
+Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data count less. The log sum of squared
+probabilities that it needs comes from the pass that finds the log-probabilities; `linear_logps` returns it as `"log_sum_sq"`.
 
 ## Staying near the reference
 
