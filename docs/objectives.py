@@ -137,7 +137,7 @@ INTRODUCTION = """\
 <!-- Written by docs/objectives.py from dpo_kernels/objectives/; edit those. -->
 # Objectives
 
-This page lists every objective (loss of a pair), with its formula, its picture and when to use it.
+This page lists every objective (loss of a pair): when to use it, and below its formula, picture and source.
 
 Every objective is a function of a few numbers per pair. So all of them run on the same kernels, from logits or from hidden
 states, and any of them can be mixed:
@@ -159,7 +159,7 @@ In a configuration file or on the command line, the same is text: `simpo(gamma=1
 `label_smoothing` override the call's, so that each part of a mix can have its own. `python -m pydoc
 dpo_kernels.objectives` has the rest.
 
-Symbols: `c`, `r` are the log-ratios log pi - log pi_ref of the chosen and the rejected answer (sums over tokens), `x = beta
+Symbols of the formulas [below](#plots): `c`, `r` are the log-ratios log pi - log pi_ref of the chosen and the rejected answer (sums over tokens), `x = beta
 (c - r)`, `s` the sigmoid, `e` label_smoothing, `|.|` lengths in tokens (sums of the token weights, where given).
 "Needs": a *reference* (logits, hidden states or precomputed sums); *neighbours*, when the loss of a pair depends on the rest
 of its batch; *memory*, when a running mean is kept between calls (`DPOLoss` keeps it and saves it in its state_dict; with
@@ -227,8 +227,7 @@ def _needs(info: ObjectiveInfo) -> str:
 def _row(info: ObjectiveInfo) -> str:
     parameters = ", ".join(f"`{p.name}={p.default:g}`" for p in info.parameters) or "none"
     smoothing = "no" if info.smoothing_range is None else str(info.smoothing_range)
-    formula = info.formula.replace("|", r"\|")
-    cells = [f"[{info.name}](#{info.name})", f"`{formula}`", info.use, _needs(info), smoothing, parameters]
+    cells = [f"[{info.name}](#{info.name})", info.use, _needs(info), smoothing, parameters]
     return "| " + " | ".join([*cells, f"{info.typical_beta:g}"]) + " |"
 
 
@@ -242,12 +241,12 @@ def _section(info: ObjectiveInfo) -> str:
 def render() -> dict[str, str]:
     """Every generated file's text, by its path under docs/."""
     rows = list(OBJECTIVES.values())
-    head = "| name | loss of a pair | when to use it | needs | label smoothing | own parameters | typical beta |"
-    table = "\n".join([head, "|---" * 7 + "|", *map(_row, rows)])
+    head = "| name | when to use it | needs | label smoothing | own parameters | typical beta |"
+    table = "\n".join([head, "|---" * 6 + "|", *map(_row, rows)])
     able = ", ".join(f"`{row.name}`" for row in rows if row.divergence)
     divergences = "\n".join(f"| `{name}` | `{formula}` |" for name, formula in DIVERGENCE_FORMULAS.items())
     plots = (
-        "## Plots\n\nLoss and gradient of a pair against beta times its margin: log-ratios `+x/2` and `-x/2` under a "
+        "## Plots\n\nThe pictures show loss and gradient of a pair against beta times its margin: log-ratios `+x/2` and `-x/2` under a "
         "reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and KLs at 0. Green: "
         "derivative by log pi(chosen), red: by log pi(rejected); a negative one is pushed up. Dashed: label smoothing 0.1."
     )

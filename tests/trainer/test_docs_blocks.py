@@ -157,6 +157,14 @@ def run_command(command: str, page: str) -> None:
             assert Path(rest[0]).is_file(), f"{rest[0]} is not there after the commands before"
 
 
+def rows_of(text: str) -> Iterator[object]:
+    """The JSON values of a block, one a line or over several lines."""
+    while text := text.lstrip():
+        row, end = json.JSONDecoder().raw_decode(text)
+        yield row
+        text = text[end:]
+
+
 def run_block(block: Block) -> None:
     """Run or check one block in the working directory."""
     if block.language == "python":
@@ -171,8 +179,9 @@ def run_block(block: Block) -> None:
         place.write_text(block.text, encoding="utf-8")
         read_settings([str(place)], required=())
     elif block.language in ("json", "jsonl"):
-        Path("rows.jsonl").write_text("".join(json.dumps(json.loads(line)) + "\n" for line in block.text.splitlines()))
-        assert len(load_pairs("rows.jsonl")) == len(block.text.splitlines())
+        rows = list(rows_of(block.text))
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        assert len(load_pairs("rows.jsonl")) == len(rows) > 0
     elif block.language == "diff":
         exec("\n".join(line[1:] for line in block.text.splitlines() if line[0] in "+ "), {})
     else:
