@@ -1,6 +1,7 @@
 """Writes the measured errors of docs/numerics.md: `python docs/numerics_tables.py`.
 
-The figures are those of benchmarks/results: every row of a machine's logits_path.json that has a gradient, and the GPU's results.json.
+The figures are those of benchmarks/results: the rows with a gradient of each machine's logits_path.json, and of each GPU's
+results.json.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def of_gpu(path: Path) -> list[str]:
     for name, call in (("logits", "peers"), ("hidden states", "linear")):
         shape, case = next(iter(found["calls"]["headline"][call]["result"]["tables"].items()))
         rows = [
-            (f"**{title}**" if title.startswith("ours") else title, gradient["error"], "right" if gradient["right"] else "WRONG")
+            (
+                f"**{title}**" if title.startswith("ours") else title,
+                gradient["error"],
+                "right" if gradient["right"] else "WRONG",
+            )
             for title, gradient in ((title, row.get("gradient")) for title, row in case["rows"].items())
             if gradient
         ]

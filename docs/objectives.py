@@ -146,21 +146,26 @@ states, and any of them can be mixed:
 import torch
 from dpo_kernels import DPOLoss, dpo_loss, objective
 
-logits, ref_logits = torch.randn(4, 8, 100, requires_grad=True), torch.randn(4, 8, 100)    # 2 pairs
-labels = torch.randint(0, 100, (4, 8))
+logits, labels = torch.randn(4, 8, 100, requires_grad=True), torch.randint(0, 100, (4, 8))
+ref_logits = torch.randn(4, 8, 100)    # 2 pairs
 
 dpo_loss(logits, labels, ref_logits=ref_logits, loss_type="ipo")
 dpo_loss(logits, labels, loss_type=objective("simpo", gamma=1.0, beta=2.0))
-DPOLoss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1])(logits, labels, ref_logits=ref_logits)
-dpo_loss(logits, labels, ref_logits=ref_logits, loss_type=lambda pairs: (1 - pairs.beta * pairs.margins) ** 2)
+
+mixed = DPOLoss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1])
+mixed(logits, labels, ref_logits=ref_logits)
+
+own = lambda pairs: (1 - pairs.beta * pairs.margins) ** 2    # a vector, one loss a pair
+dpo_loss(logits, labels, ref_logits=ref_logits, loss_type=own)
 ```
 
 In a configuration file or on the command line, the same is text: `simpo(gamma=1.0, beta=2.0)`. An objective's own `beta` and
 `label_smoothing` override the call's, so that each part of a mix can have its own. `python -m pydoc
 dpo_kernels.objectives` has the rest.
 
-Symbols of the formulas [below](#plots): `c`, `r` are the log-ratios log pi - log pi_ref of the chosen and the rejected answer (sums over tokens), `x = beta
-(c - r)`, `s` the sigmoid, `e` label_smoothing, `|.|` lengths in tokens (sums of the token weights, where given).
+Symbols of the formulas [below](#plots): `c`, `r` are the log-ratios log pi - log pi_ref of the chosen and the rejected answer
+(sums over tokens), `x = beta (c - r)`, `s` the sigmoid, `e` label_smoothing, `|.|` lengths in tokens (sums of the token weights,
+if there are any).
 "Needs": a *reference* (logits, hidden states or precomputed sums); *neighbours*, when the loss of a pair depends on the rest
 of its batch; *memory*, when a running mean is kept between calls (`DPOLoss` keeps it and saves it in its state_dict; with
 `dpo_loss`, make the objective once and pass it each time). "Typical beta" is where to start.
@@ -182,8 +187,8 @@ Ask for it with `objective("sigmoid", divergence="js")` or `sigmoid(divergence=j
 WEIGHTS_TEXT = """\
 ## Uneven pairs
 
-Some pairs are clear, and the labels of others are nearly random. `label_smoothing` and `beta` take one value per pair, and `pair_weights`
-scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer: `weight_from`):
+Some pairs are clear, and the labels of others are nearly random. `label_smoothing` and `beta` take one value per pair, and
+`pair_weights` scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer: `weight_from`):
 
 ```python
 import torch
@@ -192,9 +197,11 @@ from dpo_kernels.confidence import confidence_smoothing, confidence_weights, pre
 
 logits, labels = torch.randn(4, 8, 100, requires_grad=True), torch.randint(0, 100, (4, 8))    # 2 pairs
 ref_logps = torch.tensor([-40.0, -41.0, -42.0, -39.0])
-p = preference_probability([8.0, 6.0], [3.0, 5.5], scale=1.0)    # ratings of chosen and rejected: sigmoid(gap / scale)
-dpo_loss(logits, labels, ref_logps=ref_logps, label_smoothing=confidence_smoothing(p))  # min(1 - p, 0.5): bounds the margin
-dpo_loss(logits, labels, ref_logps=ref_logps, pair_weights=confidence_weights(p))       # (2 p - 1) / mean: doubtful pairs count less
+p = preference_probability([8.0, 6.0], [3.0, 5.5], scale=1.0)    # of two ratings: sigmoid(gap / scale)
+smoothing = confidence_smoothing(p)    # min(1 - p, 0.5): bounds the margin
+weights = confidence_weights(p)        # (2 p - 1) / mean: doubtful pairs count less
+dpo_loss(logits, labels, ref_logps=ref_logps, label_smoothing=smoothing)
+dpo_loss(logits, labels, ref_logps=ref_logps, pair_weights=weights)
 ```
 
 Answers of different length: `token_weights=length_desensitized_weights(labels, ld_alpha)` counts the longer answer's
@@ -246,8 +253,8 @@ def render() -> dict[str, str]:
     able = ", ".join(f"`{row.name}`" for row in rows if row.divergence)
     divergences = "\n".join(f"| `{name}` | `{formula}` |" for name, formula in DIVERGENCE_FORMULAS.items())
     plots = (
-        "## Plots\n\nThe pictures show loss and gradient of a pair against beta times its margin: log-ratios `+x/2` and `-x/2` under a "
-        "reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and KLs at 0. Green: "
+        "## Plots\n\nThe pictures show loss and gradient of a pair against beta times its margin: log-ratios `+x/2` and "
+        "`-x/2` under a reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and KLs at 0. Green: "
         "derivative by log pi(chosen), red: by log pi(rejected); a negative one is pushed up. Dashed: label smoothing 0.1."
     )
     page = [INTRODUCTION, table, "", DIVERGENCES_TEXT.format(able=able, rows=divergences), WEIGHTS_TEXT, plots, ""]

@@ -58,5 +58,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"`{wanted}`" if text.strip("`").rstrip("/") in wanted else f"{text} (`{wanted}`)"
 
     # In a table GitHub wants | escaped also within code; here the escape would be shown.
-    tables = re.sub(r"(?m)^\|.*$", lambda row: re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
+    tables = re.sub(
+        r"(?m)^\|.*$", lambda row: re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), row[0]), markdown
+    )
     return LINK.sub(rewritten, tables)

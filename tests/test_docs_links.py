@@ -13,7 +13,9 @@ import dpo_kernels
 
 from docs_pages import PAGES, ROOT, name_of, prose
 
-LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|<(https?://[^>]+)>|(?:src|href)=\"([^\"]+)\"")
+LINK = re.compile(
+    r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|<(https?://[^>]+)>|(?:src|href)=\"([^\"]+)\""
+)
 LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 
 
@@ -59,7 +61,9 @@ def test_the_check_of_links_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     monkeypatch.setattr("docs_pages.ROOT", tmp_path)
     page = tmp_path / "page.md"
-    page.write_text("# A title: here\n\n[a](#a-title-here) `[no](link)` ```[no](link)``` [`b`](https://example.org/x)\n")
+    page.write_text(
+        "# A title: here\n\n[a](#a-title-here) `[no](link)` ```[no](link)``` [`b`](https://example.org/x)\n"
+    )
     test_links_lead_somewhere(page)
     for link in ("[a](#a-title)", "[a](gone.md)", "![a](gone.svg)", "[a](http://example.org)", "[`b`](gone.py)"):
         page.write_text(f"# A title: here\n\n{link}\n")

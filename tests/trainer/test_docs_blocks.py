@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docs_pages import PAGES, ROOT, Block, blocks, indented_code, name_of, prose
 from packaging.requirements import Requirement
 
 from dpo_kernels.__main__ import main as show_backends
@@ -29,6 +28,7 @@ from dpo_trainer.cli.main import main
 from dpo_trainer.cli.settings import read_settings
 
 from .tiny import build_pairs
+from docs_pages import PAGES, ROOT, Block, blocks, indented_code, name_of, prose
 
 #: Languages that nothing runs.
 NOT_CODE = {"text": "a drawing, a formula or an output", "bibtex": "an entry for a bibliography"}
@@ -47,7 +47,9 @@ LAUNCHERS = {"torchrun", "accelerate", "srun"}
 #: Verbs of dpo-train that train nothing.
 VERBS = {"inspect", "compare", "init", "doctor"}
 EXTRAS = re.findall(
-    r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partition("optional-dependencies]")[2].partition("\n[")[0], re.M
+    r"^(\w+) = \[",
+    (ROOT / "pyproject.toml").read_text().partition("optional-dependencies]")[2].partition("\n[")[0],
+    re.M,
 )
 
 
@@ -191,7 +193,9 @@ def run_block(block: Block) -> None:
 def set_up(folder: Path, text: str, model: Path) -> None:
     """What the reader has already: the models and data files that the page names and does not make itself."""
     made = set(re.findall(r"output_dir(?: |: |=)['\"]?([\w./-]+)", text))
-    for name in re.findall(r"(?:--model[ =]|\bmodel: |(?:DPOTrainer|from_pretrained|load_model)\(\s*['\"])([\w./-]+)", text):
+    for name in re.findall(
+        r"(?:--model[ =]|\bmodel: |(?:DPOTrainer|from_pretrained|load_model)\(\s*['\"])([\w./-]+)", text
+    ):
         if name not in made and not (folder / name).exists():
             shutil.copytree(model, folder / name)
     for seed, name in enumerate(re.findall(r"(?:train|eval)_data(?: |: |=)([\w./-]+\.jsonl)", text)):
@@ -201,19 +205,16 @@ def set_up(folder: Path, text: str, model: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 def test_every_block_does_what_it_says(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, model_folder: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["python"])
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     set_up(tmp_path, page.read_text(encoding="utf-8"), model_folder)
+    request.addfinalizer(trl._undo_last)  # for blocks that patch TRL
     for block in blocks(page):
-        try:
-            run_block(block)
-        except BaseException as error:
-            raise AssertionError(f"the block at {block}: {type(error).__name__}: {error}") from error
-        finally:
-            trl._undo_last()
+        print(f"\n--- the block at {block}")  # which one failed, in what pytest shows
+        run_block(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -278,3 +279,18 @@ def test_the_launchers_of_the_page_train_on_two_processes(
             ran.add(launcher)
             assert Path(f"runs/{launcher}/model.safetensors").is_file()
     assert ran == {"torchrun", "accelerate"}
+
+
+def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each cell in turn, in one namespace; it is kept without outputs."""
+    notebook = json.loads((ROOT / "examples" / "dpo_in_ten_minutes.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in cells] == [[]] * len(cells)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), f"notebook {cell['id']}", "exec"), namespace)
+    shown = capsys.readouterr().out
+    assert "the loss is 0.6931 = log 2" in shown
+    evaluations = [record for record in namespace["records"] if "eval_loss" in record]  # type: ignore[attr-defined]
+    assert evaluations[-1]["eval_rewards/accuracies"] > 0.9
+    assert Path(str(namespace["folder"]), "report.html").is_file()
