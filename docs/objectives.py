@@ -188,7 +188,8 @@ WEIGHTS_TEXT = """\
 ## Uneven pairs
 
 Some pairs are clear, and the labels of others are nearly random. `label_smoothing` and `beta` take one value per pair, and
-`pair_weights` scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer: `weight_from`):
+`pair_weights` scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer:
+`weight_from`):
 
 ```python
 import torch
@@ -254,8 +255,8 @@ def render() -> dict[str, str]:
     divergences = "\n".join(f"| `{name}` | `{formula}` |" for name, formula in DIVERGENCE_FORMULAS.items())
     plots = (
         "## Plots\n\nThe pictures show loss and gradient of a pair against beta times its margin: log-ratios `+x/2` and "
-        "`-x/2` under a reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and KLs at 0. Green: "
-        "derivative by log pi(chosen), red: by log pi(rejected); a negative one is pushed up. Dashed: label smoothing 0.1."
+        "`-x/2` under a reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and "
+        "KLs at 0. Green: derivative by log pi(chosen), red: by log pi(rejected); a negative one is pushed up. Dashed: label smoothing 0.1."
     )
     page = [INTRODUCTION, table, "", DIVERGENCES_TEXT.format(able=able, rows=divergences), WEIGHTS_TEXT, plots, ""]
     files = {"objectives.md": "\n".join([*page, *map(_section, rows)])}
