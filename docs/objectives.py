@@ -256,7 +256,8 @@ def render() -> dict[str, str]:
     plots = (
         "## Plots\n\nThe pictures show loss and gradient of a pair against beta times its margin: log-ratios `+x/2` and "
         "`-x/2` under a reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and "
-        "KLs at 0. Green: derivative by log pi(chosen), red: by log pi(rejected); a negative one is pushed up. Dashed: label smoothing 0.1."
+        "KLs at 0.\nGreen: derivative by log pi(chosen). Red: by log pi(rejected). Where a derivative is negative, training "
+        "raises the log-probability. Dashed: label smoothing 0.1."
     )
     page = [INTRODUCTION, table, "", DIVERGENCES_TEXT.format(able=able, rows=divergences), WEIGHTS_TEXT, plots, ""]
     files = {"objectives.md": "\n".join([*page, *map(_section, rows)])}

@@ -223,6 +223,13 @@ def test_every_block_says_its_language(page: Path) -> None:
     assert indented_code(prose(page)) == [], "code by indentation has no language: use a fence"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_targets_of_make_that_the_text_names_exist(page: Path) -> None:
+    named = {target for _, line in prose(page) for target in re.findall(r"`make ([a-z-]+)", line)}
+    rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named <= set(rules)
+
+
 @pytest.mark.parametrize(
     ("language", "text"),
     [
