@@ -14,7 +14,7 @@ import dpo_kernels
 from docs_pages import PAGES, ROOT, name_of, prose
 
 LINK = re.compile(
-    r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|<(https?://[^>]+)>|(?:src|href)=\"([^\"]+)\""
+    r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|<(https?://[^>]+)>|(?:src|srcset|href)=\"([^\"]+)\""
 )
 LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 

@@ -172,8 +172,9 @@ def run_block(block: Block) -> None:
     if block.language == "python":
         exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
     elif block.language in ("bash", "shell", "sh"):
-        subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
-        for command in commands(block.text):
+        text = re.sub(r"<[a-z ]+>", "FILLED_IN", block.text)  # what the reader puts in, such as <this repository>
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        for command in commands(text):
             run_command(command, block.page)
     elif block.language in ("yaml", "yml"):
         name = re.match(r"# (\S+\.ya?ml)\n", block.text)
