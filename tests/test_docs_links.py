@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -55,6 +56,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         elif anchor and (place.suffix != ".md" or anchor not in anchors(place)):
             broken.append(f"{number}: {target} names no heading")
     assert broken == []
+
+
+def test_links_of_the_notebook_lead_somewhere() -> None:
+    notebook = ROOT / "examples" / "dpo_in_ten_minutes.ipynb"
+    cells = [
+        cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"
+    ]
+    targets = [target for cell in cells for target, *_ in LINK.findall("".join(cell["source"]))]
+    assert targets
+    assert [target for target in targets if not (notebook.parent / target).exists()] == []
 
 
 def test_the_check_of_links_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
