@@ -105,3 +105,9 @@ def test_the_reference_has_every_public_name() -> None:
         page = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text(encoding="utf-8")
         described = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)", page, re.MULTILINE)}
         assert set(package.__all__) - {"__version__"} <= described
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == dpo_kernels.__version__
+    assert f"{{{dpo_kernels.__version__}}}" in (ROOT / "docs" / "cite.md").read_text(encoding="utf-8")
