@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml requirements-ci.lock setup.py dpo_kernels/_build.py $(w
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade $(CONSTRAINTS) pip setuptools wheel
 	$(PY) -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
-	$(PY) -m pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable ".[trainer,demo,bench,dev,peers]"
+	$(PY) -m pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable ".[trainer,demo,bench,dev,docs,peers]"
 	touch $@
 
 $(VENV)/.model: $(STAMP)
@@ -81,6 +81,12 @@ lint: setup
 
 types: setup
 	$(VENV)/bin/mypy
+
+# The documentation as a site in site/, which opens from disk. A broken link or docstring ends the build.
+.PHONY: docs
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "Open site/index.html, or serve it: $(PY) -m http.server --directory site"
 
 # Runs every benchmark against every installed peer, and writes the results and the README's table from this run.
 # SIZES=full uses the shapes of the stated targets and more rounds.
