@@ -130,6 +130,8 @@ def dpo_loss(
         A `DPOOutput` with the loss and quantities to log.
 
     Raises:
+        BackendUnavailable: the backend that the user selected cannot serve the call.
+        NotImplementedError: a tensor is inside a torch.func transform or forward-mode differentiation.
         TypeError: an argument has a wrong type or dtype; the message names the expected and the given one.
         ValueError: an argument has a wrong shape or value; the message names the expected and the given one. A label
             outside [0, V) raises on a CPU, with its row and position. On a GPU a check would synchronize: there the loss of
@@ -289,6 +291,8 @@ def sequence_logps(
         [B] in nats: float32, or float64 for float64 logits.
 
     Raises:
+        BackendUnavailable: as `dpo_loss`.
+        NotImplementedError: as `dpo_loss`.
         TypeError: as `dpo_loss`.
         ValueError: as `dpo_loss`. On a GPU a label outside [0, V) makes its sequence's sum NaN.
     """
@@ -381,6 +385,8 @@ def linear_dpo_loss(
         A `DPOOutput` with the loss and quantities to log.
 
     Raises:
+        BackendUnavailable: as `dpo_loss`.
+        NotImplementedError: as `dpo_loss`.
         TypeError: as `dpo_loss`.
         ValueError: as `dpo_loss`, or the budget cannot hold the logits of one token.
     """
@@ -459,6 +465,8 @@ def linear_logps(
             tuple of these and a dict of the statistics by name, each shaped like labels and detached.
 
     Raises:
+        BackendUnavailable: as `dpo_loss`.
+        NotImplementedError: as `dpo_loss`.
         TypeError: as `linear_dpo_loss`.
         ValueError: as `linear_dpo_loss`, or the statistic "kl", which needs a reference.
     """

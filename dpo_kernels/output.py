@@ -30,8 +30,8 @@ class DPOOutput:
     """Result of `dpo_loss` and `linear_dpo_loss` for P pairs.
 
     Only `loss` is differentiable. All other tensors are detached, so they keep no autograd graph alive. Tensors are on the
-    device of the logits; their dtype is float32, or float64 for float64 logits (`token_counts` is always a float64 or, on MPS,
-    float32 count). An attribute is computed when it is first read. Log-probabilities, entropy and KL are in nats.
+    device of the logits. Their dtype is float32, or float64 for float64 logits; `token_counts` is float64 (float32 on MPS). An
+    attribute is computed when it is first read. Log-probabilities, entropy and KL are in nats.
 
     Attributes:
         loss: scalar, or [P] with reduction="none".

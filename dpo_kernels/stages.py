@@ -89,8 +89,10 @@ class Stages(Protocol):
         """Stage 1: the results of each token, [R, B, T] float64, with the rows named by `token_rows`.
 
         Args:
-            logits, ref_logits: [B, T, V]; their dtypes may differ.
+            logits: [B, T, V].
             labels: [B, T] int64.
+            ref_logits: [B, T, V] or None; the dtype may differ from that of logits.
+            transform: the map from logits to z.
             statistics: any of STATISTICS; "kl" only with ref_logits.
         """
 
@@ -131,7 +133,14 @@ class Stages(Protocol):
         """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself.
 
         Args:
-            logps, top, log_sum: [B, T], the rows "logps", "max" and "log_sum" of stage 1.
+            logits: [B, T, V].
+            labels: [B, T] int64.
+            logps: [B, T], the row "logps" of stage 1.
+            top: [B, T], the row "max" of stage 1.
+            log_sum: [B, T], the row "log_sum" of stage 1.
+            grad_logps: [B, T], d loss / d log-probability.
+            transform: the map from logits to z.
+            out: [B, T, V], dtype of logits.
             token_kl: adds the gradients of token-level divergences; its logits must not share memory with `out`.
         """
 

@@ -178,6 +178,10 @@ def backward_tokens(
     """(dH [B, T, H] or None, the head's gradient) of sum(grad_logps * logps).
 
     Args:
+        call: the call.
+        hidden: [B, T, H].
+        weight: [V, H].
+        bias: [V] or None.
         found: [R, B, T], the rows of the forward pass.
         grad_logps: [B, T].
         tokens: [N], the scored tokens of the forward pass, in the order of `kept_logits`; None to select them here.

@@ -22,7 +22,7 @@ def length_desensitized_weights(
 
     Returns:
         `token_weights` for `dpo_loss`: float32, shaped like labels, 0 on ignored tokens. Objectives that divide by
-        length divide by the sum of these weights.
+            length divide by the sum of these weights.
 
     Raises:
         ValueError: ld_alpha is outside [0, 1].

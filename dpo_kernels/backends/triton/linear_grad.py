@@ -357,7 +357,9 @@ def logits_block_grad(
         call: the arguments that all chunks share.
         hidden: [N, H] contiguous.
         labels: [N] int64.
-        logps, top, log_sum: [N] float64, "logps", "max" and "log_sum" of `linear_logps`.
+        logps: [N] float64, "logps" of `linear_logps`.
+        top: [N] float64, "max" of `linear_logps`.
+        log_sum: [N] float64, "log_sum" of `linear_logps`.
         grad_logps: [N] float64; None to compute only the dropped mass.
         logits: [N, pitch], the logits that `linear_logps` stored, overwritten by dz; None to recompute them.
         out: [N, pitch], memory for dz if there are no stored logits.

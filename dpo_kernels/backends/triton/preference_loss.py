@@ -203,7 +203,8 @@ def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) ->
     """Weighted sum over the tokens of each sequence, [S] float64; tokens of weight 0 are skipped, whatever their value.
 
     Args:
-        values, weights: [B, T] float64.
+        values: [B, T] float64.
+        weights: [B, T] float64.
         cu_seqlens: [S + 1] int64, bounds in the flattened tokens, or None if each row is a sequence. They are clamped to the
             tokens that exist; sequences must not overlap (stages.rising_bounds).
     """
@@ -258,9 +259,14 @@ def preference_loss(
     """Stage 2: (losses [P], sums [2P], ref_sums [2P], coef [2P]); the formulas of csrc/common/sigmoid_family.h.
 
     Args:
-        logps, ref_logps, weights: [B, T] float64.
+        logps: [B, T] float64.
+        ref_logps: [B, T] float64, or None.
+        weights: [B, T] float64.
+        cu_seqlens: [2P + 1] int64, or None, as in `sequence_sums`.
         ref_sums: [2P] float64. At most one of ref_logps and ref_sums is given; without both, the reference's sums are 0.
-        beta, label_smoothing: [P] float64.
+        beta: [P] float64.
+        label_smoothing: [P] float64.
+        robust: the robust loss instead of label smoothing.
     """
     sequences = _sequences(logps, cu_seqlens)
 
