@@ -1,8 +1,8 @@
-"""How the native libraries are compiled: one recipe for `pip install`, and for the first use where none was built.
+"""Compilation of the native libraries, at `pip install` or at first use.
 
-`setup.py` loads this file by its path (torch may be missing there), `backends/cpu.py` and `backends/cuda.py` import it.
-Compilers are called directly: each library is a handful of files, needs no Python header (PyTorch's stable ABI), and
-appears by an atomic rename, so that several processes may build at once.
+`setup.py` loads this file by its path, because torch may be missing there; `backends/cpu.py` and `backends/cuda.py` import it.
+Compilers are called directly: each library consists of a few files and needs no Python header (PyTorch's stable ABI). A
+finished library is moved into place by an atomic rename, so several processes may build at the same time.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-# Installed, the sources lie inside the package; in a checkout they lie beside it.
+# An installed package contains the sources; in a checkout they are next to the package.
 CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")
 
-# The oldest torch whose stable ABI the libraries use (2.10.0); newer ones keep it.
+# The libraries use the stable ABI of torch 2.10.0, which newer versions keep.
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # No -ffast-math: the exponential relies on (x + magic) - magic, and NaN must stay NaN.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
-# name, -march, register width in bytes. One copy of the row kernels for each; ops.cpp picks at run time.
+# (name, -march, register width in bytes). The row kernels are compiled once for each; ops.cpp selects one at run time.
 X86_ISAS = (("baseline", "x86-64", 16), ("avx2", "x86-64-v3", 32), ("avx512", "x86-64-v4", 64))
 OTHER_ISAS = (("baseline", None, 16),)
 
 
 class BuildError(RuntimeError):
-    """A native library could not be compiled; the message is one line that says why."""
+    """A native library could not be compiled; the message is one line with the reason."""
 
 
 def torch_folder() -> Path:
-    """Where torch is installed, without importing it. Raises BuildError where there is none."""
+    """The folder of the installed torch, found without importing it. Raises BuildError if there is none."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildError("torch is not visible to this build")
+        raise BuildError("torch is not installed in the Python environment of this build")
     return Path(spec.origin).parent
 
 
 def cxx_compiler() -> str:
-    """The C++ compiler ($CXX, else g++, c++ or clang++). Raises BuildError where there is none."""
+    """The C++ compiler ($CXX, else g++, c++ or clang++). Raises BuildError if there is none."""
     for name in filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")):
         if found := shutil.which(name):
             return found
@@ -54,7 +54,7 @@ def cxx_compiler() -> str:
 
 
 def run_all(commands: Sequence[Sequence[str]]) -> None:
-    """Run compiler commands side by side; raise BuildError with the first line that says `error`."""
+    """Run compiler commands in parallel. Raises BuildError with the first output line of a failed one that says "error"."""
 
     def run(command: Sequence[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,7 +68,7 @@ def run_all(commands: Sequence[Sequence[str]]) -> None:
 
 
 def publish(library: str, target: Path) -> None:
-    """Move a finished library to its place in one step; only its owner may write to it, whatever the umask is."""
+    """Move a finished library into place by an atomic rename. Only its owner may write to it, whatever the umask is."""
     os.chmod(library, 0o755)
     os.replace(library, target)
 
@@ -79,7 +79,7 @@ def include_flags(torch_dir: Path) -> list[str]:
 
 
 def build_cpu(target: Path, flags: Sequence[str] = ()) -> None:
-    """Compile csrc/cpu into the shared library `target`. flags: further ones of compiler and linker (sanitizers, say)."""
+    """Compile csrc/cpu into the shared library `target`; `flags` are added to compiler and linker, for example sanitizers."""
     cxx, torch_dir = cxx_compiler(), torch_folder()
     isas = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_ISAS
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,18 +104,18 @@ def build_cpu(target: Path, flags: Sequence[str] = ()) -> None:
         publish(library, target)
 
 
-# The row kernels are compiled once per dtype of the policy's logits, side by side (DType in csrc/common/params.h).
+# The row kernels are compiled once per dtype of the policy's logits, in parallel (DType in csrc/common/params.h).
 CUDA_UNITS = (
     *((source, [f"-DDPO_POLICY={dtype}"]) for source in ("token_logps.cu", "logits_grad.cu") for dtype in (0, 2, 3)),
     ("preference_loss.cu", []),
 )
-#: Compiled for by default, as far as nvcc knows them; PTX of the newest serves what comes later.
+#: Default target architectures, if nvcc knows them. PTX of the newest is included for later GPUs.
 CUDA_ARCHS = ("80", "90", "100")
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def nvcc_compiler() -> str:
-    """nvcc ($CUDA_HOME/bin, else PATH, else /usr/local/cuda). Raises BuildError where there is none."""
+    """nvcc ($CUDA_HOME/bin, else PATH, else /usr/local/cuda). Raises BuildError if there is none."""
     for folder in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
         if found := shutil.which("nvcc", path=str(Path(folder) / "bin")):
             return found
@@ -125,16 +125,16 @@ def nvcc_compiler() -> str:
 
 
 def known_archs(nvcc: str) -> set[str]:
-    """Architectures that this nvcc compiles for, such as "90"."""
+    """The architectures that this nvcc compiles for, such as "90"."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     return {line.strip().removeprefix("compute_").rstrip("af") for line in listed.splitlines()} - {""}
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures to compile for ("80", "90"): $DPO_KERNELS_CUDA_ARCHS, else $TORCH_CUDA_ARCH_LIST, else ours.
+    """Target architectures such as "80": $DPO_KERNELS_CUDA_ARCHS, else $TORCH_CUDA_ARCH_LIST, else CUDA_ARCHS.
 
-    Both variables take "9.0" or "90", separated by blanks, commas or semicolons. "9.0a" and "10.0f" mean 90 and 100: the
-    kernels use nothing that only such a target has, and its PTX would run on no later card. Raises BuildError for an
+    Both variables accept "9.0" or "90", separated by blanks, commas or semicolons. "9.0a" and "10.0f" mean 90 and 100: the
+    kernels use no feature of these special targets, whose PTX would run on no later GPU. Raises BuildError for an
     architecture that nvcc does not know.
     """
     known = known_archs(nvcc)
@@ -150,21 +150,21 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def arch_for_device(nvcc: str, capability: tuple[int, int]) -> str:
-    """What to compile for a GPU of this compute capability: itself, or the newest before it that nvcc knows.
+    """The target architecture for a GPU of this compute capability: its own, or the newest older one that nvcc knows.
 
-    The GPU's driver compiles the PTX of an older architecture. Raises BuildError where nvcc knows none from 8.0 on.
+    The GPU's driver can compile the PTX of an older architecture. Raises BuildError if nvcc knows none from 8.0 up to the GPU's.
     """
     device = 10 * capability[0] + capability[1]
     usable = [int(arch) for arch in known_archs(nvcc) if 80 <= int(arch) <= device]
     if not usable:
-        raise BuildError(f"nvcc compiles for nothing that runs on compute capability {capability[0]}.{capability[1]}")
+        raise BuildError(f"nvcc has no architecture that runs on compute capability {capability[0]}.{capability[1]}")
     return str(max(usable))
 
 
 def devices_in_sight() -> list[tuple[int, int]] | None:
-    """Compute capabilities of the NVIDIA GPUs of this machine, without importing torch.
+    """Compute capabilities of this machine's NVIDIA GPUs, without importing torch.
 
-    Empty where a GPU is there and does not say which; None where there is none.
+    An empty list if there is a GPU of unknown capability; None if there is no GPU.
     """
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
@@ -179,9 +179,12 @@ def devices_in_sight() -> list[tuple[int, int]] | None:
 def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequence[str] = ()) -> None:
     """Compile csrc/cuda into the shared library `target`; needs nvcc, but no GPU and no CUDA build of torch.
 
-    archs: as `cuda_archs` returns them. defines: launch choices other than the default, such as "DPO_ROW_THREADS=128"
-    (csrc/cuda/plan.h). The runtime is linked statically and torch_cuda is looked up when first needed,
-    so the library loads wherever torch does.
+    The CUDA runtime is linked statically and torch_cuda is looked up at first use, so the library loads with any build of
+    torch.
+
+    Args:
+        archs: target architectures, by default those of `cuda_archs`.
+        defines: macros that change the launch configuration, such as "DPO_ROW_THREADS=128" (csrc/cuda/plan.h).
     """
     nvcc, torch_dir = nvcc_compiler(), torch_folder()
     archs = list(archs or cuda_archs(nvcc))
@@ -196,7 +199,7 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequen
             own = [*flags, *(f"-D{define}" for define in defines)]
             commands.append([nvcc, *NVCC_FLAGS, *targets, *own, "-c", str(CSRC / "cuda" / source), "-o", objects[-1]])
         objects.append(f"{scratch}/ops.o")
-        # nvcc knows where its own headers are, even behind a wrapper script.
+        # Compiled by nvcc too, because it knows where its headers are, even if a wrapper script hides them.
         commands.append(
             [
                 nvcc,
@@ -216,7 +219,7 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequen
 
 
 def source_hash(folder: str) -> str:
-    """Names a library after its sources and recipe, so that an edited kernel never meets a stale build."""
+    """Hash of a library's sources and of this file; part of the library's file name, so edited sources never use an old build."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in sorted((CSRC / "common").glob("*")) + sorted((CSRC / folder).glob("*")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -224,28 +227,29 @@ def source_hash(folder: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries compiled on first use are kept: $DPO_KERNELS_CACHE, else the user's cache."""
+    """The folder of libraries compiled at first use: $DPO_KERNELS_CACHE, else dpo_kernels in the user's cache."""
     if wish := os.environ.get("DPO_KERNELS_CACHE"):
         return Path(wish)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_kernels"
 
 
 def make_private(folder: Path) -> None:
-    """Create `folder`, for this user alone. One that exists keeps its mode."""
+    """Create `folder` with access for this user only. An existing folder keeps its mode."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_private(path: Path) -> None:
-    """Raise BuildError where somebody else may have put `path` there, or may write to it or to its folder.
+    """Raise BuildError if another user owns `path` or its folder, or may write to them.
 
-    To load a library is to run it. Files of root are trusted. Windows has no such modes and is not checked.
+    Loading a library runs its code, so it must come from this user. Files owned by root are trusted. Windows has no such
+    modes, so nothing is checked there.
     """
     if not hasattr(os, "getuid"):
         return
     real = path.resolve()
     for place in dict.fromkeys((path.parent, real.parent, real)):
-        if not place.exists():  # a library that is about to be compiled
+        if not place.exists():  # the library is not compiled yet
             continue
         status = place.stat()
         if status.st_uid not in (os.getuid(), 0):
@@ -259,17 +263,25 @@ def check_private(path: Path) -> None:
 
 
 def library_path(name: str, variant: str = "") -> Path:
-    """Where `pip install` puts the library `name` ("cpu" or "cuda"); `variant` as in `find_or_build`."""
+    """Path of the library `name` ("cpu" or "cuda") after `pip install`; `variant` as in `find_or_build`."""
     return PACKAGE / f"_{name}.{source_hash(name)}{variant}.so"
 
 
 def find_or_build(name: str, build: Callable[[Path], None], announce: Callable[[str], None], variant: str = "") -> Path:
-    """The library built at installation, else the cached one, else (unless DPO_KERNELS_JIT=0) compile it now.
+    """Path of the library built at installation, else of the cached one, else of one that is compiled now.
 
-    variant: what else a library is named after, such as the architecture that it was compiled for. Raises BuildError
-    where there is none, and where other users may write to the cached one.
+    DPO_KERNELS_JIT=0 forbids compiling.
+
+    Args:
+        name: "cpu" or "cuda".
+        build: compiles the library to a path.
+        announce: receives a message before a compilation.
+        variant: suffix of the library's name, such as the architecture that it is compiled for.
+
+    Raises:
+        BuildError: there is no library and it cannot be compiled, or other users may write to the cached one.
     """
-    # Whoever can write to the installed package can change its Python files too, so only the cache is checked.
+    # Only the cache is checked: a user who can write to the installed package could change its Python files as well.
     for path in (library_path(name), library_path(name, variant)):
         if path.is_file():
             return path
@@ -290,21 +302,21 @@ def find_or_build(name: str, build: Callable[[Path], None], announce: Callable[[
 
 
 def variant_of(capability: tuple[int, int]) -> str:
-    """What the CUDA library compiled for the GPU at hand is named after."""
+    """Name suffix of a CUDA library that is compiled for GPUs of this compute capability."""
     return ".sm_{}{}".format(*capability)
 
 
 def build_for_device(capability: tuple[int, int]) -> Callable[[Path], None]:
-    """The recipe of a CUDA library for a GPU of this compute capability alone."""
+    """A function that compiles the CUDA library for GPUs of this compute capability only."""
     return lambda target: build_cuda(target, [arch_for_device(nvcc_compiler(), capability)])
 
 
 def installed_libraries() -> dict[Path, Callable[[Path], None]]:
-    """What an installation compiles: a path, and the recipe of each library.
+    """The libraries that an installation compiles: path -> function that compiles it.
 
-    Always the CPU's. The CUDA library takes minutes, so it is compiled where a GPU is in sight, for that GPU alone, or
-    where $DPO_KERNELS_CUDA_ARCHS or DPO_KERNELS_BUILD_CUDA=1 ask for it, for every architecture of `cuda_archs`.
-    DPO_KERNELS_BUILD_CUDA=0 leaves it out.
+    The CPU library is always compiled. The CUDA library takes minutes, so it is compiled only in two cases: for the GPUs of
+    this machine, if there are any; or for every architecture of `cuda_archs`, if $DPO_KERNELS_CUDA_ARCHS or
+    DPO_KERNELS_BUILD_CUDA=1 is set. DPO_KERNELS_BUILD_CUDA=0 skips it.
     """
     libraries: dict[Path, Callable[[Path], None]] = {library_path("cpu"): build_cpu}
     wish = os.environ.get("DPO_KERNELS_BUILD_CUDA")
@@ -312,7 +324,7 @@ def installed_libraries() -> dict[Path, Callable[[Path], None]]:
         return libraries
     devices = None if wish or os.environ.get("DPO_KERNELS_CUDA_ARCHS") else devices_in_sight()
     if devices:
-        # One that is too old for the kernels needs no library.
+        # GPUs before compute capability 8.0 are too old for the kernels.
         usable = [capability for capability in devices if capability >= (8, 0)]
         libraries |= {library_path("cuda", variant_of(device)): build_for_device(device) for device in usable}
     elif wish or os.environ.get("DPO_KERNELS_CUDA_ARCHS") or devices is not None:

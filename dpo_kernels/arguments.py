@@ -1,4 +1,4 @@
-"""What callers pass, checked once and brought into the one shape that the stages know. Errors use the caller's own names."""
+"""Checks of a call's arguments, and their conversion to the layout that the stages use. Errors name the caller's arguments."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from .objectives import Objective
 from .stages import STATISTICS as ALL_STATISTICS
 from .stages import Transform, check_bounds, check_labels, rising_bounds, small_dtype
 
-#: What `statistics` may name: all but what only WPO's weights read.
+#: Valid names in `statistics` of `dpo_loss`. "log_sum_sq" is not among them: only WPO's weights use it.
 STATISTICS = tuple(name for name in ALL_STATISTICS if name != "log_sum_sq")
-#: And on the linear path: "grad_dropped_mass" is the probability mass that `grad_filter` left out of a token's gradient.
+#: Valid names on the linear path; "grad_dropped_mass" is the probability mass that `grad_filter` left out of a token's gradient.
 LINEAR_STATISTICS = (*STATISTICS, "grad_dropped_mass")
-#: Those of log-probabilities without a reference, token by token; "log_sum_sq" is log sum_v p_v^2, what WPO's weights compare
-#: a token's log-probability with.
+#: Valid names for `linear_logps`, which has no reference. "log_sum_sq" is log sum_v p_v^2; WPO's weights subtract it from the
+#: log-probability.
 TOKEN_STATISTICS = (*(name for name in LINEAR_STATISTICS if name != "kl"), "log_sum_sq")
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of a call, in the one shape that the stages know; a packed batch is one row.
+    """The tokens of a call in the layout that the stages use; a packed batch has one row.
 
     Attributes:
-        rows: what there is a row of for each token: logits [B, T, V], or hidden states [B, T, H].
+        rows: logits [B, T, V], or hidden states [B, T, H].
         vocab: V.
-        labels: [B, T] int64; tokens of weight 0 are ignored like the others.
-        token_weights: [B, T] in the small dtype, or None for 1.
+        labels: [B, T] int64; tokens of weight 0 have the label ignore_index.
+        token_weights: [B, T] in the dtype of `small`, or None for 1.
         cu_seqlens: [S + 1] int64, or None where each row is a sequence.
-        given_bounds: cu_seqlens as they came, where they lie on an accelerator and wait to be checked.
+        ignore_index: label of the tokens that do not count.
+        backend: the backend's name.
+        given_bounds: cu_seqlens before clamping, on an accelerator, where they are checked later; else None.
     """
 
     rows: Tensor
@@ -50,27 +52,27 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """S."""
+        """S, the number of sequences."""
         return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
     def small(self) -> torch.dtype:
-        """dtype of everything of size [tokens] or less."""
+        """dtype of every tensor of size [tokens] or less."""
         return small_dtype(self.labels.device)
 
     def scored(self) -> Tensor:
-        """1 on scored tokens, else 0, [B, T]."""
+        """[B, T], 1 on scored tokens, else 0."""
         return (self.labels != self.ignore_index).to(self.small)
 
     def weights(self) -> Tensor:
-        """The tokens' weights, [B, T]; 0 where a token is not scored."""
+        """[B, T], the weights of the tokens; 0 where a token is not scored."""
         if self.token_weights is None:
             return self.scored()
         return torch.where(self.labels != self.ignore_index, self.token_weights, 0.0)
 
     def late_check(self) -> Callable[[], None] | None:
-        """What looks at labels and bounds when somebody waits for the device anyway, or None where all was looked at."""
-        # CPU kernels have looked already; a compiled graph cannot return a closure.
+        """A check of labels and bounds that synchronizes with the device; None if they are already checked."""
+        # CPU kernels check them. A compiled graph cannot return a closure.
         looked = self.labels.device.type == "cpu" and self.backend in ("eager", "cpu")
         if looked or torch.compiler.is_compiling():
             return None
@@ -85,17 +87,17 @@ class Batch:
 
 
 def check_tensor(name: str, value: Tensor, shape: Sequence[int], device: torch.device, why: str) -> None:
-    """Raise unless `value` is a tensor of this shape and device; `why` says where the shape comes from."""
+    """Raise unless `value` is a tensor of this shape and device; `why` explains the shape in the error."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {list(shape)}; got {type(value).__name__}")
     if value.shape != torch.Size(shape):
         raise ValueError(f"{name} must have shape {list(shape)} ({why}); got {list(value.shape)}")
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, the call's other tensors are on {device}; move it there")
+        raise ValueError(f"{name} is on {value.device}, but the call's other tensors are on {device}; move it there")
 
 
 def check_dtype(name: str, value: Tensor) -> None:
-    """Raise unless `value` is a floating tensor that the kernels read."""
+    """Raise unless `value` is a tensor of a floating dtype that the kernels support."""
     if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor; got {got}")
@@ -105,14 +107,14 @@ def check_dtype(name: str, value: Tensor) -> None:
 def refuse_transforms(name: str, value: Tensor) -> None:
     """Raise NotImplementedError for a tensor inside torch.func or forward-mode differentiation.
 
-    The kernels see plain numbers there, and the derivative would come out as 0.
+    There the kernels would treat the tensor as a constant, and its derivative would be 0.
     """
     if torch.compiler.is_compiling():
         return
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
     if wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None):
         raise NotImplementedError(
-            f"{name} is inside a torch.func transform or forward-mode differentiation; dpo_kernels has first-order "
+            f"{name} is inside a torch.func transform or forward-mode differentiation; dpo_kernels supports first-order "
             "reverse-mode gradients only (loss.backward() or torch.autograd.grad)"
         )
 
@@ -128,7 +130,7 @@ def batch_of(
     axis: str = "V",
     vocab: int | None = None,
 ) -> Batch:
-    """The batch of a call; `name` and `axis` word the errors ("logits", "V", or "hidden", "H")."""
+    """The batch of a call; `name` and `axis` appear in error messages ("logits" and "V", or "hidden" and "H")."""
     check_dtype(name, rows)
     packed, device = cu_seqlens is not None, rows.device
     if rows.dim() != (2 if packed else 3):
@@ -163,24 +165,24 @@ def batch_of(
 
 
 def count_pairs(batch: Batch) -> int:
-    """P. Raises ValueError for an odd number of sequences."""
+    """P, the number of pairs. Raises ValueError for an odd number of sequences."""
     if batch.sequences % 2:
         raise ValueError(
-            f"the batch holds {batch.sequences} sequences, an odd number; it must hold P chosen ones followed by "
-            f"their P rejected ones"
+            f"the batch holds {batch.sequences} sequences, an odd number; it must hold P chosen sequences, then P rejected "
+            f"ones"
         )
     return batch.sequences // 2
 
 
 def transform_of(ignore_index: int, logit_scale: float, logit_softcap: float | None) -> Transform:
-    """Raises ValueError for a cap that is not positive."""
+    """The `Transform` of a call's arguments. Raises ValueError for a cap that is not positive."""
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be positive, or None for no cap; got {logit_softcap}")
     return Transform(ignore_index, float(logit_scale), float(logit_softcap or 0.0))
 
 
 def check_statistics(statistics: Sequence[str], known: tuple[str, ...] = STATISTICS) -> tuple[str, ...]:
-    """The statistics asked for, in the order of `known`. Raises ValueError for an unknown name."""
+    """The requested statistics in the order of `known`. Raises ValueError for an unknown name."""
     if isinstance(statistics, str):
         statistics = (statistics,)
     for name in statistics:
@@ -199,7 +201,7 @@ def check_settings(
     reduction: str,
     has_reference: bool | None = None,
 ) -> None:
-    """Raise for hyper-parameters that no call can have; `has_reference` is None where the call is not known yet."""
+    """Raise for invalid hyper-parameters; `has_reference` is None before a call, when it is not known yet."""
     objectives.check(functions, loss_weights, label_smoothing, has_reference=has_reference)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
@@ -210,13 +212,14 @@ def check_settings(
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What a call wants of its P pairs; tensors in the small dtype.
+    """The settings of a call's P pairs; tensors are float64 (float32 on MPS).
 
     Attributes:
+        pairs: P.
         functions, loss_weights: the objectives, and their weights in a mix.
         beta, label_smoothing: numbers, or [P].
-        pair_weights: [P] or None for 1.
-        ref_sums: [2P] or None, the reference's sums where its logits are not given.
+        pair_weights: [P], or None for 1.
+        ref_sums: [2P], the reference's sequence sums; None if its logits are given, or there is no reference.
     """
 
     pairs: int
@@ -232,18 +235,18 @@ class PairSettings:
 
     @property
     def family(self) -> str | None:
-        """ "sigmoid" or "robust" where the objective is one that stage 2 knows, else None."""
+        """ "sigmoid" or "robust" if the kernels of stage 2 compute the objective, else None."""
         only = self.functions[0] if len(self.functions) == 1 and self.loss_weights is None else None
         return only.kernel if isinstance(only, objectives.BoundObjective) else None
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The token-level divergences that the loss is differentiated by (stages.KL_TERMS)."""
+        """The token-level divergences that the loss depends on, a subset of stages.KL_TERMS."""
         forward = objectives.needs_token_kl(self.functions)
         return (*(("kl",) if self.kl_coef else ()), *(("forward_kl",) if forward else ()))
 
     def statistics(self, reported: tuple[str, ...]) -> tuple[str, ...]:
-        """What stage 1 must find: what the caller reads, and what the loss does."""
+        """The statistics that stage 1 must compute: those that the caller asked for and those that the loss needs."""
         return (*reported, "log_sum_sq") if self.use_weighting else reported
 
     def each(self, value: float | Tensor, like: Tensor) -> Tensor:
@@ -253,7 +256,7 @@ class PairSettings:
         return torch.full((self.pairs,), value, dtype=like.dtype, device=like.device)
 
     def part(self, first: int, last: int) -> PairSettings:
-        """Those of pairs first .. last - 1."""
+        """The settings of pairs first .. last - 1."""
 
         def cut(value: Any) -> Any:
             return value[first:last] if isinstance(value, Tensor) else value
@@ -271,11 +274,11 @@ class PairSettings:
         )
 
     def weighting(self, batch: Batch) -> Weighting:
-        """What a whole call of stage 2 needs of the tokens and the reduction."""
+        """The weights, bounds and reduction, as the whole-call kernels take them."""
         return Weighting(batch.token_weights, batch.cu_seqlens, self.pair_weights, self.reduction)
 
     def whole_family(self) -> Family:
-        """And of the loss."""
+        """The parameters of the sigmoid family, as the whole-call kernels take them."""
         (betas, beta), (smoothings, smoothing) = (
             (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
             for value in (self.beta, self.label_smoothing)
@@ -296,7 +299,7 @@ def settings_of(
     use_weighting: bool,
     reduction: str,
 ) -> PairSettings:
-    """A call's settings, from arguments that `check_settings` has seen."""
+    """The settings of a call from arguments that `check_settings` has checked."""
     pairs, device, small = count_pairs(batch), batch.labels.device, batch.small
 
     def per_pair(name: str, value: float | Tensor) -> float | Tensor:
@@ -331,12 +334,12 @@ def settings_of(
 
 
 def check_divergences(reported: tuple[str, ...], settings: PairSettings, reference: Tensor | None, name: str) -> None:
-    """Raise where a divergence of distributions is asked for without the reference's distributions (`name`)."""
+    """Raise ValueError if a KL divergence is needed but the reference's logits or hidden states (`name`) are missing."""
     if reference is not None:
         return
     if "kl" in reported:
-        raise ValueError(f'the statistic "kl" needs {name}: sequence sums (ref_logps) do not determine it')
+        raise ValueError(f'the statistic "kl" needs {name}: it cannot be computed from sequence sums (ref_logps)')
     needy = ["kl_coef"] if settings.kl_coef else []
     needy += [f"loss_type {entry}" for entry in settings.functions if objectives.needs_token_kl([entry])]
     if needy:
-        raise ValueError(f"{needy[0]} needs {name}: the KL divergence of distributions is not determined by ref_logps")
+        raise ValueError(f"{needy[0]} needs {name}: a KL divergence cannot be computed from sequence sums (ref_logps)")

@@ -1,10 +1,13 @@
-"""`python -m dpo_kernels bench`: loss and gradient on this machine beside eager PyTorch.
+"""`python -m dpo_kernels bench`: times of loss and gradient on this machine, compared with eager PyTorch.
 
-A round copies fresh logits into place (which also measures the copy's bandwidth), then times our loss and its gradient in
-place, then eager's. Rounds alternate so that whatever else the machine does meets both. Bytes are those that the work needs:
+A round copies fresh logits into place, which also measures the bandwidth of a copy. Then it times the loss and in-place
+gradient of dpo_kernels, and the loss and gradient of eager PyTorch. Both are measured in every round, so that other load on the
+machine affects both. The work is counted in bytes:
+
     loss      logits and reference logits read once
     gradient  logits read once, the gradient written once
-The share is those bytes over the time, as a fraction of the copy's bandwidth (bytes read and written over its time).
+
+The reported share is these bytes divided by the time, as a fraction of the copy's bandwidth (bytes read and written per second).
 """
 
 from __future__ import annotations
@@ -24,17 +27,17 @@ from .functional import dpo_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHAPE = {"cuda": (16, 512, 128256), "cpu": (4, 128, 32768)}
-#: Eager's float32 copies, log-softmaxes and gradients that exist at a time, bytes a logit.
+#: Peak memory of eager PyTorch's float32 copies, log-softmaxes and gradients, in bytes per logit.
 EAGER_BYTES = 20
 BETA = 0.1
 
 
 class ShapeError(ValueError):
-    """The shape cannot be measured here; the message says why."""
+    """The shape cannot be measured on this machine; the message gives the reason."""
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """(sequences, tokens of each, V) of "TOKENSxVOCAB" or "SEQUENCESxTOKENSxVOCAB"."""
+    """(sequences, tokens per sequence, V) from "TOKENSxVOCAB" or "SEQUENCESxTOKENSxVOCAB"."""
     try:
         sizes = [int(part) for part in text.lower().split("x")]
     except ValueError:
@@ -42,19 +45,19 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     if len(sizes) not in (2, 3) or min(sizes) < 1:
         raise ShapeError(f"--shape must be TOKENSxVOCAB or SEQUENCESxTOKENSxVOCAB, such as 8192x128256; got {text!r}")
     if len(sizes) == 2:
-        # As many sequences of at least 128 tokens as 16 allow, half of them chosen.
+        # The largest of 16, 8 and 4 sequences that gives at least 128 tokens each; otherwise 2 sequences.
         tokens, vocab = sizes
         count = next((n for n in (16, 8, 4) if tokens % n == 0 and tokens // n >= 128), 2)
         sizes = [count, tokens // count, vocab]
         if tokens % 2:
-            raise ShapeError(f"the tokens must be even, half chosen and half rejected; got {tokens}")
+            raise ShapeError(f"the number of tokens must be even, half chosen and half rejected; got {tokens}")
     if sizes[0] % 2:
-        raise ShapeError(f"the sequences must be even, half chosen and half rejected; got {sizes[0]}")
+        raise ShapeError(f"the number of sequences must be even, half chosen and half rejected; got {sizes[0]}")
     return sizes[0], sizes[1], sizes[2]
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated."""
+    """Free memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -65,12 +68,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def needed_memory(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Bytes: logits, their copy, the reference's, eager's gradient, and what eager makes on the way."""
+    """Bytes for the logits, their copy, the reference's logits, eager PyTorch's gradient and its temporaries."""
     return shape[0] * shape[1] * shape[2] * (4 * dtype.itemsize + EAGER_BYTES)
 
 
 def _eager_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    """The textbook: float32 log-softmaxes, a gather, and equation 7 of Rafailov et al. 2023."""
+    """The usual implementation: float32 log-softmaxes, a gather, and equation 7 of Rafailov et al. 2023."""
 
     def sums(values: Tensor) -> Tensor:
         return values.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1).sum(-1)
@@ -93,10 +96,10 @@ def _clock(device: torch.device) -> Callable[[], float]:
 def measure(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each round by name: "copy", "loss", "gradient", "eager loss", "eager gradient"; at least three rounds."""
+    """Seconds of every round by name: "copy", "loss", "gradient", "eager loss", "eager gradient"; at least three rounds."""
     g = torch.Generator(device).manual_seed(0)
     source, ref = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-    for row in range(shape[0]):  # a row at a time: a float32 draft of everything might not fit
+    for row in range(shape[0]):  # one sequence at a time: float32 random numbers for all of them might not fit
         draft = torch.randn(shape[1:], generator=g, device=device, dtype=torch.float32) * 2
         source[row] = draft
         ref[row] = draft + 0.1 * torch.randn(shape[1:], generator=g, device=device, dtype=torch.float32)
@@ -123,7 +126,7 @@ def measure(
         end = now()
         return [*(b - a for a, b in itertools.pairwise(stops)), middle - begin, end - middle]
 
-    round_of()  # compiles, and touches fresh memory
+    round_of()  # warm-up: compiles, and maps fresh memory
     deadline = time.perf_counter() + seconds
     while len(times["copy"]) < 3 or time.perf_counter() < deadline:
         for name, spent in zip(times, round_of(), strict=True):
@@ -132,17 +135,17 @@ def measure(
 
 
 def run(device: torch.device, shape: str | None, dtype: str | None, seconds: float) -> None:
-    """Measure and print. Raises ShapeError for a shape that is malformed or does not fit."""
+    """Measure and print a table. Raises ShapeError for a shape that is malformed or does not fit into memory."""
     kind = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = parse_shape(shape) if shape else DEFAULT_SHAPE[device.type]
     free = free_memory(device)
     while shape is None and needed_memory(sizes, kind) > free and sizes[1] > 16:
-        sizes = (sizes[0], sizes[1] // 2, sizes[2])  # the default gives way
+        sizes = (sizes[0], sizes[1] // 2, sizes[2])  # only the default shape is reduced to fit
     if needed_memory(sizes, kind) > free:
         raise ShapeError(
             f"[{sizes[0] * sizes[1]} x {sizes[2]}] {str(kind).removeprefix('torch.')} needs "
-            f"{needed_memory(sizes, kind) / 1e9:.3g} GB beside eager PyTorch, and {device} has {free / 1e9:.3g} GB free; "
-            "give a smaller --shape"
+            f"{needed_memory(sizes, kind) / 1e9:.3g} GB together with eager PyTorch, but {device} has {free / 1e9:.3g} GB "
+            "free; give a smaller --shape"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -150,14 +153,14 @@ def run(device: torch.device, shape: str | None, dtype: str | None, seconds: flo
     else:
         where = f"{torch.get_num_threads()} CPU threads"
     times = measure(sizes, kind, device, seconds)
-    # After the first call, whose self-check may have changed it.
+    # Resolved after the first call, whose self-check may have changed the backend.
     name = backends.resolve(device, kind)
     print("\n".join(table(times, sizes, kind, f"{name} backend, {where}")))
 
 
 def table(times: dict[str, list[float]], shape: tuple[int, int, int], dtype: torch.dtype, where: str) -> list[str]:
-    """The lines to print: medians with quartiles, share of copy bandwidth, times faster than eager."""
-    nbytes = 2 * shape[0] * shape[1] * shape[2] * dtype.itemsize  # of a copy, of the loss and of the gradient alike
+    """The lines to print: medians with quartiles, share of the copy's bandwidth, and speed-up over eager PyTorch."""
+    nbytes = 2 * shape[0] * shape[1] * shape[2] * dtype.itemsize  # the same for the copy, the loss and the gradient
     copy = statistics.median(times["copy"])
     lines = [
         f"[{shape[0] * shape[1]} x {shape[2]}] {str(dtype).removeprefix('torch.')}, {where}, {len(times['copy'])} rounds; "
@@ -175,7 +178,7 @@ def table(times: dict[str, list[float]], shape: tuple[int, int, int], dtype: tor
     total = [[a + b for a, b in zip(times[f"{k}loss"], times[f"{k}gradient"], strict=True)] for k in ("", "eager ")]
     rows["both"] = (total[0], total[1], 2 * nbytes)
     for name, (ours, eager, work) in rows.items():
-        # A ratio within each round: what the machine did meanwhile met both.
+        # The ratio is taken within each round, where both run under the same load.
         ratio = statistics.median(e / o for o, e in zip(ours, eager, strict=True))
         lines.append(f"{name:<16} {column(ours, work)}  {column(eager, work):>10}  {ratio:.2f} x")
     return lines

@@ -1,4 +1,4 @@
-"""The cases of the operator table that a device's kernels are checked on (selfcheck.py runs them)."""
+"""The operator table: the cases on which selfcheck.py checks the kernels of a device."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Case:
-    """A call in miniature: which kernels it runs (`variant`), and what is hostile about its input.
+    """A small call: the kernels that it runs (`variant`), and the special properties of its input.
 
     Attributes:
-        vocab: V, or None for the size that reaches every loop of the device's kernels.
+        variant: the kernels.
+        vocab: V, or None for a size at which every loop of the device's kernels runs.
         infinite: a tenth of the logits are -inf.
         confident: the label's probability is close to 1.
         empty: one of the sequences has no scored token.
-        strided: logits are a view whose rows lie further apart.
-        weighted: tokens count differently, and some not at all.
+        strided: the logits are a view with gaps between its rows.
+        weighted: the tokens have different weights, some of them 0.
     """
 
     variant: Variant
@@ -42,16 +43,16 @@ class Case:
 
 
 def case_of(variant: Variant) -> Case:
-    """The case that stands for a call's variant."""
+    """The case that checks the kernels of a call's variant."""
     return Case(variant)
 
 
 def serves(backend: str, case: Case) -> bool:
-    """Whether the backend has the case's kernels at all; a call that it has not raises by itself."""
+    """Whether the backend implements the case's kernels; without them, a call raises its own error."""
     need = case.variant.linear
     if need is not None and need.fused and backend not in ("triton", "cuda"):
         return False
-    # The CUDA kernels fold the scale into the exponent, which turns their maximum into a minimum.
+    # The CUDA kernels take the maximum before the scale, so with a negative scale they would subtract the minimum.
     return not (backend == "cuda" and case.variant.negative_scale)
 
 
@@ -115,7 +116,7 @@ def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield case(aligned, "whole_pairs", fused=True, statistics=some, reference=dtype, softcap=True)
 
 
-#: Every case. What a backend does not have is left out by `serves`.
+#: Every case; `serves` excludes those that a backend does not implement.
 TABLE: tuple[Case, ...] = tuple(
     dict.fromkeys(case for dtype in DTYPES for cases in (_logits_cases, _linear_cases) for case in cases(dtype))
 )

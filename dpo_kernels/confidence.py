@@ -1,19 +1,19 @@
-"""From what is known about a pair (ratings, margins, annotators' votes) to pair weights and label smoothing.
+"""Pair weights and label smoothing from ratings, margins or annotators' votes.
 
-Preference data are uneven: some pairs are obvious, others a coin toss, and a loss that trusts all labels alike learns
-the annotators' noise. Two steps mend it. First the evidence becomes a probability p that the label is right:
+Some preference labels are certain, others are nearly random. A loss that trusts all labels equally learns the annotators'
+noise. Two steps avoid that. First, the evidence gives a probability p that the label is right:
 
     preference_probability    p = sigmoid((chosen score - rejected score) / scale)      Bradley and Terry 1952
     agreement_probability     p = (votes for + prior) / (votes + 2 prior)               Laplace's rule for prior = 1
 
-Then p becomes what `dpo_loss` takes:
+Second, p gives an argument of `dpo_loss`:
 
     confidence_smoothing      e = min(1 - p, ceiling)              -> label_smoothing [P]
     confidence_weights        w = max(2 p - 1, floor)^power        -> pair_weights [P], scaled to mean 1
 
-Smoothing keeps every pair and bounds the margin it asks for: the minimum of the smoothed loss lies at
-beta * margin = log(p / (1 - p)), which for scale 1 is the score gap itself. Weights leave each pair's target where it
-is and let doubtful pairs pull less. Use one of the two: both together count the same doubt twice.
+Smoothing keeps every pair and bounds its margin: the smoothed loss is minimal at beta * margin = log(p / (1 - p)), which
+equals the score gap if scale is 1. Weights keep each pair's target and reduce the gradient of doubtful pairs. Use one of the
+two: together they count the same doubt twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _vector(name: str, values: Values, shape: torch.Size | None = None) -> Tenso
     if vector.dim() != 1:
         raise ValueError(f"{name} must be a vector with one entry per pair; got {list(vector.shape)}")
     if shape is not None and vector.shape != shape:
-        raise ValueError(f"{name} has {vector.shape[0]} entries, for {shape[0]} pairs")
+        raise ValueError(f"{name} has {vector.shape[0]} entries, but there are {shape[0]} pairs")
     bad = ~torch.isfinite(vector)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
@@ -49,20 +49,21 @@ def _probability(probability: Values) -> Tensor:
 
 
 def preference_probability(chosen_scores: Values, rejected_scores: Values, *, scale: float = 1.0) -> Tensor:
-    """Probability that chosen really is preferred, from the two responses' scores: sigmoid(gap / scale).
+    """Probability that the chosen response is preferred, from two scores: sigmoid((chosen - rejected) / scale).
+
+    Source: Bradley and Terry 1952, Rank Analysis of Incomplete Block Designs.
 
     Args:
-        chosen_scores, rejected_scores: [P], any unit: ratings, reward-model outputs, sentiment.
-        scale: the gap at which the odds are e to 1, in the scores' unit; about the noise of one score. Reward models
-            trained with the Bradley-Terry loss have scale 1.
+        chosen_scores: [P], in any unit: ratings, reward-model outputs, sentiment.
+        rejected_scores: [P], in the same unit.
+        scale: the score gap at which the odds are e to 1, in the scores' unit; about the noise of one score. Reward
+            models trained with the Bradley-Terry loss have scale 1.
 
     Returns:
         [P] in (0, 1); 0.5 for equal scores, below 0.5 where the scores contradict the label.
 
     Raises:
-        ValueError: scale not positive, scores of different lengths, or not finite.
-
-    Source: Bradley and Terry 1952, Rank Analysis of Incomplete Block Designs.
+        ValueError: scale is not positive, or the scores are not finite or have different lengths.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive; got {scale}")
@@ -72,18 +73,18 @@ def preference_probability(chosen_scores: Values, rejected_scores: Values, *, sc
 
 
 def agreement_probability(votes_for: Values, votes: Values, *, prior: float = 1.0) -> Tensor:
-    """Probability that the label is right, from `votes_for` of `votes` annotators: (k + prior) / (n + 2 prior).
+    """Probability that the label is right, from annotators' votes: (votes_for + prior) / (votes + 2 prior).
 
     Args:
-        votes_for, votes: [P], 0 <= votes_for <= votes.
-        prior: how many imagined votes each side starts with, so that 1 of 1 is not certainty (Laplace: 1,
-            Jeffreys: 0.5).
+        votes_for: [P], annotators who agree with the label; 0 <= votes_for <= votes.
+        votes: [P], all annotators.
+        prior: votes added to each side, so that one vote of one is not certainty (Laplace: 1, Jeffreys: 0.5).
 
     Returns:
         [P] in (0, 1).
 
     Raises:
-        ValueError: prior not positive, vectors of different lengths, or more votes for than votes.
+        ValueError: prior is not positive, the vectors have different lengths, or votes_for exceeds votes.
     """
     if not prior > 0:
         raise ValueError(f"prior must be positive; got {prior}")
@@ -98,15 +99,16 @@ def confidence_smoothing(probability: Values, *, ceiling: float = 0.5) -> Tensor
     """Label smoothing per pair: min(1 - p, ceiling).
 
     Args:
-        probability: [P], that each label is right.
-        ceiling: at 0.5, a pair whose label is more likely wrong than right teaches nothing; at 1 it teaches the
-            opposite. The robust objective needs less than 0.5, exo_pair more than 0 and less than 1.
+        probability: [P], probability that each label is right.
+        ceiling: largest smoothing. It matters for a label that is more likely wrong than right: at 0.5 its margin is
+            driven to 0, at 1 the preference is reversed. The robust objective needs smoothing below 0.5, exo_pair needs
+            it in (0, 1).
 
     Returns:
         [P], for `label_smoothing`.
 
     Raises:
-        ValueError: probability or ceiling outside [0, 1].
+        ValueError: probability or ceiling is outside [0, 1].
     """
     if not 0 <= ceiling <= 1:
         raise ValueError(f"ceiling must lie in [0, 1]; got {ceiling}")
@@ -116,20 +118,20 @@ def confidence_smoothing(probability: Values, *, ceiling: float = 0.5) -> Tensor
 def confidence_weights(
     probability: Values, *, power: float = 1.0, floor: float = 0.0, normalize: bool = True
 ) -> Tensor:
-    """Weight per pair: max(2 p - 1, floor)^power over its mean, so that the learning rate keeps its meaning.
+    """Weight per pair: max(2 p - 1, floor)^power, divided by its mean.
 
     Args:
-        probability: [P], that each label is right. Give the whole data set's at once: a mean over one batch would hand
-            a batch of doubtful pairs the weight of a batch of sure ones.
-        power: 0 weighs all alike, 1 in proportion to the information 2 p - 1, larger prefers obvious pairs more.
-        floor: least weight before normalizing; above 0 no pair is dropped.
-        normalize: scale to mean 1.
+        probability: [P], probability that each label is right. Pass the whole data set at once: normalized batch by batch, a
+            batch of doubtful pairs would weigh as much as a batch of certain ones.
+        power: 0 gives equal weights, 1 weights proportional to 2 p - 1; larger values favour certain pairs more.
+        floor: smallest value of 2 p - 1, in [0, 1]; above 0 no pair is dropped.
+        normalize: divide by the mean, so that the weights do not change the effective learning rate.
 
     Returns:
         [P] >= 0, for `pair_weights`.
 
     Raises:
-        ValueError: probability outside [0, 1], power or floor out of range, or all weights 0.
+        ValueError: probability is outside [0, 1], power or floor is out of range, or all weights are 0.
     """
     if not power >= 0:
         raise ValueError(f"power must not be negative; got {power}")

@@ -1,13 +1,14 @@
-"""The filtered gradient: the entries of each softmax row that exceed eps, saved, and the two products over them alone.
+"""The filtered gradient: matrix products over the softmax entries that exceed eps, instead of over all entries.
 
-A trained model's softmax is almost empty. With p <= eps left out, an entry list of a few KB a token replaces the logits in
-the backward. What was left out, the dropped mass r_t, goes back as a uniform tail, so each row's gradient still sums to 0:
+In a trained model most entries of a softmax row are nearly 0. Only entries with p > eps are saved, which takes a few KB per
+token and replaces the logits in the backward pass. The dropped probability mass r_t is replaced by a uniform tail, so the
+gradient of each row still sums to 0:
 
     dH_t = g_t (sum_kept d_tv W_v - r_t mean(W))        dW_v = sum_t g_t d_tv h_t - (1 / V) sum_t g_t r_t h_t
 
     |dH_t - exact| <= |g_t| r_t max_v |W_v - mean(W)|
 
-Native CPU kernels (csrc/cpu/filtered_grad.cpp); the idea of filtering: Wijmans et al. 2024, Cut Your Losses.
+The CPU kernels are in csrc/cpu/filtered_grad.cpp. Source of the filtering: Wijmans et al. 2024, Cut Your Losses.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Denser lists than this share of the vocabulary lose to the dense products, and would take V bytes a token.
+#: Largest share of kept entries. Above it the dense products are faster, and the lists would take V bytes per token.
 DENSEST = 1 / 8
 _ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept entries of n tokens: token t's are index and value [row_ptr[t] : row_ptr[t + 1]], ascending.
+    """The kept entries of n tokens. Those of token t are [row_ptr[t] : row_ptr[t + 1]] of index and value.
 
-    value is (onehot - p) dz/dx; tail [n] is the sum of p dz/dx over what was dropped.
+    Attributes:
+        index: int32, vocabulary indices, ascending within a token.
+        value: (onehot - p) dz/dx of each entry.
+        row_ptr: [n + 1] int64.
+        tail: [n] float64, the sum of p dz/dx over the dropped entries.
     """
 
     index: Tensor
@@ -36,7 +41,7 @@ class Kept:
 
     @classmethod
     def join(cls, parts: list[Kept], like: Tensor) -> Kept:
-        """The entries of consecutive chunks as one; `like` gives the logits' dtype where there is no chunk."""
+        """The entries of consecutive chunks, concatenated; `like` gives the dtype of the logits if there is no chunk."""
         if len(parts) == 1:
             return parts[0]
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -62,14 +67,14 @@ def keep(
     logit_scale: float,
     logit_softcap: float,
 ) -> tuple[Kept, Tensor] | None:
-    """(kept entries, dropped mass [n]) of a chunk's logits [n, V]; None if they are too many to be worth it."""
+    """(kept entries, dropped mass [n]) of a chunk's logits [n, V]; None if too many entries exceed eps."""
     ops = torch.ops.dpo_kernels_cpu
     rows, vocab = logits.shape
     row_ptr = torch.zeros(rows + 1, dtype=torch.int64)
     ops.filter_count(logits, labels, top, log_sum, eps, logit_scale, logit_softcap, row_ptr[1:])
     torch.cumsum(row_ptr[1:], 0, out=row_ptr[1:])
     total = int(row_ptr[-1])
-    # A label and a neighbour are always affordable: tiny vocabularies would never filter otherwise.
+    # Two entries per token are always allowed: otherwise tiny vocabularies would never be filtered.
     if total > max(DENSEST * vocab, 2.0) * rows:
         return None
     index = torch.empty(total, dtype=torch.int32)
@@ -81,7 +86,7 @@ def keep(
 
 
 def _mean_row(weight: Tensor) -> Tensor:
-    """Mean of the head's rows [H], float64, a block at a time: a reduction to another dtype would copy the whole head."""
+    """Mean of the head's rows [H], float64. It goes block by block: a reduction to another dtype copies its whole input."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     total = torch.zeros(weight.shape[1], dtype=torch.float64)
     for begin in range(0, weight.shape[0], _ROWS):
@@ -90,7 +95,7 @@ def _mean_row(weight: Tensor) -> Tensor:
 
 
 def grad_hidden(kept: Kept, grad: Tensor, weight: Tensor) -> Tensor:
-    """dH rows [n, H] in float32 (float64 for float64 heads); grad [n] float64 is that of each log-probability."""
+    """Rows of dH [n, H] in float32 (float64 for float64 heads); grad [n] float64 is d loss / d log-probability."""
     weight = weight.contiguous()
     out = torch.empty(grad.shape[0], weight.shape[1], dtype=kept.value.dtype)
     torch.ops.dpo_kernels_cpu.filtered_grad_hidden(
@@ -100,7 +105,7 @@ def grad_hidden(kept: Kept, grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def grad_weight(kept: Kept, grad: Tensor, rows: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    """dW into (or added to) out [V, H], of the lists' dtype; rows [n, H] are the hidden states."""
+    """Writes dW to out [V, H], or adds it; out has the dtype of kept.value, and rows [n, H] are the hidden states."""
     weighted = torch.where(grad == 0, 0.0, grad * kept.tail)
     tail_row = -(rows.to(kept.value.dtype).t() @ weighted.to(kept.value.dtype)).double() / out.shape[0]
     torch.ops.dpo_kernels_cpu.filtered_grad_weight(

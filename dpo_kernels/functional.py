@@ -1,4 +1,4 @@
-"""The public functions. Each checks its arguments (arguments.py), runs the stages, and returns what people watch."""
+"""The public loss functions. Each checks its arguments (arguments.py), runs the stages, and returns the results."""
 
 from __future__ import annotations
 
@@ -43,18 +43,24 @@ __all__ = [
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor, ignore_index: int = -100) -> Tensor:
-    """Labels such that logits[..., t, :] scores labels[..., t], from the tokens that the model read.
+    """Labels for a model's input, shifted by one position so that logits[..., t, :] predicts labels[..., t].
+
+    Use them with the unsliced logits: rows with an ignored label are not read.
 
     Args:
         input_ids: [..., T] int64, the model's input.
         mask: [..., T] bool or 0/1, true on the tokens that count (the completion).
+        ignore_index: label of the positions that do not count.
 
     Returns:
-        [..., T] int64: labels[t] = input_ids[t + 1] where mask[t + 1], else ignore_index; the last position is ignored.
-        Pass the whole logits with these labels: ignored rows cost nothing, and no slice has to be copied.
+        [..., T] int64: labels[t] is input_ids[t + 1] where mask[t + 1] is true, else ignore_index. The label of the last
+            position is ignore_index.
+
+    Raises:
+        ValueError: input_ids and mask have different shapes.
     """
     if input_ids.shape != mask.shape:
-        raise ValueError(f"input_ids {tuple(input_ids.shape)} and mask {tuple(mask.shape)} must have one shape")
+        raise ValueError(f"input_ids {tuple(input_ids.shape)} and mask {tuple(mask.shape)} must have the same shape")
     following = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
     return torch.cat([following, torch.full_like(input_ids[..., :1], ignore_index)], dim=-1)
 
@@ -81,49 +87,55 @@ def dpo_loss(
     inplace_backward: bool = False,
     reduction: str = "mean",
 ) -> DPOOutput:
-    """Direct Preference Optimization loss of P pairs, from logits (Rafailov et al. 2023, equation 7).
+    """Direct Preference Optimization loss of P pairs, from logits.
 
-    Sequences 0 .. P-1 are chosen, P .. 2P-1 rejected. `logits[..., t, :]` scores `labels[..., t]`: no hidden shift
-    (`shift_labels` makes such labels). Each logits row is read once in the forward pass, and read and written once in
-    the backward pass. Arithmetic is float32 for 16-bit inputs, sequence sums are float64.
+    Source: Rafailov et al. 2023, Direct Preference Optimization, equation 7.
+
+    Sequences 0 .. P-1 are chosen, sequences P .. 2P-1 rejected. `logits[..., t, :]` predicts `labels[..., t]`: the function
+    does not shift the labels (`shift_labels` does). The forward pass reads each row of logits once; the backward pass reads
+    and writes it once. Arithmetic is float32 for 16-bit logits, and sequence sums are float64.
 
     Args:
-        logits: [2P, T, V], or packed [N, V] with `cu_seqlens`; float32, bfloat16, float16 or float64. Strided views
-            are read in place.
+        logits: [2P, T, V], or packed [N, V] with `cu_seqlens`; float32, bfloat16, float16 or float64. Strided views are
+            read without a copy.
         labels: [2P, T] or [N], int64 token ids; `ignore_index` marks tokens that do not count.
-        ref_logits: the reference's logits, shaped like `logits` (any of its dtypes); never differentiated.
-        ref_logps: or the reference's sequence log-probabilities [2P], summed with the same weights (nats).
-            Objectives that compare with a reference need one of the two; reference-free ones ignore both.
+        ref_logits: the reference's logits, shaped like `logits`, of any of these dtypes; not differentiated.
+        ref_logps: [2P], the reference's sequence log-probabilities in nats, summed with the same token weights; an
+            alternative to `ref_logits`. Objectives that compare with a reference need one of the two; others ignore both.
         beta: inverse temperature of the implicit reward, a number or [P].
-        loss_type: a name in `dpo_kernels.OBJECTIVES`, `objective(name, ...)` with hyper-parameters, a callable on
-            `Pairs`, or a sequence of these.
-        loss_weights: one weight per entry of a `loss_type` sequence (default 1 each).
+        loss_type: a name in `dpo_kernels.OBJECTIVES`, `objective(name, ...)` with hyper-parameters, a callable
+            `Pairs` -> losses [P], or a sequence of these.
+        loss_weights: one weight per entry of a `loss_type` sequence; 1 each by default.
         label_smoothing: probability that a pair's label is wrong, a number or [P].
-        cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, from 0 to at most N. Bounds that do
-            not rise, or leave [0, N], raise on CPU. On a GPU they are moved to the nearest that do (a sequence may come
-            out empty), and `DPOOutput.metrics()` raises.
-        token_weights: like `labels`; weights of the tokens in their sequence's sum. 0 skips the token.
-        pair_weights: [P], multiplies each pair's loss (confidence scores); the mean stays over P.
-        ignore_index: the label to skip.
-        logit_scale, logit_softcap: z = cap * tanh(scale * x / cap); None for no cap.
-        statistics: any of "entropy", "kl", "accuracy", "mean_logits", from the same pass. "kl" needs `ref_logits`.
+        cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout, rising from 0 to at most N. Other bounds
+            raise on a CPU. On a GPU they are clamped to valid ones, which can leave a sequence empty, and
+            `DPOOutput.metrics()` raises.
+        token_weights: shaped like `labels`, weights of the tokens in their sequence's sum; 0 skips the token.
+        pair_weights: [P], factors of the pairs' losses, such as confidences. The mean still divides by P.
+        ignore_index: label of the tokens that do not count.
+        logit_scale: scale of z = cap * tanh(scale * x / cap), the transform of the logits x before the softmax.
+        logit_softcap: cap of the same formula; None for z = scale * x.
+        statistics: any of "entropy", "kl", "accuracy", "mean_logits", computed in the same pass. "kl" needs `ref_logits`.
         kl_coef: adds kl_coef times the mean over all scored tokens of KL(policy || reference), differentiable; needs
-            `ref_logits`. Each pair's loss gets its tokens' share, unweighted by `pair_weights`.
-        use_weighting: multiply each pair's loss by how likely the policy is to have written both answers (WPO, Zhou et
-            al. 2024, equation 2): exp of the mean over tokens of log p(label) - log sum_v p_v^2, chosen times rejected,
-            without gradient.
-        inplace_backward: let the backward write the gradient over `logits`. Saves a [2P, T, V] tensor and its page
-            faults; then no one else may need the logits, nor this graph a second backward. Ignored under
-            torch.compile, which plans memory itself.
+            `ref_logits`. Each pair's loss gets the share of its tokens; `pair_weights` do not apply to it.
+        use_weighting: multiplies each pair's loss by WPO's weight (Zhou et al. 2024, equation 2): how likely the policy is to
+            generate both answers. It is the product over chosen and rejected of exp(mean over tokens of
+            log p(label) - log sum_v p_v^2), without gradient.
+        inplace_backward: lets the backward pass write the gradient into the memory of `logits`, which saves a [2P, T, V]
+            tensor and its page faults. Nothing else may use the logits afterwards, and the graph allows no second backward
+            pass. Ignored under torch.compile, which plans memory itself.
         reduction: "mean" over the pairs, "sum", or "none".
 
     Returns:
-        DPOOutput.
+        A `DPOOutput` with the loss and quantities to log.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message says what was expected and what came.
-        A label outside [0, V) raises on CPU, naming row and position; on a GPU, where looking would stall the stream,
-        its pair's loss is NaN and `DPOOutput.metrics()` raises.
+        BackendUnavailable: the backend that the user selected cannot serve the call.
+        NotImplementedError: a tensor is inside a torch.func transform or forward-mode differentiation.
+        TypeError: an argument has a wrong type or dtype; the message names the expected and the given one.
+        ValueError: an argument has a wrong shape or value; the message names the expected and the given one. A label
+            outside [0, V) raises on a CPU, with its row and position. On a GPU a check would synchronize: there the loss of
+            its pair is NaN, and `DPOOutput.metrics()` raises.
     """
     batch = batch_of(logits, labels, cu_seqlens, token_weights, ignore_index)
     functions = objectives.resolve(loss_type)
@@ -144,7 +156,7 @@ def dpo_loss(
         check_tensor("ref_logits", ref_logits, logits.shape, logits.device, "that of logits")
         ref_logits = ref_logits.detach() if ref_logits.requires_grad else ref_logits
         ref_logits = ref_logits if cu_seqlens is None else ref_logits.unsqueeze(0)
-        if ref_logits.dtype == torch.float64:  # which not every backend reads beside narrower logits
+        if ref_logits.dtype == torch.float64:  # not every backend reads a float64 reference with narrower logits
             batch = replace(batch, backend=backends.resolve(logits.device, torch.float64))
     settings = settings_of(
         batch,
@@ -196,7 +208,7 @@ def _checked(
     ref_logits: Tensor | None = None,
     settings: PairSettings | None = None,
 ) -> Batch:
-    """The batch, on a backend whose kernels for this call have passed their self-check."""
+    """The batch with a backend whose kernels for this call have passed their self-check."""
     if batch.backend not in backends.GPU_BACKENDS:
         return batch
     reference: torch.dtype | str | None = None if ref_logits is None else ref_logits.dtype
@@ -213,7 +225,7 @@ def _checked(
         softcap=transform.softcap > 0,
         negative_scale=transform.scale < 0,
         grad=batch.rows.requires_grad and torch.is_grad_enabled(),
-        # A compiled graph serves batches of any length.
+        # A compiled graph may run with batches of any length, so it gets the kernels for many rows.
         few_rows=not torch.compiler.is_compiling() and batch.labels.numel() < backends.MANY_ROWS,
         linear=None,
     )
@@ -228,7 +240,7 @@ def _from_tokens(
     reported: tuple[str, ...],
     plan: linear.Plan | None = None,
 ) -> DPOOutput:
-    """The result of a call whose tokens' results are `found`."""
+    """The output of a call, from the per-token results `found`."""
     tokens = Tokens.of(batch)
     done = pair_losses(found, tokens, settings)
     loss = reduce(done.weighted, settings.reduction).to(result_dtype(batch.rows))
@@ -244,7 +256,7 @@ def _watched(
     batch: Batch,
     plan: linear.Plan | None,
 ) -> DPOOutput:
-    """The output; statistics of tokens become means over each sequence's scored ones."""
+    """The output, with each statistic as a mean over the scored tokens of a sequence."""
     counts = tokens.counts()
     sequences = {"logps": done.sums, "ref_logps": done.ref_sums, "rewards": done.rewards, "token_counts": counts}
     for name in reported:
@@ -263,16 +275,26 @@ def sequence_logps(
     logit_softcap: float | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """Weighted sums of token log-probabilities, one per sequence, differentiable: build your own loss on it.
+    """Differentiable log-probabilities of B sequences: weighted sums over their tokens, for losses of your own.
 
     Args:
-        logits: [B, T, V], or packed [N, V] with `cu_seqlens` [B + 1]. See `dpo_loss` for all arguments.
+        logits: [B, T, V], or packed [N, V] with `cu_seqlens`; dtypes as in `dpo_loss`. B need not be even.
+        labels: [B, T] or [N], int64 token ids; `ignore_index` marks tokens that do not count.
+        cu_seqlens: [B + 1] int, cumulative sequence lengths of the packed layout, as in `dpo_loss`.
+        token_weights: shaped like `labels`, weights of the tokens in their sequence's sum; 0 skips the token.
+        ignore_index: label of the tokens that do not count.
+        logit_scale: as in `dpo_loss`.
+        logit_softcap: as in `dpo_loss`.
+        inplace_backward: as in `dpo_loss`.
 
     Returns:
-        [B] in nats: float32, or float64 for float64 logits. Any number of sequences, not only pairs.
+        [B] in nats: float32, or float64 for float64 logits.
 
     Raises:
-        As `dpo_loss`.
+        BackendUnavailable: as `dpo_loss`.
+        NotImplementedError: as `dpo_loss`.
+        TypeError: as `dpo_loss`.
+        ValueError: as `dpo_loss`. On a GPU a label outside [0, V) makes its sequence's sum NaN.
     """
     batch = batch_of(logits, labels, cu_seqlens, token_weights, ignore_index)
     transform = transform_of(ignore_index, logit_scale, logit_softcap)
@@ -314,42 +336,59 @@ def linear_dpo_loss(
     use_weighting: bool = False,
     reduction: str = "mean",
 ) -> DPOOutput:
-    """`dpo_loss` from hidden states and the LM head, without ever holding all logits.
+    """`dpo_loss` from hidden states and the LM head, without all logits in memory at a time.
 
-    Computes `dpo_loss(hidden @ weight.T + bias, labels, ...)` (Rafailov et al. 2023, equation 7) chunk by chunk. Only
-    scored tokens are projected. With a mean or sum over pairs the gradients are computed in the forward, while a pair's
-    logits are in memory, so that nothing is projected twice (docs/linear.md; `dpo_kernels.planner` chooses, and logs its
-    plan at DEBUG level).
+    Source: Rafailov et al. 2023, Direct Preference Optimization, equation 7.
+
+    Computes `dpo_loss(hidden @ weight.T + bias, labels, ...)` chunk by chunk. Only scored tokens are projected. With a mean or
+    sum over pairs, the forward pass also computes the gradients while a pair's logits are in memory, so a pair that fits in
+    the budget is projected once. `dpo_kernels.linear.planner` chooses the chunks (docs/linear.md); the plan is logged at DEBUG
+    level.
 
     Args:
         hidden: [2P, T, H], or packed [N, H] with `cu_seqlens`; float32, bfloat16, float16 or float64.
-        weight: [V, H], the head, of the same dtype (any dtype under torch.autocast, which then sets the products').
-            Its gradient is summed in float32 and cast once; if the parameter has a float32 buffer `weight.main_grad`, it
-            is added there and autograd gets none. A sharded DTensor is gathered.
+        weight: [V, H], the LM head, of the same dtype; under torch.autocast of any dtype, and autocast's dtype is used for the
+            matrix products. Its gradient is accumulated in float32 and cast once. If the parameter has a float32 buffer
+            `weight.main_grad`, the gradient is added to that buffer and autograd gets none. A sharded DTensor is gathered.
         labels: [2P, T] or [N], as in `dpo_loss`.
         bias: [V] or None.
-        ref_hidden: the reference's hidden states, [2P, T, Hr] or [N, Hr]; never differentiated.
-        ref_weight, ref_bias: the reference's head [V, Hr] and bias; by default the policy's own head and bias, detached.
-        ref_logps: or the reference's sequence sums [2P].
-        memory_budget: bytes, or a text such as "256MB", for what is held beside the tensors, their gradients and the
-            kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB; where that
-            gradient does not exist meanwhile (frozen head, filter), room for 512 tokens, at most all of it; on a GPU at
-            least 3% of its memory, and less where the card has less to give.
-        grad_filter: None for exact gradients; a probability eps to leave entries with p <= eps out of the backward's
-            products, one by one on a CPU, by blocks of 128 tokens and 128 entries on GPUs with Triton; "auto" for the
-            dtype's own on a CPU (exact in float32 and float64), exact on a GPU. The dropped mass goes back as a uniform tail.
-        statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass"; "kl" needs `ref_hidden`.
-        kl_coef: as in `dpo_loss`; needs `ref_hidden`. With it, and with TDPO's objectives, gradients are exact, and of a
-            pair beyond the budget the reference is projected twice as well.
+        ref_hidden: the reference's hidden states, [2P, T, Hr] or [N, Hr]; not differentiated.
+        ref_weight: the reference's LM head [V, Hr]; by default `weight`, detached.
+        ref_bias: the reference's bias [V]; by default, if `ref_weight` is not given, `bias`, detached.
+        ref_logps: [2P], the reference's sequence log-probabilities in nats; an alternative to `ref_hidden`.
+        memory_budget: bytes, or a text such as "256MB", for temporary memory: everything except the arguments, their
+            gradients and the kept entries of a filtered gradient. Default: half of a float32 head gradient, at least 64 MiB.
+            If no such gradient exists during the forward pass (frozen head, filter): room for 512 tokens, at most a whole
+            head gradient. On a GPU at least 3% of its memory, but no more than is available.
+        grad_filter: None for exact gradients. A probability eps leaves entries with p <= eps out of the backward pass's matrix
+            products: single entries on a CPU, blocks of 128 tokens x 128 entries on GPUs with Triton. The dropped probability
+            mass is replaced by a uniform tail. "auto" takes the dtype's own eps on a CPU (exact in float32 and float64) and
+            is exact on a GPU.
+        beta: as in `dpo_loss`.
+        loss_type: as in `dpo_loss`.
+        loss_weights: as in `dpo_loss`.
+        label_smoothing: as in `dpo_loss`.
+        cu_seqlens: as in `dpo_loss`.
+        token_weights: as in `dpo_loss`.
+        pair_weights: as in `dpo_loss`.
+        ignore_index: as in `dpo_loss`.
+        logit_scale: as in `dpo_loss`.
+        logit_softcap: as in `dpo_loss`.
+        statistics: any of "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass" (the probability mass that
+            `grad_filter` left out). "kl" needs `ref_hidden`.
+        kl_coef: as in `dpo_loss`; needs `ref_hidden`. With it, and with TDPO's objectives, gradients are exact, and a pair
+            whose logits exceed the budget projects the reference twice.
         use_weighting: as in `dpo_loss`.
-        beta, loss_type, loss_weights, label_smoothing, cu_seqlens, token_weights, pair_weights, ignore_index, logit_scale,
-            logit_softcap, reduction: as in `dpo_loss`.
+        reduction: as in `dpo_loss`.
 
     Returns:
-        DPOOutput.
+        A `DPOOutput` with the loss and quantities to log.
 
     Raises:
-        ValueError, TypeError: as `dpo_loss`; also for a budget that cannot hold one token's logits.
+        BackendUnavailable: as `dpo_loss`.
+        NotImplementedError: as `dpo_loss`.
+        TypeError: as `dpo_loss`.
+        ValueError: as `dpo_loss`, or the budget cannot hold the logits of one token.
     """
     head = linear.head_of(weight, bias)
     batch = batch_of(hidden, labels, cu_seqlens, token_weights, ignore_index, name="hidden", axis="H", vocab=head.vocab)
@@ -404,27 +443,35 @@ def linear_logps(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Log-probabilities of the labels from hidden states and the LM head, differentiable for any upstream gradient.
+    """Differentiable log-probabilities of the labels, token by token, from hidden states and the LM head.
 
-    What SFT, KTO, GRPO and one's own losses need; the logits exist one chunk at a time. See `linear_dpo_loss` for the
-    arguments.
+    For SFT, KTO, GRPO and losses of your own. The logits are computed one chunk at a time.
 
     Args:
-        hidden: [..., H].
-        weight: [V, H].
-        labels: [...], int64; `ignore_index` costs nothing and gives 0.
-        statistics: any of "entropy", "accuracy", "mean_logits", "grad_dropped_mass", "log_sum_sq" (log sum_v p_v^2, for
+        hidden: [..., H], at least two dimensions; dtypes as in `linear_dpo_loss`.
+        weight: [V, H], as in `linear_dpo_loss`.
+        labels: [...] int64. Tokens with the label `ignore_index` are not projected; their result is 0.
+        bias: [V] or None.
+        grad_filter: as in `linear_dpo_loss`.
+        memory_budget: as in `linear_dpo_loss`.
+        statistics: any of "entropy", "accuracy", "mean_logits", "grad_dropped_mass" and "log_sum_sq" (log sum_v p_v^2, for
             WPO's weights), per token.
+        ignore_index: label of the tokens that do not count.
+        logit_scale: as in `dpo_loss`.
+        logit_softcap: as in `dpo_loss`.
 
     Returns:
-        logps, shaped like labels, in nats: float32, or float64 for float64 hidden states. With `statistics`:
-        (logps, {name: tensor shaped like labels}), the statistics without gradient.
+        Log-probabilities in nats, shaped like labels: float32, or float64 for float64 hidden states. With `statistics` a
+            tuple of these and a dict of the statistics by name, each shaped like labels and detached.
 
     Raises:
-        As `linear_dpo_loss`.
+        BackendUnavailable: as `dpo_loss`.
+        NotImplementedError: as `dpo_loss`.
+        TypeError: as `linear_dpo_loss`.
+        ValueError: as `linear_dpo_loss`, or the statistic "kl", which needs a reference.
     """
     if "kl" in statistics:
-        raise ValueError('the statistic "kl" compares with a reference; linear_dpo_loss has it')
+        raise ValueError('the statistic "kl" needs a reference; call linear_dpo_loss for it')
     reported = check_statistics(statistics, TOKEN_STATISTICS)
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError("hidden must be a tensor [..., H] with at least two dimensions")

@@ -1,4 +1,4 @@
-"""The losses as nn.Modules that a trainer plugs in: hyper-parameters at construction, tensors at the call."""
+"""The losses as nn.Modules: hyper-parameters are given at construction, tensors at each call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .output import DPOOutput
 
 
 class _PairLoss(nn.Module):
-    """The hyper-parameters of a loss as attributes, checked once; `_arguments` names those that each call takes."""
+    """A loss whose hyper-parameters are attributes, checked once; `_arguments` names them."""
 
     beta: float
     loss_type: list[Objective]
@@ -31,7 +31,7 @@ class _PairLoss(nn.Module):
         settings["statistics"] = check_statistics(settings["statistics"], known_statistics)
         shared = ("loss_weights", "label_smoothing", "logit_softcap", "kl_coef", "reduction")
         check_settings(functions, **{name: settings[name] for name in shared})
-        # Objectives with a running mean are modules; registered, they follow state_dict, .to and .train.
+        # Objectives with a running mean are modules; registration includes them in state_dict, .to and .train.
         self.running = nn.ModuleList(entry for entry in functions if isinstance(entry, nn.Module))
         self._arguments = tuple(settings)
         for name, value in settings.items():
@@ -39,7 +39,7 @@ class _PairLoss(nn.Module):
 
     def _settings(self, *, with_kl: bool) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in self._arguments}
-        # A KL needs the reference's logits; with precomputed sums there is none to report.
+        # The KL needs the reference's logits, so a call with precomputed sums does not report it.
         settings["statistics"] = tuple(name for name in self.statistics if name != "kl" or with_kl)
         return settings
 
@@ -50,17 +50,36 @@ class _PairLoss(nn.Module):
 
 
 class DPOLoss(_PairLoss):
-    """`dpo_loss` with its hyper-parameters fixed.
+    """`dpo_loss` as a module with fixed hyper-parameters, which are checked once, at construction.
 
+    Source: Rafailov et al. 2023, Direct Preference Optimization, equation 7.
+
+    Example:
+        ```python
         loss_fn = DPOLoss(beta=0.1, statistics=("kl", "entropy"))
         out = loss_fn(logits, labels, ref_logits=ref_logits)
         out.loss.backward()
+        ```
 
-    Arguments are those of `dpo_loss`; they are checked here, once.
+    Args:
+        beta: inverse temperature of the implicit reward.
+        loss_type: a name in `dpo_kernels.OBJECTIVES`, `objective(name, ...)` with hyper-parameters, a callable
+            `Pairs` -> losses [P], or a sequence of these. The module keeps and saves the state of objectives with a running
+            mean.
+        loss_weights: as in `dpo_loss`.
+        label_smoothing: as in `dpo_loss`, a number.
+        ignore_index: as in `dpo_loss`.
+        logit_scale: as in `dpo_loss`.
+        logit_softcap: as in `dpo_loss`.
+        statistics: as in `dpo_loss`. "kl" is left out of calls without `ref_logits`.
+        kl_coef: as in `dpo_loss`.
+        use_weighting: as in `dpo_loss`.
+        inplace_backward: as in `dpo_loss`.
+        reduction: as in `dpo_loss`.
 
     Raises:
-        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap,
-            coefficient or reduction that no call can have.
+        ValueError: the objective or a statistic is unknown, label_smoothing is outside the objective's range, or the cap,
+            the KL coefficient or the reduction is invalid.
     """
 
     def __init__(
@@ -106,7 +125,21 @@ class DPOLoss(_PairLoss):
         token_weights: Tensor | None = None,
         pair_weights: Tensor | None = None,
     ) -> DPOOutput:
-        """See `dpo_loss`: logits [2P, T, V] or packed [N, V], labels [2P, T] or [N]."""
+        """The loss of a batch.
+
+        Args:
+            logits: [2P, T, V], or packed [N, V] with `cu_seqlens`, as in `dpo_loss`.
+            labels: [2P, T] or [N] int64.
+            ref_logits: the reference's logits, shaped like `logits`.
+            ref_logps: [2P], the reference's sequence log-probabilities; an alternative to `ref_logits`.
+            cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout.
+            token_weights: shaped like `labels`.
+            pair_weights: [P].
+
+        Raises:
+            TypeError: as `dpo_loss`.
+            ValueError: as `dpo_loss`.
+        """
         return dpo_loss(
             logits,
             labels,
@@ -120,17 +153,38 @@ class DPOLoss(_PairLoss):
 
 
 class LinearDPOLoss(_PairLoss):
-    """`linear_dpo_loss` with its hyper-parameters fixed: the loss from hidden states and the LM head.
+    """`linear_dpo_loss` as a module with fixed hyper-parameters, which are checked once, at construction.
 
+    Source: Rafailov et al. 2023, Direct Preference Optimization, equation 7.
+
+    Example:
+        ```python
         loss_fn = LinearDPOLoss(beta=0.1, statistics=("kl",))
         out = loss_fn(hidden, model.lm_head.weight, labels, ref_hidden=ref_hidden)
         out.loss.backward()
+        ```
 
-    Arguments are those of `linear_dpo_loss`; they are checked here, once.
+    Args:
+        beta: inverse temperature of the implicit reward.
+        loss_type: a name in `dpo_kernels.OBJECTIVES`, `objective(name, ...)` with hyper-parameters, a callable
+            `Pairs` -> losses [P], or a sequence of these. The module keeps and saves the state of objectives with a running
+            mean.
+        loss_weights: as in `dpo_loss`.
+        label_smoothing: as in `dpo_loss`, a number.
+        ignore_index: as in `dpo_loss`.
+        logit_scale: as in `dpo_loss`.
+        logit_softcap: as in `dpo_loss`.
+        statistics: as in `linear_dpo_loss`. "kl" is left out of calls without `ref_hidden`.
+        kl_coef: as in `linear_dpo_loss`.
+        use_weighting: as in `dpo_loss`.
+        reduction: as in `dpo_loss`.
+        memory_budget: as in `linear_dpo_loss`.
+        grad_filter: as in `linear_dpo_loss`.
 
     Raises:
-        ValueError: unknown objective or statistic; label_smoothing outside the objective's range; a cap,
-            coefficient, reduction, budget or filter that no call can have.
+        TypeError: the budget or the filter has a wrong type.
+        ValueError: the objective or a statistic is unknown, label_smoothing is outside the objective's range, or the cap,
+            the KL coefficient, the reduction, the budget or the filter is invalid.
     """
 
     def __init__(
@@ -184,7 +238,25 @@ class LinearDPOLoss(_PairLoss):
         token_weights: Tensor | None = None,
         pair_weights: Tensor | None = None,
     ) -> DPOOutput:
-        """See `linear_dpo_loss`: hidden [2P, T, H] or packed [N, H], weight [V, H], labels [2P, T] or [N]."""
+        """The loss of a batch.
+
+        Args:
+            hidden: [2P, T, H], or packed [N, H] with `cu_seqlens`, as in `linear_dpo_loss`.
+            weight: [V, H], the LM head.
+            labels: [2P, T] or [N] int64.
+            bias: [V] or None.
+            ref_hidden: the reference's hidden states, [2P, T, Hr] or [N, Hr].
+            ref_weight: the reference's LM head [V, Hr]; by default `weight`, detached.
+            ref_bias: the reference's bias [V].
+            ref_logps: [2P], the reference's sequence log-probabilities; an alternative to `ref_hidden`.
+            cu_seqlens: [2P + 1] int, cumulative sequence lengths of the packed layout.
+            token_weights: shaped like `labels`.
+            pair_weights: [P].
+
+        Raises:
+            TypeError: as `linear_dpo_loss`.
+            ValueError: as `linear_dpo_loss`.
+        """
         return linear_dpo_loss(
             hidden,
             weight,

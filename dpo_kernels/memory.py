@@ -1,4 +1,4 @@
-"""Memory for what is large and written once, the gradient of logits, of a head, a chunk's logits, and whether it is there."""
+"""Allocation of large tensors that are written once (gradients, chunks of logits), and a test for available memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-#: Below this many bytes the pages are few.
+#: Bytes from which page faults matter.
 LARGE = 8 << 20
 
 
-#: The size from which Linux hands free memory back, as a power of two of pages; more than _LARGEST_ORDER where it does not.
+#: Linux reports free blocks of 2^order pages to the host of a virtual machine; an order above _LARGEST_ORDER turns that off.
 _REPORTING = Path("/sys/module/page_reporting/parameters/page_reporting_order")
 _LARGEST_ORDER = 10
 
 
 @functools.cache
 def _keeps_large_pages() -> bool:
-    """Whether a large page that was freed can be had again at once.
+    """Whether the system keeps large pages after they are freed.
 
-    A virtual machine with free page reporting hands large free pages back to its host within seconds. The next touch of each
-    then waits for the host: 100 MB took 150 to 250 ms so, 45 ms in small pages, and 10 ms in large ones that were still there.
+    A virtual machine with free page reporting returns large free pages to its host within seconds. The next access to such a
+    page waits for the host. Touching 100 MB took 150 to 250 ms in returned large pages, 45 ms in small pages, and 10 ms in
+    large pages that had not been returned.
     """
     try:
         return int(_REPORTING.read_text()) > _LARGEST_ORDER
@@ -32,13 +33,13 @@ def _keeps_large_pages() -> bool:
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """`torch.empty`, with large pages where a CPU has them: mapping small ones costs more than writing to them.
+    """`torch.empty`, but large tensors on a CPU get 2 MB pages where the system has them.
 
-    With 4 KB pages a gradient of 200 MB costs 49,000 page faults, three to five times the time of writing it. A machine that
-    hands free large pages away (`_keeps_large_pages`) is left to its small ones.
+    With 4 KB pages a gradient of 200 MB causes 49,000 page faults, which take three to five times as long as writing it. A
+    machine that returns free large pages to its host (`_keeps_large_pages`) keeps small ones.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    # Without the CPU library (the eager backend alone) torch's own memory has to do; so it has for a compiler's stand-ins.
+    # Fake tensors of a compiler have no memory. Without the CPU library (eager backend only) torch's own pages are used.
     if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.nbytes >= LARGE and _keeps_large_pages():
         prefer = getattr(torch.ops.dpo_kernels_cpu, "prefer_huge_pages", None)
         if prefer is not None:
@@ -46,16 +47,16 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
     return tensor
 
 
-#: GPUs that once had less to give than a call asked for.
+#: GPUs on which an allocation has failed.
 _short: set[torch.device] = set()
 
 
 def available(device: torch.device, *sizes: int) -> bool:
-    """Whether these blocks, in bytes, can be had together now. They are asked for and given back, to torch's allocator.
+    """Whether blocks of these sizes, in bytes, can be allocated together now; always True on a CPU.
 
-    On a CPU the answer is yes. On a GPU asking costs nothing where the allocator holds the memory already. Where it fails,
-    torch has returned all its free memory to the driver, which waits for the device; so a GPU that was once short is asked
-    for its free memory first.
+    On a GPU the blocks are allocated and freed, which is cheap if torch's caching allocator already holds the memory. A failed
+    allocation is expensive: torch returns all its cached memory to the driver, which synchronizes. So after the first failure
+    on a GPU its free memory is queried first.
     """
     if device.type != "cuda":
         return True

@@ -1,15 +1,15 @@
-"""The operators: autograd around the backends' stages (stages.py has the contract), eager and inside torch.compile.
+"""The operators: autograd around the backends' stages (interface: stages.py), in eager mode and under torch.compile.
 
-    dpo_kernels::token_logps           stage 1: rows of tokens, [R, B, T]               (differentiable: logps, divergences)
+    dpo_kernels::token_logps           stage 1: results of the tokens, [R, B, T]        (differentiable: logps, divergences)
     dpo_kernels::logits_grad           stage 3, into a new tensor
     dpo_kernels::sequence_sums         weighted sums of sequences, [S]                  (differentiable)
     dpo_kernels::preference_loss       the sigmoid family from tokens                   (differentiable: losses, sums)
     dpo_kernels::preference_forward    a whole call of the sigmoid family               (differentiable: loss)
-    dpo_kernels::preference_backward   and its gradient, into a new tensor
+    dpo_kernels::preference_backward   the gradient of such a call, into a new tensor
 
-Each is declared once, and called in two ways (`_Operator`). Eager code runs it as a plain autograd function, which costs a
-fraction of what PyTorch's dispatcher adds to an operator written in Python. A compiler, a tensor subclass and a double
-backward meet the registered operator. The backend's name travels with each call, so a backward runs where its forward ran.
+Each operator is declared once and has two entry points (`_Operator`). Eager code calls a plain autograd function, which has a
+fraction of the dispatch overhead of a PyTorch operator written in Python. Compilers, tensor subclasses and double backward use
+the registered operator. The backend's name is an argument, so the backward pass uses the backend of the forward pass.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from .stages import KL_TERMS, TokenKL, Transform, all_rows, check_bounds, share_
 _library = torch.library.Library("dpo_kernels", "DEF")
 _ops = torch.ops.dpo_kernels
 
-#: What a second backward of a graph that overwrote its logits says.
+#: The error of a second backward pass after the first one overwrote the logits.
 OVERWRITTEN = (
-    "the logits were overwritten by the first backward (inplace_backward=True), so this graph cannot be run backward "
-    "again; call with inplace_backward=False to use retain_graph"
+    "the logits were overwritten by the first backward pass (inplace_backward=True), so this graph has no second one; "
+    "call with inplace_backward=False to use retain_graph"
 )
 
 
-#: All of them, in order of definition.
+#: All operators, in order of definition.
 OPERATORS: list[_Operator] = []
 
 
 class _Operator:
-    """An operator, registered and as an autograd function.
+    """An operator as a registered PyTorch operator and as an autograd function.
 
     Args:
-        schema: name, arguments and results, as torch.library takes them.
+        schema: name, arguments and results, in the syntax of torch.library.
         forward: the implementation, on plain tensors.
-        fake: shapes and dtypes of its results.
-        setup, backward: as of torch.autograd.Function; without them the operator raises in a double backward.
+        fake: returns empty results with the right shapes and dtypes.
+        setup, backward: `setup_context` and `backward` of a torch.autograd.Function. Without them the operator is not
+            differentiable, and a double backward raises.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class _Operator:
             self.function = _function(name, forward, setup, backward)
 
     def __call__(self, tensor: Tensor, *arguments: Any) -> Any:
-        """The operator on `tensor`, its first argument, and the others."""
+        """Calls the operator; only its first argument can be differentiable."""
         if not is_plain(tensor):
             return self.registered(tensor, *arguments)
         if torch.is_grad_enabled() and tensor.requires_grad:
@@ -82,25 +83,25 @@ class _Operator:
 def _function(
     name: str, forward: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
-    """The operator as an autograd function of its first argument; the others come as one tuple, which saves their handling."""
+    """The operator as an autograd function of its first argument and a tuple of the others, which autograd need not process."""
 
     def run(ctx: Any, tensor: Tensor, arguments: tuple[Any, ...]) -> Any:
         output = forward(tensor, *arguments)
         setup(ctx, (tensor, *arguments), output)
         return output
 
-    # Without a `setup_context` of its own, for which PyTorch binds arguments by name at every call: 80 us.
+    # The function has no `setup_context`: with one, PyTorch would bind arguments by name at every call, which takes 80 us.
     rules = {"forward": staticmethod(run), "backward": staticmethod(lambda ctx, *g: (backward(ctx, *g)[0], None))}
     return type(name, (torch.autograd.Function,), rules)
 
 
 def no_double_backward(ctx: Any, *grads: Any) -> None:
-    """The autograd rule of what is a gradient itself."""
+    """The autograd rule of operators that compute gradients: raises RuntimeError."""
     raise RuntimeError("dpo_kernels has no double backward: the gradient kernels are not differentiable")
 
 
 class _Gradients(torch.autograd.Function):
-    """Gradients as they are, in a graph that says what it cannot do instead of dropping what it depends on."""
+    """Identity on gradients. Its backward raises, where detached gradients would silently drop their dependence on the inputs."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -112,24 +113,26 @@ class _Gradients(torch.autograd.Function):
 def without_graph(compute: Callable[[], tuple[Tensor | None, ...]], *inputs: Tensor | None) -> tuple[Any, ...]:
     """The gradients that `compute` returns, computed without a graph; a double backward through them raises.
 
-    inputs: what they depend on.
+    Args:
+        compute: returns the gradients.
+        inputs: the tensors that the gradients depend on.
     """
     with torch.no_grad():
         gradients = compute()
     if not torch.is_grad_enabled():
         return gradients
-    # A gradient that was given away must not be an input and an output of a function at once.
+    # An autograd function must not return its inputs, because the caller may modify the returned gradients.
     copies = (None if gradient is None else gradient.detach().clone() for gradient in gradients)
     return _Gradients.apply(len(gradients), *copies, *inputs)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is eager PyTorch's own: no subclass, no compiler at work."""
+    """Whether a tensor is a plain eager tensor: not a subclass, and not being compiled."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
-    """Kernels read rows of unit stride; views such as logits[:, :-1] pass through, a transposed vocabulary is copied."""
+    """The logits with unit stride along the vocabulary: views such as logits[:, :-1] as they are, others as a copy."""
     return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
 
 
@@ -139,7 +142,7 @@ def _optional(tensor: Tensor | None, ready: Callable[[Tensor], Tensor] = Tensor.
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
     """Raise ValueError for bounds on a CPU that do not rise from 0 to at most `tokens`."""
-    # On an accelerator the check would wait for the device; `stages.rising_bounds` stands in for it.
+    # On an accelerator the check would synchronize; there `stages.rising_bounds` has made the bounds valid.
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens, tokens)
 
@@ -148,18 +151,18 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
 
 
 def may_overwrite(logits: Tensor) -> bool:
-    """Whether the gradient can take the logits' memory: eager tensors of unit stride whose elements do not overlap."""
-    # Apart are elements if each stride passes over everything that the smaller ones reach.
+    """Whether the gradient can be written over the logits: a plain eager tensor of unit stride without overlapping elements."""
+    # Elements do not overlap if each stride exceeds the extent of all dimensions with smaller strides.
     reach, overlapping = 0, False
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         overlapping |= size > 1 and stride <= reach
         reach += (size - 1) * stride
-    # With create_graph the logits are still needed (the double backward then raises its own error).
+    # Grad mode is on under create_graph. Then the logits are still needed, and the double backward raises its own error.
     return is_plain(logits) and not overlapping and logits.stride(-1) == 1 and not torch.is_grad_enabled()
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
-    """The saved tensors, or an error that says why they are gone (autograd's own would not)."""
+    """The saved tensors. Raises RuntimeError with the reason if they were overwritten; autograd's error would not give it."""
     if ctx.overwritten:
         raise RuntimeError(OVERWRITTEN)
     return ctx.saved_tensors
@@ -168,12 +171,12 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
 def _differentiate(
     ctx: Any, logits: Tensor, reference: Tensor | None, write: Callable[[Tensor, Tensor], None], operator: Any
 ) -> Tensor:
-    """The gradient of the logits, over their own memory where the caller allowed it.
+    """The gradient of the logits, in place if the caller allowed it.
 
     Args:
-        reference: logits that are still being read while the gradient is written.
-        write: (logits, out) -> None.
-        operator: the registered operator with all its arguments, for everything but plain eager tensors.
+        reference: logits that the kernel reads while it writes the gradient, or None.
+        write: writes the gradient: (logits, out) -> None.
+        operator: calls the registered operator; used for all but plain eager tensors.
     """
     if torch.is_grad_enabled() or not is_plain(logits):
         return operator()
@@ -182,7 +185,7 @@ def _differentiate(
         ctx.overwritten = True
         logits = logits.detach()
         write(logits, logits)
-        # Anyone else who saved these logits for a backward of their own must notice.
+        # Autograd then raises if another function saved these logits for its own backward pass.
         torch.autograd.graph.increment_version(logits)
         return logits
     logits = _unit_stride(logits.detach())
@@ -205,7 +208,7 @@ def _token_logps(logits: Tensor, labels: Tensor, ref_logits: Tensor | None, *res
     tokens = stage(logits, labels, ref_logits, transform, (*statistics, *(["kl"] if terms else [])))
     if "forward_kl" not in terms:
         return tokens
-    # KL(reference || policy) is the same kernel with the roles exchanged: a second read.
+    # KL(reference || policy) is the same kernel with policy and reference exchanged, so the logits are read a second time.
     return torch.cat([tokens, stage(ref_logits, labels, logits, transform, ("kl",))[-1:]])
 
 
@@ -292,7 +295,7 @@ def token_logps(
     inplace_backward: bool = False,
     backend: str,
 ) -> dict[str, Tensor]:
-    """Stage 1 by name, [B, T] each. "logps" is differentiable, and so are the divergences among the terms (KL_TERMS)."""
+    """The rows of stage 1 by name, [B, T] each. "logps" and the divergences in `terms` (KL_TERMS) are differentiable."""
     tokens = token_logps_op(
         logits, labels, ref_logits, *transform, list(statistics), list(terms), inplace_backward, backend
     )
@@ -359,7 +362,7 @@ def _preference_loss_backward(
     return (None if total is None else spread(total, weights, cu_seqlens), *(None,) * 8)
 
 
-#: (losses [P], sums, reference sums, d losses / d sums [2P]): `Stages.preference_loss`, and the backend's name.
+#: `Stages.preference_loss` with the backend's name as last argument: (losses [P], sums [2P], reference sums [2P], coef [2P]).
 preference_loss = _Operator(
     "preference_loss(Tensor logps, Tensor? ref_logps, Tensor weights, Tensor? cu_seqlens, Tensor? ref_sums, "
     "Tensor beta, Tensor label_smoothing, bool robust, str backend) "
@@ -402,7 +405,8 @@ def _preference_forward_fake(
 def _preference_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, _, *ctx.transform, _, token_weights, cu_seqlens, pair_weights, ctx.reduction = inputs[:11]
     ctx.inplace, ctx.backend = inputs[-2:]
-    # Callers get views of `sequences`, and may write into them: `coef` is none of these, so a version of its own is right.
+    # Callers get views of `sequences` and may write to them, which must not raise in the backward pass: it reads only the row
+    # "coef", of which they get no view. `.data` has a version counter of its own.
     sequences = output[1].data if is_plain(output[1]) else output[1]
     ctx.save_for_backward(logits, labels, output[0], sequences, token_weights, cu_seqlens, pair_weights)
     ctx.mark_non_differentiable(*output[:3])
@@ -448,8 +452,8 @@ def _preference_backward(logits: Tensor, *arguments: Any) -> Tensor:
 
 _WEIGHTING = "Tensor? token_weights, Tensor? cu_seqlens, Tensor? pair_weights, str reduction"
 _FAMILY = "Tensor? ref_sums, Tensor? betas, float beta, Tensor? label_smoothings, float label_smoothing, bool robust"
-#: `whole_call.preference_forward` without its first argument, each field of its tuples an argument, then inplace_backward and
-#: the backend's name.
+#: `whole_call.preference_forward` without its first argument, with the fields of its tuples as separate arguments, followed by
+#: inplace_backward and the backend's name.
 preference_forward = _Operator(
     f"preference_forward({_LOGITS}, {_WEIGHTING}, {_FAMILY}, bool inplace_backward, str backend) "
     "-> (Tensor tokens, Tensor sequences, Tensor losses, Tensor loss)",

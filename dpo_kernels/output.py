@@ -1,4 +1,4 @@
-"""What a loss call returns: the differentiable loss, and everything that people watch, by name."""
+"""The result of a loss call: the differentiable loss, and named quantities to log."""
 
 from __future__ import annotations
 
@@ -14,35 +14,43 @@ from .arguments import LINEAR_STATISTICS
 if TYPE_CHECKING:
     from .linear.planner import Plan
 
-#: Attributes that are half of a vector per sequence: (vector, whether the rejected half).
+#: Attributes that are one half of a [2P] vector: (name of the vector, whether it is the rejected half).
 _HALVES = {
     f"{prefix}{side}_{what}": (f"{prefix}{what}", side == "rejected")
     for side in ("chosen", "rejected")
     for prefix, what in (("", "logps"), ("ref_", "logps"), ("", "rewards"))
 }
-#: Those that are a vector per sequence.
+#: Attributes that are a whole [2P] vector.
 _WHOLE = ("token_counts", *LINEAR_STATISTICS)
 
 
-# A dataclass, because that is how DistributedDataParallel finds the loss among what a module returns.
+# A dataclass, because DistributedDataParallel finds tensors in a module's output only in lists, tuples, dicts and dataclasses.
 @dataclass(init=False, repr=False, eq=False)
 class DPOOutput:
-    """Result of `dpo_loss`. P pairs; all tensors on the logits' device; log-probabilities and KL in nats.
+    """Result of `dpo_loss` and `linear_dpo_loss` for P pairs.
 
-    Only `loss` carries gradient; the rest is detached, so keeping it keeps no graph alive. dtype is float32 (float64 for
-    float64 logits). An attribute is computed when it is first read.
+    Only `loss` is differentiable. All other tensors are detached, so they keep no autograd graph alive. Tensors are on the
+    device of the logits. Their dtype is float32, or float64 for float64 logits; `token_counts` is float64 (float32 on MPS). An
+    attribute is computed when it is first read. Log-probabilities, entropy and KL are in nats.
 
     Attributes:
         loss: scalar, or [P] with reduction="none".
-        losses: [P], each pair's loss before pair_weights, so that a weighted and a plain mean can both be logged.
-        chosen_logps, rejected_logps: [P], weighted sums of token log-probabilities under the policy.
-        ref_chosen_logps, ref_rejected_logps: [P], under the reference (0 when reference-free).
-        chosen_rewards, rejected_rewards: [P], beta * (log pi - log pi_ref), the implicit reward (DPO paper, section 5).
-        entropy, kl, accuracy, mean_logits: [2P] or None when not asked for; means over each sequence's scored tokens.
-            kl is the exact KL(policy || reference) of the next-token distributions; accuracy counts argmax hits.
-        grad_dropped_mass: [2P] or None; mean probability mass that a filtered gradient spread uniformly (linear path).
-        token_counts: [2P], scored tokens in each sequence.
-        plan: how the linear path computed it (`dpo_kernels.linear.planner.Plan`), else None.
+        losses: [P], the loss of each pair before pair_weights.
+        chosen_logps: [P], weighted sums of the chosen tokens' log-probabilities under the policy.
+        rejected_logps: [P], the same sums for the rejected tokens.
+        ref_chosen_logps: [P], the chosen sums under the reference; 0 without a reference.
+        ref_rejected_logps: [P], the rejected sums under the reference; 0 without a reference.
+        chosen_rewards: [P], implicit rewards beta * (log pi - log pi_ref) of the chosen answers (Rafailov et al. 2023,
+            section 5); objectives such as simpo define their own rewards.
+        rejected_rewards: [P], the same for the rejected answers.
+        token_counts: [2P], number of scored tokens in each sequence.
+        entropy: [2P], entropy of the next-token distributions, mean over each sequence's scored tokens; None unless asked.
+        kl: [2P], exact KL(policy || reference) of the next-token distributions, mean over scored tokens; None unless asked.
+        accuracy: [2P], share of scored tokens whose label is the most likely token; None unless asked.
+        mean_logits: [2P], mean logit over the vocabulary and the scored tokens; None unless asked.
+        grad_dropped_mass: [2P], probability mass that a filtered gradient replaced by a uniform tail, mean over scored
+            tokens (linear path); None unless asked.
+        plan: how the linear path computed the result (`dpo_kernels.linear.planner.Plan`); None on the logits path.
     """
 
     loss: Tensor
@@ -61,7 +69,7 @@ class DPOOutput:
     grad_dropped_mass: Tensor | None
 
     def __init__(self, loss: Tensor, **fields: Tensor | None) -> None:
-        """An output of finished attributes, as `fields()` gives them."""
+        """An output with the given attributes, in the form that `fields()` returns."""
         unknown = fields.keys() - {"losses", *_HALVES, *_WHOLE}
         if unknown:
             raise TypeError(f"DPOOutput has no attribute {min(unknown)!r}")
@@ -83,13 +91,16 @@ class DPOOutput:
         check: Callable[[], None] | None = None,
         plan: Plan | None = None,
     ) -> DPOOutput:
-        """The output whose attributes are views of these results, in the loss's dtype.
+        """An output whose attributes are computed from these results on first read, in the dtype of the loss.
 
         Args:
+            loss: scalar, or [P] with reduction="none".
             losses: [P].
-            sequences: "logps", "ref_logps", "rewards", "token_counts" and statistics, [2P] each, by name; or their names and
-                one tensor of such rows.
-            check: raises if a label or a sequence bound was out of range; run by metrics(), which waits for the device anyway.
+            sequences: "logps", "ref_logps", "rewards", "token_counts" and statistics by name, [2P] each; or a tuple of
+                these names and one tensor whose rows they name.
+            check: raises if a label or a sequence bound was out of range. `metrics()` calls it, because it synchronizes
+                with the device anyway.
+            plan: the plan of the linear path, or None.
         """
         output = cls(loss)
         output.plan, output._check = plan, check
@@ -116,13 +127,13 @@ class DPOOutput:
         return value
 
     def detach(self) -> DPOOutput:
-        """The same without the graph that `loss` holds."""
+        """The same output with a detached `loss`."""
         output = DPOOutput(self.loss.detach(), **self.fields())
         output.plan, output._check = self.plan, self._check
         return output
 
     def fields(self) -> dict[str, Tensor]:
-        """Every attribute but `loss` that is not None, by name: what `DPOOutput(loss, **fields)` takes."""
+        """All tensors except `loss` that are not None, by name; `DPOOutput(loss, **fields)` accepts them."""
         found = {name: getattr(self, name) for name in ("losses", *_HALVES, *_WHOLE)}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -131,22 +142,26 @@ class DPOOutput:
         return f"DPOOutput({shown})"
 
     def _per_token(self, values: Tensor, part: slice) -> Tensor:
-        """Mean over the scored tokens of some sequences; NaN when they have none."""
+        """Mean over the scored tokens of the sequences in `part`; NaN if they have no scored token."""
         counts = self.token_counts[part].to(values.dtype)
-        # A sequence without tokens has mean 0 by convention and weight 0 here.
+        # Here a sequence without tokens has mean 0 and weight 0.
         return (values[part] * counts).sum() / counts.sum()
 
     def metrics(self) -> dict[str, float]:
-        """Batch means under TRL's names, as Python floats (one wait for the device).
+        """Batch means as Python floats, under the names that TRL uses. Synchronizes with the device once.
 
-        Always: "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-        "logps/rejected". With the statistic asked for: "logits/chosen", "logits/rejected" (mean_logits), "entropy"
-        (over all completion tokens), "mean_token_accuracy" (accuracy, over the chosen ones, as TRL has it) and "kl"
-        (ours: exact mean per-token KL).
+        Always present: "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen" and
+        "logps/rejected". Present if the statistic was asked for:
+
+        * "logits/chosen", "logits/rejected": from mean_logits
+        * "entropy": mean over all scored tokens
+        * "mean_token_accuracy": from accuracy, over the chosen tokens only, as in TRL
+        * "kl": mean over all scored tokens (not one of TRL's metrics)
+        * "grad_dropped_mass": mean over all scored tokens (not one of TRL's metrics)
 
         Raises:
-            ValueError: a label was outside the vocabulary (its pair's loss is NaN), or cu_seqlens did not rise within the
-                tokens. GPU backends find out only now.
+            ValueError: a label is outside the vocabulary (the loss of its pair is NaN), or cu_seqlens does not rise from 0
+                to at most the number of tokens. On a GPU this is where such errors are detected.
         """
         if self._check is not None:
             self._check()

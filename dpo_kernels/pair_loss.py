@@ -1,8 +1,8 @@
-"""From the tokens' log-probabilities to the loss of the pairs: the one way that all paths but the whole-call kernels take.
+"""The loss of the pairs from the tokens' log-probabilities, for every path except the whole-call kernels.
 
     tokens [B, T]   --weighted sums-->   sequences [2P]   --objective-->   losses [P]   --weights, KL shares, reduction-->   loss
 
-Everything is differentiable by "logps", and by the divergences of a loss that has them.
+The loss is differentiable with respect to "logps", and with respect to the divergences that it depends on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from .stages import spread
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where tokens belong: weights and scored [B, T], which is 1 on scored tokens and else 0; cu_seqlens [2P + 1] or None.
+    """How the tokens of a batch form sequences.
 
-    `share` is the number of pairs of the call by that of its scored tokens, where these tokens are a part of the call only.
+    Attributes:
+        weights: [B, T], weights of the tokens in their sequence's sum.
+        scored: [B, T], 1 on scored tokens, else 0.
+        cu_seqlens: [2P + 1], or None where each row is a sequence.
+        backend: the backend's name.
+        share: pairs of the whole call divided by its scored tokens; needed only if these tokens are a part of the call.
     """
 
     weights: Tensor
@@ -34,24 +39,28 @@ class Tokens:
 
     @classmethod
     def of(cls, batch: Batch) -> Tokens:
-        """A batch's."""
+        """The tokens of a batch."""
         scored = batch.scored()
         return cls(scored if batch.token_weights is None else batch.weights(), scored, batch.cu_seqlens, batch.backend)
 
     def sums(self, values: Tensor, *, weighted: bool = True) -> Tensor:
-        """Sum over each sequence's tokens, [2P]: weighted, or over the scored ones."""
+        """Sum over the tokens of each sequence, [2P]: weighted, or unweighted over the scored tokens."""
         return ops.sequence_sums(values, self.weights if weighted else self.scored, self.cu_seqlens, self.backend)
 
     def counts(self) -> Tensor:
-        """Scored tokens of each sequence, [2P]."""
+        """Number of scored tokens in each sequence, [2P]."""
         return self.sums(self.scored, weighted=False)
 
 
 @dataclass(frozen=True)
 class PairLosses:
-    """Of P pairs: `weighted` [P] is what the loss adds up, differentiable; losses [P]; sums, ref_sums and rewards [2P].
+    """The losses of P pairs; only `weighted` is differentiable.
 
-    `coef` [2P] is d weighted / d sum, where stage 2 has found it: for the sigmoid family.
+    Attributes:
+        weighted: [P], the terms that the reduction adds up.
+        losses: [P], the same before pair_weights.
+        sums, ref_sums, rewards: [2P].
+        coef: [2P], d weighted / d sum, from stage 2; None for objectives outside the sigmoid family.
     """
 
     weighted: Tensor
@@ -62,12 +71,12 @@ class PairLosses:
     coef: Tensor | None = None
 
     def tuple(self) -> tuple[Tensor, ...]:
-        """The fields but coef."""
+        """All fields except coef."""
         return self.weighted, self.losses, self.sums, self.ref_sums, self.rewards
 
     @classmethod
     def join(cls, parts: Sequence[PairLosses], like: Tensor) -> PairLosses:
-        """Those of consecutive pairs as one, without gradient; dtype and device of `like` where there is no part."""
+        """Concatenation of the losses of consecutive pairs, detached; without parts, empty tensors like `like`."""
         if not parts:
             return cls(*(like.new_zeros(0) for _ in range(5)))
         fields = [
@@ -79,7 +88,7 @@ class PairLosses:
 
 
 def pair_losses(found: dict[str, Tensor], tokens: Tokens, settings: PairSettings) -> PairLosses:
-    """The losses of pairs whose tokens' results [B, T] are `found`, by the names of stage 1."""
+    """The losses of pairs from their per-token results: `found` maps the row names of stage 1 to [B, T]."""
     losses, sums, ref_sums, rewards, coef = _objective(found, tokens, settings)
     weights = settings.pair_weights
     if settings.use_weighting:
@@ -97,9 +106,10 @@ def pair_losses(found: dict[str, Tensor], tokens: Tokens, settings: PairSettings
 def token_gradients(
     found: dict[str, Tensor], tokens: Tokens, settings: PairSettings, scale: float
 ) -> tuple[PairLosses, dict[str, Tensor]]:
-    """(`pair_losses`, scale * d (sum of weighted) / d tokens by name, [B, T] each) for the log-probabilities and the terms.
+    """The result of `pair_losses`, and the gradients of its weighted sum by name, times `scale`, [B, T] each.
 
-    Of the sigmoid family without autograd, which cannot run inside an operator.
+    The names are "logps" and the terms of the settings. The sigmoid family needs no autograd here, because autograd cannot
+    run inside an operator.
     """
     if settings.family is None:
         names = ("logps", *settings.terms)
@@ -122,7 +132,10 @@ def token_gradients(
 def _objective(
     found: dict[str, Tensor], tokens: Tokens, settings: PairSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(losses [P]; sums, reference sums, rewards and coef [2P]); the sigmoid family in stage 2, the rest from vectors."""
+    """(losses [P], sums [2P], reference sums [2P], rewards [2P], coef [2P] or None).
+
+    Stage 2 computes the sigmoid family; other objectives are functions of `Pairs`.
+    """
     beta, smoothing = (settings.each(value, tokens.weights) for value in (settings.beta, settings.label_smoothing))
     if settings.family is not None:
         losses, sums, ref_sums, coef = ops.preference_loss(
@@ -160,7 +173,7 @@ def _wpo_weights(found: dict[str, Tensor], tokens: Tokens) -> Tensor:
 
 
 def _kl_shares(kl: Tensor, tokens: Tokens) -> Tensor:
-    """[P], whose mean over the call's pairs is the mean of `kl` over its scored tokens."""
+    """[P], each pair's share of the KL term: their mean over the call's pairs is the mean of `kl` over its scored tokens."""
     chosen, rejected = tokens.sums(kl, weighted=False).chunk(2)
     share = tokens.share
     if share is None:

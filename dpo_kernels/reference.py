@@ -1,7 +1,7 @@
-"""The definition of correct: DPO from its formulas in plain differentiable PyTorch, with no kernels and no stages.
+"""Reference implementation: DPO from its formulas in plain differentiable PyTorch, without kernels.
 
-Run it in float64 and it is the truth that every backend is tested against. It materialises everything, reads the
-[tokens, vocabulary] tensors many times, and lets autograd differentiate.
+In float64 it is the ground truth that every backend is tested against. It is slow and needs much memory: it materializes
+all intermediates, reads the [tokens, vocabulary] tensors many times, and uses autograd.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from .objectives import Pairs, mix
 
 
 def transform_logits(logits: Tensor, logit_scale: float, logit_softcap: float) -> Tensor:
-    """z = scale * x, or z = cap * tanh(scale * x / cap) when a softcap is given (0 means none)."""
+    """z = cap * tanh(scale * x / cap) of logits x, or z = scale * x if the cap is 0; same shape and dtype."""
     if logit_scale != 1.0:
         logits = logits * logit_scale
     return torch.tanh(logits / logit_softcap) * logit_softcap if logit_softcap else logits
 
 
 def likeliest(logits: Tensor, logit_scale: float) -> Tensor:
-    """The first of the likeliest entries, [..., T]. Judged before a softcap, whose rounding makes unequal logits equal."""
+    """Index of the most likely entry, [..., T] int64; the first one if several are equal.
+
+    The softcap is not applied: it keeps the order, but its rounding can make unequal logits equal.
+    """
     return (logits if logit_scale > 0 else logits * logit_scale).argmax(-1)
 
 
@@ -38,16 +41,21 @@ def token_statistics(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
 ) -> dict[str, Tensor]:
-    """Every per-token quantity of DESIGN's stage 1, from `log_softmax`. All [..., T], 0 where the token is ignored.
+    """Every per-token quantity that the kernels compute, from `log_softmax`.
 
     Args:
-        logits: [..., T, V], any floating dtype; work happens in it.
+        logits: [..., T, V], any floating dtype, which is also the dtype of the arithmetic and of the results.
         labels: [..., T] int64.
-        ref_logits: like logits; adds "ref_logps" and "kl".
+        ref_logits: the reference's logits, shaped like `logits`; adds the quantities of the reference.
+        ignore_index: label of the tokens that do not count.
+        logit_scale: scale of z = cap * tanh(scale * x / cap).
+        logit_softcap: cap of the same formula; None for z = scale * x.
 
     Returns:
-        "logps", "max", "log_sum" (log sum_v exp(z_v - max)), "entropy", "accuracy", "mean_logits", "log_sum_sq"
-        (log sum_v p_v^2) and, with a reference, "ref_logps", "ref_max", "ref_log_sum" and "kl" (nats; accuracy is 0 or 1).
+        Tensors [..., T] by name, 0 on ignored tokens: "logps", "max" (of z), "log_sum" (log sum_v exp(z_v - max)),
+            "entropy", "accuracy" (0 or 1), "mean_logits" and "log_sum_sq" (log sum_v p_v^2). With a reference also
+            "ref_logps", "ref_max", "ref_log_sum" and "kl", KL(policy || reference). Log-probabilities, entropy and KL are
+            in nats.
     """
     scored = labels != ignore_index
     index = torch.where(scored, labels, 0).unsqueeze(-1)
@@ -74,7 +82,13 @@ def token_statistics(
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Weighted sum of `values` over each sequence: rows of [S, T], or the spans of `cu_seqlens` in [N]."""
+    """Weighted sum of `values` over each sequence, [S]; tokens of weight 0 are skipped.
+
+    Args:
+        values: [S, T], or packed [N] with `cu_seqlens`.
+        weights: like `values`.
+        cu_seqlens: [S + 1] int, cumulative sequence lengths; None if each row is a sequence.
+    """
     terms = torch.where(weights != 0, weights * values, 0.0)
     if cu_seqlens is None:
         return terms.sum(-1)
@@ -83,7 +97,7 @@ def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None = N
 
 
 def _forward_kl(logits: Tensor, ref_logits: Tensor, logit_scale: float, logit_softcap: float) -> Tensor:
-    """KL(reference || policy) of each position's distributions."""
+    """KL(reference || policy) of the next-token distributions at each position, [..., T] in nats."""
     log_p = transform_logits(logits, logit_scale, logit_softcap).log_softmax(-1)
     log_q = transform_logits(ref_logits.to(logits.dtype), logit_scale, logit_softcap).log_softmax(-1)
     q = log_q.exp()
@@ -110,9 +124,12 @@ def dpo_loss(
     use_weighting: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """The loss of `dpo_kernels.dpo_loss` (same arguments), in the dtype of `logits`; differentiable by autograd.
+    """The loss of `dpo_kernels.dpo_loss` from the same arguments, differentiable by autograd.
 
-    Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7, for the default objective.
+    Source: Rafailov et al. 2023, Direct Preference Optimization, equation 7, for the default objective.
+
+    Returns:
+        The loss in the dtype of `logits`: a scalar, or [P] with reduction="none".
     """
     tokens = token_statistics(
         logits,
@@ -174,7 +191,21 @@ def linear_dpo_loss(
     ref_bias: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor:
-    """The loss of `dpo_kernels.linear_dpo_loss`: all logits, then `dpo_loss`; `keywords` are those of `dpo_loss` above."""
+    """The loss of `dpo_kernels.linear_dpo_loss`: computes all logits and calls `dpo_loss` of this module.
+
+    Args:
+        hidden: [2P, T, H], or packed [N, H].
+        weight: [V, H], the LM head.
+        labels: [2P, T] or [N] int64.
+        bias: [V] or None.
+        ref_hidden: the reference's hidden states, [2P, T, Hr] or [N, Hr], or None.
+        ref_weight: the reference's LM head [V, Hr]; None for `weight`.
+        ref_bias: the reference's bias [V]; without `ref_weight`, None means `bias`.
+        keywords: the other arguments of `dpo_loss`.
+
+    Returns:
+        The loss in the dtype of `hidden`: a scalar, or [P] with reduction="none".
+    """
     if ref_hidden is not None:
         head, head_bias = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
         ref_logits = F.linear(ref_hidden, head, head_bias if ref_bias is None else ref_bias)

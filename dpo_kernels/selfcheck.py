@@ -1,14 +1,15 @@
-"""The operator table: small problems on which a backend must equal the float64 definition on the device at hand.
+"""The self-check: compares a backend with the float64 reference on the operator table (check_table.py).
 
-Three readers: the first use of a GPU backend runs the case of each kernel variant that a call needs (trust.py),
-`python -m dpo_kernels check` runs the whole table, and so does whoever calls `run_table`. A case computes a call in
-miniature three times:
-    truth     dpo_kernels/reference.py in float64, its gradient by autograd
-    baseline  the eager backend in the call's own dtype (for the eager backend itself: reference.py in float32)
-    subject   the backend's operators
-and compares per-token results, sums, losses and gradients with the truth. A gradient's label entries and its other entries
-are compared apart and row by row, because a norm over the whole tensor lets a gradient without its non-label entries pass.
-What is allowed is a stated multiple of the baseline's own error.
+At the first use of a GPU backend, trust.py runs the case of each kernel variant that a call needs. `run_table`, which
+`python -m dpo_kernels check` calls, runs the whole table. Each case computes a small call three times:
+
+    truth     dpo_kernels/reference.py in float64, with gradients by autograd
+    baseline  the eager backend in the call's dtype (for the eager backend itself: reference.py in float32)
+    subject   the operators of the backend
+
+Per-token results, sums, losses and gradients are compared with the truth. The label entries of a gradient and its other entries
+are compared separately and row by row: the norm of the whole tensor is dominated by the label entries, so a gradient without
+any others would pass. The allowed error is a fixed multiple of the baseline's error.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from .check_table import IGNORE, TABLE, Case, serves
 from .pair_loss import Tokens
 from .stages import Transform, token_rows
 
-#: Allowed error: this multiple of the baseline's. GPU kernels spend up to 2.5 times eager's rounding on cheaper arithmetic.
+#: Allowed error as a multiple of the baseline's. The faster arithmetic of GPU kernels has up to 2.5 times the error of eager.
 BUDGET = 3.0
-#: A row of a gradient may never be this far off (relative), however much the baseline loses: faults of 5 % must show.
+#: Largest relative error of a gradient's row, even if the baseline's is larger: an error of 5 % must be detected.
 GRADIENT_CAP = 0.02
-#: On the linear path this multiple of the baseline's error is allowed beyond that. Where tokens nearly cancel in a row of dW,
-#: 16-bit rounding alone makes 6 % of it, for right kernels as for eager; the gradient as a whole, in which nothing cancels,
-#: then shows what is wrong.
+#: On the linear path a row may exceed GRADIENT_CAP up to this multiple of the baseline's error. Where tokens nearly cancel in a
+#: row of dW, 16-bit rounding alone is 6 % of it, for correct kernels and for eager. Errors then show in the gradient as a whole,
+#: in which nothing cancels.
 LINEAR_CAP = 2.0
 SCALE, SOFTCAP, KL_COEF, BETA, SMOOTHING = 0.7, 15.0, 0.3, 0.1, 0.15
 HIDDEN = 64
@@ -42,11 +43,13 @@ HIDDEN = 64
 
 @dataclass(frozen=True)
 class Result:
-    """The worst of what a case compared.
+    """The result of one comparison of a case.
 
     Attributes:
-        what: the quantity, such as "entropy" or "gradient, label entries"; or the error of a backend that raised one.
-        error, budget: the largest deviation from the truth, and what was allowed.
+        case: the case as text.
+        what: the quantity, such as "entropy" or "gradient, label entries"; if the backend raised, its error.
+        error: the largest deviation from the truth; NaN if the backend raised.
+        budget: the largest allowed deviation; infinite if the backend raised.
     """
 
     case: str
@@ -81,7 +84,7 @@ class _Inputs:
 
 
 def vocab_of(case: Case, device: torch.device) -> int:
-    """V of a case: past two tiles of the compiled kernels, past two of the smaller ones that an interpreter takes."""
+    """V of a case: more than two tiles of the device's kernels; tiles are smaller in Triton's interpreter."""
     if case.vocab is not None:
         return case.vocab
     if case.variant.linear is not None:
@@ -94,7 +97,7 @@ def vocab_of(case: Case, device: torch.device) -> int:
 
 
 def _inputs(case: Case, device: torch.device) -> _Inputs:
-    """Made on the CPU by a generator of its own: the same numbers everywhere, and nobody else's random state moves."""
+    """The inputs of a case, from a CPU generator of its own: equal on all machines, and no global random state changes."""
     variant, vocab = case.variant, vocab_of(case, device)
     g = torch.Generator().manual_seed(0)
     sequences, length = (4, 5) if variant.few_rows else (4, backends.MANY_ROWS // 4)
@@ -113,7 +116,7 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
     upstream = torch.rand(sequences // 2 if family else sequences, generator=g, dtype=torch.float64) + 0.5
     upstream = upstream / BETA if family else upstream
     if variant.dtype == torch.float16:
-        # As a gradient scaler does: below 6e-5 float16 runs out of digits.
+        # Scaled like by a gradient scaler, because float16 loses precision below 6e-5.
         upstream *= 2.0**16 if case.confident else 2.0**10
     ref_sums = torch.randn(sequences, generator=g, dtype=torch.float64) - 20 if variant.reference == "sums" else None
     labels = torch.where(scored, labels, IGNORE)
@@ -134,14 +137,15 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
     small |= {"ref_sums": None if ref_sums is None else ref_sums.to(device), "upstream": upstream.to(device)}
     if variant.linear is not None:
         head = noise(vocab, HIDDEN) * (2 / HIDDEN**0.5)
-        # Every other label is likely, as in a trained model: its row of the head points along the hidden state.
+        # Every second label is made likely, as in a trained model, by adding its row of the head to the hidden state.
         hidden = noise(sequences, length, HIDDEN)
         hidden[:, ::2] += head[index.squeeze(-1)[:, ::2]]
         ref_hidden = hidden + 0.3 * noise(sequences, length, HIDDEN)
         bias = (0.5 * noise(vocab)).to(device, variant.dtype) if variant.linear.bias else None
         given = place(ref_hidden.to(variant.dtype)) if isinstance(variant.reference, torch.dtype) else None
         return _Inputs(place(hidden.to(variant.dtype)), given, head=head.to(device, variant.dtype), bias=bias, **small)
-    # A policy that draws the label half of the time, or nearly always: an accuracy of 0 everywhere would check nothing.
+    # The label is made likely at every second position, or nearly certain everywhere: with random logits the accuracy would be
+    # 0 everywhere, and the check of it could not fail.
     raised = torch.where(position % 2 == 0, math.log(vocab) + 5.0, 0.0).expand(sequences, length)
     if case.confident:
         raised = torch.full((sequences, length), math.log(vocab) + 14.0)
@@ -186,10 +190,10 @@ def _sigmoid_losses(sums: Tensor, ref_sums: Tensor, robust: bool) -> Tensor:
 
 
 def _definition(case: Case, inputs: _Inputs, dtype: torch.dtype) -> _Found:
-    """Every quantity of a case in `dtype` arithmetic, from the formulas."""
+    """Every quantity of a case from the formulas, with arithmetic in `dtype`."""
     variant = case.variant
 
-    # The textbook projects in the call's own dtype, and upcasts the logits.
+    # The usual implementation projects in the call's dtype and then converts the logits to float32.
     product = variant.dtype if variant.linear is not None and dtype == torch.float32 else dtype
 
     def wide(tensor: Tensor | None) -> Tensor | None:
@@ -237,7 +241,7 @@ def _definition(case: Case, inputs: _Inputs, dtype: torch.dtype) -> _Found:
 
 
 def _leaves(variant: Variant, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """The tensors that the variant differentiates by, switched on, by their gradient's name."""
+    """The tensors that the variant needs gradients of, with requires_grad set, by their gradient's name."""
     wanted = {"gradient": variant.grad, "dW": False, "dbias": False}
     if variant.linear is not None:
         needs = variant.linear
@@ -256,7 +260,7 @@ def _finish(
     sums_of: Callable[[Tensor], Tensor],
     leaves: dict[str, Tensor],
 ) -> _Found:
-    """Add what is compared to `found`: the results per token that the variant asks for, and the gradients."""
+    """`found` with the per-token results and gradients that the variant needs, all detached."""
     names = ["logps", *variant.statistics, *variant.terms]
     names += ["ref_logps"] if isinstance(variant.reference, torch.dtype) else []
     scalar = (inputs.upstream * (found["sums"] if variant.loss == "sums" else found["losses"]).double()).sum()
@@ -270,13 +274,13 @@ def _finish(
 
 
 def _subject(case: Case, inputs: _Inputs, backend: str, inplace: bool = False) -> _Found:
-    """Every quantity of a case from the backend's operators."""
+    """Every quantity of a case, computed by the backend's operators."""
     variant = case.variant
     if variant.linear is not None:
         return _linear_subject(case, inputs, backend)
     logits = inputs.logits.detach()
     if inplace:
-        # The gradient goes over the logits: a copy, whose rows lie where the original's do.
+        # The gradient overwrites the logits, so they are copied. The copy has the strides of the original.
         logits = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
         logits.copy_(inputs.logits)
     leaves = _leaves(variant, {"gradient": logits})
@@ -342,7 +346,7 @@ def _linear_subject(case: Case, inputs: _Inputs, backend: str) -> _Found:
         replace(sizes, fused=fused),
         needs,
         budget=64 << 20,
-        # Below every probability: all blocks are multiplied, and the gradient is exact.
+        # 1e-30 is below every probability, so no block is left out and the gradient is exact.
         eps=1e-30 if fused else 0.0,
     )
     leaves = _leaves(variant, {"gradient": hidden, "dW": head, "dbias": bias})
@@ -369,20 +373,20 @@ def _linear_subject(case: Case, inputs: _Inputs, backend: str) -> _Found:
 
 
 def _worst(values: Tensor) -> float:
-    """The largest, NaN before any number; 0 of none."""
+    """The largest value; NaN if any is NaN, 0 if there is none."""
     if values.numel() == 0:
         return 0.0
     return math.nan if bool(values.isnan().any()) else float(values.max())
 
 
 def _distance(found: Tensor, truth: Tensor) -> Tensor:
-    """|found - truth|, 0 where both are the same infinity."""
+    """|found - truth| elementwise; 0 where both are the same infinity."""
     found, truth = found.double(), truth.double()
     return torch.where(found == truth, 0.0, (found - truth).abs())
 
 
 def _label_and_others(grad: Tensor, truth: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Relative errors of each scored row's label entry, and of its other entries by their norm."""
+    """Relative errors per row, of the label's entry and of the norm of all other entries."""
     index = labels.unsqueeze(-1)
     mine, true = grad.gather(-1, index).squeeze(-1), truth.gather(-1, index).squeeze(-1)
     tiny = torch.finfo(torch.float64).tiny
@@ -391,22 +395,22 @@ def _label_and_others(grad: Tensor, truth: Tensor, labels: Tensor) -> tuple[Tens
 
 
 def _row_errors(grad: Tensor, truth: Tensor) -> Tensor:
-    """Relative error of each row by its norm; rows whose truth is 0 must be 0."""
+    """Relative error of each row's norm; if the true row is 0, 0 for a zero row and 1 for any other."""
     size = truth.norm(dim=-1)
     return torch.where(size == 0, (grad != 0).any(-1).double(), (grad - truth).norm(dim=-1) / size.clamp(min=1e-300))
 
 
 def _compare(case: Case, inputs: _Inputs, found: _Found, truth: _Found, baseline: _Found) -> Iterator[Result]:
-    """A result for each quantity."""
+    """One result per quantity; a gradient gives several."""
     name, variant = str(case), case.variant
-    largest = 32.0 if variant.linear is None else 24.0  # the largest z is near this
+    largest = 32.0 if variant.linear is None else 24.0  # about the largest |z|
     for what, true in truth.items():
         ours, theirs = found[what], baseline[what]
         if ours.shape != true.shape:
             yield Result(name, f"shape of {what} {tuple(ours.shape)}, expected {tuple(true.shape)}", math.inf, 0.0)
         elif what not in ("gradient", "dW", "dbias"):
             unit = 2.0**-23 * max(largest, _worst(true[true.isfinite()].abs()))
-            # A sum has a rounding a term, a product with the head one an addend; a KL is a difference of two logits.
+            # A sum has one rounding error per term, a product with the head one per addend. A KL subtracts two logits.
             unit *= 8.0 if what in ("sums", "losses") else 2.0
             allowed = BUDGET * max(_worst(_distance(theirs, true)), unit)
             yield Result(name, what, _worst(_distance(ours, true)), allowed)
@@ -426,7 +430,7 @@ def _compare_gradient(
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     if what == "gradient":
         dead = (labels == IGNORE) | (true == 0).all(-1)
-        # NaN is not 0 either.
+        # `!= 0` is also true for NaN.
         yield Result(name, "gradient of tokens without weight", float((mine[dead] != 0).any()), 0.0)
         mine, other, true, labels = mine[~dead], other[~dead], true[~dead], labels[~dead]
     if not linear_path:
@@ -446,9 +450,9 @@ def _compare_gradient(
 
 
 def run_case(case: Case, backend: str, device: torch.device) -> list[Result]:
-    """Every comparison of a case; an error that the backend raises is a failed one.
+    """Every comparison of a case. If the backend raises, the result is one failed comparison with its error.
 
-    Raises whatever the truth or the baseline raises, and torch.OutOfMemoryError: neither says anything about the backend.
+    Errors of the truth or the baseline, and torch.OutOfMemoryError, are not caught, because they are no fault of the backend.
     """
     with torch.enable_grad():
         inputs = _inputs(case, device)
@@ -478,9 +482,9 @@ def run_table(
     cases: Iterable[Case] = TABLE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Result]:
-    """The worst result of each case that the backend serves: the one that is furthest beyond its budget.
+    """The worst result (`worst`) of each case that the backend serves.
 
-    Raises BackendUnavailable where the backend does not serve the device.
+    Raises BackendUnavailable if the backend does not serve the device.
     """
     device = torch.device(device)
     backends.load(backend, device.type)
@@ -495,6 +499,6 @@ def run_table(
 
 
 def worst(results: list[Result]) -> Result:
-    """The first that failed; of a case that passed, the one that came closest to its budget."""
+    """The first failed result; if none failed, the one with the largest share of its budget."""
     failed = [result for result in results if not result.ok]
     return failed[0] if failed else max(results, key=lambda result: result.error / max(result.budget, 1e-300))

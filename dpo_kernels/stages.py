@@ -1,21 +1,23 @@
-"""The contract of the stages: what lies between logits and loss, and what every backend computes alike.
+"""The interface that every backend implements: the three stages from logits to loss and gradient.
 
     stage 1  token_logps       logits [B, T, V]  -> log-probabilities and statistics of the tokens, [R, B, T]
     stage 2  sequence_sums     tokens [B, T]     -> weighted sums of the sequences, [S]
              preference_loss   tokens [B, T]     -> losses [P], sums [2P] and d loss / d sum of the sigmoid family
-    stage 3  logits_grad       d loss / d token  -> d loss / d logits [B, T, V], possibly over the logits
+    stage 3  logits_grad       d loss / d token  -> d loss / d logits [B, T, V], in place if the caller allows it
 
-A backend is a module with these functions (`Stages`): plain tensors in and out, no autograd. backends/eager.py is the shortest
-to read. A packed batch is one row: [1, N, V], with `cu_seqlens` [S + 1] to say where its sequences lie.
+A backend is a module with these functions (`Stages`). They take and return plain tensors and do not use autograd. The simplest
+implementation is backends/eager.py. A packed batch has one row: logits [1, N, V] and the sequences' bounds `cu_seqlens` [S + 1].
 
-Everything of size [tokens] or less is float64 (float32 where a device has none). It costs nothing beside the logits and keeps
-sums, losses and coefficients free of rounding.
+Every tensor of size [tokens] or less is float64 (float32 on devices without float64). Compared with the logits these tensors
+are small, and float64 makes rounding errors of sums, losses and coefficients negligible.
 
-What hostile input gives:
-    ignored tokens (label == ignore_index)   0 in every row of stage 1, a gradient of exactly 0; their logits are never read
-    -inf among the logits                    no probability, no part in any statistic, a gradient of 0
-    NaN in a token's logits                  NaN in that token's results and gradient, and in its sequence's sum
-    a label outside [0, V)                   ValueError on CPU; NaN in that token's results on a GPU, which cannot look
+Results for special input:
+
+    ignored token (label == ignore_index)    0 in every row of stage 1, gradient exactly 0; its logits are never read
+    -inf among the logits                    probability 0, no contribution to any statistic, gradient 0
+    NaN in a token's logits                  NaN in the token's results and gradient, and in its sequence's sum
+    label outside [0, V)                     ValueError on a CPU; NaN in the token's results on a GPU, where a check would
+                                             synchronize
     weight 0                                 the token is skipped, whatever its value is
 """
 
@@ -28,24 +30,24 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-#: What stage 1 finds of a token beside its log-probability, in the order of its rows. Nats, but for accuracy.
-#:   entropy      of the policy's next-token distribution
-#:   kl           KL(policy || reference); needs the reference's logits
-#:   accuracy     1 where the label is the most likely token, else 0
+#: The statistics of a token that stage 1 can compute, in the order of its rows.
+#:   entropy      entropy of the policy's next-token distribution, in nats
+#:   kl           KL(policy || reference) in nats; needs the reference's logits
+#:   accuracy     1 if the label is the most likely token, else 0
 #:   mean_logits  mean of z over the vocabulary
-#:   log_sum_sq   log sum_v p_v^2, which WPO's weights compare the log-probability with
+#:   log_sum_sq   log sum_v p_v^2, in nats; WPO's weights subtract it from the log-probability
 STATISTICS = ("entropy", "kl", "accuracy", "mean_logits", "log_sum_sq")
-#: The divergences that a loss may be differentiated by: KL(policy || reference) and KL(reference || policy).
+#: The divergences that a loss can depend on: KL(policy || reference) and KL(reference || policy).
 KL_TERMS = ("kl", "forward_kl")
 
 
 class Transform(NamedTuple):
-    """How logits become z, whose softmax is meant: z = softcap * tanh(scale * x / softcap), or scale * x without a cap.
+    """The map from logits x to z, the input of the softmax: z = softcap * tanh(scale * x / softcap).
 
     Attributes:
-        ignore_index: the label of tokens that do not count.
+        ignore_index: label of the tokens that do not count.
         scale: any number; the CUDA kernels need a positive one.
-        softcap: 0 for none.
+        softcap: 0 for no cap, z = scale * x.
     """
 
     ignore_index: int = -100
@@ -54,14 +56,14 @@ class Transform(NamedTuple):
 
 
 class TokenKL(NamedTuple):
-    """What stage 3 needs to differentiate token-level KL divergences as well.
+    """The input of stage 3 for the gradients of token-level KL divergences.
 
     Attributes:
         ref_logits: [B, T, V], unit stride on V, any floating dtype.
-        ref_logps, ref_max, ref_log_sum: [B, T], of stage 1.
-        kl: [B, T], KL(policy || reference), of stage 1; read only where grad_kl is not 0.
-        grad_kl: [B, T], gradient of the loss with respect to it, or None.
-        grad_forward_kl: [B, T], gradient with respect to KL(reference || policy), or None.
+        ref_logps, ref_max, ref_log_sum: [B, T], rows of stage 1.
+        kl: [B, T], KL(policy || reference), a row of stage 1; read only where grad_kl is not 0.
+        grad_kl: [B, T], gradient of the loss with respect to `kl`, or None.
+        grad_forward_kl: [B, T], gradient of the loss with respect to KL(reference || policy), or None.
     """
 
     ref_logits: Tensor
@@ -74,7 +76,7 @@ class TokenKL(NamedTuple):
 
 
 class Stages(Protocol):
-    """A backend's functions. Tensors are contiguous, but for logits, whose rows only have unit stride."""
+    """The functions of a backend. Tensors are contiguous; logits need only unit stride along the vocabulary."""
 
     def token_logps(
         self,
@@ -84,16 +86,18 @@ class Stages(Protocol):
         transform: Transform,
         statistics: tuple[str, ...],
     ) -> Tensor:
-        """Stage 1: [R, B, T] float64, the rows of `token_rows`.
+        """Stage 1: the results of each token, [R, B, T] float64, with the rows named by `token_rows`.
 
         Args:
-            logits, ref_logits: [B, T, V]; their dtypes may differ.
+            logits: [B, T, V].
             labels: [B, T] int64.
+            ref_logits: [B, T, V] or None; the dtype may differ from that of logits.
+            transform: the map from logits to z.
             statistics: any of STATISTICS; "kl" only with ref_logits.
         """
 
     def sequence_sums(self, values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Weighted sum over each sequence's tokens, [S]; values and weights [B, T]."""
+        """Weighted sum over the tokens of each sequence, [S]; values and weights are [B, T]."""
 
     def preference_loss(
         self,
@@ -106,9 +110,12 @@ class Stages(Protocol):
         label_smoothing: Tensor,
         robust: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Stage 2 of the sigmoid family (csrc/common/sigmoid_family.h): losses [P]; sums, reference sums and coef [2P].
+        """Stage 2 of the sigmoid family (csrc/common/sigmoid_family.h).
 
-        coef is d losses[p] / d sums[s]. ref_sums [2P] counts where ref_logps is None; without both the reference's sums are 0.
+        `ref_sums` [2P] is used if `ref_logps` is None. If both are None, the reference's sums are 0.
+
+        Returns:
+            (losses [P], sums [2P], reference sums [2P], coef [2P]); coef[s] is d losses[p] / d sums[s], p the pair of s.
         """
 
     def logits_grad(
@@ -125,17 +132,24 @@ class Stages(Protocol):
     ) -> None:
         """Stage 3: writes grad_logps (onehot(label) - softmax) dz/dx into `out`, which may be `logits` itself.
 
-        `logps`, `top` and `log_sum` are stage 1's rows "logps", "max" and "log_sum" [B, T].
-
-        `token_kl` adds the gradients of token-level divergences; its logits must not share memory with `out`.
+        Args:
+            logits: [B, T, V].
+            labels: [B, T] int64.
+            logps: [B, T], the row "logps" of stage 1.
+            top: [B, T], the row "max" of stage 1.
+            log_sum: [B, T], the row "log_sum" of stage 1.
+            grad_logps: [B, T], d loss / d log-probability.
+            transform: the map from logits to z.
+            out: [B, T, V], dtype of logits.
+            token_kl: adds the gradients of token-level divergences; its logits must not share memory with `out`.
         """
 
 
 def token_rows(has_reference: bool, statistics: Sequence[str]) -> tuple[str, ...]:
     """The names of stage 1's rows.
 
-    "max" is the largest z of a token and "log_sum" = log sum_v exp(z_v - max), for policy and reference. They stay apart:
-    their sum rounds log_sum away where z is large, and no difference of logits and log-probabilities gives them back.
+    "max" is the largest z of a token, and "log_sum" is log sum_v exp(z_v - max); the rows of the reference have the prefix
+    "ref_". The two are stored separately, because their sum would lose log_sum to rounding where z is large.
     """
     asked = (name for name in STATISTICS if name in statistics)
     reference = ("ref_logps", *(("ref_max", "ref_log_sum") if "kl" in statistics else ())) if has_reference else ()
@@ -143,17 +157,18 @@ def token_rows(has_reference: bool, statistics: Sequence[str]) -> tuple[str, ...
 
 
 def asked_rows(has_reference: bool, statistics: Sequence[str]) -> int:
-    """`token_rows` as compiled kernels take them: a bit for each row that there can be (csrc/common/params.h), in their order."""
+    """`token_rows` as a bit mask for compiled kernels: bit i is set if the i-th possible row (csrc/common/params.h) is asked."""
     names = token_rows(has_reference, statistics)
     return sum(1 << bit for bit, name in enumerate(token_rows(True, STATISTICS)) if name in names)
 
 
 def all_rows(has_reference: bool, statistics: Sequence[str], terms: Sequence[str]) -> tuple[str, ...]:
-    """`token_rows`, and what is found around stage 1.
+    """`token_rows`, and the rows that are computed outside stage 1.
 
     Args:
-        statistics: may hold "grad_dropped_mass", the probability that a filtered gradient left out (linear path).
-        terms: of KL_TERMS. The gradient of either starts from the value of "kl".
+        has_reference: whether the call has reference logits.
+        statistics: may include "grad_dropped_mass", the probability mass that a filtered gradient left out (linear path).
+        terms: a subset of KL_TERMS. Both gradients need the row "kl".
     """
     asked = (*statistics, *(("kl",) if terms else ()))
     names = token_rows(has_reference, asked)
@@ -165,12 +180,12 @@ def all_rows(has_reference: bool, statistics: Sequence[str], terms: Sequence[str
 
 
 def small_dtype(device: torch.device) -> torch.dtype:
-    """dtype of everything of size [tokens] or less: float64, or float32 where the device (MPS) has no float64."""
+    """dtype of every tensor of size [tokens] or less: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise ValueError naming row and position of the first label outside [0, vocab) that is not ignore_index."""
+    """Raise ValueError for a label outside [0, vocab) that is not ignore_index; the message names its row and position."""
     bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if bad.any():
         row, position = bad.nonzero()[0].tolist()
@@ -181,39 +196,39 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise ValueError unless cu_seqlens rises from 0 to at most `tokens`. Waits for the device."""
+    """Raise ValueError unless cu_seqlens rises from 0 to at most `tokens`. Synchronizes with the device."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] > tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to at most {tokens} (the number of tokens); got {bounds}")
 
 
 def rising_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """cu_seqlens with every bound moved into [0, tokens], and up to the largest bound before it.
+    """cu_seqlens with each bound clamped to [0, tokens] and then raised to the largest bound before it.
 
-    Bounds that were right stay as they are. Wrong ones then name sequences that exist and do not overlap, so no kernel
-    reads or writes elsewhere, and each token's gradient goes through the one sequence that its log-probability was added to.
+    Valid bounds do not change. Invalid bounds become bounds of existing sequences without overlap. So no kernel reads or
+    writes out of range, and the gradient of a token comes from the sequence whose sum holds its log-probability.
     """
     return cu_seqlens.clamp(0, tokens).cummax(0).values
 
 
 def owners(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The sequence of each of `tokens` packed tokens, [tokens] int64; -1 or S for a token of none of the S sequences."""
+    """The sequence of each packed token, [tokens] int64; -1 or S for a token outside all S sequences."""
     return torch.bucketize(torch.arange(tokens, device=cu_seqlens.device), cu_seqlens, right=True) - 1
 
 
 def spread(per_sequence: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's weight times its sequence's number, [B, T]; exactly 0 on tokens of weight 0. The adjoint of a weighted sum."""
+    """The adjoint of a weighted sum: each token's weight times its sequence's value, [B, T]; exactly 0 where the weight is 0."""
     if cu_seqlens is None:
         each = per_sequence.unsqueeze(-1)
     else:
-        # Both -1 and S find the appended 0: tokens before the first and behind the last sequence belong to nobody.
+        # Tokens before the first or after the last sequence have owner -1 or S. Both indices select the appended 0.
         by_owner = torch.cat([per_sequence, per_sequence.new_zeros(1)])
         each = by_owner[owners(cu_seqlens, weights.shape[1])].unsqueeze(0)
     return torch.where(weights != 0, weights * each, 0.0)
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the first to the last element of a and those of b lie in common memory: views of one buffer, say."""
+    """Whether the memory from the first to the last element of `a` overlaps that of `b` (two views of a buffer may)."""
 
     def span(x: Tensor) -> tuple[int, int]:
         last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -1,12 +1,13 @@
-"""Whether a GPU backend may serve a call: the self-check at first use, its verdicts, and where they are kept.
+"""The self-check of GPU backends at first use, and the cache of its verdicts.
 
-A variant (backends.Variant) is checked when a process first needs it on a device: its case of the operator table
-(selfcheck.py) runs beside the call, in a thread of its own, so that no mode of the caller reaches it (autocast, grad mode,
-fake tensors of a compiler that is tracing). A verdict is kept in the user's cache under the device, its driver, torch, Triton
-and the sources, so that the next process has nothing to run. A failed backend serves nothing more on that device.
+A kernel variant (backends.Variant) is checked when a process first needs it on a device: its case of the operator table
+(selfcheck.py) runs before the call. It runs in a separate thread, which does not inherit the caller's modes (autocast, grad
+mode, fake tensors of a tracing compiler). The verdict is stored in the user's cache under the device, its driver, the versions
+of torch and Triton, and the sources, so later processes skip the check. A backend that failed serves no more calls on that
+device.
 
-DPO_KERNELS_SELFCHECK: "0" checks nothing; "1" also checks kernels that run on a CPU (Triton's interpreter). It is read when a
-variant is first needed.
+DPO_KERNELS_SELFCHECK=0 turns the checks off; DPO_KERNELS_SELFCHECK=1 also checks kernels that run on a CPU (Triton's
+interpreter). The variable is read when a variant is first needed.
 """
 
 from __future__ import annotations
@@ -38,19 +39,20 @@ logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _stores: dict[tuple[str, torch.device], _Store] = {}
-#: How often a check could not run. A variant is served unchecked from then on: a check a call would cost more than it tells.
+#: How often the check of a variant could not run. After TRIES failures the variant is used unchecked, because trying again at
+#: every call would be too slow.
 _failures: Counter[tuple[Any, ...]] = Counter()
 TRIES = 3
 
 
 def decide(name: str, device_type: str, index: int | None, variant: Variant, *, asked: bool) -> str:
-    """The backend that serves a call: `name`, or where its check fails the next that passes its own.
+    """The backend for a call: `name` if its self-check passes, else the next candidate that passes, else "eager".
 
-    Raises BackendUnavailable where `name` fails and the user `asked` for it.
+    Raises BackendUnavailable if `name` fails and the user `asked` for it.
     """
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    # Autograd has one thread for a device's backward. A check runs a backward of its own, so a call from inside one (a
-    # recomputation, a hook) would wait for its own thread: it starts no check, and waits for nobody else's.
+    # Autograd runs the backward passes of a device in one thread. A check contains a backward pass, so a call from inside one
+    # (a recomputation, a hook) would deadlock: it neither starts a check nor waits for the check of another thread.
     if not _lock.acquire(blocking=not _in_backward()):
         return name
     try:
@@ -58,19 +60,19 @@ def decide(name: str, device_type: str, index: int | None, variant: Variant, *, 
         if serves(name, case):
             reason = _verdict(name, device, variant)
         elif asked:
-            return name  # the call itself says what is missing
+            return name  # the call raises an error that names what is missing
         else:
-            reason = f"the {name} kernels do not have this call ({case})"
+            reason = f"the {name} kernels do not support this call ({case})"
         if reason is None:
             return name
         if asked:
-            raise BackendUnavailable(f"{reason}. Choose another backend; DPO_KERNELS_SELFCHECK=0 uses it all the same.")
+            raise BackendUnavailable(f"{reason}. Choose another backend; DPO_KERNELS_SELFCHECK=0 uses it unchecked.")
         instead = "eager"
         for other in backends.candidates(device_type):
             if other != name and serves(other, case) and _verdict(other, device, variant) is None:
                 instead = other
                 break
-        _warn_once(f"dpo-kernels: {reason}. The {instead} backend serves instead.")
+        _warn_once(f"dpo-kernels: {reason}. The {instead} backend is used instead.")
         return instead
     finally:
         _lock.release()
@@ -91,7 +93,7 @@ def _switched_on(device: torch.device) -> bool:
 
 
 def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
-    """None if the backend may serve, else the sentence that says why not."""
+    """None if the backend may be used, else the reason why not, as a sentence."""
     key = (name, device.type, device.index)
     served = (*key, variant)
     if name not in backends.GPU_BACKENDS:
@@ -111,11 +113,11 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
         if _in_backward():
             _warn_once(
                 f"dpo-kernels: the {name} kernels are first called inside a backward pass, where their self-check cannot run "
-                f"({case}); they serve unchecked"
+                f"({case}); they are used unchecked"
             )
             return None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # A check launches, allocates and waits, none of which a capture allows. The next call outside is checked.
+            # A check allocates and synchronizes, which is illegal during a capture. The next call outside one is checked.
             _warn_once(
                 f"dpo-kernels: the {name} kernels are captured in a CUDA graph before their self-check has run "
                 f"({case}); call once before capturing"
@@ -123,7 +125,7 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
             return None
         try:
             result = _in_a_clean_thread(name, device, case)
-        except Exception as error:  # out of memory, or a fault of the check itself: it says nothing about the kernels
+        except Exception as error:  # out of memory, or a fault of the check itself; neither is a fault of the kernels
             _failures[served] += 1
             if _failures[served] == 1:
                 text = f"dpo-kernels: the self-check could not run ({case}): {type(error).__name__}: {error}"
@@ -135,7 +137,7 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
             where = f"{device} ({device_name(device)})"
             reason = f"the {name} kernels failed their self-check on {where}: {result}"
             backends.refused[key] = reason
-            # An error may come from this process's surroundings (no compiler, a broken context); wrong numbers do not.
+            # Wrong numbers are stored. An error is not, because its cause may be temporary (no compiler, a broken context).
             store.add(case, reason if result.budget < float("inf") else None, right=False)
             return reason
         store.add(case, None, right=True)
@@ -148,8 +150,11 @@ def _verdict(name: str, device: torch.device, variant: Variant) -> str | None:
 
 
 def _in_a_clean_thread(name: str, device: torch.device, case: Case) -> selfcheck.Result:
-    """A case's worst result. Autocast, grad mode, a compiler's fake tensors and function modes belong to a thread: here there
-    are none. The caller's stream is used, behind what it has already been given, so that its memory is reused later."""
+    """The worst result of a case, computed in a new thread, which has none of the caller's thread-local modes.
+
+    Such modes are autocast, grad mode, fake tensors and function modes. The check runs on the caller's stream, so the caching
+    allocator can reuse its memory for the caller.
+    """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def run() -> selfcheck.Result:
@@ -165,13 +170,13 @@ def _in_a_clean_thread(name: str, device: torch.device, case: Case) -> selfcheck
 
 @contextlib.contextmanager
 def _ordinary_settings() -> Iterator[None]:
-    """Without the process-wide settings that would refuse what the definition computes; they come back afterwards."""
+    """A context with default values of process-wide settings under which the reference could fail; restores them at exit."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     default_dtype = torch.get_default_dtype()
     sync_debug = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0
     compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
-    # Not torch.use_deterministic_algorithms, which would also set what the compiler has been told.
+    # Not torch.use_deterministic_algorithms, which would also change the compiler's configuration.
     torch._C._set_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
     if sync_debug:
@@ -190,7 +195,7 @@ def _ordinary_settings() -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The name that the device reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
@@ -205,7 +210,7 @@ def _driver(device: torch.device) -> str:
 
 @functools.cache
 def _source_hash(name: str) -> str:
-    """Of everything that a check runs: this package's Python, and the CUDA sources."""
+    """Hash of all code that a check runs: this package's Python files, and for the cuda backend its sources."""
     digest = hashlib.sha256(_build.source_hash("cuda").encode() if name == "cuda" else b"")
     for path in sorted(_build.PACKAGE.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -213,7 +218,7 @@ def _source_hash(name: str) -> str:
 
 
 def identity(name: str, device: torch.device) -> dict[str, str]:
-    """What a verdict depends on."""
+    """Everything that a verdict depends on; part of the name of its cache file."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -229,23 +234,23 @@ def identity(name: str, device: torch.device) -> dict[str, str]:
 
 
 class _Store:
-    """The verdicts on one backend and one kind of device, in a file of the user's cache."""
+    """The verdicts on one backend and one type of device, stored in a file of the user's cache."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.identity = identity(name, device)
         tag = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         try:
             folder = _build.cache_folder()
-        except RuntimeError:  # a user without a home folder: nothing can be kept
+        except RuntimeError:  # the user has no home folder, so no verdict can be stored
             folder = Path(os.devnull)
         self.path = folder / "selfcheck" / f"{name}.{tag}.json"
-        #: Names of the cases that passed; the sentence about one that did not.
+        #: Names of the cases that passed, and the sentence about a failed case.
         self.right: set[str] = set()
         self.wrong: str | None = None
         self._read()
 
     def _read(self) -> None:
-        """Join what the file says; a file that cannot be read, or says something else, says nothing."""
+        """Add the verdicts from the file; a file that is missing, damaged or of another identity is ignored."""
         try:
             held: Any = json.loads(self.path.read_text())
             right, wrong = held["right"], held["wrong"]
@@ -258,14 +263,14 @@ class _Store:
             self.wrong = self.wrong or wrong
 
     def add(self, case: Case, wrong: str | None, *, right: bool) -> None:
-        """Keep a verdict; a cache that cannot be written costs the next process a check."""
-        self._read()  # what other processes have found meanwhile
+        """Store a verdict. If the cache cannot be written, the next process repeats the check."""
+        self._read()  # adds verdicts that other processes have stored meanwhile
         if right:
             self.right.add(str(case))
         self.wrong = self.wrong or wrong
         held = {"identity": self.identity, "right": sorted(self.right), "wrong": self.wrong}
         try:
-            _build.make_private(self.path.parent.parent)  # where libraries may be kept later
+            _build.make_private(self.path.parent.parent)  # compiled libraries may be stored in it later
             self.path.parent.mkdir(exist_ok=True)
             # Atomic write: temporary file, then rename.
             handle, draft = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
@@ -277,4 +282,4 @@ class _Store:
                 Path(draft).unlink(missing_ok=True)
                 raise
         except OSError as error:
-            logger.debug("verdict not kept: %s", error)
+            logger.debug("verdict not stored: %s", error)

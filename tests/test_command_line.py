@@ -57,7 +57,10 @@ check = command.check
         (["bench", "--shape", "7x100"], "must be even"),
         (["bench", "--shape", "3x4x100"], "must be even"),
         (["bench", "--seconds", "-3"], "--seconds must not be negative: -3"),
-        (["bench", "--shape", "80000000x128256", "--device", "cpu"], r"needs .* GB beside eager PyTorch, and cpu has"),
+        (
+            ["bench", "--shape", "80000000x128256", "--device", "cpu"],
+            r"needs .* GB together with eager PyTorch, but cpu has",
+        ),
     ],
     ids=str,
 )

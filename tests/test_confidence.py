@@ -52,7 +52,7 @@ def test_smoothed_loss_is_least_where_the_margin_equals_the_score_gap():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: preference_probability([1.0, 2.0], [1.0]), "rejected_scores has 1 entries, for 2 pairs"),
+        (lambda: preference_probability([1.0, 2.0], [1.0]), "rejected_scores has 1 entries, but there are 2 pairs"),
         (lambda: preference_probability([1.0], [float("nan")]), "rejected_scores must be finite; entry 0"),
         (lambda: preference_probability([1.0], [0.0], scale=0.0), "scale must be positive"),
         (lambda: agreement_probability([3], [2]), "between 0 and votes"),

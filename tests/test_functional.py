@@ -23,7 +23,7 @@ def test_shift_labels_scores_each_completion_token_by_the_logits_before_it():
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     mask = torch.tensor([[0, 0, 1, 1, 0]])
     assert shift_labels(ids, mask).tolist() == [[-100, 7, 8, -100, -100]]
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         shift_labels(ids, mask[:, 1:])
 
 

@@ -624,7 +624,7 @@ def test_the_module_equals_the_function_and_follows_its_hyper_parameters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": torch.zeros(97)}, "weight must be the head's weight"),
+        ({"weight": torch.zeros(97)}, "weight must be the LM head's weight"),
         ({"weight": torch.zeros(97, 15)}, r"\[97, 16\]"),
         ({"bias": torch.zeros(5)}, "bias"),
         ({"ref_logps": torch.zeros(6)}, "not both"),

@@ -147,7 +147,7 @@ def test_no_value_is_read():
     [
         ({"counts": [3]}, "the batch holds 1 sequences, an odd number"),
         ({"counts": [3, -1]}, "counts must not be negative; got -1"),
-        ({"weight": torch.zeros(V)}, r"weight must be the head's weight \[V, H\]; got \[97\]"),
+        ({"weight": torch.zeros(V)}, r"weight must be the LM head's weight \[V, H\]; got \[97\]"),
         ({"bias": torch.zeros(3)}, r"^bias must have shape \[97\]"),
         ({"kl_coef": 0.1}, "kl_coef needs ref_hidden"),
         ({"statistics": ("kl",)}, 'the statistic "kl" needs ref_hidden'),

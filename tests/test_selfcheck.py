@@ -173,7 +173,7 @@ def test_a_planted_fault_is_named_and_eager_serves(plant, fault):
     assert text.startswith("dpo-kernels: the triton kernels failed their self-check on cpu (")
     assert said in text
     assert "case 'float32, aligned, reference float32, entropy, sigmoid, grad'" in text
-    assert text.endswith("The eager backend serves instead.")
+    assert text.endswith("The eager backend is used instead.")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(step(), truth)
@@ -377,7 +377,7 @@ def test_inside_a_backward_no_check_runs_and_none_is_waited_for(plant, runs):
 def test_a_call_that_a_default_backend_does_not_have_goes_to_the_next(plant, runs):
     plant()
     variant = VARIANT._replace(negative_scale=True)
-    with pytest.warns(RuntimeWarning, match="the cuda kernels do not have this call"):
+    with pytest.warns(RuntimeWarning, match="the cuda kernels do not support this call"):
         assert trust.decide("cuda", "cpu", None, variant, asked=False) == "triton"
     assert backends.refused == {}
 

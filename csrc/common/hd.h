@@ -1,12 +1,12 @@
-// Marks a function as usable on host and device, so that each formula exists once.
+// Marks functions that are compiled for host and device, so that each formula is written once.
 //
-// On the host it is static: the CPU kernels are compiled once per instruction set, and a shared inline symbol would let
-// the linker serve AVX-512 code to a CPU without it.
+// On the host they are static: the CPU kernels are compiled once per instruction set, and of a shared inline symbol the
+// linker might keep the AVX-512 code, which a CPU without AVX-512 cannot run.
 #pragma once
 
 #if defined(__CUDACC__)
 #define DPO_HD __host__ __device__ __forceinline__
-// Rare and long (double transcendentals): one copy per GPU kernel instead of one per use.
+// For long functions that are rarely called (float64 transcendentals): one copy per GPU kernel instead of one per call.
 #define DPO_HD_CALLED static __host__ __device__ __noinline__
 #else
 #define DPO_HD static inline

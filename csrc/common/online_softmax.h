@@ -1,16 +1,16 @@
-// Online softmax of one row without its label: the running state, its merge, and how a row is finished.
+// Online softmax of one row without its label: the running state, the merge of two states, and the results of a row.
 //
-// The label's own term is kept out of the running sum. With S = sum_{v != y} exp(z_v - m), m = max_{v != y} z_v,
+// The running sum does not include the label's own term. With S = sum_{v != y} exp(z_v - m), m = max_{v != y} z_v,
 //     logp = -log1p(S exp(m - z_y)),
-// so a policy that is almost sure of the label (S exp(m - z_y) ~ 1e-9) keeps full relative precision in logp and in
-// the label's gradient 1 - p = -expm1(logp). Adding 1 to S first would round that information away.
+// so if p(label) is near 1 (S exp(m - z_y) ~ 1e-9), logp and the label's gradient 1 - p = -expm1(logp) keep full
+// relative precision. Adding the label's term to S would lose it to rounding.
 //
-// Extra accumulators are first moments under the unnormalised weights e_v = exp(z_v - m), and their squares:
+// The other accumulators are first moments with the unnormalized weights e_v = exp(z_v - m), and the sum of squares:
 //     entropy: sum e_v (z_v - m)       kl: sum e_v (z_v - z'_v)       log sum p^2: sum e_v^2
-// The likeliest entry's e_v is 1, so the sum of squares loses nothing that the sum keeps.
+// The largest e_v is 1, so the sum of squares has the same relative precision as the sum.
 //
-// A finished row keeps its maximum and log sum_v exp(z_v - max) apart: of z_v = 1e17 their sum would keep nothing of
-// the log, and where z_y is the lowest finite number z_y - logp says nothing about the other logits.
+// A finished row stores its maximum and log sum_v exp(z_v - max) separately: if z_v is 1e17, their sum loses the log to
+// rounding, and if z_y is the lowest finite number, they cannot be computed from z_y - logp.
 #pragma once
 
 #include <math.h>
@@ -34,7 +34,7 @@ DPO_HD OnlineSoftmax<T> empty_softmax() {
   return {static_cast<T>(-INFINITY), 0.0, 0.0, 0.0, 0.0};
 }
 
-// Moves the state's origin up to new_max (>= state.max). e_v and z_v - m both change with the origin.
+// Raises the state's maximum to new_max (>= state.max) and rescales its sums.
 template <typename T>
 DPO_HD void raise_max(OnlineSoftmax<T>& state, T new_max) {
   if (state.max == new_max) return;
@@ -42,7 +42,7 @@ DPO_HD void raise_max(OnlineSoftmax<T>& state, T new_max) {
     const double delta = static_cast<double>(state.max) - static_cast<double>(new_max);
     const double factor = exp(delta);
     if (factor == 0.0) {
-      // What no longer has mass leaves nothing behind: its moments may be infinite, and 0 * inf is NaN.
+      // The old sums become 0. They are not multiplied, because a moment may be infinite, and 0 * inf is NaN.
       state = empty_softmax<T>();
     } else {
       state.shifted = factor * (state.shifted + delta * state.sum);
@@ -54,7 +54,7 @@ DPO_HD void raise_max(OnlineSoftmax<T>& state, T new_max) {
   state.max = new_max;
 }
 
-// Associative; callers fix the order so that results are bitwise reproducible.
+// Associative up to rounding; callers use a fixed order, so results are bitwise reproducible.
 template <typename T>
 DPO_HD void merge(OnlineSoftmax<T>& into, OnlineSoftmax<T> other) {
   const T top = other.max > into.max ? other.max : into.max;
@@ -68,10 +68,10 @@ DPO_HD void merge(OnlineSoftmax<T>& into, OnlineSoftmax<T> other) {
 
 struct FinishedRow {
   double logp;
-  double max;      // of the state and the label
+  double max;      // maximum of the state and the label
   double log_sum;  // log sum_v exp(z_v - max)
   double entropy;
-  double drift;  // sum_v p_v (z_v - z'_v) over all but the label
+  double drift;  // sum_v p_v (z_v - z'_v) over all v except the label
   double p_others, p_label;
   double log_sum_sq;  // log sum_v p_v^2
 };
@@ -80,9 +80,9 @@ struct FinishedRow {
 template <typename T>
 DPO_HD double label_logp(const OnlineSoftmax<T>& others, T z_label) {
   const double gap = static_cast<double>(others.max) - static_cast<double>(z_label);
-  if (z_label == static_cast<T>(INFINITY)) return NAN;  // inf - inf, as log_softmax has it
+  if (z_label == static_cast<T>(INFINITY)) return NAN;  // as log_softmax, which computes inf - inf
   if (others.max == static_cast<T>(-INFINITY) && others.sum == 0.0) {
-    // Nothing else has mass: the label has it all, unless it is -inf (or NaN) itself.
+    // All other probabilities are 0, so that of the label is 1, unless its logit is -inf or NaN.
     return z_label > static_cast<T>(-INFINITY) ? 0.0 : NAN;
   }
   if (gap > 0.0) return -(gap + log(others.sum + exp(-gap)));  // exp(gap) could overflow
@@ -99,7 +99,7 @@ DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label) {
   const double weight = exp(shift);
   const double sum = state.sum + weight;
   const double shifted = state.shifted + (weight > 0.0 ? weight * shift : 0.0);
-  // Of a label that is almost certain the sum is 1 and a hair; its log-probability has the hair in full.
+  // If the label is the maximum, the sum may be 1 plus a tiny term; -logp has that term with full precision.
   row.log_sum = shift == 0.0 ? -row.logp : log(sum);
   row.entropy = row.log_sum - shifted / sum;
   row.drift = state.drift / sum;
@@ -109,12 +109,13 @@ DPO_HD FinishedRow finish_row(OnlineSoftmax<T> state, T z_label) {
   return row;
 }
 
-// Where float32 sums say that gaps of policy and reference are as large as this on average, they are added up again in
-// float64: stage 3 subtracts their mean from single gaps, and where p is near 1 little more than its rounding is left.
+// If the mean gap between policy and reference is at least this by float32 sums, it is computed again in float64:
+// stage 3 subtracts the mean from single gaps, and where p is near 1 the difference is mostly rounding error.
 constexpr double kSmallGap = 4.0;
 
-// KL(policy || reference) = sum p (d - log_sum + log_sum'), d = (z - max) - (z' - max'). The drift counts from 0, and
-// is moved to the maxima by itself: of a label at 1e20 a sum with it would keep nothing of the others.
+// KL(policy || reference) = sum p (d - log_sum + log_sum'), d = (z - max) - (z' - max'). The drift is relative to 0. It
+// is made relative to the maxima separately from the label's term: if the label's logit is 1e20, a common correction of
+// their sum would lose the drift to rounding.
 DPO_HD double kl_of(const FinishedRow& policy, const FinishedRow& reference, double z_label, double ref_label) {
   const double others = policy.p_others > 0.0 ? policy.drift - policy.p_others * (policy.max - reference.max) : 0.0;
   const double gap = (z_label - policy.max) - (ref_label - reference.max);

@@ -1,4 +1,4 @@
-// What all kernels and the torch-facing code share: dtypes, tensors of logits, and the rows of results by name.
+// Definitions shared by all kernels and by the code that uses torch: dtypes, tensors of logits, names of result rows.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace dpo {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// A [B, T, V] tensor, unit stride on V. Strides count elements.
+// A [B, T, V] tensor with unit stride on V. Strides are in elements.
 struct Logits {
   const void* data;
   DType dtype;
@@ -15,7 +15,7 @@ struct Logits {
   int64_t stride_t;
 };
 
-// Stage 1's rows, in the order of `token_rows` (dpo_kernels/stages.py).
+// The rows of stage 1, in the order of `token_rows` (dpo_kernels/stages.py).
 namespace token_row {
 enum : int {
   logps,
@@ -33,17 +33,17 @@ enum : int {
 };
 }
 
-// A whole call's results per sequence, in the order of SEQUENCE_ROWS (dpo_kernels/backends/whole_call.py); from `means`
-// on, the means of the statistics asked for.
+// The results per sequence of a whole call, in the order of SEQUENCE_ROWS (dpo_kernels/backends/whole_call.py). From
+// `means` on follow the means of the requested statistics.
 namespace sequence_row {
 enum : int { logps, ref_logps, rewards, coef, counts, means };
 }
 
-// The order of REDUCTIONS there.
+// In the order of REDUCTIONS in the same file.
 enum Reduction : int64_t { kMean, kSum, kNone };
 
-// Where each of stage 1's rows goes; nullptr: not asked for. `asked` has a bit for each; `first` is where those asked
-// for lie one behind the other, `tokens` numbers each.
+// Sets the pointer of each row of stage 1; nullptr if it is not requested. `asked` has one bit per row. The requested
+// rows are consecutive from `first` on, with `tokens` numbers each.
 inline void point_at_rows(double* (&rows)[token_row::count], double* first, int64_t tokens, int64_t asked) {
   for (int row = 0; row < token_row::count; ++row) {
     rows[row] = nullptr;

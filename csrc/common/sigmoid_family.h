@@ -17,7 +17,7 @@ struct PairLoss {
   double slope;  // dl/dx
 };
 
-// log(1 + exp(x)) without overflow, and exactly log 2 at 0.
+// log(1 + exp(x)) without overflow; exactly log 2 at 0.
 DPO_HD_CALLED double softplus(double x) { return x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 
 DPO_HD_CALLED double sigmoid(double x) {
@@ -34,11 +34,11 @@ DPO_HD PairLoss sigmoid_family(double x, double label_smoothing, bool robust) {
     out.loss = ((1.0 - e) * softplus(-x) - e * softplus(x)) * scale;
     out.slope = (-(1.0 - e) * sigmoid(-x) - e * sigmoid(x)) * scale;
   } else if (e == 0.0) {
-    // Apart, so that an infinite margin gives 0 or inf and never 0 * inf.
+    // A separate case, so that an infinite margin gives 0 or inf instead of 0 * inf.
     out.loss = softplus(-x);
     out.slope = -sigmoid(-x);
   } else {
-    // 0 * inf is NaN: a smoothing of exactly 1 must not meet the other branch's infinity.
+    // At e = 1 the first term is left out: it could be 0 * inf, which is NaN.
     out.loss = (e < 1.0 ? (1.0 - e) * softplus(-x) : 0.0) + e * softplus(x);
     out.slope = -(1.0 - e) * sigmoid(-x) + e * sigmoid(x);
   }

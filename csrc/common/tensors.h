@@ -1,4 +1,5 @@
-// From torch's tensors to the pointers that kernels take; for ops.cpp alone, which goes through PyTorch's stable ABI.
+// Conversion of torch's tensors to the pointers that kernels take. Only ops.cpp includes it; it uses PyTorch's stable
+// ABI.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

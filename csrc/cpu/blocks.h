@@ -1,8 +1,7 @@
-// Reading and writing a row of logits in blocks that stay in the first-level cache.
+// Reads and writes rows of logits in blocks that fit in the L1 cache.
 //
-// A block is read from memory once; the maximum pass and the exponential pass over it then hit the cache. Rows without
-// scale or softcap are used in place, in the type in which they are stored; everything else is converted into a buffer
-// on the way.
+// A block is read from memory once; the passes for maximum and exponentials then hit the cache. Rows without scale or
+// softcap are used without a copy, in the type in which they are stored; other rows are converted into a buffer.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +12,7 @@
 
 namespace {
 
-// 2,048 floats are 8 KB: a policy and a reference block and their buffers fit in 32 KB of L1.
+// 2,048 floats are 8 KB: a block of the policy, a block of the reference and their buffers fit in 32 KB of L1.
 constexpr int64_t kBlock = 2048;
 
 // Scale and softcap: z = cap tanh(scale x / cap), or z = scale x.
@@ -47,7 +46,7 @@ struct Convert<float, BFloat16> : Convert16<BFloat16> {};
 template <>
 struct Convert<float, Half> : Convert16<Half> {};
 
-// float64 arithmetic over a narrower input: the other operand of the pair was float64.
+// float64 arithmetic on a narrower input, for the case that only one of policy and reference is float64.
 template <typename T>
 struct ConvertWiden {
   static DPO_INLINE vd vector(const T* p) {
@@ -64,7 +63,7 @@ struct Convert<double, BFloat16> : ConvertWiden<BFloat16> {};
 template <>
 struct Convert<double, Half> : ConvertWiden<Half> {};
 
-// n logits from p into buffer as A, changed by `transform`, and padded with -inf up to a whole number of vector pairs.
+// Converts n logits from p to A, applies `transform`, and pads with -inf up to a multiple of a vector pair.
 template <typename A, typename T, typename F>
 DPO_INLINE void convert_block_by(const T* p, int64_t n, F transform, A* buffer) {
   constexpr int lanes = Vec<A>::lanes;
@@ -105,7 +104,7 @@ constexpr dpo::cpu::DType kDType<BFloat16> = dpo::cpu::DType::bfloat16;
 template <>
 constexpr dpo::cpu::DType kDType<Half> = dpo::cpu::DType::float16;
 
-// Whether a format is quick to read: halves are where the processor converts them. Others go through a buffer.
+// Whether logits of this type are used without a buffer: float16 only if the processor has instructions to convert it.
 template <typename S>
 constexpr bool kQuick = true;
 #ifndef DPO_MM
@@ -113,7 +112,7 @@ template <>
 constexpr bool kQuick<Half> = false;
 #endif
 
-// n 16-bit logits, a whole number of registers, as integers of type I, reduced by `choose`.
+// Reduction by `choose` of n 16-bit logits as integers of type I; n is a multiple of a register.
 template <typename I, typename S, typename F>
 DPO_INLINE I choose_bits(const S* z, int64_t n, F choose) {
   typedef I many __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(2), may_alias));
@@ -135,10 +134,10 @@ DPO_INLINE float from_bits(uint16_t bits) {
   return Convert<float, S>::scalar(&stored);
 }
 
-// The extremes of 16-bit logits, found in their own format, which is a sign and a magnitude in both. As signed integers
-// numbers from 0 on keep their order; negative ones come before them, in reverse: the largest integer is the maximum,
-// unless it is negative: then the smallest is. A positive NaN counts as infinity, a negative one may be missed: the row
-// is NaN anyway.
+// Maximum of 16-bit logits by integer comparisons; both formats are sign and magnitude. As signed integers,
+// non-negative numbers have the right order, and negative numbers come before them in reverse order. So the largest
+// integer is the maximum, unless it is negative; then it is the smallest integer. A positive NaN counts as infinity. A
+// negative NaN may be missed, which does not matter, because it makes the results of the row NaN in any case.
 template <typename S>
 DPO_INLINE float narrow_max(const S* z, int64_t n) {
   int16_t bits = choose_bits<int16_t>(z, n, [](auto a, auto b) { return a > b ? a : b; });
@@ -147,20 +146,20 @@ DPO_INLINE float narrow_max(const S* z, int64_t n) {
   return value == value ? value : INFINITY;
 }
 
-// The minimum or 0, whichever is less: the largest unsigned integer.
+// The smaller of the minimum and 0: the number whose bits are the largest unsigned integer.
 template <typename S>
 DPO_INLINE float narrow_min(const S* z, int64_t n) {
   const float value = from_bits<S>(choose_bits<uint16_t>(z, n, [](auto a, auto b) { return a > b ? a : b; }));
   return value > 0.0f ? 0.0f : value;
 }
 
-// Where the row goes on in memory after the block at hand, and how many bytes a vocabulary entry takes there.
+// The address of the logits after the current block, and the bytes per logit there.
 struct Ahead {
   const char* data;
   int64_t entry_bytes;
 };
 
-// One row of a [B, T, V] tensor, handed out block by block.
+// One row of a [B, T, V] tensor, read block by block.
 template <typename A>
 struct Row {
   const char* data;
@@ -175,9 +174,9 @@ struct Row {
     return {static_cast<const char*>(logits.data) + offset * size, logits.dtype, t};
   }
 
-  // Logits start .. start + n as A, readable up to a whole number of vector pairs (padding is -inf). Either a pointer
-  // into the row itself or `buffer`, of kBlock entries. Called once a block; inlined, its conversions would be most of
-  // what there is to compile.
+  // Logits start .. start + n as A, padded with -inf up to a multiple of a vector pair. The result points into the row
+  // or to `buffer`, which has kBlock entries. Not inlined: it is called once per block, and copies of its conversions
+  // would dominate the compilation time.
   __attribute__((noinline)) const A* block(int64_t start, int64_t n, A* buffer) const {
     using dpo::cpu::DType;
     const bool own = sizeof(A) == 8 ? dtype == DType::float64 : dtype == DType::float32;
@@ -195,13 +194,13 @@ struct Row {
     return buffer;
   }
 
-  // Whether the row's logits are what is stored, as S.
+  // Whether the row is stored as S and needs no transform.
   template <typename S>
   DPO_INLINE bool stores() const {
     return dtype == kDType<S> && transform.identity();
   }
 
-  // The same of a row that stores<S>(), as it is stored.
+  // The same without conversion, for a row for which stores<S>() is true.
   template <typename S>
   DPO_INLINE const S* block(int64_t start, int64_t n, S* buffer) const {
     constexpr int64_t step = 2 * Vec<A>::lanes;
@@ -211,7 +210,7 @@ struct Row {
     return buffer;
   }
 
-  // The row's memory from logit `start` on (perhaps past its end), for prefetching only.
+  // The address of logit `start`, which may be after the end of the row; for prefetching only.
   DPO_INLINE Ahead ahead(int64_t start) const {
     const int64_t bytes = dtype == dpo::cpu::DType::float64 ? 8 : dtype == dpo::cpu::DType::float32 ? 4 : 2;
     return {data + start * bytes, bytes};

@@ -1,16 +1,15 @@
-// The filtered gradient on CPU: keep the entries of each softmax row that exceed eps, and multiply only those.
+// The filtered gradient on a CPU: matrix products over the entries of each softmax row that exceed eps.
 //
 // Data flow
-//   filter_count, filter_fill   read a chunk's logits once each. An entry is kept iff its logit exceeds
-//                               max + log_sum + log(eps), so only kept entries meet an exponential. They leave as
-//                               (index, value) lists, a few KB a token.
+//   filter_count, filter_fill   each read a chunk's logits once. An entry is kept if and only if its logit exceeds
+//                               max + log_sum + log(eps), so exponentials are computed only for kept entries. The
+//                               result is lists of (index, value), a few KB per token.
 //   filtered_grad_hidden        dH[t] = g_t (sum_v d_tv W[v] - tail_t mean(W)); threads own tokens.
 //   filtered_grad_weight        dW[v] = sum_t g_t d_tv h_t + tail row; threads own ranges of the vocabulary, so there
-//                               are no atomics, and every sum runs in a fixed order.
+//                               are no atomic operations, and the order of additions is fixed.
 //
-// Both products are cut into tiles of 1,024 source rows by 8 vectors: 512 KB with AVX-512, which stays in the
-// second-level cache while all destination rows pass by. Without tiles each kept entry would fetch its row of W from
-// memory.
+// Both products use tiles of 1,024 source rows by 8 vectors: 512 KB with AVX-512, which stay in the L2 cache during a
+// pass over all destination rows. Without tiles each kept entry would read its row of W from memory.
 #include "filtered_grad.h"
 
 #include <algorithm>
@@ -37,7 +36,7 @@ constexpr int kStripVectors = 8;
 template <typename A>
 A cut_of(double max, double log_sum, double log_eps) {
   const A cut = static_cast<A>(max + (log_sum + log_eps)), top = static_cast<A>(max);
-  // Of a large maximum the sum may keep nothing; the likeliest entries stay above the cut all the same.
+  // If the maximum is so large that the sum is rounded to it, the cut is set below it, so the maximum is kept.
   return log_sum + log_eps < 0.0 && !(cut < top) ? std::nextafter(top, static_cast<A>(-INFINITY)) : cut;
 }
 
@@ -57,7 +56,7 @@ int64_t count_row(const Row<A>& row, int64_t vocab, int64_t label, A cut) {
   return count;
 }
 
-// exp(z - m) summed over the dropped entries of a block, times the softcap's slope.
+// Sum of exp(z - m) times the softcap's derivative, over the dropped entries of a block.
 template <typename A>
 double dropped_slopes(const A* z, int64_t n, int64_t label, A cut, A m, A cap) {
   constexpr int lanes = Vec<A>::lanes;
@@ -77,7 +76,8 @@ double dropped_slopes(const A* z, int64_t n, int64_t label, A cut, A m, A cap) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For each set of lanes out of eight, their numbers moved to the front: AVX2 has no compress, but permutes by numbers.
+// For each subset of eight lanes, the indices of its lanes, consecutive. AVX2 has no compress instruction, but can
+// permute by such indices.
 struct FrontLanes {
   uint8_t of[256][8];
 };
@@ -94,8 +94,8 @@ constexpr FrontLanes kFront = [] {
 }();
 #endif
 
-// Logits and vocabulary ids of a block's kept entries, in order; their number. Branch-free: kept entries are a few per
-// cent, in no pattern that a predictor could learn.
+// Writes logits and vocabulary indices of a block's kept entries, in order, and returns their number. Branch-free: a
+// few per cent of the entries are kept, in an unpredictable pattern.
 template <typename A>
 DPO_INLINE int64_t compact(const A* z, int64_t n, int64_t start, int64_t label, A cut, A* found, int32_t* place) {
   int64_t i = 0, k = 0;
@@ -106,7 +106,7 @@ DPO_INLINE int64_t compact(const A* z, int64_t n, int64_t start, int64_t label, 
       const __m512 logit = _mm512_loadu_ps(z + i);
       __mmask16 kept = _mm512_cmp_ps_mask(logit, _mm512_set1_ps(cut), _CMP_GT_OQ);
       if (label >= i && label < i + 16) kept |= static_cast<__mmask16>(1u << (label - i));
-      // Compressed in registers: a compressing store is microcode on some processors.
+      // Compressed in registers, because a compressing store is microcoded, and slow, on some processors.
       _mm512_storeu_ps(found + k, _mm512_maskz_compress_ps(kept, logit));
       const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(start + i)), lane);
       _mm512_storeu_si512(place + k, _mm512_maskz_compress_epi32(kept, ids));
@@ -119,7 +119,7 @@ DPO_INLINE int64_t compact(const A* z, int64_t n, int64_t start, int64_t label, 
       const __m256 logit = _mm256_loadu_ps(z + i);
       int kept = _mm256_movemask_ps(_mm256_cmp_ps(logit, _mm256_set1_ps(cut), _CMP_GT_OQ));
       if (label >= i && label < i + 8) kept |= 1 << (label - i);
-      // The numbers of the kept lanes permute the logits, and are themselves the ids.
+      // The indices of the kept lanes permute the logits, and give the vocabulary indices.
       const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.of[kept]));
       const __m256i lanes = _mm256_cvtepu8_epi32(bytes);
       _mm256_storeu_ps(found + k, _mm256_permutevar8x32_ps(logit, lanes));
@@ -166,7 +166,7 @@ void fill_row(const dpo::cpu::FilterParams& p, int64_t r, LogitTransform transfo
         slope *= 1.0 - t * t;
       }
       const double prob = static_cast<double>(found[i]) * factor;
-      // The label's own 1 - p must not come from a difference (see logits_grad.cpp).
+      // The label's 1 - p is computed by expm1, because a subtraction would cancel (see logits_grad.cpp).
       if (v != label) kept_mass += prob;
       index[i] = static_cast<int32_t>(v);
       value[i] = static_cast<A>((v == label ? -std::expm1(logp) : -prob) * slope);
@@ -175,13 +175,13 @@ void fill_row(const dpo::cpu::FilterParams& p, int64_t r, LogitTransform transfo
     value += k;
     if (cap != A(0)) slopes += dropped_slopes<A>(z, n, label_at, cut, m, cap);
   }
-  // All but the label is 1 - p(label); what of that was not kept was dropped. Rounding may leave a hair below 0.
+  // All entries except the label have the mass 1 - p(label). Rounding can make the difference slightly negative.
   const double dropped = std::max(0.0, -std::expm1(logp) - kept_mass);
   p.dropped[r] = dropped;
   p.tail[r] = transform.scale * (cap != A(0) ? slopes * factor : dropped);
 }
 
-// out[strip] += sum_e coefficient[e] * source[index[e]][strip], the strip held in registers.
+// out[strip] += sum_e coefficient[e] * source[index[e]][strip]; the strip stays in registers.
 template <int kVectors, typename A, typename T>
 DPO_INLINE void add_rows(A* out, const T* source, int64_t stride, const int32_t* index, const A* coefficient,
                          int64_t n) {
@@ -248,7 +248,7 @@ void grad_hidden(const dpo::cpu::FilteredHiddenParams& p, int64_t begin, int64_t
   }
 }
 
-// Vocabulary rows begin .. end of dW.
+// Rows begin .. end - 1 of dW.
 template <typename A, typename T>
 void grad_weight(const dpo::cpu::FilteredWeightParams& p, int64_t begin, int64_t end) {
   constexpr int64_t strip = kStripVectors * Vec<A>::lanes;
@@ -298,7 +298,7 @@ void grad_weight(const dpo::cpu::FilteredWeightParams& p, int64_t begin, int64_t
         for (int64_t v = 0; v < rows; ++v) {
           const int64_t e = starts[v], n = starts[v + 1] - e;
           A* to = out + (low + v) * width + column;
-          // The tail goes first, while the strip is on its way through the first-level cache: dW is written once.
+          // The tail is added in the same pass as the first tile, so dW is not written an additional time.
           if (t0 == 0 && p.accumulate) {
             for (int64_t i = 0; i < wide; ++i) to[i] += tail_row[column + i];
           } else if (t0 == 0) {

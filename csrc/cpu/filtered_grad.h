@@ -1,4 +1,4 @@
-// Parameters of the filtered gradient on CPU (see filtered_grad.cpp for the data flow).
+// Parameters of the filtered gradient on a CPU; filtered_grad.cpp describes the data flow.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace dpo::cpu {
 
-// Which entries of each row of logits are kept: p > eps, and the label. Two passes: count, then fill.
+// Selection of the kept entries of each row of logits: p > eps, and the label. Two passes: count, then fill.
 struct FilterParams {
   Logits logits;  // [1, rows, V]
   const int64_t* labels;
@@ -19,20 +19,20 @@ struct FilterParams {
   double logit_scale;
   double logit_softcap;
   int64_t* counts;         // [rows], written by filter_count
-  const int64_t* row_ptr;  // [rows + 1], where each row's entries go
+  const int64_t* row_ptr;  // [rows + 1], bounds of each row's entries
   int32_t* index;          // [kept], ascending within a row
   void* value;             // [kept] float (double for float64 logits): (onehot - p) dz/dx, for grad_logps = 1
   double* tail;            // [rows], sum of p dz/dx over the dropped entries
   double* dropped;         // [rows], sum of p over the dropped entries
 };
 
-// out[r] += sum over row r's entries of coefficient * source[index]: both sparse products are this.
+// Both sparse products compute out[r] += sum of coefficient * source[index] over the entries of row r.
 struct FilteredHiddenParams {
   const int32_t* index;
   const void* value;
   const int64_t* row_ptr;  // [rows + 1]
   const double* tail;      // [rows]
-  const double* grad;      // [rows] upstream gradient of each token's log-probability
+  const double* grad;      // [rows], d loss / d log-probability of each token
   Logits weight;           // [1, V, H], contiguous
   const double* mean_row;  // [H], mean of the weight's rows
   int64_t vocab;
@@ -47,9 +47,9 @@ struct FilteredWeightParams {
   const double* grad;
   int64_t rows;
   Logits hidden;           // [1, rows, H], contiguous
-  const double* tail_row;  // [H], what every row of dW gets
+  const double* tail_row;  // [H], added to every row of dW
   int64_t hidden_size;
-  bool accumulate;  // add to out, which otherwise is overwritten
+  bool accumulate;  // add to out instead of overwriting it
   void* out;        // [V, H] float or double
 };
 

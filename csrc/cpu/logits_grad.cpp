@@ -1,14 +1,14 @@
-// Stage 3 on CPU: dz = g (onehot(label) - softmax(z)), one read and one write of each logits row, in place or not.
+// Stage 3 on a CPU: dz = g (onehot(label) - softmax(z)), with one read and one write of each row, in place or not.
 //
-// softmax(z) = exp(z - max) f with f = exp(-log_sum) in float64, which joins the row factor g: added to the logits,
-// log_sum would be rounded with them. The label's entry is g (1 - p) = -g expm1(logp), which does not cancel when p is
-// near 1.
+// softmax(z) = exp(z - max) f with f = exp(-log_sum) in float64, which is multiplied with the row's factor g;
+// subtracted from the logits, log_sum would lose precision to rounding. The label's entry is g (1 - p) = -g
+// expm1(logp), which does not cancel if p is near 1.
 //
-// With token-level KL divergences the reference's row is read beside it, once, and
+// With token-level KL divergences the reference's row is read once, together with the policy's, and
 //   dz += g_kl p (d - D) + g_forward (p - q),    d = (z - max) - (z' - max'), D = sum p d, q = softmax(z')
-// Where one entry is nearly certain, d - D is a small difference of nearly equal numbers there. So D, known in float64,
-// is subtracted in two parts: its float32, which leaves no rounding where d is near it, and the rest, which joins by_p.
-// The label's own D - d = kl - logp + logp' needs no subtraction of logits at all.
+// If the probability of an entry is near 1, its d - D cancels. So D, which is known in float64, is subtracted in two
+// parts: D rounded to float32, whose subtraction is exact where d is near it, and the remainder, as a part of by_p. For
+// the label, D - d = kl - logp + logp' needs no subtraction of logits.
 #include <algorithm>
 #include <cmath>
 
@@ -20,28 +20,29 @@
 
 namespace {
 
-// A token's numbers, in float64.
+// The values of a token, in float64.
 struct Token {
   int64_t label;
   double logp, max, log_sum, g;
-  double ref_logp, ref_max, ref_log_sum, kl, g_kl, g_forward;  // used with a reference only
+  double ref_logp, ref_max, ref_log_sum, kl, g_kl, g_forward;  // used only with a reference
 };
 
-// The plain gradient of 16-bit logits: no softcap, scale or reference. Every entry but the label's is then a power of
-// two with one sign,
+// The gradient of 16-bit logits without softcap, scale and reference. All entries except the label's are then powers of
+// two of the same sign,
 //   dz = -g p = -+2^y,    y = log2(e) z + (log2|g| - log2(e) lse),
-// to be rounded to 8 or 11 digits: y needs no second float and the power no sixth degree. Within the limits on log2|g|
-// and lse the error of y is under 4e-5, that of the power under 3e-5; half a last place is 2^-9 or 2^-12 at least.
+// which are rounded to 8 or 11 bits. So one float is enough for y, and a polynomial of lower degree for the power.
+// Within the limits on log2|g| and lse the error of y is below 4e-5 and that of the power below 3e-5; half an ulp is at
+// least 2^-9 or 2^-12.
 constexpr float kLog2E = 1.44269504088896341f, kLeastY = -126.0f;
 constexpr double kMostLog2G = 64.0, kMostLog2Lse = 256.0;
 
-// log2(e) z + offset for all entries of a block is at least kLeastY. NaN and -inf are not.
+// Whether log2(e) z + offset >= kLeastY for all entries of a block; false if one is NaN or -inf.
 template <typename T>
 DPO_INLINE bool within(const T* z, int64_t n, float offset) {
   return narrow_min(z, n) * kLog2E + offset >= kLeastY;
 }
 
-// 2^f - 1 for 0 <= f < 1, over f; relative error of the power under 3e-6.
+// (2^f - 1) / f for 0 <= f < 1; the relative error of the power is below 3e-6.
 DPO_INLINE vf power_slope(vf f) {
   vf p = f * 1.3426684774458408e-2f + 5.2242472767829895e-2f;
   p = p * f + 2.41280198097229e-1f;
@@ -51,10 +52,10 @@ DPO_INLINE vf power_slope(vf f) {
 template <typename T>
 struct Powers;
 
-// A bfloat16 with sign bit s, exponent n and mantissa 1 + m is, as an integer, 128 (256 s + n + 127 + m). The sum in
-// brackets added to 1.5 * 2^16, where a float's last place is 1/128, leaves this very integer in the float's lower
-// half, rounded to nearest even by the addition. The upper half is 0x47c0 for all: an offset of -128 * 143.5 to the odd
-// places, which are shifted up, takes that away again.
+// As an integer, a bfloat16 with sign bit s, exponent n and mantissa 1 + m is 128 (256 s + n + 127 + m). If the sum in
+// brackets is added to 1.5 * 2^16, where an ulp of a float is 1/128, the lower half of the float is this integer; the
+// addition rounds it to nearest even. The upper half is always 0x47c0. Numbers at odd positions are shifted up and
+// added, so an offset of -128 * 143.5 in them cancels it.
 template <>
 struct Powers<BFloat16> {
   float even, odd;
@@ -83,7 +84,7 @@ struct Powers<Half> {
   }
 };
 
-// n entries, a whole number of vector pairs. The next block is asked for meanwhile (see token_logps.cpp).
+// Writes n entries, a multiple of a vector pair, and prefetches the next block (see token_logps.cpp).
 template <typename T>
 DPO_INLINE void put_powers(const T* z, int64_t n, float offset, bool negative, T* out) {
   constexpr int step = 2 * Vec<float>::lanes;
@@ -100,10 +101,10 @@ DPO_INLINE void put_powers(const T* z, int64_t n, float offset, bool negative, T
   for (; i < n; i += step) put(i);
 }
 
-// A row's softmax p = exp(z - origin) factor. origin is the maximum, unless what multiplies p is beyond A: IPO's
-// coefficient, or a loss scale times a large gap. The excess then moves from the factor into the exponential, so that
-// an entry without mass is 0 and not 0 * inf. `size` is 1 for the largest multiplier that needs none. Where the maximum
-// or the excess is so large that this cannot be, `saturated` keeps the factor finite.
+// The softmax of a row, p = exp(z - origin) factor. The origin is the maximum, unless a factor of p exceeds the range
+// of A, for example IPO's coefficient, or a loss scale times a large gap. Then the excess is moved from the factor into
+// the exponential, so that an entry with p = 0 gives 0 and not 0 * inf. `size` is the factor relative to the largest
+// one without excess. If the maximum or the excess is too large for that, `saturated` keeps the factor finite.
 template <typename A>
 struct Softmax {
   A origin;
@@ -113,7 +114,7 @@ struct Softmax {
     if (excess > 0.0) {
       const A lower = static_cast<A>(max - excess);
       const double difference = max - static_cast<double>(lower);
-      if (difference <= 88.0) {  // as far as exp_nonpositive goes
+      if (difference <= 88.0) {  // the largest argument of exp_nonpositive
         origin = lower;
         above = difference;
       }
@@ -122,15 +123,15 @@ struct Softmax {
   }
 };
 
-// A sum of two products leaves room for p's multiplier up to 1 / kRoom, and for a gap, itself up to twice the largest
-// A, up to 1 / kGapRoom.
+// With factors of p up to 1 / kRoom, a sum of two products cannot overflow. The factor of a gap, which may be twice the
+// largest A, is limited to 1 / kGapRoom.
 template <typename A>
 constexpr double kRoom = 8.0 / std::numeric_limits<A>::max();
 constexpr double kGapRoom = 8.0;
-// Nats from which the mean gap is large beside what logits differ by.
+// Nats from which a mean gap is large compared with differences between logits.
 constexpr double kFar = 16.0;
 
-// As A; a finite number beyond it becomes the largest.
+// Conversion to A; finite numbers beyond its range become the largest finite number.
 template <typename A>
 A saturated(double x) {
   constexpr A most = std::numeric_limits<A>::max();
@@ -149,7 +150,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   const double size =
       std::max(kRoom<A> * (std::abs(token.g) + std::abs(token.g_forward)), kGapRoom * std::abs(token.g_kl));
   const Softmax<A> own(token.max, token.log_sum, size * std::abs(transform.scale));
-  // p = e f, so everything that multiplies p joins the exponential's factor.
+  // p = e f, so factors of p are multiplied with f.
   const double f = own.factor * transform.scale;
   const auto minus_origin = splat<A>(-own.origin);
   double by_p = -token.g, at_label = -token.g * std::expm1(token.logp);
@@ -157,7 +158,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
   auto by_gap = splat<A>(A(0)), by_q = by_gap;
   if (kReverse) {
     const double mean = token.kl + token.log_sum - token.ref_log_sum + own.above;
-    // A large mean joins the reference's maximum: a logit near their difference leaves no rounding.
+    // A large mean is subtracted from the reference's maximum: the subtraction of a logit near the result is exact.
     const double apart = std::abs(mean) > kFar ? mean : 0.0;
     ref_level = static_cast<A>(token.ref_max - apart);
     mean_gap = static_cast<A>(mean - apart);
@@ -198,7 +199,7 @@ void grad_row(const Row<A>& row, const Row<A>& reference, T* out, int64_t vocab,
       auto dz = e * factor;
       if (kReverse) {
         const auto gap = (shifted - (load<A>(ref + i) + minus_level)) - center;
-        // Where e is 0 the gap may be infinite; such entries carry no mass.
+        // If e is 0 the entry contributes nothing, but its gap may be infinite.
         dz = e > 0 ? e * (gap * by_gap + factor) : dz;
       }
       if (kForward) dz -= exp_nonpositive(load<A>(ref + i) + minus_ref_origin) * by_q;

@@ -1,8 +1,7 @@
-// The CPU library's torch-facing side: checks labels, splits rows over threads, picks the instruction set, and
-// registers the operators through PyTorch's stable ABI (one binary serves every torch >= 2.10 and needs no Python
-// header).
+// The operators of the CPU library: checks of labels, distribution of rows over threads, choice of the instruction set,
+// and registration through PyTorch's stable ABI (one binary works with every torch >= 2.10 and needs no Python header).
 //
-// Outputs are allocated by the caller (dpo_kernels/backends/cpu.py).
+// The caller allocates the outputs (dpo_kernels/backends/cpu.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -43,7 +42,7 @@ namespace {
 #define DPO_RUN(stage, wide, ...) baseline::stage(__VA_ARGS__)
 #endif
 
-// 0 baseline, 1 AVX2 + FMA, 2 AVX-512; DPO_KERNELS_ISA lowers it (tests run every set the CPU has).
+// 0: baseline, 1: AVX2 and FMA, 2: AVX-512. DPO_KERNELS_ISA can lower it; tests run every set of the CPU.
 int64_t isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const int64_t level = [] {
@@ -63,8 +62,8 @@ int64_t isa() {
 #endif
 }
 
-// Indices of the scored tokens. Splitting this list over threads, rather than the rows, keeps them equally busy when
-// half of every sequence is prompt.
+// Indices of the scored tokens. Threads share this list instead of the rows, which balances their load if a part of
+// every sequence is prompt.
 std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t seq_len, int64_t vocab,
                                    int64_t ignore_index) {
   std::vector<int64_t> tokens;
@@ -82,8 +81,8 @@ std::vector<int64_t> scored_tokens(const int64_t* labels, int64_t count, int64_t
   return tokens;
 }
 
-// Rows of work that a thread takes at least: below some tens of microseconds waking a second one costs more than it
-// does.
+// Smallest number of rows per thread. For less work than some tens of microseconds, waking a thread costs more than it
+// saves.
 int64_t grain_of(int64_t vocab) { return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(vocab, 1)); }
 
 void run_token_logps(TokenLogpsParams& p, int64_t count, int64_t ignore_index) {
@@ -105,7 +104,7 @@ TokenLogpsParams token_params(const Tensor& logits, const Tensor& labels, const 
   p.logit_scale = logit_scale;
   p.logit_softcap = logit_softcap;
   double* const first = out_of(tokens);
-  if (tokens.numel() > 0) std::memset(first, 0, sizeof(double) * tokens.numel());  // unscored tokens are never visited
+  if (tokens.numel() > 0) std::memset(first, 0, sizeof(double) * tokens.numel());  // results of unscored tokens are 0
   point_at_rows(p.rows, first, labels.numel(), asked);
   return p;
 }
@@ -116,7 +115,7 @@ void token_logps_op(Tensor logits, Tensor labels, std::optional<Tensor> ref_logi
   run_token_logps(p, labels.numel(), ignore_index);
 }
 
-// Rows without gradient are cleared without being read.
+// Rows without gradient are set to 0 without being read.
 void run_logits_grad(LogitsGradParams& p, int64_t count, int64_t ignore_index) {
   std::vector<int64_t> live, zero;
   live.reserve(count);
@@ -138,7 +137,7 @@ void run_logits_grad(LogitsGradParams& p, int64_t count, int64_t ignore_index) {
                               [&](int64_t begin, int64_t end) { DPO_RUN(logits_grad, wide, p, begin, end); });
 }
 
-// softmax: logps, max and log_sum.
+// `softmax` has the pointers logps, max and log_sum.
 LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const std::array<const double*, 3>& softmax,
                              const double* grad_logps, double logit_scale, double logit_softcap, const Tensor& out) {
   LogitsGradParams p{};
@@ -208,7 +207,7 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   torch::stable::parallel_for(0, p.pairs, 32, [&](int64_t begin, int64_t end) { preference_loss(p, begin, end); });
 }
 
-// ---- A whole call (dpo_kernels/backends/whole_call.py has the contract, and the same from the stages one by one) ----
+// ---- A whole call (interface and a version composed of the stages: dpo_kernels/backends/whole_call.py) ----
 
 // The weight of every token; 0 where it is not scored.
 std::vector<double> weights_of(const Tensor& labels, const double* given, int64_t ignore_index) {
@@ -269,7 +268,7 @@ void preference_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> r
   q.ref_sums_out = refs;
   q.coef = row(sequence_row::coef);
   preference_loss(q, 0, pairs);
-  // The statistics' rows are the last ones.
+  // The rows of the statistics are the last ones.
   const int64_t statistics = sequences.size(0) - sequence_row::means;
   const double* first = in_of(tokens) + (tokens.size(0) - statistics) * count;
   for (int64_t s = 0; s < 2 * pairs; ++s) {
@@ -393,7 +392,7 @@ void filtered_grad_weight_op(Tensor index, Tensor value, Tensor row_ptr, Tensor 
 
 Matrix matrix_by_strides(const Tensor& t) {
   require(t.dim() == 2, "a matrix has two dimensions");
-  // The stride along a dimension of one entry is never used.
+  // The stride of a dimension of size 1 is not used.
   const int64_t row = t.size(0) <= 1 ? 1 : t.stride(0), column = t.size(1) <= 1 ? 1 : t.stride(1);
   require(row == 1 || column == 1, "a matrix must have a unit stride");
   const DType dtype = dtype_of(t);
@@ -401,7 +400,8 @@ Matrix matrix_by_strides(const Tensor& t) {
   return {t.const_data_ptr(), dtype, row, column};
 }
 
-// How many of `threads` share the rows of [rows, columns], the others its columns: each reads as little as it can.
+// Number of parts into which the rows of [rows, columns] are split, so that each of `threads` parts reads as little as
+// possible; the columns are split into threads / result parts.
 int64_t threads_down(int64_t rows, int64_t columns, int64_t threads) {
   int64_t best = 1;
   for (int64_t down = 2; down <= threads; ++down) {
@@ -433,11 +433,11 @@ void product_op(Tensor a, Tensor b, std::optional<Tensor> bias, bool add, Tensor
   const bool small = rows * columns * p.depth < (int64_t{1} << 20);
   const int64_t threads = small ? 1 : torch::stable::get_num_threads();
   const int64_t down = threads_down(rows, columns, threads), across = threads / down;
-  // Edges in whole tiles of every instruction set: 42 rows, 32 columns.
+  // Parts are multiples of the tile of every instruction set: 42 rows, 32 columns.
   const auto edge = [](int64_t size, int64_t i, int64_t count, int64_t step) {
     return std::min(size, (size * i / count + step - 1) / step * step);
   };
-  // torch 2.10 passes on that a thread threw, but not what.
+  // The exception is kept here, because torch 2.10 replaces an exception of a thread by one without its message.
   std::exception_ptr failure;
   std::mutex holds_failure;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -457,9 +457,9 @@ void product_op(Tensor a, Tensor b, std::optional<Tensor> bias, bool add, Tensor
   if (failure) std::rethrow_exception(failure);
 }
 
-// Asks the kernel to back fresh memory with 2 MB pages where it has them. A tensor of hundreds of megabytes is
-// otherwise mapped 4 KB at a time as it is written first, and those faults cost several times what writing does. Only
-// whole pages inside the tensor are named, so it takes no more memory; a kernel that refuses changes nothing.
+// Asks the operating system to use 2 MB pages for new memory. Otherwise a tensor of hundreds of megabytes is mapped in
+// pages of 4 KB at its first write, and the page faults take several times as long as writing. Only whole pages inside
+// the tensor are named, so no more memory is used. If the system refuses, nothing changes.
 void prefer_huge_pages_op([[maybe_unused]] Tensor fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = 2 << 20;

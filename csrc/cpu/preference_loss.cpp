@@ -1,7 +1,7 @@
-// Stage 2 on CPU: weighted sequence sums, the sigmoid family of pair losses, and dL/dS for every sequence.
+// Stage 2 on a CPU: weighted sequence sums, the losses of the sigmoid family, and dL/dS for every sequence.
 //
-// One pass over [tokens] vectors, tiny beside the logits. Sums run in float64 over the weighted tokens in token order,
-// so padding anywhere in a sequence changes no bit of the result.
+// One pass over [tokens] vectors, which are small compared with the logits. Sums are float64 and add the weighted
+// tokens in token order, so padding anywhere in a sequence does not change a bit of the result.
 #include "preference_loss.h"
 
 #include "../common/sigmoid_family.h"
@@ -26,7 +26,7 @@ double sequence_sum(const double* values, const double* weights, const Sequences
   const Span span = span_of(sequences, i);
   double sum = 0.0;
   for (int64_t t = span.begin; t < span.end; ++t) {
-    // Unweighted tokens are skipped, not multiplied by 0: their value may be NaN.
+    // Tokens of weight 0 are skipped, not multiplied by 0, because their value may be NaN.
     if (weights[t] != 0.0) sum += weights[t] * values[t];
   }
   return sum;

@@ -1,15 +1,16 @@
-// Matrix products of the linear path on CPU, in float32 arithmetic, from matrices of any floating dtype and
-// orientation.
+// Matrix products of the linear path on a CPU, in float32 arithmetic, for row- and column-major matrices of any 16- or
+// 32-bit floating dtype.
 //
-// The method is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (ACM TOMS 34, 2008).
-// A tile of kRows x kColumns sums stays in registers, two vectors wide; each step over K loads two vectors of b,
-// broadcasts kRows numbers of a, and does 2 kRows multiply-adds. Both operands are copied ("packed") into the order in
-// which the tile reads them. Packing converts 16-bit numbers to float32 and transposes where it must, so that products
-// of every dtype and orientation run at the same speed. A panel of b, kDepth x kColumns, stays in the first-level cache
-// while the rows of a go by; a block of a, kBlockRows x kDepth, stays in the second.
+// Source: Goto and van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34. A tile of kRows x
+// kColumns sums stays in registers, two vectors wide. Each step over K loads two vectors of b, broadcasts kRows numbers
+// of a, and does 2 kRows multiply-adds. Both operands are packed: copied into the order in which the tile reads them.
+// Packing converts 16-bit numbers to float32 and transposes if necessary, so products of all dtypes and layouts have
+// the same speed. A panel of b, kDepth x kColumns, stays in the L1 cache during a pass over the rows of a; a block of
+// a, kBlockRows x kDepth, stays in the L2 cache.
 //
-// An entry's sum runs over K in one order: by kDepth, in sequence within. Neither the shape of `out`, nor the number of
-// threads, nor an entry's place in its tile changes it. A token's logits are so the same bits in every batch.
+// The sum of an entry has a fixed order over K: blocks of kDepth in sequence, and in sequence within a block. It does
+// not depend on the shape of `out`, the number of threads, or the position of the entry in its tile. So the logits of a
+// token are bitwise equal in every batch.
 #include "products.h"
 
 #include <algorithm>
@@ -31,12 +32,13 @@ using dpo::cpu::Matrix;
 
 constexpr int kLanes = Vec<float>::lanes;
 constexpr int kColumns = 2 * kLanes;
-// Two vectors a row, two of b and one of a: 15 of 16 registers, or 31 of AVX-512's 32.
+// Two vectors per row, two for b and one for a use 15 of 16 registers, or 31 of 32 with AVX-512.
 constexpr int kRows = DPO_VECTOR_BYTES == 64 ? 14 : 6;
 constexpr int64_t kBlockRows = 16 * kRows;
-// 20 KB of b.
+// A panel of b is 20 KB.
 constexpr int64_t kDepth = 5120 / kColumns;
-// Rows that share a block of b, and floats of a that are packed once for all columns (2 MB).
+// Most rows that use the same packed block of b, and the size, in floats (2 MB), up to which a is packed once for all
+// columns.
 constexpr int64_t kMostRows = 1024 / kRows * kRows;
 constexpr int64_t kKeptFloats = 1 << 19;
 
@@ -51,7 +53,7 @@ std::unique_ptr<float, Free> scratch(int64_t count) {
   return memory;
 }
 
-// The size of even parts of at most `most` each, in steps.
+// The size of equal parts of at most about `most`, rounded up to a multiple of `step`.
 int64_t even(int64_t size, int64_t most, int64_t step) {
   const int64_t count = std::max<int64_t>(1, (size + most - 1) / most);
   return ((size + count - 1) / count + step - 1) / step * step;
@@ -59,7 +61,7 @@ int64_t even(int64_t size, int64_t most, int64_t step) {
 
 // ---- The tile ----
 
-// c[R][columns] (+)= a b over `depth`; a is packed by R, b by kColumns.
+// c[R][columns] = a b, or += if `add`, over `depth`; a is packed in panels of R, b in panels of kColumns.
 template <int R>
 void tile(const float* a, const float* b, int64_t depth, float* c, int64_t stride, int64_t columns, bool add) {
   for (int r = 0; r < R; ++r) __builtin_prefetch(c + r * stride, 1);
@@ -105,7 +107,7 @@ Tile tile_of(int64_t rows) {
 
 // ---- Packing ----
 
-// n numbers as float32: where they lie, or converted into `buffer`.
+// n numbers as float32: in place if they are float32, else converted into `buffer`.
 template <typename S>
 DPO_INLINE const float* as_floats(const S* from, int64_t n, float* buffer) {
   if constexpr (sizeof(S) == 4) {
@@ -125,7 +127,8 @@ DPO_INLINE const float* as_floats(const S* from, int64_t n, float* buffer) {
 
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
-// The numbers of two vectors at the places named, from 8 on the second's. g++ has had clang's word for it since 12.
+// The numbers of two vectors at the given indices; from 8 on those of the second vector. clang's builtin exists in g++
+// since version 12.
 #if defined(__clang__) || __GNUC__ >= 12
 #define DPO_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -133,7 +136,7 @@ typedef int32_t Places __attribute__((vector_size(32)));
 #define DPO_PICK(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
 #endif
 
-// Eight rows of eight, transposed.
+// Transposes an 8 x 8 block.
 DPO_INLINE void transpose(const float* from, int64_t stride, Eight (&to)[8]) {
   Eight rows[8], pairs[8], fours[8];
   for (int i = 0; i < 8; ++i) rows[i] = *reinterpret_cast<const Eight*>(from + i * stride);
@@ -151,7 +154,7 @@ DPO_INLINE void transpose(const float* from, int64_t stride, Eight (&to)[8]) {
   }
 }
 
-// `width` lines of `length` numbers, interleaved: to[i * kStep + j] = line j's number i. Lines beyond `width` are 0.
+// Interleaves `width` lines of `length` numbers: to[i * kStep + j] = number i of line j; 0 for lines from `width` on.
 template <int kStep, typename S>
 void interleave(const S* lines, int64_t stride, int64_t width, int64_t length, float* to, float* stage) {
   const float* from = stage;
@@ -171,7 +174,7 @@ void interleave(const S* lines, int64_t stride, int64_t width, int64_t length, f
       }
     }
   } else if (width == 6 && kStep == 6) {
-    // Two lines are read twice and their places not stored.
+    // Only 6 of the 8 lines of the transposed block are used.
     for (; done + 8 <= length; done += 8) {
       Eight block[8];
       float eight[8][8];
@@ -185,7 +188,7 @@ void interleave(const S* lines, int64_t stride, int64_t width, int64_t length, f
   }
 }
 
-// b[k .. k + depth, column .. column + n), panel by panel of [depth][kColumns].
+// Packs b[k .. k + depth - 1, column .. column + n - 1] in panels of [depth][kColumns].
 template <typename S>
 void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t column, int64_t n, float* to, float* stage) {
   const S* data = static_cast<const S*>(b.data) + k * b.row + column * b.column;
@@ -209,7 +212,7 @@ void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t column, int64_t n
   }
 }
 
-// a[row .. row + m, k .. k + depth), panel by panel of [depth][kRows]; the last one as narrow as it is.
+// Packs a[row .. row + m - 1, k .. k + depth - 1] in panels of [depth][kRows]; the last panel may be narrower.
 template <typename S>
 void pack_a(const Matrix& a, int64_t row, int64_t m, int64_t k, int64_t depth, float* to, float* stage) {
   const S* data = static_cast<const S*>(a.data) + row * a.row + k * a.column;
@@ -265,7 +268,7 @@ namespace dpo::cpu::DPO_ISA {
 void product(const ProductParams& p, const Rectangle& whole) {
   const int64_t depth = even(p.depth, kDepth, 8);
   const int64_t most_rows = std::min(even(whole.rows, kMostRows, kRows), whole.rows);
-  // With all of a block's rows of a in the second-level cache, narrow blocks of b are best; else a is packed for each.
+  // If the packed rows of a fit in the L2 cache, narrow blocks of b are best; else a is packed for each block of b.
   const bool keeps = most_rows * p.depth <= kKeptFloats;
   const int64_t most_columns = std::min(even(whole.columns, keeps ? 256 : 512, kColumns), whole.columns + kColumns);
   const bool direct = p.out_dtype == DType::float32;
@@ -278,7 +281,7 @@ void product(const ProductParams& p, const Rectangle& whole) {
     const int64_t rows = std::min(most_rows, whole.rows - top), row = whole.row + top;
     for (int64_t left = 0; left < whole.columns; left += most_columns) {
       const int64_t columns = std::min(most_columns, whole.columns - left), column = whole.column + left;
-      float* const out = static_cast<float*>(p.out) + row * p.out_row + column;  // if direct
+      float* const out = static_cast<float*>(p.out) + row * p.out_row + column;  // used if direct
       float* const c = direct ? out : sums.get();
       const int64_t stride = direct ? p.out_row : columns;
       for (int64_t k = 0; k == 0 || k < p.depth; k += depth) {

@@ -1,4 +1,4 @@
-// Parameters of the matrix products on CPU (see products.cpp for the data flow).
+// Parameters of the matrix products on a CPU; products.cpp describes the data flow.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace dpo::cpu {
 
-// Strides count elements; one of them is 1.
+// Strides are in elements; one of them is 1.
 struct Matrix {
   const void* data;
   DType dtype;  // float32, bfloat16 or float16
@@ -18,12 +18,12 @@ struct Matrix {
 struct ProductParams {
   Matrix a;           // [M, K]
   Matrix b;           // [K, N]
-  const float* bias;  // [N], added to every row; nullptr: none
+  const float* bias;  // [N], added to every row; nullptr if there is none
   void* out;          // [M, N], unit stride on N
   DType out_dtype;
-  int64_t out_row;  // its other stride
+  int64_t out_row;  // row stride of out
   int64_t depth;    // K
-  bool add;         // float32 out without bias only
+  bool add;         // only for float32 out and without bias
 };
 
 // The part of `out` that a thread computes.

@@ -1,9 +1,9 @@
-// The seam between the torch-facing ops.cpp and the row kernels: plain structs and one table of functions per
-// instruction set.
+// Interface between ops.cpp, which uses torch, and the row kernels: plain structs and functions for each instruction
+// set.
 //
-// token_logps.cpp and logits_grad.cpp are compiled once per instruction set (DPO_ISA = baseline, avx2 or avx512) and
-// see no torch header. ops.cpp picks the widest set the CPU has, once. float64 arithmetic, the checking path, is
-// compiled into the baseline set only.
+// token_logps.cpp, logits_grad.cpp, filtered_grad.cpp and products.cpp are compiled once per instruction set (DPO_ISA =
+// baseline, avx2 or avx512) without torch headers. ops.cpp selects the widest set of the CPU once. float64 arithmetic,
+// which serves for checks, is compiled for the baseline set only.
 #pragma once
 
 #include <cstdint>
@@ -15,21 +15,21 @@ namespace dpo::cpu {
 using dpo::DType;
 using dpo::Logits;
 
-// Arithmetic is in float64 as soon as one of the pair is float64, else in float32.
+// Whether arithmetic is in float64, because policy or reference is float64; else it is in float32.
 inline bool is_wide(const Logits& policy, const Logits& reference) {
   return policy.dtype == DType::float64 || (reference.data && reference.dtype == DType::float64);
 }
 
 struct TokenLogpsParams {
   Logits policy;
-  Logits reference;  // data == nullptr: none
+  Logits reference;  // data is nullptr if there is none
   const int64_t* labels;
-  const int64_t* tokens;  // the scored tokens, as indices into B * T: unscored rows are never read
+  const int64_t* tokens;  // indices in B * T of the scored tokens; other rows are not read
   int64_t seq_len;        // T
   int64_t vocab;          // V
   double logit_scale;
-  double logit_softcap;            // 0: none
-  double* rows[token_row::count];  // [B * T] each; nullptr: not asked for
+  double logit_softcap;            // 0 for none
+  double* rows[token_row::count];  // [B * T] each; nullptr if not requested
 };
 
 struct LogitsGradParams {
@@ -47,14 +47,14 @@ struct LogitsGradParams {
   int64_t vocab;
   double logit_scale;
   double logit_softcap;
-  // Token-level KL divergences; reference.data == nullptr: none, and the others are not read.
+  // For token-level KL divergences. If reference.data is nullptr there are none, and the other fields are not read.
   Logits reference;
   const double* ref_logps;
   const double* ref_max;
   const double* ref_log_sum;
   const double* kl;               // KL(policy || reference)
-  const double* grad_kl;          // of the loss with respect to it; nullptr: 0
-  const double* grad_forward_kl;  // and to KL(reference || policy); nullptr: 0
+  const double* grad_kl;          // d loss / d KL(policy || reference); nullptr for 0
+  const double* grad_forward_kl;  // d loss / d KL(reference || policy); nullptr for 0
 };
 
 // Declares functions once for every instruction set.

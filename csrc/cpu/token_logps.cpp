@@ -1,12 +1,11 @@
-// Stage 1 on CPU: log-softmax gather and its statistics, one read of each logits row.
+// Stage 1 on a CPU: log-probability of the label and statistics, with one read of each row of logits.
 //
-// Data flow, per scored token: the row streams through in blocks of 2,048 logits. Each block is read from memory once;
-// its maximum is taken (of 16-bit logits in their own format: two instructions for a register of them), then exp and
-// the requested moments are summed from the first-level cache. Lanes accumulate in float32 over one block only (32 to
-// 128 additions) and join the row's float64 state, so a vocabulary of 200k costs no accuracy. Nothing of size V is
-// written.
+// Data flow per scored token: the row is processed in blocks of 2,048 logits. A block is read from memory once, to find
+// its maximum (16-bit logits without conversion: two instructions per register). Then exponentials and the requested
+// moments are summed from the L1 cache. Lanes accumulate in float32 only within a block (32 to 128 additions) and are
+// added to the row's float64 state, so a vocabulary of 200k costs no accuracy. Nothing of size V is written.
 //
-// With kl, policy and reference blocks are read side by side and sum p (z - z') is formed on the way.
+// With kl, blocks of policy and reference are processed together, and sum p (z - z') is computed in the same pass.
 #include <cmath>
 #include <cstring>
 
@@ -21,8 +20,8 @@ namespace {
 
 namespace token_row = dpo::token_row;
 
-// Logits, and gaps between them, are added up this much smaller: thousands of the lowest finite ones, which masks are
-// made of, then do not overflow. A power of two, which rounds nothing.
+// Logits and their differences are scaled by this factor before they are summed, so that sums of the lowest finite
+// logits, which masks use, do not overflow. A power of two, so that scaling does not round.
 constexpr double kTiny = 1.0 / (INT64_C(1) << 40);
 
 // kTiny ((z - max) - (z' - max')).
@@ -59,16 +58,16 @@ DPO_INLINE A block_max(const A* z, int64_t n) {
   return horizontal_max<A>(vmax(vmax(a, b), vmax(c, d)));
 }
 
-// Maxima of policy and reference further apart than this make float32 sums of their differences too coarse.
+// If the maxima of policy and reference differ by more, float32 sums of logit differences are too inaccurate.
 constexpr double kNearMaxima = 256.0;
 
-// The statistics that ride along in the exponential pass.
+// The moments that are summed in the pass of the exponentials.
 template <typename A>
 struct Moments {
   Two<A> sum = {}, shifted = {}, drift = {}, squares = {};
 };
 
-// Where e is 0, x may be infinite: such entries carry no mass and must not make 0 * inf.
+// e x, but 0 if e is 0: x may be infinite there, and 0 * inf is NaN.
 template <typename A>
 DPO_INLINE Two<A> carried(Two<A> e, Two<A> x) {
   return {e.first > 0 ? e.first * x.first : e.first, e.second > 0 ? e.second * x.second : e.second};
@@ -90,10 +89,10 @@ DPO_INLINE double total(Two<A> a, Two<A> b) {
   return horizontal_sum<A>(sum.first + sum.second);
 }
 
-// Adds z[0 .. n) to the row's state. `ref` is read only with kKl.
+// Adds z[0] .. z[n - 1] to the row's state; `ref` is read only with kKl.
 //
-// The exponential pass works from the first-level cache and would leave the memory bus idle, to be waited for by the
-// next block's first pass: it asks for the next block meanwhile.
+// The pass of the exponentials reads from the L1 cache, so it prefetches the next block, which would otherwise have to
+// wait for memory.
 template <bool kEntropy, bool kKl, bool kSquares, typename A, typename S>
 DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const S* z, const S* ref, int64_t n, Ahead ahead) {
   constexpr int lanes = Vec<A>::lanes;
@@ -104,17 +103,17 @@ DPO_INLINE void absorb(dpo::OnlineSoftmax<A>& state, const S* z, const S* ref, i
     top = block_max(z, n);
   }
   if (top > state.max) dpo::raise_max(state, top);
-  // While everything is -inf there is no origin to subtract (and -inf - -inf would be NaN).
+  // If all logits so far are -inf, 0 is subtracted instead of the maximum, because -inf - (-inf) is NaN.
   const A minus_max = state.max > -INFINITY ? -state.max : A(0);
   const Two<A> shift{splat<A>(minus_max), splat<A>(minus_max)};
-  // Four chains hide the latency of the additions; their order is fixed.
+  // Four dependency chains hide the latency of the additions; the order of additions is fixed.
   Moments<A> a, b;
   const auto add = [&](Moments<A>& to, int64_t i) __attribute__((always_inline)) {
     const Two<A> logits = load_two(z + i);
     add_two<kEntropy, kKl, kSquares>(to, logits, kKl ? load_two(ref + i) : logits, shift);
   };
   int64_t i = 0;
-  // One request for each 64 bytes of S: for 16-bit logits in a buffer of floats that is two a cache line.
+  // One prefetch per 64 bytes of S. For 16-bit logits that are converted to floats, that is two per cache line.
   constexpr int lines = std::max<int>(1, 4 * lanes * sizeof(S) / 64);
   const int64_t hop = 4 * lanes / lines * ahead.entry_bytes;
   const char* next = ahead.data;
@@ -146,7 +145,8 @@ DPO_INLINE double tiny_sum(const S* z, int64_t n) {
   return s;
 }
 
-// A copy of the block in which the label's logit is -inf: the label joins the row last, in float64 (online_softmax.h).
+// A copy of the block with -inf as the label's logit, which is added to the row at the end, in float64
+// (online_softmax.h).
 template <typename S>
 DPO_INLINE const S* without(int64_t position, const S* z, int64_t n, S* buffer) {
   if (z != buffer) std::memcpy(buffer, z, n * sizeof(S));
@@ -154,8 +154,8 @@ DPO_INLINE const S* without(int64_t position, const S* z, int64_t n, S* buffer) 
   return buffer;
 }
 
-// Whether the label is the first of the likeliest entries, by the logits as they are stored: scale and softcap round,
-// and make unequal logits equal.
+// Whether the label is the first maximum of the row. The stored logits are compared, because rounding in scale and
+// softcap can make unequal logits equal.
 template <typename A>
 bool is_likeliest(Row<A> row, int64_t vocab, int64_t label) {
   const A sign = row.transform.scale > 0.0 ? A(1) : A(-1);
@@ -182,8 +182,8 @@ struct RowResult {
   double mean;
 };
 
-// KL(policy || reference) by float64 numbers counted from both maxima, for rows whose float32 sums overflow, or whose
-// logits or divergence are so far from the reference's that these sums round: a second look at both.
+// KL(policy || reference) in float64, relative to both maxima. It reads both rows again. It is used if the float32 sums
+// overflow, or are inaccurate because the logits differ too much from the reference's or the divergence is large.
 template <typename A>
 double careful_kl(const Row<A>& policy, const Row<A>& reference, int64_t vocab, const RowResult& row) {
   A buffer[kBlock], ref_buffer[kBlock];
@@ -202,7 +202,7 @@ double careful_kl(const Row<A>& policy, const Row<A>& reference, int64_t vocab, 
   return drift / mass / kTiny - row.policy.log_sum + row.reference.log_sum;
 }
 
-// S: the type in which the blocks are read; A, or a row's own 16-bit type.
+// S is the type in which blocks are read: A, or the 16-bit type of the rows.
 template <bool kEntropy, bool kKl, bool kSquares, typename A, typename S>
 RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t vocab, int64_t label, bool accuracy,
                      bool mean) {
@@ -239,7 +239,7 @@ RowResult run_row_of(const Row<A>& policy, const Row<A>& reference, int64_t voca
   }
   if (mean) out.mean = total / static_cast<double>(vocab) / kTiny;
   if (accuracy) {
-    // Below the maximum by more than the transform rounds, or above it where nothing is rounded, no second look is due.
+    // If the difference from the maximum exceeds the transform's rounding error, the row need not be read again.
     const double slack = policy.transform.identity() ? 0.0 : std::abs(static_cast<double>(state.max)) * 0x1p-20;
     const double ahead = static_cast<double>(z_label) - static_cast<double>(state.max);
     out.accuracy = std::isnan(out.policy.logp) ? NAN

@@ -1,9 +1,9 @@
-// Fixed-width vectors for the row kernels, in the compiler's own vector types. Intrinsics only where g++ 12 does not
-// find the instruction by itself: the maximum with a constant, rounding down, the conversion of halves.
+// Fixed-width vectors for the row kernels, in the compiler's vector types. Intrinsics are used only where g++ 12 does
+// not choose the instruction by itself: the maximum with a constant, rounding down, and the conversion of float16.
 //
-// The row kernels are compiled once per instruction set (see stages.h); DPO_VECTOR_BYTES is that set's register width.
-// Everything here is in an unnamed namespace and force-inlined: if two copies compiled for different instruction sets
-// shared a symbol, the linker would keep one of them, and an old CPU could run AVX-512 code.
+// The row kernels are compiled once per instruction set (see stages.h); DPO_VECTOR_BYTES is its register width.
+// Everything here is in an unnamed namespace and force-inlined: if copies for different instruction sets shared a
+// symbol, the linker would keep one of them, and a CPU without AVX-512 could run AVX-512 code.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@
 
 namespace {
 
-// Storage types of the 16-bit formats; arithmetic never happens in them.
+// Storage types of the 16-bit formats; there is no arithmetic in them.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -39,12 +39,12 @@ struct Vec;
 
 template <>
 struct Vec<float> {
-  // aligned(4): rows of odd vocabularies start anywhere. may_alias: storage is read as integers too.
+  // aligned(4): rows of an odd vocabulary size have any alignment. may_alias: the memory is also read as integers.
   typedef float type __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t integer __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint32_t bits __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint16_t halves __attribute__((vector_size(DPO_VECTOR_BYTES / 2), aligned(2), may_alias));
-  // A whole register of 16-bit numbers, two by two.
+  // A register of 16-bit numbers, as 32-bit pairs.
   typedef uint32_t pairs __attribute__((vector_size(DPO_VECTOR_BYTES), aligned(2), may_alias));
   static constexpr int lanes = DPO_VECTOR_BYTES / 4;
 };
@@ -74,8 +74,8 @@ DPO_INLINE void store(A* p, typename Vec<A>::type v) {
   *reinterpret_cast<typename Vec<A>::type*>(p) = v;
 }
 
-// Two vectors: as many numbers as a whole register of 16-bit ones holds. Written as one number, arithmetic on them
-// comes out operation by operation, and the chain of one vector fills the waits of the other's.
+// Two vectors, as many numbers as a register of 16-bit numbers has. Arithmetic on a pair alternates between the two
+// vectors operation by operation, so the latency of one dependency chain is hidden by the other.
 template <typename A>
 struct Two {
   typename Vec<A>::type first, second;
@@ -106,7 +106,7 @@ DPO_INLINE Two<A> operator*(Two<A> a, A b) {
   return {a.first * b, a.second * b};
 }
 
-// The second operand wins when either is NaN (what maxps does): put the value that must keep its NaN second.
+// If either operand is NaN, the result is the second one, as of maxps: pass a value whose NaN must be kept second.
 DPO_INLINE vf vmax(vf a, vf b) {
 #ifdef DPO_MM
   return DPO_MM(max_ps)(a, b);
@@ -117,14 +117,14 @@ DPO_INLINE vf vmax(vf a, vf b) {
 DPO_INLINE vd vmax(vd a, vd b) { return a > b ? a : b; }
 DPO_INLINE Two<float> vmax(vf a, Two<float> b) { return {vmax(a, b.first), vmax(a, b.second)}; }
 
-// 2^n, n + 127 being the low bits of t.
+// 2^n, where n + 127 is in the low bits of t.
 DPO_INLINE vf power_in(vf t) {
   const auto bits = reinterpret_cast<const Vec<float>::integer&>(t) << 23;
   return reinterpret_cast<const vf&>(bits);
 }
 DPO_INLINE Two<float> power_in(Two<float> t) { return {power_in(t.first), power_in(t.second)}; }
 
-// The whole number below, for |x| < 2^22.
+// floor(x) for |x| < 2^22.
 DPO_INLINE vf round_down(vf x) {
 #ifdef DPO_MM
   return DPO_MM(floor_ps)(x);
@@ -134,10 +134,11 @@ DPO_INLINE vf round_down(vf x) {
 #endif
 }
 
-// exp(x) for x <= 0 (in fact up to 88), relative error under 1e-7; exactly 1 at 0, exactly 0 below -88 (so -inf carries
-// no mass), NaN for NaN. 2^n comes from the low bits of t: the magic number leaves n + 127 there. x * log2(e) is
-// rounded once, in the FMA. log2(e) takes two floats: one alone is off by 1.3e-8 of itself, and so exp(x) by 1.3e-8
-// |x|, all on one side: a KL divergence between distributions that disagree by tens of nats showed it.
+// exp(x) for x <= 0 (valid up to 88) with a relative error below 1e-7; exactly 1 at 0, exactly 0 below -88 and for
+// -inf, NaN for NaN. 2^n is made from the low bits of t, where the magic number leaves n + 127. x * log2(e) is rounded
+// once, in the FMA. log2(e) is split into two floats: a single one has a relative error of 1.3e-8, and exp(x) would
+// have one of 1.3e-8 |x|, always with the same sign. That is visible in a KL divergence between distributions that
+// differ by tens of nats.
 template <typename V>
 DPO_INLINE V exp_by_polynomial(V x) {
   constexpr float log2e = 1.44269504088896341f, log2e_rest = 1.925963033500e-8f;
@@ -157,7 +158,7 @@ DPO_INLINE V exp_by_polynomial(V x) {
 DPO_INLINE vf exp_nonpositive(vf x) { return exp_by_polynomial(x); }
 DPO_INLINE Two<float> exp_nonpositive(Two<float> x) { return exp_by_polynomial(x); }
 
-// float64 is the checking path: libm, lane by lane.
+// float64 serves for checks, so it uses libm lane by lane.
 DPO_INLINE vd exp_nonpositive(vd x) {
   vd out = {};
   for (int i = 0; i < Vec<double>::lanes; ++i) out[i] = std::exp(x[i]);
@@ -166,7 +167,7 @@ DPO_INLINE vd exp_nonpositive(vd x) {
 
 DPO_INLINE Two<double> exp_nonpositive(Two<double> x) { return {exp_nonpositive(x.first), exp_nonpositive(x.second)}; }
 
-// tanh for the logit softcap. A polynomial near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.
+// tanh for the logit softcap; by a polynomial near 0, where the formula with exp would cancel.
 DPO_INLINE vf tanh_any(vf x) {
   const vf magnitude = x < 0.0f ? -x : x;
   const vf e = exp_nonpositive(-2.0f * magnitude);
@@ -209,8 +210,8 @@ DPO_INLINE void store_from_float(Half* p, vf v) {
   std::memcpy(p, &halves, sizeof halves);
 }
 #else
-// Half to float by integer arithmetic: shift the exponent field into place and rescale by 2^112, which also makes
-// subnormals right; infinities and NaN get the full exponent.
+// float16 to float32 by integer arithmetic: the exponent field is shifted into place and the number rescaled by 2^112,
+// which is also right for subnormal numbers; infinities and NaN get the largest exponent.
 DPO_INLINE vf load_as_float(const Half* p) {
   const auto h = __builtin_convertvector(*reinterpret_cast<const Vec<float>::halves*>(p), Vec<float>::bits);
   const auto shifted = (h & 0x7fffu) << 13;
@@ -226,9 +227,9 @@ DPO_INLINE void store_from_float(Half* p, vf v) {
   const bits_t all = reinterpret_cast<const bits_t&>(v);
   const bits_t sign = all & 0x80000000u;
   const bits_t u = all ^ sign;
-  // Normal halves: rebias the exponent, round to nearest even on the 13 dropped bits.
+  // Normal float16: rebias the exponent, and round to nearest even at the 13 dropped bits.
   const bits_t normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
-  // Subnormal halves: adding 0.5 makes the FPU align and round the mantissa at 2^-24.
+  // Subnormal float16: adding 0.5 makes the processor align and round the mantissa at 2^-24.
   const vf aligned = reinterpret_cast<const vf&>(u) + 0.5f;
   const bits_t subnormal = reinterpret_cast<const bits_t&>(aligned) - 0x3f000000u;
   bits_t out = u < (113u << 23) ? subnormal : normal;
@@ -256,8 +257,8 @@ DPO_INLINE Two<A> load_two(const A* p) {
 
 DPO_INLINE Two<float> load_two(const Half* p) { return {load_as_float(p), load_as_float(p + Vec<float>::lanes)}; }
 
-// The even places, then the odd ones: a bfloat16 is a float's upper half, so each takes one instruction, where keeping
-// the order would take a permutation too. Sums and element-wise work do not mind.
+// The numbers at even positions, then those at odd ones: a bfloat16 is the upper half of a float, so each takes one
+// instruction. The original order would need a permutation; sums and element-wise operations do not depend on it.
 DPO_INLINE Two<float> load_two(const BFloat16* p) {
   const auto bits = *reinterpret_cast<const Vec<float>::pairs*>(p);
   const Vec<float>::bits even = bits << 16, odd = bits & 0xffff0000u;

@@ -1,7 +1,8 @@
-// Everything the kernels ask of the machine, each with a device body (PTX or intrinsic) and an emulator body.
+// Hardware-specific functions of the kernels. Each has a version for the device (PTX or an intrinsic) and one for the
+// emulator.
 //
-// Kernels call these and standard CUDA (__syncthreads, __shfl_xor_sync, ...), so the same sources compile with nvcc
-// and, with DPO_EMULATOR defined, with a host compiler against tests/cuda_emulator.
+// Kernels use only these functions and standard CUDA (__syncthreads, __shfl_xor_sync, ...). So the same sources compile
+// with nvcc, and, with DPO_EMULATOR defined, with a host compiler against tests/cuda_emulator.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +27,13 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
-// From this size on a logit's product with log2(e), 2^31 or more, rounds by more than an exponent has room for.
+// From this size on, the rounding error of a logit's product with log2(e), which is 2^31 or more, exceeds the range of
+// an exponent.
 constexpr double kLarge = 1.4e9;
-// Origin of an empty running sum: finite, so that -inf minus it stays -inf and never becomes NaN.
+// Origin of an empty running sum: finite, so that -inf minus the origin is -inf and not NaN.
 constexpr float kFloor = -1e30f;
 
-// 2^x with 2 units in the last place and denormals flushed: one MUFU instruction, where exp2f costs three more.
+// 2^x with an error of 2 ulps and subnormal numbers flushed to 0: one MUFU instruction; exp2f needs three more.
 DPO_DEVICE float fast_exp2(float x) {
 #if defined(DPO_EMULATOR)
   return emu::exp2_ftz(x);
@@ -42,7 +44,7 @@ DPO_DEVICE float fast_exp2(float x) {
 #endif
 }
 
-// A product that is never fused into an addition, so that every variant of a kernel rounds it alike.
+// A product that compilers do not contract to a fused multiply-add, so every variant of a kernel rounds it equally.
 DPO_DEVICE float multiply(float a, float b) {
 #if defined(DPO_EMULATOR)
   return a * b;
@@ -67,8 +69,8 @@ DPO_DEVICE uint32_t as_bits(float value) {
 #endif
 }
 
-// Logits of a forward: read once by one thread, so they need no place in L1. `read_only` is legal only where nothing in
-// the launch writes them (the in-place gradient must not use it).
+// Loads 16 bytes of logits without caching them in L1, because only one thread reads them, once. kReadOnly is legal
+// only if nothing in the launch writes them, so the in-place gradient must not use it.
 template <bool kReadOnly>
 DPO_DEVICE uint4 load16(const void* address) {
 #if defined(DPO_EMULATOR)
@@ -89,7 +91,7 @@ DPO_DEVICE uint4 load16(const void* address) {
 #endif
 }
 
-// An aligned word of logits, through L1: neighbouring words of a line are asked for one by one.
+// Loads an aligned word of logits through L1, because the words of a cache line are loaded one by one.
 template <bool kReadOnly>
 DPO_DEVICE uint32_t load4(const void* address) {
 #if defined(DPO_EMULATOR)
@@ -105,7 +107,7 @@ DPO_DEVICE uint32_t load4(const void* address) {
 #endif
 }
 
-// The 32 bits of high:low that start at bit `shift` < 32.
+// The 32 bits of high:low from bit `shift` < 32 on.
 DPO_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, unsigned shift) {
 #if defined(DPO_EMULATOR)
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
@@ -123,7 +125,7 @@ DPO_DEVICE void store16(void* address, uint4 v) {
 #endif
 }
 
-// A value another block wrote before the counter said so: read at L2, past this SM's L1.
+// Reads a value that another block wrote before it incremented the counter: from L2, because L1 may have an old value.
 DPO_DEVICE double load_coherent(const double* address) {
 #if defined(DPO_EMULATOR)
   return *address;
@@ -132,7 +134,8 @@ DPO_DEVICE double load_coherent(const double* address) {
 #endif
 }
 
-// Counts one arrival: what this thread wrote before is visible to whoever sees the new count, and the other way round.
+// Increments the counter atomically with acquire and release: earlier writes of this thread are visible to threads that
+// read the new count, and writes that preceded earlier increments are visible to this thread. Returns the old count.
 DPO_DEVICE int count_arrival(int* counter) {
 #if defined(DPO_EMULATOR)
   return emu::atomic_add(counter, 1);
@@ -149,8 +152,8 @@ DPO_DEVICE double warp_sum(double value) {
   return value;
 }
 
-// ---- Thread-block clusters. In code compiled for a target before sm_90 a block is its own cluster, and a launch must
-// not ask for more (has_cluster_code). ----
+// ---- Thread-block clusters. In code for targets before sm_90 every block is a cluster of its own, and launches must
+// not request larger ones (has_cluster_code). ----
 
 #if defined(DPO_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define DPO_HAS_CLUSTERS 1
@@ -182,7 +185,7 @@ DPO_DEVICE int cluster_rank() {
 #endif
 }
 
-// Arrive and wait are apart so that the wait for all blocks to have started hides behind the row's loads.
+// Arrive and wait are separate functions, so that the loads of the row hide the wait for the start of all blocks.
 DPO_DEVICE void cluster_arrive() {
 #if defined(DPO_EMULATOR)
   emu::cluster_arrive();
@@ -199,7 +202,7 @@ DPO_DEVICE void cluster_wait() {
 #endif
 }
 
-// Stores into block 0's copy of a shared variable (distributed shared memory).
+// Stores to the copy of a shared variable in block 0 of the cluster (distributed shared memory).
 DPO_DEVICE void store_to_leader(float* own_copy, float value) {
 #if defined(DPO_EMULATOR)
   *emu::leader_copy(own_copy) = value;
@@ -217,7 +220,7 @@ DPO_DEVICE void store_to_leader(float* own_copy, float value) {
 
 // ---- Shared memory and launches ----
 
-// Statically sized shared memory. The emulator keeps one copy per block, so that blocks of a cluster do not alias.
+// Shared memory of static size. The emulator has one copy per block, so that blocks of a cluster do not alias.
 #if defined(DPO_EMULATOR)
 #define DPO_SHARED(type, name)      \
   static const char name##_key = 0; \
@@ -226,8 +229,8 @@ DPO_DEVICE void store_to_leader(float* own_copy, float value) {
 #define DPO_SHARED(type, name) __shared__ type name
 #endif
 
-// Tells the compiler that an argument of a function that is not inlined lies in shared memory: 32-bit addresses then,
-// and instructions that need not find out.
+// Tells the compiler that an argument of a function that is not inlined is in shared memory, so that it uses 32-bit
+// addresses and instructions for shared memory.
 DPO_DEVICE void assume_shared(const void* address) {
 #if defined(DPO_EMULATOR)
   (void)address;
@@ -236,14 +239,15 @@ DPO_DEVICE void assume_shared(const void* address) {
 #endif
 }
 
-// The barrier between the warps' partial results and the warp that merges them. The emulator's negative test compiles
-// the kernel without it and must see wrong results.
+// The barrier between the stores of the threads' states and the warp that merges them. A test of the emulator compiles
+// the kernel without it and must detect the error.
 #if !defined(DPO_BARRIER_BEFORE_MERGE)
 #define DPO_BARRIER_BEFORE_MERGE() __syncthreads()
 #endif
 
-// Was the kernel that a launch on this device would run compiled for a target with clusters? The device cannot tell: an
-// H100 also runs PTX of compute_80, in which a block takes itself for its own cluster. Asked for once.
+// Whether the code of the kernel that this device would run was compiled for a target with clusters. The device itself
+// does not determine it: an H100 also runs PTX of compute_80, in which every block is a cluster of its own. Queried
+// once.
 template <typename Params>
 bool has_cluster_code(void (*kernel)(Params), int device) {
 #if defined(DPO_EMULATOR)
@@ -259,7 +263,7 @@ bool has_cluster_code(void (*kernel)(Params), int device) {
     cudaFuncAttributes attributes{};
     // ptxVersion is the virtual architecture, __CUDA_ARCH__ / 10, of SASS and of PTX that the driver compiled.
     if (cudaFuncGetAttributes(&attributes, key.first) != cudaSuccess) {
-      cudaGetLastError();  // the launch will say what is wrong
+      cudaGetLastError();  // cleared, because the launch will report the error
       return false;
     }
     found = known.emplace(key, attributes.ptxVersion >= 90).first;

@@ -1,23 +1,24 @@
-// Stage 3 on CUDA: dz = g (onehot(label) - softmax(z)) times dz/dx, one read and one write of each logit, in place or
-// not.
+// Stage 3 on CUDA: dz = g (onehot(label) - softmax(z)) times dz/dx, with one read and one write of each logit, in place
+// or not.
 //
-// Data flow. A row is cut into tiles of 256 threads x 4 groups of 16 bytes; a block walks the row's tiles, or every
-// n-th of them when few rows would leave SMs idle (no reduction, so the split changes no bit). Rows whose gradient is
-// zero are written without being read.
+// Data flow. A row is divided into tiles of 256 threads x 4 groups of 16 bytes. A block processes all tiles of the row,
+// or every n-th tile if few rows would leave SMs idle; there is no reduction, so the results are bitwise equal. Rows
+// whose gradient is 0 are written without being read.
 //
 // softmax(z) = 2^(z log2(e) - m) * f with lse = max + log_sum, m = float32(lse log2(e)), f = 2^(m - lse log2(e)) in
-// float64: f joins the row factor, so rounding lse to float32 costs nothing. The label's entry is -g expm1(logp), which
-// does not cancel when the policy is almost sure; its thread overwrites it after the tile's store.
+// float64. f is multiplied with the row's factor, so rounding lse to float32 loses no precision. The label's entry is
+// -g expm1(logp), which does not cancel if p is near 1; the thread that stored the entry overwrites it after its tile.
 //
-// With token-level KL divergences the reference's row is read beside the policy's, once, two groups of each in flight:
+// With token-level KL divergences the reference's row is read once, together with the policy's, two groups of each in
+// flight:
 //   dz += g_kl p (d - D) + g_forward (p - q),    d = (z - max) - (z' - max'), D = sum p d, q = softmax(z')
-// with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). The label's z is taken as max + log_sum + logp:
-// an in-place gradient may have overwritten the logit by the time that another block would read it.
+// D is subtracted in two parts, for the reason given in csrc/cpu/logits_grad.cpp. The label's z is computed as max +
+// log_sum + logp, because an in-place gradient may overwrite the logit before another block reads it.
 //
-// Vectors follow the alignment of `out`: a store that is not whole would cost more than a load that is not.
+// Groups are aligned to `out`, because an unaligned store costs more than an unaligned load.
 //
-// One translation unit per dtype of the logits (-DDPO_POLICY, the number of a DType), so that they compile side by
-// side; without it, all of them in one.
+// There is one translation unit per dtype of the logits (-DDPO_POLICY, the number of a DType), so that they compile in
+// parallel; without DPO_POLICY, one unit has all of them.
 #include <cfloat>
 #include <cmath>
 #include <type_traits>
@@ -29,8 +30,8 @@ namespace dpo::cuda {
 
 constexpr int kGradThreads = DPO_GRAD_THREADS;
 
-// kForward: the reference's softmax is wanted as well, for KL(reference || policy). With a softcap, whose hyperbolic
-// tangents outweigh it, it is always computed.
+// kForward: the reference's softmax is computed as well, for KL(reference || policy). With a softcap it is always
+// computed, because tanh costs more.
 template <typename T_, typename R_, bool kSoftcap_, bool kForward_>
 struct GradTraits {
   using T = T_;
@@ -40,21 +41,21 @@ struct GradTraits {
   static constexpr bool kForward = kForward_;
   static constexpr int kSize =
       Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
-  static constexpr int kUnroll = kKl ? 2 : 4;  // 64 bytes in flight, pair or not
-  // Blocks that must fit on an SM: 64 registers a thread, 80 with both divergences or a softcap.
+  static constexpr int kUnroll = kKl ? 2 : 4;  // 64 bytes in flight, with a reference or without
+  // Minimum of resident blocks per SM: 64 registers per thread, 80 with both divergences or a softcap.
   static constexpr int kResident = ((kKl && kForward) || kSoftcap ? 3 : 4) * 256 / DPO_GRAD_THREADS;
 };
 
-// Entries of a row's gradient from its logits; everything that is the same for the whole row is in here.
+// Computes entries of a row's gradient from its logits; the fields are equal for the whole row.
 template <typename Tr>
 struct GradTransform {
   float log2_scale;
   float origin;  // m
-  float factor;  // what multiplies p, without the softcap's own slope
+  float factor;  // factor of p, without the softcap's derivative
   float cap;
   float inverse;
-  // With a reference. by_gap multiplies p (d - D) = p ((z - top) - (z' - center)), by_q the reference's softmax around
-  // ref_origin.
+  // For a reference: by_gap is the factor of p (d - D) = p ((z - top) - (z' - center)), by_q that of the reference's
+  // softmax relative to ref_origin.
   float top;
   float center;
   float by_gap;
@@ -74,7 +75,7 @@ struct GradTransform {
     const float e = fast_exp2(fmaf(z, log2_scale, -origin));
     float dz;
     if constexpr (Tr::kKl) {
-      // Infinite where one of the two is -inf; limited, so that no mass (e = 0) or no g_kl (by_gap = 0) makes 0 of it.
+      // The gap is infinite if one of the two is -inf. It is limited, so that a product with e = 0 or by_gap = 0 is 0.
       const float gap = fminf(fmaxf((z - top) - (ref_z - center), -gap_limit), gap_limit);
       dz = e * fmaf(gap, by_gap, factor);
       if constexpr (Tr::kForward) dz = fmaf(-by_q, fast_exp2(fmaf(ref_z, ref_log2_scale, -ref_origin)), dz);
@@ -101,7 +102,7 @@ DPO_DEVICE void store_gradient(T* out, const float (&values)[kSize]) {
   }
 }
 
-// kAligned: so are the row and the reference's.
+// kAligned: the rows of policy and reference are 16-byte aligned.
 template <typename Tr, bool kAligned>
 DPO_DEVICE void write_row(const GradTransform<Tr>& f, const typename Tr::T* x, const typename Tr::R* ref,
                           typename Tr::T* out, int groups) {
@@ -155,7 +156,7 @@ DPO_DEVICE void write_zeros(T* out, int groups) {
   }
 }
 
-// A row's softmax p = 2^(z log2_scale - origin) factor. max and log_sum are in nats, z the loop's logit.
+// The softmax of a row, p = 2^(z log2_scale - origin) factor, where z is the loop's variable.
 struct Softmax {
   float log2_scale, origin;
   double factor;
@@ -164,34 +165,35 @@ struct Softmax {
 // The biased exponent of a float.
 DPO_DEVICE int exponent_of(float x) { return static_cast<int>(as_bits(x) >> 23 & 0xff); }
 
-// What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. A power of two then
-// moves from the factor into the exponential, so that an entry without mass is 0 and not 0 * inf: 2^n, by which `by` is
-// above 2^most.
+// A factor of p may exceed float32, for example IPO's coefficient, or a loss scale times a large gap. Then a power of
+// two is moved from the factor into the exponential, so that an entry with p = 0 gives 0 and not 0 * inf. Returns its
+// exponent n >= 0, by which the exponent of `by` exceeds `most`.
 DPO_DEVICE int excess_of(double by, int most) {
   const int exponent = exponent_of(static_cast<float>(by)) - 126;
   return exponent > most ? exponent - most : 0;
 }
 
-// Leaves room for the sum of two products.
+// Factors up to 2^kMost cannot overflow in a sum of two products.
 constexpr int kMost = 125;
-// A gap itself may be as large as float32 goes.
+// For the factor of a gap, which may be as large as the largest float32.
 constexpr int kMostOfGap = -2;
 
-// As float32; a finite number beyond it becomes the largest.
+// Conversion to float32; finite numbers beyond its range become the largest finite number.
 DPO_DEVICE float saturated(double x) {
   const float y = static_cast<float>(x);
   return fabsf(y) > FLT_MAX && fabs(x) < INFINITY ? copysignf(FLT_MAX, y) : y;
 }
 
-// From kLarge on the rounding of `origin` is beyond any exponent. Only logits equal to the maximum have mass there, and
-// `coarse`, a power of two, which rounds no product, tells them from the others: at most half of log2_scale, and so
-// small that the largest logit does not overflow.
+// max and log_sum are in nats. From kLarge on, the rounding error of `origin` exceeds the range of an exponent. There
+// only logits equal to the maximum have nonzero probability. The scale is then `coarse`, a power of two, so that
+// products are exact and tell them from the others; it is at most half of log2_scale, and so small that no logit
+// overflows.
 DPO_DEVICE Softmax softmax_of(double max, double log_sum, double unit, float log2_scale, int excess) {
   const bool large = fabs(max) >= kLarge;
   const float top = static_cast<float>(max / unit);
   const int of_scale = exponent_of(log2_scale) - 1, of_top = 379 - exponent_of(top);
   const float coarse = as_float(static_cast<uint32_t>(of_scale < of_top ? of_scale : of_top) << 23);
-  // lse in the kernel's own base-2 scale, which is log2(e) rounded to float32: z and lse must be scaled alike.
+  // lse in base 2, with log2(e) rounded to float32 as in the kernel, because z and lse need the same scale.
   const double exact = (max + log_sum) * (static_cast<double>(log2_scale) / unit);
   const float origin = static_cast<float>(exact - excess);
   // |r| < 1e-2 unless |lse| > 1e5 or there is an excess.
@@ -207,9 +209,10 @@ struct TokenGrads {
   DPO_DEVICE bool any() const { return logp != 0.0 || kl != 0.0 || forward_kl != 0.0; }
 };
 
-// The sequence of a packed token: -1 or `sequences` for a token of none. bounds rise (`rising_bounds` in stages.py).
+// The sequence of a packed token; -1 or `sequences` for a token outside all sequences. The bounds must rise
+// (`rising_bounds` in stages.py).
 DPO_DEVICE int64_t owner(const int64_t* bounds, int64_t sequences, int64_t token) {
-  int64_t low = 0, high = sequences + 1;  // the first bound beyond the token lies between them
+  int64_t low = 0, high = sequences + 1;  // the index of the first bound after the token is in [low, high]
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (bounds[middle] <= token) {
@@ -221,9 +224,9 @@ DPO_DEVICE int64_t owner(const int64_t* bounds, int64_t sequences, int64_t token
   return low - 1;
 }
 
-// One thread: the gradient of a token's log-probability. In a whole call it is found here, with the roundings of
-// `preference_backward` (dpo_kernels/backends/whole_call.py) in their order. Not inlined, so that its registers and its
-// division are none of the kernel's.
+// The gradient of a token's log-probability, computed by one thread. In a whole call it follows from the gradient of
+// the loss, by the same sequence of operations as in `preference_backward` (dpo_kernels/backends/whole_call.py). Not
+// inlined, so that its registers and its division do not count for the kernel.
 static __device__ __noinline__ double grad_of_logp(const LogitsGradParams& p, int64_t token) {
   if (p.grad_logps != nullptr) return p.grad_logps[token];
   const SpreadParams& s = p.spread;
@@ -246,8 +249,8 @@ DPO_DEVICE TokenGrads token_grads(const LogitsGradParams& p, int64_t token, doub
   return g;
 }
 
-// The label's own entry, in float64. Its numbers are read anew after the row: kept from before, they would cost the
-// loop registers.
+// The label's entry, in float64. Its inputs are read again after the row, because keeping them during the loop would
+// cost registers.
 template <typename Tr>
 DPO_DEVICE float label_entry(const LogitsGradParams& p, int64_t token, double grad_logp) {
   const TokenGrads g = token_grads<Tr>(p, token, grad_logp);
@@ -273,7 +276,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   using R = typename Tr::R;
   constexpr int kSize = Tr::kSize;
   const int64_t token = blockIdx.x;
-  // Before anything else is at hand: what lived across the call would cost registers.
+  // Called first, because values that live across the call would cost registers.
   DPO_SHARED(double, grad_logp);
   if (threadIdx.x == 0) grad_logp = grad_of_logp(p, token);
   __syncthreads();
@@ -281,10 +284,10 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   T* out = static_cast<T*>(p.out) + b * p.out_stride_b + t * p.out_stride_t;
   const int vocab = static_cast<int>(p.vocab);
   const int head = elements_to_boundary(out, vocab);
-  const int groups = (vocab - head - 1) / kSize;  // a logit is left at least: RowReader may look one past a group
+  const int groups = (vocab - head - 1) / kSize;  // at least one logit is left: RowReader may read one past a group
   const int tail = head + groups * kSize;
 
-  // The logit outside whole groups that this thread owns, if any.
+  // The logit outside whole groups that this thread processes, or -1.
   const int thread = static_cast<int>(threadIdx.x);
   int single = -1;
   if (blockIdx.y == 0) {
@@ -308,7 +311,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   if constexpr (Tr::kKl) {
     ref = static_cast<const R*>(p.reference.data) + b * p.reference.stride_b + t * p.reference.stride_t;
   }
-  // An illegal label has max = NaN: the whole row becomes NaN and no logit of the label is touched.
+  // For an illegal label max is NaN, so the whole row becomes NaN; there is no label's entry to write.
   const bool legal = label >= 0 && label < vocab;
   bool owns_label = false;
   if (legal) {
@@ -326,7 +329,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   f.cap = p.logit_softcap;
   f.inverse = Tr::kSoftcap ? p.logit_scale / p.logit_softcap : 0.0f;
   const float log2_scale = Tr::kSoftcap ? kLog2E : kLog2E * p.logit_scale;
-  const double unit = Tr::kSoftcap ? 1.0 : scale;  // of the loop's z
+  const double unit = Tr::kSoftcap ? 1.0 : scale;  // z divided by the loop's variable
   double by_p = -g.logp;
   int excess = 0;
   if constexpr (Tr::kKl) {
@@ -356,7 +359,7 @@ __global__ void __launch_bounds__(kGradThreads, Tr::kResident)
   f.factor = saturated(by_p * own.factor);
   if constexpr (Tr::kKl) {
     f.by_gap = static_cast<float>(g.kl * scale * unit * own.factor);
-    // Still large where no excess can move, or where the rounding of `origin` is.
+    // by_gap can still be large, if the excess could not be moved completely or `origin` has a large rounding error.
     f.gap_limit = fabsf(f.by_gap) < 0.5f ? FLT_MAX : 0.5f * FLT_MAX / fabsf(f.by_gap);
   }
 
@@ -390,7 +393,7 @@ cudaError_t run(const LogitsGradParams& p, const Device& device, cudaStream_t st
 template <typename T, typename R>
 cudaError_t with_divergences(const LogitsGradParams& p, const Device& device, cudaStream_t stream) {
   if (p.logit_softcap != 0.0f) return run<GradTraits<T, R, true, true>>(p, device, stream);
-  // Mixed dtypes are rare: one kernel with both divergences serves them.
+  // Mixed dtypes are rare, so they use one kernel with both divergences.
   if constexpr (std::is_same_v<T, R>) {
     if (p.grad_forward_kl == nullptr) return run<GradTraits<T, R, false, false>>(p, device, stream);
   }

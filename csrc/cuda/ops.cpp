@@ -1,8 +1,7 @@
-// The CUDA library's torch-facing side: fills the parameter structs from tensors, sets the device, finds the stream,
-// and registers the operators through PyTorch's stable ABI. No kernel is here and no synchronisation: a call costs its
-// launch.
+// The operators of the CUDA library: they fill the parameter structs from tensors, set the device, get the stream, and
+// are registered through PyTorch's stable ABI. They only launch kernels and do not synchronize.
 //
-// Outputs are allocated by the caller (dpo_kernels/backends/cuda.py).
+// The caller allocates the outputs (dpo_kernels/backends/cuda.py).
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -18,7 +17,7 @@ void check(cudaError_t error, const char* stage) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("dpo_kernels: ") + stage + ": " + error_text(error));
 }
 
-// Kernels index a row with 32-bit integers and the rows themselves with 64-bit ones.
+// Kernels use 32-bit indices within a row and 64-bit indices of rows.
 Logits row_logits_of(const Tensor& t) {
   require(t.dim() != 3 || t.size(2) <= (int64_t{1} << 30), "a vocabulary of at most 2^30 is supported");
   require(t.scalar_type() != ScalarType::Double, "the CUDA kernels take float32, bfloat16 or float16 logits");
@@ -90,7 +89,7 @@ void preference_loss_op(Tensor logps, std::optional<Tensor> ref_logps, Tensor we
   check(preference_loss(p, here.stream()), "preference_loss");
 }
 
-// softmax: logps, max and log_sum.
+// `softmax` has the pointers logps, max and log_sum.
 LogitsGradParams grad_params(const Tensor& logits, const Tensor& labels, const std::array<const double*, 3>& softmax,
                              int64_t ignore_index, double logit_scale, double logit_softcap, const Tensor& out) {
   LogitsGradParams p{};
@@ -136,7 +135,7 @@ void logits_grad_op(Tensor logits, Tensor labels, Tensor logps, Tensor max, Tens
   check(logits_grad(p, here.device(), here.stream()), "logits_grad");
 }
 
-// ---- A whole call (dpo_kernels/backends/whole_call.py has the contract, and the same from the stages one by one) ----
+// ---- A whole call (interface and a version composed of the stages: dpo_kernels/backends/whole_call.py) ----
 
 double divisor_of(int64_t reduction, int64_t pairs) {
   return reduction == kMean && pairs > 0 ? static_cast<double>(pairs) : 1.0;
@@ -181,7 +180,7 @@ void preference_forward_op(Tensor logits, Tensor labels, std::optional<Tensor> r
   q.statistics = static_cast<int>(sequences.size(0)) - sequence_row::means;
   q.values = labels.numel();
   q.first_values =
-      in_of(tokens) + (tokens.size(0) - q.statistics) * q.values;  // the statistics' rows are the last ones
+      in_of(tokens) + (tokens.size(0) - q.statistics) * q.values;  // the rows of the statistics are the last ones
   q.pair_weights = in_of(pair_weights);
   q.divisor = reduction == kNone ? 0.0 : divisor_of(reduction, q.pairs);
   q.loss = static_cast<float*>(loss.mutable_data_ptr());

@@ -1,7 +1,7 @@
-// The seam between host code and the CUDA kernels: plain structs and launch functions, no torch header.
+// Interface between host code and the CUDA kernels: plain structs and launch functions, without torch headers.
 //
-// ops.cpp fills these from tensors; tests/cuda_emulator fills them from ctypes. Strides count elements, B and T are the
-// two leading sizes of `logits [B, T, V]` (a packed batch is [1, N, V]), and V has unit stride.
+// ops.cpp fills the structs from tensors, tests/cuda_emulator from ctypes. Strides are in elements. Logits are [B, T,
+// V] with unit stride on V; a packed batch is [1, N, V].
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 namespace dpo::cuda {
 
 struct Weights {
-  const int64_t* labels;  // [B, T]; ignored tokens have weight 0. nullptr: the weights say it themselves
+  const int64_t* labels;  // [B, T]; ignored tokens have weight 0. nullptr if `given` is 0 for them
   int64_t ignore_index;
   const double* given;  // [B, T], or nullptr for 1
 };
@@ -30,48 +30,49 @@ DPO_HD double weight_of(const Weights& weights, int64_t token) {
 
 struct TokenLogpsParams {
   Logits policy;
-  Logits reference;                // data == nullptr: none
+  Logits reference;                // data is nullptr if there is none
   const int64_t* labels;           // [B, T]
-  double* rows[token_row::count];  // [B, T] each; nullptr: not asked for. ref_logps goes with reference, kl needs it
+  double* rows[token_row::count];  // [B, T] each; nullptr if not requested. ref_logps and kl need a reference
   int64_t batch;
   int64_t tokens;
   int64_t vocab;
   int64_t ignore_index;
   float logit_scale;
-  float logit_softcap;  // 0: none
-  int* to_clear;        // a counter of the launch that follows, or nullptr
+  float logit_softcap;  // 0 for none
+  int* to_clear;        // a counter to set to 0 for the next launch, or nullptr
 };
 
-// Weighted sums of sequences and the sigmoid-family loss of each pair. Sequences 0..pairs-1 are chosen, the next
-// `pairs` rejected. Sequence s is row s of [B, T], or tokens cu_seqlens[s] .. cu_seqlens[s + 1] of the flattened batch.
+// Weighted sums of sequences and the losses of the sigmoid family. Sequences 0 .. pairs - 1 are chosen, the next
+// `pairs` rejected. Sequence s is row s of [B, T], or tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the flattened
+// batch.
 struct PreferenceLossParams {
   const double* logps;             // [B, T]
   const double* ref_logps;         // [B, T] or nullptr
   int64_t tokens;                  // T
-  Weights weights;                 // tokens of weight 0 are skipped, whatever they hold
+  Weights weights;                 // tokens of weight 0 are skipped, whatever their values
   const int64_t* cu_seqlens;       // [2 * pairs + 1] or nullptr
   const double* given_ref_sums;    // [2 * pairs] or nullptr
-  const double* betas;             // [pairs], or nullptr where beta holds for every pair
-  const double* label_smoothings;  // and so on
+  const double* betas;             // [pairs], or nullptr if `beta` is used for every pair
+  const double* label_smoothings;  // [pairs], or nullptr if `label_smoothing` is used for every pair
   double beta;
   double label_smoothing;
   int64_t pairs;
   int robust;
   double* losses;    // [pairs]
-  double* sums;      // [2 * pairs], as all that follow
-  double* ref_sums;  //
-  double* coef;      // d losses[p] / d sums[s]
-  // A whole call's; loss == nullptr: none of it.
-  double* rewards;
-  double* counts;              // of scored tokens
+  double* sums;      // [2 * pairs]
+  double* ref_sums;  // [2 * pairs]
+  double* coef;      // [2 * pairs], d losses[p] / d sums[s]
+  // For a whole call; if loss is nullptr, the other fields are not used.
+  double* rewards;             // [2 * pairs]
+  double* counts;              // [2 * pairs], number of scored tokens
   double* means;               // [statistics, 2 * pairs], over scored tokens
   const double* first_values;  // [statistics, B, T]
   int64_t values;              // B * T
   int statistics;
   const double* pair_weights;  // [pairs] or nullptr for 1
-  double divisor;              // of the losses' sum; 0: no sum, each is wanted
+  double divisor;              // divisor of the sum of losses; 0 for one loss per pair
   float* loss;                 // [1] or [pairs]
-  int* pairs_done;             // 0 when the launch begins
+  int* pairs_done;             // a counter that is 0 at the start of the launch
 };
 
 struct SequenceSumsParams {
@@ -83,15 +84,15 @@ struct SequenceSumsParams {
   int64_t tokens;
 };
 
-// How the gradient of a whole call's loss reaches the tokens.
+// Input for the gradients of the tokens' log-probabilities in a whole call.
 struct SpreadParams {
   Weights weights;
   const int64_t* cu_seqlens;   // [2 * pairs + 1] or nullptr
   const double* coef;          // [2 * pairs]: d losses[p] / d sums[s]
-  const float* grad_loss;      // of the reduced loss, or [pairs]
-  int64_t grad_stride;         // 0 where one number is every pair's
+  const float* grad_loss;      // gradient of the reduced loss, or [pairs]
+  int64_t grad_stride;         // stride of grad_loss; 0 if it is one number
   const double* pair_weights;  // [pairs] or nullptr for 1
-  double divisor;              // of the losses' sum
+  double divisor;              // divisor of the sum of losses
   int64_t pairs;
 };
 
@@ -104,16 +105,16 @@ struct LogitsGradParams {
   const double* logps;       // [B, T]
   const double* max;         // [B, T]
   const double* log_sum;     // [B, T]
-  const double* grad_logps;  // [B, T]; nullptr: by `spread`
+  const double* grad_logps;  // [B, T]; if nullptr, computed from `spread`
   SpreadParams spread;
-  // Token-level KL divergences; reference.data == nullptr: none.
+  // For token-level KL divergences; if reference.data is nullptr there are none.
   Logits reference;
   const double* ref_logps;        // [B, T]
   const double* ref_max;          // [B, T]
   const double* ref_log_sum;      // [B, T]
   const double* kl;               // [B, T], KL(policy || reference) of stage 1; read only where grad_kl is not 0
   const double* grad_kl;          // [B, T] or nullptr
-  const double* grad_forward_kl;  // [B, T] or nullptr: of KL(reference || policy)
+  const double* grad_forward_kl;  // [B, T] or nullptr, gradient of KL(reference || policy)
   int64_t batch;
   int64_t tokens;
   int64_t vocab;
@@ -122,14 +123,14 @@ struct LogitsGradParams {
   float logit_softcap;
 };
 
-// What the launch heuristics need to know of a device.
+// The properties of a device that the launch heuristics use.
 struct Device {
   int sm_count;
   int has_clusters;  // compute capability 9.0 and later
   int index;
 };
 
-// One per dtype of the policy's logits: each is a translation unit of its own.
+// One function per dtype of the policy's logits, each in a translation unit of its own.
 cudaError_t token_logps_float32(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
 cudaError_t token_logps_bfloat16(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
 cudaError_t token_logps_float16(const TokenLogpsParams& params, const Device& device, cudaStream_t stream);
@@ -140,7 +141,7 @@ cudaError_t logits_grad_bfloat16(const LogitsGradParams& params, const Device& d
 cudaError_t logits_grad_float16(const LogitsGradParams& params, const Device& device, cudaStream_t stream);
 
 inline cudaError_t token_logps(const TokenLogpsParams& params, const Device& device, cudaStream_t stream) {
-  // Without rows no launch would clear the counter.
+  // Without rows there is no launch that clears the counter.
   if (params.batch * params.tokens == 0) {
     return params.to_clear == nullptr ? cudaSuccess : cudaMemsetAsync(params.to_clear, 0, sizeof(int), stream);
   }

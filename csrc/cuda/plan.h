@@ -1,8 +1,9 @@
-// How many threads and blocks share a row. Pure functions, so that tests can enumerate them.
+// The number of threads and blocks that share a row. Pure functions, so that tests can enumerate them.
 //
-// The number of threads of a row follows from its length alone: that fixes which thread adds which logits, and so the
-// rounding, whatever the batch. Only how those threads are spread over blocks depends on the number of rows: with few
-// rows a cluster of small blocks brings more SMs to each row, and gives the same bits.
+// The number of threads of a row depends only on its length. It determines which thread adds which logits, and with it
+// the rounding, which therefore does not depend on the batch. Only the distribution of these threads over blocks
+// depends on the number of rows: with few rows, a cluster of small blocks uses more SMs per row, with bitwise equal
+// results.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +12,21 @@
 
 namespace dpo::cuda {
 
-// The choices that benchmarks/gpu_stages.py sweeps on a GPU: -D gives another.
+// Launch parameters; -D changes them. benchmarks/gpu_stages.py measures other values on a GPU.
 #if !defined(DPO_ROW_THREADS)
-#define DPO_ROW_THREADS 256  // that share a row of the forward
+#define DPO_ROW_THREADS 256  // threads per row in the forward kernel
 #endif
 #if !defined(DPO_ROW_UNROLL)
-#define DPO_ROW_UNROLL 4  // 128-bit loads of a thread of the forward that are under way at a time
+#define DPO_ROW_UNROLL 4  // 128-bit loads in flight per thread in the forward kernel
 #endif
 #if !defined(DPO_MAX_CLUSTER)
-#define DPO_MAX_CLUSTER 4  // blocks that share a row where rows are few
+#define DPO_MAX_CLUSTER 4  // most blocks per row if there are few rows
 #endif
 #if !defined(DPO_GRAD_THREADS)
-#define DPO_GRAD_THREADS 256  // of a block of the gradient
+#define DPO_GRAD_THREADS 256  // threads per block in the gradient kernel
 #endif
 
-constexpr int kMinThreads = 64;  // of a block
+constexpr int kMinThreads = 64;  // per block
 
 struct RowPlan {
   int threads;  // per row
@@ -46,7 +47,7 @@ inline RowPlan plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int
   return plan;
 }
 
-// Blocks that share a row of the gradient, which needs no reduction: enough to fill the device.
+// Blocks per row in the gradient kernel, which needs no reduction: enough to occupy the device.
 inline int plan_gradient_blocks(int64_t rows, int64_t vocab, int logits_per_block, const Device& device) {
   const int64_t tiles = (vocab + logits_per_block - 1) / logits_per_block;
   const int64_t wanted = (8 * static_cast<int64_t>(device.sm_count) + rows - 1) / (rows > 0 ? rows : 1);

@@ -1,29 +1,29 @@
-// Stage 2 on CUDA: weighted sums of sequences, the sigmoid-family loss of each pair and its coefficients d loss / d
-// sum; in a whole call also the rewards, the means of the statistics and the reduced loss.
+// Stage 2 on CUDA: weighted sums of sequences, losses and coefficients d loss / d sum of the sigmoid family; in a whole
+// call also the rewards, the means of the statistics and the reduced loss.
 //
-// 256 threads sum a sequence, one block takes a pair, and further blocks take its statistics, two at a time. Every
-// value is read once. The block that finishes last reduces the losses.
+// 256 threads sum a sequence. One block processes a pair, and further blocks its statistics, two per block. Every value
+// is read once. The block that finishes last reduces the losses.
 //
-// Padding does not show: weighted tokens are ranked in token order, the token of rank k is added to running sum k % 256
-// in order of k, and the 256 sums are added by a fixed tree. Tokens of weight 0 take part in nothing.
+// Results do not depend on padding: tokens with a weight are numbered in token order, token k is added to running sum
+// k % 256 in order of k, and a fixed tree adds the 256 sums. Tokens of weight 0 are skipped.
 #include "../common/sigmoid_family.h"
 #include "device.cuh"
 #include "params.h"
 
 namespace dpo::cuda {
 
-constexpr int kSums = 256;           // threads of a sequence
-constexpr int kTokensPerThread = 4;  // loads that a thread has under way
+constexpr int kSums = 256;           // threads per sequence
+constexpr int kTokensPerThread = 4;  // loads in flight per thread
 
 struct SequenceSums {
   double values;
   double others;
-  double count;  // of tokens whose weight is not 0
+  double count;  // number of tokens whose weight is not 0
 };
 
 struct SequenceScratch {
   double sums[2][kSums];
-  unsigned counts[kTokensPerThread][kSums / kWarp];  // weighted tokens of each warp
+  unsigned counts[kTokensPerThread][kSums / kWarp];  // number of weighted tokens of each warp
 };
 
 struct TokenRange {
@@ -33,7 +33,7 @@ struct TokenRange {
   DPO_DEVICE int64_t size() const { return end - begin; }
 };
 
-// Bounds that a host cannot check without waiting for the device are clamped to the tokens that exist.
+// The bounds are clamped to the tokens that exist, because the host cannot check them without synchronizing.
 DPO_DEVICE TokenRange sequence_range(const int64_t* cu_seqlens, int64_t tokens, int64_t sequence) {
   if (cu_seqlens == nullptr) return {sequence * tokens, (sequence + 1) * tokens};
   const int64_t first = cu_seqlens[sequence], last = cu_seqlens[sequence + 1];
@@ -42,23 +42,23 @@ DPO_DEVICE TokenRange sequence_range(const int64_t* cu_seqlens, int64_t tokens, 
   return {begin, end < begin ? begin : end};
 }
 
-// 256 threads call this, `thread` being the place of this one; where the block holds several such groups, all of them
-// do, with `longest` the size of the longest of their ranges, since they meet at the same barriers. `others` is summed
-// beside `values`; nullptr: nothing is. The first warp gets the result.
+// Called by 256 threads; `thread` is the index of this one. If the block has several such groups, all of them call
+// this, and `longest` is the size of the longest of their ranges, because they share the barriers. `others` is summed
+// as well, unless it is nullptr. The first warp gets the result.
 //
-// A sequence of 32k tokens takes 32 steps, each of a trip to L2 and five barriers: about 35 us, where a warp on its own
-// needed 300.
+// A sequence of 32k tokens takes 32 steps of one access to L2 and five barriers each: about 35 us. A single warp needed
+// 300 us.
 DPO_DEVICE SequenceSums sum_sequence(const double* values, const double* others, const Weights& weights,
                                      TokenRange range, int64_t longest, int thread, SequenceScratch& scratch) {
   constexpr unsigned kNone = 0xffu;
   const int lane = thread % kWarp, warp = thread / kWarp;
   const unsigned before = (1u << lane) - 1u;
   scratch.sums[0][thread] = scratch.sums[1][thread] = 0.0;
-  unsigned rank = 0;  // of the step's first weighted token
+  unsigned rank = 0;  // rank of the step's first weighted token
   const int64_t stop = range.begin + longest;
   for (int64_t base = range.begin; base < stop; base += kTokensPerThread * kSums) {
     double products[kTokensPerThread], other_products[kTokensPerThread];
-    unsigned place = 0;  // among the warp's weighted tokens; a byte each, kNone for tokens of weight 0
+    unsigned place = 0;  // one byte per token: its index among the warp's weighted tokens, or kNone for weight 0
 #pragma unroll
     for (int k = 0; k < kTokensPerThread; ++k) {
       const int64_t i = base + k * kSums + thread;
@@ -80,7 +80,7 @@ DPO_DEVICE SequenceSums sum_sequence(const double* values, const double* others,
         earlier += w < warp ? count : 0u;
         all += count;
       }
-      // At most kSums tokens, of consecutive ranks: no two of them share a sum.
+      // At most kSums tokens with consecutive ranks, so no two of them are added to the same sum.
       const unsigned own = place >> 8 * k & 0xffu;
       if (own != kNone) {
         const unsigned slot = (rank + earlier + own) % kSums;
@@ -106,7 +106,7 @@ DPO_DEVICE double beta_of(const PreferenceLossParams& p, int64_t pair) {
   return p.betas != nullptr ? p.betas[pair] : p.beta;
 }
 
-// One thread. The sums of both sequences of the pair are known.
+// Called by one thread, with the sums of both sequences of the pair.
 DPO_DEVICE void finish_pair(const PreferenceLossParams& p, int64_t pair, SequenceSums chosen, SequenceSums rejected) {
   const double beta = beta_of(p, pair);
   const double x = beta * ((chosen.values - chosen.others) - (rejected.values - rejected.others));
@@ -117,19 +117,19 @@ DPO_DEVICE void finish_pair(const PreferenceLossParams& p, int64_t pair, Sequenc
   p.coef[p.pairs + pair] = -beta * loss.slope;
 }
 
-// A loss that another block may have just written: read at L2.
+// Reads a loss from L2, because another block may have written it just before.
 DPO_DEVICE double weighted_loss(const PreferenceLossParams& p, int64_t pair) {
   const double loss = load_coherent(p.losses + pair);
   return p.pair_weights != nullptr ? loss * p.pair_weights[pair] : loss;
 }
 
-// The whole block, whose first thread has stored the pair's loss.
+// Called by the whole block, after its first thread has stored the loss of the pair.
 DPO_DEVICE void reduce_losses(const PreferenceLossParams& p, int64_t pair) {
   if (p.divisor == 0.0) {
     if (threadIdx.x == 0) p.loss[pair] = static_cast<float>(weighted_loss(p, pair));
     return;
   }
-  // What the first thread acquired is visible to the threads that now read: the barrier orders memory.
+  // The barrier makes the losses that the first thread acquired visible to the threads that read them now.
   const bool last = threadIdx.x == 0 && count_arrival(p.pairs_done) + 1 == p.pairs;
   if (__syncthreads_or(last) == 0 || threadIdx.x >= kWarp) return;
   double total = 0.0;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(2 * kSums) preference_loss_kernel(const __grid
   const double* values = statistic < 0 ? p.logps : p.first_values + statistic * p.values;
   const double* others = statistic < 0 ? p.ref_logps : two ? values + p.values : nullptr;
   Weights weights = p.weights;
-  if (statistic >= 0) weights.given = nullptr;  // a mean is over the scored tokens
+  if (statistic >= 0) weights.given = nullptr;  // means are over the scored tokens, without weights
   SequenceSums own = sum_sequence(values, others, weights, range, longest, thread, scratch[side]);
   if (statistic >= 0) {
     if (thread != 0) return;

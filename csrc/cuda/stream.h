@@ -1,5 +1,5 @@
-// Where a call runs: device guard, current stream and what the launch heuristics know of the device. In the emulator
-// build this is the one place that differs: there is no stream, and operators are registered for CPU tensors.
+// Device guard, current stream, and the properties of the device for the launch heuristics. Only this file differs in
+// the emulator build, where there is no stream and operators are registered for CPU tensors.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -23,7 +23,7 @@ inline const char* error_text(cudaError_t) { return emu::settings().error.c_str(
 class OnDevice {
  public:
   explicit OnDevice(const torch::stable::Tensor&) {}
-  Device device() const { return {132, 1, 0}; }  // an H100, as far as the heuristics care
+  Device device() const { return {132, 1, 0}; }  // the properties of an H100
   cudaStream_t stream() const { return nullptr; }
 };
 
@@ -41,8 +41,8 @@ namespace dpo::cuda {
 
 inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
 
-// aoti_torch_get_current_cuda_stream of the torch in this process. Looked up when first called, so that the library
-// links against, and loads beside, a torch without CUDA.
+// aoti_torch_get_current_cuda_stream of the torch in this process. It is looked up at the first call, so the library
+// can be linked against and loaded with a torch without CUDA.
 inline cudaStream_t current_stream(int32_t device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const Getter getter = [] {
@@ -56,7 +56,7 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Attributes of all devices, asked for once (no context is made).
+// Properties of all devices, queried once; this creates no CUDA context.
 inline Device describe(int device) {
   static const std::vector<Device> devices = [] {
     int count = 0;

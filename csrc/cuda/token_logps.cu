@@ -1,7 +1,7 @@
-// Stage 1 on CUDA: picks the kernel of token_logps.cuh for the dtypes and statistics asked for, and launches it.
+// Stage 1 on CUDA: selects the kernel of token_logps.cuh for the dtypes and requested statistics, and launches it.
 //
-// One translation unit per policy dtype (-DDPO_POLICY, the number of a DType), so that they compile side by side;
-// without it, all of them in one.
+// There is one translation unit per policy dtype (-DDPO_POLICY, the number of a DType), so that they compile in
+// parallel; without DPO_POLICY, one unit has all of them.
 #include "token_logps.cuh"
 
 namespace dpo::cuda {
@@ -20,8 +20,8 @@ cudaError_t run(const TokenLogpsParams& p, const Device& device, cudaStream_t st
   return launch(token_logps_kernel<Tr>, shape, stream, p);
 }
 
-// With softcap the hyperbolic tangent outweighs the other statistics, and a reference of another dtype is rare: one
-// variant with all of them serves. log_sum_sq comes alone or with all others.
+// With a softcap tanh costs more than the statistics, and a reference of another dtype is rare, so these cases have one
+// variant with all statistics. log_sum_sq has variants without and with all other statistics.
 template <typename T, typename R>
 cudaError_t with_statistics(const TokenLogpsParams& p, const Device& device, cudaStream_t stream) {
   constexpr bool kAlone = std::is_same_v<R, NoReference>, kMixed = !kAlone && !std::is_same_v<R, T>;
@@ -47,7 +47,7 @@ cudaError_t with_statistics(const TokenLogpsParams& p, const Device& device, cud
 
 template <typename T>
 cudaError_t with_reference(const TokenLogpsParams& p, const Device& device, cudaStream_t stream) {
-  // Two dtypes cannot share the row kernel, so they go through the pair kernel whether kl is wanted or not.
+  // Two dtypes cannot use the kernel for single rows, so they use the kernel for pairs of rows, with kl or without.
   if (p.reference.data == nullptr || (p.rows[token_row::kl] == nullptr && p.reference.dtype == p.policy.dtype)) {
     return with_statistics<T, NoReference>(p, device, stream);
   }

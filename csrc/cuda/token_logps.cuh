@@ -1,36 +1,37 @@
-// The kernel of stage 1 on CUDA: log-softmax gather with its statistics.
+// The kernel of stage 1 on CUDA: log-probability of the label and statistics.
 //
-// Data flow. A row of V logits is shared by `threads` threads of a block, or of a cluster of blocks when there are few
-// rows. Every logit is read from HBM once, 16 bytes at a time, four loads in flight per thread. Each thread keeps its
-// own running maximum and sums in registers; no barrier and no shuffle stands in the main loop. The threads' states are
-// merged once, at the end of the row, by one warp and always in the same order, through shared memory (of the cluster's
-// first block, distributed shared memory). Only a few float64 numbers per row are written.
+// Data flow. The `threads` threads of a block share a row of V logits; if there are few rows, a cluster of blocks
+// shares it. Every logit is read from HBM once, in loads of 16 bytes, four in flight per thread. Each thread keeps its
+// running maximum and sums in registers; the main loop has no barrier and no shuffle. At the end of the row one warp
+// merges the states of all threads in a fixed order, through shared memory (in a cluster, distributed shared memory of
+// the first block). Only a few float64 numbers per row are written.
 //
-// The label stays out of the running sum (common/online_softmax.h). The group that holds it is skipped by the loops;
-// its other logits are taken one by one, one per thread, together with those after the last whole group. So every group
-// loop is mask-free except for two tiles: the one with the label and the last, partial one.
+// The running sum does not include the label (common/online_softmax.h). The loops skip the label's group. Its other
+// logits, and those after the last whole group, are processed one per thread. So the group loop needs masks in only two
+// tiles: that of the label and the last, partial one.
 //
-// Rounding does not depend on where a row lies, on how many blocks share it, nor on the statistics asked for: groups
-// are counted from the row's first logit, so which thread takes which logit, and when, follows from the column and V
-// alone. A row that begins at no multiple of 16 bytes has its groups put together from narrower loads (RowReader).
+// Rounding does not depend on the address of a row, the number of blocks that share it, or the requested statistics:
+// groups are counted from the first logit of the row, so column and V determine which thread processes a logit, and
+// when. If a row is not 16-byte aligned, its groups are assembled from narrower loads (RowReader).
 //
-// Rows that float32 sums cannot hold are read once more, by one block, in float64 (careful_row).
+// Rows whose float32 sums are invalid or inaccurate are read again, by one block, in float64 (careful_row).
 //
-// The loops let -inf meet a probability of 0 in the moments (entropy, KL), which makes a NaN: finding that at the end
-// and going over the thread's share again, guarded, costs rare rows time; guarding each logit would cost each row a
-// slot.
+// In the unguarded loop a logit of -inf makes the moments (entropy, KL) NaN by 0 * inf. This is detected at the end of
+// the row, and the thread then processes its logits again with guards. That is slow for such rows, but they are rare,
+// and a guard of each logit would cost an issue slot in every row.
 //
-// Why the loop keeps HBM busy, for [8192, 128256] bf16 without statistics (2.10 GB read once, 0.63 ms at 3.35 TB/s), by
-// the model at the head of benchmarks/machine_code.py (bandwidth_share), whose figures a test holds:
-//   One row per block of 256 threads; 64 registers allow 4 blocks, 1,024 threads, on an SM, so 8 warps share each
-//   scheduler. An iteration of the loop is 32 logits of a thread in 4 loads of 16 bytes, 64 KB on an SM. It costs a
-//   warp 1,450 cycles of waiting (H100: 700 ns for the loads, and 2 us at a row's ends spread over its 15.7 iterations)
-//   and 272 cycles of its scheduler (34 MUFU of 8 cycles each; the 177 instructions issue meanwhile).
-//   The 8 warps take 1,450 + 8 x 272 = 3,630 cycles for it if they all wait and then all compute, and 2,380 if they are
-//   independent of one another. 64 KB at full bandwidth take an SM of an H100 4,530 cycles, of an H200 3,160, of a
-//   B200 2,240: supply is 1.25 to 1.9, 0.87 to 1.3 and 0.61 to 0.93 times the demand.
-//   8,192 rows over 528 resident blocks are 15.5 rounds, and blocks run free of one another, so the launch's end costs
-//   2 % at most. Shares: H100 0.98 to 0.99, H200 0.84 to 0.98, B200 0.58 to 0.89. On a B200 the exponentials bind.
+// Bandwidth for [8192, 128256] bf16 without statistics (2.10 GB read once, 0.63 ms at 3.35 TB/s), by the model at the
+// top of benchmarks/machine_code.py (bandwidth_share), whose figures are tested:
+//   One row per block of 256 threads. 64 registers allow 4 blocks (1,024 threads) per SM, so 8 warps share a scheduler.
+//   An iteration of the loop is 32 logits per thread in 4 loads of 16 bytes, 64 KB per SM. A warp waits 1,450 cycles
+//   for it (H100: 700 ns for the loads, and 2 us at the ends of a row spread over its 15.7 iterations) and needs 272
+//   cycles of its scheduler (34 MUFU of 8 cycles each; the 177 instructions are issued meanwhile).
+//   8 warps take 1,450 + 8 x 272 = 3,630 cycles per iteration if they all wait and then all compute, and 2,380 if they
+//   run independently. At full bandwidth 64 KB take 4,530 cycles on an SM of an H100, 3,160 on an H200, 2,240 on a
+//   B200. So the kernel can request 1.25 to 1.9, 0.87 to 1.3 and 0.61 to 0.93 times the full bandwidth.
+//   8,192 rows on 528 resident blocks are 15.5 rounds, and blocks run independently, so the end of the launch costs at
+//   most 2 %. Shares of the bandwidth: H100 0.98 to 0.99, H200 0.84 to 0.98, B200 0.58 to 0.89. On a B200 the
+//   exponentials are the limit.
 #pragma once
 
 #include <cmath>
@@ -54,13 +55,13 @@ struct Traits {
   static constexpr bool kSoftcap = kSoftcap_;
   static constexpr int kSize =
       Vector<T>::kElements > Vector<R>::kElements ? Vector<T>::kElements : Vector<R>::kElements;
-  // Groups of each tensor that a thread loads before it uses the first: 64 bytes in flight, pair or not.
+  // Groups of each tensor that a thread loads before it uses the first: 64 bytes in flight in all variants.
   static constexpr int kUnroll = kKl ? DPO_ROW_UNROLL / 2 : DPO_ROW_UNROLL;
-  // Blocks that must fit on an SM: at most 64 registers a thread for the plain kernels, 80 with statistics or a
-  // reference; 128 for everything at once, which would use the stack and is bound by its tangents.
+  // Minimum of resident blocks per SM: at most 64 registers per thread without statistics and reference, 80 with one of
+  // them, 128 with everything, where fewer registers would spill and the tanh limits the speed in any case.
   static constexpr bool kWidest = kKl && kSquares && kSoftcap;
   static constexpr int kResident = (kWidest ? 2 : kKl || kEntropy || kMean || kSquares ? 3 : 4) * 256 / DPO_ROW_THREADS;
-  // What a thread hands to the merge, in this order.
+  // Fields of a thread's state in the merge.
   static constexpr int kOrigin = 0, kTop = 1, kSum = 2;
   static constexpr int kShifted = 3;
   static constexpr int kTotal = kShifted + kEntropy;
@@ -70,16 +71,16 @@ struct Traits {
   static constexpr int kFields = kDrift + (kKl ? 4 : 0);
 };
 
-// How a row is dealt out is the same for all variants, so asking for a statistic or for the reference changes no bit of
-// logps: threads of a row, groups of a thread in a tile, and groups between two looks at the maximum.
+// The distribution of a row over threads is the same in all variants, so the bits of logps do not depend on the
+// requested statistics or the reference: threads per row, groups of a thread per tile, and groups per maximum.
 constexpr int kRowThreads = DPO_ROW_THREADS;
 constexpr int kTileGroups = DPO_ROW_UNROLL;
 constexpr int kStep = 2;
 
-// What one thread knows of the logits it has seen. Logits are in base 2 here: t = z log2(e) - origin. The origin trails
-// the maximum by up to kSlack, so that raising it is rare; float32 sums of 2^t <= 2^kSlack lose nothing by that.
+// The state of one thread. Exponents are in base 2: t = z log2(e) - origin. The origin may be up to kSlack below the
+// maximum, so it is raised rarely; float32 sums of 2^t <= 2^kSlack lose no precision by that.
 constexpr float kSlack = 8.0f;
-constexpr int kChains = 2;  // independent additions: with eight warps per scheduler two hide their latency
+constexpr int kChains = 2;  // dependency chains of additions; with 8 warps per scheduler two hide their latency
 
 template <typename Tr>
 struct ThreadState {
@@ -144,8 +145,8 @@ DPO_DEVICE void raise_ref_origin(ThreadState<Tr>& s, float origin) {
   s.ref_origin = origin;
 }
 
-// Adds one logit (and its reference) under the current origins. kGuarded: -inf, whose probability is 0, leaves the
-// moments alone instead of making them NaN by 0 * inf.
+// Adds one logit (and its reference) with the current origins. kGuarded: a logit of -inf, whose probability is 0, does
+// not change the moments; without the guard they become NaN by 0 * inf.
 template <typename Tr, bool kGuarded>
 DPO_DEVICE void add_logit(ThreadState<Tr>& s, const Transform<Tr>& f, float x, float ref, int chain, bool in_mean) {
   const float z = f.value(x);
@@ -165,7 +166,7 @@ DPO_DEVICE void add_logit(ThreadState<Tr>& s, const Transform<Tr>& f, float x, f
   }
 }
 
-// Did the unguarded loop meet 0 * inf? A NaN among the logits has spoiled `sum` as well, and is there to stay.
+// Whether the moments, but not the sum, became NaN in the unguarded loop, by 0 * inf. A NaN logit makes both NaN.
 template <typename Tr>
 DPO_DEVICE bool lost_moments(const ThreadState<Tr>& s) {
   float moments = 0.0f, sums = 0.0f;
@@ -189,7 +190,7 @@ DPO_DEVICE float maximum(const Group<T, kSize>* groups) {
   return Vector<T>::widest(top);
 }
 
-// Adds kStep groups. Groups whose bit in `present` is clear hold -inf: neutral, guarded, for everything but the mean.
+// Adds kStep groups. Groups whose bit in `present` is 0 contain -inf, which with guards changes only the mean.
 template <typename Tr, bool kMasked>
 DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f, const Group<typename Tr::T, Tr::kSize>* x,
                            const Group<typename Tr::R, Tr::kSize>* ref, unsigned present) {
@@ -206,7 +207,7 @@ DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f, const Gro
 #pragma unroll
   for (int u = 0; u < kStep; ++u) {
     const bool in_mean = !kMasked || (present >> u & 1u) != 0;
-    if (Tr::kSoftcap && !in_mean) continue;  // a softcap makes -inf finite, so absent groups are not neutral
+    if (Tr::kSoftcap && !in_mean) continue;  // a softcap makes -inf finite, so absent groups must be skipped
 #pragma unroll
     for (int i = 0; i < Tr::kSize; ++i) {
       add_logit<Tr, kMasked>(s, f, x[u].get(i), Tr::kKl ? ref[u].get(i) : 0.0f, i % kChains, in_mean);
@@ -214,13 +215,14 @@ DPO_DEVICE void add_groups(ThreadState<Tr>& s, const Transform<Tr>& f, const Gro
   }
 }
 
-// How a row is cut: `groups` groups from its first logit on, then single logits to the end.
+// A row has `groups` groups from its first logit on, then single logits to the end.
 struct RowLayout {
   int groups;
-  int label_group;  // INT32_MAX when the label comes after the groups
+  int label_group;  // INT32_MAX if the label comes after the groups
 };
 
-// The logits that belong to no group the loops visit: the row's end and the label's neighbours; at most one per thread.
+// Adds the logits outside the groups of the loops, at most one per thread: the end of the row, and the rest of the
+// label's group.
 template <typename Tr>
 DPO_DEVICE void add_single(ThreadState<Tr>& s, const Transform<Tr>& f, const typename Tr::T* x,
                            const typename Tr::R* ref, const RowLayout& row, int label, int vocab, int thread) {
@@ -245,10 +247,10 @@ DPO_DEVICE void add_single(ThreadState<Tr>& s, const Transform<Tr>& f, const typ
   add_logit<Tr, true>(s, f, value, ref_value, 0, true);
 }
 
-// Tile t of the row is threads * kTileGroups consecutive groups. A warp takes kTileGroups times 512 bytes in a row of
-// it, so that a thread's loads differ by constant offsets from one address. A tile is walked in kTileGroups / kUnroll
-// phases. First come the tiles that need masks, that of the label and the partial last one, then all the others.
-// kAligned: so are the row and the reference's.
+// Tile t of the row is threads * kTileGroups consecutive groups. A warp processes kTileGroups times 512 consecutive
+// bytes of it, so the addresses of a thread's loads differ by constant offsets. A tile takes kTileGroups / kUnroll
+// phases. The tiles that need masks come first, that of the label and the partial last one, then all others. kAligned:
+// the rows of policy and reference are 16-byte aligned.
 template <typename Tr, bool kAligned>
 DPO_DEVICE ThreadState<Tr> add_row(const Transform<Tr>& f, const typename Tr::T* x, const typename Tr::R* ref,
                                    const RowLayout& row, int label, int vocab, int thread, int threads) {
@@ -268,7 +270,7 @@ DPO_DEVICE ThreadState<Tr> add_row(const Transform<Tr>& f, const typename Tr::T*
   for (bool again = false;; again = true) {
     ThreadState<Tr> s;
     add_single(s, f, x, ref, row, label, vocab, thread);
-    // Guarded: the two tiles that need it, or, the second time, all of them, in the order of the first time.
+    // Guarded iterations: the two tiles that need masks, or, the second time, all tiles in the same order.
     const int guarded = (2 + (again ? others : 0)) * kPhases;
     for (int k = 0; k < guarded; ++k) {
       const int j = k / kPhases - 2;
@@ -306,7 +308,7 @@ DPO_DEVICE ThreadState<Tr> add_row(const Transform<Tr>& f, const typename Tr::T*
   }
 }
 
-// The row's state. Sums are float64: the merge adds no rounding of its own. The tops are raw logits.
+// The merged state of the row. Sums are float64, so the merge adds no rounding error. The tops are raw logits.
 struct MergedState {
   double origin, top, sum, shifted, drift, total, ref_origin, ref_top, ref_sum, squares;
 };
@@ -321,7 +323,7 @@ DPO_DEVICE float warp_max(float value) {
 
 DPO_DEVICE float add_chains(const float (&chains)[kChains]) { return chains[0] + chains[1]; }
 
-// Threads' states in the shared memory of the row's first block, by field and thread.
+// The states of all threads in shared memory of the row's first block, by field and thread.
 template <typename Tr>
 using States = float[Tr::kFields][kRowThreads];
 
@@ -341,9 +343,9 @@ DPO_DEVICE void hand_to_leader(const ThreadState<Tr>& s, States<Tr>& states, int
   }
 }
 
-// One warp merges the states of all threads of the row; every lane gets the result. The order is fixed: each lane takes
-// its own lane of every warp, then the lanes are added by a tree. float64 is slow (1/64 of the float32 rate on consumer
-// cards), so no other warp does any.
+// One warp merges the states of all threads of the row; every lane gets the result. The order is fixed: each lane adds
+// the states of its lane in every warp, then a tree adds the lanes. Only this warp uses float64, because on consumer
+// GPUs it has 1/64 of the float32 rate.
 template <typename Tr>
 DPO_DEVICE MergedState merge_row(const States<Tr>& states, int threads) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -392,49 +394,50 @@ struct TokenValues {
   double of[token_row::count];
 };
 
-// The policy's or the reference's row, finished. z is the label's, top the largest of the others.
+// The results of the policy's or the reference's row. z is the label's logit, top the largest of the others.
 struct Side {
-  FinishedRow row;  // counts from top, on the loop's stretched scale
+  FinishedRow row;  // relative to top, with the loop's rounded log2(e)
   double z, top, logp, max, log_sum;
 };
 
-// A row on its way from the templated kernel to finish_row_of_batch, in shared memory.
+// Input of finish_row_of_batch from the templated kernel, in shared memory.
 struct RowSummary {
   MergedState state;
   Side policy, reference;
   float label_x, label_ref;
   bool legal, earlier_tie;
-  bool pair;  // the row's reference was read with it
-  // By careful_row: the drift counts from the tops; sum and moments, or ref_sum, count from the top itself.
+  bool pair;  // whether the reference was read in the same kernel
+  // centred: careful_row made the drift relative to the tops. exact, ref_exact: it computed the sum (and moments), or
+  // the reference's sum, relative to the top itself.
   bool centred, exact, ref_exact;
 };
 
-// Maxima of policy and reference further apart than this make float32 sums of their gaps too coarse.
+// If the maxima of policy and reference differ by more, float32 sums of their gaps are too inaccurate.
 constexpr double kNear = 256.0;
 
-// What the loops take for the logit x.
+// The loops' variable for the logit x.
 DPO_DEVICE float loop_value(const TokenLogpsParams& p, float x) {
   return p.logit_softcap != 0.0f ? p.logit_softcap * tanhf(x * (p.logit_scale / p.logit_softcap)) : x;
 }
 
-// Of that in z.
+// z divided by the loops' variable.
 DPO_DEVICE double unit_of(const TokenLogpsParams& p) {
   return p.logit_softcap != 0.0f ? 1.0 : static_cast<double>(p.logit_scale);
 }
 
-// How much the loops' log2(e), rounded to float32, stretches z.
+// The factor by which z is too large in the loops, because log2(e) is rounded to float32.
 DPO_DEVICE double stretch_of(const TokenLogpsParams& p) {
   return static_cast<double>(p.logit_softcap != 0.0f ? kLog2E : kLog2E * p.logit_scale) * kLn2 / unit_of(p);
 }
 
-// A sum of exponentials around `top` says nothing: it overflowed, met no mass, or the logits are too large for the
-// loop.
+// Whether a sum of exponentials relative to `top` is invalid: it overflowed or is 0, or the logits are too large for
+// the loop.
 DPO_DEVICE bool is_wrong(double sum, double top) {
   return !(fabs(sum) < INFINITY) || sum == 0.0 || !(fabs(top) < kLarge);
 }
 
-// Does the row need careful_row? A sum says nothing, a moment overflowed or met 0 * inf, or policy and reference lie so
-// far apart that float32 sums of their gaps say too little. (Or a logit is NaN.)
+// Whether the row needs careful_row: a sum is invalid, a moment overflowed or is NaN by 0 * inf, or policy and
+// reference differ so much that float32 sums of their gaps are inaccurate. (Also true if a logit is NaN.)
 static __device__ __noinline__ bool is_hostile(const TokenLogpsParams& p, RowSummary& row) {
   assume_shared(&row);
   const MergedState& s = row.state;
@@ -449,19 +452,19 @@ static __device__ __noinline__ bool is_hostile(const TokenLogpsParams& p, RowSum
   return row.exact || row.ref_exact || far || !(fabs(moments) < INFINITY);
 }
 
-// One of the two rows of a token. Not inlined: policy and reference share it, and it takes a row's float64 numbers out
-// of the registers.
+// Computes the results of one of the two rows of a token. Not inlined: policy and reference share the code, and its
+// float64 values use no registers of the caller.
 static __device__ __noinline__ void finish_side(const TokenLogpsParams& p, RowSummary& summary, bool reference) {
   assume_shared(&summary);
   const MergedState& s = summary.state;
-  // The loops scale by log2(e) rounded to float32, which stretches every z by 1 + 1.3e-8. The label and the moments are
-  // stretched alike here, so that they meet the sums on one scale; a log-probability is then brought back. All counts
-  // from the largest of the other logits, so that the stretch touches differences alone.
+  // The loops scale by log2(e) rounded to float32, which multiplies every z by 1 + 1.3e-8 ("stretch"). Here the label
+  // and the moments are multiplied by the same factor, to be consistent with the sums, and a log-probability is then
+  // divided by it. Everything is relative to the largest of the other logits, so the factor affects only differences.
   const double unit = unit_of(p), stretch = stretch_of(p);
   double z = static_cast<double>(reference ? summary.label_ref : summary.label_x) * static_cast<double>(p.logit_scale);
   if (p.logit_softcap != 0.0f) z = p.logit_softcap * tanh(z / static_cast<double>(p.logit_softcap));
   const double raw_top = reference ? s.ref_top : s.top, sum = reference ? s.ref_sum : s.sum;
-  // Where no other logit is above -inf, all counts from the label's own.
+  // If all other logits are -inf, everything is relative to the label's logit.
   const double top = raw_top > -INFINITY ? unit * loop_value(p, static_cast<float>(raw_top)) : z;
   OnlineSoftmax<double> others{-INFINITY, sum, 0.0, 0.0, 0.0};
   if (sum != 0.0) others.max = (reference ? s.ref_origin : s.origin) * kLn2 - top * stretch;
@@ -478,8 +481,8 @@ static __device__ __noinline__ void finish_side(const TokenLogpsParams& p, RowSu
   side.row = finish_row(others, rise * stretch);
   side.max = side.row.logp == side.row.logp ? top + above : NAN;
   side.log_sum = side.row.log_sum + (side.row.max - above * stretch);
-  // Below the top the label's distance is added as it is: of 1e15 a multiplication and a division would lose more than
-  // logp's other part.
+  // If the label is below the top, its distance is added without the stretch: if it is 1e15, the rounding errors of a
+  // multiplication and a division would exceed the other part of logp.
   side.logp = rise < 0.0 ? rise - side.log_sum : side.row.logp / stretch;
 }
 
@@ -503,7 +506,7 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, RowSummary& summa
     out.of[token_row::ref_logps] = ref.logp;
     out.of[token_row::ref_max] = ref.max;
     out.of[token_row::ref_log_sum] = ref.log_sum;
-    // Gaps are counted as they are, without the stretch: so stage 3 meets them.
+    // Gaps are computed without the stretch, as in stage 3.
     FinishedRow row = own.row, ref_row = ref.row;
     const double rise = own.z - own.top, ref_rise = ref.z - ref.top;
     row.max = fmax(rise, 0.0);
@@ -512,14 +515,15 @@ DPO_DEVICE TokenValues finish_token(const TokenLogpsParams& p, RowSummary& summa
     ref_row.log_sum = ref.log_sum;
     if (!summary.centred) row.drift -= row.p_others * (own.top - ref.top);
     const double kl = kl_of(row, ref_row, rise, ref_rise);
-    // 0 * inf: a reference of -inf met a policy probability that underflowed, which is still positive.
+    // NaN by 0 * inf: a reference of -inf and a policy probability that underflowed to 0 but is positive.
     out.of[token_row::kl] = kl != kl && !nan && ref.log_sum == ref.log_sum ? INFINITY : kl;
   }
   return out;
 }
 
-// The first thread: a row's results from its merged state, in float64. Not inlined: a few hundred rare instructions
-// that would otherwise be compiled into each of the kernels, and need more registers than the loops leave.
+// Computes and stores the results of a row from its merged state, in float64, in the first thread. Not inlined: it is a
+// few hundred instructions, executed once per row, which would be compiled into every kernel and need more registers
+// than the loops.
 static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& p, RowSummary& row, int64_t token,
                                                         bool is_reference) {
   assume_shared(&row);
@@ -537,20 +541,20 @@ static __device__ __noinline__ void finish_row_of_batch(const TokenLogpsParams& 
   }
 #pragma unroll
   for (int r = 0; r < token_row::count; ++r) {
-    const bool found = r != token_row::ref_logps || row.pair;  // else the reference's own row finds it
+    const bool found = r != token_row::ref_logps || row.pair;  // else the block of the reference's row stores it
     if (found && p.rows[r] != nullptr) p.rows[r][token] = values.of[r];
   }
   if (token == 0 && p.to_clear != nullptr) *p.to_clear = 0;
 }
 
-// ---- A hostile row ----
+// ---- A row with extreme values ----
 
 constexpr int kCarefulSums = 6;
 using CarefulScratch = double[kRowThreads / kWarp * kCarefulSums];
 
-// The row's sums once more, each guarded and in float64, from the exact maxima: exponents and gaps are differences from
-// them. A sum that the loops found right stays as it is, so that no bit of a log-probability depends on the statistics
-// asked for; the moments are brought to its origin and size. All threads of the row's first block call this.
+// Computes the sums of the row again in float64, guarded, and relative to the exact maxima. A valid sum of the loops is
+// kept, so the bits of a log-probability do not depend on the requested statistics; the moments are converted to its
+// origin and scale. All threads of the row's first block call this.
 template <typename Tr>
 static __device__ __noinline__ void careful_row(const TokenLogpsParams& p, int64_t token, bool is_reference,
                                                 double* scratch, RowSummary& summary) {
@@ -566,8 +570,8 @@ static __device__ __noinline__ void careful_row(const TokenLogpsParams& p, int64
   for (int i = static_cast<int>(threadIdx.x); i < vocab; i += static_cast<int>(blockDim.x)) {
     if (i == label) continue;
     const float z = f.value(Vector<typename Tr::T>::widen(x[i]));
-    // With a reference in float64: what float32 takes for 0 has mass, and a reference of -inf makes its divergence
-    // infinite.
+    // With a reference in float64: a probability that underflows in float32 is positive, and a reference of -inf then
+    // makes the divergence infinite.
     const float t = (z - origin) * f.log2_scale;
     const double e = Tr::kKl ? exp(static_cast<double>(t) * kLn2) : static_cast<double>(fast_exp2(t));
     sum += e;
@@ -613,7 +617,7 @@ static __device__ __noinline__ void careful_row(const TokenLogpsParams& p, int64
 
 // ---- The kernel ----
 
-// Is a logit equal to the label's found before the label? All threads of the block call this.
+// Whether a logit equal to the label's comes before the label. All threads of the block call this.
 template <typename T>
 DPO_DEVICE bool appears_before(const T* x, int label, float value) {
   bool found = false;
@@ -640,7 +644,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
   const int threads = static_cast<int>(blockDim.x) * blocks_per_row;
   const int thread = rank * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
   const bool leader_warp = threadIdx.x < kWarp;
-  // Without kl the reference's rows are rows like the policy's, in the second half of the grid.
+  // Without kl the rows of the reference are processed like rows of the policy, in the second half of the grid.
   const bool is_reference = blockIdx.y == 1;
   if (blocks_per_row > 1) cluster_arrive();
 
@@ -657,7 +661,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     const R* ref = nullptr;
     if constexpr (Tr::kKl) ref = row_of<R>(p.reference, p, token);
     RowLayout row;
-    row.groups = (vocab - 1) / Tr::kSize;  // a logit is left at least, so that no group's words pass the row's end
+    row.groups = (vocab - 1) / Tr::kSize;  // at least one logit is left, so no group reads past the end of the row
     row.label_group = label < row.groups * Tr::kSize ? label / Tr::kSize : INT32_MAX;
     const Transform<Tr> f = transform_of<Tr>(p);
 
@@ -667,7 +671,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     const ThreadState<Tr> state = aligned ? add_row<Tr, true>(f, x, ref, row, label, vocab, thread, threads)
                                           : add_row<Tr, false>(f, x, ref, row, label, vocab, thread, threads);
 
-    if (blocks_per_row > 1) cluster_wait();  // block 0 has started: its shared memory is there
+    if (blocks_per_row > 1) cluster_wait();  // until block 0 has started and its shared memory exists
     hand_to_leader<Tr>(state, states, thread);
     if (blocks_per_row > 1) {
       cluster_arrive();
@@ -691,7 +695,7 @@ __global__ void __launch_bounds__(kRowThreads, Tr::kResident)
     __syncthreads();
     if (hostile) careful_row<Tr>(p, token, is_reference, scratch, summary);
     if (p.rows[token_row::accuracy] != nullptr && !is_reference) {
-      // argmax takes the first of equals: only a tie with the maximum sends the block over the row's start again.
+      // argmax returns the first maximum. If the label ties with it, the block reads the start of the row again.
       if (tied) {
         const bool found = appears_before(x, label, label_x);
         if (threadIdx.x == 0) summary.earlier_tie = found;

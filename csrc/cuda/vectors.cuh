@@ -1,4 +1,4 @@
-// 16 bytes of logits at a time: unpacking to float32, packed maxima, packing back. One trait per dtype.
+// Groups of 16 bytes of logits: unpacking to float32, packed maxima, and packing. One trait per dtype.
 #pragma once
 
 #include <cmath>
@@ -7,11 +7,11 @@
 
 namespace dpo::cuda {
 
-// In place of the dtype of a reference that is not there.
+// The type that stands for the dtype of a missing reference.
 struct NoReference {};
 
 template <typename T>
-struct Vector;  // kElements per 16 bytes, kMinusInfinity as a packed word
+struct Vector;  // kElements per 16 bytes; kMinusInfinity is a packed word
 
 template <>
 struct Vector<float> {
@@ -97,8 +97,8 @@ struct Vector<__half> {
   }
 };
 
-// kSize consecutive logits held as packed words by one thread: 16 bytes, or several times that where the row of a wider
-// dtype is walked beside one of a narrower dtype (kSize follows the narrower).
+// kSize consecutive logits as packed words of one thread: 16 bytes, or a multiple for the wider of two dtypes that are
+// processed together (kSize is that of the narrower).
 template <typename T, int kSize>
 struct Group {
   static constexpr int kLoads = kSize / Vector<T>::kElements;
@@ -106,20 +106,20 @@ struct Group {
   static constexpr int kPerWord = kSize / kWords;
   uint32_t words[kWords];
 
-  // i is a constant after unrolling, so the choice costs nothing.
+  // i is a constant after unrolling, so there is no branch.
   DPO_DEVICE float get(int i) const {
     const uint32_t word = words[i / kPerWord];
     return i % kPerWord == 0 ? Vector<T>::template unpack<0>(word) : Vector<T>::template unpack<1>(word);
   }
 };
 
-// A row of logits, read kSize of them at a time from columns that are multiples of kSize.
+// Reads a row of logits in groups of kSize, from columns that are multiples of kSize.
 //
-// kAligned: the row begins at a multiple of 16 bytes, and 128-bit loads serve. Otherwise a group is made of aligned
-// words, of which all but the first are found in L1, so the traffic to HBM is unchanged; a funnel shift each puts them
-// in place where a row of 16-bit logits begins in the middle of a word. A word is read whole if it holds a logit of the
-// group, so one neighbouring logit on either side may come with it, unused. What comes before a row's first logit
-// shares a word with it, so it is readable; the caller leaves a logit after the last group.
+// kAligned: the row is 16-byte aligned, and groups are read by 128-bit loads. Otherwise a group is assembled from
+// aligned words; all but the first hit L1, so the traffic to HBM is the same. If a row of 16-bit logits begins in the
+// middle of a word, funnel shifts move them into place. A word is read if it contains a logit of the group, so one
+// adjacent logit on either side may be read with it and not used. That is legal: the logit before the row shares a word
+// with its first one, and the caller leaves at least one logit after the last group.
 template <typename T, int kSize, bool kAligned, bool kReadOnly>
 struct RowReader {
   const char* words;  // the row's first logit, rounded down to a word
@@ -151,7 +151,7 @@ struct RowReader {
 #pragma unroll
       for (int k = 0; k < kWords; ++k) g.words[k] = load4<kReadOnly>(address + 4 * k);
       if constexpr (sizeof(T) == 2) {
-        // Without a shift the last word is one that has been read already.
+        // Without a shift this reads a word again that has already been read.
         const uint32_t end = load4<kReadOnly>(address + last);
 #pragma unroll
         for (int k = 0; k < kWords; ++k) {

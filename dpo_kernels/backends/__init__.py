@@ -1,8 +1,8 @@
-"""Which implementation of the stages serves a device, and why the others do not.
+"""Selection of the backend: the implementation of the stages that serves a call.
 
-A backend is a module with four functions, `token_logps`, `sequence_sums`, `preference_loss` and `logits_grad` (plain
-tensors in and out, no autograd; `eager.py` is the shortest to read). It is imported when first needed, so that
-`import dpo_kernels` needs neither a compiler nor Triton.
+A backend is a module with the functions `token_logps`, `sequence_sums`, `preference_loss` and `logits_grad`. They take and
+return plain tensors and do not use autograd; the simplest implementation is `eager.py`. A backend is imported when it is first
+needed, so `import dpo_kernels` needs neither a compiler nor Triton.
 """
 
 from __future__ import annotations
@@ -23,39 +23,40 @@ import torch
 #: Every backend, and for each device type the order in which they are tried.
 NAMES = ("eager", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
-#: float64 logits are the checking path; GPU kernels do not have it.
+#: Backends that accept float64 logits, which serve for checks; GPU kernels do not.
 FLOAT64 = ("eager", "cpu")
 
-#: Those whose kernels are compiled for the device at hand by compilers that we have not met: their first use is checked.
+#: Backends with a self-check at first use, because their kernels are compiled for the user's GPU by the user's compiler.
 GPU_BACKENDS = ("triton", "cuda")
 
-#: What `use_backend` asks for in this thread or task.
+#: The backend that `use_backend` has set in this thread or task.
 _forced: ContextVar[str | None] = ContextVar("dpo_kernels_backend", default=None)
-#: What a `use_backend` that was entered or left last left behind, in any thread: torch.compile cannot look at a ContextVar, and
-#: retraces when this changes.
+#: The backend after the last entry or exit of `use_backend` in any thread. torch.compile cannot read a ContextVar; it reads this
+#: variable and traces again when it changes.
 _latest: str | None = None
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
-#: (backend, device type, index, variant) that need no further thought, and the backends that failed, with the sentence.
+#: (backend, device type, index, variant) that need no further check.
 trusted: set[tuple[str, str, int | None, Variant]] = set()
+#: Backends that failed their self-check -> the reason.
 refused: dict[tuple[str, str, int | None], str] = {}
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend cannot serve here; the message says why."""
+    """A backend cannot serve a call; the message gives the reason."""
 
 
 def check_name(name: str) -> str:
-    """Return `name`, or raise ValueError listing the known backends."""
+    """Return `name`. Raises ValueError, which lists the known backends, if it is unknown."""
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(NAMES)}")
     return name
 
 
 def load_library(path: Path, namespace: str, operators: tuple[str, ...]) -> None:
-    """Load a native library. Raises BackendUnavailable where it does not load, or lacks one of our operators."""
+    """Load a native library. Raises BackendUnavailable if it does not load or lacks one of the operators."""
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -63,7 +64,7 @@ def load_library(path: Path, namespace: str, operators: tuple[str, ...]) -> None
     missing = [name for name in operators if not hasattr(getattr(torch.ops, namespace), name)]
     if missing:
         raise BackendUnavailable(
-            f"{path} has no operator {namespace}::{missing[0]}; delete it, to have it compiled anew"
+            f"{path} has no operator {namespace}::{missing[0]}; delete it, and it will be compiled again"
         )
 
 
@@ -74,13 +75,13 @@ def _attempt(name: str, device_type: str) -> ModuleType | str:
         module.check_available(device_type)
     except BackendUnavailable as reason:
         return str(reason)
-    except Exception as error:  # an old Triton, a broken driver: another backend serves, and the reason is told
+    except Exception as error:  # for example an old Triton or a broken driver; another backend is used
         return f"{type(error).__name__}: {error}"
     return module
 
 
 def load(name: str, device_type: str) -> ModuleType:
-    """The backend's module. Raises BackendUnavailable with the reason where it cannot serve this device type."""
+    """The backend's module. Raises BackendUnavailable, with the reason, if it cannot serve this device type."""
     found = _attempt(name, device_type)
     if isinstance(found, str):
         raise BackendUnavailable(f"backend {name!r} cannot serve {device_type} tensors: {found}")
@@ -88,13 +89,21 @@ def load(name: str, device_type: str) -> ModuleType:
 
 
 def why_not(name: str, device_type: str) -> str | None:
-    """None if the backend serves this device type, else the reason why it does not."""
+    """None if the backend can serve this device type, else the reason why not."""
     found = _attempt(name, device_type)
     return found if isinstance(found, str) else None
 
 
 class LinearVariant(NamedTuple):
-    """What of a call of the linear path decides which kernels it runs, beside what `Variant` says."""
+    """The additional properties of a call of the linear path that determine its kernels.
+
+    Attributes:
+        strategy: see `dpo_kernels.linear.planner`.
+        fused: the fused kernels compute the products.
+        bias: the head has a bias.
+        hidden: the hidden states need a gradient.
+        weight: the weight needs a gradient.
+    """
 
     strategy: str
     fused: bool = False
@@ -104,15 +113,21 @@ class LinearVariant(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What of a call decides which of a backend's kernels it runs: the self-check's key.
+    """The properties of a call that determine which kernels of a backend it runs; the key of the self-check.
 
     Attributes:
-        dtype: of the logits, or of the linear path's products.
-        reference: dtype of the reference's logits, "sums" where its sums are given, or None.
+        dtype: dtype of the logits, or of the linear path's products.
+        reference: dtype of the reference's logits, "sums" if its sums are given, or None.
         aligned: every row of V logits starts at a multiple of 8 elements.
-        statistics, terms: results per token, and the divergences that are differentiated ("kl", "forward_kl").
-        loss: "sigmoid" or "robust", which the kernels know, or "sums" for everything that is built on sums.
-        few_rows: fewer than MANY_ROWS tokens, for which a kernel may share a row among several blocks.
+        statistics: statistics per token.
+        terms: the token-level divergences that the loss depends on ("kl", "forward_kl").
+        loss: "sigmoid" or "robust", which the kernels compute, or "sums" for losses that are computed from the sums.
+        packed: the layout is packed (cu_seqlens).
+        softcap: the logits have a softcap.
+        negative_scale: logit_scale is negative.
+        grad: a gradient is needed.
+        few_rows: fewer than MANY_ROWS tokens, for which a kernel may split a row among several blocks.
+        linear: the properties of a call of the linear path, or None.
     """
 
     dtype: torch.dtype
@@ -129,7 +144,7 @@ class Variant(NamedTuple):
     linear: LinearVariant | None = None
 
     def __str__(self) -> str:
-        """Distinct for distinct variants."""
+        """A text that is unique for each variant."""
         words = [_name_of(self.dtype), "aligned" if self.aligned else "odd V"]
         words += [] if self.reference is None else [f"reference {_name_of(self.reference)}"]
         words += [*self.statistics, *(f"d {name}" for name in self.terms), self.loss]
@@ -142,7 +157,7 @@ class Variant(NamedTuple):
         return ", ".join(words)
 
 
-#: 4 rows for each multiprocessor of the largest GPU at hand, a B200: below, some kernels share a row among blocks.
+#: 4 rows per multiprocessor of the largest supported GPU, a B200. With fewer rows, some kernels split a row among blocks.
 MANY_ROWS = 600
 
 
@@ -151,9 +166,9 @@ def _name_of(dtype: torch.dtype | str) -> str:
 
 
 def candidates(device_type: str) -> Iterator[str]:
-    """The backends that serve a device type, in the order in which they are tried; eager always does.
+    """The backends that can serve a device type, in order of preference; "eager" is always among them.
 
-    One is asked only when those before it were not enough: to ask the cuda backend may compile its library.
+    A backend is imported only when the iteration reaches it, because importing the cuda backend may compile its library.
     """
     order = PREFERENCE.get(device_type, ("eager",))
     reason = why_not(order[0], device_type)
@@ -163,7 +178,7 @@ def candidates(device_type: str) -> Iterator[str]:
 
 
 def _constant(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """torch.compiler.assume_constant_result, which sets this mark too, but imports the whole compiler for it."""
+    """Like torch.compiler.assume_constant_result, which sets the same attribute but imports the whole compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -174,7 +189,7 @@ def _warn_once(text: str) -> None:
 
 
 def default(device_type: str, index: int | None = None) -> str:
-    """The first backend of the device's preference that serves it and that its self-check has not refused."""
+    """The most preferred backend that can serve the device and has not failed its self-check."""
     first = PREFERENCE.get(device_type, ("eager",))[0]
     if (first, device_type, index) not in refused and why_not(first, device_type) is None:
         return first
@@ -183,21 +198,24 @@ def default(device_type: str, index: int | None = None) -> str:
 
 @_constant
 def _automatic(device_type: str, index: int | None = None) -> tuple[str, bool]:
-    """(backend, whether the user named it)."""
+    """(backend, whether the user selected it by DPO_KERNELS_BACKEND)."""
     wish = os.environ.get("DPO_KERNELS_BACKEND")
     return (check_name(wish), True) if wish else (default(device_type, index), False)
 
 
 def _wish() -> str | None:
-    """The backend that `use_backend` asks for, or None."""
+    """The backend that `use_backend` has set, or None."""
     return _latest if torch.compiler.is_compiling() else _forced.get()
 
 
 def resolve(device: torch.device | str, dtype: torch.dtype) -> str:
-    """The backend's name for logits of this kind: `use_backend`, then DPO_KERNELS_BACKEND, then the default.
+    """The name of the backend for logits of this device and dtype.
 
-    Raises TypeError if the backend that was asked for has no float64 and the logits are float64; a default gives way to
-    eager instead.
+    `use_backend` takes precedence over DPO_KERNELS_BACKEND, and that over the default. For float64 logits, the default is
+    replaced by "eager" if it has no float64.
+
+    Raises:
+        TypeError: the logits are float64, and the backend that the user selected has no float64.
     """
     if isinstance(device, str):
         device = torch.device(device)
@@ -214,21 +232,24 @@ def resolve(device: torch.device | str, dtype: torch.dtype) -> str:
 def _checked(
     forced: str | None, name: str, device_type: str, index: int | None, fields: tuple, linear: tuple | None
 ) -> str:
-    # Plain tuples: the constants that torch.compile hands over when it traces a call must be of built-in types.
+    # The arguments are plain tuples, because torch.compile passes only constants of built-in types when it traces a call.
     variant = Variant._make((*fields, None if linear is None else LinearVariant._make(linear)))
     if (name, device_type, index, variant) in trusted:
         return name
-    from .. import trust  # only where there is something to check
+    from .. import trust  # imported only if there is something to check
 
     asked = forced is not None or bool(os.environ.get("DPO_KERNELS_BACKEND"))
     return trust.decide(name, device_type, index, variant, asked=asked)
 
 
 def checked(name: str, device: torch.device, variant: Variant) -> str:
-    """`name` if the self-check finds the kernels that a call needs right, else the backend that serves in its place.
+    """`name` if the kernels that a call needs pass the self-check, else the backend that is used instead.
 
-    Each variant is checked once, when a process first needs it on a device (dpo_kernels/trust.py); later calls cost a
-    look-up in a set. Raises BackendUnavailable if a backend that the user named fails.
+    A variant is checked once, when a process first needs it on a device (dpo_kernels/trust.py). Later calls cost one look-up in
+    a set.
+
+    Raises:
+        BackendUnavailable: the check failed, and the user selected this backend.
     """
     if name not in GPU_BACKENDS:
         return name
@@ -238,11 +259,23 @@ def checked(name: str, device: torch.device, variant: Variant) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve all calls inside the `with` block by one backend: "eager", "cpu", "triton" or "cuda".
+    """Context manager that selects the backend of all calls inside a `with` block.
 
-    Raises ValueError for an unknown name; a call whose tensors it cannot serve raises BackendUnavailable.
-    The choice holds in this thread (or asyncio task) alone, and a graph keeps it for its backward. What torch.compile traces
-    takes the choice that was made last in any thread.
+    The choice applies to this thread or asyncio task only. The backward pass uses the backend of its forward pass. Code that
+    torch.compile traces uses the most recent choice of any thread. A call whose tensors the backend cannot serve raises
+    `BackendUnavailable`.
+
+    Example:
+        ```python
+        with use_backend("eager"):
+            out = dpo_loss(logits, labels, ref_logits=ref_logits)
+        ```
+
+    Args:
+        name: "eager", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: the name is unknown.
     """
     global _latest
     token = _forced.set(check_name(name))

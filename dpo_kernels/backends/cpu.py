@@ -1,4 +1,4 @@
-"""The stages in compiled C++ (csrc/cpu): loads the library, or compiles it on first use, and allocates the outputs."""
+"""The CPU backend, compiled C++ (csrc/cpu): loads the library, or compiles it at first use, and allocates the outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dty
 
 logger = logging.getLogger(__name__)
 
-#: What csrc/cpu/ops.cpp registers.
+#: The operators that csrc/cpu/ops.cpp registers.
 OPERATORS = (
     "token_logps", "logits_grad", "sequence_sums", "preference_loss", "preference_forward", "preference_backward",
     "filter_count", "filter_fill", "filtered_grad_hidden", "filtered_grad_weight", "product", "prefer_huge_pages", "isa",
@@ -34,29 +34,29 @@ def _load() -> None:
 def check_available(device_type: str) -> None:
     """Raise BackendUnavailable unless the library loads and the tensors are on the CPU."""
     if device_type != "cpu":
-        raise BackendUnavailable("the native CPU kernels serve CPU tensors only")
+        raise BackendUnavailable("the native CPU kernels support CPU tensors only")
     if not hasattr(torch.ops.dpo_kernels_cpu, "token_logps"):
         _load()
 
 
 def instruction_set() -> str:
-    """The instruction set that the row kernels run with on this CPU: "baseline", "avx2" or "avx512"."""
+    """The instruction set of the row kernels on this CPU: "baseline", "avx2" or "avx512"."""
     return ("baseline", "avx2", "avx512")[torch.ops.dpo_kernels_cpu.isa()]
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `product` is quicker than torch's library for matrices of this dtype.
+    """Whether the linear path uses `product` instead of torch's library for matrices of this dtype.
 
-    It is on CPUs with AVX2 and no AVX-512, above all in 16-bit formats, for which they have no instruction
-    (benchmarks/test_products.py). AVX-512 CPUs were not measured and keep the library.
+    It does on CPUs with AVX2 but without AVX-512, where `product` is faster, above all for 16-bit dtypes, for which these CPUs
+    have no instructions (benchmarks/test_products.py). It was not measured with AVX-512.
     """
     return dtype != torch.float64 and instruction_set() == "avx2"
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
-    """a b (+ bias) into `out` [M, N], or onto it (float32 only); a [M, K] and b [K, N] of any 16- or 32-bit dtype.
+    """Writes a @ b (+ bias) to `out` [M, N], or adds it (float32 only); a [M, K] and b [K, N] of any 16- or 32-bit dtype.
 
-    The sums are float32, rounded once. An entry has the same bits whatever the other rows and columns are.
+    Sums are float32 and rounded once. The bits of an entry do not depend on the other rows and columns.
     """
     a, b = (matrix if 1 in matrix.stride() else matrix.contiguous() for matrix in (a, b))
     torch.ops.dpo_kernels_cpu.product.default(a, b, None if bias is None else bias.float().contiguous(), add, out)
@@ -75,7 +75,7 @@ def token_logps(
     try:
         torch.ops.dpo_kernels_cpu.token_logps.default(logits, labels, ref_logits, *transform, asked, tokens)
     except RuntimeError:
-        check_labels(labels, logits.shape[-1], transform.ignore_index)  # C++ cannot raise a ValueError
+        check_labels(labels, logits.shape[-1], transform.ignore_index)  # raises ValueError, which C++ cannot
         raise
     return tokens
 
@@ -121,7 +121,7 @@ def logits_grad(
 ) -> None:
     """Stage 3."""
     if token_kl is not None and token_kl.ref_logits.dtype == torch.float64 != logits.dtype:
-        # The row kernels compute in float64 only where the gradient is stored in it.
+        # The row kernels compute in float64 only if the gradient is float64.
         eager.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         return
     reference = (None,) * len(TokenKL._fields) if token_kl is None else token_kl

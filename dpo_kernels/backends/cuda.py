@@ -1,6 +1,6 @@
-"""The stages in CUDA C++ (csrc/cuda): loads the library, or compiles it on first use, and allocates the outputs.
+"""The CUDA C++ backend (csrc/cuda): loads the library, or compiles it at first use, and allocates the outputs.
 
-A whole call of the sigmoid family is two launches forward and one backward.
+A whole call of the sigmoid family takes two kernel launches in the forward pass and one in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dty
 
 logger = logging.getLogger(__name__)
 
-#: What csrc/cuda/ops.cpp registers.
+#: The operators that csrc/cuda/ops.cpp registers.
 OPERATORS = (
     "token_logps", "logits_grad", "sequence_sums", "preference_loss", "preference_forward", "preference_backward",
 )  # fmt: skip
 
-# The library's operators. (Tests put those of the emulator here.)
+# The library's operators. Tests replace them by those of the emulator.
 _kernels = torch.ops.dpo_kernels_cuda
 
 
 def _load() -> None:
     try:
-        # A library compiled at installation may serve any GPU; one compiled on first use is for the GPU at hand and takes
-        # a third of the time.
+        # A library compiled at installation may serve any GPU. At first use it is compiled for this GPU only, which takes a third
+        # of the time.
         capability = torch.cuda.get_device_capability()
         build, variant = _build.build_for_device(capability), _build.variant_of(capability)
         path = _build.find_or_build("cuda", build, lambda line: print(line, file=sys.stderr), variant)
@@ -43,7 +43,7 @@ def _load() -> None:
 def check_available(device_type: str) -> None:
     """Raise BackendUnavailable unless the tensors are on a CUDA device and the library loads."""
     if device_type != "cuda":
-        raise BackendUnavailable("the CUDA kernels serve CUDA tensors only")
+        raise BackendUnavailable("the CUDA kernels support CUDA tensors only")
     if torch.version.cuda is None or not torch.cuda.is_available():
         raise BackendUnavailable("this torch sees no CUDA device")
     if torch.cuda.get_device_capability() < (8, 0):
@@ -56,7 +56,7 @@ def _check_logits(logits: Tensor, ref_logits: Tensor | None) -> None:
     for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
         if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
-                f"the CUDA kernels take float32, bfloat16 or float16 {name}, not {str(tensor.dtype).removeprefix('torch.')}; "
+                f"the CUDA kernels need float32, bfloat16 or float16 {name}, not {str(tensor.dtype).removeprefix('torch.')}; "
                 'use_backend("eager") computes in float64'
             )
 
@@ -137,8 +137,8 @@ def preference_forward(
     tokens = _empty(labels, asked.bit_count(), *labels.shape)
     sequences, losses = _empty(labels, len(SEQUENCE_ROWS) + len(statistics), 2 * pairs), _empty(labels, pairs)
     loss = logits.new_empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
-    # Of this call alone, and cleared by its first launch: nothing that a CUDA graph's pool owns outlives the call, and
-    # calls on several streams, replays and launches that failed do not meet in it.
+    # A counter for this call only, cleared by its first launch. A counter shared by calls would be wrong with several streams,
+    # replays of a CUDA graph, or after a failed launch, and one from a graph's memory pool would outlive its call.
     pairs_done = labels.new_empty(1, dtype=torch.int32)
     _kernels.preference_forward.default(
         logits, labels, ref_logits, *transform, asked, *weighting[:3], REDUCTIONS.index(weighting.reduction), *family,

@@ -1,7 +1,7 @@
-"""The stages in plain PyTorch: always works, any device, any floating dtype; the slow obvious version of each kernel.
+"""The eager backend: the stages in plain PyTorch, for any device and any floating dtype; slow, but easy to verify.
 
-Data flow: the logits are upcast and read about eight times, with several [tokens, vocabulary] temporaries. Every other
-backend computes the same numbers in one read (forward) and one read and one write (backward).
+The logits are converted to float32 or float64 and read about eight times, with several [tokens, vocabulary] temporaries. Every
+other backend computes the same values with one read in the forward pass, and one read and one write in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from ..reference import likeliest, transform_logits
 from ..stages import TokenKL, Transform, check_labels, small_dtype, token_rows
 
-#: Elements of a block of `logits_grad_with_kl`; some ten temporaries of this size exist at a time.
+#: Elements of a block of `logits_grad_with_kl`; about ten temporaries of this size exist at a time.
 BLOCK = 1 << 20
-#: Logits, and gaps between them, are added up this much smaller: so thousands of the lowest finite ones, which masks are made
-#: of, do not overflow. A power of two, which rounds nothing.
+#: Logits and their differences are scaled by this factor before they are summed, so that sums of the lowest finite logits, which
+#: masks use, do not overflow. A power of two, so that scaling does not round.
 TINY = 2.0**-40
 
 
 def check_available(device_type: str) -> None:
-    """Eager PyTorch serves every device: never raises."""
+    """Never raises, because eager PyTorch serves every device."""
 
 
 def _work_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -32,14 +32,14 @@ def _work_dtype(*tensors: Tensor | None) -> torch.dtype:
 def _log_softmax_parts(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(logp of the indexed entries, maximum, log of the sum of exp(z - maximum)); [B, T] each.
 
-    The label stays out of the sum behind logp, so that a p near 1 does not cancel.
+    logp is computed from a sum without the label's term, which avoids cancellation where p is near 1.
     """
     small = small_dtype(z.device)
     z_label = z.gather(-1, index).squeeze(-1).to(small)
     rest = z.scatter(-1, index, float("-inf"))
     top = rest.amax(-1, keepdim=True)
     top = torch.where(top == float("-inf"), 0.0, top)
-    # Maximum and sum join in float64: a float32 log-sum-exp near 16 would be rounded to 1e-6.
+    # Maximum and log of the sum are added in float64: a float32 log-sum-exp near 16 has a rounding error of 1e-6.
     log_others = (rest - top).exp().sum(-1).to(small).log()
     top = top.squeeze(-1).to(small)
     gap = log_others + (top - z_label)  # log-odds against the label
@@ -67,7 +67,7 @@ def token_logps(
     z = transform_logits(logits.to(work), transform.scale, transform.softcap)
     found: dict[str, Tensor] = {}
     found["logps"], found["max"], found["log_sum"] = _log_softmax_parts(z, index)
-    # Moments under e = exp(z - top), divided by their own sum: rounding top or log_sum cancels.
+    # Moments with weights e = exp(z - top), divided by the sum of e, so that the rounding errors of top and log_sum cancel.
     shifted = _from_top(z)
     e = shifted.exp()
     mass = e.sum(-1).to(small)
@@ -75,7 +75,7 @@ def token_logps(
         ref_z = transform_logits(ref_logits.to(work), transform.scale, transform.softcap)
         found["ref_logps"], found["ref_max"], found["ref_log_sum"] = _log_softmax_parts(ref_z, index)
         if "kl" in statistics:
-            # Where e is 0 the difference may be infinite; such entries carry no mass.
+            # Entries with e = 0 do not contribute, but their difference may be infinite.
             drift = torch.where(e == 0, 0.0, e * _scaled_gap(z, ref_z)).sum(-1).to(small) / mass
             found["kl"] = drift / TINY - found["log_sum"] + found["ref_log_sum"]
     if "entropy" in statistics:
@@ -92,23 +92,23 @@ def token_logps(
 
 
 def _from_top(z: Tensor) -> Tensor:
-    """z less its row's maximum; unchanged where that is infinite."""
+    """z minus its row's maximum; unchanged where the maximum is infinite."""
     top = z.amax(-1, keepdim=True)
     return z - torch.where(top.isinf(), 0.0, top)
 
 
 def _scaled_gap(z: Tensor, ref_z: Tensor) -> Tensor:
-    """TINY ((z - max) - (z' - max')): a sum of such gaps of the lowest finite logits stays finite."""
+    """TINY ((z - max) - (z' - max')); sums of it stay finite even for the lowest finite logits."""
     return _from_top(z * TINY) - _from_top(ref_z * TINY)
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Weighted sum over each sequence's tokens, [2P] in float64; tokens of weight 0 are skipped whatever their value."""
+    """Weighted sum over the tokens of each sequence, [2P] float64; tokens of weight 0 are skipped, whatever their value."""
     terms = torch.where(weights != 0, weights * values, 0.0)
     bounds = cu_seqlens
     if bounds is None:
         bounds = torch.arange(terms.shape[0] + 1, device=terms.device) * terms.shape[1]
-    # Each sequence from its first token to its last: no bit of a sum depends on padding, packing or a neighbour.
+    # Each sequence is summed from its first token to its last, so the bits of a sum do not depend on padding or packing.
     return torch.segment_reduce(terms.reshape(-1), "sum", offsets=bounds, axis=0, unsafe=True, initial=0.0)
 
 
@@ -136,7 +136,7 @@ def preference_loss(
     zero = torch.zeros_like(x)
     right, wrong = torch.logaddexp(zero, -x), torch.logaddexp(zero, x)
     sign = -1.0 if robust else 1.0
-    # A smoothing of 0 must not meet an infinite loss of the other side: 0 * inf is NaN.
+    # Where e is 0 the second term is left out: it could be 0 * inf, which is NaN.
     losses = (1 - e) * right + torch.where(e == 0, zero, sign * e * wrong)
     slope = -(1 - e) * torch.sigmoid(-x) + sign * e * torch.sigmoid(x)
     if robust:
@@ -155,7 +155,7 @@ def logits_grad(
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3. With `token_kl` see `logits_grad_with_kl`."""
+    """Stage 3; with `token_kl`, see `logits_grad_with_kl`."""
     if token_kl is not None:
         logits_grad_with_kl(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         return
@@ -174,11 +174,11 @@ def logits_grad(
 
 
 def _softmax_parts(top: Tensor, log_sum: Tensor, by: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(origin, factor), [...]: by softmax(z) = exp(z - origin) factor of rows z.
+    """(origin, factor), [...], such that by * softmax(z) = exp(z - origin) * factor.
 
-    log_sum is in the factor, in float64: added to the logits it would be rounded with them. The origin is the maximum, unless
-    `by` is beyond float32: what the factor has no room for then moves into the exponential, so that an entry without mass is
-    0 and not 0 inf. Rows too large for that have the largest number as their factor.
+    log_sum is part of the factor, in float64; subtracted from the logits it would lose precision to rounding. The origin is the
+    maximum. If `by` is too large for a float32 factor, the excess is moved into the exponential, so that an entry of probability
+    0 gives 0 and not 0 * inf. A factor that is still too large becomes the largest finite number.
     """
     largest = torch.finfo(work).max
     excess = by.abs().log().sub(math.log(largest / 8)).clamp(0.0, 88.0)
@@ -188,7 +188,7 @@ def _softmax_parts(top: Tensor, log_sum: Tensor, by: Tensor, work: torch.dtype) 
 
 
 def _indexable(labels: Tensor, vocab: int) -> Tensor:
-    """0 in the place of labels outside the vocabulary. Their rows are NaN by log_sum; an index would end a GPU's context."""
+    """Labels with 0 for those outside the vocabulary, whose index would abort the CUDA context; log_sum makes their rows NaN."""
     return torch.where((labels >= 0) & (labels < vocab), labels, 0)
 
 
@@ -205,10 +205,10 @@ def logits_grad_with_kl(
 ) -> None:
     """Stage 3 with token-level KL divergences. With d_v = z_v - z'_v and D = sum p d, per row:
 
-    dz_v = grad_logps (1[v = label] - p_v) + grad_kl p_v (d_v - D) + grad_forward_kl (p_v - q_v)
+        dz_v = grad_logps (1[v = label] - p_v) + grad_kl p_v (d_v - D) + grad_forward_kl (p_v - q_v)
 
-    A few rows at a time, so that the temporaries stay small whatever the batch. In float64 but for the exponentials: gaps and
-    what multiplies them may be beyond float32.
+    Rows are processed in blocks, so the temporaries stay small for any batch. Exponentials are float32; everything else is
+    float64, because the gaps d_v and their factors may exceed the range of float32.
     """
     ref_logits, _, ref_max, ref_log_sum, _, grad_kl, grad_forward_kl = token_kl
     moves = grad_logps != 0
@@ -232,10 +232,11 @@ def logits_grad_with_kl(
         p = softmax(z, top[b, t], log_sum[b, t])
         by_logp = column_of(grad_logps[b, t])
         gradient = -by_logp * p
-        # 1 - p by cancellation is lost where p is near 1.
+        # 1 - p is computed by expm1, because the subtraction cancels where p is near 1.
         gradient.scatter_(-1, label, -by_logp * column_of(torch.expm1(logps[b, t])))
         if grad_kl is not None:
-            # d counted from the most likely token's: where p is near 1 its d and D agree in all leading digits.
+            # d is taken relative to that of the most likely token: where its p is near 1, D is nearly equal to its d, and d - D
+            # would cancel.
             gap = torch.where(p > 0, _scaled_gap(z.to(p.dtype), ref_z.to(p.dtype)), 0.0)
             gap -= gap.gather(-1, p.argmax(-1, keepdim=True))
             mean = (p * gap).sum(-1) / p.sum(-1)

@@ -1,7 +1,7 @@
-"""The loss of a whole call, from logits to a number and back, put together from a backend's stages.
+"""Loss and gradient of a whole call of the sigmoid family, composed of a backend's stages.
 
-A backend may have functions of these names of its own, which do the same with fewer launches (`preference_forward`,
-`preference_backward`; without the argument `stages`). These serve all others.
+A backend may have its own `preference_forward` and `preference_backward` (without the argument `stages`), which need fewer
+kernel launches. The functions here are used for all other backends.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from ..stages import Stages, Transform, small_dtype, spread, token_rows
 
-#: Rows of a call's results per sequence, [2P] each, before the means of the statistics: sums of log-probabilities under
-#: policy and reference, rewards, d loss / d sum, and the number of scored tokens.
+#: The first rows of the results per sequence, [2P] each: sums of log-probabilities under policy and reference, rewards,
+#: d loss / d sum, and the number of scored tokens. The means of the statistics follow.
 SEQUENCE_ROWS = ("logps", "ref_logps", "rewards", "coef", "counts")
-#: Compiled kernels know them by their numbers.
+#: Compiled kernels take the index in this tuple.
 REDUCTIONS = ("mean", "sum", "none")
 
 
 class Weighting(NamedTuple):
-    """How tokens join sequences, and the losses of P pairs one number.
+    """The weights of tokens and pairs, the bounds of the sequences, and the reduction.
 
     Attributes:
-        token_weights: [B, T] or None for 1; read on scored tokens only, where none is 0.
-        cu_seqlens: [2P + 1] int64, or None where row s is sequence s.
-        pair_weights: [P] or None for 1.
+        token_weights: [B, T], or None for 1; read only on scored tokens, whose weights are not 0.
+        cu_seqlens: [2P + 1] int64, or None if row s is sequence s.
+        pair_weights: [P], or None for 1.
         reduction: one of REDUCTIONS.
     """
 
@@ -36,11 +36,11 @@ class Weighting(NamedTuple):
     reduction: str
 
     def pairs(self, labels: Tensor) -> int:
-        """P, for labels [B, T]."""
+        """P, the number of pairs, for labels [B, T]."""
         return (labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1) // 2
 
     def of_tokens(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """The weight of every token, [B, T]; 0 where it is not scored."""
+        """[B, T], the weight of every token; 0 where it is not scored."""
         scored = labels != ignore_index
         if self.token_weights is None:
             return scored.to(small_dtype(labels.device))
@@ -51,8 +51,11 @@ class Family(NamedTuple):
     """A loss of the sigmoid family for P pairs.
 
     Attributes:
-        ref_sums: [2P] or None; counts where no reference logits are given.
-        betas, label_smoothings: [P], or None where `beta` and `label_smoothing` hold for every pair.
+        ref_sums: [2P], the reference's sums if its logits are not given; None for 0.
+        betas: [P], or None if `beta` is used for all pairs.
+        beta: inverse temperature of all pairs.
+        label_smoothings: [P], or None if `label_smoothing` is used for all pairs.
+        label_smoothing: label smoothing of all pairs.
         robust: the loss of Chowdhury et al. 2024 instead of Rafailov et al. 2023.
     """
 
@@ -65,14 +68,14 @@ class Family(NamedTuple):
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
-    """dtype of what a call returns: float64 for float64 logits, else float32."""
+    """dtype of a call's results: float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """Mean, sum, or each of losses [P]. The mean over no pairs is 0: a rank with an empty batch still takes part in the step."""
+    """Mean or sum of losses [P], or a copy. The mean over no pairs is 0, so a rank with an empty batch can join a step."""
     if reduction == "none":
-        return losses.clone()  # the loss is nobody else's memory
+        return losses.clone()  # the returned loss must not share memory with the losses
     total = losses.sum()
     return total if reduction == "sum" else total / max(losses.shape[0], 1)
 
@@ -87,9 +90,10 @@ def preference_forward(
     weighting: Weighting,
     family: Family,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stage 1's rows [R, B, T], results per sequence [K, 2P], losses [P], the reduced loss in float32 or float64).
+    """(rows of stage 1 [R, B, T], results per sequence [K, 2P], losses [P], reduced loss in float32 or float64).
 
-    K counts SEQUENCE_ROWS and the statistics, whose means over scored tokens follow (0 for a sequence without any).
+    The K results per sequence are SEQUENCE_ROWS, followed by the means of the statistics over the scored tokens (0 for a
+    sequence without scored tokens).
     """
     pairs, cu_seqlens, small = weighting.pairs(labels), weighting.cu_seqlens, small_dtype(labels.device)
 
@@ -130,7 +134,7 @@ def preference_backward(
     weighting: Weighting,
     out: Tensor,
 ) -> None:
-    """d loss / d logits into `out`, from what `preference_forward` gave and the gradient of its loss ([] or [P])."""
+    """Writes d loss / d logits to `out`, from the results of `preference_forward` and the gradient of its loss ([] or [P])."""
     pairs = weighting.pairs(labels)
     grad = grad_loss.to(sequences.dtype)
     if weighting.reduction == "mean":

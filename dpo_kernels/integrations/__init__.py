@@ -1,1 +1,1 @@
-"""Drop-ins for other trainers: `integrations.trl` under TRL's trainers, `integrations.liger` in place of Liger's loss."""
+"""Drop-in replacements: `integrations.trl` for the log-probabilities of TRL's trainers, `integrations.liger` for Liger's loss."""

@@ -1,8 +1,12 @@
-"""Liger's DPO loss on these kernels: the same constructor, call and returned tuple.
+"""A drop-in replacement for Liger's DPO loss: the same constructor, call and returned tuple.
 
-    from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss      # the whole migration
+To migrate, change the import:
 
-Beyond Liger's list it takes every objective of `dpo_kernels.OBJECTIVES` (ipo among them) and text forms such as
+```python
+from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss
+```
+
+`loss_type` accepts every objective of `dpo_kernels.OBJECTIVES` that does not depend on the whole batch, and texts such as
 "sigmoid(divergence=js)".
 """
 
@@ -15,20 +19,20 @@ from .. import objectives
 from ..functional import linear_dpo_loss
 from ..objectives import Pairs
 
-#: Objectives on which Liger's label_smoothing acts; the others there ignore it.
+#: Objectives to which Liger applies label_smoothing; its other objectives ignore it.
 _SMOOTHED = ("robust", "exo_pair")
 
 
 class _Loss:
-    """Liger's loss of a pair as one objective: the named one on sums or means, plus alpha times the NLL's share."""
+    """Liger's loss of a pair as one objective: a named objective on sums or means, plus the pair's share of the NLL term."""
 
-    couples_pairs = False  # the NLL's token count is known before: no pair needs the others'
+    couples_pairs = False  # the NLL's token count is known in advance, so no pair depends on others
 
     def __init__(self, made: objectives.Named, average: bool, nll_scale: Tensor | None) -> None:
         self.made, self.average, self.nll_scale = made, average, nll_scale
 
     def pairs(self, pairs: Pairs) -> Pairs:
-        """What the objective sees: means in place of sums if asked for."""
+        """The input of the objective: means over tokens if `average` is set, else sums."""
         if not self.average:
             return pairs
         chosen, rejected = pairs.chosen_lengths.clamp(min=1), pairs.rejected_lengths.clamp(min=1)
@@ -50,20 +54,25 @@ class _Loss:
 
 
 class LigerFusedLinearDPOLoss(nn.Module):
-    """DPO from hidden states and LM head with `liger_kernel.chunked_loss.LigerFusedLinearDPOLoss`'s interface.
-
-    Args:
-        ignore_index, beta, loss_type, discopop_tau: as in `linear_dpo_loss` and `objective`.
-        alpha, compute_nll_loss: adds alpha times the mean negative log-likelihood of the chosen tokens.
-        use_ref_model: whether calls bring ref_input and ref_weight; without, the reference is uniform.
-        average_log_prob: means over tokens in place of sums.
-        label_smoothing: acts on robust and exo_pair only, as in Liger; `LinearDPOLoss` smooths the others too.
-        compiled, chunk_size: accepted and without effect: the kernels are compiled, the chunk follows from the budget.
-
-    Raises:
-        ValueError: unknown loss_type, or label_smoothing out of the objective's range.
+    """DPO loss from hidden states and LM head, with the interface of Liger's class of the same name.
 
     Source: Rafailov et al. 2023, Direct Preference Optimization, equation 7.
+
+    Args:
+        ignore_index: label of the tokens that do not count.
+        beta: inverse temperature of the implicit reward.
+        alpha: weight of the negative log-likelihood.
+        compute_nll_loss: adds alpha times the mean negative log-likelihood of the chosen tokens.
+        compiled: has no effect, because the kernels are always compiled.
+        use_ref_model: whether calls pass ref_input and ref_weight. If False, the reference is uniform.
+        average_log_prob: uses means over tokens instead of sums.
+        chunk_size: has no effect, because the chunk size follows from the memory budget.
+        loss_type: as in `linear_dpo_loss`, one name or text.
+        label_smoothing: applies to robust and exo_pair only, as in Liger; `LinearDPOLoss` applies it to other objectives too.
+        discopop_tau: temperature of the discopop objective.
+
+    Raises:
+        ValueError: loss_type is unknown or depends on the whole batch, or label_smoothing is outside the objective's range.
     """
 
     def __init__(
@@ -100,7 +109,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
             self.objective = objectives.parse(loss_type)
         if self.objective.info.couples_pairs:
             raise ValueError(
-                f"loss_type {loss_type!r} depends on the whole batch, which this interface takes in chunks; "
+                f"loss_type {loss_type!r} depends on the whole batch, but this class processes the batch in chunks; "
                 f"use dpo_kernels.LinearDPOLoss"
             )
 
@@ -114,15 +123,27 @@ class LigerFusedLinearDPOLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(loss, (chosen_logps, rejected_logps, mean chosen logit, mean rejected logit, nll, chosen_rewards,
-        rejected_rewards)), as Liger returns them; only the loss is differentiable.
+        """The loss and the quantities that Liger returns.
 
         Args:
-            lin_weight: [V, H]. _input: [2P, T, H], chosen first. target: [2P, T], already shifted. bias: [V] or None.
-            ref_input, ref_weight, ref_bias: the reference's.
+            lin_weight: [V, H], the LM head.
+            _input: [2P, T, H], hidden states; the chosen sequences come first.
+            target: [2P, T] int64, already shifted labels.
+            bias: [V] or None.
+            ref_input: the reference's hidden states, [2P, T, Hr].
+            ref_weight: the reference's LM head, [V, Hr].
+            ref_bias: the reference's bias, [V] or None.
+
+        Returns:
+            A tuple (loss, (chosen_logps, rejected_logps, mean chosen logit, mean rejected logit, nll, chosen_rewards,
+                rejected_rewards)); only the loss is differentiable.
+
+        Raises:
+            TypeError: as `linear_dpo_loss`.
+            ValueError: as `linear_dpo_loss`, or ref_input or ref_weight is missing while use_ref_model is True.
         """
         if self.use_ref_model and (ref_input is None or ref_weight is None):
-            raise ValueError("use_ref_model=True needs ref_input and ref_weight; or construct with use_ref_model=False")
+            raise ValueError("use_ref_model=True needs ref_input and ref_weight; else pass use_ref_model=False")
         pairs = target.shape[0] // 2
         chosen_tokens = (target[:pairs] != self.ignore_index).sum()
         nll_scale = None
@@ -153,9 +174,9 @@ class LigerFusedLinearDPOLoss(nn.Module):
 
 @torch.no_grad()
 def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, pairs: int) -> tuple[Tensor, Tensor]:
-    """Mean logit over all positions (prompt and padding too, as Liger has it), chosen and rejected.
+    """Mean logits of the chosen and of the rejected sequences, over all positions including prompt and padding, as in Liger.
 
-    The mean of hidden @ weight.T is the product of the means: no logit is needed for it.
+    The mean of hidden @ weight.T equals the product of the means, so no logits are computed.
     """
     row = weight.mean(0, dtype=torch.float32)
     offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)

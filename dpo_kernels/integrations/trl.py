@@ -1,12 +1,16 @@
-"""Puts `linear_logps` under TRL's fused LM head, so that its DPO, KTO, SFT, GRPO and RLOO trainers run on these kernels.
+"""Patches TRL so that its DPO, KTO, SFT, GRPO and RLOO trainers compute log-probabilities with these kernels.
 
-    from dpo_kernels.integrations.trl import apply_to_trl
-    apply_to_trl()                          # once, before training; or `with trl_patched(): trainer.train()`
+```python
+from dpo_kernels.integrations.trl import apply_to_trl
 
-TRL's trainers (1.15 and newer) get per-token log-probabilities and statistics from one autograd function, looked up by
-name in `trl.trainer.utils` at each forward. That name is what is exchanged; no trainer, model or saved file changes.
-What stays TRL's: a gradient through the entropy and DeepSpeed ZeRO-3's partitioned heads (both call TRL's own function).
-On a CPU, importing this before TRL's trainers also gives torch's large tensors 2 MB pages.
+apply_to_trl()  # once, before training; or: with trl_patched(): trainer.train()
+```
+
+TRL's trainers (1.15 and newer) get per-token log-probabilities and statistics from one autograd function, which they look up by
+name in `trl.trainer.utils` at each forward pass. The patch replaces that function; trainers, models and saved files do not
+change. Two cases still use TRL's function: a gradient through the entropy, and heads partitioned by DeepSpeed ZeRO-3.
+
+On a CPU, import this module before TRL's trainers: it also makes torch use 2 MB pages for large tensors.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ from torch import Tensor
 from .. import linear
 from ..functional import linear_logps
 
-# A step of TRL's on a CPU maps gigabytes anew and pays for every page of it: 2 MB instead of 4 KB. torch reads this when it first
-# allocates, which importing a trainer does. Set it to 0 to keep small pages.
+# A TRL step on a CPU maps gigabytes of new memory, with one page fault per page; 2 MB pages cause fewer faults than 4 KB pages.
+# torch reads the variable at its first allocation, which importing a trainer causes. Set it to 0 to keep small pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _UTILS = "trl.trainer.utils"
 _NAME = "_ChunkedLogProbFunction"
-#: The arguments of TRL's function from 1.15 on; another list means another contract.
+#: The arguments of TRL's function since 1.15. A function with other arguments is not patched.
 _ARGUMENTS = [
     "hidden",
     "weight",
@@ -44,7 +48,7 @@ _ARGUMENTS = [
     "logit_scale",
     "outputs",
 ]
-#: TRL's optional outputs in the order in which its function returns them, by our statistic's name.
+#: TRL's optional outputs, in the order in which its function returns them -> name of the statistic here.
 _STATISTICS = {
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq",
@@ -54,7 +58,7 @@ _STATISTICS = {
 
 
 class _TheirEntropy(torch.autograd.Function):
-    """Passes our entropy on; if a loss differentiates it, TRL's own function is run for the gradient."""
+    """Identity on the entropy; its backward runs TRL's function, because these kernels do not differentiate the entropy."""
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, theirs: Any, *arguments: Any) -> Tensor:
@@ -80,7 +84,7 @@ class _TheirEntropy(torch.autograd.Function):
 
 def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: int | str | None) -> type:
     class FusedLogProbs:
-        """Stands where TRL's autograd function stood; `apply` has its arguments and returns its five outputs."""
+        """Replacement for TRL's autograd function; `apply` has the same arguments and the same five outputs."""
 
         @staticmethod
         def apply(
@@ -96,12 +100,12 @@ def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: in
         ) -> tuple[Tensor | None, ...]:
             rest = (targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             if hasattr(weight, "ds_id"):
-                # ZeRO-3 frees the gathered head after the forward; TRL's backward knows how to gather it again.
+                # ZeRO-3 frees the gathered head after the forward pass; TRL's backward gathers it again.
                 return theirs.apply(hidden, weight, bias, *rest)
             head, offset = weight, bias
             if not torch.is_autocast_enabled(hidden.device.type) and weight.dtype != hidden.dtype:
                 head, offset = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-            # Temperature divides after the cap: (c tanh(s x / c)) / t is the same map with c / t and s / t.
+            # TRL divides by the temperature t after the cap: (c tanh(s x / c)) / t equals the transform with c / t and s / t.
             scale = logit_scale / temperature
             softcap = None if final_logit_softcapping is None else final_logit_softcapping / temperature
             budget = memory_budget
@@ -129,7 +133,7 @@ def _replacement(theirs: Any, grad_filter: float | str | None, memory_budget: in
 
 
 def _unsupported() -> str | None:
-    """Why this TRL cannot be patched; None if it can."""
+    """The reason why the installed TRL cannot be patched; None if it can."""
     try:
         utils = importlib.import_module(_UTILS)
     except ImportError as error:
@@ -138,7 +142,7 @@ def _unsupported() -> str | None:
     if not hasattr(utils, _NAME) or not hasattr(utils, "add_fused_lm_head"):
         return f"TRL {version} has no fused LM head to replace; it came with 1.15"
     theirs = getattr(utils, _NAME)
-    if theirs is None:  # 1.15 without Triton: nothing to compare with, and no head without us
+    if theirs is None:  # TRL 1.15 without Triton has no function here, so there are no arguments to compare
         return None
     arguments = list(inspect.signature(theirs.forward).parameters)[1:]
     if arguments != _ARGUMENTS:
@@ -156,18 +160,21 @@ def _undo_last() -> None:
 def apply_to_trl(
     *, grad_filter: float | str | None = "auto", memory_budget: int | str | None = None
 ) -> Callable[[], None]:
-    """Let TRL's trainers use these kernels, in this process, from now on.
+    """Make TRL's trainers use these kernels in this process.
+
+    A TRL whose fused head has another interface is not patched; a RuntimeWarning names the difference. A second call first
+    undoes the previous one.
 
     Args:
-        grad_filter: see `linear_logps`.
-        memory_budget: the same; None takes what a step may (`planner.step_budget`), at least 256 MiB, on a GPU 3% of its memory.
+        grad_filter: as in `linear_logps`.
+        memory_budget: as in `linear_logps`, but None uses `dpo_kernels.linear.planner.step_budget`: at least 256 MiB, and on a
+            GPU at least 3% of its memory.
 
     Returns:
-        A function that puts everything back. Calling `apply_to_trl` again first undoes the last one.
+        A function that undoes the patch.
 
     Raises:
-        ImportError: TRL is not installed. A TRL whose fused head is not the one known here is left alone, with a
-            RuntimeWarning that says what differs.
+        ImportError: TRL cannot be imported.
     """
     _undo_last()
     reason = _unsupported()
@@ -189,14 +196,22 @@ def apply_to_trl(
     patched.undo = staticmethod(undo)  # type: ignore[attr-defined]
     setattr(utils, _NAME, patched)
     if compact is not None:
-        # In that module the name only decides whether unscored tokens are left out, which TRL does on GPUs alone.
+        # In that module the function only decides whether unscored tokens are left out. TRL itself does so only on GPUs.
         utils._use_triton = lambda device: True  # type: ignore[attr-defined]
     return undo
 
 
 @contextmanager
 def trl_patched(*, grad_filter: float | str | None = "auto", memory_budget: int | str | None = None) -> Iterator[None]:
-    """`apply_to_trl` for the length of a `with` block."""
+    """Context manager that applies the patch of `apply_to_trl` inside a `with` block.
+
+    Args:
+        grad_filter: as in `apply_to_trl`.
+        memory_budget: as in `apply_to_trl`.
+
+    Raises:
+        ImportError: TRL cannot be imported.
+    """
     undo = apply_to_trl(grad_filter=grad_filter, memory_budget=memory_budget)
     try:
         yield

@@ -1,26 +1,30 @@
-"""The LM-head strategies: loss and log-probabilities from hidden states, with the logits in memory one chunk at a time.
+"""The linear path: loss and log-probabilities from hidden states and LM head, with logits in memory one chunk at a time.
 
-Data flow of a chunk of c scored tokens (planner.py chooses c, and the strategy):
+Data flow of a chunk of c scored tokens (planner.py chooses c and the strategy):
 
-    rows [c, H] --GEMM with the head--> logits [c, V]   one buffer, reused by every chunk: fresh pages cost more than the
-                                                        arithmetic on them
-    logits --token_logps--> logps, max, log_sum, ...    the backend's stage 1: one read
-    logits --logits_grad--> dz, over the logits         the backend's stage 3, when the coefficients are known
+    rows [c, H] --GEMM with the head--> logits [c, V]   one buffer, reused by every chunk, because mapping new pages costs
+                                                        more than the arithmetic on them
+    logits --token_logps--> logps, max, log_sum, ...    stage 1 of the backend, one read
+    logits --logits_grad--> dz, in place                stage 3 of the backend, when the coefficients are known
     dz --GEMM--> dH rows [c, H];  dz, rows --GEMM--> dW [V, H], accumulated in float32
 
-Unscored tokens are never gathered, so prompts and padding cost nothing.
+Only scored tokens are gathered, so prompts and padding need no arithmetic.
 
-    door.py        from a caller's tensors to a call: heads checked, strategy and budget chosen
-    forecast.py    the plan of a call that is not made
-    planner.py     strategies, chunks and budgets, as pure functions of sizes; gpu.py has what is particular to a GPU
-    call.py        what a call is, but for the tensors that may need a gradient
-    chunk.py       the logits buffer, a chunk's way through the stages, the head's gradient
-    tokens.py      log-probabilities per token, for any upstream gradient: all strategies but the next
-    pairs.py       whole pairs: a scalar loss whose coefficients are known while a pair's logits are in memory
-    fused.py       the same chunks by the fused Triton kernels: logits on chip, and no gradient where there is no probability
-    operators.py   the same as operators, for torch.compile
+Modules:
 
-On a GPU a call waits for the stream once, where it reads how many tokens are scored; everything else is enqueued.
+    door.py        from a call's arguments to a `Call`: checks, strategy, budget
+    forecast.py    the plan of a batch without running it
+    planner.py     strategies, chunks and budgets as pure functions of sizes
+    gpu.py         the planner's constants and rules for GPUs
+    call.py        `Call`: all arguments of a call except the tensors that may need a gradient
+    chunk.py       the logits buffer, the stages of a chunk, the head's gradient
+    products.py    the matrix products
+    tokens.py      per-token log-probabilities for any upstream gradient: every strategy except whole_pairs
+    pairs.py       whole_pairs: a scalar loss whose coefficients are known while a pair's logits are in memory
+    fused.py       chunks on the fused Triton kernels: logits stay on chip, and blocks of negligible probability are skipped
+    operators.py   the same functions as PyTorch operators, for torch.compile
+
+On a GPU the host synchronizes with the stream once per call, to read the number of scored tokens.
 """
 
 from __future__ import annotations
@@ -60,9 +64,11 @@ __all__ = [
 
 
 def linear_logps(hidden: Tensor, head: LMHead, call: Call) -> tuple[dict[str, Tensor], Plan | None]:
-    """(what is found of each token by name, [B, T]; the plan). "logps" and the divergences among the terms are differentiable.
+    """Per-token log-probabilities and statistics.
 
-    A compiled graph has no plan: it does not know how many tokens are scored.
+    Returns:
+        ({name: [B, T]}, plan). "logps" and the divergences among the call's terms are differentiable. The plan is None under
+            torch.compile, because a compiled graph does not know the number of scored tokens.
     """
     plan = None
     if torch.compiler.is_compiling():
@@ -75,7 +81,12 @@ def linear_logps(hidden: Tensor, head: LMHead, call: Call) -> tuple[dict[str, Te
 def whole_pairs(
     hidden: Tensor, head: LMHead, call: Call, tokens: Tokens, settings: PairSettings
 ) -> tuple[Tensor, PairLosses, dict[str, Tensor], Plan | None]:
-    """(loss, what `pair_losses` gives, what is found of each token by name, the plan); only `loss` is differentiable."""
+    """The scalar loss of whole pairs.
+
+    Returns:
+        (loss, the pairs' losses, {name: [B, T]} of the tokens, plan). Only the loss is differentiable. The plan is None under
+            torch.compile.
+    """
     plan = None
     if torch.compiler.is_compiling():
         loss, done, found = operators.linear_whole_pairs(hidden, head, call, tokens, settings)

@@ -1,4 +1,4 @@
-"""What a call of the linear path is, but for the tensors that may need a gradient."""
+"""A call of the linear path: all its arguments except the tensors that may need a gradient."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from . import planner
 
 
 class LMHead(NamedTuple):
-    """A head: weight [V, H], and bias [V] or None."""
+    """An LM head: weight [V, H], and bias [V] or None."""
 
     weight: Tensor
     bias: Tensor | None
 
     @property
     def vocab(self) -> int:
-        """V; 0 where the weight is no matrix, which `check` says."""
+        """V; 0 if the weight is not a tensor with dimensions, for which `check` raises."""
         return self.weight.shape[0] if isinstance(self.weight, Tensor) and self.weight.dim() else 0
 
     def check(self, hidden: Tensor, vocab: int | None = None, prefix: str = "") -> None:
-        """Raise unless the head goes with its hidden states and the vocabulary; `prefix` is that of the caller's names."""
+        """Raise unless shape, device and dtype of the head fit its hidden states and the vocabulary.
+
+        `prefix` precedes the argument names in errors ("ref_" for the reference).
+        """
         name, weight = f"{prefix}weight", self.weight
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"{name} must be the head's weight [V, H]; got {got}")
+            raise ValueError(f"{name} must be the LM head's weight [V, H]; got {got}")
         rows = weight.shape[0] if vocab is None else vocab
         if rows == 0:
             raise ValueError(f"{name} has an empty vocabulary: {list(weight.shape)}")
-        why = f"[V, H], H being that of {prefix}hidden"
+        why = f"[V, H], with H of {prefix}hidden"
         check_tensor(name, weight, (rows, hidden.shape[-1]), hidden.device, why)
         refuse_transforms(name, weight)
         if self.bias is not None:
@@ -42,12 +45,12 @@ class LMHead(NamedTuple):
             check_tensor(f"{prefix}bias", self.bias, (rows,), hidden.device, f"one per row of {name}")
         if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
-                f"{name} is {weight.dtype}, {prefix}hidden is {hidden.dtype}; cast one, or call under torch.autocast"
+                f"{name} is {weight.dtype}, {prefix}hidden is {hidden.dtype}; cast one of them, or use torch.autocast"
             )
 
 
 class Reference(NamedTuple):
-    """The reference's hidden states [B, T, Hr] and head [V, Hr], or nothing."""
+    """The reference's hidden states [B, T, Hr], head [V, Hr] and bias [V]; all None without a reference."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -55,7 +58,7 @@ class Reference(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Whose gradients are wanted."""
+    """Which of the tensors need a gradient."""
 
     hidden: bool = False
     weight: bool = False
@@ -67,17 +70,21 @@ NO_REFERENCE = Reference()
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call but the tensors that may need a gradient.
+    """All arguments of a call except the tensors that may need a gradient.
 
     Attributes:
-        labels: [B, T].
-        statistics: names of stage 1's statistics, and "grad_dropped_mass".
-        terms: the divergences that the loss reads of each token, differentiable (stages.KL_TERMS).
-        compute_dtype: what the products and logits are in.
+        labels: [B, T] int64.
+        reference: the reference's tensors.
+        transform: the map from logits to z.
+        statistics: names of stage 1's statistics, and possibly "grad_dropped_mass".
+        terms: the token-level divergences that the loss depends on (a subset of stages.KL_TERMS).
+        compute_dtype: dtype of the products and logits.
+        backend: the backend's name.
         strategy, reason: see planner.py.
-        sizes: what the planner knows of the head.
+        sizes: the sizes that the plan depends on.
+        needs: the tensors that need a gradient.
         budget: bytes.
-        eps: filter threshold on probabilities, 0 for exact gradients.
+        eps: filter threshold on probabilities; 0 for exact gradients.
     """
 
     labels: Tensor
@@ -96,7 +103,7 @@ class Call:
 
     @property
     def fused(self) -> bool:
-        """The products are the fused Triton kernels' (fused.py), which leave out blocks without probability."""
+        """Whether the fused Triton kernels compute the products (fused.py); they skip blocks of negligible probability."""
         return self.sizes.fused
 
     @property
@@ -106,11 +113,11 @@ class Call:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of what is found of each token."""
+        """Names of the per-token results."""
         return all_rows(self.reference.hidden is not None, self.statistics, self.terms)
 
     def without_reference(self) -> Call:
-        """The call for a backward of log-probabilities alone: the reference needs no second projection."""
+        """The call without its reference, for a backward pass of log-probabilities only, which does not need it."""
         sizes = replace(self.sizes, projects_reference=False, kl=False, kl_gradient=False)
         return replace(self, reference=NO_REFERENCE, statistics=(), terms=(), sizes=sizes)
 
@@ -124,7 +131,7 @@ def sizes_of(
     compute_dtype: torch.dtype,
     needs: Needs,
 ) -> planner.Head:
-    """What the planner needs to know of a call with hidden states [B, T, H]; `fused` is its own decision."""
+    """The sizes of a call with hidden states [B, T, H], for the planner; `fused` is decided later."""
     device = hidden.device.type
     return planner.Head(
         hidden.shape[-1],
@@ -142,11 +149,12 @@ def sizes_of(
 
 
 class KLGradients(NamedTuple):
-    """What a backward needs to differentiate token-level KL divergences as well; shapes as the log-probabilities'.
+    """The input of a backward pass for the gradients of token-level KL divergences; shapes as the log-probabilities.
 
     Attributes:
-        ref_logps, ref_max, ref_log_sum, kl: of stage 1.
-        grad_kl, grad_forward_kl: gradients of the loss by KL(policy || reference) and KL(reference || policy), or None.
+        ref_logps, ref_max, ref_log_sum, kl: rows of stage 1.
+        grad_kl: gradient of the loss with respect to KL(policy || reference), or None.
+        grad_forward_kl: gradient of the loss with respect to KL(reference || policy), or None.
     """
 
     ref_logps: Tensor
@@ -158,12 +166,12 @@ class KLGradients(NamedTuple):
 
     @classmethod
     def of(cls, rows: dict[str, Tensor], grads: dict[str, Tensor]) -> KLGradients:
-        """From stage 1's rows and the gradients of the loss, both by name."""
+        """From the rows of stage 1 and the gradients of the loss, both by name."""
         reference = rows["ref_logps"], rows["ref_max"], rows["ref_log_sum"]
         return cls(*reference, rows["kl"], grads.get("kl"), grads.get("forward_kl"))
 
     def at(self, tokens: Tensor | slice) -> KLGradients:
-        """Those of the tokens."""
+        """The values of these tokens (flat indices)."""
 
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.reshape(-1)[tokens]
@@ -171,6 +179,6 @@ class KLGradients(NamedTuple):
         return KLGradients(*map(part, self))  # type: ignore
 
     def moves(self) -> Tensor:
-        """Where one of the gradients is not 0."""
+        """True where one of the gradients is not 0."""
         grads = [grad != 0 for grad in (self.grad_kl, self.grad_forward_kl) if grad is not None]
         return grads[0] if len(grads) == 1 else grads[0] | grads[1]

@@ -1,4 +1,4 @@
-"""A chunk of tokens: its logits from the hidden states, its way through stages 1 and 3, and its part of the gradients."""
+"""A chunk of tokens: its logits from the hidden states, stages 1 and 3, and its part of the gradients."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .products import multiply
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # The dtypes of the products are chosen once, in door.py; autocast must not choose again inside.
+    # door.py has chosen the dtype of the products, and autocast must not change it.
     return torch.autocast(device.type, enabled=False)
 
 
 def gather(values: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a [B, T, H] tensor by flat token index, without copying a strided view first; [c, H] contiguous."""
+    """Rows [c, H] of a [B, T, H] tensor by flat token index, contiguous; a strided view is not copied as a whole."""
     width = values.shape[1]
     if values.is_contiguous():
         rows = values.view(-1, values.shape[-1])[tokens]
@@ -40,12 +40,13 @@ def fitting(
     row_bytes: int,
     beside: Callable[[planner.Plan], int] = lambda _: 0,
 ) -> planner.Plan:
-    """The plan for the call's budget, or for less where the device cannot give that now.
+    """The plan for the call's budget, or for a smaller one if the device has too little memory available.
 
     Args:
-        plan_for: the plan for a budget in bytes.
-        row_bytes: below two of them nothing smaller is tried, and the allocation itself raises.
-        beside: bytes of the head's gradient that will be held as well.
+        plan_for: returns the plan for a budget in bytes.
+        call: the call.
+        row_bytes: bytes per token of a chunk. A plan below two rows is not reduced; its allocation then raises.
+        beside: returns the bytes of the head's gradient, which is allocated as well.
     """
     plan = plan_for(call.budget)
     while plan.bytes >= 2 * row_bytes and not available(call.labels.device, plan.bytes, beside(plan)):
@@ -56,25 +57,25 @@ def fitting(
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What dW and dbias are summed in: float64 for float64, else float32."""
+    """dtype in which dW and dbias are accumulated: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def gradient_dtype(call: Call, weight: Tensor, chunks: int) -> torch.dtype:
-    """What dW is written in where nothing is there to add to.
+    """dtype in which dW is computed if it is not added to an existing buffer.
 
-    A GPU's product of 16-bit matrices rounds its float32 sum by itself. Where one chunk is all, the float32 gradient, twice as
-    large as the weight, is neither written nor read again.
+    On a GPU a product of 16-bit matrices is accumulated in float32 and rounded once. If there is only one chunk, dW is computed
+    in the weight's 16-bit dtype, which saves writing and reading a float32 gradient of twice the size.
     """
     direct = chunks == 1 and weight.dtype == call.compute_dtype and weight.device.type == "cuda" and not call.fused
     return weight.dtype if direct else accumulator_dtype(call.compute_dtype)
 
 
 class HeadGradient:
-    """dW [V, H] and dbias [V], accumulated over chunks and cast once by whoever takes them.
+    """dW [V, H] and dbias [V], accumulated over chunks; the caller casts them once.
 
-    `into` is a float32 buffer to add to (Megatron's `main_grad`); otherwise the first chunk's product initialises fresh
-    memory, so that no page is written twice. `dtype` is the weight's gradient's, by default the sum's.
+    `into` is a float32 buffer to which dW is added (Megatron's `main_grad`). Without it the first chunk's product initializes
+    new memory, so no page is written twice. `dtype` is that of dW, by default that of the accumulation.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class HeadGradient:
             self.bias = torch.zeros(vocab, dtype=self.dtype, device=device)
 
     def add(self, dz: Tensor, rows: Tensor) -> None:
-        """Add dz^T rows, and the column sums of dz."""
+        """Add dz^T rows to dW, and the column sums of dz to dbias."""
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.dtype)
         if self.weight is None:
@@ -106,17 +107,17 @@ class HeadGradient:
         self.started = True
 
     def finish(self) -> None:
-        """Make the gradient valid even if no chunk came."""
+        """Set dW to 0 if there was no chunk."""
         if self.weight is not None and not self.started:
             self.weight.zero_()
 
 
 class Projection:
-    """The logits buffer, the heads in the compute dtype, and a chunk's way through stages 1 and 3."""
+    """The logits buffer, the heads in the compute dtype, and stages 1 and 3 of a chunk."""
 
     def __init__(self, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self.call = call
-        # Loaded before the first product asks the backend what it multiplies: a call without a scored token runs no stage.
+        # The backend is loaded here, because `multiply` queries it and a call without scored tokens runs no stage that loads it.
         self.stages = call.stages
         self.hidden = hidden
         self.weight = weight.to(call.compute_dtype)
@@ -133,15 +134,15 @@ class Projection:
         self.labels = call.labels.reshape(-1)
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """The tokens' hidden states, [c, H] in the compute dtype."""
+        """The hidden states of the tokens, [c, H] in the compute dtype."""
         return gather(self.hidden, tokens, self.call.compute_dtype)
 
     def project(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The policy's logits [c, V], in the buffer."""
+        """Compute the policy's logits [c, V] into the buffer."""
         return self._project(rows, self.weight, self.bias, self.buffer)
 
     def project_reference(self, tokens: Tensor) -> Tensor:
-        """The reference's logits [c, V], in its buffer."""
+        """Compute the reference's logits [c, V] into its buffer."""
         assert self.call.reference.hidden is not None
         assert self.ref_weight is not None
         ref_rows = gather(self.call.reference.hidden, tokens, self.call.compute_dtype)
@@ -151,13 +152,13 @@ class Projection:
         return multiply(self.call.backend, rows, weight.t(), buffer[: rows.shape[0]], bias=bias)
 
     def measure(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(logits [c, V] of the policy, stage 1's results [c] by name) of a chunk."""
+        """(the policy's logits [c, V], results of stage 1 by name, [c] each) of a chunk."""
         call = self.call
         ref_logits, ref_logps = None, None
         if call.reference.hidden is not None:
             ref_logits = self.project_reference(tokens)
             if not self.side_by_side:
-                # Without a KL the two need not meet: one buffer serves both in turn.
+                # Only a KL needs both models' logits at once. Without it, one buffer is used for both, one after the other.
                 ref_logps = self._stage_1(ref_logits, tokens, None)["logps"]
                 ref_logits = None
         logits = self.project(rows)
@@ -186,9 +187,10 @@ class Projection:
         grad_logps: Tensor,
         divergences: KLGradients | None = None,
     ) -> Tensor:
-        """dz [c, V] over `logits`; `softmax` as of `softmax_of`, and all else [c].
+        """Overwrite `logits` with dz [c, V].
 
-        With `divergences` the reference's logits are in their buffer.
+        `softmax` is the result of `softmax_of`; the other tensors are [c]. With `divergences`, the reference's buffer must hold
+        its logits.
         """
         call = self.call
 
@@ -204,7 +206,7 @@ class Projection:
         return logits
 
     def keep(self, logits: Tensor, tokens: Tensor, found: dict[str, Tensor]) -> filtered.Kept | None:
-        """The entries of a chunk that `eps` keeps, its dropped mass joining `found`; None if they are too many."""
+        """The entries of a chunk above `eps`; None if they are too many. Adds the dropped mass to `found` if it is needed."""
         call = self.call
         result = filtered.keep(
             logits,
@@ -222,7 +224,7 @@ class Projection:
         return kept
 
     def hidden_gradient(self, dz: Tensor) -> Tensor:
-        """dH rows [c, H] of a chunk, in the compute dtype."""
+        """Rows of dH [c, H] of a chunk, in the compute dtype."""
         out = torch.empty(dz.shape[0], self.weight.shape[1], dtype=dz.dtype, device=dz.device)
         return multiply(self.call.backend, dz, self.weight, out)
 
@@ -238,7 +240,7 @@ class Projection:
         divergences: KLGradients | None = None,
         last: bool = False,
     ) -> Tensor | None:
-        """dH rows [c, H] of a chunk if the call needs them, its part of the head's gradient joining `gradient`."""
+        """Rows of dH [c, H] of a chunk, or None if not needed; adds the chunk's part of the head's gradient to `gradient`."""
         dz = self.differentiate(logits, tokens, softmax, grad_logps, divergences)
         grad_hidden = self.hidden_gradient(dz) if self.call.needs.hidden else None
         gradient.add(dz, rows)
@@ -246,30 +248,30 @@ class Projection:
 
 
 def softmax_of(found: dict[str, Tensor]) -> list[Tensor]:
-    """What of stage 1's rows a gradient takes to find the probabilities again."""
+    """The rows of stage 1 from which stage 3 computes the probabilities."""
     return [found[name] for name in ("logps", "max", "log_sum")]
 
 
 def _row(values: Tensor) -> Tensor:
-    """[c] as a batch of one row."""
+    """[c] as a batch [1, c] of one row."""
     return values.unsqueeze(0).contiguous()
 
 
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for [rows, V] logits, whose rows lie `row_stride` apart."""
+    """Uninitialized [rows, V] logits with the stride `row_stride`."""
     stride = row_stride(vocab, dtype.itemsize, device.type)
     return fresh((rows, stride), dtype, device)[:, :vocab]
 
 
 def scatter(like: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
-    """A [B, T, H] tensor that is `rows` at the tokens and exactly 0 elsewhere."""
+    """A tensor [B, T, H] with `rows` at the tokens and 0 elsewhere."""
     full = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     full.view(-1, like.shape[-1])[tokens] = rows.to(like.dtype)
     return full
 
 
 class TokenTable:
-    """Numbers of all tokens, filled chunk by chunk: `all` [R, B, T], and `rows` by name; 0 on unscored tokens."""
+    """Per-token results, filled chunk by chunk: `all` [R, B, T], and its rows by name in `rows`; 0 on unscored tokens."""
 
     def __init__(self, names: tuple[str, ...], labels: Tensor) -> None:
         shape = (len(names), *labels.shape)
@@ -277,7 +279,7 @@ class TokenTable:
         self.rows = dict(zip(names, self.all.unbind(0), strict=True))
 
     def put(self, tokens: Tensor, found: dict[str, Tensor]) -> None:
-        """Store a chunk's results: where it has all rows, in one go, which is one launch on a GPU."""
+        """Store the results of a chunk. If it has all rows, one assignment stores them, which is one kernel launch on a GPU."""
         if self.rows.keys() <= found.keys():
             self.all.flatten(1)[:, tokens] = torch.stack([found[name] for name in self.rows])
             return
@@ -291,13 +293,14 @@ def scored(call: Call) -> Tensor:
 
 
 def check_all_labels(call: Call, vocab: int) -> None:
-    # Chunks are compacted, so only here can an error name the caller's row and position. Accelerators write NaN instead.
+    # Labels are checked before they are cut into chunks, because the error names the caller's row and position. On accelerators
+    # they are not checked here; their results become NaN.
     if call.labels.device.type == "cpu":
         check_labels(call.labels, vocab, call.transform.ignore_index)
 
 
 def main_grad(weight: Tensor) -> Tensor | None:
-    """The float32 buffer `weight.main_grad`, where there is one of the weight's shape (Megatron's convention)."""
+    """The float32 buffer `weight.main_grad` (Megatron's convention) if it has the weight's shape, else None."""
     buffer = getattr(weight, "main_grad", None)
     fits = (
         isinstance(buffer, Tensor)

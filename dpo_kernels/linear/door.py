@@ -1,4 +1,4 @@
-"""From a caller's tensors and wishes to a `Call`: heads checked, products' dtype, filter, strategy and budget chosen."""
+"""From a caller's arguments to a `Call`: checks of the heads, choice of compute dtype, filter, strategy and budget."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from . import planner
 from .call import NO_REFERENCE, Call, LMHead, Needs, Reference, sizes_of
 from .gpu import device_of, fuse
 
-#: What `grad_filter="auto"` means on a CPU: the threshold whose error in dH stays below the dtype's own rounding
-#: (docs/linear.md). On a GPU it means exact.
+#: Thresholds of `grad_filter="auto"` on a CPU: their error in dH is below the rounding error of the dtype (docs/linear.md). For
+#: other dtypes, and on a GPU, "auto" means exact gradients.
 AUTO_FILTER = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-20}
 
 
 def head_of(weight: Tensor, bias: Tensor | None) -> LMHead:
-    """The head, unchecked. A sharded (DTensor) weight is gathered, differentiably."""
+    """The head, not checked yet. A sharded weight (DTensor) is gathered by a differentiable operation."""
     return LMHead(weight.full_tensor() if hasattr(weight, "full_tensor") else weight, bias)
 
 
 def reference_of(
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, hidden: Tensor, head: LMHead
 ) -> Reference:
-    """The reference's tensors, checked and detached; its head is by default the policy's own."""
+    """The reference's tensors, checked and detached; its head defaults to the policy's."""
     if ref_hidden is None:
         if ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight and ref_bias need ref_hidden, the reference's hidden states")
         return NO_REFERENCE
     check_dtype("ref_hidden", ref_hidden)
     width = ref_hidden.shape[-1] if ref_hidden.dim() else 0
-    check_tensor("ref_hidden", ref_hidden, (*hidden.shape[:-1], width), hidden.device, "that of hidden, but for H")
+    check_tensor("ref_hidden", ref_hidden, (*hidden.shape[:-1], width), hidden.device, "that of hidden except H")
     if ref_weight is None:
         ref = LMHead(head.weight, head.bias if ref_bias is None else ref_bias)
     else:
@@ -46,7 +46,7 @@ def reference_of(
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What the products are in: autocast's dtype where it is on (it leaves float64 alone), else the tensors' own."""
+    """dtype of the products: autocast's if it is enabled (it does not apply to float64), else that of the hidden states."""
     device_type = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -54,7 +54,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def threshold(grad_filter: float | str | None, dtype: torch.dtype, backend: str) -> float:
-    """The threshold on probabilities, 0 for exact gradients."""
+    """The filter threshold on probabilities; 0 for exact gradients."""
     if grad_filter is None:
         return 0.0
     if isinstance(grad_filter, str):
@@ -62,7 +62,7 @@ def threshold(grad_filter: float | str | None, dtype: torch.dtype, backend: str)
             raise ValueError(f'grad_filter must be None (exact), "auto" or a probability; got {grad_filter!r}')
         return AUTO_FILTER.get(dtype, 0.0) if backend == "cpu" else 0.0
     if not 0.0 < grad_filter < 1.0:
-        raise ValueError(f"grad_filter must lie in (0, 1), a probability; got {grad_filter}")
+        raise ValueError(f"grad_filter must lie in (0, 1); got {grad_filter}")
     return float(grad_filter)
 
 
@@ -79,11 +79,19 @@ def plan_call(
     scalar_loss: bool,
     couples_pairs: bool,
 ) -> Call:
-    """The call, on a backend whose kernels for it have passed their self-check.
+    """The call, with a backend whose kernels for it have passed their self-check.
 
     Args:
-        batch: its rows are hidden states.
-        scalar_loss, couples_pairs: see `planner.choose_strategy`.
+        batch: the tokens; its rows are hidden states.
+        head: the policy's LM head.
+        reference: the reference's tensors.
+        transform: the map from logits to z.
+        statistics: names of stage 1's statistics.
+        terms: the token-level divergences that the loss depends on.
+        memory_budget: as in `linear_dpo_loss`.
+        grad_filter: as in `linear_dpo_loss`.
+        scalar_loss: see `planner.choose_strategy`.
+        couples_pairs: see `planner.choose_strategy`.
     """
     hidden, dtype = batch.rows, _compute_dtype(batch.rows)
     enabled = torch.is_grad_enabled()
@@ -91,9 +99,9 @@ def plan_call(
     sizes = sizes_of(hidden, head.vocab, reference, statistics, terms, dtype, needs)
 
     def planned(backend: str) -> Call:
-        # The lists of a filtered gradient hold that of a log-probability, not that of a KL.
+        # The lists of a filtered gradient hold gradients of log-probabilities, not of KL divergences.
         eps = 0.0 if terms else threshold(grad_filter, dtype, backend)
-        # The native CPU kernels filter entry by entry, GPU kernels block by block, and eager PyTorch not at all.
+        # The native CPU kernels filter single entries, GPU kernels filter blocks, and eager PyTorch does not filter.
         entries = eps > 0.0 and backend == "cpu"
         strategy, reason = planner.choose_strategy(
             sizes, scalar_loss=scalar_loss, couples_pairs=couples_pairs, filtered=entries
@@ -134,13 +142,20 @@ def loss_call(
     memory_budget: int | str | None,
     grad_filter: float | str | None,
 ) -> Call:
-    """The call of a preference loss. Nothing here depends on how many tokens the batch has.
+    """The call of a preference loss; it does not depend on the number of tokens.
 
     Args:
-        reported: the statistics that the caller reads.
+        batch: the tokens; its rows are hidden states.
+        head: the policy's LM head.
+        reference: the reference's tensors.
+        transform: the map from logits to z.
+        settings: the settings of the pairs.
+        reported: the statistics that the caller asked for.
+        memory_budget: as in `linear_dpo_loss`.
+        grad_filter: as in `linear_dpo_loss`.
 
     Raises:
-        ValueError: a divergence is asked for without the reference's hidden states.
+        ValueError: a KL divergence is needed without the reference's hidden states, or the filter or budget is invalid.
     """
     check_divergences(reported, settings, reference.hidden, "ref_hidden")
     return plan_call(
@@ -152,21 +167,21 @@ def loss_call(
         settings.terms,
         memory_budget=memory_budget,
         grad_filter=grad_filter,
-        # A compiled graph knows the sigmoid family alone: other objectives are Python, which no operator can hold.
+        # A compiled graph supports only the sigmoid family here: other objectives are Python code, which an operator cannot call.
         scalar_loss=settings.reduction != "none" and (not torch.compiler.is_compiling() or settings.family is not None),
         couples_pairs=objectives.couples_pairs(settings.functions),
     )
 
 
 def _variant_of(call: Call, head: LMHead) -> backends.Variant:
-    """Which kernels the call runs."""
+    """The kernel variant of a call."""
     return backends.Variant(
         call.compute_dtype,
         reference=None if call.reference.hidden is None else call.compute_dtype,
         aligned=head.vocab % 8 == 0,
         statistics=call.statistics,
         terms=call.terms,
-        # Divergences run the same kernels whatever the strategy is.
+        # With divergences, every strategy runs the same kernels.
         loss="sigmoid" if call.strategy == "whole_pairs" and not call.terms else "sums",
         packed=False,
         softcap=call.transform.softcap > 0,

@@ -1,4 +1,4 @@
-"""The plan that a call would take, without the call: for those who want to know before there are hidden states."""
+"""The plan of a batch without running it, for example before hidden states exist."""
 
 from __future__ import annotations
 
@@ -32,28 +32,37 @@ def plan_linear_dpo_loss(
     reduction: str = "mean",
     flat_softmax: bool = False,
 ) -> Plan:
-    """The plan that `linear_dpo_loss` takes for a batch (`DPOOutput.plan`): its strategy, chunks, bytes and flops.
+    """The plan that `linear_dpo_loss` would use for a batch: strategy, chunks, bytes and flops.
 
-    Nothing is projected and no value is read. Call it where the loss would be called: torch.autocast, torch.no_grad and
-    `use_backend` count as they do there. Arguments of `linear_dpo_loss` that are missing here do not change the plan.
+    No logits are computed and no values are read. The result depends on torch.autocast, torch.no_grad and `use_backend` like
+    the call itself. Arguments of `linear_dpo_loss` that are missing here do not change the plan.
 
-    Two facts are known only at the call. A filtered gradient turns exact where the softmax is flat, which the logits show
-    (`flat_softmax`). And a GPU is asked for the memory that is free now; where it has less at the call, the chunks are smaller.
+    The plan of the call (`DPOOutput.plan`) can differ in two cases. A filtered gradient becomes exact if too many entries
+    exceed its threshold, which only the logits show (`flat_softmax`). On a GPU the chunks are smaller if less memory is free at
+    the call than now.
 
     Args:
-        counts: scored tokens of each sequence [2P], chosen ones first: those with a label and a weight other than 0.
-        weight: [V, H], the head; its device, dtype and `requires_grad` count. The hidden states have the same device and dtype.
-        bias: [V] or None; its `requires_grad` counts.
+        counts: [2P], number of scored tokens of each sequence (label other than `ignore_index`, weight other than 0); the
+            chosen sequences come first.
+        weight: [V, H], the LM head; its device, dtype and `requires_grad` matter. The hidden states have the same device and
+            dtype.
+        bias: [V] or None; its `requires_grad` matters.
         needs_hidden: whether the hidden states need a gradient.
-        projects_reference: whether the reference comes as `ref_hidden`; False where it comes as `ref_logps` or not at all.
-        memory_budget, grad_filter, loss_type, statistics, kl_coef, reduction: as in `linear_dpo_loss`.
-        flat_softmax: whether a filtered gradient turns exact; without a filter it changes nothing.
+        projects_reference: whether the call gets `ref_hidden`; False for `ref_logps` or no reference.
+        memory_budget: as in `linear_dpo_loss`.
+        grad_filter: as in `linear_dpo_loss`.
+        loss_type: as in `linear_dpo_loss`.
+        statistics: as in `linear_dpo_loss`.
+        kl_coef: as in `linear_dpo_loss`.
+        reduction: as in `linear_dpo_loss`.
+        flat_softmax: gives the plan in which a filtered gradient became exact; no effect without a filter.
 
     Returns:
-        The plan, with bytes and flops as numbers; `describe()` is a line of text.
+        The plan; `describe()` gives one line of text.
 
     Raises:
-        ValueError, TypeError: as `linear_dpo_loss`; also for a negative count.
+        TypeError: as `linear_dpo_loss`.
+        ValueError: as `linear_dpo_loss`, or a count is negative.
     """
     if any(count < 0 for count in counts):
         raise ValueError(f"counts must not be negative; got {min(counts)}")
@@ -69,7 +78,7 @@ def plan_linear_dpo_loss(
         has_reference=True if projects_reference else None,
     )
     reported = check_statistics(statistics, LINEAR_STATISTICS)
-    # What a call decides does not depend on how many tokens there are, so sequences without tokens stand for the batch.
+    # The strategy does not depend on the number of tokens, so a batch of empty sequences is enough to choose it.
     device = weight.device
     hidden = torch.empty(0, weight.shape[-1], dtype=weight.dtype, device=device, requires_grad=needs_hidden)
     head.check(hidden)

@@ -1,8 +1,8 @@
-"""Chunks whose products are the fused Triton kernels': logits only on chip, and gradients without the softmax's empty blocks.
+"""Chunks on the fused Triton kernels: logits stay on chip, and blocks of negligible probability are skipped in the gradient.
 
-What `chunk.Projection` is for the library's products. Whole pairs store a chunk's logits, rounded to the compute dtype, since
-their gradient follows at once (`stores`); everything else projects again. Policy and reference always take the same kernels,
-so that equal models give equal bits.
+`FusedProjection` has the interface of `chunk.Projection`, which uses the library's products. The whole_pairs strategy stores a
+chunk's logits, rounded to the compute dtype, because their gradient follows at once (`stores`); the others compute the logits
+again. Policy and reference always use the same kernels, so equal models give bitwise equal log-probabilities.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .chunk import HeadGradient, gather
 
 
 class FusedProjection:
-    """A call's heads in the compute dtype, the order of the vocabulary, and a chunk's way there and back."""
+    """The heads of a call in the compute dtype, the order of the vocabulary, and forward and backward pass of a chunk."""
 
     def __init__(self, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         def narrow(tensor: Tensor | None) -> Tensor | None:
@@ -45,25 +45,25 @@ class FusedProjection:
         self._tail: Tensor | None = None
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """The tokens' hidden states, [c, H] contiguous in the compute dtype."""
+        """The hidden states of the tokens, [c, H] contiguous in the compute dtype."""
         return gather(self.hidden, tokens, self.call.compute_dtype).contiguous()
 
     def sort(self, total: Tensor, count: int) -> None:
-        """Order the vocabulary by the mean logit of `count` tokens whose hidden states add up to `total` [H] float32."""
+        """Order the vocabulary by the mean logit of `count` tokens; `total` [H] float32 is the sum of their hidden states."""
         order = self.grad.order_by_mean_logit(
             self.head.weight, self.head.bias, total / max(count, 1), self.call.transform.scale
         )
         self.head = replace(self.head, order=order)
 
     def sort_by(self, tokens: Tensor, chunks: list[tuple[int, int]]) -> None:
-        """`sort` by these tokens."""
+        """Order the vocabulary by the mean logit of these tokens."""
         total = torch.zeros(self.hidden.shape[-1], dtype=torch.float32, device=self.hidden.device)
         for begin, end in chunks:
             total += self.rows(tokens[begin:end]).sum(0, dtype=torch.float32)
         self.sort(total, tokens.shape[0])
 
     def take_order(self, order: Sequence[Tensor], tokens: Tensor, chunks: list[tuple[int, int]]) -> None:
-        """The forward's order, as it was saved; found again where it was not (a second backward of whole pairs)."""
+        """Use the order saved by the forward pass; if none was saved (second backward of whole pairs), compute it again."""
         if order:
             self.head = replace(self.head, order=self.grad.Order(*order))
         else:
@@ -85,7 +85,7 @@ class FusedProjection:
         )
 
     def measure(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """(logits of the policy where they are stored, stage 1's results [c] by name) of a chunk."""
+        """(the policy's logits or None if they are not stored, results of stage 1 by name, [c] each) of a chunk."""
         ref_logps = None
         if self.call.reference.hidden is not None:
             assert self.ref_weight is not None
@@ -97,14 +97,14 @@ class FusedProjection:
         return (self.buffer[: rows.shape[0]] if self.stores else None), found
 
     def project(self, rows: Tensor, tokens: Tensor) -> Tensor | None:
-        """A chunk's logits again, where they are stored; the gradient's kernel projects by itself where they are not."""
+        """The logits of a chunk, computed again; None if logits are not stored, because the gradient kernel computes them."""
         if not self.stores:
             return None
         self._logps(rows, self.head.weight, self.head.bias, tokens, frozenset())
         return self.buffer[: rows.shape[0]]
 
     def dropped_mass(self, tokens: Tensor, rows: Tensor, softmax: Sequence[Tensor]) -> Tensor:
-        """Probability [c] in the blocks that the backward will leave out. Costs a projection."""
+        """Probability mass [c] of the blocks that the backward pass will skip. Costs a projection."""
         return self.grad.logits_block_grad(self.head, rows, self.labels[tokens], *softmax, None).dropped
 
     def pull_back(
@@ -119,7 +119,7 @@ class FusedProjection:
         divergences: KLGradients | None = None,
         last: bool,
     ) -> Tensor | None:
-        """As `chunk.Projection.pull_back`; `last` says that no other chunk follows, so that the dropped mass joins dW."""
+        """As `chunk.Projection.pull_back`; `last` marks the last chunk, with which the dropped mass is added to dW."""
         assert divergences is None
         grad = grad_logps.double()
         found = self.grad.logits_block_grad(

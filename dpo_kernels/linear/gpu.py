@@ -1,7 +1,8 @@
-"""What the planner knows of a GPU: its memory, how rows of logits lie, and where the fused kernels serve.
+"""The planner's rules for GPUs: memory, the stride of logits, and the use of the fused kernels.
 
-On a GPU the products are the library's, with the stages between them. The fused kernels (backends/triton: linear_logps,
-linear_grad) keep logits on chip and leave out blocks of the gradient; they serve where the caller gives a threshold (`fuse`).
+By default a GPU uses the library's matrix products, with the stages between them. If the caller gives a filter threshold, the
+fused kernels (backends/triton: linear_logps, linear_grad) are used (`fuse`): they keep logits on chip and skip blocks of the
+gradient.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from .. import backends
 if TYPE_CHECKING:
     from .planner import Head
 
-#: Share of a card's memory that a call may borrow unasked: 2.4 GiB of 80 GB, 8,192 tokens' 16-bit logits at V = 128k.
+#: Share of a GPU's memory in the default budget: 2.4 GiB of 80 GB, the 16-bit logits of 8,192 tokens at V = 128k.
 GPU_SHARE = 0.03
-#: Bytes of a CPU's cache line, and elements that rows of logits on a GPU are a multiple of.
+#: Bytes of a CPU's cache line, and the number of elements of which a logits row on a GPU is a multiple.
 _LINE, _GPU_ROW = 64, 64
-#: How the fused kernels cut: blocks, segments, partial results a segment, and splits of the vocabulary.
+#: Sizes in the fused kernels: rows and columns of a block, columns of a segment, partial results per segment, vocabulary splits.
 BLOCK, _SEGMENT, _PARTS, _SPLITS = 128, 2048, 7, 4
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a call runs.
+    """The device of a call.
 
     Attributes:
         type: torch's name, "cpu" or "cuda".
-        memory: bytes of the card, 0 on a CPU.
+        memory: bytes of a GPU's memory; 0 on a CPU.
         fused: whether the fused kernels can run.
     """
 
@@ -43,12 +44,13 @@ CPU = Device()
 
 
 def row_stride(vocab: int, item_size: int, device_type: str = "cpu") -> int:
-    """Elements from one row of a logits buffer to the next.
+    """Row stride of a logits buffer, in elements.
 
-    CPU: an odd number of cache lines. Where rows lie a multiple of 4 KB apart, as with V = 49,152, a column of them falls into
-    one set of the first-level cache, and products that go down columns evict what they are about to use.
-    GPU: a multiple of 64 elements. Rows of an odd V, such as 50,257 or 151,669, would otherwise start at any address, and
-    cuBLAS and the kernels read them an element at a time instead of 16 bytes.
+    CPU: an odd number of cache lines. With a stride that is a multiple of 4 KB, as for V = 49,152, the entries of a column map
+    to the same set of the first-level cache, and products that walk down columns evict data that they still need.
+
+    GPU: a multiple of 64 elements. With an odd stride, as for V = 50,257 or 151,669, rows would be unaligned, and cuBLAS and
+    the kernels would load single elements instead of 16 bytes.
     """
     if device_type != "cpu":
         return -(-vocab // _GPU_ROW) * _GPU_ROW
@@ -57,14 +59,14 @@ def row_stride(vocab: int, item_size: int, device_type: str = "cpu") -> int:
 
 
 def card_memory(device: torch.device) -> int:
-    """Bytes of the GPU's memory, of which a call's default budget is a share; 0 on other devices."""
+    """Bytes of the GPU's memory; 0 on other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def device_of(backend: str, device: torch.device, dtype: torch.dtype) -> Device:
-    """What the planner knows of the device: its memory, and whether this backend's products may be the fused Triton kernels.
+    """The device as the planner sees it: its memory, and whether the fused Triton kernels can run.
 
-    They serve the cuda backend too, where Triton is there; and in Triton's interpreter a CPU.
+    They can run with the triton backend, with the cuda backend if Triton is installed, and on a CPU in Triton's interpreter.
     """
     if torch.compiler.is_compiling():
         return Device(device.type)
@@ -83,17 +85,19 @@ def fused_row_bytes(hidden_size: int, vocab: int, item_size: int) -> int:
 
 
 def fuse(head: Head, strategy: str, device: Device, eps: float) -> tuple[bool, str]:
-    """(whether the fused kernels multiply and filter the gradient by blocks, why or why not) on a GPU; (False, "") elsewhere.
+    """(whether to use the fused kernels, which filter the gradient by blocks; the reason). (False, "") where they cannot run.
 
     Args:
+        head: the sizes.
         strategy: from `choose_strategy` without a filter.
-        eps: the threshold that the caller gave, or 0. Without one the gradient is exact: no card has measured yet where
-            the blocks pay.
+        device: the device.
+        eps: the caller's threshold, or 0. Without a threshold the gradient is exact: it has not been measured yet on which
+            GPUs the block filter is faster.
     """
     if (device.type == "cpu" and not device.fused) or strategy not in ("whole_pairs", "two_pass"):
         return False, ""
     if eps == 0:
         return False, "the gradient is exact"
     if not device.fused or head.kl or head.kl_gradient:
-        return False, "the gradient is exact, for the block filter cannot serve here"
-    return True, "blocks of the gradient without probability are left out"
+        return False, "the gradient is exact, because the block filter does not support this call"
+    return True, "blocks of the gradient with negligible probability are skipped"

@@ -1,7 +1,9 @@
-"""The linear path as operators, for torch.compile: shapes known before anything runs, no strategy that saves what it found.
+"""The linear path as operators for torch.compile.
 
-dpo_kernels::linear_logps          log-probabilities of tokens, for any upstream gradient; its backward projects again
-dpo_kernels::linear_whole_pairs    a scalar loss of the sigmoid family, and its gradients for d loss = 1 among the results
+A compiler needs all shapes in advance, so no strategy that saves tensors of data-dependent size is used.
+
+    dpo_kernels::linear_logps          log-probabilities of tokens, for any upstream gradient; its backward projects again
+    dpo_kernels::linear_whole_pairs    a scalar loss of the sigmoid family; it also returns the gradients for d loss = 1
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ _COUNT = 15  # tensors and options of _ARGUMENTS
 
 
 def _flat(hidden: Tensor, head: LMHead, call: Call) -> tuple[Any, ...]:
-    """A call as _ARGUMENTS."""
+    """The arguments of a call in the order of _ARGUMENTS."""
     options = (list(call.statistics), list(call.terms), call.compute_dtype, call.budget, call.backend)
     return hidden, *head, call.labels, *call.reference, *call.transform, *options
 
 
 def linear_logps(hidden: Tensor, head: LMHead, call: Call) -> Tensor:
-    """`LinearLogps` for torch.compile: what is found of all tokens, [R, B, T]."""
+    """`LinearLogps` for torch.compile: the results of all tokens, [R, B, T]."""
     return _ops.linear_logps(*_flat(hidden, head, call))
 
 
@@ -123,7 +125,7 @@ def _op_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor | None, .
     options = list(ctx.options)
     by_terms: tuple[Tensor | None, ...] = (None, None)
     if divergences is None:
-        # The reference needs no second projection.
+        # Without KL terms the backward pass does not need the reference.
         tensors, options[3:5] = [*tensors[:4], None, None, None], [[], []]
     else:
         by_terms = (divergences.grad_kl, divergences.grad_forward_kl)
@@ -151,7 +153,7 @@ _library.define(
 def linear_whole_pairs(
     hidden: Tensor, head: LMHead, call: Call, tokens: Tokens, settings: PairSettings
 ) -> tuple[Tensor, PairLosses, Tensor]:
-    """`WholePairs` for torch.compile: (loss, the pairs' results, what is found of all tokens [R, B, T])."""
+    """`WholePairs` for torch.compile: (loss, the pairs' losses, the results of all tokens [R, B, T])."""
     assert settings.family is not None
     loss, *vectors, found, _, _, _ = _ops.linear_whole_pairs(
         *_flat(hidden, head, call),

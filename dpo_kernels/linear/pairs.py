@@ -1,10 +1,12 @@
-"""A scalar loss of whole pairs whose gradients are computed in the forward, so that no token is projected twice.
+"""The whole_pairs strategy: a scalar loss whose gradients are computed in the forward pass, so tokens are projected once.
 
-When the logits of a whole pair are in memory, its sums, and so the loss's derivative by each sum, are known.
+When the logits of all tokens of a pair are in memory, the pair's sums are known, and so is the derivative of the loss with
+respect to each sum.
 
-On a GPU, where all pairs' logits fit into the budget at once, they wait for the backward instead, as kept_logits has it. The
-upstream gradient then joins the coefficients, and no pass over dW scales it: at H = 4,096 and V = 128k scaling and casting a
-float32 dW would move 7.4 GB. A CPU looks whether the upstream gradient is 1; a GPU would have to wait to know.
+On a GPU there is an exception: if the logits of all pairs fit in the budget at once, they are kept for the backward pass, as in
+kept_logits. The upstream gradient then multiplies the coefficients instead of dW: at H = 4,096 and V = 128k, scaling and casting
+a float32 dW would move 7.4 GB. On a CPU dW is scaled only if the upstream gradient is not 1; a GPU would have to synchronize
+to read it.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def _owners(call: Call, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
-    """The sequence of each token, [B * T]; 2P for tokens that are not scored or belong to none."""
+    """The sequence of each token, [B * T]; 2P for tokens that are not scored or belong to no sequence."""
     labels = call.labels
     if cu_seqlens is None:
         owner = torch.arange(sequences, device=labels.device).unsqueeze(-1).expand_as(labels).reshape(-1)
@@ -60,7 +62,7 @@ class _Scored:
 
     Attributes:
         tokens: [N], flat indices.
-        edges: [2P + 1] where each sequence's tokens begin and the last one's end.
+        edges: [2P + 1], bounds of the sequences in `tokens`, on the device.
         bounds: the same on the host.
     """
 
@@ -70,14 +72,14 @@ class _Scored:
 
     @classmethod
     def of(cls, call: Call, cu_seqlens: Tensor | None, sequences: int) -> _Scored:
-        """Reads the number of scored tokens of each sequence: the call's one wait for a GPU's stream."""
+        """The scored tokens of a call. Synchronizes with the device, once per call, to read their number per sequence."""
         owner, order = _owners(call, cu_seqlens, sequences).sort(stable=True)
         edges = torch.searchsorted(owner, torch.arange(sequences + 1, device=owner.device))
         bounds = edges.tolist()
         return cls(order[: bounds[-1]], edges, bounds)
 
     def counts(self) -> list[int]:
-        """Scored tokens of each sequence, [2P]."""
+        """Number of scored tokens of each sequence, [2P]."""
         return [end - begin for begin, end in pairwise(self.bounds)]
 
     def _sides(self, group: planner.Group) -> list[slice]:
@@ -85,14 +87,14 @@ class _Scored:
         return [slice(group.first + side, group.last + side) for side in (0, pairs)]
 
     def tokens_of(self, groups: Sequence[planner.Group]) -> Tensor:
-        """The tokens, each group's in one run: its chosen sequences, then its rejected ones."""
+        """The tokens ordered by group, and within a group its chosen sequences before its rejected ones."""
         if len(groups) < 2:
             return self.tokens
         sides = [side for group in groups for side in self._sides(group)]
         return torch.cat([self.tokens[self.bounds[side.start] : self.bounds[side.stop]] for side in sides])
 
     def cu_seqlens_of(self, group: planner.Group) -> Tensor:
-        """[2p + 1] int64, where the sequences of a group of p pairs begin in its run of tokens. Made on the device."""
+        """[2p + 1] int64, bounds of the sequences of a group of p pairs within its tokens; computed on the device."""
         chosen, rejected = self._sides(group)
         if chosen.stop == rejected.start:
             return self.edges
@@ -104,7 +106,7 @@ class _Scored:
 
 @dataclass
 class PairResult:
-    """What `run_pairs` gives: gradients for d loss = 1, or logits that wait."""
+    """The result of `run_pairs`: gradients for d loss = 1, or logits that are kept for the backward pass."""
 
     table: TokenTable
     plan: planner.Plan
@@ -118,18 +120,18 @@ class PairResult:
 
 
 def _waits(call: Call, plan: planner.Plan, may_wait: bool) -> bool:
-    """Whether the logits wait for the backward: on a GPU, all of them in one buffer."""
+    """Whether the logits are kept for the backward pass: on a GPU, if one chunk holds them all."""
     chunks = sum(len(group.chunks) for group in plan.groups)
     return may_wait and call.labels.device.type == "cuda" and chunks == 1 and not (call.fused or call.terms)
 
 
 def plan_of(call: Call, weight: Tensor, counts: Sequence[int], may_wait: bool = True) -> planner.Plan:
-    """The plan of a call with so many scored tokens in each sequence, [2P], for what the device can give now."""
+    """The plan for `counts` [2P] scored tokens per sequence and the memory that is available now."""
 
     def plan_for(budget: int) -> planner.Plan:
         plan = planner.plan_pairs(call.sizes, counts, budget, call.reason)
         return (
-            replace(plan, reason=f"{plan.reason}; they wait for the backward") if _waits(call, plan, may_wait) else plan
+            replace(plan, reason=f"{plan.reason}; kept for the backward pass") if _waits(call, plan, may_wait) else plan
         )
 
     def beside(plan: planner.Plan) -> int:
@@ -149,9 +151,9 @@ def run_pairs(
     *,
     may_wait: bool = True,
 ) -> PairResult:
-    """Loss and gradients of whole pairs, a group of pairs at a time, each token projected once if its pair fits.
+    """Loss and gradients, one group of pairs at a time. A token is projected once if its pair fits in the budget.
 
-    Where the logits wait for the backward, if they may, there are no gradients yet.
+    If the logits are kept for the backward pass (only with `may_wait`), the result has no gradients.
     """
     vocab, hidden_size = weight.shape
     check_all_labels(call, vocab)
@@ -209,7 +211,7 @@ def run_pairs(
         divergences = None
         if call.terms:
             divergences = KLGradients.of(found, grads)
-        # The last chunk's logits are still in the buffer; earlier ones of a pair beyond the budget come back.
+        # The buffer still holds the logits of the last chunk. If a pair exceeds the budget, earlier chunks are projected again.
         for number, (a, b) in reversed(list(enumerate(group.chunks))):
             chunk, local = order_of_tokens[a:b], slice(a - begin, b - begin)
             if number != len(group.chunks) - 1:
@@ -241,14 +243,14 @@ def run_pairs(
 
 
 def loss_of(done: PairResult, settings: PairSettings) -> Tensor:
-    """The number that the gradients are of."""
+    """The scalar loss."""
     return reduce(done.losses.weighted, settings.reduction)
 
 
 class WholePairs(torch.autograd.Function):
-    """A scalar preference loss whose gradients are computed in the forward, for d loss = 1 (eager).
+    """A scalar preference loss whose gradients for d loss = 1 are computed in the forward pass; eager mode only.
 
-    Returns (loss, the fields of PairLosses, what is found of the tokens [R, B, T], the plan); only the loss is differentiable.
+    Returns (loss, the fields of PairLosses, the results of all tokens [R, B, T], plan); only the loss is differentiable.
     """
 
     @staticmethod
@@ -270,7 +272,7 @@ class WholePairs(torch.autograd.Function):
             hidden,
             weight,
             bias,
-            # So that autograd notices if somebody writes into them before the backward.
+            # Saved so that autograd raises if they are modified before the backward pass.
             call.labels,
             *call.reference,
             done.table.all,
@@ -290,7 +292,7 @@ class WholePairs(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 6
-        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        saved = ctx.saved_tensors  # read once, because activation checkpointing allows only one read
         return without_graph(lambda: WholePairs._gradients(ctx, grad_loss, *saved), *saved[:3], grad_loss)
 
     @staticmethod
@@ -300,8 +302,8 @@ class WholePairs(torch.autograd.Function):
         call: Call = ctx.call
         into = main_grad(weight) if call.needs.weight else None
         if ctx.handed_over or logits is not None:
-            # The first backward gave the gradients away, or wrote dz over the logits that waited; a retained graph computes them
-            # anew. `.data` keeps the version counter, so that autograd does not take this for a caller's mistake.
+            # The first backward pass returned the gradients, or overwrites the kept logits with dz; a second one (retain_graph)
+            # computes them again. Writing through `.data` does not raise the version counter, so autograd accepts a second read.
             kept = None if logits is None or ctx.handed_over else logits.data
             ctx.handed_over = True
             grads = dict(zip(("logps", *call.terms), (token_grads * grad_loss).unbind(0), strict=True))
@@ -325,14 +327,14 @@ class WholePairs(torch.autograd.Function):
             bias_out = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
             return grad_hidden, take_weight(gradient, weight, into), bias_out, None, None, None
         ctx.handed_over = True
-        # On the CPU a factor of 1, the usual one, saves a pass over dW; elsewhere looking would stall the stream.
+        # On a CPU the usual factor of 1 is detected, which saves a pass over dW. Elsewhere reading it would synchronize.
         on_cpu = grad_loss.device.type == "cpu"
         unit = on_cpu and float(grad_loss) == 1.0
 
         def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if gradient is None:
                 return None
-            # `.data`: memory that leaves this graph gets a version counter of its own.
+            # `.data` gives the returned tensor a version counter of its own, so modifying it does not invalidate this graph.
             gradient = gradient.data
             if on_cpu or gradient.dtype == dtype:
                 return (gradient if unit else gradient.mul_(grad_loss)).to(dtype)

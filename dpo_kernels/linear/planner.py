@@ -1,20 +1,19 @@
-"""Which strategy the linear path takes, and in which chunks, for a memory budget: pure functions of sizes.
+"""The planner of the linear path: strategy and chunks for a memory budget, as pure functions of sizes.
 
-Nothing here touches a tensor, so tests enumerate plans and `describe()` explains them. N counts scored tokens (those with
-a label and a weight), H is the hidden size, V the vocabulary. One product of [N, H] with the head [V, H] costs 2NHV flops.
+No function here reads a tensor. N is the number of scored tokens (label other than ignore_index, weight other than 0), H the
+hidden size, V the vocabulary size. One product of [N, H] with the head [V, H] costs 2NHV flops.
 
-    strategy       when                                                              products (policy)
+    strategy       used if                                                           products (policy)
     forward        nothing needs a gradient                                          1
-    whole_pairs    a scalar loss of objectives that see one pair at a time           3 (+ recomputation of what did not fit)
+    whole_pairs    scalar loss of objectives that depend on one pair at a time       3 (+ recomputation of what did not fit)
     frozen_head    the head needs no gradient                                        2
-    filtered       the gradient is filtered (16-bit default)                         1 and a sparse rest
-    kept_logits    any gradient; the scored tokens' logits fit in the budget         3
-    two_pass       any gradient; the backward projects again                         4
+    filtered       the gradient is filtered (default for 16-bit dtypes on a CPU)     1, and sparse products
+    kept_logits    any upstream gradient; the logits fit in the budget               3
+    two_pass       any upstream gradient; the backward pass projects again           4
 
-What is particular to a GPU is in gpu.py.
-
-A reference that is projected too (`ref_hidden`) adds one product to each. A differentiated token-level KL (kl_coef, TDPO)
-takes whole_pairs or two_pass, whose recomputation then covers the reference as well.
+A reference that is projected too (`ref_hidden`) adds one product to each. A loss that depends on a token-level KL (kl_coef,
+TDPO) uses whole_pairs or two_pass; logits that are computed again then include the reference's. The rules for GPUs are in
+gpu.py.
 """
 
 from __future__ import annotations
@@ -26,48 +25,51 @@ from itertools import pairwise
 
 from .gpu import BLOCK, GPU_SHARE, fused_row_bytes, row_stride
 
-#: What the planner assumes. Nothing else in this module is a guess or a matter of taste.
-#:
-#: default budget, at least, in bytes; and at least for a trainer's step, whose activations take gigabytes.
+# The constants of the planner:
+#: Smallest default budget in bytes, of a call and of a trainer's step, whose activations take gigabytes.
 _FLOOR, _STEP_FLOOR = 64 * 2**20, 256 * 2**20
-#: Rows of a chunk beyond which torch's products on a CPU gain little; half as many cost 10%, as each packs the whole head.
+#: Rows of a chunk above which torch's products on a CPU become hardly faster. With half as many rows they take 10% longer,
+#: because each product packs the whole head.
 _WIDE_ROWS = 512
-#: Columns of dW that a 16-bit gradient is widened by at a time on CPU (see linear/products.py).
+#: Columns of a 16-bit dz that are converted to float32 at a time on a CPU (see linear/products.py).
 WIDENED_COLUMNS = 2048
-#: Small float64 values per token in flight: log-probabilities, statistics, weights, indices.
+#: Bytes per token of small float64 values: log-probabilities, statistics, weights, indices.
 _SMALL_BYTES = 16 * 8
 
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-#: Strategies whose chunks are gone before a gradient of the head is made, if one ever is.
+#: Strategies that do not hold chunks of logits and a dense gradient of the head at the same time.
 _CHUNKS_ALONE = ("forward", "frozen_head", "filtered")
 
 
 def default_budget(hidden_size: int, vocab: int, wide_bytes: int = 0, memory: int = 0) -> int:
-    """Half of what a float32 gradient of the head takes, at least 64 MiB, in bytes; on a GPU at least GPU_SHARE of `memory`.
+    """The default budget in bytes: half of a float32 gradient of the head, but at least 64 MiB.
 
-    A step that trains the head holds that gradient anyway, so the chunks never decide whether a batch fits. Chunks that
-    never meet it may take `wide_bytes`, but no more than it would. A GPU's call asks for its budget before it starts, and
-    takes smaller chunks where the card has less to give (memory.py).
+    A step that trains the head needs that gradient anyway, so chunks of half its size hardly matter for whether a batch fits.
+    On a GPU the budget is at least GPU_SHARE of `memory`. If less memory is available at the call, it uses smaller chunks
+    (memory.py).
 
     Args:
-        memory: bytes of the card, 0 on a CPU.
+        hidden_size: H.
+        vocab: V.
+        wide_bytes: lower bound for strategies that hold no such gradient together with chunks; limited to the gradient's size.
+        memory: bytes of the GPU's memory; 0 on a CPU.
     """
     gradient = 4 * hidden_size * vocab
     return max(_FLOOR, gradient // 2, min(gradient, wide_bytes), int(GPU_SHARE * memory))
 
 
 def step_budget(hidden_size: int, vocab: int, memory: int = 0) -> int:
-    """What a trainer's step takes where nobody says, in bytes: `default_budget`, but at least 256 MiB.
+    """The default budget of a trainer's step in bytes: `default_budget`, but at least 256 MiB.
 
-    Its activations take gigabytes beside which a larger buffer is cheap: a pair of 600 tokens is whole here (V = 49,152,
-    float32, with a KL), or 1,300 tokens' logits are kept for the backward, and none is projected twice. On an 80 GB card the
-    16-bit logits of 8,192 tokens wait at V = 128k.
+    The activations of a step take gigabytes, so a larger buffer matters little. At V = 49,152 in float32, 256 MiB hold a whole
+    pair of 600 tokens with a KL, or keep the logits of 1,300 tokens for the backward pass, so none is projected twice. On an
+    80 GB GPU the budget holds the 16-bit logits of 8,192 tokens at V = 128k.
     """
     return max(_STEP_FLOOR, default_budget(hidden_size, vocab, memory=memory))
 
 
 def budget_of(memory_budget: int | str | None, head: Head, strategy: str, memory: int = 0) -> int:
-    """The bytes that a call may use: as given, or the strategy's default. Raises as `parse_budget`."""
+    """The budget of a call in bytes: the given one, or the default of the strategy. Raises as `parse_budget`."""
     if memory_budget is None:
         wide = _WIDE_ROWS * head.row_bytes * (strategy in _CHUNKS_ALONE)
         return default_budget(head.hidden_size, head.vocab, wide, memory)
@@ -78,7 +80,8 @@ def parse_budget(memory_budget: int | str | None, hidden_size: int, vocab: int) 
     """Bytes from an int, a text such as "256MB" (1 MB = 2^20 bytes here), or None for `default_budget`.
 
     Raises:
-        ValueError, TypeError: not positive, or not readable.
+        TypeError: neither an int, nor a text, nor None.
+        ValueError: the text has another form, or the budget is not positive.
     """
     if memory_budget is None:
         return default_budget(hidden_size, vocab)
@@ -101,15 +104,16 @@ class Head:
 
     Attributes:
         hidden_size, vocab: H and V.
-        item_size: bytes per logit (the dtype that the projection computes in).
-        needs_hidden, needs_weight: whose gradient is wanted (needs_weight covers the bias).
+        item_size: bytes per logit (of the compute dtype).
+        needs_hidden: the hidden states need a gradient.
+        needs_weight: the weight or the bias needs a gradient.
         projects_reference: a reference is projected as well.
-        kl: policy and reference logits are needed side by side.
-        widens: 16-bit products whose dW is accumulated by widening on the CPU.
-        kl_gradient: a token-level KL is differentiated, so a gradient needs both models' logits of a token at once.
-        fused: the products are the fused kernels', which leave out the gradient's blocks without probability.
-        device_type: "cpu", or the GPU's.
-        float16: logits and their gradient are float16, whose smallest number is 6e-8.
+        kl: policy and reference logits are needed at the same time.
+        widens: on a CPU, the operands of dW are converted from 16 bits to float32.
+        kl_gradient: the loss depends on a token-level KL, so its gradient needs both models' logits of a token.
+        fused: the fused kernels compute the products and skip blocks of negligible probability.
+        device_type: "cpu", or torch's name of the GPU.
+        float16: logits and their gradient are float16, whose smallest positive number is 6e-8.
     """
 
     hidden_size: int
@@ -127,7 +131,7 @@ class Head:
 
     @property
     def row_bytes(self) -> int:
-        """Working bytes per token of a chunk: its logits, and what the stages and products need beside them."""
+        """Working bytes per token of a chunk: its logits, and the temporaries of stages and products."""
         if self.fused:
             return fused_row_bytes(self.hidden_size, self.vocab, self.item_size) + _SMALL_BYTES
         row = row_stride(self.vocab, self.item_size, self.device_type) * self.item_size
@@ -144,7 +148,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs `first .. last - 1`, whose tokens are consecutive in the plan's order, cut into chunks at `bounds`."""
+    """Pairs `first .. last - 1`; their tokens are consecutive in the plan's order and form chunks with these `bounds`."""
 
     first: int
     last: int
@@ -158,18 +162,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the linear path will do.
+    """The plan of a call of the linear path.
 
     Attributes:
-        strategy: see the module's table.
-        groups: for whole_pairs, the pairs taken together; otherwise one group with all tokens.
-        rows: rows of the one logits buffer, at most the budget's.
-        tokens: N.
-        bytes: working memory at its peak: everything but the caller's tensors, the gradients, and for `filtered` the kept
+        strategy: a name in the table of `dpo_kernels.linear.planner`.
+        groups: for whole_pairs, groups of pairs that are processed together; otherwise one group with all tokens.
+        rows: rows of the logits buffer.
+        tokens: N, the number of scored tokens.
+        bytes: peak working memory: everything except the caller's tensors, the gradients and, for `filtered`, the kept
             entries.
-        flops: of all dense products, forward and backward.
-        budget: bytes.
-        reason: why this strategy.
+        flops: flops of all dense products, forward and backward.
+        budget: the budget in bytes.
+        reason: the reason for the strategy, as text.
     """
 
     strategy: str
@@ -182,7 +186,7 @@ class Plan:
     reason: str
 
     def describe(self) -> str:
-        """One line for people: strategy, chunks, memory, work, and why."""
+        """One line of text: strategy, chunks, memory, flops and reason."""
         chunks = sum(len(group.chunks) for group in self.groups)
         return (
             f"{self.strategy}: {self.tokens} scored tokens in {chunks} chunks of at most {self.rows}, "
@@ -191,38 +195,40 @@ class Plan:
 
 
 def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filtered: bool) -> tuple[str, str]:
-    """(strategy, reason), from what is known before the tokens are counted.
+    """(strategy, reason); independent of the number of tokens.
 
     Args:
-        scalar_loss: the caller wants one number whose gradient is known up to a factor; False for per-pair losses and
-            for token log-probabilities with any upstream gradient.
-        couples_pairs: a pair's loss may depend on other pairs, or on a callable that this library cannot judge.
+        head: the sizes.
+        scalar_loss: the loss is one number, so its gradient is known up to a factor. False for per-pair losses and for
+            token log-probabilities.
+        couples_pairs: the loss of a pair may depend on other pairs, as in any user callable that does not deny it.
         filtered: the gradient is filtered.
     """
     if not (head.needs_hidden or head.needs_weight):
         return "forward", "nothing needs a gradient"
-    # A loss scale comes with the upstream gradient, in the backward: too late for a gradient that has been rounded to 0.
+    # A loss scale is part of the upstream gradient, which arrives in the backward pass. A float16 gradient that was computed in
+    # the forward pass could already be rounded to 0.
     whole_pairs = scalar_loss and not couples_pairs and not head.float16
     if head.kl_gradient:
-        # Neither kept entries nor unscaled rows of dH hold what the KL's gradient needs.
+        # The KL's gradient needs the logits; neither kept entries nor rows of dH are enough.
         if whole_pairs:
-            return "whole_pairs", "the KL's gradient joins while the logits of policy and reference are in memory"
-        return "two_pass", "the KL's gradient needs the logits of policy and reference again, in the backward"
+            return "whole_pairs", "the KL's gradient is computed while the logits of policy and reference are in memory"
+        return "two_pass", "the KL's gradient needs the logits of policy and reference again, in the backward pass"
     if not head.needs_weight:
-        return "frozen_head", "the head is frozen, and d logp / d hidden needs no coefficients"
+        return "frozen_head", "the head is frozen, and d logp / d hidden does not depend on the loss"
     if filtered:
         return "filtered", "the gradient is filtered, and its kept entries are saved"
     if whole_pairs:
         return "whole_pairs", "a pair's coefficients are known while its logits are still in memory"
     if couples_pairs:
-        return "two_pass", "the objective may couple pairs, so coefficients exist only after all log-probabilities"
+        return "two_pass", "the objective may couple pairs, so the coefficients depend on all log-probabilities"
     if scalar_loss:
-        return "two_pass", "in float16 the loss scale must reach the gradient before it is rounded"
-    return "two_pass", "the upstream gradient is known only in the backward"
+        return "two_pass", "in float16 the loss scale must multiply the gradient before it is rounded"
+    return "two_pass", "the upstream gradient is known only in the backward pass"
 
 
 def _cut(begin: int, end: int, rows: int) -> tuple[int, ...]:
-    """Bounds of the fewest chunks of at most `rows`, as even as possible: a short last chunk wastes the product's blocks."""
+    """Bounds of as few chunks of at most `rows` as possible, evenly sized, because a short last chunk makes products slow."""
     count = max(1, -(-(end - begin) // rows))
     return tuple(begin + (end - begin) * i // count for i in range(count + 1))
 
@@ -240,17 +246,19 @@ def _rows(head: Head, budget: int) -> int:
 
 
 def plan_pairs(head: Head, counts: Sequence[int], budget: int, reason: str = "") -> Plan:
-    """The whole_pairs plan: as many whole pairs a group as fit; a pair that does not fit is cut and partly recomputed.
+    """The whole_pairs plan: each group holds as many whole pairs as fit in the budget.
+
+    A pair that does not fit is a group of several chunks. When its coefficients are known, only the logits of its last chunk are
+    still in memory; the other chunks are projected again.
 
     Args:
-        counts: scored tokens of each sequence [2P], chosen first.
+        head: the sizes.
+        counts: [2P], scored tokens of each sequence; the chosen sequences come first.
         budget: bytes.
-
-    In a group of several chunks only the last one's logits are still in memory when its coefficients are known; the
-    others are projected again.
+        reason: the reason for the strategy.
 
     Raises:
-        ValueError: the budget cannot hold one token's logits.
+        ValueError: the budget cannot hold the logits of one token.
     """
     pairs = len(counts) // 2
     sizes = [counts[p] + counts[pairs + p] for p in range(pairs)]
@@ -267,7 +275,7 @@ def plan_pairs(head: Head, counts: Sequence[int], budget: int, reason: str = "")
     again = 0
     for first, last, begin, end in spans:
         bounds = _cut(begin, end, rows)
-        # All but the last `rows` tokens lose their logits, so the last chunk is as large as the budget allows.
+        # Only the last chunk keeps its logits, so it is as large as the budget allows.
         if len(bounds) > 2:
             bounds = (*_cut(begin, end - rows, rows), end)
             again += end - rows - begin
@@ -276,7 +284,7 @@ def plan_pairs(head: Head, counts: Sequence[int], budget: int, reason: str = "")
     products = 1 + head.needs_hidden + head.needs_weight + head.projects_reference
     flops = head.product * (token * products + again * (1 + head.kl_gradient))
     if again:
-        reason = f"{reason}; {again} tokens of pairs beyond the budget are projected twice"
+        reason = f"{reason}; {again} tokens of pairs that exceed the budget are projected twice"
     return Plan("whole_pairs", tuple(groups), largest, token, largest * head.row_bytes, flops, budget, reason)
 
 
@@ -286,17 +294,20 @@ def plan_tokens(
     """The plan of every other strategy: chunks of tokens in any order.
 
     Args:
-        strategy: from `choose_strategy`; "two_pass" becomes "kept_logits" where all logits fit in the budget.
+        head: the sizes.
+        strategy: from `choose_strategy`; "two_pass" becomes "kept_logits" if all logits fit in the budget.
         tokens: N.
-        may_keep: False where nothing of unknown size may be saved (torch.compile).
+        budget: bytes.
+        reason: the reason for the strategy.
+        may_keep: False if no tensor of data-dependent size may be saved (torch.compile).
 
     Raises:
-        ValueError: the budget cannot hold one token's logits.
+        ValueError: the budget cannot hold the logits of one token.
     """
     rows = _rows(head, budget)
     if strategy == "two_pass" and may_keep and tokens <= rows and not head.kl and not head.fused:
         strategy = "kept_logits"
-        reason = f"{reason}; all scored tokens' logits fit in the budget and wait there"
+        reason = f"{reason}; the logits of all scored tokens fit in the budget and are kept"
     bounds = _cut(0, tokens, rows)
     largest = max(b - a for a, b in pairwise(bounds))
     flops = token_flops(head, strategy, tokens)
@@ -304,7 +315,7 @@ def plan_tokens(
 
 
 def token_flops(head: Head, strategy: str, tokens: int) -> int:
-    """Flops of all dense products of a strategy other than whole_pairs, forward and backward."""
+    """Flops of all dense products, forward and backward, of a strategy other than whole_pairs."""
     gradients = head.needs_hidden + head.needs_weight
     policy = {
         "forward": 1,

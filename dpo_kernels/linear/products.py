@@ -1,4 +1,4 @@
-"""The matrix products of the linear path: native kernels on CPU where they are quicker, else torch's library."""
+"""The matrix products of the linear path: native kernels on a CPU where they are faster, else torch's library."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from . import planner
 def multiply(
     backend: str, a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """a b (+ bias) into `out`, or onto it.
+    """Writes a @ b (+ bias) to `out`, or adds it to `out`.
 
     Args:
-        backend: the call's. "cpu" may multiply by itself (csrc/cpu/products.cpp).
-        a, b: [M, K] and [K, N] of one dtype, in any orientation.
-        out: [M, N] with unit stride on N: of that dtype, or the float32 sums of 16-bit products, unrounded.
-        bias: [N], for every row; not together with `add`.
-        add: add to what is there.
+        backend: the call's backend. "cpu" may use its own kernels (csrc/cpu/products.cpp).
+        a: [M, K], row- or column-major.
+        b: [K, N] of the same dtype, row- or column-major.
+        out: [M, N] with unit stride on N, of the same dtype; or float32 for 16-bit a and b, whose products are then summed
+            without rounding to 16 bits.
+        bias: [N], added to every row; not together with `add`.
+        add: add to `out` instead of overwriting it.
+
+    Returns:
+        `out`.
     """
-    # A subclass of Tensor, such as quantised weights, multiplies in its own way.
+    # Subclasses of Tensor, such as quantized weights, have products of their own.
     plain = type(a) in (Tensor, Parameter) and type(b) in (Tensor, Parameter)
     if backend == "cpu" and plain:
         native = backends.load("cpu", "cpu")
@@ -43,7 +48,7 @@ def _library(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool) 
 def _widened(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
     if out.device.type == "cuda":
         return torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
-    # The library's 16-bit products on CPU are rounded to 16 bits. Widened operands keep the sum over chunks in float32.
+    # On a CPU the library rounds 16-bit products to 16 bits. With operands converted to float32, the sum over chunks is float32.
     b = b.to(out.dtype)
     for begin in range(0, a.shape[0], planner.WIDENED_COLUMNS):
         part = slice(begin, begin + planner.WIDENED_COLUMNS)

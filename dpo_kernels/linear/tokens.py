@@ -1,7 +1,8 @@
-"""Log-probabilities per token, for any upstream gradient: every strategy but whole_pairs.
+"""Log-probabilities per token, for any upstream gradient: every strategy except whole_pairs.
 
-The forward projects all scored tokens, chunk by chunk, and saves what its strategy lets the backward spare: unscaled rows of dH
-(frozen_head), the kept entries (filtered), the logits (kept_logits), or nothing (two_pass projects again).
+The forward pass projects all scored tokens, chunk by chunk. Depending on the strategy, it saves for the backward pass: rows of
+dH without their coefficient (frozen_head), the kept entries (filtered), the logits (kept_logits), or nothing (two_pass, whose
+backward pass projects again).
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TokenRun:
-    """What a forward leaves behind.
+    """The result of a forward pass.
 
     Attributes:
+        table: the results of all tokens.
+        plan: the executed plan.
         tokens: [N], flat indices of the scored tokens.
         saved: frozen_head: d logp_t / d hidden_t [N, H]; kept_logits: the logits [N, V]; filtered: index, value, row_ptr
-            and tail of `filtered.Kept`; otherwise nothing.
+            and tail of `filtered.Kept`; fused kernels: the order of the vocabulary; otherwise empty.
     """
 
     table: TokenTable
@@ -55,7 +58,7 @@ class TokenRun:
 
 
 def plan_of(call: Call, count: int) -> planner.Plan:
-    """The plan of a call with `count` scored tokens, for what the device can give now."""
+    """The plan of a call with `count` scored tokens, for the memory that is available now."""
     may_keep = not torch.compiler.is_compiling()
 
     def plan_for(budget: int) -> planner.Plan:
@@ -65,14 +68,14 @@ def plan_of(call: Call, count: int) -> planner.Plan:
 
 
 def exact_plan(call: Call, plan: planner.Plan) -> planner.Plan:
-    """The plan of a filtered call whose softmax is too flat for lists to pay: the same chunks, projected again."""
+    """The plan after a filtered call found too many entries above eps: the same chunks, projected again in the backward pass."""
     reason = f"more than {filtered.DENSEST:g} of the entries exceed {call.eps:g}, so the gradient is exact"
     flops = planner.token_flops(call.sizes, "two_pass", plan.tokens)
     return replace(plan, strategy="two_pass", flops=flops, reason=reason)
 
 
 def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenRun:
-    """Stage 1 over all scored tokens, chunk by chunk, and what the strategy saves for the backward."""
+    """Stage 1 of all scored tokens, chunk by chunk, and the tensors that the strategy saves for the backward pass."""
     check_all_labels(call, weight.shape[0])
     tokens = scored(call)
     plan = plan_of(call, tokens.shape[0])
@@ -100,7 +103,7 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
                 lists.append(kept)
         table.put(chunk, found)
         if plan.strategy == "frozen_head":
-            # d logp / dh = W[y] - E_p[W], whatever the loss is: its coefficient multiplies this row in the backward.
+            # d logp / dh = W[y] - E_p[W] does not depend on the loss, whose coefficient multiplies the row in the backward pass.
             ones = torch.ones_like(found["logps"])
             kept = projection.keep(logits, chunk, found) if call.eps else None
             if kept is not None:
@@ -126,7 +129,7 @@ def forward_tokens(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _put_dropped_mass(projection: FusedProjection, table: TokenTable, tokens: Tensor, plan: planner.Plan) -> None:
-    # Which blocks are dead is known only when all probabilities are, so the report costs one more projection.
+    # The blocks that will be skipped depend on the probabilities of all tokens, so this statistic costs one more projection.
     softmax = softmax_of(table.rows)
     for begin, end in plan.groups[0].chunks:
         chunk = tokens[begin:end]
@@ -144,7 +147,7 @@ def _backward_filtered(
     grad_logps: Tensor,
     into: Tensor | None,
 ) -> tuple[Tensor | None, HeadGradient]:
-    """(dH [B, T, H], head gradient) from the kept entries."""
+    """(dH [B, T, H] or None, the head's gradient) from the kept entries."""
     grad = grad_logps.reshape(-1)[tokens].double()
     gradient = HeadGradient(call, weight.shape[0], hidden.shape[-1], into)
     grad_hidden = None
@@ -172,15 +175,26 @@ def backward_tokens(
     order: Sequence[Tensor] = (),
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, HeadGradient]:
-    """(dH [B, T, H], head gradient) of sum grad_logps * logps, from `kept_logits` (overwritten) or by projecting again.
+    """(dH [B, T, H] or None, the head's gradient) of sum(grad_logps * logps).
 
-    `found` are the forward's rows [R, B, T]. `tokens` are the forward's, in the order of `kept_logits`. `divergences` add
-    theirs, and the reference is projected again as well.
+    Args:
+        call: the call.
+        hidden: [B, T, H].
+        weight: [V, H].
+        bias: [V] or None.
+        found: [R, B, T], the rows of the forward pass.
+        grad_logps: [B, T].
+        tokens: [N], the scored tokens of the forward pass, in the order of `kept_logits`; None to select them here.
+        divergences: adds the gradients of token-level KLs; the reference is then projected again, too.
+        kept_logits: [N, V], overwritten with their gradient; None to project again.
+        order: the order of the vocabulary that the fused kernels saved.
+        into: a float32 buffer to which dW is added, or None.
     """
     call = call.without_reference() if divergences is None else call
     small = grad_logps.reshape(-1)
-    # Kept logits are there for every scored token, and the blocks are those that the forward reported; otherwise tokens
-    # without gradient need no second projection. To find them on a GPU the host would wait for the stream a second time.
+    # Tokens without gradient need no second projection, with two exceptions: kept logits exist for all scored tokens, and the
+    # fused kernels must skip the blocks that the forward pass reported. On a GPU they are projected all the same, because
+    # selecting tokens would synchronize a second time.
     if tokens is None or not (kept_logits is not None or call.fused or hidden.device.type != "cpu"):
         live = call.labels.reshape(-1) != call.transform.ignore_index
         if kept_logits is None and not call.fused:
@@ -235,14 +249,14 @@ def backward_tokens(
 
 
 def take_weight(gradient: HeadGradient, weight: Tensor, into: Tensor | None) -> Tensor | None:
-    """The gradient to return for the weight: none when it went straight into the caller's buffer."""
+    """The weight's gradient for autograd; None if it was added to the caller's buffer."""
     if gradient.weight is None or into is not None:
         return None
     return gradient.weight.to(weight.dtype)
 
 
 def upstream(call: Call, grad_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, KLGradients | None]:
-    """(gradient by the log-probabilities, by the divergences among the terms), from that of all rows [R, B, T]."""
+    """(d loss / d logps [B, T], gradients of the divergences among the terms or None) from the gradient of all rows [R, B, T]."""
     grads = dict(zip(call.rows, grad_tokens.unbind(0), strict=True))
     if not call.terms:
         return grads["logps"], None
@@ -251,7 +265,7 @@ def upstream(call: Call, grad_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, K
 
 
 class LinearLogps(torch.autograd.Function):
-    """What is found of all tokens [R, B, T], from hidden states (eager): every strategy but whole_pairs. And the plan."""
+    """(results of all tokens [R, B, T], plan) from hidden states, in eager mode: every strategy except whole_pairs."""
 
     @staticmethod
     def forward(
@@ -261,7 +275,7 @@ class LinearLogps(torch.autograd.Function):
             run = forward_tokens(call, hidden, weight, bias)
         logger.debug("%s", run.plan.describe())
         ctx.call, ctx.strategy, ctx.used = call, run.plan.strategy, False
-        # Labels and reference are saved so that autograd notices if somebody writes into them before the backward.
+        # Labels and reference are saved so that autograd raises if they are modified before the backward pass.
         ctx.save_for_backward(hidden, weight, bias, call.labels, *call.reference, run.table.all, run.tokens, *run.saved)
         ctx.set_materialize_grads(False)
         return run.table.all, run.plan
@@ -270,7 +284,7 @@ class LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_tokens: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_tokens is None:
             return (None,) * 4
-        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        saved = ctx.saved_tensors  # read once, because activation checkpointing allows only one read
         return without_graph(lambda: LinearLogps._gradients(ctx, grad_tokens, *saved), *saved[:3], grad_tokens)
 
     @staticmethod
@@ -282,14 +296,14 @@ class LinearLogps(torch.autograd.Function):
             if ctx.strategy == "frozen_head":
                 scale = grad_logps.reshape(-1)[tokens].unsqueeze(-1)
                 rows = saved[0] * scale.to(accumulator_dtype(saved[0].dtype))
-                # 0 * inf: a token without gradient gets an exact 0 whatever its log-probability's slope.
+                # A token with gradient 0 gets exactly 0, even if its row is infinite (0 * inf is NaN).
                 rows = torch.where(scale == 0, torch.zeros_like(rows), rows)
                 return scatter(hidden, tokens, rows), None, None, None
             into = main_grad(weight) if call.needs.weight else None
             kept = None
             if ctx.strategy == "kept_logits" and not ctx.used:
-                # dz goes over the kept logits; a second backward of the same graph projects again. `.data` keeps the
-                # version counter, so that autograd does not take this for a caller's mistake.
+                # dz overwrites the kept logits, so a second backward pass of the same graph projects again. Writing through
+                # `.data` does not raise the version counter, so autograd accepts the second read of the saved tensors.
                 kept, ctx.used = saved[0].data, True
             if ctx.strategy == "filtered":
                 lists = filtered.Kept(*saved)

@@ -1,21 +1,25 @@
-"""The pair objectives: functions on vectors of length P, their mixing, and one registry that everything else iterates.
+"""The pair objectives: functions from vectors of length P to a loss per pair, and the registry of the named ones.
 
-An objective sees no logits and no device: it gets the summed log-probabilities of each pair under policy and reference
-(`Pairs`) and returns a loss per pair. Autograd differentiates it; the kernels take dL/dS from there.
+An objective receives the summed log-probabilities of each pair under the policy and the reference (`Pairs`) and returns
+one loss per pair. Autograd differentiates it, and the kernels continue from its gradient with respect to the sums.
 
-Hyper-parameters that belong to one objective (SimPO's gamma, DPOP's penalty, ...) are bound before the call instead of
-travelling through every signature of the library: `loss_type="simpo"` takes the defaults,
-`loss_type=objective("simpo", gamma=1.0, beta=2.0)` sets them, and `"simpo(gamma=1.0, beta=2.0)"` is the same in the
-text of a configuration file or command line. In a mix each objective so keeps its own.
+Hyper-parameters of a single objective (SimPO's gamma, DPOP's penalty) are bound to it before the call, so each objective of
+a mix has its own values:
 
-    pairs         what an objective looks at
-    formulas      the losses, and the rewards that each reports
-    divergences   f-divergences in the log-ratio's place
-    registry      one row an objective
-    named         hyper-parameters bound; running means
-    text          names, texts and callables to objectives
-    mixing        checks of a call, the weighted sum, the rewards
-    length        length desensitisation
+    loss_type="simpo"                                      default hyper-parameters
+    loss_type=objective("simpo", gamma=1.0, beta=2.0)      chosen hyper-parameters
+    loss_type="simpo(gamma=1.0, beta=2.0)"                 the same as text, for configuration files and command lines
+
+Modules:
+
+    pairs         the input and output types of an objective
+    formulas      the losses, and the rewards that each objective reports
+    divergences   f-divergences that can replace the log-ratio
+    registry      one row per named objective
+    named         objectives with bound hyper-parameters, and objectives with a running mean
+    text          conversion of names, texts and callables to objectives
+    mixing        checks of a call, weighted sums of objectives, reported rewards
+    length        token weights for length desensitization
 """
 
 from .divergences import DIVERGENCE_FORMULAS, DIVERGENCES

@@ -1,4 +1,4 @@
-"""The f-divergences that may take the reverse KL's place: what becomes of the log-ratio."""
+"""The f-divergences that can replace reverse KL, each as a function of the log-ratio."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _js(logratio: Tensor, alpha: float) -> Tensor:
 def _alpha(logratio: Tensor, alpha: float) -> Tensor:
     if abs(alpha - 1) < 1e-6:
         return logratio
-    # exp must stay finite, or the difference of two scores is inf - inf.
+    # exp must stay finite: otherwise the difference of two scores could be inf - inf, which is NaN.
     ceiling = 80.0 if logratio.dtype == torch.float32 else 700.0
     return torch.expm1(((alpha - 1) * logratio).clamp(max=ceiling)) / (alpha - 1)
 
 
-#: f'(pi / pi_ref) as a function of log(pi / pi_ref), which takes the log-ratio's place (Wang et al. 2023, Beyond
-#: Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints).
+#: f'(pi / pi_ref) as a function of the log-ratio log(pi / pi_ref), which it replaces. Source: Wang et al. 2023, Beyond
+#: Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints.
 DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": _reverse_kl,
     "forward_kl": _forward_kl,
@@ -39,7 +39,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "alpha": _alpha,
 }
 
-#: The divergences' formulas, u = log(pi / pi_ref).
+#: The same functions as text, with u = log(pi / pi_ref).
 DIVERGENCE_FORMULAS = {
     "reverse_kl": "u",
     "forward_kl": "1 - exp(-u)",

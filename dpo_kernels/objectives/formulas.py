@@ -1,4 +1,4 @@
-"""The objectives' formulas, and the rewards that each reports: functions on `Pairs`, differentiated by autograd."""
+"""The formulas of the objectives and of their reported rewards: functions of `Pairs`, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .pairs import Pairs, Rewards
 
 
 def _per_token(sums: Tensor, lengths: Tensor) -> Tensor:
-    """Weighted mean over a sequence's tokens; 0 for a sequence without any."""
+    """Weighted mean over a sequence's tokens; 0 for a sequence without tokens."""
     return sums / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 def _smoothed(x: Tensor, e: Tensor) -> Tensor:
-    """Cross-entropy of a label that is wrong with probability e, at logit x."""
-    # A smoothing of exactly 0 must not meet the other side's infinity: 0 * inf is NaN.
+    """Cross-entropy at logit x of a label that is wrong with probability e."""
+    # Where e is 0 the second term is left out: it could be 0 * inf, which is NaN.
     return -(1 - e) * F.logsigmoid(x) - torch.where(e == 0, torch.zeros_like(x), e * F.logsigmoid(-x))
 
 
@@ -27,9 +27,9 @@ def _chosen_nll(pairs: Pairs) -> Tensor:
 
 
 def _quantiles(values: Tensor, by: Tensor) -> Tensor:
-    """`values` sorted and dealt out so that the pair with the k-th smallest `by` gets the k-th smallest value.
+    """`values` reordered: the pair with the k-th smallest `by` gets the k-th smallest value.
 
-    Ties go by position (stable sorts), so the result and its gradient are deterministic.
+    Stable sorts order ties by position, so the result and its gradient are deterministic.
     """
     rank = by.detach().argsort(stable=True).argsort(stable=True)
     return values.sort(stable=True).values[rank]
@@ -44,7 +44,7 @@ def sigmoid(pairs: Pairs) -> Tensor:
 
 
 def robust(pairs: Pairs) -> Tensor:
-    """Unbiased under labels flipped with probability label_smoothing."""
+    """DPO's loss, made unbiased for labels that are flipped with probability label_smoothing."""
     x = pairs.beta * pairs.margins
     e = pairs.label_smoothing
     wrong = torch.where(e == 0, torch.zeros_like(x), e * F.logsigmoid(-x))
@@ -59,7 +59,7 @@ def sigmoid_norm(pairs: Pairs) -> Tensor:
 
 
 def hinge(pairs: Pairs) -> Tensor:
-    """Margin loss of sequence likelihood calibration."""
+    """Hinge loss of sequence likelihood calibration (SLiC)."""
     return F.relu(1 - pairs.beta * pairs.margins)
 
 
@@ -71,7 +71,7 @@ def ipo(pairs: Pairs) -> Tensor:
 
 
 def exo_pair(pairs: Pairs) -> Tensor:
-    """Reverse KL from the policy's preference to the smoothed label's."""
+    """Reverse KL between the policy's preference and the smoothed label."""
     x = pairs.beta * pairs.margins
     e = pairs.label_smoothing
     right, wrong = F.logsigmoid(x), F.logsigmoid(-x)
@@ -91,66 +91,66 @@ def bco_pair(pairs: Pairs, shift: Tensor | float = 0.0) -> Tensor:
 
 
 def sppo_hard(pairs: Pairs) -> Tensor:
-    """Log-ratios regressed on +-1 / (2 beta)."""
+    """Squared distances of the log-ratios from +1 / (2 beta) (chosen) and -1 / (2 beta) (rejected)."""
     target = 0.5 / pairs.beta
     return (pairs.chosen_logratios - target) ** 2 + (pairs.rejected_logratios + target) ** 2
 
 
 def aot(pairs: Pairs) -> Tensor:
-    """The policy's margins must exceed the reference's quantile by quantile."""
+    """DPO's loss on the differences between the k-th smallest margins of policy and reference."""
     policy = pairs.chosen_logps - pairs.rejected_logps
     reference = pairs.ref_chosen_logps - pairs.ref_rejected_logps
     return _smoothed(pairs.beta * (policy - _quantiles(reference, by=policy)), pairs.label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs) -> Tensor:
-    """The chosen log-ratios must exceed the rejected ones quantile by quantile."""
+    """DPO's loss on the differences between the k-th smallest chosen and rejected log-ratios."""
     chosen = pairs.chosen_logratios
     return _smoothed(pairs.beta * (chosen - _quantiles(pairs.rejected_logratios, by=chosen)), pairs.label_smoothing)
 
 
 def apo_zero(pairs: Pairs) -> Tensor:
-    """Chosen up, rejected down, each against the reference."""
+    """Raises the chosen log-ratio and lowers the rejected one, independently."""
     return torch.sigmoid(-pairs.beta * pairs.chosen_logratios) + torch.sigmoid(pairs.beta * pairs.rejected_logratios)
 
 
 def apo_down(pairs: Pairs) -> Tensor:
-    """Both down, rejected further."""
+    """Lowers both log-ratios, the rejected one more."""
     return torch.sigmoid(pairs.beta * pairs.chosen_logratios) + torch.sigmoid(-pairs.beta * pairs.margins)
 
 
 def discopop(pairs: Pairs, tau: float) -> Tensor:
-    """Logistic loss blended with the exponential one by a steep gate."""
+    """Logistic loss blended with the exponential loss by a steep sigmoid gate."""
     x = pairs.beta * pairs.margins
-    # exp(-x) * sigmoid(x / tau) in the exponent, where it cannot become inf * 0 at very negative x.
+    # exp(-x) * sigmoid(x / tau) as one exponential: as a product it would be inf * 0 at very negative x.
     gated_exponential = torch.exp(F.logsigmoid(x / tau) - x)
     return -F.logsigmoid(x) * torch.sigmoid(-x / tau) + gated_exponential
 
 
 def sft(pairs: Pairs) -> Tensor:
-    """Negative log-likelihood of the chosen tokens, so scaled that its mean over pairs is the mean over all tokens."""
+    """Negative log-likelihood of the chosen tokens, scaled so that its mean over pairs is the mean over all tokens."""
     total = pairs.chosen_lengths.sum()
     tokens = torch.where(total > 0, total, torch.ones_like(total))
     return -pairs.chosen_logps * (pairs.chosen_logps.shape[0] / tokens)
 
 
 def simpo(pairs: Pairs, gamma: float) -> Tensor:
-    """Mean-token log-probabilities must differ by a margin, without a reference."""
+    """Logistic loss on the difference of mean-token log-probabilities minus a margin, without a reference."""
     chosen = _per_token(pairs.chosen_logps, pairs.chosen_lengths)
     rejected = _per_token(pairs.rejected_logps, pairs.rejected_lengths)
     return _smoothed(pairs.beta * (chosen - rejected) - gamma, pairs.label_smoothing)
 
 
 def cpo(pairs: Pairs, alpha: float) -> Tensor:
-    """DPO under a uniform reference, plus the chosen response's likelihood."""
+    """DPO with a uniform reference, plus the chosen response's mean-token negative log-likelihood."""
     preference = _smoothed(pairs.beta * (pairs.chosen_logps - pairs.rejected_logps), pairs.label_smoothing)
     return preference + alpha * _chosen_nll(pairs) if alpha else preference
 
 
 def orpo(pairs: Pairs, alpha: float) -> Tensor:
-    """Likelihood of the chosen response plus beta times a log odds-ratio penalty."""
+    """Negative log-likelihood of the chosen response plus beta times a log odds-ratio penalty."""
     eps = torch.finfo(pairs.chosen_logps.dtype).eps
-    # At probability 1 (or without tokens) the odds are infinite.
+    # Clamped, because the odds are infinite at probability 1 (which a sequence without tokens has).
     chosen = _per_token(pairs.chosen_logps, pairs.chosen_lengths).clamp(max=-eps)
     rejected = _per_token(pairs.rejected_logps, pairs.rejected_lengths).clamp(max=-eps)
     log_odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
@@ -159,7 +159,7 @@ def orpo(pairs: Pairs, alpha: float) -> Tensor:
 
 
 def dpop(pairs: Pairs, penalty: float) -> Tensor:
-    """DPO with a penalty on chosen responses that the policy likes less than the reference does."""
+    """DPO with a penalty on chosen responses that are less likely under the policy than under the reference."""
     x = pairs.beta * (pairs.margins - penalty * F.relu(-pairs.chosen_logratios))
     return _smoothed(x, pairs.label_smoothing)
 
@@ -170,7 +170,7 @@ def rpo(pairs: Pairs, alpha: float) -> Tensor:
 
 
 def beta_dpo(pairs: Pairs, running: Tensor | float = 0.0, *, alpha: float, momentum: float) -> Tensor:
-    """DPO whose beta rises on batches of easier pairs than usual (`running`) and falls on harder ones."""
+    """DPO with a larger beta on batches whose mean reward margin exceeds `running`, and a smaller one on others."""
     rewards = (pairs.beta * pairs.margins).detach()
     scale = 1 + alpha * (rewards.mean() - running)
     beta = (pairs.beta * scale).clamp(min=1e-3)
@@ -180,20 +180,20 @@ def beta_dpo(pairs: Pairs, running: Tensor | float = 0.0, *, alpha: float, momen
 def _token_kl(pairs: Pairs) -> tuple[Tensor, Tensor]:
     if pairs.chosen_kl is None or pairs.rejected_kl is None:
         raise ValueError(
-            "tdpo reads the token-level KL(reference || policy), which sums of log-probabilities do not determine: call "
+            "tdpo needs the token-level KL(reference || policy), which sums of log-probabilities do not determine: call "
             "dpo_loss with ref_logits"
         )
     return pairs.chosen_kl, pairs.rejected_kl
 
 
 def tdpo(pairs: Pairs) -> Tensor:
-    """DPO with each answer's sequential KL as part of its value."""
+    """DPO with the difference of the two answers' sequential KLs subtracted from the margin."""
     chosen_kl, rejected_kl = _token_kl(pairs)
     return _smoothed(pairs.beta * (pairs.margins - (rejected_kl - chosen_kl)), pairs.label_smoothing)
 
 
 def tdpo2(pairs: Pairs, alpha: float) -> Tensor:
-    """As tdpo, scaled, and without a gradient that would widen the chosen answer's KL."""
+    """Like tdpo, with the KL difference scaled by alpha, and without the gradient that would raise the chosen answer's KL."""
     chosen_kl, rejected_kl = _token_kl(pairs)
     return _smoothed(pairs.beta * (pairs.margins - alpha * (rejected_kl - chosen_kl.detach())), pairs.label_smoothing)
 

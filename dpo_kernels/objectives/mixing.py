@@ -1,4 +1,4 @@
-"""Several objectives as one: what they need of a call, their weighted sum, the rewards of the first."""
+"""Mixes of objectives: checks of a call's arguments, the weighted sum of the losses, and the reported rewards."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ def check(
     *,
     has_reference: bool | None = None,
 ) -> None:
-    """Raise unless the objectives can be computed from what the call gives; user callables are not judged.
+    """Raise unless the named objectives can be computed from the call's arguments; user callables are not checked.
 
     Args:
         objectives: from `build` or `resolve`.
-        has_reference: whether the call brings a reference; None if that is not known yet.
+        loss_weights: one weight per objective, or None.
+        label_smoothing: the call's value, a number or [P].
+        has_reference: whether the call has a reference; None if that is not known yet.
 
     Raises:
-        ValueError: loss_weights of another length; label_smoothing out of an objective's range (the range is said), or
-            given though no objective of the mix has it; an objective that needs a reference, without one.
+        ValueError: loss_weights has the wrong length; label_smoothing is outside an objective's range (the message names
+            the range), or no objective of the mix supports it; an objective needs a reference and there is none.
     """
     if loss_weights is not None and len(loss_weights) != len(objectives):
         raise ValueError(f"loss_weights has {len(loss_weights)} entries for {len(objectives)} objectives in loss_type")
@@ -46,16 +48,17 @@ def check(
             if entry.info.needs_reference:
                 free = ", ".join(row.name for row in OBJECTIVES.values() if not row.needs_reference)
                 raise ValueError(
-                    f"loss_type {entry.info.name!r} compares the policy with a reference, and none was given: pass the "
-                    f"reference's logits (or hidden states), or ref_logps [2P] (zeros stand for a uniform reference). "
-                    f"Objectives without a reference: {free}"
+                    f"loss_type {entry.info.name!r} compares the policy with a reference, but none was given: pass the "
+                    f"reference's logits (or hidden states), or ref_logps [2P] (zeros for a uniform reference). "
+                    f"Objectives that need no reference: {free}"
                 )
 
 
 def couples_pairs(objectives: Sequence[Objective]) -> bool:
-    """Whether a pair's loss may depend on the batch's other pairs; assumed of user callables that do not deny it.
+    """Whether a pair's loss may depend on other pairs of the batch.
 
-    A callable may carry the attribute `couples_pairs = False`, so that the linear path can take it in chunks.
+    A user callable counts as coupled unless it has the attribute `couples_pairs = False`. With that attribute the linear
+    path can evaluate it chunk by chunk.
     """
     return any(
         entry.info.couples_pairs if isinstance(entry, Named) else getattr(entry, "couples_pairs", True)
@@ -69,7 +72,7 @@ def needs_token_kl(objectives: Sequence[Objective]) -> bool:
 
 
 def needs_reference(objectives: Sequence[Objective]) -> bool:
-    """Whether any objective compares with a reference; assumed of user callables."""
+    """Whether any objective compares the policy with a reference; user callables count as ones that do."""
     return any(entry.info.needs_reference if isinstance(entry, Named) else True for entry in objectives)
 
 
@@ -78,7 +81,7 @@ def mix(
     loss_type: str | Objective | Sequence[str | Objective],
     loss_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """The weighted sum of one or several objectives, [P]. Weights default to 1 each."""
+    """The weighted sum of one or several objectives, [P]; each weight defaults to 1."""
     functions = resolve(loss_type)
     weights = [1.0] * len(functions) if loss_weights is None else list(loss_weights)
     losses = [
@@ -88,6 +91,6 @@ def mix(
 
 
 def rewards(pairs: Pairs, loss_type: str | Objective | Sequence[str | Objective]) -> Rewards:
-    """(chosen, rejected) rewards [P] to report: the first objective's, beta times the log-ratio for a user callable."""
+    """(chosen, rejected) rewards [P] of the first objective; for a user callable, beta times the log-ratio."""
     first = resolve(loss_type)[0]
     return first.rewards(pairs) if isinstance(first, Named) else logratio_rewards(pairs)

@@ -1,4 +1,4 @@
-"""Named objectives with their hyper-parameters set, and those that keep a running mean."""
+"""Named objectives with bound hyper-parameters, and objectives that keep a running mean."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from .registry import OBJECTIVES, POSITIVE, ObjectiveInfo, Range, lookup, unknow
 
 @dataclass(frozen=True)
 class BoundObjective:
-    """A registry row with its hyper-parameters: a callable Pairs -> losses [P]. Made by `objective`.
+    """A registry row with its hyper-parameters: a callable Pairs -> losses [P]. Created by `objective`.
 
     Attributes:
         info: the row.
         parameters: (name, value) of each of the row's parameters.
-        beta, label_smoothing: override the call's; None takes the call's.
+        beta: overrides the call's beta; None uses the call's.
+        label_smoothing: overrides the call's label_smoothing; None uses the call's.
         divergence: a name in `DIVERGENCES`.
         divergence_alpha: the alpha of the alpha-divergence.
     """
@@ -53,12 +54,12 @@ class BoundObjective:
         return self.info.function(pairs, *state, **dict(self.parameters))
 
     def rewards(self, pairs: Pairs) -> Rewards:
-        """(chosen, rejected) rewards [P] that this objective reports; never of a divergence's scores."""
+        """(chosen, rejected) rewards [P] that this objective reports; always log-ratios, whatever the divergence."""
         return self.info.reward(self._own(pairs))
 
     @property
     def kernel(self) -> str | None:
-        """ "sigmoid" or "robust" if stage 2 computes exactly this; None otherwise."""
+        """ "sigmoid" or "robust" if the kernels of stage 2 compute this objective; None otherwise."""
         plain = self.beta is None and self.label_smoothing is None and self.divergence == "reverse_kl"
         return self.info.kernel if plain else None
 
@@ -75,11 +76,12 @@ class BoundObjective:
 
 
 class RunningObjective(nn.Module):
-    """An objective that keeps a running mean between calls; a module, so that checkpoints and `.train()` reach it.
+    """An objective that keeps a running mean between calls.
 
-    In training mode each call first adds its batch to the mean (over all processes, where torch.distributed runs; then
-    every process must call at the same step), then uses the mean as a constant. In eval mode the mean stands still.
-    With the parameter `momentum` the mean forgets exponentially, starting from 0; without, it is over all values seen.
+    It is a module, so state_dict saves the mean and `.train()` and `.eval()` apply to it. In training mode each call first
+    adds its batch to the mean and then uses the mean as a constant. In eval mode the mean does not change. Under
+    torch.distributed the mean covers all processes, and every process must call at the same step. With the parameter
+    `momentum` it is an exponential moving average that starts at 0; without it, the mean of all values seen.
     """
 
     mean: Tensor
@@ -141,7 +143,7 @@ def _check_range(what: str, value: float, legal: Range) -> float:
 
 
 def _extremes(value: float | Tensor) -> tuple[float, float] | None:
-    """(min, max) of a number or tensor; None where looking would synchronise, or there is nothing to see."""
+    """(min, max) of a number or CPU tensor; None if the tensor is empty, or if reading it would synchronize or be traced."""
     if not isinstance(value, Tensor):
         return float(value), float(value)
     if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
@@ -150,9 +152,9 @@ def _extremes(value: float | Tensor) -> tuple[float, float] | None:
 
 
 def check_smoothing(loss_type: str, label_smoothing: float | Tensor) -> None:
-    """Raise ValueError if label_smoothing is illegal for the objective (text as for `parse`), naming the legal range.
+    """Raise ValueError, naming the legal range, if label_smoothing is illegal for the objective (a text as for `parse`).
 
-    Tensors on an accelerator are not checked: that would synchronise.
+    Tensors on an accelerator are not checked, because reading them would synchronize.
     """
     name = loss_type.partition("(")[0].strip()
     legal = lookup(name).smoothing_range
@@ -176,24 +178,30 @@ def objective(
     divergence_alpha: float = 1.0,
     **parameters: float,
 ) -> Named:
-    """A named objective with its hyper-parameters set, to be passed as `loss_type` or in a mix.
+    """A named objective with its hyper-parameters, to pass as `loss_type` or as an entry of a mix.
 
+    Example:
+        ```python
         dpo_loss(logits, labels, loss_type=objective("simpo", gamma=1.0, beta=2.0))
         DPOLoss(loss_type=[objective("sigmoid", divergence="js"), "sft"], loss_weights=[1.0, 0.1])
+        ```
 
     Args:
         name: a name in `OBJECTIVES`.
-        beta, label_smoothing: this objective's own, instead of the call's.
-        divergence: "reverse_kl" (DPO), "forward_kl", "js" or "alpha" (f-DPO, Wang et al. 2023); only where the row's
-            `divergence` is true.
+        beta: overrides the call's beta.
+        label_smoothing: overrides the call's label_smoothing.
+        divergence: "reverse_kl" (DPO), "forward_kl", "js" or "alpha" (f-DPO, Wang et al. 2023). Only objectives whose row
+            has `divergence=True` accept one other than "reverse_kl".
         divergence_alpha: alpha of "alpha"; 1 is reverse_kl, 0 is forward_kl.
-        parameters: the row's own parameters.
+        parameters: the objective's own parameters, as listed in its row.
 
     Returns:
-        A callable Pairs -> losses [P]. For rows with a running mean it is an nn.Module with state: make it once.
+        A callable Pairs -> losses [P]. An objective with a running mean is an nn.Module: create it once and reuse it.
 
     Raises:
-        ValueError: unknown name, parameter or divergence (with the known ones), or a value out of its range.
+        TypeError: a value is not a number.
+        ValueError: a name, parameter or divergence is unknown (the message lists the known ones), or a value is outside
+            its range.
     """
     info = lookup(name)
     known = {parameter.name: parameter for parameter in info.parameters}
@@ -211,7 +219,7 @@ def objective(
     if divergence != "reverse_kl" and not info.divergence:
         able = ", ".join(row.name for row in OBJECTIVES.values() if row.divergence)
         raise ValueError(
-            f"objective {name!r} cannot take divergence={divergence!r}: f-DPO's normalizer cancels only in the "
+            f"objective {name!r} does not support divergence={divergence!r}: f-DPO's normalizer cancels only in the "
             f"difference of the two log-ratios. Objectives that can: {able}"
         )
     if beta is not None:

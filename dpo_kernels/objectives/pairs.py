@@ -1,4 +1,4 @@
-"""What an objective looks at, and what it gives."""
+"""The input of an objective (`Pairs`), and the types of objectives and rewards."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """What an objective may look at; every tensor is [P], float64 inside the kernels' path.
+    """The input of an objective. Every tensor is [P]; inside `dpo_loss` it is float64 (float32 on MPS).
 
     Attributes:
-        chosen_logps, rejected_logps: weighted sums of token log-probabilities under the policy, in nats.
-        ref_chosen_logps, ref_rejected_logps: the same under the reference (0 when there is none).
-        chosen_lengths, rejected_lengths: sums of the token weights (token counts, when no weights are given).
+        chosen_logps: weighted sums of the chosen tokens' log-probabilities under the policy, in nats.
+        rejected_logps: the same sums for the rejected tokens.
+        ref_chosen_logps: the chosen sums under the reference, in nats; 0 without a reference.
+        ref_rejected_logps: the rejected sums under the reference, in nats; 0 without a reference.
+        chosen_lengths: sums of the chosen tokens' weights; without weights, token counts.
+        rejected_lengths: the same for the rejected tokens.
         beta: inverse temperature of the implicit reward; scalar or [P].
         label_smoothing: probability that the pair's label is wrong; scalar or [P].
-        chosen_kl, rejected_kl: weighted sums over the tokens of KL(reference || policy), in nats; only for objectives
-            whose row says `needs_token_kl`.
+        chosen_kl: weighted sums over the chosen tokens of KL(reference || policy), in nats; None unless the objective's
+            registry row has `needs_token_kl`.
+        rejected_kl: the same for the rejected tokens.
     """
 
     chosen_logps: Tensor
@@ -43,7 +47,7 @@ class Pairs:
         label_smoothing: Tensor,
         kl_sums: Tensor | None = None,
     ) -> Pairs:
-        """Split [2P] vectors (chosen first, then rejected) into pairs."""
+        """Pairs from [2P] vectors whose first half belongs to the chosen answers; beta and label_smoothing as they are."""
         chosen_kl, rejected_kl = (None, None) if kl_sums is None else kl_sums.chunk(2)
         (chosen, rejected), (ref_chosen, ref_rejected) = sums.chunk(2), ref_sums.chunk(2)
         chosen_lengths, rejected_lengths = lengths.chunk(2)
@@ -72,11 +76,11 @@ class Pairs:
 
     @property
     def margins(self) -> Tensor:
-        """The log-ratio difference whose sigmoid is the preference probability (before beta)."""
+        """Chosen minus rejected log-ratio; the sigmoid of beta times it is the preference probability."""
         return self.chosen_logratios - self.rejected_logratios
 
 
 Objective = Callable[[Pairs], Tensor]
 
-#: Rewards to report of the chosen and the rejected responses, [P] each.
+#: Reported rewards of the chosen and of the rejected responses, [P] each.
 Rewards = tuple[Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""The registry: one row an objective, which checks, tests, docs and benchmarks iterate over."""
+"""The registry: one row per named objective. Argument checks, tests, docs and benchmarks iterate over it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .pairs import Pairs, Rewards
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of legal values; `str()` shows it as mathematics does."""
+    """An interval of legal values; `str()` gives interval notation, such as "[0, 1)"."""
 
     low: float
     high: float
@@ -52,7 +52,7 @@ class Range:
     closed_high: bool = True
 
     def holds(self, low: float, high: float) -> bool:
-        """Whether all of [low, high] is legal (NaN is not)."""
+        """Whether all of [low, high] is legal; NaN is not."""
         above = low >= self.low if self.closed_low else low > self.low
         return above and (high <= self.high if self.closed_high else high < self.high)
 
@@ -72,8 +72,8 @@ class Parameter:
 
     Attributes:
         name: keyword of `objective(...)`.
-        default: its value when not given.
-        legal: values that make sense.
+        default: its default value.
+        legal: the range of legal values.
         help: what it does, in a phrase.
     """
 
@@ -90,21 +90,21 @@ class ObjectiveInfo:
     Attributes:
         name: the value of `loss_type`.
         function: (Pairs, **parameters) -> losses [P]; with `observe`, (Pairs, running mean, **parameters).
-        formula: in plain text. c, r: log-ratios log pi - log pi_ref of chosen and rejected; x = beta (c - r); e:
-            label_smoothing; |.| lengths in tokens; s = sigmoid.
-        source: paper: authors, year, title, equation.
-        use: when to take it, in a sentence.
-        smoothing_range: legal label_smoothing; None where it has no meaning.
+        formula: the loss as plain text. c and r are the log-ratios log pi - log pi_ref of chosen and rejected;
+            x = beta (c - r); e is label_smoothing; |.| is a length in tokens; s is the sigmoid.
+        source: the paper: authors, year, title, equation.
+        use: when to use it, in a sentence.
+        smoothing_range: legal label_smoothing; None if the objective does not support it.
         parameters: the objective's own hyper-parameters.
-        needs_reference: compares with a reference, so calling without one is an error.
-        needs_token_kl: reads Pairs.chosen_kl and rejected_kl, so the reference must come as logits (or hidden states).
+        needs_reference: compares the policy with a reference, so a call without one is an error.
+        needs_token_kl: reads Pairs.chosen_kl and rejected_kl, so the reference must be given as logits (or hidden states).
         couples_pairs: a pair's loss depends on the other pairs of the batch.
-        divergence: accepts `divergence=`: the loss depends on the two log-ratios through their difference, where
-            f-DPO's unknown normalizer cancels.
-        observe: for objectives that keep a running mean between calls: the values it is the mean of.
+        divergence: accepts `divergence=`. The loss then depends on the two log-ratios only through their difference, in
+            which f-DPO's unknown normalizer cancels.
+        observe: for an objective with a running mean between calls: the values that enter the mean.
         reward: what is reported as rewards/chosen and rewards/rejected.
-        typical_beta: where to start.
-        kernel: "sigmoid" or "robust", if stage 2 computes it itself; None otherwise.
+        typical_beta: a beta to start with.
+        kernel: "sigmoid" or "robust" if the kernels of stage 2 compute this objective; None otherwise.
     """
 
     name: str
@@ -144,7 +144,7 @@ _ROWS = (
         sigmoid_norm,
         "-(1 - e) log s(n) - e log s(-n), n = beta (c/|chosen| - r/|rejected|)",
         "Lambert et al. 2024, Tulu 3: Pushing Frontiers in Open Language Model Post-Training (length-normalized DPO)",
-        "When answers grow longer with training: length no longer buys reward. Takes a larger beta.",
+        "When training makes answers longer: the reward no longer grows with length. Needs a larger beta.",
         _SMOOTHING,
         divergence=True,
         typical_beta=5.0,
@@ -154,7 +154,7 @@ _ROWS = (
         robust,
         "(-(1 - e) log s(x) + e log s(-x)) / (1 - 2 e)",
         "Chowdhury et al. 2024, Provably Robust DPO: Aligning Language Models with Noisy Feedback, eq. 12",
-        "When a known share e of the labels is flipped at random: unbiased, at a higher variance than smoothing.",
+        "When a known share e of the labels is flipped at random: unbiased, with a higher variance than smoothing.",
         Range(0, 0.5, closed_high=False),
         divergence=True,
         kernel="robust",
@@ -165,7 +165,7 @@ _ROWS = (
         "max(0, 1 - x)",
         "Liu et al. 2023, Statistical Rejection Sampling Improves Preference Optimization (normalized hinge loss); "
         "after Zhao et al. 2023, SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
-        "Pairs beyond the margin stop pulling: a plain guard against over-optimising easy pairs.",
+        "Against over-optimization of easy pairs: a pair beyond the margin has no gradient.",
         divergence=True,
     ),
     ObjectiveInfo(
@@ -174,7 +174,7 @@ _ROWS = (
         "(c/|chosen| - r/|rejected| - 1/(2 beta))^2",
         "Azar et al. 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences, eq. 17, on "
         "mean-token log-ratios as in its authors' experiments",
-        "Nearly deterministic labels, where DPO would push margins without end: here they have a target.",
+        "Nearly deterministic labels, for which DPO would grow margins without limit: margins have a target.",
         divergence=True,
     ),
     ObjectiveInfo(
@@ -182,7 +182,7 @@ _ROWS = (
         exo_pair,
         "s(x) (log s(x) - log(1 - e)) + s(-x) (log s(-x) - log e)",
         "Ji et al. 2024, Towards Efficient Exact Optimization of Language Model Alignment, eq. 16",
-        "Mode-seeking variant of DPO; give label_smoothing (the paper: 1e-3), it is the target's other side.",
+        "Mode-seeking variant of DPO. Needs label_smoothing (1e-3 in the paper): the target's probability of a wrong label.",
         Range(0, 1, closed_low=False, closed_high=False),
         divergence=True,
     ),
@@ -191,7 +191,7 @@ _ROWS = (
         nca_pair,
         "-log s(beta c) - log s(-beta c) / 2 - log s(-beta r) / 2",
         "Chen et al. 2024, Noise Contrastive Alignment of Language Models with Explicit Rewards (pairwise NCA)",
-        "When DPO lowers the likelihood of chosen answers: absolute rewards are learnt, not their difference only.",
+        "When DPO lowers the likelihood of chosen answers: learns absolute rewards, not only their difference.",
         typical_beta=0.01,
     ),
     ObjectiveInfo(
@@ -199,14 +199,14 @@ _ROWS = (
         bco_pair,
         "-log s(beta c) - log s(-beta r)",
         "Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment, with reward shift 0",
-        "Thumbs-up / thumbs-down data that happen to be paired.",
+        "Thumbs-up / thumbs-down data that come in pairs.",
     ),
     ObjectiveInfo(
         "bco_running",
         bco_pair,
         "-log s(beta c - d) - log s(d - beta r), d = running mean of all rewards seen",
         "Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment (reward shift)",
-        "As bco_pair, as the paper has it: the shift tightens the bound on DPO's loss.",
+        "Like bco_pair, with the paper's reward shift, which tightens the bound on DPO's loss.",
         couples_pairs=True,
         observe=lambda pairs: torch.cat(logratio_rewards(pairs)),
     ),
@@ -216,7 +216,7 @@ _ROWS = (
         "(c - 1/(2 beta))^2 + (r + 1/(2 beta))^2",
         "Wu et al. 2024, Self-Play Preference Optimization for Language Model Alignment, eq. 4.7 with hard "
         "probabilities",
-        "Rounds of self-play, labels from a preference model.",
+        "Rounds of self-play with labels from a preference model.",
         typical_beta=0.001,
     ),
     ObjectiveInfo(
@@ -224,7 +224,7 @@ _ROWS = (
         aot,
         "-(1 - e) log s(y) - e log s(-y), y = beta (k-th smallest policy margin - k-th smallest reference margin)",
         "Melnyk et al. 2024, Distributional Preference Alignment of LLMs via Optimal Transport (paired)",
-        "Large batches: the distribution of margins must improve everywhere, not each pair's.",
+        "Large batches: improves every quantile of the margins instead of each pair's margin.",
         _SMOOTHING,
         couples_pairs=True,
     ),
@@ -242,21 +242,21 @@ _ROWS = (
         apo_zero,
         "s(-beta c) + s(beta r)",
         "D'Oosterlinck et al. 2024, Anchored Preference Optimization and Contrastive Revisions, eq. 7",
-        "Chosen answers better than what the model writes now: raises them, lowers the rejected ones.",
+        "Chosen answers better than the model's own: raises chosen likelihoods, lowers rejected ones.",
     ),
     ObjectiveInfo(
         "apo_down",
         apo_down,
         "s(beta c) + s(-x)",
         "D'Oosterlinck et al. 2024, Anchored Preference Optimization and Contrastive Revisions, eq. 8",
-        "Chosen answers worse than what the model writes now: lowers both, the rejected ones more.",
+        "Chosen answers worse than the model's own: lowers both likelihoods, the rejected one more.",
     ),
     ObjectiveInfo(
         "discopop",
         discopop,
         "-(1 - s(x/tau)) log s(x) + s(x/tau) exp(-x)",
         "Lu et al. 2024, Discovering Preference Optimization Algorithms with and for Large Language Models, eq. 5",
-        "The loss a language model found by search; not convex around x = 0.",
+        "A loss that a language model discovered; not convex around x = 0.",
         typical_beta=0.05,
         parameters=(Parameter("tau", 0.05, POSITIVE, "temperature of the gate"),),
         divergence=True,
@@ -266,7 +266,7 @@ _ROWS = (
         sft,
         "-log pi(chosen) P / (tokens of all chosen)",
         "maximum likelihood",
-        "As a term of a mix: keeps the chosen answers likely.",
+        "A term of a mix that keeps the chosen answers likely.",
         needs_reference=False,
         couples_pairs=True,
     ),
@@ -275,7 +275,7 @@ _ROWS = (
         simpo,
         "-(1 - e) log s(m) - e log s(-m), m = beta (log pi(chosen)/|chosen| - log pi(rejected)/|rejected|) - gamma",
         "Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, eq. 6",
-        "No reference model in memory; reward is what generation ranks by. Takes a larger beta.",
+        "No reference model in memory; the reward is the mean log-probability that generation uses. Needs a larger beta.",
         _SMOOTHING,
         (Parameter("gamma", 0.5, NON_NEGATIVE, "target reward margin"),),
         needs_reference=False,
@@ -288,7 +288,7 @@ _ROWS = (
         "-(1 - e) log s(m) - e log s(-m) - alpha log pi(chosen)/|chosen|, m = beta (log pi(chosen) - log pi(rejected))",
         "Xu et al. 2024, Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine "
         "Translation, eq. 3 and its likelihood term",
-        "No reference model in memory; the likelihood term stands in for it.",
+        "No reference model in memory; the likelihood term replaces it.",
         _SMOOTHING,
         (_NLL,),
         needs_reference=False,
@@ -301,7 +301,7 @@ _ROWS = (
         "odds = p/(1 - p), p = exp(log pi/| |)",
         "Hong et al. 2024, ORPO: Monolithic Preference Optimization without Reference Model, eq. 6 and 7 "
         "(lambda = beta)",
-        "One stage from a base model: instruction tuning and preferences at once, no reference.",
+        "Instruction tuning and preferences in one stage from a base model, without a reference.",
         None,
         (_NLL,),
         needs_reference=False,
@@ -312,9 +312,9 @@ _ROWS = (
         dpop,
         "-(1 - e) log s(y) - e log s(-y), y = x - beta penalty max(0, -c)",
         "Pal et al. 2024, Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive, eq. 3",
-        "Chosen and rejected differ in few tokens: DPO would lower both, here the chosen one may not fall.",
+        "Chosen and rejected differ in few tokens, where DPO would lower both: penalizes a lower chosen likelihood.",
         _SMOOTHING,
-        (Parameter("penalty", 50.0, NON_NEGATIVE, "weight of a fall of the chosen log-ratio (the paper's lambda)"),),
+        (Parameter("penalty", 50.0, NON_NEGATIVE, "weight of a negative chosen log-ratio (the paper's lambda)"),),
         typical_beta=0.3,
     ),
     ObjectiveInfo(
@@ -322,7 +322,7 @@ _ROWS = (
         rpo,
         "-(1 - e) log s(x) - e log s(-x) - alpha log pi(chosen)/|chosen|",
         "Pang et al. 2024, Iterative Reasoning Preference Optimization, eq. 1",
-        "Reasoning chains, and whenever the likelihood of chosen answers falls under DPO.",
+        "Reasoning chains, and other data on which DPO lowers the likelihood of chosen answers.",
         _SMOOTHING,
         (_NLL,),
     ),
@@ -331,7 +331,7 @@ _ROWS = (
         tdpo,
         "-(1 - e) log s(y) - e log s(-y), y = x - beta (K(rejected) - K(chosen)), K = sum over tokens of KL(pi_ref || pi)",
         "Zeng et al. 2024, Token-level Direct Preference Optimization (TDPO1)",
-        "KL to the reference grows faster on rejected answers than wanted: balances it token by token.",
+        "When the KL to the reference grows too fast on rejected answers: balances it token by token.",
         _SMOOTHING,
         needs_token_kl=True,
         reward=token_rewards,
@@ -341,7 +341,7 @@ _ROWS = (
         tdpo2,
         "-(1 - e) log s(y) - e log s(-y), y = x - alpha beta (K(rejected) - stop-gradient K(chosen))",
         "Zeng et al. 2024, Token-level Direct Preference Optimization (TDPO2)",
-        "As tdpo, with the strength of the balance in alpha; the paper's better one.",
+        "Like tdpo, with alpha as the strength of the balance; the better variant in the paper.",
         _SMOOTHING,
         (Parameter("alpha", 0.5, NON_NEGATIVE, "weight of the KL difference"),),
         needs_token_kl=True,
@@ -357,7 +357,7 @@ _ROWS = (
         _SMOOTHING,
         (
             Parameter("alpha", 0.6, NON_NEGATIVE, "how strongly beta follows the batch"),
-            Parameter("momentum", 0.9, Range(0, 1, closed_high=False), "memory of the running mean"),
+            Parameter("momentum", 0.9, Range(0, 1, closed_high=False), "weight of the old running mean in an update"),
         ),
         couples_pairs=True,
         observe=lambda pairs: pairs.beta * pairs.margins,
@@ -375,7 +375,11 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
 
 
 def lookup(name: str) -> ObjectiveInfo:
-    """The registry's row for `name`. Raises ValueError listing the known names and the nearest match."""
+    """The registry's row for `name`.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known names and the nearest match.
+    """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     raise unknown("loss_type", name, list(OBJECTIVES))

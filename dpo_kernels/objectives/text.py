@@ -1,4 +1,4 @@
-"""What `loss_type` may be: names, texts such as "simpo(gamma=1.0, beta=2)", callables, or several of these."""
+"""The forms of `loss_type`: a name, a text such as "simpo(gamma=1.0, beta=2)", a callable, or a sequence of these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parse(text: str) -> Named:
     """The objective that a text names: "simpo", or with hyper-parameters "simpo(gamma=1.0, beta=2)".
 
     Raises:
-        ValueError: see `objective`, or the text has another form.
+        ValueError: the text has another form, or see `objective`.
     """
     if text in _DEFAULTS:
         return _DEFAULTS[text]
@@ -45,7 +45,7 @@ def as_list(loss_type: str | Objective | Sequence[str | Objective]) -> list[str 
 
 
 def build(loss_type: str | Objective | Sequence[str | Objective]) -> list[Objective]:
-    """The objectives that `loss_type` names, as callables; those with state are made anew: the caller keeps them."""
+    """The objectives in `loss_type` as callables. Named ones with state are created here, for the caller to keep."""
     found: list[Objective] = []
     for entry in as_list(loss_type):
         if not isinstance(entry, str) and not callable(entry):
@@ -57,16 +57,17 @@ def build(loss_type: str | Objective | Sequence[str | Objective]) -> list[Object
 
 
 def resolve(loss_type: str | Objective | Sequence[str | Objective]) -> list[Objective]:
-    """As `build`, but a name whose objective has state is an error: nobody would keep the state.
+    """Like `build`, but raises for a name whose objective has state, because the state would be lost after the call.
 
     Raises:
-        ValueError, TypeError: see `parse`.
+        TypeError: an entry is neither a text nor a callable.
+        ValueError: `loss_type` is empty, names an objective with state, or see `parse`.
     """
     found = build(loss_type)
     for entry, made in zip(as_list(loss_type), found, strict=True):
         if isinstance(made, RunningObjective) and isinstance(entry, str):
             raise ValueError(
-                f"loss_type {entry!r} keeps a running mean between calls: make it once, "
+                f"loss_type {entry!r} keeps a running mean between calls: create it once, "
                 f"kept = objective({made.info.name!r}), and pass loss_type=kept each time (DPOLoss does that for you)"
             )
     return found

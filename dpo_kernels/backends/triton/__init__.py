@@ -1,9 +1,9 @@
-"""The stages as Triton kernels, for NVIDIA GPUs from compute capability 8.0 on and AMD's CDNA (and, interpreted, on a CPU).
+"""The Triton backend, for NVIDIA GPUs of compute capability 8.0 or later and AMD's CDNA GPUs; on a CPU in Triton's interpreter.
 
-Beside the four stages: `linear_logps`, the LM head and stage 1 in one kernel, and `linear_grad`, its gradient without the
-blocks of the softmax that hold no probability (dpo_kernels/linear/fused.py puts them together).
+It has two kernels beyond the stages: `linear_logps` computes the LM head and stage 1, and `linear_grad` computes the gradient of
+the head without softmax blocks of negligible probability (dpo_kernels/linear/fused.py uses both).
 
-Imported only when the backend is asked for, so that `import dpo_kernels` does not load Triton.
+This package is imported only when the backend is used, so `import dpo_kernels` does not import Triton.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
 
 
 def _settle_cache_keys() -> None:
-    """Compute the cache keys of all kernels in one fixed order, before any is launched.
+    """Compute the cache keys of all kernels in a fixed order, before any is launched.
 
-    In Triton 3.6 and 3.7 a function's key holds the constants of a function that it calls only if that one's key was computed
-    before. A process that launches in another order than the one that compiled would miss Triton's disk cache, and compile
-    everything again.
+    In Triton 3.6 and 3.7 the key of a function depends on whether the keys of the functions that it calls were computed before.
+    Without a fixed order, a process that launches kernels in another order than the process that compiled them would miss
+    Triton's disk cache and compile everything again.
     """
     for name in sorted(module for module in sys.modules if module.startswith(__name__)):
         for _, function in sorted(vars(sys.modules[name]).items()):
@@ -47,12 +47,12 @@ def _settle_cache_keys() -> None:
 
 _settle_cache_keys()
 
-#: AMD's GPUs that the kernels compile for: CDNA 2, 3 and 4.
+#: The AMD GPUs that the kernels support: CDNA 2, 3 and 4.
 WAVE64 = ("gfx90a", "gfx942", "gfx950")
 
 
 def check_available(device_type: str) -> None:
-    """Raise BackendUnavailable where the kernels cannot run on tensors of this device type."""
+    """Raise BackendUnavailable if the kernels cannot run on tensors of this device type."""
     if INTERPRETED.value:
         return
     if device_type != "cuda":
@@ -66,7 +66,7 @@ def check_available(device_type: str) -> None:
         name = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
         if name not in WAVE64:
             raise BackendUnavailable(
-                f"the kernels are compiled for wavefronts of 64 ({', '.join(WAVE64)}), not for {name}"
+                f"the kernels need a GPU with wavefronts of 64 lanes ({', '.join(WAVE64)}), not {name}"
             )
     elif torch.cuda.get_device_capability() < (8, 0):
         raise BackendUnavailable("the kernels need compute capability 8.0 or newer (bfloat16 pairs)")

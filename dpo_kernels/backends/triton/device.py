@@ -1,25 +1,25 @@
-"""Device functions shared by the Triton kernels: reading a row in 16-byte groups, base-2 exponentials, float64 finish.
+"""Device functions of the Triton kernels: rows in 16-byte groups, base-2 exponentials, float64 arithmetic per row.
 
-How a row is cut. A group is GROUP consecutive logits, 16 bytes, and belongs to one lane; a tile is UNROLL x LANES groups.
-In the kernels a tile is a tuple of separate two-dimensional tensors, its parts, each [LANES, 4]: such a tensor has but one
-reasonable layout, lanes over threads and four values inside one, whichever Triton compiles it. (What a compiler makes of
-[UNROLL, LANES, GROUP] depends on its version, and some spread UNROLL over threads.) So reductions over a lane's values are
-plain register arithmetic, and all UNROLL loads of a tile are issued before the first value is used. What is left over at
-the ends of a row (fewer than GROUP logits each) are the fragments: one small masked load.
+Layout of a row. A group is GROUP consecutive logits, 16 bytes, held by one lane. A tile is UNROLL x LANES groups. In the kernels
+a tile is a tuple of two-dimensional tensors [LANES, 4], its parts. Every version of Triton gives such a tensor the same layout:
+lanes are spread over threads, and a thread holds its four values. (The layout of one tensor [UNROLL, LANES, GROUP] depends on
+the version; some spread UNROLL over threads.) So a reduction over the values of a lane is register arithmetic, and all UNROLL
+loads of a tile are issued before the first value is used. The fragments are the remaining logits at the ends of a row, fewer
+than GROUP each; one small masked load reads them.
 
-The forward counts groups from the row's first logit, wherever that lies in memory, so that the order of every addition,
-and so every bit of the result, is the same for a row in a contiguous tensor, in a strided view and behind padding. A
-group is one 128-bit load if the row is 16-byte aligned. If not (V = 50,257 in bfloat16 shifts every row by two bytes) it
-is GROUP / 2 + 1 loads of 32 bits, which all but the first find in L1, and a funnel shift each.
-The backward adds nothing up, so there groups are counted from an aligned address.
+The forward pass counts groups from the first logit of a row, whatever its address. So the order of additions, and with it every
+bit of the result, is the same for a row in a contiguous tensor, in a strided view and after padding. If the row is 16-byte
+aligned, a group is one 128-bit load. Otherwise (V = 50,257 in bfloat16 shifts every row by two bytes) it is GROUP / 2 + 1 loads
+of 32 bits, all but the first of which hit L1, and a funnel shift for each. The backward pass adds nothing up, so it counts groups
+from an aligned address.
 
-GROUP is 8 where every tensor is 16-bit. Logits are then read as int32 pairs: the maximum of a tile is taken on packed
-pairs (half an instruction a logit), and the conversion to float32 is a shift or a mask, which makes two parts of a load:
-the even columns and the odd ones. Where GROUP is 4, a load is one part.
+GROUP is 8 if every tensor is 16-bit. Logits are then loaded as int32 pairs: the maximum of a tile is taken on packed pairs (half
+an instruction per logit), and the conversion to float32 is a shift or a mask, which gives two parts per load: the even columns
+and the odd ones. If GROUP is 4, a load gives one part.
 """
 
 # mypy: disable-error-code="assignment"
-# (A tuple that grows is one type to Triton's compiler and many to mypy.)
+# (mypy gives a tuple that grows a new type at each step; Triton's compiler does not.)
 
 import os
 
@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-#: True where Triton's CPU interpreter runs the kernels; it has no fused multiply-add.
+#: True if Triton's CPU interpreter runs the kernels; it has no fused multiply-add.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 if INTERPRETED.value:
@@ -36,53 +36,53 @@ if INTERPRETED.value:
     _patch_lang_tensor = interpreter._patch_lang_tensor
 
     def _patch_with_index(tensor, scope):
-        """The interpreter of Triton 3.6 makes a loop's bound of an array of one element, which numpy >= 2.4 refuses."""
+        """Lets the interpreter of Triton 3.6 use an array of one element as a loop bound, which numpy >= 2.4 refuses."""
         _patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _patch_with_index
 
-#: What the kernels are compiled for, "cuda" or "hip": this PyTorch's own GPUs, unless the environment names another, for
-#: compiling ahead of time. Read once, on import.
+#: Target of the kernels, "cuda" or "hip": that of the installed torch, unless the environment names another one for compilation
+#: ahead of time. Read once, at import.
 TARGET = os.environ.get("DPO_KERNELS_TRITON_TARGET") or ("cuda" if torch.version.hip is None else "hip")
 if TARGET not in ("cuda", "hip"):
     raise ValueError(f"DPO_KERNELS_TRITON_TARGET must be cuda or hip, not {TARGET!r}")
 
-#: True where kernels may hold inline PTX. Each function that does also has a form in plain Triton, for everything else:
-#: AMD's GPUs and the interpreter.
+#: True if kernels may contain inline PTX. Each function with PTX also has a version in plain Triton, for AMD GPUs and the
+#: interpreter.
 PTX = tl.constexpr(TARGET == "cuda" and not INTERPRETED.value)
 
-#: Decorates functions that kernels call. The interpreter would patch the whole language anew at each call of a jitted
-#: function, which takes ten times as long as what the function does; a plain one runs inside its caller's patch.
+#: Decorator of functions that kernels call. The interpreter patches the whole language at each call of a jitted function, which
+#: takes ten times as long as the function itself. A plain function runs inside the patch of its caller.
 device_function = (lambda function: function) if INTERPRETED.value else triton.jit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-#: Start of a running maximum: below every logit that can carry mass, and finite, so that no -inf meets a -inf.
+#: Initial value of a running maximum: below every logit of nonzero probability, and finite, so that -inf - (-inf) cannot occur.
 FLOOR = tl.constexpr(-1.0e25)
-#: Stands in for an entry that a masked tile leaves out: far enough below FLOOR to have no mass, and finite, so that it
-#: needs no guard in the moments.
+#: Value of the entries that a masked tile leaves out: far enough below FLOOR to have probability 0, and finite, so that the
+#: moments need no guard.
 HIDDEN = tl.constexpr(-1.0e30)
 
-#: Logits, and gaps between them, are added up this much smaller where they may be so large that their sum overflows.
+#: Factor for sums of logits or of their differences that could overflow without it.
 TINY = tl.constexpr(2.0**-40)
-#: From this size on a float32 logit's neighbours are 128 away or more, and its product with log2(e), 2^31 or more, rounds by
-#: more than an exponent has room for.
+#: From this size on, neighbouring float32 logits differ by 128 or more, and the rounding error of their product with log2(e),
+#: which is 2^31 or more, exceeds the range of an exponent.
 LARGE = tl.constexpr(1.4e9)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
-#: How a logit x becomes z: folded into the exponential's FFMA, multiplied first (scale <= 0), or softcapped.
+#: The map from a logit x to z: scale folded into the exponential's FFMA, multiplied before (scale <= 0), or softcap.
 FOLDED, SCALED, SOFTCAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @device_function
 def first_warp():
-    """True in the threads of a program's first warp; where there is no PTX, in all threads.
+    """True in the threads of a program's first warp; without PTX, in all threads.
 
-    For a row's last steps in float64, which every thread would repeat: cards with one float64 unit for every 64 of float32
-    need 16 cycles for each warp and instruction. What stands under this condition may exchange nothing between threads,
-    so reductions come before it; a store of a scalar is the first thread's anyway.
+    Used for the last steps of a row in float64, which otherwise every warp would repeat: GPUs with one float64 unit per 64
+    float32 units need 16 cycles per warp and instruction. Code under this condition must not exchange data between threads, so
+    reductions come before it. Storing a scalar is safe, because only the first thread stores it.
     """
     if PTX:
         thread = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
@@ -93,7 +93,7 @@ def first_warp():
 
 @device_function
 def exp2_fast(x):
-    """2^x by one MUFU. `ex2.approx.ftz` skips the denormal range's rescue, which costs three instructions more."""
+    """2^x by one MUFU instruction. `ex2.approx.ftz` flushes subnormal numbers to 0, which saves three instructions."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -104,7 +104,7 @@ def exp2_fast(x):
 
 @device_function
 def fused(x, factor, offset):
-    """x * factor - offset with a single rounding, so that `offset` is subtracted exactly as stored."""
+    """x * factor - offset with a single rounding (fused multiply-add)."""
     if INTERPRETED:
         return (x.to(tl.float64) * factor - offset).to(tl.float32)
     else:
@@ -113,20 +113,21 @@ def fused(x, factor, offset):
 
 @device_function
 def rounded_product(x, factor):
-    """x * factor as a rounded float32.
+    """x * factor, rounded to float32.
 
-    A compiler joins a plain product with a sum that it feeds, and then a difference of two such products, equal once both are
-    rounded, is what the rounding of one dropped: 10^17 at FLOOR, and 2 to the power of that inf.
+    Compilers contract a plain product and a following addition into one fused multiply-add, which does not round the product.
+    A difference of two equal products would then be the rounding error of one of them instead of 0: 10^17 at FLOOR, whose power
+    of 2 is inf.
     """
     if INTERPRETED:
         return (x.to(tl.float64) * factor).to(tl.float32)
     elif PTX:
-        # A product whose rounding is spelled out is never joined.
+        # A product with an explicit rounding mode is never contracted.
         return tl.inline_asm_elementwise(
             "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, factor], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        # With + 0 it is a fused multiply-add already (+ -0 would be a plain product to the compiler).
+        # A fused multiply-add with + 0 cannot be contracted further. (With + -0 the compiler would simplify it to a product.)
         return tl.fma(x, factor, 0.0)
 
 
@@ -155,7 +156,7 @@ def _unpack(pairs, element: tl.constexpr):
 def widen(x):
     """Stored logits as float32."""
     if INTERPRETED and x.dtype == tl.bfloat16:
-        # The interpreter's own conversion takes subnormal numbers for 0.
+        # The interpreter's own conversion turns subnormal numbers into 0.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
@@ -163,7 +164,7 @@ def widen(x):
 
 @device_function
 def to_float(raw, element: tl.constexpr):
-    """The float32 parts of a tile as load_tile returned it."""
+    """The float32 parts of a tile from load_tile."""
     parts = ()
     for u in tl.static_range(len(raw)):
         if raw[u].dtype == tl.int32:
@@ -176,7 +177,7 @@ def to_float(raw, element: tl.constexpr):
 
 @device_function
 def lane_max(parts):
-    """[LANES]: each lane's maximum of a tile, NaN ignored."""
+    """[LANES]: each lane's maximum over a tile; NaN is ignored."""
     top = parts[0]
     for i in tl.static_range(1, len(parts)):
         top = tl.maximum(top, parts[i])
@@ -185,7 +186,7 @@ def lane_max(parts):
 
 @device_function
 def raw_lane_max(raw, parts, element: tl.constexpr):
-    """lane_max of a tile's stored logits, at half the price where they are pairs. `parts` are their float32 values."""
+    """lane_max of a tile's stored logits, at half the cost if they are packed pairs; `parts` are their float32 values."""
     if PTX and raw[0].dtype == tl.int32:
         top = raw[0]
         for u in tl.static_range(1, len(raw)):
@@ -199,7 +200,7 @@ def raw_lane_max(raw, parts, element: tl.constexpr):
 
 @device_function
 def lane_sum(parts):
-    """[LANES]: each lane's sum over a tile, added in a fixed order inside one thread."""
+    """[LANES]: each lane's sum over a tile, added within one thread in a fixed order."""
     total = parts[0]
     for i in tl.static_range(1, len(parts)):
         total += parts[i]
@@ -217,7 +218,7 @@ def lane_dot(a, b):
 
 @device_function
 def _funnel_right(low, high, odd):
-    """The 32 bits of the 64-bit number high:low that start at bit 16 * odd; odd is 0 or 1."""
+    """The 32 bits of the 64-bit number high:low from bit 16 * odd on; odd is 0 or 1."""
     if PTX:
         bits = tl.zeros_like(low) + odd * 16
         return tl.inline_asm_elementwise(
@@ -237,10 +238,10 @@ def _load(pointers, mask, MASKED: tl.constexpr):
 
 @device_function
 def _load_one_by_one(pointer, start, group, mask, GROUP: tl.constexpr, MASKED: tl.constexpr):
-    """[LANES, 4] as _load_group returns it, of groups that start at any element: four loads, which stay in their thread.
+    """[LANES, 4] of groups that start at any element: four loads, whose values stay in the loading thread.
 
-    Pairs come as aligned words, shifted into place. A word is read whole if it holds a logit of the row, so at most one
-    neighbouring logit is read with it, unused.
+    16-bit pairs are loaded as aligned 32-bit words and shifted into place. A word is loaded if it contains a logit of the row, so
+    at most one adjacent logit is loaded with it and not used.
     """
     if GROUP == 8:
         odd = ((pointer.to(tl.int64) // 2 + start) % 2).to(tl.int32)
@@ -248,7 +249,7 @@ def _load_one_by_one(pointer, start, group, mask, GROUP: tl.constexpr, MASKED: t
         low = _load(words, mask, MASKED)
         parts = ()
         for i in tl.static_range(1, 5):
-            # The last word is needed only where the row is off by one logit; else the one before it is read again.
+            # The last word is needed only if the row starts at an odd logit; else the word before it is loaded again.
             high = _load(words + (i if i < 4 else 3 + odd), mask, MASKED)
             parts = parts + (_funnel_right(low, high, odd),)  # noqa: RUF005
             low = high
@@ -265,14 +266,13 @@ def load_tile(
     pointer, start, tile, groups, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tile number `tile` of the groups that begin at element `start`: a tuple of UNROLL tensors [LANES, 4], int32 pairs
-    of a 16-bit dtype if GROUP is 8, else elements as stored.
+    """Tile number `tile` of the groups that begin at element `start`, as a tuple of UNROLL tensors [LANES, 4].
 
-    ALIGNED: `start` is a multiple of GROUP, and each group is one vector load. MASKED: groups from `groups` on are not
-    read, and 0.
+    The elements are int32 pairs of a 16-bit dtype if GROUP is 8, else elements as stored. ALIGNED: `start` is a multiple of
+    GROUP, and each group is one vector load. MASKED: groups from `groups` on are not loaded, but 0.
     """
-    # 64-bit arithmetic stays outside the loop: within a row, offsets fit in 32 bits. That a tile's loads lie a constant
-    # apart is left to the compiler to see: then it is part of the instruction.
+    # 64-bit arithmetic is outside the loop, because offsets within a row fit in 32 bits. The loads of a tile have constant
+    # distances, which the compiler encodes as immediate offsets.
     group = tile * (UNROLL * LANES) + tl.arange(0, LANES)
     if ALIGNED:
         typed = pointer.to(tl.pointer_type(tl.int32)) if GROUP == 8 else pointer
@@ -289,7 +289,7 @@ def load_tile(
 
 @device_function
 def columns(tile, part: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """[LANES, 4] int32: places of a tile's part, counted from the first group's first logit."""
+    """[LANES, 4] int32: columns of a tile's part, counted from the first logit of the first group."""
     STEP: tl.constexpr = GROUP // 4  # parts of a load
     first = (tile * UNROLL + part // STEP) * (LANES * GROUP) + part % STEP
     return first + (tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, 4)[None, :] * STEP)
@@ -297,7 +297,7 @@ def columns(tile, part: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 
 @device_function
 def fragments(head, groups, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """What lies before and after a row's groups: (columns [LANES, 1], valid), at most one a lane."""
+    """The logits before and after the groups of a row: (columns [LANES, 1], valid), at most one per lane."""
     lane = tl.arange(0, LANES)[:, None]
     column = tl.where(lane < GROUP, lane, head + groups * GROUP + (lane - GROUP))
     return column, tl.where(lane < GROUP, lane < head, (lane < 2 * GROUP) & (column < vocab))
@@ -305,7 +305,7 @@ def fragments(head, groups, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
 
 @device_function
 def rounded(values, element: tl.constexpr):
-    """float32 values in dtype `element`, rounded to nearest even."""
+    """float32 values converted to dtype `element`, rounded to nearest even."""
     if INTERPRETED and element == tl.bfloat16:
         # The interpreter's own conversion truncates.
         bits = values.to(tl.uint32, bitcast=True)
@@ -322,7 +322,7 @@ def store_tile(
 ):  # fmt: skip
     """Write tile number `tile` of the groups from element `start` on, a multiple of GROUP; a group is one vector store.
 
-    Parts are rounded to the tensor's dtype. MASKED: groups from `groups` on are left alone.
+    Parts are rounded to the tensor's dtype. MASKED: groups from `groups` on are not written.
     """
     group = tile * (UNROLL * LANES) + tl.arange(0, LANES)
     first = pointer + start // GROUP * GROUP + (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
@@ -337,7 +337,7 @@ def store_tile(
 
 @device_function
 def reciprocal(x):
-    """1 / x by one MUFU, for x in [1, inf]."""
+    """1 / x by one MUFU instruction, for x in [1, inf]."""
     if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -348,7 +348,7 @@ def reciprocal(x):
 
 @device_function
 def _where_below(x, limit: tl.constexpr, below, above):
-    """`below` where x < limit, else `above`. As one sequence a value: compilers keep a tile of conditions in registers."""
+    """`below` where x < limit, else `above`. Inline PTX, because compilers would keep the conditions of a tile in registers."""
     if PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.lt.f32 p, $1, $2; selp.f32 $0, $3, $4, p; }", "=f,f,f,f,f",
@@ -360,9 +360,9 @@ def _where_below(x, limit: tl.constexpr, below, above):
 
 @device_function
 def tanh_accurate(u):
-    """(tanh u, 1 - tanh^2 u) to float32 rounding, both in relative terms.
+    """(tanh u, 1 - tanh^2 u), both with a relative error of float32 rounding.
 
-    Below 0.6 by the series (relative error 4.5e-9 before rounding), above by (1 - e) / (1 + e), e = exp(-2|u|).
+    For |u| < 0.6 by a series (relative error 4.5e-9 before rounding), else by (1 - e) / (1 + e) with e = exp(-2|u|).
     """
     square = u * u
     series = 0.020795932039618492 + square * -0.005895108450204134
@@ -380,7 +380,7 @@ def tanh_accurate(u):
 
 @device_function
 def log1p_double(x):
-    """log(1 + x) for x >= 0, to float64 rounding (Kahan's correction of log(w) for w = 1 + x rounded)."""
+    """log(1 + x) for x >= 0 to float64 rounding (Kahan's correction of log(w), w = 1 + x rounded)."""
     w = 1.0 + x
     near = w == 1.0
     safe = tl.where(near, 2.0, w)
@@ -389,16 +389,16 @@ def log1p_double(x):
 
 @device_function
 def exp_expm1(x):
-    """(exp(x), exp(x) - 1) of a float64 x, each to a few units in its last place. exp(x) is 0 below -708, finite above 708.
+    """(exp(x), exp(x) - 1) of a float64 x, with errors of a few ulps. exp(x) is 0 below -708 and finite above 708.
 
-    x = n log 2 + r with |r| <= log(2) / 2, and q = exp(r) - 1 by its series: about 25 instructions for both results, where
-    the library's exp and a correction by its log take 70.
+    x = n log 2 + r with |r| <= log(2) / 2, and q = exp(r) - 1 by its series. Both results take about 25 instructions; the
+    library's exp with a correction by its log takes 70.
     """
-    # A sum with 1.5 * 2^52 holds the rounded n in its lowest bits.
+    # The sum with 1.5 * 2^52 has the rounded n in its lowest bits.
     inside = tl.where(x > 708.0, 708.0, tl.where(x < -708.0, -708.0, x))
     shifted = inside * LOG2E + 6755399441055744.0
     n = shifted - 6755399441055744.0
-    # log 2 in two parts; the first ends in zeros, so that n times it is exact.
+    # log 2 in two parts; the first has trailing zero bits, so its product with n is exact.
     r = inside - n * 0.6931471803691238 - n * 1.9082149292705877e-10
     q = r * (1.0 / 6227020800) + 1.0 / 479001600
     q = q * r + 1.0 / 39916800
@@ -419,7 +419,7 @@ def exp_expm1(x):
 
 @device_function
 def softplus_double(x):
-    """log(1 + exp(x)), exactly log 2 at 0, and 0 or inf at the ends."""
+    """log(1 + exp(x)); exactly log 2 at 0, 0 at -inf, inf at inf."""
     return tl.where(x > 0, x, 0.0) + log1p_double(tl.exp(-tl.abs(x)))
 
 

@@ -1,7 +1,7 @@
-"""Host side of the Triton kernels: how a tensor's rows lie in memory, and a launch as a value that can be run or compiled.
+"""Host side of the Triton kernels: alignment of rows, launch configuration, and kernel launches as objects.
 
-A stage builds a `Launch` from its tensors; running it and compiling it ahead of time (benchmarks/machine_code.py) start
-from the same object, so the machine code that is inspected is the machine code that runs.
+A stage builds a `Launch` from its tensors. The same object is run and compiled ahead of time (benchmarks/machine_code.py), so
+the inspected machine code is the code that runs.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from torch import Tensor
 
 from .device import FOLDED, INTERPRETED, LOG2E, SCALED, SOFTCAPPED, TARGET
 
-#: One argued configuration, no autotuning (a first-call stall, and results that depend on who tuned).
-#: 4 warps x 4 loads of 16 bytes: a block has 8 KB in flight (16 KB where it reads the reference too). Registers let 9 to
-#: 16 blocks be resident per SM (4 or 5 with the reference), so 64 KB and more are in flight where a B200 needs 40. A tile
-#: is 8 KB (4,096 16-bit logits): small enough that a vocabulary of 32,000 still has 7 of them, so that the masked tile of
-#: the label stays a small part. More warps per row would lengthen the merge at the end of every row; fewer would need more
-#: rows to fill the machine.
+#: One fixed configuration. Autotuning would delay the first call and make results depend on the tuning run.
+#: With 4 warps x 4 loads of 16 bytes a block has 8 KB in flight (16 KB if it also reads the reference). The register count
+#: allows 9 to 16 resident blocks per SM (4 or 5 with the reference), so at least 64 KB are in flight; a B200 needs 40 KB. A tile
+#: is 8 KB (4,096 16-bit logits), so a vocabulary of 32,000 still has 7 tiles, and the masked tile of the label is a small part
+#: of the work. More warps per row would make the merge at the end of a row longer; fewer would need more rows to occupy the GPU.
 LANES = 128
 NUM_WARPS = LANES // (32 if TARGET == "cuda" else 64)  # AMD's wavefronts have 64 lanes
-#: The interpreter takes a quarter of that tile, so that small vocabularies reach every loop.
+#: In the interpreter a tile has a quarter of that size, so small vocabularies reach every loop.
 UNROLL = 1 if INTERPRETED.value else 4
 
-#: Fused multiply-add is part of the numerics (the maximum is subtracted without rounding the product first).
+#: The kernels rely on fused multiply-add: the maximum is subtracted from a product that is not rounded before.
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
-#: Tensors of a few bytes a token or a sequence, read and written an element at a time. Their alignment may differ from call
-#: to call, so no kernel may be specialised on it: compiling it anew would stop a training run for seconds.
+#: Tensors of a few bytes per token or sequence, read and written element by element. Their alignment may differ from call to
+#: call. Kernels are not specialized on it, because a recompilation would stop a training run for seconds.
 SMALL = [
     "labels", "weights", "values", "other_values", "cu_seqlens", "scratch", "other_scratch", "ref_scratch", "counts",
     "logps", "max", "log_sum", "ref_logps", "ref_max", "ref_log_sum", "entropy", "kl", "accuracy", "mean_logits", "log_sum_sq",
@@ -51,13 +50,13 @@ class Launch:
     options: dict[str, Any] = field(default_factory=lambda: OPTIONS)
 
     def run(self, device_of: Tensor) -> None:
-        """Launch on the current stream of the device that holds `device_of`; nothing to do for an empty grid."""
+        """Launch on the current stream of `device_of`'s device; an empty grid is not launched."""
         if math.prod(self.grid) > 0:
             with torch.cuda.device_of(device_of):
                 self.kernel[self.grid](**self.arguments, **self.options)
 
     def signature(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
-        """(argument types, constants, attributes) for triton.compiler.ASTSource, specialised as a real call would be."""
+        """(argument types, constants, attributes) for triton.compiler.ASTSource, with the specialization of a real call."""
         types: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -90,9 +89,9 @@ _TRITON_TYPE = {
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product with the head is cut: a program computes [n tokens, v entries], h of the inner dimension at a time.
+    """Tile of a product with the head: a program computes [n tokens, v entries], in steps of h along the inner dimension.
 
-    A product's threads, not its rows, hide the latency of memory: `stages` steps of the inner dimension are under way.
+    Memory latency is hidden by software pipelining: `stages` steps of the inner dimension are in flight.
     """
 
     n: int
@@ -106,15 +105,15 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def blocks(self) -> dict[str, int]:
-        """The kernels' constants."""
+        """The tile's sizes as constants of a kernel."""
         return {"BLOCK_N": self.n, "BLOCK_V": self.v, "BLOCK_H": self.h}
 
 
-#: 16-bit products: [128, 128] logits are 64 float32 registers in each of 256 threads, which leaves room for what happens to
-#: them there; three stages of 64 take 96 KB of shared memory, and every byte from L2 serves 64 flops. Where nothing but lse is
-#: wanted Hopper, whose accumulators the tensor cores write asynchronously, has room for twice the entries: 85 flops a byte.
-#: float32 runs on the ordinary cores, whose 4 x 4 outer products ask for a small tile. The interpreter's is smaller still, so
-#: that small vocabularies reach every loop.
+#: 16-bit products: [128, 128] logits take 64 float32 registers in each of 256 threads, which leaves registers for the epilogue.
+#: Three stages of 64 take 96 KB of shared memory, and each byte from L2 is used for 64 flops. If only log-sum-exps are needed,
+#: Hopper has registers for twice the entries, because its tensor cores write accumulators asynchronously: 85 flops per byte.
+#: float32 products run on CUDA cores as 4 x 4 outer products, for which a small tile is better. The interpreter's tile is
+#: smaller still, so that small vocabularies reach every loop.
 _TILE, _WIDE = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
 _FLOAT32 = Tile(64, 128, 16, 8, 3)
 if INTERPRETED.value:
@@ -122,7 +121,7 @@ if INTERPRETED.value:
 
 
 def tile_of(dtype: torch.dtype, wide: bool = False) -> Tile:
-    """The tile for products of this dtype; `wide` where a tile's logits meet little arithmetic."""
+    """The tile for products of this dtype; `wide` for a kernel with little arithmetic on the logits."""
     if dtype == torch.float32:
         return _FLOAT32
     return _WIDE if wide else _TILE
@@ -138,7 +137,7 @@ def arch_of(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _AlignedPointer:
-    """A tensor's address rounded down to 16 bytes: what Triton needs to know to use 128-bit loads."""
+    """A tensor's address rounded down to 16 bytes, so that Triton uses 128-bit loads."""
 
     address: int
     dtype: torch.dtype
@@ -148,7 +147,7 @@ class _AlignedPointer:
 
 
 def aligned_base(tensor: Tensor) -> tuple[Any, int]:
-    """(pointer that is 16-byte aligned, elements from it to the tensor's first)."""
+    """(pointer that is 16-byte aligned, offset of the tensor's first element from it)."""
     past = tensor.data_ptr() % 16
     if past == 0 or INTERPRETED.value:
         return tensor, 0
@@ -156,23 +155,23 @@ def aligned_base(tensor: Tensor) -> tuple[Any, int]:
 
 
 def group_size(*tensors: Tensor | None) -> int:
-    """Logits per group: 16 bytes of the widest dtype, so that one thread holds the same columns of every tensor."""
+    """Logits per group: 16 bytes of the widest dtype. With equal groups a thread holds the same columns of every tensor."""
     return min(16 // tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def _row_strides(tensor: Tensor) -> tuple[int, int]:
-    # The stride of a dimension of size 1 is arbitrary and never used.
+    # The stride of a dimension of size 1 is arbitrary and not used.
     return (tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1) if tensor.shape[1] > 1 else 0)
 
 
 def rows_aligned(tensor: Tensor, group: int) -> bool:
-    """True if every row starts at a group boundary."""
+    """Whether every row starts at a group boundary."""
     _, base = aligned_base(tensor)
     return all(n % group == 0 for n in (base, *_row_strides(tensor)))
 
 
 def shifted_alike(tensor: Tensor, other: Tensor, group: int) -> bool:
-    """True if corresponding rows of both tensors have the same distance to a group boundary."""
+    """Whether corresponding rows of both tensors have the same offset from a group boundary."""
     _, base = aligned_base(tensor)
     _, other_base = aligned_base(other)
     strides = zip(_row_strides(tensor), _row_strides(other), strict=True)
@@ -180,14 +179,14 @@ def shifted_alike(tensor: Tensor, other: Tensor, group: int) -> bool:
 
 
 def round_to_float32(value: float) -> float:
-    """The nearest float32, as a Python float: what a float32 kernel argument will hold."""
+    """The nearest float32 as a Python float, the value of a float32 kernel argument."""
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def exponent_map(logit_scale: float, logit_softcap: float) -> tuple[int, float, float]:
-    """(MAP, unit, log2_scale): the kernels' variable x stands for the logit z = unit * x, its exponent is x * log2_scale.
+    """(MAP, unit, log2_scale) of the kernels' variable x, with z = unit * x and exp(z) = 2^(x * log2_scale).
 
-    FOLDED: x is the logit as stored; SOFTCAPPED: x is the tanh; SCALED: x is z. log2_scale = float32(unit log2 e).
+    FOLDED: x is the stored logit; SOFTCAPPED: x is the tanh; SCALED: x is z. log2_scale = float32(unit log2 e).
     """
     if logit_softcap:
         mapping, unit = SOFTCAPPED, logit_softcap

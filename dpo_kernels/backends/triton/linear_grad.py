@@ -1,22 +1,24 @@
-"""The gradient of the LM head in Triton, block by block of the softmax: blocks without probability are not multiplied.
+"""The gradient of the LM head in Triton; softmax blocks of negligible probability are left out of the products.
 
 Data flow of a chunk of n tokens (T = 128 tokens, E = 128 vocabulary entries, a block is [T, E]):
-    logits_block_grad   recomputes a block's logits from the hidden states and the head, on chip, as linear_logps does (or
-                        reads the logits that linear_logps has stored); where some p > eps or a label lies in it, the block
-                        is live and its dz is written once, rounded to the hidden states' dtype; a dead block leaves 4 bytes
-                        a token, the mass it drops
-    lists               the live blocks of each block row and of each block column, in order: [n / T, V / E] small tensors
+
+    logits_block_grad   recomputes the logits of a block on chip, from hidden states and head as in linear_logps, or reads the
+                        logits that linear_logps has stored. A block is live if some p > eps or a label lies in it. Its dz
+                        is then written once, rounded to the dtype of the hidden states. For other blocks only the dropped
+                        probability mass is written, 4 bytes per token
+    lists               the live blocks of each block row and of each block column, in order: small tensors [n / T, V / E]
     hidden_grad         dH [T, 128] += dz W over the live blocks of a block row
-    weight_grad         dW [E, 128] += dz^T H over the live blocks of a block column, in float32, each entry read and written
-                        once, by one program
-No sum is shared between programs, so there are no atomics, and every run adds in the same order.
+    weight_grad         dW [E, 128] += dz^T H over the live blocks of a block column, in float32; each entry is read and
+                        written once, by one program
 
-Work: 2 N H V flops to recompute (none if the logits were stored) and 4 N H V times the live share. On chip the rows of the
-head are visited in an `order` that sorts them by mean logit, which gathers what is likely in few block columns (how much:
-docs/linear.md). The head is not moved: its rows are read through the permutation, which costs one read of the head and a sort
-of V numbers, once a call.
+No two programs add to the same sum, so there are no atomic operations, and the order of additions is fixed.
 
-The mass r_t that the dead blocks hold goes back as a uniform tail over the vocabulary, as filtered.py defines it.
+Work: 2 N H V flops to recompute logits (0 if they were stored), and 4 N H V times the share of live blocks. The rows of the head
+are processed in an `order` of descending mean logit, which concentrates likely entries in few block columns (measured in
+docs/linear.md). The head is not copied: its rows are read through the permutation, which costs one read of the head and a sort of
+V numbers per call.
+
+The probability mass r_t of the blocks that are left out is replaced by a uniform tail over the vocabulary (filtered.py).
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from .device import FOLDED, INTERPRETED, LOG2E, SOFTCAPPED, exp2_fast, fused, ro
 from .launch import SMALL, Launch, round_to_float32, tile_of
 from .linear_logps import Order, at_label_of, inner_of, label_entry, multiply, others_of, project_tile
 
-#: Columns of H that a program of the two products computes.
+#: Columns of H per program in the two products.
 WIDTH = 32 if INTERPRETED.value else 128
-#: dH is cut into at most this many partial sums where its blocks would leave multiprocessors idle, of which there are about:
+#: dH is split into at most MOST_SPLITS partial sums if there are too few blocks for a GPU with about MULTIPROCESSORS.
 MOST_SPLITS, MULTIPROCESSORS = 4, 132
 
 
@@ -46,17 +48,17 @@ def logits_block_grad_kernel(
     order, places,  # [V] int32, or None
     labels,  # [N] int64
     origin, factor, at_label,  # [N] float32: the exponential's origin, -grad_logps dz/dx and grad_logps (1 - p) dz/dx
-    logits,  # [N, pitch] stored logits, or None to recompute them; may be dz
-    dz,  # [N, pitch], or None where only the dropped mass is asked
+    logits,  # [N, pitch] stored logits, or None to recompute them; may be the same memory as dz
+    dz,  # [N, pitch], or None to compute only the dropped mass
     live,  # [N / BLOCK_N, blocks] int8
-    dropped, tail,  # [N, blocks] float32: sums of p and of p dz/dx / scale over dead blocks; tail None without a softcap
+    dropped, tail,  # [N, blocks] float32: sums of p and of p dz/dx / scale if not live; tail is None without a softcap
     rows, vocab, hidden_size, blocks,
     inner: tl.float32, log2_scale: tl.float32, eps: tl.float32,
     MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     block_row = tl.program_id(0)
     block = tl.program_id(1)
-    # Whole blocks: that rows of dz start at 16 bytes follows.
+    # A multiple of the block size, so rows of dz are 16-byte aligned.
     pitch = blocks * BLOCK_V
     first_row = block_row * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_N)
@@ -84,15 +86,15 @@ def logits_block_grad_kernel(
     log2_sum = tl.load(origin + rows + row, mask=inside, other=0.0)
     if MAP == SOFTCAPPED:
         x, slope = tanh_accurate(x * inner)
-    # Rows past the end have no mass: their maximum is infinite.
+    # After the last row `top` is infinite, so probabilities are 0.
     e = exp2_fast(fused(x - top[:, None], log2_scale, log2_sum[:, None]))
     others = others_of(e, place[None, :], label[:, None], vocab, 0.0)
     mass = tl.sum(others, 1)
     has_label = (label >= first) & (label < first + BLOCK_V)
-    # A NaN must come out: it is not less than eps.
+    # A block with NaN must be live, so that NaN reaches the gradient; NaN > eps is false.
     row_alive = (tl.max(others, 1) > eps) | has_label | (mass != mass)
-    # Counted, not reduced: for sm_100 Triton 3.6 and 3.7 do not compile a reduction over rows that came from the product's
-    # layout in tensor memory.
+    # Counted by a histogram: for sm_100, Triton 3.6 and 3.7 do not compile a reduction over rows in the layout of a product in
+    # tensor memory.
     counts = tl.histogram(row_alive.to(tl.int32), 32)
     alive = tl.sum(tl.where(tl.arange(0, 32) == 1, counts, 0), 0) > 0
     tl.store(live + block_row * blocks + block, alive.to(tl.int8))
@@ -182,7 +184,7 @@ def weight_grad_kernel(
     for step in range(steps):
         row = tl.load(lists + block * block_rows + step // STEPS) * BLOCK_N + step % STEPS * STEP + k
         near = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
-        # Rows past the end were never written.
+        # Rows after the end are masked, because they were never written.
         a = tl.load(dz + near * pitch + place[None, :], mask=(row < rows)[:, None], other=0.0)
         right = hidden + near * width + column[None, :]
         if EVEN:
@@ -230,12 +232,15 @@ def bias_grad_kernel(
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What the chunks of one call share.
+    """The arguments that all chunks of a call share.
 
     Attributes:
-        weight: [V, H] contiguous; bias [V] or None; of the hidden states' dtype.
-        order: the order in which the head's rows are visited, or None for their own.
-        eps: a block is dead where no probability exceeds it and no label lies in it.
+        weight: [V, H] contiguous, of the hidden states' dtype.
+        bias: [V] of the same dtype, or None.
+        order: the processing order of the head's rows; None for their own order.
+        logit_scale: scale of z = cap * tanh(scale * x / cap).
+        logit_softcap: cap of the same formula; 0 for z = scale * x.
+        eps: a block is left out if no probability in it exceeds eps and it contains no label.
     """
 
     weight: Tensor
@@ -247,7 +252,7 @@ class HeadCall:
 
     @property
     def mapping(self) -> tuple[int, float]:
-        """(MAP, unit): no maximum is taken here, so that a negative scale folds into the exponential's FFMA as well."""
+        """(MAP, unit). No maximum is taken here, so a negative scale can be folded into the exponential's FFMA, too."""
         return (SOFTCAPPED.value, self.logit_softcap) if self.logit_softcap else (FOLDED.value, self.logit_scale)
 
     @property
@@ -257,7 +262,7 @@ class HeadCall:
 
 
 def order_by_mean_logit(weight: Tensor, bias: Tensor | None, mean_hidden: Tensor, scale: float) -> Order:
-    """The vocabulary from the largest mean logit of the tokens, whose mean hidden state is given [H] float32."""
+    """The order of descending mean logit; mean_hidden [H] float32 is the mean hidden state of the tokens."""
     keys = torch.mv(weight, mean_hidden.to(weight.dtype)).float()
     if bias is not None:
         keys = keys + bias.float()
@@ -265,19 +270,19 @@ def order_by_mean_logit(weight: Tensor, bias: Tensor | None, mean_hidden: Tensor
 
 
 def padded(vocab: int, dtype: torch.dtype) -> int:
-    """Columns of a chunk's dz: the vocabulary rounded up to whole blocks."""
+    """Columns of dz: V rounded up to a multiple of the block size."""
     return triton.cdiv(vocab, tile_of(dtype).v) * tile_of(dtype).v
 
 
 @dataclass(frozen=True)
 class BlockGrad:
-    """dz of a chunk's live blocks, and what the dead ones dropped.
+    """dz of a chunk's live blocks, and the mass of the blocks that are left out.
 
     Attributes:
-        dz: [N, pitch] with columns in the call's order; dead blocks hold anything. None where only the mass was asked.
-        live: [N / T, blocks] int8.
-        dropped: [N] float64, probability in dead blocks.
-        tail: [N] float64, sum of p dz/dx over dead blocks.
+        dz: [N, pitch] with columns in the call's order; only live blocks are initialized. None if only the mass was asked.
+        live: [N / T, blocks] int8, 1 for live blocks.
+        dropped: [N] float64, probability mass of the other blocks.
+        tail: [N] float64, sum of p dz/dx over the other blocks.
     """
 
     dz: Tensor | None
@@ -286,7 +291,7 @@ class BlockGrad:
     tail: Tensor
 
     def lists(self, axis: int) -> tuple[Tensor, Tensor]:
-        """(indices of the live blocks first, their number), int32, of each block row (axis 1) or block column (axis 0)."""
+        """(block indices with the live ones first, number of live blocks), int32, per block row (axis 1) or column (axis 0)."""
         live = self.live if axis == 1 else self.live.t().contiguous()
         return live.argsort(dim=1, descending=True, stable=True).to(torch.int32), live.sum(1, dtype=torch.int32)
 
@@ -301,7 +306,7 @@ def logits_block_grad_launch(
     live: Tensor,
     sums: tuple[Tensor, Tensor | None],
 ) -> Launch:
-    """The kernel call of `logits_block_grad`: rows_of are origin, factor, at_label; sums are dropped and tail."""
+    """The kernel launch of `logits_block_grad`; rows_of is (origin, factor, at_label), sums is (dropped, tail)."""
     rows, hidden_size = hidden.shape
     tile = tile_of(hidden.dtype)
     mapping, unit = call.mapping
@@ -346,14 +351,18 @@ def logits_block_grad(
     logits: Tensor | None = None,
     out: Tensor | None = None,
 ) -> BlockGrad:
-    """dz of a chunk where it is worth having.
+    """dz of the live blocks of a chunk.
 
     Args:
-        hidden: [N, H] contiguous; labels [N] int64; logps, top, log_sum [N] float64: "logps", "max" and "log_sum"
-            of `linear_logps`.
-        grad_logps: [N] float64; None to find the dropped mass alone.
-        logits: [N, pitch] as `linear_logps` stored them, to be overwritten by dz; None to recompute them.
-        out: [N, pitch], memory for dz where there are no stored logits.
+        call: the arguments that all chunks share.
+        hidden: [N, H] contiguous.
+        labels: [N] int64.
+        logps: [N] float64, "logps" of `linear_logps`.
+        top: [N] float64, "max" of `linear_logps`.
+        log_sum: [N] float64, "log_sum" of `linear_logps`.
+        grad_logps: [N] float64; None to compute only the dropped mass.
+        logits: [N, pitch], the logits that `linear_logps` stored, overwritten by dz; None to recompute them.
+        out: [N, pitch], memory for dz if there are no stored logits.
     """
     rows = hidden.shape[0]
     device = hidden.device
@@ -364,7 +373,7 @@ def logits_block_grad(
     _, unit = call.mapping
     origin = torch.stack([top * (1 / unit if unit else 0.0), log_sum * LOG2E.value]).float()
     by_p = -grad * call.logit_scale
-    # A token without gradient gives exact zeros, whatever its logits hold.
+    # A token without gradient gets exact zeros, whatever its logits are.
     still = by_p == 0
     factor = torch.where(still, 0.0, by_p).float()
     at_label = torch.where(still, 0.0, by_p * torch.expm1(logps)).float()
@@ -385,7 +394,7 @@ def logits_block_grad(
 def hidden_grad_launch(
     call: HeadCall, dz: Tensor, lists: tuple[Tensor, Tensor], tail: Tensor, mean_row: Tensor, out: Tensor
 ) -> Launch:
-    """The kernel call of `hidden_grad`; out [splits, N, H] float32."""
+    """The kernel launch of `hidden_grad`; out is [splits, N, H] float32."""
     splits, rows, hidden_size = out.shape
     tile = tile_of(dz.dtype)
     arguments = {
@@ -433,7 +442,7 @@ def weight_grad_launch(
     out: Tensor,
     accumulate: bool,
 ) -> Launch:
-    """The kernel call of `weight_grad`."""
+    """The kernel launch of `weight_grad`."""
     vocab, hidden_size = call.weight.shape
     tile = tile_of(dz.dtype)
     arguments = {
@@ -462,17 +471,17 @@ def weight_grad_launch(
 def weight_grad(
     call: HeadCall, found: BlockGrad, hidden: Tensor, out: Tensor, *, accumulate: bool, tail_row: Tensor | None = None
 ) -> None:
-    """dW of a chunk's live blocks into (or added to) out [V, H] float32.
+    """Writes dW of a chunk's live blocks to out [V, H] float32, or adds it.
 
-    tail_row: what the dropped mass of all chunks adds to every row (`tail_of`), given with the last chunk, so that it
-    joins while a row is written anyway.
+    tail_row [H] is the contribution of the dropped mass of all chunks to every row (`tail_of`). It is passed with the last chunk,
+    which writes all rows in any case.
     """
     assert found.dz is not None
     weight_grad_launch(call, found.dz, hidden, found.lists(0), tail_row, out, accumulate).run(hidden)
 
 
 def bias_grad(call: HeadCall, found: BlockGrad) -> Tensor:
-    """dbias [V] float32 of a chunk's live blocks. It reads them once more: heads with a bias are rare."""
+    """dbias [V] float32 of a chunk's live blocks. It reads them again, which is acceptable because few heads have a bias."""
     dz, (lists, counts), vocab = found.dz, found.lists(0), call.weight.shape[0]
     assert dz is not None
     tile = tile_of(dz.dtype)
@@ -495,6 +504,6 @@ def bias_grad(call: HeadCall, found: BlockGrad) -> Tensor:
 
 
 def tail_of(call: HeadCall, found: BlockGrad, grad_logps: Tensor, hidden: Tensor) -> Tensor:
-    """[H] float32: what the dropped mass adds to every row of dW."""
+    """[H] float32, the contribution of the dropped mass to every row of dW."""
     weighted = torch.where(grad_logps == 0, 0.0, grad_logps * found.tail).float()
     return torch.mv(hidden.t().float(), weighted) / -call.weight.shape[0]

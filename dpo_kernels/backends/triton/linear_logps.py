@@ -1,24 +1,25 @@
 """The LM head and stage 1 in one Triton kernel: log-probabilities and statistics from hidden states, logits only in registers.
 
-Data flow, one program (8 warps) a block of 128 tokens and a segment of 2,048 vocabulary entries, tile by tile [128, 256]:
-    read     the tokens' hidden states and the segment's rows of the head, once a tile, through shared memory; the bias
-    on chip  the tile of logits, never rounded below float32; per token the running maximum m, the sum of 2^((x - m)
-             log2(e)), the label's logit, and where asked the moment, the sum of squares, the sum, and the maxima of all the
-             others and of those before the label
-    write    4 bytes per token, segment and number (3 to 8 of them): 1% of what 16-bit logits would take
-A second kernel merges a token's segments, in order, in float64, and finishes as token_logps.py does.
+Data flow, one program (8 warps) per block of 128 tokens and segment of 2,048 vocabulary entries, in tiles of [128, 256]:
 
-Segments are cut by the vocabulary alone, so no bit of a token's result depends on the batch it came in, nor on chunks.
+    read     per tile, the hidden states of the tokens and the head's rows of the tile, through shared memory; the bias
+    on chip  the tile of logits in float32; per token the running maximum m, the sum of 2^((x - m) log2(e)), the label's logit,
+             and if asked the moment, the sum of squares, the sum, and two maxima: of all logits except the label's, and of
+             those before the label
+    write    3 to 8 numbers of 4 bytes per token and segment, 1% of the size of 16-bit logits
 
-Work: 2 N H V flops. The hidden states and the head stream from L2, (1/256 + 1/128) H items a logit; programs that run at
-the same time differ in their tokens first, so the head comes from memory once per wave of them. What it saves against a
-library product and token_logps is the logits' way to memory and back, 4 bytes a 16-bit logit; what it costs is the distance
-between Triton's products and the library's (benchmarks/head_rates.py measures it). float32 multiplies in full precision on the
-ordinary cores, at a fifteenth of the tensor cores' 16-bit rate on an H100: TF32's 10 bits of mantissa would miss the
-contract by three digits.
+A second kernel merges the segments of a token in a fixed order, in float64, and computes the results like token_logps.py.
 
-Issue slots per logit beside the products: bounds and label 4, maximum 1, FADD 1, FMUL 1, ex2 1, add 1; entropy 3, mean 3,
-squares 1, accuracy 5. A product of H = 1,024 takes an H100's tensor cores as long as 60 slots.
+Segments depend only on the vocabulary, so the bits of a token's results depend neither on the batch nor on chunks.
+
+Work: 2 N H V flops. Hidden states and head are read from L2, (1/256 + 1/128) H elements per logit. Programs that run at the same
+time have different tokens first, so the head is read from memory once per wave of programs. Compared with a library product and
+token_logps, the kernel saves writing and reading the logits, 4 bytes per 16-bit logit, but Triton's products are slower than the
+library's (benchmarks/head_rates.py measures by how much). float32 products have full precision and run on CUDA cores, on an H100
+at a fifteenth of the tensor cores' 16-bit rate; with TF32, whose mantissa has 10 bits, errors would be a thousand times larger.
+
+Issue slots per logit in addition to the products: bounds and label 4, maximum 1, FADD 1, FMUL 1, ex2 1, add 1; entropy 3, mean 3,
+squares 1, accuracy 5. On the tensor cores of an H100 a product with H = 1,024 takes as long as 60 slots.
 """
 
 from __future__ import annotations
@@ -46,11 +47,10 @@ from .device import (
 from .launch import SMALL, Launch, arch_of, exponent_map, tile_of
 from .token_logps import _put, _variable, finish
 
-#: Entries of the vocabulary that one program passes over: 64 segments of 128,256 entries, so that 1,024 tokens make 504
-#: programs, and short enough that a vocabulary of 32,000 still makes 128 of them.
+#: Vocabulary entries per program: 1,024 tokens with V = 128,256 give 504 programs, and with V = 32,000 still 128.
 SEGMENT = 64 if INTERPRETED.value else 2048
 
-#: What a segment leaves of a token, in the order in which they are stored.
+#: Index of the numbers that a segment stores for a token.
 MAXIMUM, MASS, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -58,7 +58,8 @@ MAXIMUM, MASS, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def at_label_of(x, place, label):
     """x where place == label, else 0.
 
-    One instruction sequence a logit, as in the next two: a mask of the whole tile, kept for a second use, is 128 registers.
+    This function and the next two use inline PTX, because otherwise compilers keep the mask of a whole tile for reuse, which
+    takes 128 registers.
     """
     if PTX:
         return tl.inline_asm_elementwise(
@@ -71,7 +72,7 @@ def at_label_of(x, place, label):
 
 @device_function
 def others_of(x, place, label, vocab, other: tl.constexpr):
-    """x with `other` (0 or HIDDEN) at the label and past the vocabulary."""
+    """x with `other` (0 or HIDDEN) at the label and after the end of the vocabulary."""
     if PTX:
         asm: tl.constexpr = (
             "{ .reg .pred p, q; setp.ge.s32 q, $2, $4; setp.eq.or.s32 p, $2, $3, q; selp.f32 $0, $5, $1, p; }"
@@ -101,14 +102,14 @@ def project_tile(
     hidden, weight, order, first_row, rows, first_place, vocab, hidden_size,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """float32 products [BLOCK_N, BLOCK_V] of the rows of the hidden states and the head's entries from these places on.
+    """float32 products [BLOCK_N, BLOCK_V] of hidden states from `first_row` on and head rows from `first_place` on.
 
-    Rows and entries past the end are the last one once more: loads need no mask, and nobody looks at the result.
+    After the end, the last row or entry is used again, so loads need no mask; these results are not used.
     """
     k = tl.arange(0, BLOCK_H)
     row = tl.minimum(tl.arange(0, BLOCK_N), rows - 1 - first_row)
     place = tl.minimum(tl.arange(0, BLOCK_V), vocab - 1 - first_place)
-    # Places within a tile fit in 32 bits; where rows lie anywhere in the head, they take 64.
+    # Offsets within a tile fit in 32 bits; with an `order`, offsets in the whole head need 64.
     pitch = tl.full((), hidden_size, tl.int64)
     left = hidden + first_row * pitch
     left_place = row[:, None] * hidden_size + k[None, :]
@@ -135,7 +136,7 @@ def project_tile(
 
 @device_function
 def multiply(a, b, total):
-    """total + a b, summed in float32; float32 factors are multiplied in full."""
+    """total + a b, accumulated in float32; products of float32 matrices have full precision (no TF32)."""
     if INTERPRETED:
         # numpy has no bfloat16.
         return total + tl.dot(a.to(tl.float32), b.to(tl.float32))
@@ -150,20 +151,20 @@ def _put_part(parts, part, row, segment, rows, segments, value, mask):
 
 @device_function
 def label_entry(labels, row, vocab):
-    """int32 labels of these rows, -1 where they are outside the vocabulary."""
+    """int32 labels of these rows; -1 for labels outside the vocabulary."""
     label = tl.load(labels + row)
     return tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)
 
 
-# Nothing that varies from call to call may cause a new compilation.
+# Arguments that vary from call to call must not cause a recompilation.
 @triton.jit(do_not_specialize=["rows", "vocab", "segments", "blocks"], do_not_specialize_on_alignment=SMALL)
 def linear_logps_kernel(
     hidden,  # [N, H] contiguous
     weight,  # [V, H] contiguous, of the same dtype
     bias,  # [V], or None
-    order, places,  # [V] int32, the entries in the order in which they are visited, and each entry's place in it; or None
+    order, places,  # [V] int32, the entries in processing order, and the place of each entry in that order; or None
     labels,  # [N] int64
-    logits,  # [N, pitch] of the hidden states' dtype: the logits, columns in that order, or None where nobody needs them
+    logits,  # [N, pitch], dtype of the hidden states: output for the logits, with columns in that order; or None
     parts,  # [parts, N, segments] float32
     rows, vocab, hidden_size, segments, blocks,
     inner: tl.float32, log2_scale: tl.float32,
@@ -201,7 +202,7 @@ def linear_logps_kernel(
         if bias is not None:
             x += tl.load(bias + entry).to(tl.float32)[None, :]
         if logits is not None:
-            # What is stored is what is measured: the gradient's probabilities then sum to 1.
+            # The results are computed from the rounded, stored logits, so the probabilities in the gradient sum to 1.
             stored = rounded(x, logits.dtype.element_ty)
             pitch = blocks * BLOCK_V
             target = logits + first_row * tl.full((), pitch, tl.int64) + first
@@ -210,7 +211,7 @@ def linear_logps_kernel(
             x = stored.to(tl.float32)
         at_label += tl.sum(at_label_of(x, place[None, :], label[:, None]), 1)
         if ACCURACY:
-            # By the logits before scale and softcap, whose rounding makes unequal ones equal.
+            # Logits are compared before scale and softcap, whose rounding can make unequal logits equal.
             key = x if MAP == FOLDED else x * sign
             key = others_of(key, place[None, :], label[:, None], vocab, HIDDEN)
             best = tl.maximum(best, tl.max(key, 1))
@@ -229,7 +230,7 @@ def linear_logps_kernel(
         y = (x - m[:, None]) * log2_scale
         e = exp2_fast(y)
         if ENTROPY:
-            # A logit of -inf: 0 * inf.
+            # Guarded, because a logit of -inf would give 0 * inf.
             t = rescale * (t + shift * s) + tl.sum(tl.where(e > 0, e * y, e), 1)
         if SQUARES:
             squares = rescale * rescale * squares + tl.sum(e * e, 1)
@@ -260,7 +261,7 @@ def _part(parts, part, row, rows, segments, segment, other):
 def merge_kernel(
     parts,  # [parts, N, segments] float32
     labels,  # [N] int64
-    logps, max, log_sum, entropy, log_sum_sq, accuracy, mean_logits,  # [N] float64, or None where not asked
+    logps, max, log_sum, entropy, log_sum_sq, accuracy, mean_logits,  # [N] float64, or None if not asked
     rows, vocab, segments,
     scale: tl.float64, cap: tl.float64, unit: tl.float64, inner: tl.float32, log2_scale: tl.float32,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ACCURACY: tl.constexpr, MEAN: tl.constexpr,
@@ -275,7 +276,7 @@ def merge_kernel(
         segment = tl.arange(0, LANES)
         m = _part(parts, MAXIMUM, row, rows, segments, segment, FLOOR)
         s = _part(parts, MASS, row, rows, segments, segment, 0.0)
-        # One segment holds the label; the others hold 0.
+        # Only the segment of the label has its logit; all other segments have 0.
         raw = tl.sum(_part(parts, LABEL, row, rows, segments, segment, 0.0), 0)
         top = tl.max(m, 0)
         shift = (m - top) * log2_scale
@@ -296,13 +297,13 @@ def merge_kernel(
             others = tl.where(s_row == 0, 0.0, p_others * (log_mass - LN2 * mean_y))
             tl.store(entropy + row, others - tl.where(p_label > 0, p_label * logp, 0.0 * p_label))
         if SQUARES:
-            # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
+            # sum p^2 is p_label^2 plus (p_others / s)^2 times the sum of squares of the others.
             q = _part(parts, part + ENTROPY, row, rows, segments, segment, 0.0)
             q_row = tl.sum(rescale.to(tl.float64) * rescale * q, 0)
             share = p_others / tl.where(s_row > 0, s_row, 1.0)
             tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
         if ACCURACY:
-            # The first of equals wins: nobody before the label may reach it, nobody at all may exceed it.
+            # argmax returns the first maximum: logits before the label must be smaller, logits after it not larger.
             sign = tl.where(inner > 0, 1.0, tl.where(inner < 0, -1.0, 0.0))
             key = raw if MAP == FOLDED else raw * sign
             before = tl.max(_part(parts, part + ENTROPY + SQUARES, row, rows, segments, segment, HIDDEN), 0)
@@ -313,7 +314,7 @@ def merge_kernel(
             total = _part(parts, part + ENTROPY + SQUARES + 2 * ACCURACY, row, rows, segments, segment, 0.0)
             tl.store(mean_logits + row, unit * (tl.sum(total.to(tl.float64), 0) / vocab / TINY))
     else:
-        # A label outside the vocabulary is NaN: on a GPU an error would have to wait for the stream.
+        # A label outside the vocabulary gives NaN, because raising an error would need a synchronization.
         nothing = tl.full((), float("nan"), tl.float64)
         _put(logps, row, nothing)
         _put(max, row, nothing)
@@ -326,14 +327,19 @@ def merge_kernel(
 
 @dataclass(frozen=True)
 class Order:
-    """A permutation of the vocabulary: entries [V] int32 as they are visited, places [V] int32 of each entry among them."""
+    """A permutation of the vocabulary.
+
+    Attributes:
+        entries: [V] int32, the entries in processing order.
+        places: [V] int32, the place of each entry in that order.
+    """
 
     entries: Tensor
     places: Tensor
 
     @classmethod
     def descending(cls, keys: Tensor) -> Order:
-        """The order that sorts keys [V] from the largest; equal ones keep their order."""
+        """The order of descending keys [V]; the sort is stable."""
         entries = keys.argsort(descending=True, stable=True)
         places = torch.empty_like(entries)
         places[entries] = torch.arange(keys.shape[0], device=keys.device)
@@ -341,12 +347,12 @@ class Order:
 
 
 def segments_of(vocab: int) -> int:
-    """Segments that a vocabulary is cut into."""
+    """Number of segments of a vocabulary."""
     return -(-vocab // SEGMENT)
 
 
 def inner_of(logit_scale: float, logit_softcap: float) -> float:
-    """What a stored logit is multiplied by before the softcap's tanh, or by SCALED."""
+    """The factor of a stored logit before the softcap's tanh, or in the map SCALED."""
     return logit_scale / logit_softcap if logit_softcap else logit_scale
 
 
@@ -365,7 +371,7 @@ def linear_logps_launches(
     wide: bool,
     arch: int,
 ) -> tuple[Launch, Launch]:
-    """The two kernel calls that fill `outputs` (by name, [N] float64 each); arguments as `linear_logps`."""
+    """The two kernel launches that compute `outputs` (by name, [N] float64 each); arguments as in `linear_logps`."""
     rows, hidden_size = hidden.shape
     vocab = weight.shape[0]
     segments = segments_of(vocab)
@@ -428,17 +434,20 @@ def linear_logps(
     logits: Tensor | None = None,
     wide: bool = False,
 ) -> dict[str, Tensor]:
-    """Stage 1 from hidden states: {"logps", "max", "log_sum" and `names`: [N] float64}.
+    """Stage 1 from hidden states: "logps", "max", "log_sum" and `names`, [N] float64 each, by name.
 
     Args:
         hidden: [N, H] contiguous, float32, bfloat16 or float16.
-        weight: [V, H] contiguous; bias [V] or None; both of hidden's dtype.
-        labels: [N] int64; results are NaN where a label is outside the vocabulary.
+        weight: [V, H] contiguous, of the same dtype.
+        bias: [V] of the same dtype, or None.
+        labels: [N] int64; for a label outside the vocabulary, results are NaN.
         names: any of "entropy", "log_sum_sq", "accuracy", "mean_logits".
-        order: that of the columns of `logits`; no result but its rounding depends on it.
-        logits: [N, V rounded up to a tile] of hidden's dtype, to be filled with the logits, or None.
-        wide: take a larger tile where the GPU has registers for one: not beside statistics or stored logits. Of two models
-            that are to be compared bit by bit, both or neither.
+        logit_scale: scale of z = cap * tanh(scale * x / cap).
+        logit_softcap: cap of the same formula; 0 for z = scale * x.
+        order: the order of the columns of `logits`. It affects results only by rounding.
+        logits: [N, V rounded up to a tile] of hidden's dtype, output for the logits, or None.
+        wide: use a larger tile on GPUs with enough registers; not together with statistics or `logits`. Two models whose
+            results must be bitwise comparable need the same value.
     """
     rows = hidden.shape[0]
     outputs = {

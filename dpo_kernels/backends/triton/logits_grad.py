@@ -1,28 +1,35 @@
-"""Stage 3 in Triton: the gradient with respect to the logits, one read and one write of each, in place or not.
+"""Stage 3 in Triton: the gradient with respect to the logits, with one read and one write of each, in place or not.
 
-Data flow, one program (4 warps) a token:
-    read     labels, logps, max, log_sum and grad_logps once; the row's logits once, or not at all if its gradient is zero
-    on chip  nothing but the tile in hand: with lse = max + log_sum, c = float32(lse log2(e)) and the factor
-             -grad_logps 2^(c - lse log2(e)) are two numbers a row, from float64. Every thread works them out, in about 50
-             float64 instructions: no division, no log, quotients that depend on the call alone come from the host.
-    write    the row's gradient once, as aligned 128-bit stores; in place, every thread writes what it has just read
-The label's entry is grad_logps (1 - p) with 1 - p = -expm1(logp) in float64. As in the forward its tile and the last,
-partial one come first, and the main loop has no mask.
+Data flow, one program (4 warps) per token:
 
-Issue slots per logit of the main loop, bfloat16, of which one thread handles 32 per iteration:
+    read     labels, logps, max, log_sum and grad_logps once; the row's logits once, or not at all if its gradient is 0
+    on chip  the current tile and two numbers per row: with lse = max + log_sum, c = float32(lse log2(e)), and the factor
+             -grad_logps 2^(c - lse log2(e)), from float64. Every thread computes them in about 50 float64 instructions,
+             without division or log: the host computes quotients that are equal for the whole call.
+    write    the row's gradient once, in aligned 128-bit stores; in place, a thread overwrites what it has just read
+
+The label's entry is grad_logps (1 - p), with 1 - p = -expm1(logp) in float64. As in the forward pass, the tile of the label and
+the last, partial one are processed first, and the main loop has no mask.
+
+Issue slots per logit of the main loop in bfloat16; a thread processes 32 logits per iteration:
+
     convert 1, FFMA 1, ex2 1, FMUL 1, pack 1/2                                     4.5
-    per iteration 4 loads, 4 stores and about 20 of loop and addresses, / 32       0.9
-For 4 bytes moved a logit, twice the forward's. softcap: 8 more for 16-bit gradients, 20 for float32 ones.
+    per iteration 4 loads, 4 stores and about 20 for loop and addresses, / 32      0.9
 
-With token-level KL divergences (REVERSE, FORWARD) the reference's tile is read beside the policy's, 6 bytes a logit in all:
+It moves 4 bytes per logit, twice as many as the forward pass. softcap: 8 more slots for 16-bit gradients, 20 for float32 ones.
+
+With token-level KL divergences (REVERSE, FORWARD) the reference's tile is read together with the policy's, which makes 6 bytes
+per logit:
+
     dz += g_kl p (d - D) + g_forward (p - q),    d = (z - max) - (z' - max'), D = sum p d, q = softmax(z')
-with D subtracted in two parts (csrc/cpu/logits_grad.cpp says why). REVERSE costs convert 1, subtractions 3, FFMA 1
-and 2 for the guard of -inf logits; FORWARD convert 1 (shared), FFMA 2, ex2 1.
-What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
+
+D is subtracted in two parts, for the reason given in csrc/cpu/logits_grad.cpp. REVERSE costs convert 1, subtractions 3, FFMA 1,
+and 2 for the guard against -inf logits; FORWARD costs convert 1 (shared), FFMA 2, ex2 1. The compiled code is in
+benchmarks/results/machine_code.json and guarded by tests/test_triton_aot.py.
 """
 
 # mypy: disable-error-code="assignment"
-# (A tuple that grows is one type to Triton's compiler and many to mypy.)
+# (mypy gives a tuple that grows a new type at each step; Triton's compiler does not.)
 
 from __future__ import annotations
 
@@ -63,15 +70,16 @@ from .launch import (
     shifted_alike,
 )
 
-#: Multipliers of p up to 2^MOST leave room in float32 for the sum of two products; a gap itself may be as large as float32 goes.
+#: Factors of p up to 2^MOST cannot overflow float32 in a sum of two products. The limit for the factor of a gap is smaller,
+#: because a gap may be as large as the largest float32.
 MOST, MOST_OF_GAP = tl.constexpr(125), tl.constexpr(-2)
 
 
 @device_function
 def _tanh(x, inner, SHORT: tl.constexpr):
-    """(tanh, its derivative) of inner x.
+    """(tanh, its derivative) at inner * x.
 
-    SHORT: by 1 - 2 / (1 + exp(2u)), with an absolute error of 1e-7: enough for 16-bit gradients.
+    SHORT: computed as 1 - 2 / (1 + exp(2u)) with an absolute error of 1e-7, which is enough for 16-bit gradients.
     """
     if SHORT:
         r = reciprocal(1.0 + exp2_fast(x * (inner * (2.0 * 1.4426950408889634))))
@@ -88,9 +96,9 @@ def _exponent(x):
 
 @device_function
 def _excess(by, most):
-    """The n of the power of two 2^n by which `by` is above 2^most: it moves from the factor of p into the exponential.
+    """The n >= 0 by which the exponent of `by` exceeds `most`; the factor 2^n is moved from the factor of p into the exponential.
 
-    What multiplies p may be beyond float32: IPO's coefficient, or a loss scale times a large gap. An entry without mass would
+    A factor of p may exceed float32, for example IPO's coefficient, or a loss scale times a large gap. An entry with p = 0 would
     then be 0 * inf.
     """
     return tl.maximum(_exponent(by.to(tl.float32)) - 126 - most, 0)
@@ -98,7 +106,7 @@ def _excess(by, most):
 
 @device_function
 def _saturated(x):
-    """A float64 as float32; a finite number beyond it becomes the largest."""
+    """A float64 as float32; finite numbers beyond its range become the largest finite number."""
     y = x.to(tl.float32)
     beyond = (tl.abs(y) > LARGEST) & (tl.abs(x) < float("inf"))
     return tl.where(beyond, tl.where(x > 0, LARGEST, -LARGEST), y)
@@ -106,17 +114,17 @@ def _saturated(x):
 
 @device_function
 def _origin(row_max, row_log_sum, excess, per_unit, log2_per_nat, log2_scale):
-    """(c, factor, scale): p = 2^(x scale - c) factor of a logit x; row_max and row_log_sum are float64, in nats.
+    """(c, factor, scale) such that a logit x has p = 2^(x scale - c) factor; row_max and row_log_sum are float64, in nats.
 
-    c is a float32, and what its rounding drops goes into the factor, in float64. max and log_sum count in units of the rounded
-    log2_scale, so that the largest p are the most exact. From LARGE on that rounding is beyond any exponent. Only logits equal
-    to the maximum have mass there, and a power of two as scale, which rounds no product, tells them from the others: at most
-    half of log2_scale, and so small that the largest logit does not overflow.
+    c is a float32; the factor, in float64, contains the rounding error of c. max and log_sum are converted by the rounded
+    log2_scale, which makes the largest p the most accurate. From LARGE on, the rounding error of c exceeds the range of an
+    exponent. There only logits equal to the maximum have nonzero probability. The scale is then a power of two, so that products
+    are exact and tell them from the others; it is at most half of log2_scale, and so small that no logit overflows.
     """
     large = tl.abs(row_max) >= LARGE
     exact = (row_max + row_log_sum) * log2_per_nat
     c = (exact - excess).to(tl.float32)
-    # One exponential for both: its argument is what differs.
+    # The two cases share one exponential; only its argument differs.
     dropped = tl.where(large, -row_log_sum, (c.to(tl.float64) - exact) * LN2)
     top = (row_max * per_unit).to(tl.float32)
     bits = log2_scale.to(tl.int32, bitcast=True)
@@ -136,9 +144,9 @@ def _entries(
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
 ):
-    """Gradient of logits x beside the label: (p (factor + by_gap gap) - by_q q) dz/dx / scale, gap = d - D.
+    """Gradient of logits x other than the label: (p (factor + by_gap gap) - by_q q) dz/dx / scale, with gap = d - D.
 
-    gap = (x - top) - (ref_x - ref_center), in which ref_center = ref_top - D. row: what is the same for the whole row.
+    gap = (x - top) - (ref_x - ref_center), with ref_center = ref_top - D. `row` has the values that are equal for the whole row.
     """
     c, factor, ref_c, by_gap, top, ref_center, gap_limit, by_q, log2_scale, ref_log2_scale = row
     if MAP == SOFTCAPPED:
@@ -147,7 +155,7 @@ def _entries(
             ref_x, _ = _tanh(ref_x, inner, SHORT)
     e = exp2_fast(fused(x, log2_scale, c))
     if REVERSE:
-        # Infinite where one of the two is -inf; limited, so that no mass (e = 0) or no by_gap makes 0 of it.
+        # The gap is infinite if one of the two logits is -inf. It is limited, so that its product with e = 0 or by_gap = 0 is 0.
         gap = tl.minimum(tl.maximum((x - top) - (ref_x - ref_center), -gap_limit), gap_limit)
         values = e * (gap * by_gap + factor)
     else:
@@ -165,7 +173,7 @@ def _write_tile(
     MAP: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Read one tile, write its gradient; MASKED: the label's entry apart, and nothing past the last group."""
+    """Read one tile and write its gradient; MASKED: handles the label's entry, and writes nothing after the last group."""
     element: tl.constexpr = logits.dtype.element_ty
     SHORT: tl.constexpr = element.primitive_bitwidth == 16
     raw = load_tile(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, MASKED)
@@ -185,7 +193,7 @@ def _write_tile(
     store_tile(out, out_start, tile, groups, parts, UNROLL, LANES, GROUP, MASKED)
 
 
-# Nothing that varies from call to call may cause a new compilation.
+# Arguments that vary from call to call must not cause a recompilation.
 @triton.jit(
     do_not_specialize=[
         "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "out_stride_b", "out_stride_t", "out_base",
@@ -194,7 +202,7 @@ def _write_tile(
     do_not_specialize_on_alignment=SMALL,
 )  # fmt: skip
 def logits_grad_kernel(
-    logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
+    logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, the first logit is `base` elements after it
     out,  # like logits; may be the same memory
     labels,  # [B T] int64
     logps, max, log_sum, grad_logps,  # [B T] float64
@@ -221,7 +229,7 @@ def logits_grad_kernel(
     SHORT: tl.constexpr = element.primitive_bitwidth == 16
     row = tl.program_id(0).to(tl.int64)
     b, t = row // tokens, row % tokens
-    # The row is cut where the stores are aligned; loads that are not aligned there go element by element.
+    # Groups are counted from an address at which stores are aligned; loads that are not aligned there go element by element.
     out_start = b * out_stride_b + t * out_stride_t + out_base
     if ALIGNED:
         head = 0
@@ -240,7 +248,7 @@ def logits_grad_kernel(
         by_forward = tl.load(grad_forward_kl + row)
         moves = moves | (by_forward != 0)
     if (label64 == ignore_index) | (moves == 0):
-        # No mass: exact zeros, and not one logit is read.
+        # Ignored, or without gradient: exact zeros, and no logit is read.
         zero = tl.zeros([LANES, 4], tl.float32)
         zeros = ()
         for _ in tl.static_range(UNROLL * GROUP // 4):
@@ -254,13 +262,13 @@ def logits_grad_kernel(
             store_tile(out, out_start + head, full, groups, zeros, UNROLL, LANES, GROUP, True)
     else:
         in_range = (label64 >= 0) & (label64 < vocab)
-        # A label outside the vocabulary: the whole row is NaN.
+        # For a label outside the vocabulary the whole row is NaN.
         label = tl.where(in_range, label64, 0).to(tl.int32)
         grad = tl.where(in_range, grad, float("nan"))
         start = b * stride_b + t * stride_t + base
         row_max, row_log_sum = tl.load(max + row), tl.load(log_sum + row)
-        # The policy's logit at the label is never read here: in place, another warp may have written its gradient by then.
-        # What is needed of it follows from its log-probability.
+        # The label's logit is not read here, because in place another warp may already have overwritten it with its gradient.
+        # The values that depend on it are computed from its log-probability.
         logp = tl.load(logps + row)
         label_slope = scale
         if MAP == SOFTCAPPED:
@@ -278,10 +286,10 @@ def logits_grad_kernel(
             ref_logp = tl.load(ref_logps + row)
             ref_row_max, ref_row_log_sum = tl.load(ref_max + row), tl.load(ref_log_sum + row)
         if REVERSE:
-            # It may be infinite where nothing asks for its gradient.
+            # Replaced by 0 where it has no gradient, because it may be infinite there.
             divergence = tl.where(by_kl != 0, tl.load(kl + row), 0.0)
             label_terms -= tl.where(p_label > 0, by_kl * p_label * (divergence - logp + ref_logp), 0.0)
-            # D = (ref_top - ref_center) units + what joins by_p.
+            # D = (ref_top - ref_center) unit + a rounding error, which is added to by_p.
             mean = divergence + row_log_sum - ref_row_log_sum
             top = (row_max * per_unit).to(tl.float32)
             ref_exact = (ref_row_max - mean) * per_unit
@@ -309,7 +317,7 @@ def logits_grad_kernel(
         factor = _saturated(by_p * c_rounding)
         if REVERSE:
             by_gap = (of_gap * c_rounding).to(tl.float32)
-            # Still large where no excess can move, or where the rounding of c is.
+            # by_gap can still be large, if the excess could not be moved completely or the rounding error of c is large.
             size = tl.abs(by_gap)
             gap_limit = tl.where(size < 0.5, LARGEST, 0.5 * LARGEST / size)
         at_label = (label_terms * label_slope).to(tl.float32)
@@ -324,7 +332,7 @@ def logits_grad_kernel(
             ends = _entries(x, ref_x, whole_row, inner, MAP, SHORT, REVERSE, FORWARD)
             tl.store(out + out_start + edge, rounded(tl.where(edge == label, at_label, ends), element), mask=valid)
 
-        # As in token_logps: first the label's tile and the last, partial one, then all the others without a mask.
+        # First the label's tile and the last, partial one, with masks; then the main loop over all other tiles.
         place = label - head
         label_tile = tl.minimum(tl.maximum(place, 0) // (UNROLL * LANES * GROUP), tiles - 1)
         partial = ((tiles > full) & (label_tile != full)).to(tl.int32)
@@ -353,14 +361,14 @@ def logits_grad_launch(
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> Launch:
-    """The kernel call of `logits_grad`."""
+    """The kernel launch of `logits_grad`."""
     reference = dict.fromkeys(TokenKL._fields) if token_kl is None else token_kl._asdict()
     ref_logits = reference["ref_logits"]
     group = group_size(logits, ref_logits)
     pointer, base = aligned_base(logits)
     ref_pointer, ref_base = (None, 0) if ref_logits is None else aligned_base(ref_logits)
     out_pointer, out_base = aligned_base(out)
-    # No maximum is taken here, so a negative scale folds into the exponential's FFMA as well.
+    # No maximum is taken here, so a negative scale can be folded into the exponential's FFMA, too.
     mapping, unit = (SOFTCAPPED, transform.softcap) if transform.softcap else (FOLDED, transform.scale)
     log2_scale = round_to_float32(unit * LOG2E.value)
     arguments = {
@@ -416,5 +424,5 @@ def logits_grad(
     out: Tensor,
     token_kl: TokenKL | None = None,
 ) -> None:
-    """Stage 3. With `token_kl` its logits are float32, bfloat16 or float16."""
+    """Stage 3; the logits of `token_kl` are float32, bfloat16 or float16."""
     logits_grad_launch(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl).run(logits)

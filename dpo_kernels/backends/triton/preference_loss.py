@@ -1,17 +1,18 @@
-"""Stage 2 in Triton: weighted sequence sums and the sigmoid family of pair losses with their coefficients, in float64.
+"""Stage 2 in Triton: weighted sequence sums, and losses and coefficients of the sigmoid family, in float64.
 
-Data flow, one program (4 warps) a pair, one launch for everything:
+Data flow, one program (4 warps) per pair, one launch in total:
+
     read     weights, logps and ref_logps of the pair's two sequences once
-    scratch  the products w logp of the weighted tokens, written without gaps and read back (they stay in L1 and L2)
-    write    losses, sums, ref_sums and coef: a few numbers a pair
+    scratch  the products w logp of the tokens with a weight, written without gaps and read back (they stay in L1 and L2)
+    write    losses, sums, ref_sums and coef: a few numbers per pair
 
-Why the scratch: a sum must not change by a bit when padding is added on the left, on the right or inside. The place of a
-term in the sum is its rank among the weighted tokens, found by a running count, and never its position.
+The scratch makes a sum bitwise independent of padding on the left, on the right or inside: the order of its terms follows from
+a running count of the tokens with a weight, not from their positions.
 
-Long sequences: a program walks through a sequence CHUNK tokens at a time, about 2 us each, so 32,768 tokens would take
-100 us. Where a sequence may be longer than LONG tokens, a launch before writes the scratch, one program for CHUNK tokens;
-each counts the weighted tokens before its own (they lie in L2). What is left to one program is then a sum of loads that
-do not depend on each other. Both ways fill the scratch alike and add it up by the same code, so they give the same bits.
+Long sequences: a program processes CHUNK tokens in about 2 us, so 32,768 tokens would take 100 us. If a sequence may be longer
+than LONG tokens, a first launch writes the scratch, with one program per CHUNK tokens; each program counts the weighted tokens
+before its own, which are in L2. The second launch then only sums independent loads. Both ways write the same scratch and sum it
+by the same code, so their results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from .device import device_function, sigmoid_double, softplus_double
 from .launch import SMALL, Launch
 
-#: Tokens per step, and lanes of the sum. Fixed: the order of every addition follows from it.
+#: Tokens per step, and lanes of the sum. It must not change from call to call, because it fixes the order of additions.
 CHUNK = 1024
 #: A sequence that may be longer than this many tokens is compacted by several programs.
 LONG = 8 * CHUNK
@@ -36,7 +37,7 @@ LONG = 8 * CHUNK
 def _bounds(cu_seqlens, sequence, tokens, total):
     """(first token, one past the last) of a sequence in the `total` flattened tokens.
 
-    The host cannot check device bounds without waiting for the device. Clamped, they cannot lead out of the tensors.
+    The host cannot check bounds on the device without synchronizing. They are clamped, so accesses stay inside the tensors.
     """
     if cu_seqlens is None:
         return sequence.to(tl.int64) * tokens, (sequence.to(tl.int64) + 1) * tokens
@@ -47,7 +48,7 @@ def _bounds(cu_seqlens, sequence, tokens, total):
 
 @device_function
 def _compact_chunk(weights, values, other_values, scratch, other_scratch, first, end, place, CHUNK: tl.constexpr):
-    """Write w v of the weighted ones of up to CHUNK tokens from `first` on to scratch[place ...]; returns how many."""
+    """Write w v to scratch[place ...] for the tokens with a weight among the CHUNK from `first` on; returns their number."""
     token = first + tl.arange(0, CHUNK)
     weight = tl.load(weights + token, mask=token < end, other=0.0)
     live = weight != 0
@@ -81,13 +82,13 @@ def compact_kernel(
 
 @device_function
 def _compact(weights, values, other_values, scratch, other_scratch, begin, end, CHUNK: tl.constexpr):
-    """Write w v of the weighted tokens of [begin, end) to scratch[begin ...] without gaps; returns how many there are."""
+    """Write w v to scratch[begin ...] without gaps, for the tokens with a weight in [begin, end); returns their number."""
     count = tl.zeros((), tl.int32)
     for block in range(tl.cdiv((end - begin).to(tl.int32), CHUNK)):
         count += _compact_chunk(
             weights, values, other_values, scratch, other_scratch, begin + block * CHUNK, end, begin + count, CHUNK
         )  # fmt: skip
-    # What one thread of the block wrote, another reads.
+    # The threads of the block read values that other threads have written.
     tl.debug_barrier()
     return count
 
@@ -97,9 +98,9 @@ def _sums(
     weights, values, other_values, scratch, other_scratch, counts, cu_seqlens, sequence, tokens, total,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """(sum of w v, sum of w v') of one sequence, bitwise independent of where its weighted tokens lie.
+    """(sum of w v, sum of w v') of one sequence, bitwise independent of the positions of its weighted tokens.
 
-    Lane i adds the terms i, i + CHUNK, ..., then the lanes add as a tree. Four loads are under way at a time.
+    Lane i adds the terms i, i + CHUNK, ..., then a tree adds the lanes. Four loads are in flight at a time.
     """
     begin, end = _bounds(cu_seqlens, sequence, tokens, total)
     if counts is None:
@@ -148,9 +149,9 @@ def preference_loss_kernel(
     x = b * ((s_c - r_c) - (s_r - r_r))
     right, wrong = softplus_double(-x), softplus_double(x)
     if ROBUST:
-        # Robust DPO is label smoothing with a negative weight on the other side, and 1 on both together as well.
+        # Robust DPO is label smoothing with a negative weight of the swapped label; the two weights still sum to 1.
         e = -e / (1.0 - 2.0 * e)
-    # A weight of 0 must not meet an infinite loss, and at x = 0 the loss is log 2 without the rounding of two products.
+    # Terms of weight 0 are left out: they could be 0 * inf, which is NaN. At x = 0 the loss is log 2, not the rounded mix.
     mixed = tl.where(e == 1, 0.0, (1.0 - e) * right) + e * wrong
     loss = tl.where((e == 0) | (x == 0), right, mixed)
     slope = e * sigmoid_double(x) - (1.0 - e) * sigmoid_double(-x)
@@ -170,7 +171,7 @@ def _sequences(values: Tensor, cu_seqlens: Tensor | None) -> int:
 def _span_arguments(
     values: Tensor, other_values: Tensor | None, weights: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[dict[str, Any], Tensor | None, list[Launch]]:
-    """(arguments that every kernel here takes, scratch of the other values, the launch that goes first if there is one)."""
+    """(arguments of every kernel here, scratch of `other_values` or None, the first launch if sequences may be long)."""
     other_scratch = None if other_values is None else torch.empty_like(values)
     arguments = {
         "weights": weights,
@@ -181,7 +182,7 @@ def _span_arguments(
         "total": values.numel(),
         "CHUNK": CHUNK,
     }
-    # The lengths of packed sequences are known to the device alone: any of them may hold all tokens.
+    # Only the device knows the lengths of packed sequences, so each may contain all tokens.
     longest = values.shape[1]
     if longest <= LONG:
         return arguments, other_scratch, []
@@ -192,17 +193,20 @@ def _span_arguments(
 
 
 def sequence_sums_launches(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None, sums: Tensor) -> list[Launch]:
-    """The kernel calls of `sequence_sums`, in order."""
+    """The kernel launches of `sequence_sums`, in order."""
     arguments, _, launches = _span_arguments(values, None, weights, cu_seqlens)
     arguments |= {"values": values, "sums": sums}
     return [*launches, Launch(sequence_sums_kernel, (sums.numel(),), arguments)]
 
 
 def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Weighted sum over each sequence's tokens, [S] float64; tokens of weight 0 are skipped whatever their value.
+    """Weighted sum over the tokens of each sequence, [S] float64; tokens of weight 0 are skipped, whatever their value.
 
-    values, weights: [B, T] float64; cu_seqlens None (a sequence is a row) or [S + 1] int64 into the flattened tokens.
-    Bounds are clamped to the tokens that exist; spans must not overlap (ops.rising_bounds).
+    Args:
+        values: [B, T] float64.
+        weights: [B, T] float64.
+        cu_seqlens: [S + 1] int64, bounds in the flattened tokens, or None if each row is a sequence. They are clamped to the
+            tokens that exist; sequences must not overlap (stages.rising_bounds).
     """
     sums = torch.empty(_sequences(values, cu_seqlens), dtype=torch.float64, device=values.device)
     for launch in sequence_sums_launches(values, weights, cu_seqlens, sums):
@@ -221,7 +225,7 @@ def preference_loss_launches(
     robust: bool,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> list[Launch]:
-    """The kernel calls of `preference_loss`, in order."""
+    """The kernel launches of `preference_loss`, in order."""
     losses, sums, ref_sums, coef = outputs
     pairs = losses.numel()
     arguments, ref_scratch, launches = _span_arguments(logps, ref_logps, weights, cu_seqlens)
@@ -254,8 +258,15 @@ def preference_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stage 2: (losses [P], sums [2P], ref_sums [2P], coef [2P]); the formulas of csrc/common/sigmoid_family.h.
 
-    logps, ref_logps, weights: [B, T] float64; beta, label_smoothing: [P] float64. At most one of ref_logps and ref_sums
-    is given; neither means reference-free.
+    Args:
+        logps: [B, T] float64.
+        ref_logps: [B, T] float64, or None.
+        weights: [B, T] float64.
+        cu_seqlens: [2P + 1] int64, or None, as in `sequence_sums`.
+        ref_sums: [2P] float64. At most one of ref_logps and ref_sums is given; without both, the reference's sums are 0.
+        beta: [P] float64.
+        label_smoothing: [P] float64.
+        robust: the robust loss instead of label smoothing.
     """
     sequences = _sequences(logps, cu_seqlens)
 

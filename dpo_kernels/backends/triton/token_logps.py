@@ -1,36 +1,40 @@
-"""Stage 1 in Triton: log-probability of the label, log-sum-exp and the statistics of every token, in one read of its logits.
+"""Stage 1 in Triton: log-probability of the label, log-sum-exp and statistics of every token, in one read of its logits.
 
-Data flow, one program (4 warps) a token:
+Data flow, one program (4 warps) per token:
+
     read     labels once; nothing else if the token is ignored
-             the label's logit, then the row's logits, once, and with kl the reference's row, once, in the same loop
-    on chip  per lane (thread): maximum m, c = m log2(e), sum of 2^(x log2(e) - c), and where asked the two moments, the
-             sum of squares and the sum of x. No lane looks at another before the loop is over; then one merge in a fixed
-             order. The last steps, in float64, are the first warp's alone.
+             the label's logit, then the row's logits once, and for kl the reference's row once, in the same loop
+    on chip  per lane (thread): maximum m, c = m log2(e), sum of 2^(x log2(e) - c), and if asked the two moments, the sum of
+             squares and the sum of x. Lanes exchange nothing in the loop; they are merged after it, in a fixed order.
+             Only the first warp executes the last steps, which are in float64.
     write    8 bytes per token and output
 
-The label's own term stays out of the sum: with d = log(sum of the others) - z_label, logp = -softplus(d), which keeps
-full relative precision when p(label) is near 1. So the tile that holds the label and the last, partial tile are handled
-first, masked, and the main loop runs over all the others without a mask (index + (index >= label_tile)).
-A second look at a row happens in two rare cases. A hostile row is read again, every sum guarded (`_careful_row`): -inf
-among its logits while a moment is asked (0 * inf is NaN), logits beyond 2^31 or sums beyond float32, policy and reference
-far apart. And where accuracy is asked and the label's logit is as large as the largest other one, the row is searched for
-one that is likelier, or as likely and earlier.
+The sum does not include the label's own term: with d = log(sum of the others) - z_label, logp = -softplus(d), which keeps full
+relative precision if p(label) is near 1. The tile of the label and the last, partial tile need masks and are processed first.
+The main loop processes all other tiles without a mask (index + (index >= label_tile)).
 
-Issue slots per logit of the main loop, bfloat16, of which one thread handles 32 per iteration:
-    convert 1, maximum 1/2 (packed pairs, 3-operand on sm_90 and later less), FFMA 1, ex2 1, add 1      4.5
-    per iteration 4 loads, one rescale (FMUL, FADD, ex2, FFMA) and about 10 of loop and addresses, / 32  0.5
-    entropy, log_sum_sq: FFMA 1 each for the product and its sum (ptxas keeps FMUL + FADD of some pairs)  1 to 1.5
+In two rare cases a row is read again. First, `_careful_row` reads a row again, with every sum guarded, if it has -inf among its
+logits and a moment is asked (0 * inf is NaN), logits beyond 2^31, sums beyond float32, or very different policy and reference.
+Second, if accuracy is asked and the label's logit equals the largest other one, the row is searched for a logit that is larger,
+or equal and earlier.
+
+Issue slots per logit of the main loop in bfloat16; a thread processes 32 logits per iteration:
+
+    convert 1, maximum 1/2 (packed pairs; less on sm_90 and later, 3 operands), FFMA 1, ex2 1, add 1    4.5
+    per iteration 4 loads, one rescale (FMUL, FADD, ex2, FFMA), about 10 for loop and addresses, / 32   0.5
+    entropy, log_sum_sq: 1 FFMA each for the product and its sum (ptxas keeps some FMUL + FADD)         1 to 1.5
     mean: add 1.  accuracy: nothing in the loop.
-    kl, per pair of logits: FADD 1, FFMA 1, on top of the same 5 for each of the two
-An unaligned row costs 5 loads and 4 shifts for 8 logits instead of 1 load: 1 more. softcap: about 17 more, for a tanh to
-float32 rounding. What the compiler makes of it: benchmarks/results/machine_code.json, held by tests/test_triton_aot.py.
+    kl, per pair of logits: FADD 1, FFMA 1, in addition to the same 5 for each of the two
 
-A row is one program's, so fewer rows than about 8 per SM leave a GPU partly idle; splitting rows would need a second
-launch or counters, and the shapes of preference training (thousands of tokens) do not ask for it.
+An unaligned row needs 5 loads and 4 shifts for 8 logits instead of 1 load: 1 more slot. softcap: about 17 more, for a tanh with
+float32 rounding. The compiled code is in benchmarks/results/machine_code.json and guarded by tests/test_triton_aot.py.
+
+Each row belongs to one program, so fewer than about 8 rows per SM leave a GPU partly idle. Splitting rows would need a second
+launch or counters; preference training, with thousands of tokens, does not need it.
 """
 
 # mypy: disable-error-code="assignment"
-# (A tuple that grows is one type to Triton's compiler and many to mypy.)
+# (mypy gives a tuple that grows a new type at each step; Triton's compiler does not.)
 
 from __future__ import annotations
 
@@ -69,12 +73,12 @@ from .device import (
 )
 from .launch import LANES, OPTIONS, SMALL, UNROLL, Launch, aligned_base, exponent_map, group_size, rows_aligned
 
-#: Some ptxas take 80 to 90 registers for what follows the main loop, which needs 64 at most: a third of the warps would be
-#: lost. With kl the loop itself needs more.
+#: The main loop needs at most 64 registers. Without this limit some versions of ptxas use 80 to 90 for the code after it, which
+#: would reduce occupancy by a third. With kl the loop itself needs more.
 WITHOUT_KL = OPTIONS | ({"maxnreg": 64} if TARGET == "cuda" else {})
 
-#: Columns per step of the rare second looks at a row: one that keeps a maximum or a count, and one that keeps six float64 sums
-#: a column, which with more columns would take the registers of the main loop's warps.
+#: Columns per step when a row is read again: SCAN for a maximum or a count, SUMS_SCAN for six float64 sums per column, which with
+#: more columns would need more registers than the main loop.
 SCAN = tl.constexpr(1024)
 SUMS_SCAN = tl.constexpr(256)
 #: kSmallGap of csrc/common/online_softmax.h.
@@ -83,7 +87,7 @@ SMALL_GAP = tl.constexpr(4.0)
 
 @device_function
 def _variable(x, inner, MAP: tl.constexpr):
-    """The kernel's variable of a stored logit x (launch.exponent_map); inner is scale / cap, or scale."""
+    """The kernel's variable for a stored logit x (launch.exponent_map); `inner` is scale / cap, or scale without a cap."""
     if MAP == FOLDED:
         return x
     elif MAP == SOFTCAPPED:
@@ -94,7 +98,7 @@ def _variable(x, inner, MAP: tl.constexpr):
 
 @device_function
 def _raise_max(m, c, top, log2_scale):
-    """Move each lane's origin up to include `top`: (m, c, shift, rescale), c = m * log2_scale as rounded."""
+    """Raise each lane's maximum to at least `top`: (m, c, shift, rescale), with c = m * log2_scale rounded."""
     m = tl.maximum(m, top)
     c_new = rounded_product(m, log2_scale)
     shift = c - c_new
@@ -103,7 +107,7 @@ def _raise_max(m, c, top, log2_scale):
 
 @device_function
 def _variables(raw, inner, element: tl.constexpr, MAP: tl.constexpr):
-    """The kernel's variable of every entry of a loaded tile, in parts."""
+    """The kernel's variable for every entry of a loaded tile, in parts."""
     parts = to_float(raw, element)
     x = ()
     for i in tl.static_range(len(parts)):
@@ -113,7 +117,7 @@ def _variables(raw, inner, element: tl.constexpr, MAP: tl.constexpr):
 
 @device_function
 def _exponents(x, c, log2_scale):
-    """y = x * log2_scale - c of a tile."""
+    """y = x * log2_scale - c for a tile."""
     y = ()
     for i in tl.static_range(len(x)):
         y = y + (fused(x[i], log2_scale, c[:, None]),)  # noqa: RUF005
@@ -141,7 +145,7 @@ def _counting(
     raw, x, tile, groups, label, element: tl.constexpr, MAP: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(x, lane maxima) of a tile; MASKED: with HIDDEN at the label and past the last group."""
+    """(x, lane maxima) of a tile; MASKED: x is HIDDEN at the label and after the last group."""
     if MASKED:
         counting = ()
         for i in tl.static_range(len(x)):
@@ -159,11 +163,11 @@ def _counting(
 def _fold(
     state, x, top, ref_state, ref_x, ref_top, log2_scale, ENTROPY: tl.constexpr, KL: tl.constexpr, SQUARES: tl.constexpr
 ):
-    """Fold a tile of logits (and of the reference's) into the running state of every lane.
+    """Add a tile of logits (and of the reference's) to the running state of every lane.
 
-    state: m maximum, c = m * log2_scale as rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), q = sum e^2. One
-    rescale for a whole tile keeps it off the critical path. A logit of -inf makes t and k NaN (0 * inf): finding that
-    out once per row is cheaper than guarding every product.
+    state: maximum m, c = m * log2_scale rounded, s = sum e, t = sum e y, k = sum e (x - ref_x), q = sum e^2. There is one rescale
+    per tile, which is not on the critical path. A logit of -inf makes t and k NaN (0 * inf); one test per row is cheaper than a
+    guard of every product.
     """
     m, c, s, t, k, q = state
     ref_m, ref_c, ref_s = ref_state
@@ -189,7 +193,7 @@ def _fold_tile(
     ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Read one tile and fold it into (state, ref_state, total), total being each lane's sum of x, the label's included."""
+    """Read one tile and add it to (state, ref_state, total); total is each lane's sum of x, including the label's."""
     element: tl.constexpr = logits.dtype.element_ty
     raw = load_tile(logits, start, tile, groups, UNROLL, LANES, GROUP, ALIGNED, MASKED)
     if KL:
@@ -197,7 +201,7 @@ def _fold_tile(
         ref_raw = load_tile(ref_logits, ref_start, tile, groups, UNROLL, LANES, GROUP, REF_ALIGNED, MASKED)
     x = _variables(raw, inner, element, MAP)
     if MEAN:
-        # What was not loaded is 0.
+        # Entries that were not loaded are 0.
         total += lane_sum(x)
     x, top = _counting(raw, x, tile, groups, label, element, MAP, UNROLL, LANES, GROUP, MASKED)
     ref_x, ref_top = x, top
@@ -215,10 +219,10 @@ def _careful_row(
     logits, ref_logits, start, ref_start, vocab, label, inner, log2_scale,
     MAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """(top, s, t, k, q, total, ref_top, ref_s) of a hostile row: a second and third look at it, every sum guarded.
+    """(top, s, t, k, q, total, ref_top, ref_s) of a row with extreme values, read two more times, with every sum guarded.
 
-    Exponents are differences from the exact maximum `top`, and gaps those of policy and reference counted from both maxima.
-    total, the label's x included, is TINY times what it stands for.
+    Exponents are differences from the exact maximum `top`. Gaps are differences between policy and reference, each relative to
+    its maximum. total includes the label's x and is scaled by TINY.
     """
     lowest = tl.full([SCAN], float("-inf"), tl.float32)
     m = lowest
@@ -233,7 +237,7 @@ def _careful_row(
             ref_m = tl.maximum(ref_m, tl.where(inside, _variable(ref_x, inner, MAP), lowest))
     top = tl.max(m, 0)
     ref_top = tl.max(ref_m, 0)
-    # Where all are -inf there is no origin to subtract.
+    # If all logits are -inf, 0 is subtracted instead of the maximum.
     origin = tl.where(top == float("-inf"), 0.0, top)
     ref_origin = tl.where(ref_top == float("-inf"), 0.0, ref_top)
     s = tl.zeros([SUMS_SCAN], tl.float64)
@@ -269,15 +273,15 @@ def _careful_row(
 
 @device_function
 def _is_wrong(s, top, unit):
-    """Whether the loop's sum of exponentials around `top` says nothing: it overflowed, met no mass, or logits are LARGE."""
+    """Whether the loop's sum of exponentials s is invalid: it overflowed or is 0, or the maximum `top` is LARGE."""
     return (tl.abs(top * unit) >= LARGE) | (s == 0) | ((tl.abs(s) < float("inf")) == 0)
 
 
 @device_function
 def _beaten(logits, start, vocab, label, value, sign):
-    """How many logits are likelier than the label's, or as likely and before it: argmax takes the first of equals.
+    """Number of logits that are larger than the label's, or equal and before it, because argmax returns the first maximum.
 
-    By the logits as they are stored, times the sign of the scale: scale and softcap round, and make unequal logits equal.
+    The stored logits are compared, times the sign of the scale: rounding in scale and softcap can make unequal logits equal.
     """
     count = tl.zeros([SCAN], tl.int32)
     for block in range(tl.cdiv(vocab, SCAN)):
@@ -290,7 +294,7 @@ def _beaten(logits, start, vocab, label, value, sign):
 
 @device_function
 def _merge(m, c, log2_scale):
-    """(maximum over lanes, its c, each lane's shift and rescale to it)."""
+    """(maximum over all lanes, its c, each lane's shift and rescale to it)."""
     top = tl.max(m, 0)
     c_top = rounded_product(top, log2_scale)
     shift = c - c_top
@@ -299,29 +303,29 @@ def _merge(m, c, log2_scale):
 
 @device_function
 def origin_shift(top, c, log2_scale):
-    """What a log-sum at origin c lacks to one that counts from the maximum `top`, in nats.
+    """Correction, in nats, of a log-sum relative to origin c, to make it relative to the maximum `top`.
 
-    log2_scale is log2(e) rounded to float32, so the exponentials ran at a temperature off by about 1e-8. Taken literally
-    that shifts a log-sum-exp by 1e-8 of its size; counted from the maximum instead (the exponent of x is that of `top`,
-    which is known exactly, plus a small difference) it touches only the small difference.
+    log2_scale is log2(e) rounded to float32, so the exponentials have a temperature with an error of about 1e-8. Without the
+    correction a log-sum-exp would have that relative error. Relative to the maximum, the exponent of x is the exactly known one
+    of `top` plus a small difference, and the error affects only that difference.
     """
     return LN2 * (c.to(tl.float64) - top.to(tl.float64) * log2_scale)
 
 
 @device_function
 def finish(s, shift, top_z, z_label):
-    """(logp, max, log_sum, p_others, log_mass) in float64 from the sum s of the other logits, whose maximum is top_z.
+    """(logp, max, log_sum, p_others, log_mass) in float64, from the sum s over all logits except the label's.
 
-    shift: `origin_shift` of the sum. log_mass is log(s + the label's term) at the sum's own origin.
-    With d = log(sum of the others) - z_label, the log-odds against the label: logp = -softplus(d), p_others = sigmoid(d),
-    both without cancellation however sure the policy is.
+    top_z is the maximum of these logits, and shift the `origin_shift` of s. log_mass is log(s + the label's term), relative to
+    the origin of s. With the log-odds d = log(sum of the others) - z_label: logp = -softplus(d) and p_others = sigmoid(d), both
+    without cancellation, even if p(label) is near 1.
     """
     log_s = tl.log(s)
     d = (log_s + shift) + (top_z - z_label)
     e = tl.exp(-tl.abs(d))
     near = log1p_double(e)
     logp = -(tl.where(d > 0, d, 0.0) + near)
-    # inf - inf, as log_softmax has it.
+    # NaN as from log_softmax, which computes inf - inf.
     logp = tl.where(z_label == float("inf"), float("nan"), logp)
     log_mass = log_s + near + tl.where(d < 0, -d, 0.0)
     p_others = tl.where(d >= 0, 1.0, e) / (1.0 + e)
@@ -336,7 +340,7 @@ def _put(pointer, row, value):
         tl.store(pointer + row, value)
 
 
-# Nothing that varies from call to call may cause a new compilation.
+# Arguments that vary from call to call must not cause a recompilation.
 @triton.jit(
     do_not_specialize=[
         "tokens", "vocab", "ignore_index", "stride_b", "stride_t", "base", "ref_stride_b", "ref_stride_t", "ref_base"
@@ -344,10 +348,10 @@ def _put(pointer, row, value):
     do_not_specialize_on_alignment=SMALL,
 )  # fmt: skip
 def token_logps_kernel(
-    logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, first logit `base` elements on
+    logits,  # [B, T, V], V contiguous; 16-byte aligned pointer, the first logit is `base` elements after it
     ref_logits,  # like logits, or None
     labels,  # [B T] int64
-    logps, max, log_sum, ref_logps, ref_max, ref_log_sum,  # [B T] float64, or None where not asked, as all that follow
+    logps, max, log_sum, ref_logps, ref_max, ref_log_sum,  # [B T] float64, or None if not asked; so are the next five
     entropy, kl, accuracy, mean_logits, log_sum_sq,
     tokens, vocab, ignore_index: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, base,
@@ -401,7 +405,7 @@ def token_logps_kernel(
                 state, x, lane_max(x), ref_state, ref_x, lane_max(ref_x), log2_scale, ENTROPY, KL, SQUARES
             )
 
-        # The label's tile and the last, partial one come first, masked; the main loop runs over all the others.
+        # First the label's tile and the last, partial one, with masks; then the main loop over all other tiles.
         full = groups // (UNROLL * LANES)
         tiles = tl.cdiv(groups, UNROLL * LANES)
         label_tile = tl.minimum(label // (UNROLL * LANES * GROUP), tiles - 1)
@@ -438,20 +442,20 @@ def token_logps_kernel(
             ref_top, ref_c_top, _ref_shift, ref_rescale = _merge(ref_m, ref_c, log2_scale)
             ref_s_row = tl.sum((ref_rescale * ref_s).to(tl.float64), 0)
             ref_shift_row = origin_shift(ref_top, ref_c_top, log2_scale)
-            # Maxima far apart would make the gaps' float32 sums too coarse.
+            # If the maxima are far apart, float32 sums of the gaps are too inaccurate.
             hostile = hostile | _is_wrong(ref_s_row, ref_top, unit) | (tl.abs((top - ref_top) * unit) > 256)
-            # The means count from both maxima.
+            # From here on gaps are relative to both maxima.
             k_row -= s_row * (top.to(tl.float64) - ref_top.to(tl.float64))
-            # Stage 3 subtracts their mean from single gaps, and where p is near 1 little more than its rounding is left.
+            # Stage 3 subtracts the mean gap from single gaps. Where p is near 1 the difference is mostly rounding error.
             hostile = hostile | (tl.abs(k_row * unit) >= SMALL_GAP * s_row)
-        # Of a lane's numbers one is infinite, or NaN by 0 * inf. (Or a logit is NaN: then it stays so.)
+        # False if a lane's sum is infinite, or NaN by 0 * inf. (A NaN logit gives NaN in `_careful_row`, too.)
         sound = (tl.abs(t_row) < float("inf")) & (tl.abs(k_row) < float("inf")) & (tl.abs(total_row) < float("inf"))
         hostile = hostile | (sound == 0)
         if hostile:
             exact_top, exact_s, t_row, k_row, q_row, total_row, exact_ref_top, exact_ref_s = _careful_row(
                 logits, ref_logits, start, ref_start, vocab, label, inner, log2_scale, MAP, ENTROPY, KL, MEAN, SQUARES
             )
-            # A sum that the loop found right stays: no bit of a log-probability depends on the statistics asked for.
+            # A valid sum of the loop is kept, so the bits of a log-probability do not depend on the requested statistics.
             if _is_wrong(s_row, top, unit):
                 top, s_row = exact_top, exact_s
                 shift_row = tl.full((), 0.0, tl.float64)
@@ -459,7 +463,7 @@ def token_logps_kernel(
                 if _is_wrong(ref_s_row, ref_top, unit):
                     ref_top, ref_s_row = exact_ref_top, exact_ref_s
                     ref_shift_row = tl.full((), 0.0, tl.float64)
-            # The moments, brought to the sum's origin and size, of which the loop's are.
+            # The moments are converted to the origin and scale of s_row, as those of the loop are.
             ratio = tl.where(exact_s > 0, s_row / tl.where(exact_s > 0, exact_s, 1.0), 1.0)
             t_row = ratio * (t_row - tl.where(exact_s > 0, shift_row / LN2, 0.0) * exact_s)
             k_row = ratio * k_row
@@ -470,7 +474,7 @@ def token_logps_kernel(
             near = x_label == top
             sign = 1.0
             if MAP != FOLDED:
-                # The transform's rounding is not monotone to the last place.
+                # Rounding makes the transform non-monotone in the last place.
                 near = tl.abs(x_label - top) <= tl.abs(top) * 2.0**-20
                 sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0)).to(tl.float32)
             if near:
@@ -484,7 +488,7 @@ def token_logps_kernel(
             tl.store(max + row, max_z)
             tl.store(log_sum + row, log_sum_row)
             p_label = tl.exp(logp)
-            # Each of the others' means counts with p_others / s.
+            # A sum over the other logits has to be multiplied by p_others / s.
             share = p_others / tl.where(s_row > 0, s_row, 1.0)
             if ENTROPY:
                 others = tl.where(s_row == 0, 0.0, p_others * log_mass - LN2 * (share * t_row))
@@ -499,24 +503,25 @@ def token_logps_kernel(
                 tl.store(ref_max + row, ref_max_z)
                 tl.store(ref_log_sum + row, ref_log_sum_row)
                 others = tl.where(s_row == 0, 0.0, unit * (share * k_row))
-                # Where no other logit is above -inf, the label's own is what gaps count from.
+                # If all other logits are -inf, gaps are relative to the label's logit.
                 origin = tl.where(top_z > float("-inf"), top_z, z_label)
                 ref_origin = tl.where(ref_top_z > float("-inf"), ref_top_z, ref_z_label)
-                # Each part is moved to the maxima by itself: of a label at 1e20 their sum would keep nothing of the others.
+                # The two parts are made relative to the maxima separately: if the label's logit is 1e20, a common correction of
+                # their sum would lose the other part to rounding.
                 moved = (max_z - origin) - (ref_max_z - ref_origin)
                 others -= tl.where(p_others > 0, p_others * moved, 0.0 * p_others)
                 gap = (z_label - max_z) - (ref_z_label - ref_max_z)
                 at_label = tl.where(p_label > 0, p_label * gap, 0.0 * p_label)
                 tl.store(kl + row, (others + at_label) - (log_sum_row - ref_log_sum_row))
             if SQUARES:
-                # sum p^2: the label's, and (p_others / s)^2 times the others' squares at the common origin.
+                # sum p^2 is p_label^2 plus (p_others / s)^2 times the sum of squares of the others.
                 tl.store(log_sum_sq + row, tl.log(p_label * p_label + share * share * q_row))
             if ACCURACY:
                 tl.store(accuracy + row, tl.where(logp == logp, hit.to(tl.float64), float("nan")))
             if MEAN:
                 tl.store(mean_logits + row, unit * (total_row / vocab))
     else:
-        # An ignored token is 0 everywhere; a label outside the vocabulary is NaN, and nothing is read for it.
+        # All results are 0 for an ignored token and NaN for a label outside the vocabulary; logits are not read.
         fill = tl.where(label64 == ignore_index, 0.0, float("nan")).to(tl.float64)
         _put(logps, row, fill)
         _put(max, row, fill)
@@ -538,9 +543,9 @@ def token_logps_launch(
     rows: dict[str, Tensor],
     transform: Transform,
 ) -> Launch:
-    """The one kernel call that fills `rows`, those of `token_rows` that are asked for, by name.
+    """The kernel launch that computes `rows`, the requested ones of `token_rows` by name.
 
-    logits, ref_logits: [B, T, V]; labels [B, T] int64. ref_logits is given exactly when kl is asked.
+    logits and ref_logits are [B, T, V], labels [B, T] int64. ref_logits is given if and only if kl is asked.
     """
     group = group_size(logits, ref_logits)
     pointer, base = aligned_base(logits)
@@ -589,8 +594,8 @@ def token_logps(
 ) -> Tensor:
     """Stage 1.
 
-    logits, ref_logits: float32, bfloat16 or float16. The reference is read in the same pass when kl is asked, else by a second
-    launch that computes its log-probs alone.
+    logits and ref_logits are float32, bfloat16 or float16. With kl the reference is read in the same launch; without, a separate
+    launch computes its log-probabilities.
     """
     names = token_rows(ref_logits is not None, statistics)
     tokens = torch.empty(len(names), *labels.shape, dtype=torch.float64, device=logits.device)
