@@ -49,13 +49,17 @@ def build_trainer(
     datasets.disable_progress_bars()
     fields: dict[str, Any] = {"log_level": "error", "disable_tqdm": not switches.isdisjoint({"--quiet", "--json"})}
     fields |= {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
-    if settings.get("eval_data") is not None:
-        if "eval_strategy" not in fields:
-            fields["eval_strategy"] = "steps"
-            fields.setdefault("eval_steps", 0.25)
+    if settings.get("eval_data") is not None or settings.get("val_split") is not None:
+        fields.setdefault("eval_strategy", "steps")
         fields.setdefault("eval_on_start", not resumes)
+    # Not given: not what logging_steps says either, which is transformers' rule.
+    paced = fields.get("eval_strategy") == "steps" and fields.get("eval_steps") is None
+    if paced:
+        fields["eval_steps"] = fields.get("save_steps") or 1
     with _named(fields):
         config = DPOConfig(**fields)
+    if paced:
+        config.eval_steps = None
     given = config.resume_from_checkpoint
     if given and not resumes and not (Path(given) / "trainer_state.json").exists():
         raise OutputError(f"resume_from_checkpoint '{given}': not a checkpoint")

@@ -11,11 +11,39 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, has_length
 
+from ..data.prepare import by_name
 from ..run import Run
 from ..run_folder.metrics import evaluation_prefix, without_prefix, without_ties
 from ..run_folder.records import SUMMARY
+from ..settings import pace
+
+
+class Pace(TrainerCallback):
+    """Give a run its steps between logs, evaluations and checkpoints, where the settings leave them open (`settings.pace`)."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **other: Any) -> None:
+        settings, steps = self.run.args, state.max_steps
+        if settings.logging_steps is None:
+            state.logging_steps = pace.logging_steps(steps)
+        if settings.eval_steps is None:
+            evaluated = sum(map(len, by_name(self.run.eval_dataset).values()))
+            sampled = settings.sample_prompts * len(by_name(self.run.eval_dataset))
+            trained = steps * self._pairs_per_step(other["train_dataloader"])
+            state.eval_steps = pace.eval_steps(steps, trained, evaluated, sampled)
+        if settings.save_steps is None:
+            together = settings.load_best_model_at_end and settings.eval_strategy == IntervalStrategy.STEPS
+            state.save_steps = pace.save_steps(steps, state.eval_steps if together else None)
+
+    def _pairs_per_step(self, loader: Any) -> float:
+        args, dataset = self.run.args, self.run.train_dataset
+        if has_length(loader) and has_length(dataset):
+            return len(dataset) / max(len(loader) / args.gradient_accumulation_steps, 1)
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 class LogAtTheEnd(TrainerCallback):
