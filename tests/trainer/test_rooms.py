@@ -12,6 +12,7 @@ ROOT = Path(dpo_trainer.__file__).parent
 #: From the ground up. A module may import its own room and those before it.
 ROOMS = (
     "errors",
+    "progress",
     "data",
     "batch",
     "model",

@@ -67,7 +67,7 @@ class DPOConfig(ReadingSettings, TrainingArguments):
     num_train_epochs: float = _optimizer(
         1.0, "Passes over the training pairs. More than one to three memorises them.", common=True
     )
-    logging_steps: float | None = _watch(
+    logging_steps: float | None = _watch(  # type: ignore[assignment]
         None,
         "Optimizer steps between two log records; below 1, a fraction of the run. None: a twentieth of the run, 10 at most.",
     )
@@ -78,7 +78,7 @@ class DPOConfig(ReadingSettings, TrainingArguments):
         POSITIVE,
         common=True,
     )
-    save_steps: float | None = _watch(
+    save_steps: float | None = _watch(  # type: ignore[assignment]
         None,
         "Steps between two checkpoints; below 1, a fraction of the run. None: a tenth of the run, 500 at most, and the two "
         "newest are kept unless save_total_limit says otherwise.",

@@ -33,8 +33,16 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
         True,
     ),
     "train_sampling_strategy": ("random", "Pairs of similar length in a step carry little padding.", True),
-    "logging_steps": (10, "None logs a twentieth of the run apart, 10 steps at most: a short run has a curve too.", False),
-    "save_steps": (500, "None saves a tenth of the run apart, 500 steps at most: a short run can be resumed too.", False),
+    "logging_steps": (
+        10,
+        "None logs a twentieth of the run apart, 10 steps at most: a short run has a curve too.",
+        False,
+    ),
+    "save_steps": (
+        500,
+        "None saves a tenth of the run apart, 500 steps at most: a short run can be resumed too.",
+        False,
+    ),
     "logging_first_step": (False, "The loss of the first step must be log 2: a quick check of the reference.", False),
     "logging_nan_inf_filter": (True, "A loss that is not a number should be seen.", False),
     "remove_unused_columns": (True, "Neither value has an effect: tokenising keeps the columns that it needs.", False),
