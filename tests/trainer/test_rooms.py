@@ -12,6 +12,7 @@ ROOT = Path(dpo_trainer.__file__).parent
 #: From the lowest to the highest. A module may import from its own room and from the rooms before it.
 ROOMS = (
     "errors",
+    "progress",
     "data",
     "batch",
     "model",

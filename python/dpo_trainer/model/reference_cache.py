@@ -209,6 +209,7 @@ class ReferenceCache:
         process_index: int,
         num_processes: int,
         wait: Callable[[], Any],
+        begin: Callable[[int], Any] = lambda _: None,
     ) -> Logps:
         """Read the shards that exist, compute and write the missing ones, and return all log-probabilities.
 
@@ -217,6 +218,7 @@ class ReferenceCache:
             name: the dataset's name in messages.
             process_index, num_processes: the missing shards are divided among the processes.
             wait: a barrier for all processes.
+            begin: receives the number of rows that this process will compute.
 
         Returns:
             the log-probabilities (chosen, rejected) in nats, in the dataset's order.
@@ -231,8 +233,9 @@ class ReferenceCache:
         else:
             logger.info("%s: read from %s", what, self.folder)
         wait()  # all processes look for shards before any writes one; all must call this, since each may see other files
-        writable = True
-        for shard in missing[process_index::num_processes]:
+        writable, mine = True, missing[process_index::num_processes]
+        begin(sum(len(self.rows(shard)) for shard in mine))
+        for shard in mine:
             found = parts[shard] = compute(self.rows(shard))
             try:
                 self.write(shard, found)

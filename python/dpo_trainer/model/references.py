@@ -119,6 +119,7 @@ def reference_logps(
     batch_size: int,
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[float], list[float]]:
     """Compute the summed log-probabilities of all completions of a dataset.
 
@@ -132,6 +133,7 @@ def reference_logps(
         batch_size: pairs per batch.
         device: the model's device.
         context: returns the context in which the model is run.
+        advance: receives the number of pairs of each computed batch.
 
     Returns:
         the sums of all chosen and of all rejected completions, in nats, in the dataset's order.
@@ -142,6 +144,7 @@ def reference_logps(
         batch = {name: value.to(device) for name, value in collate(rows).items()}
         with torch.no_grad(), context():
             found[:, indices] = _sums(source, batch).view(2, -1).cpu().double()
+        advance(len(rows))
     chosen, rejected = found.tolist()
     return chosen, rejected
 

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from . import objective, trl
 from .checks import as_mapping, check_together
 from .diagnoses import DIAGNOSES, Limits
+from .pace import without_pace
 from .reading import ReadingSettings
 from .table import (
     ANY,
@@ -27,6 +28,7 @@ from .table import (
     FINITE_POSITIVE,
     INHERITED,
     NOT_NEGATIVE,
+    POSITIVE,
     POSITIVE_SHARE,
     PROBABILITY,
     SHARE,
@@ -65,7 +67,24 @@ class DPOConfig(ReadingSettings, TrainingArguments):
     num_train_epochs: float = _optimizer(
         1.0, "Passes over the training pairs. More than one to three memorises them.", common=True
     )
-    logging_steps: float = _watch(10, "Optimizer steps between two log records; below 1, a fraction of the run.")
+    logging_steps: float | None = _watch(  # type: ignore[assignment]
+        None,
+        "Optimizer steps between two log records; below 1, a fraction of the run. None: a twentieth of the run, 10 at most.",
+    )
+    eval_steps: float | None = _watch(
+        None,
+        "Steps between two evaluations; below 1, a fraction of the run. None: a twentieth of the run, or so many that "
+        "evaluations take about a quarter of the training time.",
+        POSITIVE,
+        common=True,
+    )
+    save_steps: float | None = _watch(  # type: ignore[assignment]
+        None,
+        "Steps between two checkpoints; below 1, a fraction of the run. None: a tenth of the run, 500 at most, and the two "
+        "newest are kept unless save_total_limit says otherwise.",
+        POSITIVE,
+        common=True,
+    )
     logging_first_step: bool = _watch(True, "Also log the first step, whose loss must be log 2.")
     logging_nan_inf_filter: bool = _watch(False, "Hide NaN losses from the log. Off: a NaN should be seen.")
     report_to: None | str | list[str] = _watch(  # noqa: RUF036 - in this order for HfArgumentParser
@@ -289,7 +308,8 @@ class DPOConfig(ReadingSettings, TrainingArguments):
         Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
-        super().__post_init__()
+        with without_pace(self):
+            super().__post_init__()
         if self.device.type == "cpu" and self.fp16:
             raise ConfigError("fp16: needs an accelerator; on a CPU it would be ignored without a word. Use bf16 there")
         if self.device.type == "cpu" and self.use_liger_kernel:
@@ -334,7 +354,8 @@ class RunSettings:
         "a data set of the hub (owner/name:split).",
     )
     eval_data: str | None = _run(
-        None, "Held-out pairs in the same form; evaluated at the start and after each quarter unless set otherwise."
+        None,
+        "Held-out pairs in the same form; evaluated at the start, at the end, and as eval_steps says. Or set val_split.",
     )
     streaming: bool = _run(False, "Read train_data while training, not before; needs max_steps.", common=False)
     output_dir: str | None = _run(

@@ -88,8 +88,6 @@ INHERITED = {
     "gradient_accumulation_steps": _common(at_least(1), "optimizer", help="Batches that make an optimizer step."),
     "max_steps": _common(None, "optimizer", help="Optimizer steps of the run. -1: as many as num_train_epochs has."),
     "bf16": _common(None, "optimizer", help="Compute in bfloat16. The weights keep their type, float32 unless set."),
-    "eval_steps": _common(POSITIVE, "watch", help="Steps between two evaluations. Below 1: a fraction of the run."),
-    "save_steps": _common(POSITIVE, "watch", help="Steps between two checkpoints. Below 1: a fraction of the run."),
 }
 
 
