@@ -85,6 +85,16 @@ class Clock:
         return seconds
 
 
+#: Takes a line about each method as soon as it is known; conftest.py puts pytest's terminal here.
+announce: list[Callable[[str], None]] = []
+
+
+def tell(line: str) -> None:
+    """Show a line of progress."""
+    for show in announce:
+        show(line)
+
+
 def interleave(
     contenders: Sequence[Contender], rounds: int, *, warmup: int = 1, device: str = "cpu", called: bool = False
 ) -> dict[str, Samples]:
@@ -102,6 +112,7 @@ def interleave(
         if device == "cuda":
             torch.cuda.synchronize()
         found[contender.name].first_call = time.perf_counter() - begin
+        tell(f"{contender.name}: first call {1e3 * found[contender.name].first_call:.3g} ms")
     # A collection inside a timed region would be charged to whoever runs then.
     gc.collect()
     gc.disable()
@@ -119,6 +130,8 @@ def interleave(
         contender.prepare()
         samples = found[contender.name]
         samples.extra_bytes, samples.page_faults = peak_memory(contender.run, device)
+        extra = "" if samples.extra_bytes is None else f", {samples.extra_bytes / 2**20:,.0f} MiB"
+        tell(f"{contender.name}: {1e3 * samples.median:.3g} ms{extra}")
     return found
 
 
