@@ -369,7 +369,9 @@ def _heading(stage_name: str, key: str, table: dict[str, Any]) -> str:
 
 def _rows(key: str, heading: str, table: dict[str, Any], calls: dict[str, Any]) -> list[dict[str, Any]]:
     measured, bandwidth = table["rows"], bandwidth_of(calls)
-    floor = measured[FLOOR]["median"] if FLOOR in measured else table["bytes"] / bandwidth if bandwidth else None
+    floor = measured[FLOOR]["median"] if FLOOR in measured else None
+    if bandwidth and "bytes" in table:
+        floor = table["bytes"] / bandwidth
     time = {name: max(row["median"], row.get("again", 0.0)) for name, row in measured.items() if name != FLOOR}
     peers = [name for name in time if not name.startswith("ours")]
     ours = quickest({name: {"median": seconds} for name, seconds in time.items()}, "ours")

@@ -46,9 +46,28 @@ def _memory(row: dict[str, Any]) -> tuple[str, float | None]:
     return ("peak memory", row["peak_bytes"]) if "peak_bytes" in row else ("extra memory", row.get("extra_bytes"))
 
 
-def _answer(question: str, ours: dict[str, Any], rows: Sequence[dict[str, Any]]) -> report.Answer:
-    """A row of the README's table: one method of ours against the quickest peer, and against the one that needs least memory."""
+def _row(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any] | None:
+    """The row of a method that was compared with a peer."""
+    return next((row for row in rows if row.get("peer") == peer and row.get("vs_best")), None)
+
+
+def _larger(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    """The first case of the same machine's run at larger shapes (`--sizes full`); empty without one."""
+    path = folder.parent / "full" / folder.name / f"{name}.json" if folder else Path()
+    return _first_case(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+
+
+def _answer(
+    question: str, ours: dict[str, Any], rows: Sequence[dict[str, Any]], larger: dict[str, Any] | None = None
+) -> report.Answer:
+    """A row of the README's table: one method of ours against the quickest peer, and against the one that needs least memory.
+
+    larger: the same method at a larger shape.
+    """
     said = f"{ours['vs_best']:.2f} times the speed of {ours['best_peer']}"
+    if larger:
+        peer = "" if larger["best_peer"] == ours["best_peer"] else f" that of {larger['best_peer']}"
+        said += f" (at a larger shape {larger['vs_best']:.2f} times{peer})"
     verdict = _compare(ours["vs_best"], "faster", "slower", "as fast")
     kind, mine = _memory(ours)
     others = [held for row in rows if not row["ours"] and row.get("median_s") and (held := _memory(row)[1]) is not None]
@@ -107,9 +126,8 @@ def _answers(results: Path) -> list[report.Answer]:
         if name in QUESTIONS:
             question, peer = QUESTIONS[name]
             rows = _first_case(found)
-            mine = next((row for row in rows if row.get("peer") == peer and row.get("vs_best")), None)
-            if mine:
-                answers.append(_answer(f"{question}, CPU", mine, rows))
+            if mine := _row(rows, peer):
+                answers.append(_answer(f"{question}, CPU", mine, rows, _row(_larger(folder, name), peer)))
     for name, calls in gpu_summary.sessions(results).items():
         answers += _gpu_answer(calls, name)
     return answers
@@ -140,13 +158,12 @@ def _measured(results: Path) -> str:
     parts = []
     if folder:
         machine = read(folder)["logits_path"]["machine"]
-        parts.append(f"{report.place(machine)}, {machine['date']}, torch {machine['torch']}")
+        parts.append(f"{report.place(machine)} ({machine['date']}, torch {machine['torch']})")
     for name, calls in gpu_summary.sessions(results).items():
         about = gpu_summary.stage(calls, "environment")
-        parts.append(
-            f"{_gpu_name(calls, name)}, torch {about.get('torch')}, Triton {about.get('triton', 'not installed')}"
-        )
-    return f"Measured on {report.listed(parts)}; within a table all methods took turns in one run."
+        versions = f"torch {about.get('torch')}, Triton {about.get('triton', 'not installed')}"
+        parts.append(f"{_gpu_name(calls, name)} ({versions})")
+    return f"Measured on {report.listed(parts)}. Within a table all methods took turns in one run."
 
 
 def render(results: Path = RESULTS) -> str:
@@ -229,7 +246,7 @@ def _gpu_panels(calls: dict[str, Any]) -> list[bars.Panel]:
     panels = []
     for heading, (name, rows) in gpu_summary.compared_tables(calls).items():
         floor = report.TRAFFIC if name == "gpu_logits_path" else report.PRODUCTS
-        if any("vs_best" in row for row in rows):
+        if _has_peer(rows):
             panels += charts.bar_panels(report.Result(name, heading, [], rows, floor=floor))
     return panels
 
@@ -241,11 +258,11 @@ def page(results: Path = RESULTS) -> str:
         return ""
     found = read(folder)
     lines = ["# Performance", ""]
-    rows = [report.answer(f"{_title(one)}, CPU", one["rows"]) for one in found.values()]
+    rows = [report.answer(f"{_title(one)}, CPU", one["rows"]) for one in found.values() if _has_peer(one["rows"])]
     gpus = gpu_summary.sessions(results)
     for name, calls in gpus.items():
         rows += [report.answer(f"{heading}, {_gpu_name(calls, name)}", table)
-                 for heading, (_, table) in gpu_summary.compared_tables(calls).items()]  # fmt: skip
+                 for heading, (_, table) in gpu_summary.compared_tables(calls).items() if _has_peer(table)]  # fmt: skip
     lines += [*answer_table(rows), "", _measured(results), ""]
     lines += ["A peer is another way to the same result: PyTorch itself, TRL, Liger, Cut Cross-Entropy. [How it is measured]"
               "(benchmarks.md) says how times and memory are taken, and gives the commands.", ""]  # fmt: skip
@@ -273,6 +290,10 @@ def page(results: Path = RESULTS) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _has_peer(rows: Sequence[dict[str, Any]]) -> bool:
+    return any(row.get("vs_best") is not None for row in rows)
+
+
 def _title(found: dict[str, Any]) -> str:
     return found["question"].partition(":")[0]
 
@@ -290,7 +311,7 @@ def _gpu_part(name: str, calls: dict[str, Any], results: Path) -> list[str]:
                   "since. The gradients of the tables below were all compared with float64.", ""]  # fmt: skip
     lines += gpu_summary.bandwidth_table(calls)
     for heading, (_, rows) in gpu_summary.compared_tables(calls).items():
-        if any("vs_best" in row for row in rows):
+        if _has_peer(rows):
             lines += [f"**{heading}**", "", *markdown_table(GPU_COLUMNS, rows), ""]
     lines += ["The floor of the tables from logits is the time of the necessary memory traffic alone. The floor of the tables "
               "from hidden states is the time of all matrix products alone. Every row, and what did not run: "

@@ -89,7 +89,7 @@ TIMES_PRODUCTS = Column("times_floor", "time / floor (matrix products alone)", "
 EXTRA = Column("extra_bytes", "extra memory", "bytes")
 VS_BEST, BEST_PEER = Column("vs_best", "faster than the best peer by", "ratio"), Column("best_peer", "best peer")
 #: In rows of others: how many times longer they take than the method of ours that does the same work.
-SLOWER = Column("ours_faster", "slower than dpo_kernels by", "ratio")
+SLOWER = Column("ours_faster", "time / dpo_kernels", "ratio")
 
 
 def counted(number: float, noun: str) -> str:
