@@ -122,8 +122,10 @@ def draw(panels: Sequence[Panel], *, theme: str | None = None, narrow: bool = Fa
                 body.append(_text(side + 9, y + 11, line, "faint"))
                 y += 17
         y += 14
-    body.append(_text(10, y + 4, "blue: with dpo_kernels, grey: without", "faint"))
-    y += 16
+    # Elsewhere the blue bars are variants of ours among others, which their names say.
+    if any(bar.title.startswith("dpo_") for panel in panels for bar in panel.bars):
+        body.append(_text(10, y + 4, "blue: with dpo_kernels, grey: without", "faint"))
+        y += 16
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y:.0f}" width="{width}" height="{y:.0f}" role="img">'
     parts = [head, f"<title>{escape(title)}</title>", f"<style>{_style(theme)}</style>"]
     return "\n".join([*parts, '<rect width="100%" height="100%" class="page"/>', *body, "</svg>"]) + "\n"

@@ -56,6 +56,10 @@ def linear_path(model: Model, tokens: Tensor, labels: Tensor, ref_logps: Tensor)
 LOSSES = {"textbook": textbook, "whole": logits_path, "hidden": linear_path}
 TITLES = {"textbook": "eager textbook", "whole": "dpo_loss", "hidden": "linear_dpo_loss, reference precomputed"}
 
+ALL = [f"{loss}-{how}" for loss in LOSSES for how in ("plain", "compiled")]
+#: The small size asks whether the graphs are whole.
+NAMES = {"small": ["textbook-plain", "whole-compiled", "hidden-compiled"], "default": ALL, "full": ALL}
+
 COLUMNS = [
     Column("title", "model and loss"),
     TIME,
@@ -167,6 +171,5 @@ def samples(
     return found
 
 
-@pytest.mark.parametrize("name", [f"{loss}-{how}" for loss in LOSSES for how in ("plain", "compiled")])
 def test_compile(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:
     replay(samples[name])

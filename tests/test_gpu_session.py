@@ -613,7 +613,7 @@ def test_the_pages_get_their_tables_from_a_session(tmp_path):
     (tmp_path / cpu / "logits_path.json").write_bytes(measured)
     page = readme_table.page(tmp_path)
     assert page.index("## Tables: AMD EPYC") < page.index("## Tables: H100")
-    assert "| eager PyTorch | 45 ms | 3.00x | - | - |" in page
+    assert "| eager PyTorch | 45 ms | 3.00x | - |" in page
     assert "torch 2.99, Triton 9.9" in page
 
 
