@@ -83,7 +83,7 @@ def draw(panels: Sequence[Panel], *, theme: str | None = None, narrow: bool = Fa
     """The panels one below the other as an SVG document.
 
     theme: "light", "dark", or None for a chart that follows the reader's system. narrow: for a phone; each method's name
-    stands above its bars, not beside them. title: read out by a screen reader.
+    stands above its bars, not to their left. title: read out by a screen reader.
     """
     width = NARROW if narrow else WIDTH
     names = [len(bar.title) * (BOLD if bar.ours else CHARACTER) for panel in panels for bar in panel.bars]

@@ -6,6 +6,7 @@ that `--benchmark-json`, `--benchmark-compare` and the rest of that plugin work 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ PEER_NAMES = {**PEERS, **LINEAR_PEERS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: These compile for many seconds: at `--sizes small` they take part only where `--peers` names them.
-COMPILED = ("compiled", "liger_compiled")
+COMPILED = ("compiled", "liger_compiled", "cce")
 
 #: Rounds for each of `--sizes`.
 ROUNDS = {"small": 2, "default": 3, "full": 15}
@@ -114,7 +115,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Progress goes straight to the terminal, whatever pytest captures."""
+    """Progress goes straight to the terminal, whatever pytest captures. The small size runs on one thread.
+
+    On a busy machine, threads that wait for each other would take most of its minute.
+    """
+    if session.config.getoption("--sizes") == "small":
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that benchmarks start
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     capture = session.config.pluginmanager.get_plugin("capturemanager")
 
@@ -270,7 +277,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for name, why in ABSENT.items():
         write(f"Not compared: {name} {why}.")
     if settings.sizes == "small":
-        write(f"--sizes small checks that everything runs; its times say little. It leaves out {', '.join(COMPILED)}.")
+        left_out = ", ".join(COMPILED)
+        write(
+            f"--sizes small checks that everything runs; its times say little. It uses one thread, without {left_out}."
+        )
     write("-v prints the command that measures each row alone; --report DIR writes it.")
     if target:
         write(f"Written to {folder}: begin with {folder / 'README.md'}")

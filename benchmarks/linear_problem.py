@@ -188,7 +188,7 @@ class LinearError:
     weight: float
 
     def within(self, eager: LinearError, filtered: bool = False) -> bool:
-        """Whether each part is at most four times what eager PyTorch loses in the same dtype, and 1e-3 besides.
+        """Whether each part is at most four times eager PyTorch's error in the same dtype, plus 1e-3.
 
         A filtered gradient leaves out what it was told to leave out, which in small rows is much of them: its rows are
         held to twice that 1e-3 of the root mean square, dW to the same as everyone's.

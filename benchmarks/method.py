@@ -116,6 +116,8 @@ def interleave(
     # A collection inside a timed region would be charged to whoever runs then.
     gc.collect()
     gc.disable()
+    # What lives now is not searched again: peak_memory collects before each call, which takes long among many objects.
+    gc.freeze()
     try:
         for index in range(warmup + rounds):
             shift = index % len(contenders)
@@ -124,14 +126,16 @@ def interleave(
                 seconds = clock.time(contender.run)
                 if index >= warmup:
                     found[contender.name].seconds.append(seconds)
+        gc.enable()
+        for contender in contenders:
+            contender.prepare()
+            samples = found[contender.name]
+            samples.extra_bytes, samples.page_faults = peak_memory(contender.run, device)
+            extra = "" if samples.extra_bytes is None else f", {samples.extra_bytes / 2**20:,.0f} MiB"
+            tell(f"{contender.name}: {1e3 * samples.median:.3g} ms{extra}")
     finally:
         gc.enable()
-    for contender in contenders:
-        contender.prepare()
-        samples = found[contender.name]
-        samples.extra_bytes, samples.page_faults = peak_memory(contender.run, device)
-        extra = "" if samples.extra_bytes is None else f", {samples.extra_bytes / 2**20:,.0f} MiB"
-        tell(f"{contender.name}: {1e3 * samples.median:.3g} ms{extra}")
+        gc.unfreeze()
     return found
 
 
@@ -146,7 +150,7 @@ def ratio(slow: Samples, fast: Samples) -> float:
 
 
 class Best(NamedTuple):
-    """The quickest peer beside ours: how many times longer it takes (median of the rounds), its name, least and most."""
+    """The quickest peer against ours: how many times longer it takes (median of the rounds), its name, least and most."""
 
     ratio: float
     peer: str

@@ -66,10 +66,10 @@ REASONS = (
 
 
 def explain(benchmark: str, row: dict[str, Any]) -> str | None:
-    """Why the row lost to its best peer; None if nobody has said, or if it did not lose."""
+    """Why the row lost to its best peer; None if no reason is known, or if it did not lose."""
     if row.get("vs_best") is None or row["vs_best"] >= 1:
         return None
-    # The row's own test comes first in the expression that runs it beside its peer.
+    # The row's own test comes first in the expression that runs it with its peer.
     test = row.get("select", "").partition(" or ")[0]
     for reason in REASONS:
         if reason.fits(benchmark, test):

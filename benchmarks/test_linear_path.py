@@ -200,7 +200,7 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
 
 
 def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:
-    """The bars beside what was measured, in the size's first case and its twin with a frozen head.
+    """The goals and what was measured, in the size's first case and its twin with a frozen head.
 
     Speed against a peer has a ceiling, too: nothing exact is quicker than the products alone, and no filter spares the
     forward its products, the policy's and the reference's.

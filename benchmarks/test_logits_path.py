@@ -248,7 +248,7 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bars of BARS beside what was measured, on the default shape in float32."""
+    """The goals of BARS and what was measured, on the default shape in float32."""
     step = {
         r["peer"]: r for r in rows if r["part"] == "step" and r["dtype"] == "float32" and r["shape"] == [8, 128, 49152]
     }

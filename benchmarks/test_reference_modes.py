@@ -85,7 +85,7 @@ class EagerLogits(LinearPeer):
 class OursLogits(LinearPeer):
     """Both models' logits as tensors, then `dpo_loss`, which writes the gradient over them."""
 
-    name, title, ours = "ours_logits", "dpo_kernels", True
+    name, title, ours = "ours_whole", "dpo_kernels", True
 
     def loss(self) -> Tensor:
         problem = self.problem

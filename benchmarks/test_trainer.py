@@ -35,7 +35,7 @@ TITLES = {
     "ours": "dpo_trainer",
     "ours_padded": "dpo_trainer, padded",
     "ours_shared": "dpo_trainer, prefix shared",
-    "ours_logits": "dpo_trainer, loss from logits",
+    "ours_whole": "dpo_trainer, loss from logits",
     "ours_precomputed": "dpo_trainer, reference precomputed",
     "trl_patched": "TRL 1.16 after apply_to_trl()",
     "trl": "TRL 1.16",
@@ -97,8 +97,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
         f"{ours['title']} trains on {ours['vs_best']:.2f} times as many tokens a second as {ours['best_peer']}, with "
         f"{100 * ours['memory_share']:.0f} % of its peak memory; their losses {ours['verdict']}."
     )
-    if "ours_logits" in known:
-        faster = ours["tokens_per_second"] / known["ours_logits"]["tokens_per_second"]
+    if "ours_whole" in known:
+        faster = ours["tokens_per_second"] / known["ours_whole"]["tokens_per_second"]
         said += f" Its step from hidden states is {faster:.2f} times as fast as its step from whole logits."
     if "trl_patched" in known:
         said += f" `apply_to_trl()` makes TRL's own step {known['trl_patched']['vs_best']:.2f} times as fast."
@@ -161,7 +161,7 @@ def table(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], headin
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bars beside what was reached."""
+    """The goals and what was reached."""
     measured = {row["peer"]: row for row in rows if row.get("vs_best")}
     found = []
     for name, bar in (("ours", SPEED_BAR), ("trl_patched", PATCH_BAR)):
