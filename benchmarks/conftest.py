@@ -272,7 +272,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for result in _RESULTS.values():
         if summary := result.summary(result.rows):
             write(f"{result.name}: {summary}")
-    for line in report.below_one(_compared()):
+    # At tiny shapes a loss says nothing, and so there is no reason for it.
+    for line in report.below_one(_compared()) if settings.sizes != "small" else ():
         write(line)
     for name, why in ABSENT.items():
         write(f"Not compared: {name} {why}.")
@@ -292,5 +293,6 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
     done = yield
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and (line := report.headline(_compared()).get("line")):
-        terminal.write_line(f"{line}.", bold=True)
+        small = " At --sizes small this says little." if session.config.getoption("--sizes") == "small" else ""
+        terminal.write_line(f"{line}.{small}", bold=True)
     return done

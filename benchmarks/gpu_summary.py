@@ -30,6 +30,8 @@ ANCHORS = (
 )
 
 
+#: The chart's file, in the folder of the session.
+CHART = "methods.svg"
 #: How a stage is said to have failed that found no GPU.
 NO_GPU = "no GPU"
 
@@ -290,7 +292,8 @@ def _answers(calls: dict[str, Any]) -> list[str]:
     everything = report.compared(tables.values())
     lines = [*report.answer_table(report.answer(heading, rows) for heading, (_, rows) in tables.items()), ""]
     lines += [f"{report.headline(everything)['line']}.", ""] if everything else []
-    return [*lines, *(f"* {sentence}" for sentence in report.below_one(everything)), ""]
+    lines += [*(f"* {sentence}" for sentence in report.below_one(everything)), ""]
+    return [*lines, *([f"![Time and memory of each method]({CHART})", ""] if everything else [])]
 
 
 def summary(calls: dict[str, Any], planned: dict[str, list[str]]) -> str:
@@ -396,6 +399,18 @@ def _rows(key: str, heading: str, table: dict[str, Any], calls: dict[str, Any]) 
             found["ours_faster"] = time[name] / time[ours]
         rows.append(found)
     return rows
+
+
+def panels(calls: dict[str, Any]) -> list[Any]:
+    """The tables that hold a peer, as panels of a chart (bars.py)."""
+    from benchmarks import charts, report
+
+    found = []
+    for heading, (name, rows) in compared_tables(calls).items():
+        floor = report.TRAFFIC if name == "gpu_logits_path" else report.PRODUCTS
+        if report.has_peer(rows):
+            found += charts.bar_panels(report.Result(name, heading, [], rows, floor=floor))
+    return found
 
 
 def title(name: str) -> str:

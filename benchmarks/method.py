@@ -112,7 +112,8 @@ def interleave(
         if device == "cuda":
             torch.cuda.synchronize()
         found[contender.name].first_call = time.perf_counter() - begin
-        tell(f"{contender.name}: first call {1e3 * found[contender.name].first_call:.3g} ms")
+        if found[contender.name].first_call > 1:
+            tell(f"{contender.name}: first call {found[contender.name].first_call:.3g} s")
     # A collection inside a timed region would be charged to whoever runs then.
     gc.collect()
     gc.disable()

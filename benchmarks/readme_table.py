@@ -237,18 +237,9 @@ def drawings(results: Path = RESULTS) -> dict[str, str]:
             if name in QUESTIONS and (panels := charts.bar_panels(report.restored(one))):
                 found[f"{name}.svg"] = bars.draw(panels, title=alternative(panels[:1]))
     for name, calls in gpu_summary.sessions(results).items():
-        panels = _gpu_panels(calls)
+        panels = gpu_summary.panels(calls)
         found[f"{name}.svg"] = bars.draw(panels, title=alternative(panels[:1]))
     return found
-
-
-def _gpu_panels(calls: dict[str, Any]) -> list[bars.Panel]:
-    panels = []
-    for heading, (name, rows) in gpu_summary.compared_tables(calls).items():
-        floor = report.TRAFFIC if name == "gpu_logits_path" else report.PRODUCTS
-        if _has_peer(rows):
-            panels += charts.bar_panels(report.Result(name, heading, [], rows, floor=floor))
-    return panels
 
 
 def page(results: Path = RESULTS) -> str:
@@ -258,11 +249,11 @@ def page(results: Path = RESULTS) -> str:
         return ""
     found = read(folder)
     lines = ["# Performance", ""]
-    rows = [report.answer(f"{_title(one)}, CPU", one["rows"]) for one in found.values() if _has_peer(one["rows"])]
+    rows = [report.answer(f"{_title(one)}, CPU", one["rows"]) for one in found.values() if report.has_peer(one["rows"])]
     gpus = gpu_summary.sessions(results)
     for name, calls in gpus.items():
         rows += [report.answer(f"{heading}, {_gpu_name(calls, name)}", table)
-                 for heading, (_, table) in gpu_summary.compared_tables(calls).items() if _has_peer(table)]  # fmt: skip
+                 for heading, (_, table) in gpu_summary.compared_tables(calls).items() if report.has_peer(table)]  # fmt: skip
     lines += [*answer_table(rows), "", _measured(results), ""]
     lines += ["A peer is another way to the same result: PyTorch itself, TRL, Liger, Cut Cross-Entropy. [How it is measured]"
               "(benchmarks.md) says how times and memory are taken, and gives the commands.", ""]  # fmt: skip
@@ -290,10 +281,6 @@ def page(results: Path = RESULTS) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _has_peer(rows: Sequence[dict[str, Any]]) -> bool:
-    return any(row.get("vs_best") is not None for row in rows)
-
-
 def _title(found: dict[str, Any]) -> str:
     return found["question"].partition(":")[0]
 
@@ -311,7 +298,7 @@ def _gpu_part(name: str, calls: dict[str, Any], results: Path) -> list[str]:
                   "since. The gradients of the tables below were all compared with float64.", ""]  # fmt: skip
     lines += gpu_summary.bandwidth_table(calls)
     for heading, (_, rows) in gpu_summary.compared_tables(calls).items():
-        if _has_peer(rows):
+        if report.has_peer(rows):
             lines += [f"**{heading}**", "", *markdown_table(GPU_COLUMNS, rows), ""]
     lines += ["The floor of the tables from logits is the time of the necessary memory traffic alone. The floor of the tables "
               "from hidden states is the time of all matrix products alone. Every row, and what did not run: "

@@ -1,6 +1,6 @@
 """Why a row of ours may be slower, or need more memory, than the best peer: one registry for all benchmarks.
 
-A row is named by the test that measures it. A loss without a reason here is printed as NOT EXPLAINED, and fails a test once
+A row is named by the test that measures it. A loss without a reason here is printed as such, and fails a test once
 its result is committed; a reason that fits no test fails one as well.
 """
 

@@ -218,6 +218,11 @@ def compared(rows_by_benchmark: Iterable[tuple[str, Iterable[dict[str, Any]]]]) 
     return [(name, row) for name, rows in rows_by_benchmark for row in rows if row.get("vs_best") is not None]
 
 
+def has_peer(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether anything was compared with a peer."""
+    return any(row.get("vs_best") is not None for row in rows)
+
+
 def _said(row: dict[str, Any], low: float, high: float) -> str:
     """A ratio to the best peer, or its range, in words: of times, or of memory where no time was measured."""
     if "median_s" in row:
@@ -259,7 +264,7 @@ def below_one(rows: Sequence[Compared]) -> list[str]:
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for name, row in rows:
         if row["vs_best"] < 1:
-            reason = reasons.explain(name, row) or "NOT EXPLAINED"
+            reason = reasons.explain(name, row) or "No reason is known yet."
             found.setdefault((name, row["best_peer"], row["case"], reason), []).append(row)
     return [
         f"Behind a peer ({_words(name)}): {_sentence(lost, *_ends(lost))} ({case}). {reason}"

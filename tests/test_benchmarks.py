@@ -226,7 +226,7 @@ def test_losses_are_said_once_with_their_reason_or_the_lack_of_one(monkeypatch: 
     rows = [_row("ours", 0.5), _row("ours", 0.75), _row("won", 1.5)]
     lost = report.compared([("x", rows)])
     said = "Behind a peer (x): ours reaches 0.50 to 0.75 times the speed of eager PyTorch (a). "
-    assert report.below_one(lost) == [f"{said}NOT EXPLAINED"]
+    assert report.below_one(lost) == [f"{said}No reason is known yet."]
     monkeypatch.setattr(reasons, "REASONS", (reasons.Reason("x", "test_x[*]", "It reads more."),))
     assert report.below_one(lost) == [f"{said}It reads more."]
     assert reasons.explain("another", rows[0]) is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme_table, reasons, report, trust_page
+from benchmarks import gpu_session, gpu_summary, readme_table, reasons, report, trust_page
 
 PAGES = sorted([*report.RESULTS.glob("*/*.md"), *report.RESULTS.glob("full/*/*.md"), readme_table.PAGE])
 
@@ -32,7 +32,7 @@ def test_a_page_opens_with_the_verdict_and_its_tables_have_six_columns_at_most(p
         "nobody can avoid",
         "x floor",
         "so many times",
-        "NOT EXPLAINED",
+        "No reason is known yet.",
     ):
         assert word not in text, f"{path} is not in plain words"
 
@@ -47,6 +47,14 @@ def test_a_page_shows_its_json(path: Path) -> None:
     assert path.read_text() == report.markdown(report.restored(found), found["machine"], f"{path.stem}.svg"), (
         f"run: python -m benchmarks.report {path.parent}"
     )
+
+
+@pytest.mark.parametrize("name", gpu_summary.sessions(report.RESULTS))
+def test_the_page_of_a_gpu_session_shows_its_json(name: str, tmp_path: Path) -> None:
+    gpu_session.save(tmp_path, gpu_summary.sessions(report.RESULTS)[name])
+    for file in tmp_path.iterdir():
+        committed = report.RESULTS / name / file.name
+        assert committed.read_text() == file.read_text(), f"run: python -m benchmarks.report {committed.parent}"
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
@@ -161,7 +169,7 @@ def test_every_figure_of_the_page_comes_from_the_json(results: Path) -> None:
         "| TRL | - | - | - | - | WRONG |",
         "| **dpo_trainer** | 1,234 | 2 s | 0.75x | 3 MiB | agree |",
         "dpo_kernels is 8.0 times as fast as eager PyTorch; it takes 1.25 times as long as memory traffic alone.",
-        "NOT EXPLAINED",
+        "No reason is known yet.",
         "## Another CPU, 2 threads, avx2, 2025-12-31",
         "larger shapes",
     ):
