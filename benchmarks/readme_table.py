@@ -249,10 +249,12 @@ def page(results: Path = RESULTS) -> str:
         return ""
     found = read(folder)
     lines = ["# Performance", ""]
-    rows = [report.answer(f"{_title(one)}, CPU", one["rows"]) for one in found.values() if report.has_peer(one["rows"])]
+    rows = [
+        report.answer(f"{one['question']} (CPU)", one["rows"]) for one in found.values() if report.has_peer(one["rows"])
+    ]
     gpus = gpu_summary.sessions(results)
     for name, calls in gpus.items():
-        rows += [report.answer(f"{heading}, {_gpu_name(calls, name)}", table)
+        rows += [report.answer(f"{heading} ({_gpu_name(calls, name)})", table)
                  for heading, (_, table) in gpu_summary.compared_tables(calls).items() if report.has_peer(table)]  # fmt: skip
     lines += [*answer_table(rows), "", _measured(results), ""]
     lines += ["A peer is another way to the same result: PyTorch itself, TRL, Liger, Cut Cross-Entropy. [How it is measured]"
@@ -260,14 +262,15 @@ def page(results: Path = RESULTS) -> str:
     for one in found.values():
         if summary := report.restored(one).summary(one["rows"]):
             lines.append(f"* **{_title(one)}.** {summary}")
-    lines += ["", f"## {BEHIND}", "", f"{_behind(results)}.", ""]
-    lines += [f"* {sentence}" for _, everything in _places(results) for sentence in below_one(everything)]
     lines += ["", "## Charts", ""]
     shown = [f"{name}.svg" for name in (*QUESTIONS, *gpus)]
     for file in (file for file in shown if file in drawings(results)):
         stem = file.removesuffix(".svg")
         title = _title(found[stem]) + ", CPU" if stem in found else _gpu_name(gpus[stem], stem)
         lines += [f"![{title}](charts/{file})", ""]
+    lines += [f"## {BEHIND}", "", f"{_behind(results)}.", ""]
+    lines += [f"* {sentence}" for _, everything in _places(results) for sentence in below_one(everything)]
+    lines.append("")
     lines += [f"## Tables: {report.place(found['logits_path']['machine'])}", ""]
     for name in QUESTIONS:
         if name in found:

@@ -327,7 +327,7 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 def markdown(result: Result, machine: dict[str, Any], chart: str | None = None) -> str:
     """The result as a page; chart: its picture's file name."""
-    lines = [f"# {result.question}", "", *answer_table([answer(_short(result.question), result.rows)]), ""]
+    lines = [f"# {result.question}", "", *answer_table([answer(result.question, result.rows)]), ""]
     if summary := result.summary(result.rows):
         lines += [summary, ""]
     lines += [f"Measured on {machine_line(machine)}.", ""]
@@ -394,7 +394,7 @@ def write_index(folder: Path) -> None:
     machine = next(iter(results.values()))["machine"]
     lines = [f"# {machine.get('gpu') or machine['cpu']}", ""]
     lines += [
-        *answer_table(answer(f"[{_short(one['question'])}]({name}.md)", one["rows"]) for name, one in results.items()),
+        *answer_table(answer(f"[{one['question']}]({name}.md)", one["rows"]) for name, one in results.items()),
         "",
     ]
     lines += [f"Measured on {machine_line(machine)}."]

@@ -101,7 +101,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return f"Against torch's library the native products reach {listed(parts)}."
 
 
-RESULT = partial(Result, "products", "Matrix products: the linear path's, on a CPU", COLUMNS, summary=summary)
+RESULT = partial(Result, "products", "Matrix products: those of the linear path", COLUMNS, summary=summary)
 
 
 @pytest.fixture(scope="module")

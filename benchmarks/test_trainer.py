@@ -108,7 +108,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 RESULT = partial(
     Result,
     "trainer",
-    "Trainer: SmolLM2-135M, tokens per second in training (padding not counted), and peak memory of the process",
+    "Trainer: training steps of SmolLM2-135M, padding not counted, and peak memory of the process",
     COLUMNS,
     details=DETAILS,
     floor="the time of a step's matrix products and attention alone",

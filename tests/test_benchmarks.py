@@ -380,8 +380,8 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     # A line for each method as it goes, and the headline is the last line of all.
     before, _, after = done.stdout.partition("= Summary =")
     for line in ("logits_path: eager: first call", "logits_path: ours_inplace: ", "statistics: entropy: "):
-        assert f"\n  {line}" in before
-        assert f"\n  {line}" not in after
+        assert f"  {line}" in before
+        assert f"  {line}" not in after
     assert done.stdout.splitlines()[-1].startswith("dpo_kernels is behind the best peer in ")
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "logits_path.json").read_text())
