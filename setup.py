@@ -1,11 +1,11 @@
-"""Builds the native libraries while the package is installed, where a compiler and torch are in sight.
+"""Builds the native libraries during installation, if a compiler and torch are available.
 
-Nothing here can fail an installation: a library that could not be built is compiled on first use (see
-dpo_kernels/_build.py), or another backend serves. No network is touched. Which libraries are built says
-`installed_libraries` there.
+A failed build does not fail the installation: the library is then compiled on first use (see dpo_kernels/_build.py), or
+another backend serves. `installed_libraries` in that file chooses the libraries to build. No network is used.
 
-DPO_KERNELS_WHEEL says what a wheel carries (`make dist`), and then a library that cannot be built is an error:
-"any" no library, "cpu" the CPU's, "cuda" the CUDA library too, for every architecture, under a local version such as +cu13.
+`make dist` sets DPO_KERNELS_WHEEL to the contents of a wheel. A library that cannot be built is then an error.
+"any": no library. "cpu": the CPU library. "cuda": the CPU library and the CUDA library for every architecture, with a local
+version such as +cu13.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ if WHEEL and WHEEL not in WHEELS:
 
 
 def load_recipe(package: Path):
-    """dpo_kernels/_build.py by its path: importing the package would need torch."""
+    """Import dpo_kernels/_build.py by its path, because importing the package needs torch."""
     spec = importlib.util.spec_from_file_location("_build", package / "_build.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
@@ -36,7 +36,7 @@ def load_recipe(package: Path):
 
 
 def local_version() -> str:
-    """+cu13 for a wheel with a CUDA library: its runtime, which is linked statically, is of that release."""
+    """The local version of a wheel with a CUDA library, such as +cu13, from the release of the statically linked runtime."""
     if WHEEL != "cuda":
         return ""
     nvcc = load_recipe(ROOT / "dpo_kernels").nvcc_compiler()
@@ -45,7 +45,7 @@ def local_version() -> str:
 
 
 class BuildWithKernels(build_py):
-    """Copies the Python files, then compiles the libraries beside them (into the checkout, for an editable install)."""
+    """Copies the Python files, then compiles the libraries into the same folder (the checkout, for an editable install)."""
 
     def run(self):
         super().run()
@@ -64,7 +64,7 @@ class BuildWithKernels(build_py):
             if target.is_file():
                 continue
             ready = ROOT / "dpo_kernels" / target.name
-            if ready.is_file():  # compiled into the checkout before, from the same sources
+            if ready.is_file():  # already compiled in the checkout, from the same sources
                 shutil.copy2(ready, target)
                 continue
             try:
@@ -76,13 +76,15 @@ class BuildWithKernels(build_py):
 
 
 class TaggedWheel(bdist_wheel):
-    """A wheel that carries a library is for this platform, and for every Python 3: no Python header is used."""
+    """Tags a wheel that contains a library for this platform and every Python 3, because no Python header is used."""
 
     def run(self):
         self.run_command("build")
         if any((Path(self.get_finalized_command("build_py").build_lib) / "dpo_kernels").glob("_*.so")):
             self.root_is_pure = False
-            self.distribution.has_ext_modules = lambda: True  # so that the package goes where platform files go
+            self.distribution.has_ext_modules = lambda: (
+                True
+            )  # installs the package into the folder for platform-specific files
         super().run()
 
     def get_tag(self):

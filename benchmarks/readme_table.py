@@ -179,9 +179,9 @@ def render(results: Path = RESULTS) -> str:
         if narrow or theme == "dark"
     )
     image = f'<img src="docs/charts/{_peers_file("light", False)}" alt="{alternative(panels)}">'
-    lines = [f"<picture>{sources}{image}</picture>", "", _measured(results), "", *answer_table(_answers(results)), ""]
+    lines = [f"<picture>{sources}{image}</picture>", "", *answer_table(_answers(results)), ""]
     more = f"All tables, and every reason: [docs/performance.md](docs/performance.md#{_anchor(BEHIND)})."
-    return "\n".join([*lines, f"{_behind(results)}. {more}"])
+    return "\n".join([*lines, f"{_measured(results)} {_behind(results)}. {more}"])
 
 
 def _anchor(heading: str) -> str:

@@ -137,24 +137,35 @@ INTRODUCTION = """\
 <!-- Written by docs/objectives.py from dpo_kernels/objectives/; edit those. -->
 # Objectives
 
-Every objective is a function of a few numbers per pair, so all of them run on the same kernels, from logits or from hidden
+This page lists every objective (loss of a pair): when to use it, and below its formula, picture and source.
+
+Every objective is a function of a few numbers per pair. So all of them run on the same kernels, from logits or from hidden
 states, and any of them can be mixed:
 
 ```python
+import torch
 from dpo_kernels import DPOLoss, dpo_loss, objective
+
+logits, labels = torch.randn(4, 8, 100, requires_grad=True), torch.randint(0, 100, (4, 8))
+ref_logits = torch.randn(4, 8, 100)    # 2 pairs
 
 dpo_loss(logits, labels, ref_logits=ref_logits, loss_type="ipo")
 dpo_loss(logits, labels, loss_type=objective("simpo", gamma=1.0, beta=2.0))
-DPOLoss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1])
-dpo_loss(logits, labels, ref_logits=ref_logits, loss_type=lambda pairs: (1 - pairs.beta * pairs.margins) ** 2)
+
+mixed = DPOLoss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1])
+mixed(logits, labels, ref_logits=ref_logits)
+
+own = lambda pairs: (1 - pairs.beta * pairs.margins) ** 2    # a vector, one loss a pair
+dpo_loss(logits, labels, ref_logits=ref_logits, loss_type=own)
 ```
 
-In a configuration file or on a command line the same is text: `simpo(gamma=1.0, beta=2.0)`. An objective's own `beta` and
+In a configuration file or on the command line, the same is text: `simpo(gamma=1.0, beta=2.0)`. An objective's own `beta` and
 `label_smoothing` override the call's, so that each part of a mix can have its own. `python -m pydoc
 dpo_kernels.objectives` has the rest.
 
-Symbols: `c`, `r` are the log-ratios log pi - log pi_ref of the chosen and the rejected answer (sums over tokens), `x = beta
-(c - r)`, `s` the sigmoid, `e` label_smoothing, `|.|` lengths in tokens (sums of the token weights, where given).
+Symbols of the formulas [below](#plots): `c`, `r` are the log-ratios log pi - log pi_ref of the chosen and the rejected answer
+(sums over tokens), `x = beta (c - r)`, `s` the sigmoid, `e` label_smoothing, `|.|` lengths in tokens (sums of the token weights,
+if there are any).
 "Needs": a *reference* (logits, hidden states or precomputed sums); *neighbours*, when the loss of a pair depends on the rest
 of its batch; *memory*, when a running mean is kept between calls (`DPOLoss` keeps it and saves it in its state_dict; with
 `dpo_loss`, make the objective once and pass it each time). "Typical beta" is where to start.
@@ -164,8 +175,8 @@ DIVERGENCES_TEXT = """\
 ## Divergences
 
 DPO keeps the policy near the reference in reverse KL. f-DPO (Wang et al. 2023, Beyond Reverse KL: Generalizing Direct
-Preference Optimization with Diverse Divergence Constraints) exchanges the divergence: f'(pi / pi_ref) takes the place of
-each log-ratio `u`. It holds where only the difference of the two counts: {able}.
+Preference Optimization with Diverse Divergence Constraints) replaces the divergence: f'(pi / pi_ref) takes the place of
+each log-ratio `u`. It applies to objectives of the difference of the two log-ratios alone: {able}.
 Ask for it with `objective("sigmoid", divergence="js")` or `sigmoid(divergence=js)`. Reported rewards stay log-ratios.
 
 | `divergence` | in the place of `u` |
@@ -176,23 +187,30 @@ Ask for it with `objective("sigmoid", divergence="js")` or `sigmoid(divergence=j
 WEIGHTS_TEXT = """\
 ## Uneven pairs
 
-Some pairs are obvious, others nearly a coin toss. `label_smoothing` and `beta` take one value per pair, and `pair_weights`
-scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer: `weight_from`):
+Some pairs are clear, and the labels of others are nearly random. `label_smoothing` and `beta` take one value per pair, and
+`pair_weights` scales each pair's loss. `dpo_kernels.confidence` makes them from ratings, margins or votes (in the trainer:
+`weight_from`):
 
 ```python
+import torch
+from dpo_kernels import dpo_loss
 from dpo_kernels.confidence import confidence_smoothing, confidence_weights, preference_probability
 
-p = preference_probability(chosen_ratings, rejected_ratings, scale=1.0)      # sigmoid(gap / scale)
-dpo_loss(..., label_smoothing=confidence_smoothing(p))                       # min(1 - p, 0.5): bounds the margin asked for
-dpo_loss(..., pair_weights=confidence_weights(p))                            # (2 p - 1) / mean: doubtful pairs pull less
+logits, labels = torch.randn(4, 8, 100, requires_grad=True), torch.randint(0, 100, (4, 8))    # 2 pairs
+ref_logps = torch.tensor([-40.0, -41.0, -42.0, -39.0])
+p = preference_probability([8.0, 6.0], [3.0, 5.5], scale=1.0)    # of two ratings: sigmoid(gap / scale)
+smoothing = confidence_smoothing(p)    # min(1 - p, 0.5): bounds the margin
+weights = confidence_weights(p)        # (2 p - 1) / mean: doubtful pairs count less
+dpo_loss(logits, labels, ref_logps=ref_logps, label_smoothing=smoothing)
+dpo_loss(logits, labels, ref_logps=ref_logps, pair_weights=weights)
 ```
 
 Answers of different length: `token_weights=length_desensitized_weights(labels, ld_alpha)` counts the longer answer's
 surplus tokens at weight `ld_alpha` (Liu et al. 2024, Length Desensitization in Direct Preference Optimization).
 
 `use_weighting=True` weighs each pair by how likely the policy is to have written both answers itself (Zhou et al. 2024, WPO:
-Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data count less. Its log sum of squared
-probabilities is one more sum of the pass that finds the log-probabilities; `linear_logps` returns it as `"log_sum_sq"`.
+Enhancing RLHF with Weighted Preference Optimization, eq. 2): off-policy data count less. The log sum of squared
+probabilities that it needs comes from the pass that finds the log-probabilities; `linear_logps` returns it as `"log_sum_sq"`.
 
 ## Staying near the reference
 
@@ -217,8 +235,7 @@ def _needs(info: ObjectiveInfo) -> str:
 def _row(info: ObjectiveInfo) -> str:
     parameters = ", ".join(f"`{p.name}={p.default:g}`" for p in info.parameters) or "none"
     smoothing = "no" if info.smoothing_range is None else str(info.smoothing_range)
-    formula = info.formula.replace("|", r"\|")
-    cells = [f"[{info.name}](#{info.name})", f"`{formula}`", info.use, _needs(info), smoothing, parameters]
+    cells = [f"[{info.name}](#{info.name})", info.use, _needs(info), smoothing, parameters]
     return "| " + " | ".join([*cells, f"{info.typical_beta:g}"]) + " |"
 
 
@@ -232,14 +249,15 @@ def _section(info: ObjectiveInfo) -> str:
 def render() -> dict[str, str]:
     """Every generated file's text, by its path under docs/."""
     rows = list(OBJECTIVES.values())
-    head = "| name | loss of a pair | when to use it | needs | label smoothing | own parameters | typical beta |"
-    table = "\n".join([head, "|---" * 7 + "|", *map(_row, rows)])
+    head = "| name | when to use it | needs | label smoothing | own parameters | typical beta |"
+    table = "\n".join([head, "|---" * 6 + "|", *map(_row, rows)])
     able = ", ".join(f"`{row.name}`" for row in rows if row.divergence)
     divergences = "\n".join(f"| `{name}` | `{formula}` |" for name, formula in DIVERGENCE_FORMULAS.items())
     plots = (
-        "## Plots\n\nLoss and gradient of a pair against beta times its margin: log-ratios `+x/2` and `-x/2` under a "
-        "reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and KLs at 0. Green: "
-        "derivative by log pi(chosen), red: by log pi(rejected); a negative one is pushed up. Dashed: label smoothing 0.1."
+        "## Plots\n\nThe pictures show loss and gradient of a pair against beta times its margin: log-ratios `+x/2` and "
+        "`-x/2` under a reference log-probability of -4, one token, beta = 1, defaults, a batch of one, running means and "
+        "KLs at 0.\nGreen: derivative by log pi(chosen). Red: by log pi(rejected). Where a derivative is negative, training "
+        "raises the log-probability. Dashed: label smoothing 0.1."
     )
     page = [INTRODUCTION, table, "", DIVERGENCES_TEXT.format(able=able, rows=divergences), WEIGHTS_TEXT, plots, ""]
     files = {"objectives.md": "\n".join([*page, *map(_section, rows)])}

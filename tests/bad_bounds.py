@@ -1,7 +1,7 @@
-"""Device `cu_seqlens` that no host can check without waiting for the GPU, and what they mean in every backend.
+"""Invalid `cu_seqlens` on a device, which the host cannot check without waiting for the GPU.
 
-Every bound is clamped into [0, N], and a sequence whose end is not after its begin is empty. Sequences that overlap read
-the same tokens: each sum is the sum over the sequence's own clamped span. Nothing is read or written out of bounds.
+Every backend treats them alike: each bound is clamped into [0, N], and a sequence whose end is not after its begin is empty.
+If sequences overlap, each sum is taken over the sequence's own clamped span. Nothing is read or written out of bounds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def bad_bounds(tokens: int) -> list[tuple[str, list[int]]]:
-    """(name, cu_seqlens) of four sequences (two pairs) over `tokens` >= 8 tokens; each breaks the rules in its own way."""
+    """(name, cu_seqlens) of four sequences (two pairs) over `tokens` >= 8 tokens; each is invalid in another way."""
     n, quarter = tokens, tokens // 4
     return [
         ("negative first bound", [-n, quarter, 2 * quarter, 3 * quarter, n]),
@@ -30,7 +30,7 @@ def bad_bounds(tokens: int) -> list[tuple[str, list[int]]]:
 
 
 def clamped_spans(bounds: list[int], tokens: int) -> list[tuple[int, int]]:
-    """[begin, end) of each sequence under the common meaning; (0, 0) where it is empty."""
+    """[begin, end) of each sequence after clamping; (0, 0) if it is empty."""
     clamped = [min(max(bound, 0), tokens) for bound in bounds]
     return [(b, e) if b < e else (0, 0) for b, e in itertools.pairwise(clamped)]
 

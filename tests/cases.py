@@ -1,8 +1,8 @@
 """The operator table: the inputs on which every backend must equal the float64 reference.
 
-Sizes are chosen around the kernels' seams: a vocabulary below, at and just past one vector, one tile and one 2,048-logit
+Sizes are chosen around the kernels' boundaries: vocabularies below, at and just past one vector, one tile and one 2,048-logit
 block; odd vocabularies, whose rows start unaligned; single-token and empty sequences. They are small because the Triton
-interpreter runs them too; tests/test_large.py has the real vocabularies.
+interpreter runs them too. tests/test_large.py tests real vocabularies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Case:
 
 
 def loss_of(logits: Tensor, labels: Tensor, **keywords: Any) -> DPOOutput:
-    """`dpo_loss`, against a uniform reference (sums of 0) where the test brings none: most tests do not care."""
+    """`dpo_loss`, with reference sums of 0 unless the test gives a reference."""
     if "ref_logits" not in keywords and "ref_logps" not in keywords:
         cu_seqlens = keywords.get("cu_seqlens")
         sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
@@ -55,7 +55,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Random inputs of a case: prompts and padding ignored, one sequence empty where the batch is large enough."""
+    """Random inputs of a case, with ignored prompts and padding, and one empty sequence if the batch is large enough."""
     g = torch.Generator().manual_seed(seed)
     sequences, length = 2 * case.pairs, case.length
     lengths = torch.randint(1, length + 1, (sequences,), generator=g)

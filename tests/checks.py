@@ -1,13 +1,13 @@
-"""The gradient checks, in a form that can fail.
+"""Strict gradient checks.
 
-Why so strict: in this field's usual recipes (one flat tolerance, or one norm over the whole tensor) a gradient whose
-non-label entries are all zero passes, since each of them is about 1/V. So here
-  * truth is float64,
-  * the label's entry and all other entries of a row are compared apart, each relative to its own norm,
-  * every row is compared alone,
+With the usual checks (one flat tolerance, or one norm over the whole tensor), a gradient passes even if all of its non-label
+entries are zero, because each of them is about 1/V. So here
+  * the true gradient is computed in float64,
+  * the label's entry and the other entries of a row are compared separately, each relative to its own norm,
+  * every row is compared separately,
   * rows without weight must be exactly zero,
-  * the budget is a stated multiple of what eager PyTorch loses in the same dtype on the same rows.
-tests/test_the_tests.py plants faults and requires each to be caught.
+  * the error budget is a multiple (BUDGET) of eager PyTorch's error in the same dtype on the same rows.
+tests/test_the_tests.py plants faults and requires that each is caught.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Our error may be this multiple of eager's, on the label entries and on the others. The CPU kernels stay under 1; the
-#: GPU kernels fold log2(e) into the subtraction of the maximum, one instruction a logit less for up to 2.5 times eager's
-#: rounding.
+#: Our error may be this multiple of eager's, on the label entries and on the other entries. The CPU kernels stay below 1.
+#: The GPU kernels fold log2(e) into the subtraction of the maximum. This saves one instruction per logit and makes the
+#: rounding error up to 2.5 times eager's.
 BUDGET = 3.0
 
 
 @dataclass
 class GradientErrors:
-    """Relative errors per scored row, [rows] each, in float64."""
+    """Relative errors of the scored rows, [rows] each, float64."""
 
     label: Tensor
     others: Tensor
@@ -51,24 +51,25 @@ def row_errors(grad: Tensor, truth: Tensor, labels: Tensor, ignore_index: int = 
 
 
 def check_gradient(grad: Tensor, truth: Tensor, eager: Tensor, labels: Tensor, ignore_index: int = -100) -> None:
-    """Assert that `grad` is no further from the float64 `truth` than BUDGET times `eager` (same dtype), row by row.
+    """Assert that no row of `grad` has more than BUDGET times the error of `eager`, both against the float64 `truth`.
 
-    eager: the textbook gradient in the dtype of `grad`. A row's budget takes the worst row of eager, because one row's
-    rounding is luck; half a unit in the last place of the stored dtype is granted for entries that eager happens to hit.
+    eager: the textbook gradient in the dtype of `grad`. The budget of every row is based on eager's worst row, because the
+    rounding of a single row is random. It allows at least the rounding of the stored dtype, for entries that eager happens
+    to have exactly right.
     """
     assert grad.dtype == eager.dtype, f"gradient dtype {grad.dtype}, expected {eager.dtype}"
     assert grad.shape == truth.shape, f"gradient shape {tuple(grad.shape)}, expected {tuple(truth.shape)}"
     ours, theirs = row_errors(grad, truth, labels, ignore_index), row_errors(eager, truth, labels, ignore_index)
-    # bfloat16 and float16 round each entry once; float32 entries pass through a handful of operations.
+    # bfloat16 and float16 round each entry once; float32 entries are rounded by several operations.
     rounding = torch.finfo(grad.dtype).eps
     for part in ("label", "others"):
         mine, other = getattr(ours, part), getattr(theirs, part)
         if mine.numel() == 0:
             continue
-        # float64 eager is the truth itself, with error 0; ours may differ from it by a libm's last bits.
+        # In float64, eager is the truth itself, with error 0. Ours may differ by the last bits of the math library.
         floor = 1e-13 if grad.dtype == torch.float64 else rounding
         budget = BUDGET * max(float(other.max()), floor)
-        # Never so wide that a fault of a few per cent fits in.
+        # A fault of a few per cent must never fit into the budget.
         budget = min(budget, 0.02)
         worst = int(mine.argmax())
         assert float(mine[worst]) <= budget, (

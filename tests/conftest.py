@@ -1,4 +1,4 @@
-"""Shared set-up of the tests: which backends this machine can run, and one thread for reproducible timing of the suite."""
+"""Shared set-up of the tests: the backends that this machine can run, and one thread for a reproducible duration."""
 
 import os
 from collections.abc import Callable
@@ -21,9 +21,9 @@ BACKENDS = [name for name in backends.NAMES if backends.why_not(name, DEVICE) is
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take `backend` run on every backend that can serve here; test_backends.py holds which must.
+    """Run tests that take `backend` on every backend available here; test_backends.py checks which must be available.
 
-    In a module with a fixture `emulated` they run on the CUDA sources as well.
+    In a module with a fixture `emulated`, the tests also run on the emulated CUDA sources.
     """
     if "backend" in metafunc.fixturenames:
         emulated = ["cuda"] if hasattr(metafunc.module, "emulated") and "cuda" not in BACKENDS else []
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def same_random_numbers_every_time() -> None:
-    """A test that draws without a generator of its own draws the same in every run and order."""
+    """Seed the global generators, so that a test draws the same random numbers in every run and order."""
     torch.manual_seed(0)
 
 
@@ -43,7 +43,7 @@ def device() -> torch.device:
 
 
 def built_once(name: str, variant: str, build: Callable[[Path], None]) -> Path:
-    """A library that takes long to compile: once for all processes of a run, and kept until a source changes."""
+    """Compile a slow library once for all processes of a run, and keep it until a source changes."""
     target = _build.cache_folder() / _build.library_path(name, variant).name
     _build.make_private(target.parent)
     _build.check_private(target)
@@ -55,7 +55,7 @@ def built_once(name: str, variant: str, build: Callable[[Path], None]) -> Path:
 
 @pytest.fixture(scope="session")
 def cuda_library() -> Path:
-    """The CUDA library for every architecture of the default. No GPU is needed, but nvcc is."""
+    """The CUDA library for all default architectures. This needs nvcc but no GPU."""
     installed = _build.library_path("cuda")
     if installed.is_file():
         return installed

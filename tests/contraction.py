@@ -1,7 +1,8 @@
-"""Triton's interpreter with the licence of a compiler: a product that feeds a sum joins it in one fused multiply-add.
+"""Makes Triton's interpreter contract products and sums into fused multiply-adds, as a compiler may.
 
-Compiled code keeps such a product exact where the interpreter rounds it. A kernel must be right under both readings: on a GPU
-`c - m * scale` with c = m * scale rounded earlier is not 0 but what rounding dropped, and 2 to the power of that may be inf.
+A fused multiply-add keeps the product exact, while the interpreter rounds it. A kernel must be right in both cases. For
+example, on a GPU `c - m * scale` with an earlier rounded c = m * scale is not 0 but the rounding error, and 2 to the power of
+it may be inf.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-#: Reshape an operand without computing: what compilers look through.
+#: Operations that only reshape an operand. A compiler contracts across them.
 _LAYOUT = ("create_expand_dims", "create_broadcast", "create_reshape", "create_splat", "create_unsplat")
 
 
@@ -24,9 +25,9 @@ def _wide(handle: Any) -> Any:
 
 @contextlib.contextmanager
 def fused_products(first: str = "left") -> Iterator[None]:
-    """Inside the block, floating-point sums take one of the products they are made of unrounded.
+    """A context in which a floating-point sum uses one of its products unrounded.
 
-    first: "left" or "right", which operand's product joins where both are products.
+    first: "left" or "right", the operand that stays unrounded if both are products.
     """
     builder = interpreter.InterpreterBuilder
     names = ("create_fmul", "create_fadd", "create_fsub", *(name for name in _LAYOUT if hasattr(builder, name)))
@@ -54,7 +55,7 @@ def fused_products(first: str = "left") -> Iterator[None]:
             result = original[name](self, *arguments)
             source = arguments[1] if name == "create_splat" else arguments[0]
             if hasattr(source, "product"):
-                # Where each element comes from, by the same operation on the elements' numbers.
+                # Apply the same operation to the elements' indices, to find where each element comes from.
                 place = np.arange(source.data.size, dtype=np.int32).reshape(source.data.shape)
                 numbers = interpreter.TensorHandle(place, tl.int32)
                 moved = original[name](self, *(numbers if argument is source else argument for argument in arguments))

@@ -1,4 +1,4 @@
-"""A CPU behind the device boundary of benchmarks/gpu_session.py: the same stages, small shapes, a clock without events."""
+"""A CPU in place of the GPU of benchmarks/gpu_session.py: the same stages, small shapes, a clock without CUDA events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.gpu_stages import CudaMachine
 
 
 class CpuMachine(CudaMachine):
-    """What CudaMachine does, on a CPU. Triton's kernels are compiled for an H100, and not launched."""
+    """CudaMachine on a CPU. Triton kernels are compiled for an H100, but not launched."""
 
     device = "cpu"
     backends = ("cpu", "eager")
@@ -48,7 +48,7 @@ class CpuMachine(CudaMachine):
         return "a CPU runs no Triton kernels"
 
     def synchronize(self) -> None:
-        pass  # nothing is under way on a CPU
+        pass  # CPU operations are synchronous
 
     def free_memory(self) -> int:
         return 256 << 20
@@ -80,7 +80,7 @@ class CpuMachine(CudaMachine):
 
 
 class CompilingMachine(CpuMachine):
-    """Its Triton kernels can be recorded and compiled, for an H100, with the alignment of a GPU's tensors."""
+    """A CpuMachine whose Triton kernels can be recorded and compiled for an H100, with the alignment of GPU tensors."""
 
     more_shapes = ()
     step_shapes = ()

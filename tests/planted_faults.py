@@ -1,9 +1,9 @@
-"""Faults as people make them, each with the test that must catch it; test_planted_faults.py plants them.
+"""Realistic faults in the sources, each with the test that must catch it. test_planted_faults.py plants them.
 
-tests/test_the_tests.py plants faults in a gradient and shows what the check sees. Here the sources themselves are wrong, so
-the choice of cases is tested as well: a fault in code that no case reaches is not caught.
+tests/test_the_tests.py plants faults in a gradient to test the gradient check. The faults here are in the sources, so they
+also test the choice of cases: a fault in code that no case reaches is not caught.
 
-Old texts are short formulas that seldom change. Each must occur exactly once in its file.
+The old texts are short formulas that seldom change. Each must occur exactly once in its file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Fault:
 
     Attributes:
         file: path in the repository.
-        old, new: the text and what replaces it.
-        wrong: what goes wrong.
-        test: arguments of pytest that select the test which must fail.
-        always: planted in the tests that always run; the others are slow. Its `test` has no -k, since one process runs the
-            tests of all these without a fault.
+        old, new: the text and its replacement.
+        wrong: the effect of the fault.
+        test: pytest arguments that select the test which must fail.
+        always: whether a test that always runs plants the fault; otherwise a slow test does. With `always`, `test` has no
+            -k, because one process runs the tests of all these faults without a fault.
     """
 
     name: str

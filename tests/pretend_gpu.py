@@ -1,4 +1,4 @@
-"""A pretend GPU: CPU tensors that say they lie on "cuda", and counts of what a real device would be asked to do.
+"""A pretend GPU: CPU tensors that claim to be on "cuda", and counts of the work that a real device would get.
 
     with PretendGPU() as gpu:
         hidden = gpu.tensor(torch.randn(4, 8, 16)).requires_grad_()
@@ -6,18 +6,19 @@
         ...                                   # forward, backward
     assert gpu.syncs == ["tolist"]
 
-Every aten operation runs on the CPU. Triton's kernels run in Triton's interpreter (conftest.py turns it on), so the host code
-that is counted is the code that launches on a real GPU. Counted are
+Every aten operation runs on the CPU. Triton kernels run in Triton's interpreter (conftest.py turns it on), so the counts cover
+the same host code that launches kernels on a real GPU. The counts are
 
-* `syncs`: calls after which the host has waited for the stream, by name: `item`, `bool`, `tolist`, `.cpu()`, `nonzero`,
-  indexing by a mask, `bincount`, `repeat_interleave` without `output_size`, and copies to or from pageable memory;
-* `launches`: operations that start at least one kernel, by name: no views, no allocation, no copy from the host, nothing
-  empty. An aten operation counts once, though some (sort, nonzero) start several kernels; a Triton kernel's name is
-  `triton::` and its own;
-* `bytes`: what aten operations read and write, each tensor once; `bytes_of` gives them by name. Matrix products are in
-  `products`, which holds (name, operands) with the operands' shapes, strides and dtypes. Triton's kernels are not in it.
+* `syncs`: names of calls that make the host wait for the stream: `item`, `bool`, `tolist`, `.cpu()`, `nonzero`, indexing by
+  a mask, `bincount`, `repeat_interleave` without `output_size`, and copies to or from pageable memory.
+* `launches`: names of operations that start at least one kernel. Views, allocations, copies from the host and operations
+  on empty tensors do not count. An aten operation counts once, although some (sort, nonzero) start several kernels. A Triton
+  kernel's name begins with `triton::`.
+* `bytes`: bytes that aten operations read and write, each tensor once; `bytes_of` gives them by name. Matrix products are
+  not included. They are in `products`, as (name, operands) with the operands' shapes, strides and dtypes. Triton kernels
+  are in neither.
 
-A tensor that lies on the CPU is refused beside tensors of the GPU as a real device refuses it.
+An operation on both CPU and GPU tensors is refused, as on a real device.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _OVERWRITES = {"copy_", "zero_", "fill_", "normal_", "uniform_", "random_", "ber
 
 
 class OnGPU(torch.Tensor):
-    """A CPU tensor, `inner`, that says it lies on a GPU. C++ is told the truth: only Python asks for the device."""
+    """A CPU tensor, `inner`, that claims in Python to be on a GPU. C++ code sees the true device."""
 
     inner: Tensor
 
@@ -122,7 +123,7 @@ class PretendGPU(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Set all counts to zero."""
         self.syncs: list[str] = []
         self.launches: list[str] = []
         self.bytes_of: Counter[str] = Counter()
@@ -131,12 +132,12 @@ class PretendGPU(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """Bytes that operations other than matrix products have moved."""
+        """Bytes that operations other than matrix products have read and written."""
         return sum(self.bytes_of.values())
 
     @classmethod
     def active(cls) -> PretendGPU:
-        """The one whose `with` block is being run."""
+        """The pretend GPU whose `with` block is active."""
         if cls._active is None:
             raise RuntimeError("a pretend GPU's tensor outlived its `with PretendGPU()` block")
         return cls._active
@@ -147,7 +148,7 @@ class PretendGPU(TorchDispatchMode):
 
     def __enter__(self) -> PretendGPU:
         if self._depth == 0:
-            # torch.tensor(list, device=...) makes a CPU tensor and copies it; with this the copy is an operation like others.
+            # torch.tensor(list, device=...) makes a CPU tensor and copies it. With this setting the copy is dispatched.
             torch._C._set_only_lift_cpu_tensors(True)
             PretendGPU._active = self
             cuda = {
@@ -167,7 +168,7 @@ class PretendGPU(TorchDispatchMode):
                 "synchronize": lambda *_: self.syncs.append("synchronize"),
             }
             self._patches = [mock.patch.object(torch.cuda, name, value) for name, value in cuda.items()]
-            # The self-check of a first use is not what is counted.
+            # The self-check at the first use must not be counted.
             self._patches.append(mock.patch.dict(os.environ, {"DPO_KERNELS_SELFCHECK": "0"}))
             launch = sys.modules.get("dpo_kernels.backends.triton.launch")
             if launch is None:
@@ -195,9 +196,9 @@ class PretendGPU(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One operation: executed on the CPU, counted if it concerns the GPU."""
+        """Run one operation on the CPU, and count it if it involves the GPU."""
         if func.namespace == "dpo_kernels":
-            # Ours are made of Python: look inside.
+            # Our operators are Python code: count the operations that they call.
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         name = func._schema.name.partition("::")[2]
@@ -205,8 +206,8 @@ class PretendGPU(TorchDispatchMode):
         mine = [value for value in flat if isinstance(value, OnGPU)]
         device = kwargs.get("device")
         device = None if device is None else torch.device(device)
-        # Autograd, which is C++, asks for copies on the CPU where a tensor of the GPU is to stay there; Python's own `.cpu()`
-        # and `.to("cpu")` never come here.
+        # Autograd's C++ code sees CPU tensors and so requests CPU copies of GPU tensors; they must stay on the GPU. Python's
+        # `.cpu()` and `.to("cpu")` are not dispatched here.
         on_gpu = bool(mine) or (device is not None and device.type == "cuda") or (not flat and _autograd_asks())
         if device is not None and device.type == "cuda":
             kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -229,7 +230,7 @@ class PretendGPU(TorchDispatchMode):
         return self._wrapped(func, args, kwargs, out)
 
     def _wrapped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        # What an operation mutates and returns is the same tensor, not another one with the same values.
+        # If an operation mutates and returns an argument, return the same tensor object.
         known = {id(value.inner): value for value in tree_flatten((args, kwargs))[0] if isinstance(value, OnGPU)}
         return tree_map_only(Tensor, lambda value: known[id(value)] if id(value) in known else OnGPU(value), out)
 
@@ -307,7 +308,7 @@ class PretendGPU(TorchDispatchMode):
 
 
 def _autograd_asks() -> bool:
-    """Whether autograd's C++ asks for a tensor, zeros for a gradient that is missing, which it believes to be the CPU's."""
+    """Whether autograd's C++ code creates a tensor (zeros for a missing gradient), which it believes to be on the CPU."""
     frame = sys._getframe(2)
     while frame.f_back is not None and (
         frame.f_code.co_filename == __file__ or frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py"))
@@ -317,7 +318,7 @@ def _autograd_asks() -> bool:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the elements that are there: an expanded dimension is read once."""
+    """Bytes of the elements in memory; an expanded dimension counts once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or not size else 1
@@ -325,7 +326,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _widened_product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A product of 16-bit matrices whose result is wider, which a CPU does not have: `torch.mm(a, b, out_dtype=...)`."""
+    """`torch.mm(a, b, out_dtype=...)` of 16-bit matrices with a wider result, which torch does not support on a CPU."""
     *tensors, dtype = args
     *base, a, b = tensors
     found = torch.mm(a.to(dtype), b.to(dtype))

@@ -1,4 +1,4 @@
-"""Which backend serves what: the expected ones are here, a missing one says why, and the library builds on first use."""
+"""Backends: the expected ones are available, a missing one reports why, and the library is compiled on first use."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ print("served by", backends.resolve("cpu", torch.float32))
 
 
 def run_fresh(tmp_path, path=None, code=SCRIPT, **environment):
-    """A new interpreter on a copy of the package without its built libraries, so that the first use must build."""
+    """Run code in a new interpreter on a copy of the package without compiled libraries, so that the first use compiles."""
     copy = tmp_path / "site"
     if not copy.exists():
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
@@ -42,7 +42,7 @@ def run_fresh(tmp_path, path=None, code=SCRIPT, **environment):
 
 
 def test_every_backend_that_this_machine_can_run_is_tested():
-    """A backend must not drop out of the suite unnoticed."""
+    """The suite must not skip a backend unnoticed."""
     expected = {"eager"}
     if torch.cuda.is_available():
         expected |= {"triton", "cuda"}
@@ -73,7 +73,7 @@ def test_a_backend_that_cannot_serve_says_why():
 
 
 def test_a_backend_is_asked_only_when_those_before_it_do_not_serve(monkeypatch):
-    """To ask the cuda backend may compile its library for minutes, which a GPU that Triton serves must not wait for."""
+    """Asking the cuda backend may compile its library for minutes. A GPU that Triton serves must not wait for this."""
     asked = []
 
     def attempt(name, device_type):
@@ -86,7 +86,7 @@ def test_a_backend_is_asked_only_when_those_before_it_do_not_serve(monkeypatch):
 
 
 def test_a_backend_whose_import_fails_in_any_way_is_not_used(monkeypatch):
-    """An old Triton lacks attributes that the kernels ask for when they are imported."""
+    """An old Triton lacks attributes that the kernels use on import."""
 
     def fail(name):
         raise AttributeError("module 'triton' has no attribute 'knobs'")
@@ -108,7 +108,7 @@ def test_first_use_compiles_into_the_cache_in_one_line_and_the_next_is_silent(tm
     assert "served by cpu" in second.stdout
     assert second.stderr == ""
 
-    # Without a compiler, with JIT off: eager serves, and the reason is said once. (The cache is emptied first.)
+    # Without a compiler or with JIT off, eager serves and the reason is printed once. (The cache is emptied first.)
     built[0].unlink()
     for environment, reason in (
         ({"path": str(Path(sys.executable).parent), "CXX": ""}, "no C++ compiler found"),
@@ -124,7 +124,7 @@ def test_first_use_compiles_into_the_cache_in_one_line_and_the_next_is_silent(tm
 
 
 def cached_library(tmp_path, monkeypatch) -> Path:
-    """A file under the name that `find_or_build` looks for in a cache of its own, as the library lies there."""
+    """A file in a separate cache folder, under the name that `find_or_build` looks for."""
     monkeypatch.setenv("DPO_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(_build, "library_path", lambda name, variant="": tmp_path / "package" / f"_{name}{variant}.so")
     found = _build.find_or_build("cpu", lambda target: target.write_bytes(b""), lambda line: None)
@@ -214,7 +214,7 @@ def test_report_names_every_backend_and_its_reason(tmp_path):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_numbers(isa, tmp_path):
-    """The dispatch is fixed at start-up, so each set gets an interpreter of its own."""
+    """The instruction set is chosen at start-up, so each set gets its own interpreter."""
     code = """
 import torch
 from dpo_kernels import reference, dpo_loss
@@ -244,13 +244,13 @@ print("runs", cpu.instruction_set())
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # A CPU without the set runs the widest one that it has, never an illegal instruction.
+    # A CPU without this set must use the widest set that it has, never an illegal instruction.
     order = ["baseline", "avx2", "avx512"]
     assert order.index(done.stdout.split()[-1]) <= order.index(isa)
 
 
 def test_sources_travel_with_the_package():
-    """What pyproject ships is what the recipe compiles: every file under csrc has an extension that is listed."""
+    """pyproject.toml must list the extension of every file under csrc, so that all sources are packaged."""
     listed = (ROOT / "pyproject.toml").read_text()
     for path in _build.CSRC.rglob("*"):
         if path.is_file():

@@ -1,7 +1,7 @@
-"""cu_seqlens that nobody can check without waiting for the device: negative, decreasing, overlapping, beyond the tokens.
+"""Invalid cu_seqlens, which cannot be checked without waiting for the device: negative, decreasing, overlapping, too large.
 
-Whatever they say, no kernel leaves its tensors, each sum is over the sequence that stages.rising_bounds names, and a token's
-gradient goes to that sequence alone.
+With any bounds, no kernel reads or writes outside its tensors, each sum is over the sequence that stages.rising_bounds
+defines, and a token's gradient goes only to that sequence.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ TOKENS, VOCAB = 12, 23
 
 
 def rising(bounds):
-    """Each bound within the tokens, and not below the largest before it."""
+    """Each bound clamped to the number of tokens and to at least the largest bound before it."""
     return list(itertools.accumulate((min(max(bound, 0), TOKENS) for bound in bounds), max))
 
 
-#: Bounds as they may come, and what they are taken for.
+#: Bounds as given, and the bounds that are used instead.
 BAD = {name: (bounds, rising(bounds)) for name, bounds in [("right", [0, 3, 6, 9, 12]), *bad_bounds(TOKENS)]}
 assert BAD["one step back: two sequences overlap"][1] == [0, 9, 9, 9, 12]
 
@@ -60,7 +60,7 @@ def test_sums_and_gradients_follow_the_bounds_that_are_meant(case, server):
     logps = logits[0].double().log_softmax(-1).gather(-1, labels[0, :, None])[:, 0]
 
     leaf = logps.clone()[None].requires_grad_()
-    if meant[0] > 0:  # on a CPU such bounds are refused, so the operator is not asked
+    if meant[0] > 0:  # the operator refuses such bounds on a CPU, so call the stages
         stages = backends.load(server, "cpu")
         sums = stages.sequence_sums(leaf.detach(), weights, bounds)
         grads = stages_contract.spread(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), weights, bounds)
@@ -76,7 +76,7 @@ def test_sums_and_gradients_follow_the_bounds_that_are_meant(case, server):
 
 
 class _Guarded:
-    """Tensors that lie between guards, so that a write beyond one of them is seen."""
+    """Tensors between guard elements, so that a write out of bounds is detected."""
 
     def __init__(self):
         self.whole = []
@@ -100,7 +100,7 @@ class _Guarded:
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("case", BAD)
 def test_triton_stays_inside_its_tensors_whatever_the_bounds(case, long, monkeypatch):
-    """The kernels alone, without stages.rising_bounds before them. Around the weights lie ones, so tokens beyond would count."""
+    """The kernels without stages.rising_bounds. The guards around the weights are ones, so a token out of bounds would count."""
     stage = sys.modules["dpo_kernels.backends.triton.preference_loss"]
     triton_backend = backends.load("triton", "cpu")
     monkeypatch.setattr(stage, "LONG", 0 if long else 1 << 20)
@@ -109,17 +109,22 @@ def test_triton_stays_inside_its_tensors_whatever_the_bounds(case, long, monkeyp
     weights = guarded.place(torch.ones(1, TOKENS, dtype=torch.float64), 1.0)
     plain = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda like: guarded.place(plain(like).zero_(), 0.0))
-    bounds = [max(min(bound, 3000), -3000) for bound in BAD[case][0]]  # so that old code meets the guards, not a fault
+    bounds = [
+        max(min(bound, 3000), -3000) for bound in BAD[case][0]
+    ]  # so that wrong code hits the guards, not unmapped memory
     sums = triton_backend.sequence_sums(values, weights, torch.tensor(bounds))
     assert guarded.intact()
     filled = sorted(span for span in clamped_spans(bounds, TOKENS) if span[0] < span[1])
     if all(one[1] <= two[0] for one, two in itertools.pairwise(filled)):
         assert sums.tolist() == clamped_sums(values, weights, bounds).tolist()
-    # Spans that overlap share scratch: rising_bounds keeps them from the kernels.
+    # Overlapping spans would share scratch memory. rising_bounds ensures that the kernels never get them.
 
 
 def test_metrics_raise_where_bounds_on_a_device_were_wrong():
-    """On an accelerator nobody waits to look at them; metrics() waits anyway. (The check is called as the batch builds it.)"""
+    """A call on an accelerator does not wait to check bounds; metrics() synchronises anyway and checks them.
+
+    The test calls the check that the batch builds.
+    """
     logits, labels, bounds = torch.randn(1, 6, VOCAB), torch.zeros(1, 6, dtype=torch.int64), torch.tensor([0, 5, 9])
     risen = stages_contract.rising_bounds(bounds, 6)
     batch = arguments.Batch(logits, VOCAB, labels, None, risen, -100, "triton", bounds)

@@ -107,7 +107,7 @@ def test_the_table_is_arithmetic_on_the_times():
 
 
 def test_every_variable_is_in_the_table():
-    """docs/environment.md has one line for each variable of ours that any source reads."""
+    """docs/environment.md has one line for each of our variables that a source file reads."""
     root = Path(__file__).resolve().parent.parent
     sources = [
         path for folder in ("dpo_kernels", "csrc", "python", "benchmarks") for path in (root / folder).rglob("*.*")

@@ -1,4 +1,4 @@
-"""The operators inside PyTorch's machinery: opcheck, torch.compile without graph breaks, dynamic shapes."""
+"""The operators under opcheck, under torch.compile without graph breaks, and with dynamic shapes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ _ops = torch.ops.dpo_kernels
 
 
 def op_arguments(backend, device):
-    """One call of every operator, with and without its optional tensors."""
+    """Arguments of a call of every operator, with and without its optional tensors."""
     z, r = (torch.randn(4, 3, 33, device=device) for _ in range(2))
     y = torch.randint(0, 33, (4, 3), device=device)
     y[1, 1] = -100
@@ -98,7 +98,7 @@ def test_no_recompilation_when_only_the_length_changes(fresh_dynamo, device):
     for length in (4, 5, 6, 9):
         inputs = make_inputs(Case("length", vocab=67, length=length), device)
         compiled(inputs.logits.requires_grad_(), inputs.labels).backward()
-    # One graph for the first shape, one with a symbolic length for all others.
+    # One graph for the first shape, and one with a symbolic length for all later shapes.
     assert counter.frame_count <= 2
 
 

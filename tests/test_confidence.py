@@ -1,4 +1,4 @@
-"""Scores and votes become probabilities, weights and smoothing by the documented formulas; bad evidence is refused."""
+"""Scores and votes are turned into probabilities, weights and smoothing by the documented formulas; bad input is refused."""
 
 import math
 

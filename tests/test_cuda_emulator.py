@@ -1,7 +1,7 @@
-"""The CUDA sources, run on a CPU by tests/cuda_emulator, against the float64 truth of the eager backend.
+"""The CUDA sources, run on a CPU by tests/cuda_emulator, compared with the eager backend in float64.
 
-Budgets: an output may lose at most what eager float32 loses on the same input (the largest error over the batch), plus
-four units of float32 rounding of the value's own size, since eager is sometimes exact by luck on a handful of numbers.
+The error of an output may be at most the error of eager float32 on the same input (the largest over the batch), plus four
+units of float32 rounding relative to the value, because on a few numbers eager may be exact by chance.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cases import CASES, make_inputs
 IGNORE = -100
 PLAIN = Transform()
 NO_KL = ("entropy", "accuracy", "mean_logits", "log_sum_sq")
-# Each compiled variant of the kernel: without squares, and with them alone and beside the others.
+# Each compiled variant of the kernel: without log_sum_sq, with it alone, and with it and other statistics.
 VARIANTS = [
     (),
     STATISTICS,
@@ -51,11 +51,11 @@ SCHEDULES = [
     {"order": Order.REVERSE, "clusters": False},
     {"order": Order.RANDOM, "seed": 1, "resident": 5},
     {"order": Order.RANDOM, "seed": 2, "sm_count": 1},
-    # An H100 that runs PTX of compute_80: the device has clusters, the code has none.
+    # An H100 that runs PTX of compute_80: the device supports clusters, but the code does not use them.
     {"order": Order.FORWARD, "code_arch": 80},
 ]
-# 1: no other logit. 7: no whole 16-byte group. 8, 16: groups only. 33: head, groups and tail. 1000: one partial tile.
-# 5003: odd, so every row starts at another alignment. 16384, 20000: several tiles, a row shared by 256 threads.
+# 1: only the label. 7: no whole 16-byte group. 8, 16: groups only. 33: head, groups and tail. 1000: one partial tile.
+# 5003: odd, so every row starts at a different alignment. 16384, 20000: several tiles, 256 threads for each row.
 VOCABS = [1, 7, 8, 16, 33, 1000, 5003, 16384, 20000]
 
 
@@ -187,7 +187,7 @@ def test_scale_and_softcap(library, dtype, statistics):
     logits, ref, labels = make(6, (2, 2, 1500), dtype, scale=20.0)
     for scale, cap in [(0.25, 0.0), (3.0, 0.0), (1.0, 30.0), (0.5, 5.0)]:
         transform = Transform(scale=scale, softcap=cap)
-        for asked in (statistics, statistics[:-1]):  # with and without squares
+        for asked in (statistics, statistics[:-1]):  # with and without log_sum_sq
             ours = Emulator(library).token_logps(logits, labels, ref, transform, asked)
             assert_within_eager(ours, logits, labels, ref, asked, transform)
 
@@ -202,22 +202,24 @@ def test_strided_views_and_misaligned_references_are_read_in_place(library, dtyp
     views = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
     assert_within_eager(views, logits, labels, ref, statistics)
     wide = torch.full((2, 4, vocab + 5), float("nan"), dtype=dtype)
-    wide[..., 3 : vocab + 3] = whole  # neighbours are NaN: reading one too many would show
+    wide[..., 3 : vocab + 3] = whole  # the values around are NaN, so that a read out of bounds shows
     inside = Emulator(library).token_logps(wide[:, :-1, 3 : vocab + 3], labels, ref, PLAIN, statistics)
     assert_within_eager(inside, logits, labels, ref, statistics)
     assert torch.equal(plain, views)
 
 
 def at_every_offset(row: Tensor, step: int) -> Tensor:
-    """[1, 16, V]: one row sixteen times, the t-th copy beginning step * t elements after a 16-byte boundary."""
+    """[1, 16, V]: sixteen copies of one row; copy t starts step * t elements after a 16-byte boundary."""
     stride = -(-row.numel() // 16) * 16 + 16 + step
-    flat = torch.full((16 * stride,), float("nan"), dtype=row.dtype)  # neighbours are NaN: reading one would show
+    flat = torch.full(
+        (16 * stride,), float("nan"), dtype=row.dtype
+    )  # the values around are NaN, so that a read out of bounds shows
     copies = flat.as_strided((1, 16, row.numel()), (0, stride, 1))
     copies.copy_(row)
     return copies
 
 
-# 33, 1000: a partial tile. 4097, 5003: a last group of one and of three logits. 16391: full tiles and an odd end.
+# 33, 1000: a partial tile. 4097, 5003: a last group of one and of three logits. 16391: full tiles and an incomplete group.
 @pytest.mark.parametrize("vocab", [5, 33, 1000, 4097, 5003, 16391])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_rows_address(library, dtype, vocab):
@@ -243,7 +245,7 @@ def test_bits_do_not_depend_on_the_rows_address(library, dtype, vocab):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_minus_infinity_costs_no_bit_of_the_log_probabilities(library, dtype):
-    """Moments of such rows come from a second look, which must not touch what the first has found."""
+    """The moments of such rows need a second pass, which must not change the result of the first pass."""
     logits, ref, labels = make(17, (2, 3, 9001), dtype)
     for masked in (slice(8900, None), slice(2000, 7000), slice(0, None, 2)):
         x, y = logits.clone(), ref.clone()
@@ -263,7 +265,7 @@ def test_bits_do_not_depend_on_schedule_cluster_neighbours_or_statistics(library
     plain = Emulator(library).token_logps(logits, labels, ref, PLAIN, ())
     for statistics in VARIANTS[1:]:
         first = Emulator(library).token_logps(logits, labels, ref, PLAIN, statistics)
-        # Nor on what else is asked for: a reference computed beforehand still gives rewards of exactly 0.
+        # The bits must not depend on the requested statistics either, so that a precomputed reference gives rewards of 0.
         own = [
             row for row, name in zip(first, token_rows(True, statistics), strict=True) if name in token_rows(True, ())
         ]
@@ -293,10 +295,12 @@ def test_minus_infinity_is_legal_off_the_label(library):
         labels[0, 0] = 5
         others = torch.ones(700, dtype=torch.bool)
         logits[..., 100:300] = float("-inf")
-        ref[..., 200:400] = float("-inf")  # 200:300 both; 300:400 reference only: infinite KL
+        ref[..., 200:400] = float(
+            "-inf"
+        )  # -inf in both at 200:300; in the reference only at 300:400, which makes the KL infinite
         ref[1] = logits[1]  # row 1: same support, finite KL
         labels.copy_(torch.tensor([[5, 50, 450, 699], [0, 99, 300, 600]]))
-        # A row in which the label alone has mass.
+        # In this row only the label has a positive probability.
         others[600] = False
         logits[1, 3, others] = float("-inf")
         ref[1, 3, others] = float("-inf")
@@ -309,7 +313,7 @@ def test_minus_infinity_is_legal_off_the_label(library):
 
 def test_infinite_kl_is_seen_where_the_policys_probability_underflows(library):
     logits, ref = torch.zeros(1, 1, 64), torch.zeros(1, 1, 64)
-    logits[..., 7] = -300.0  # exp(-300) is 0 in float32 and positive in truth
+    logits[..., 7] = -300.0  # exp(-300) is 0 in float32, but truly positive
     ref[..., 7] = float("-inf")
     labels = torch.zeros(1, 1, dtype=torch.int64)
     assert Emulator(library).token_logps(logits, labels, ref, PLAIN, STATISTICS)[7].item() == math.inf
@@ -403,7 +407,7 @@ def test_empty_inputs_launch_nothing(library):
 
 
 def test_rows_lie_further_apart_than_32_bits_count(library):
-    """2^31 elements between the rows: memory that is asked for, but touched only where the rows are."""
+    """2^31 elements between the rows. The memory is allocated, but only the rows are accessed."""
     near, ref, labels = make(15, (2, 1, 700), torch.bfloat16)
     stride = 2**31 + 24
     far = torch.empty(stride + 700, dtype=torch.bfloat16).as_strided((2, 1, 700), (stride, 700, 1))
@@ -446,7 +450,7 @@ def test_preference_loss_against_float64(library, tokens, robust, reference):
     for schedule in SCHEDULES:
         ours = Emulator(library, **schedule).preference_loss(*args)
         for mine, true in zip(ours, eager.preference_loss(*args), strict=True):
-            # The two sum in different orders; each addition may cost half a unit in the last place.
+            # The two sum in different orders. Each addition may have an error of half a unit in the last place.
             assert ((mine - true).abs() <= bound).all()
 
 
@@ -479,7 +483,7 @@ def test_sums_do_not_see_padding(library):
     spread = [torch.zeros(4, 300, dtype=torch.float64) for _ in range(3)]
     for wide, narrow in zip(spread, (logps, refs, weights), strict=True):
         wide[:, ::3] = narrow
-    spread[0][:, 1::3] = float("nan")  # unweighted tokens may hold anything
+    spread[0][:, 1::3] = float("nan")  # tokens of weight 0 may hold anything
     cu = torch.tensor([0, *lengths]).cumsum(0)
     for args in (
         (left[0], left[1], left[2], None),
@@ -492,7 +496,7 @@ def test_sums_do_not_see_padding(library):
     assert torch.equal(sums, right[1])
 
 
-# 1,200 tokens: several steps of the sum, and each of the 256 running sums used more than once.
+# 1,200 tokens need several steps, so that each of the 256 partial sums is used more than once.
 def test_the_sum_of_a_long_sequence_does_not_see_padding(library):
     logps, _, weights = token_values(4, 1, 1200)
     keep = weights[0] != 0
@@ -509,7 +513,7 @@ def test_the_sum_of_a_long_sequence_does_not_see_padding(library):
     ("count", "bounds"), [pytest.param(n, b, id=f"{n}, {name}") for n in (9, 70) for name, b in bad_bounds(n)]
 )
 def test_bad_bounds_are_clamped(library, count, bounds):
-    """A GPU's host cannot look at them."""
+    """The host cannot check bounds on a GPU without waiting for it."""
     logps, refs, weights = token_values(22, 1, count)
     cu = torch.tensor(bounds)
     for schedule in SCHEDULES:
@@ -531,7 +535,7 @@ def gradient(
 
 
 def split_errors(mine: Tensor, truth: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Relative errors of the labels' entries and of all the others, each under its own norm."""
+    """Relative errors of the labels' entries and of all other entries, each relative to its own norm."""
     at_label = torch.zeros(truth.shape, dtype=torch.bool)
     live = labels != IGNORE
     at_label.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), live.unsqueeze(-1))
@@ -542,7 +546,7 @@ def split_errors(mine: Tensor, truth: Tensor, labels: Tensor) -> tuple[float, fl
     return errors[0], errors[1]
 
 
-# Rounding to the output dtype alone costs up to half a unit in the last place; the arithmetic may add as much again.
+# Rounding to the output dtype has an error of up to half a unit in the last place. The arithmetic may add the same again.
 UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -563,7 +567,7 @@ def test_logits_grad_against_float64(library, dtype, vocab):
         out = x if in_place else torch.full_like(logits, float("nan"))
         gradient(Emulator(library, **schedule), x, labels, g, out)
         mine = split_errors(out, truth, labels)
-        # 16-bit subnormals lose more than half a unit, in eager too.
+        # For 16-bit subnormals the relative error is larger, in eager too.
         for part, eager_part in zip(mine, lost, strict=True):
             assert part <= 2 * max(eager_part, UNIT[dtype])
         assert (out[0, 0] == 0).all()
@@ -628,7 +632,7 @@ def test_illegal_labels_and_nan_rows_give_nan_rows(library):
 
 
 def test_label_gradient_when_the_label_is_almost_certain(library):
-    """p(label) - 1 by cancellation would be 0 or 100 % off here."""
+    """Here p(label) - 1 would be 0, or wrong by 100 %, because of cancellation."""
     logits = torch.randn(1, 2, 600, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[4, 599]])
     logits.scatter_(-1, labels.unsqueeze(-1), 25.0)
@@ -645,7 +649,7 @@ def test_label_gradient_when_the_label_is_almost_certain(library):
 def divergence_gradient(
     em: Emulator, logits: Tensor, ref: Tensor, labels: Tensor, out: Tensor, grads: tuple[float | None, float | None]
 ) -> Tensor:
-    """The gradient with g = 0.7 and `grads` of KL(policy || reference) and KL(reference || policy), into out."""
+    """Write the gradient into `out`, for g = 0.7 and gradients `grads` of KL(policy || reference), KL(reference || policy)."""
     *small, ref_logps, ref_max, ref_log_sum, kl = Emulator().token_logps(logits, labels, ref, PLAIN, ("kl",))
     by = [None if g is None else torch.full_like(kl, g) for g in grads]
     token_kl = TokenKL(ref, ref_logps, ref_max, ref_log_sum, kl, *by)
@@ -656,7 +660,7 @@ def divergence_gradient(
 @pytest.mark.parametrize("ref_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_divergences_of_every_dtype_from_every_address_in_and_out_of_place(library, dtype, ref_dtype):
-    """Same bits, whatever the alignment of logits, reference and gradient, and however many blocks share a row."""
+    """The bits do not depend on the alignment of logits, reference and gradient, or on the number of blocks per row."""
     vocab = 9001
     logits, ref, labels = make(34, (1, 3, vocab), dtype)
     ref = ref.to(ref_dtype)
@@ -680,7 +684,7 @@ def test_divergences_of_every_dtype_from_every_address_in_and_out_of_place(libra
 
 
 def test_a_row_without_a_divergence_stands_beside_one_with(library):
-    """-inf under the reference alone: an infinite divergence that nobody asked to differentiate makes no NaN."""
+    """With -inf in the reference only, the divergence is infinite. If it has no gradient, it must not cause NaN."""
     logits, ref, labels = make(35, (1, 2, 70), torch.float32)
     labels[0] = torch.tensor([3, 60])
     ref[0, 0, 9] = float("-inf")
@@ -745,14 +749,14 @@ def test_the_other_tests_of_token_divergences(cuda_backend):
 
 @pytest.fixture
 def dirty_memory():
-    """Fresh memory holds NaN, and integers that are no counts: an output that a kernel forgets is noticed."""
+    """Fill new memory with NaN and invalid integers, so that an output that a kernel does not write is noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 class Call(NamedTuple):
-    """Arguments of `preference_forward`, and what the backward takes of them."""
+    """Arguments of `preference_forward` and of its backward."""
 
     logits: Tensor
     labels: Tensor
@@ -763,7 +767,7 @@ class Call(NamedTuple):
     family: Family
 
     def run(self, stages: object, grad_loss: Tensor | None = None, *, in_place: bool = False) -> tuple[Tensor, ...]:
-        """(tokens, sequences, losses, loss, gradient), by the backend itself or by its stages (stages=None)."""
+        """(tokens, sequences, losses, loss, gradient), from the backend's whole call or from its stages (stages=None)."""
         forward, backward = (
             (cuda.preference_forward, cuda.preference_backward)
             if stages is cuda
@@ -792,7 +796,10 @@ def make_call(
     robust: bool = False,
     transform: Transform = PLAIN,
 ) -> Call:
-    """Sequences with these lengths, chosen ones first. weighted: tokens and pairs; per_pair: beta and smoothing."""
+    """A call with these sequence lengths, chosen sequences first.
+
+    weighted: give tokens and pairs weights. per_pair: give every pair its own beta and smoothing.
+    """
     count, g = len(lengths) // 2, torch.Generator().manual_seed(7)
     logits, ref, labels = make(20, (len(lengths), max(lengths, default=3), vocab), dtype)
     for row, n in enumerate(lengths):
@@ -820,7 +827,7 @@ def make_call(
 
 
 def assert_same(call: Call, **settings: object) -> None:
-    """Bit for bit. (A call's own sum of the losses differs from torch's in the last bit of float64, if at all.)"""
+    """Assert that whole call and stages agree bit by bit. Only the sum of losses may differ, in the last bit of float64."""
     for mine, theirs in zip(call.run(cuda, **settings), call.run(None, **settings), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -847,7 +854,7 @@ def test_a_whole_call_equals_its_stages(cuda_backend, library, dirty_memory, sch
 def test_a_whole_call_without_pairs_or_without_tokens(cuda_backend, dirty_memory, packed, reduction):
     assert_same(make_call([], packed=packed, reduction=reduction, statistics=("entropy",)))
     assert_same(make_call([0] * 4, packed=packed, reduction=reduction, statistics=("entropy",), reference="sums"))
-    if packed:  # tokens, and nobody to own them
+    if packed:  # tokens that belong to no sequence
         call = make_call([2, 3], packed=True, reduction=reduction)
         no_pairs = call.weighting._replace(cu_seqlens=torch.zeros(1, dtype=torch.int64))
         assert_same(call._replace(weighting=no_pairs))
@@ -883,7 +890,7 @@ def test_tokens_outside_every_sequence_count_for_none(cuda_backend, dirty_memory
 
 @pytest.mark.parametrize("bounds", [pytest.param(b, id=name) for name, b in bad_bounds(18)])
 def test_a_whole_call_with_bad_bounds(cuda_backend, dirty_memory, bounds):
-    """Raw, as no caller hands them on, they are clamped; made to rise, the gradient knows each token's one sequence."""
+    """The kernels clamp unchecked bounds, which no caller passes. With rising bounds every token has one sequence."""
     call = make_call([4, 5, 4, 5], packed=True, statistics=("entropy",), weighted=True)
     raw = call._replace(weighting=call.weighting._replace(cu_seqlens=torch.tensor(bounds)))
     for mine, theirs in zip(raw.run(cuda), whole_call.preference_forward(cuda, *raw), strict=False):
@@ -893,7 +900,7 @@ def test_a_whole_call_with_bad_bounds(cuda_backend, dirty_memory, bounds):
 
 
 def test_the_gradient_of_losses_may_be_expanded(cuda_backend, dirty_memory):
-    """As `out.losses.sum().backward()` hands it back: one number in memory for all pairs."""
+    """`out.losses.sum().backward()` passes an expanded gradient: one number in memory for all pairs."""
     call = make_call([3, 1, 4, 2], packed=False, reduction="none")
     assert_same(call, grad_loss=torch.tensor(0.3).expand(2))
     assert_same(call, grad_loss=torch.tensor([0.3, 7.0, 0.0, 7.0])[::2])
@@ -901,7 +908,7 @@ def test_the_gradient_of_losses_may_be_expanded(cuda_backend, dirty_memory):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_launches_of_a_whole_call(cuda_backend, library, packed):
-    """Whatever is asked for; the memset that clears a counter for want of rows is one as well."""
+    """The number of launches does not depend on the request. Without rows, a memset of a counter counts as a launch."""
     em = Emulator(library)  # the operators run the same library, so its counts are theirs
     for lengths in ([3, 1, 4, 2], [0] * 4):
         for options in ({}, {"statistics": STATISTICS, "weighted": True, "per_pair": True, "reduction": "none"}):
@@ -916,7 +923,7 @@ def test_launches_of_a_whole_call(cuda_backend, library, packed):
 
 
 def test_nothing_of_a_call_outlives_it(cuda_backend):
-    """Memory from a CUDA graph's pool would be taken from a later call: torch.compile(mode="reduce-overhead")."""
+    """With torch.compile(mode="reduce-overhead"), later calls reuse memory of the CUDA graph's pool."""
 
     def live() -> set[int]:
         gc.collect()
@@ -928,7 +935,7 @@ def test_nothing_of_a_call_outlives_it(cuda_backend):
     assert live() <= before
 
 
-# The sigmoid family, and an objective that the kernels do not know.
+# The sigmoid family, and an objective that the kernels do not implement.
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo"])
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("bfloat16", "packed", "weights_everywhere", "ref_logps")], ids=str
@@ -936,7 +943,7 @@ def test_nothing_of_a_call_outlives_it(cuda_backend):
 def test_the_public_loss_takes_two_launches_forward_and_one_backward(
     cuda_backend, library, case, loss_type, monkeypatch
 ):
-    """And gives bit for bit what the separate stages give."""
+    """The results equal those of the separate stages bit by bit."""
     inputs = make_inputs(case)
     keywords = dict(inputs.keywords, loss_type=loss_type)
     if loss_type == "ipo":
@@ -956,7 +963,7 @@ def test_the_public_loss_takes_two_launches_forward_and_one_backward(
             forward = em.launches() - before
             out.loss.backward()
             backward = em.launches() - before - forward
-        # Three sums of the report: scored tokens and both statistics, per sequence.
+        # Three sums per sequence for the report: scored tokens and both statistics.
         if loss_type != "ipo":
             assert forward == (3 + 2 if separate else 2)
         else:
@@ -1014,7 +1021,7 @@ def test_a_removed_barrier_in_the_row_kernel_is_noticed():
 
 
 def test_clean_under_address_and_undefined_behaviour_sanitizers():
-    """A reduced table in a process of its own, since AddressSanitizer must be loaded first."""
+    """Runs a reduced table in a separate process, because AddressSanitizer must be loaded first."""
     library = build(sanitize=True)
     runtimes = [
         subprocess.run(
@@ -1031,7 +1038,7 @@ def test_clean_under_address_and_undefined_behaviour_sanitizers():
     )
     assert done.returncode == 0, f"{SANITIZERS}:\n{done.stdout}\n{done.stderr[-4000:]}"
     assert "sanitized table done" in done.stdout
-    # And the sanitizer is awake: one element too few is an error.
+    # The sanitizer works: a tensor that is one element too short gives an error.
     caught = subprocess.run(
         [sys.executable, str(script), str(library), "overrun"], env=env, capture_output=True, text=True, check=False
     )

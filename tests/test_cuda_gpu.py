@@ -1,4 +1,4 @@
-"""The compiled CUDA library on a real GPU: the operator table, whole calls, streams, graphs, sizes no CPU test reaches."""
+"""The compiled CUDA library on a real GPU: operator table, whole calls, streams, graphs, and sizes too large for a CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIGMOID = Family(None, None, 0.1, None, 0.0, False)
 
 @pytest.fixture
 def stages():
-    """The backend's module; a machine that runs `pytest -m gpu` must be able to load it."""
+    """The backend's module. A machine that runs `pytest -m gpu` must be able to load it."""
     from dpo_kernels.backends import cuda
 
     cuda.check_available("cuda")
@@ -96,7 +96,7 @@ def test_bad_bounds_are_clamped(stages):
 @pytest.mark.parametrize("vocab", [49152, 50257, 128256, 151669, 262144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_real_vocabularies(stages, dtype, vocab):
-    # 4 rows run in clusters on sm_90 and later, 4,096 do not: same bits.
+    # On sm_90 and later, 4 rows run in clusters and 4,096 rows do not. The bits must be the same.
     logits, ref, labels = batch((4, 8, vocab), dtype)
     for statistics in ((), STATISTICS):
         ours = stages.token_logps(logits, labels, ref, PLAIN, statistics)
@@ -121,7 +121,7 @@ def test_a_whole_call_equals_its_stages_every_time(stages, reduction):
         grad_loss, expected = torch.full_like(separate[3], 0.7), torch.empty_like(logits)
         backward = (labels, *separate[:2], grad_loss, PLAIN, weighting)
         whole_call.preference_backward(stages, logits, *backward, expected)
-        for _ in range(50):  # the order in which blocks finish changes from run to run, the bits must not
+        for _ in range(50):  # the order in which blocks finish changes from run to run, but the bits must not
             results = stages.preference_forward(*call)
             assert all(torch.equal(a, b) for a, b in zip(results[:3], separate[:3], strict=True))
             torch.testing.assert_close(results[3], separate[3], rtol=2e-7, atol=0)
@@ -131,7 +131,7 @@ def test_a_whole_call_equals_its_stages_every_time(stages, reduction):
 
 
 def test_current_stream_is_used(stages):
-    """On a stream that waits for the logits' writer; on the default stream the kernel would read zeros."""
+    """The stream waits until the logits are written. On the default stream the kernel would read zeros."""
     logits, ref, labels = batch((2, 16, 32000), torch.bfloat16)
     expected = stages.token_logps(logits, labels, ref, PLAIN, STATISTICS)
     late = torch.zeros_like(logits)
@@ -169,7 +169,7 @@ def test_cuda_graph_replays(stages):
 
 
 def test_graph_trees_beside_eager_calls_on_another_stream(stages):
-    """torch.compile(mode="reduce-overhead") allocates from a graph's pool whatever a call allocates."""
+    """With torch.compile(mode="reduce-overhead"), all memory that a call allocates is from the graph's pool."""
     inputs = make_inputs(next(c for c in CASES if c.name == "bfloat16"), "cuda")
 
     def loss_of(logits):

@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code keeps what their speed rests on; compiled here, no GPU needed.
+"""Checks properties of the CUDA kernels' machine code on which their speed depends. Needs nvcc but no GPU.
 
 `python -m benchmarks.machine_code_cuda` rewrites the committed figures (benchmarks/results/machine_code_cuda.json).
 """
@@ -20,8 +20,8 @@ import pytest
 from benchmarks import machine_code, machine_code_cuda
 from dpo_kernels import _build
 
-# Instructions in the main loop per logit read. They include the raise of the running maximum (2 x 9 instructions of a loop over
-# 32 logits, twice that for a pair), which stands in the loop and is jumped over but for the row's first tiles.
+# Most instructions in the main loop per logit read. They include the update of the running maximum (2 x 9 instructions in a
+# loop over 32 logits, twice that for a pair). It is inside the loop, but is skipped except in the first tiles of a row.
 SLOTS = {
     "alone": 7.0,
     "entropy": 7.5,
@@ -30,21 +30,21 @@ SLOTS = {
     "reference+kl": 7.5,
     "reference, all statistics": 8.5,
     "reference, all statistics, log_sum_sq": 9.0,
-    # Rows that begin at any element: 20 loads and 16 shifts for 32 logits, where 4 loads serve aligned rows.
+    # Rows may begin at any element. So 32 logits need 20 loads and 16 shifts, while 4 loads suffice for aligned rows.
     "alone, V odd": 7.0,
     "entropy+accuracy+mean, V odd": 9.25,
     "reference, all statistics, V odd": 9.25,
     "logits_grad": 7.0,
-    # Per logit read, of which a pair makes one gradient.
+    # Per logit read; two logits read (policy and reference) give one entry of the gradient.
     "logits_grad kl": 6.5,
     "logits_grad both divergences": 8.25,
-    # A float32 logit brings twice the time of a 16-bit one.
+    # Loading a float32 logit takes twice the time of a 16-bit logit, so more instructions are allowed.
     "fp32 reference, all statistics": 9.25,
     "softcap": 30.0,  # an accurate tanh costs 15 to 20
 }
-# Bytes in flight per SM at full bandwidth and 700 ns, of the newest card of an architecture.
+# Bytes in flight per SM that the newest card of an architecture needs for full bandwidth at a latency of 700 ns.
 NEEDED = {80: 13 << 10, 90: 25 << 10, 100: 38 << 10}
-# Resident; the others 768.
+# Resident threads per SM that these variants need; all other variants need 768.
 THREADS = {"alone": 1024, "alone, V odd": 1024, "logits_grad": 1024, "logits_grad kl": 1024}
 
 
@@ -79,12 +79,12 @@ def test_nothing_spills_and_nothing_lives_in_local_memory(rows):
 
 @needs_nvcc
 def test_main_loops_stream(rows):
-    """128-bit accesses only (words in rows that they cannot read), no barrier, no shuffle, no float64."""
+    """Only 128-bit accesses (32-bit ones in unaligned rows), no barrier, no shuffle, no float64."""
     streaming = [row for row in rows if row.loop_instructions is not None]
     assert len(streaming) == 22
     for row in streaming:
         if row.name.endswith("V odd"):
-            assert (row.loads_128, row.loads_narrower) == (0, 20), row.name  # five words for each group of four
+            assert (row.loads_128, row.loads_narrower) == (0, 20), row.name  # five 32-bit loads for each group of four
             rest = row.loop_barriers, row.loop_shuffles, row.loop_doubles
             assert rest == (0,) * 3, row.name
             continue
@@ -111,7 +111,7 @@ def test_issue_slots_occupancy_and_bytes_in_flight(rows):
 
 @needs_nvcc
 def test_predicted_shares_of_the_large_forward_are_those_argued_in_its_source():
-    """[8192, 128256] bf16: the figures at the head of csrc/cuda/token_logps.cuh, from the compiled kernel."""
+    """The figures for [8192, 128256] bf16 at the head of csrc/cuda/token_logps.cuh match the compiled kernel."""
     shares = {}
     for arch in (90, 100):
         row = next(r for r in figures(arch) if r.name == "cuda token_logps bf16 alone")
@@ -127,10 +127,10 @@ def test_predicted_shares_of_the_large_forward_are_those_argued_in_its_source():
 
 @needs_nvcc
 def test_figures_are_the_committed_ones(rows):
-    """The same compiler gives the same code from any folder, so every figure is held exactly; but for the whole kernel's length.
+    """The same compiler gives the same code in any folder, so every figure except the kernel's length must be equal.
 
-    That length bounds nothing (the loop does) and moves by an instruction or two with any edit of what stands before and
-    after the loop, even with what other kernels share the file: 1 % is noticed.
+    The loop, not the kernel's length, determines the speed. Any edit outside the loop, even of another kernel in the file,
+    changes the length by an instruction or two. So the length may differ by 1 %.
     """
     committed = json.loads(machine_code_cuda.COMMITTED.read_text())
     held = {(row["name"], row["arch"]): row for row in committed["kernels"]}
@@ -152,9 +152,9 @@ def listing(*arguments: str) -> str:
 
 @needs_nvcc
 def test_ptx_runs_on_later_cards(cuda_library):
-    """PTX of 100a would run on a B200 and on nothing after it."""
+    """PTX of 100a would run on a B200, but on no later card."""
     compiled = set(re.findall(r"sm_\w+(?=\.cubin)", listing("-lelf", str(cuda_library))))
-    # The linker adds a part without functions for nvcc's own default architecture.
+    # The linker adds an empty part for nvcc's default architecture.
     assert {f"sm_{arch}" for arch in _build.CUDA_ARCHS} <= compiled
     assert not any(arch.endswith(("a", "f")) for arch in compiled)
     assert set(re.findall(r"sm_\w+(?=\.ptx)", listing("-lptx", str(cuda_library)))) == {f"sm_{_build.CUDA_ARCHS[-1]}"}
@@ -162,12 +162,12 @@ def test_ptx_runs_on_later_cards(cuda_library):
 
 @needs_nvcc
 def test_no_variant_for_any_architecture_uses_the_stack(cuda_library):
-    """`rows` holds the common ones."""
+    """`rows` covers only the common variants."""
     parts = re.split(r"arch = sm_(\w+)", listing("-res-usage", str(cuda_library)))[1:]
     by_arch: dict[str, list[tuple[str, str, str]]] = {}
     for arch, text in zip(parts[::2], parts[1::2], strict=True):
         by_arch.setdefault(arch, []).extend(re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) \S+ LOCAL:(\d+)", text))
-    # The linker adds a part without functions for nvcc's own default architecture.
+    # The linker adds an empty part for nvcc's default architecture.
     assert {arch for arch, functions in by_arch.items() if functions} == set(_build.CUDA_ARCHS)
     assert all(len(by_arch[arch]) >= 80 for arch in _build.CUDA_ARCHS)
     frames = [frame for functions in by_arch.values() for frame in functions]
@@ -176,7 +176,7 @@ def test_no_variant_for_any_architecture_uses_the_stack(cuda_library):
 
 @needs_nvcc
 def test_library_loads_without_a_gpu(cuda_library):
-    """Its operators are registered, import is unaffected, and CPU tensors are refused."""
+    """The operators are registered, import works, and CPU tensors are refused."""
     script = (
         f"import torch; torch.ops.load_library({str(cuda_library)!r})\n"
         "x = torch.zeros(1, 1, dtype=torch.float64)\n"
@@ -244,7 +244,7 @@ def test_the_gpus_in_sight_are_what_nvidia_smi_says(monkeypatch, tmp_path):
         smi.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
         smi.chmod(0o755)
         assert _build.devices_in_sight() == found
-    # Where it fails, the device files say whether there is a GPU.
+    # If nvidia-smi fails, the device files show whether there is a GPU.
     smi.write_text("#!/bin/sh\nexit 9\n")
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidia0")]))
     assert _build.devices_in_sight() == []

@@ -1,4 +1,4 @@
-"""The sdist and the wheels of `make dist`: what they are named, what they carry, and where their library runs."""
+"""The sdist and the wheels of `make dist`: their names, their contents, and the systems on which their library runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dpo_kernels import _build
 from dpo_kernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What an x86-64 wheel that g++ 12 built is tagged with (manylinux_2_34): the newest versions that its symbols may have.
+#: The newest symbol versions that the tag manylinux_2_34 allows. An x86-64 wheel built by g++ 12 has this tag.
 NEWEST = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (12, 0, 0)}
 
 cpu.check_available("cpu")
 
 
 def call_hook(hook: str, folder: Path, target: Path, **environment: str) -> Path:
-    """A hook of the build backend, in a process of its own as installers call it; what it built."""
+    """Call a hook of the build backend in a separate process, as installers do, and return the file that it built."""
     code = f"from setuptools import build_meta; print(build_meta.{hook}({str(target)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -40,7 +40,7 @@ def call_hook(hook: str, folder: Path, target: Path, **environment: str) -> Path
 
 @pytest.fixture(scope="module")
 def clean_folder(tmp_path_factory) -> Path:
-    """The sdist's files alone, and the CPU library that this machine has compiled from them."""
+    """A folder with only the sdist's files and the CPU library that this machine has compiled from them."""
     folder = tmp_path_factory.mktemp("dist")
     checkout = folder / "checkout"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
@@ -78,7 +78,7 @@ def test_wheels_say_what_they_carry(wheels):
     assert re.fullmatch(r"dpo_kernels-[\d.]+-py3-none-(?!any)\w+\.whl", wheels["cpu"].name)
     assert "Root-Is-Purelib: true" in about(wheels["any"])
     assert "Root-Is-Purelib: false" in about(wheels["cpu"])
-    # The platform wheel was built first in the same folder: its library must not stay for the next one.
+    # The platform wheel was built first in the same folder. Its library must not get into the next wheel.
     assert {name for name in names(wheels["any"]) if name.endswith(".so")} == set()
     assert {name for name in names(wheels["cpu"]) if name.endswith(".so")} == {library}
     assert names(wheels["cpu"]) - names(wheels["any"]) == {library}
@@ -123,7 +123,7 @@ def test_an_installed_wheel_needs_no_compiler(wheels, tmp_path):
     subprocess.run([*command, str(wheels["cpu"])], check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PATH": "", "CXX": "", "DPO_KERNELS_JIT": "0"}
     environment["DPO_KERNELS_CACHE"] = str(tmp_path / "cache")
-    # A sample of the table, from its start to its end; `make dist-check` takes all of it.
+    # A sample of the operator table; `make dist-check` runs all of it.
     code = """
 import sys
 from dpo_kernels import __main__ as command, selfcheck

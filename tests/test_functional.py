@@ -1,4 +1,4 @@
-"""The public functions: layouts agree with each other, options do what they say, and bad input gets one clear line."""
+"""The public functions: layouts agree, options do what their names say, and invalid input gives a one-line error."""
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_the_module_does_what_the_function_does(batch):
     same = loss_of(logits, labels, ref_logits=logits.flip(0), beta=0.4, loss_type="hinge", statistics=("entropy", "kl"))
     assert torch.equal(ours.losses, same.losses)
     assert torch.equal(ours.kl, same.kl)
-    # Without reference logits there is no KL to report, and that is no error for a module used both ways.
+    # Without reference logits there is no KL to report. This is not an error, because a module may be used both ways.
     assert module(logits, labels, ref_logps=torch.zeros(2 * P)).kl is None
     assert "hinge" in repr(module)
 
@@ -312,7 +312,7 @@ def test_only_the_loss_keeps_the_graph(batch):
 
 def test_gradcheck_in_float64(backend):
     if backend not in ("eager", "cpu"):
-        return  # no float64 there: tests/test_operators.py holds that it says so
+        return  # no float64; tests/test_operators.py tests the error
     inputs = make_inputs(Case("tiny", vocab=11, dtype=torch.float64, weighted=True, pairs=2, length=3))
     logits = inputs.logits.requires_grad_()
     with use_backend(backend):

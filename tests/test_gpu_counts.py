@@ -1,4 +1,4 @@
-"""What a call costs on a GPU beside its kernels: counted here, committed, and shown in docs/gpu.md."""
+"""Host synchronisations, launches and bytes of a call on a GPU: counted here, committed, and shown in docs/gpu.md."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_the_linear_path_waits_once_a_call_however_many_chunks():
 
 
 def test_a_call_is_three_launches_of_the_cuda_backend_whatever_is_asked_for():
-    """Rows of logits, pairs, and the gradient."""
+    """One launch each for the rows of logits, the pairs and the gradient."""
     asked = ("dpo_loss", "dpo_loss, reference sums given", "dpo_loss, packed", "dpo_loss, every statistic")
     assert {COMMITTED[case, "cuda"]["kernels"] for case in asked} == {3}
 

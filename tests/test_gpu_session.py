@@ -1,4 +1,4 @@
-"""The GPU session kit on a CPU: everything runs but the device itself (tests/gpu_session_stub.py)."""
+"""The GPU session kit on a CPU: everything runs except the GPU itself, for which tests/gpu_session_stub.py stands in."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALLS = list(gpu_session.CALLS)
 
 @pytest.fixture
 def on_cpu(monkeypatch) -> None:
-    """Child processes find the stub, and run on one thread."""
+    """Make child processes use the stub and one thread."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
@@ -36,7 +36,7 @@ def on_cpu(monkeypatch) -> None:
 
 @pytest.fixture
 def in_process(on_cpu, monkeypatch):
-    """Runs a stage in this process, which has imported torch already: a rehearsal starts two dozen of them."""
+    """Run stages in this process, which has already imported torch, because there are two dozen of them."""
 
     def run(name, machine, out, limit, environment):
         begin = time.monotonic()
@@ -55,7 +55,7 @@ def in_process(on_cpu, monkeypatch):
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """compute-sanitizer and ncu that write down how they were called, and run the program that they should watch."""
+    """Stand-ins for compute-sanitizer and ncu that record their arguments and run the program that they are given."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in ("compute-sanitizer", "ncu"):
@@ -72,7 +72,7 @@ def tools(tmp_path, monkeypatch):
 def test_the_stages_fit_their_calls_and_leave_a_rest_of_every_limit():
     assert {name: seconds for name, (seconds, _) in gpu_session.CALLS.items()} == {"headline": 560, "depth": 230}
     for seconds, limits in gpu_session.CALLS.values():
-        # What is left of a call is for starting, unpacking and writing.
+        # The rest of a call's time is for starting, unpacking and writing.
         assert 0.9 * seconds <= sum(limits.values()) <= seconds - 20
         assert set(limits) <= set(gpu_stages.STAGES)
     assert gpu_session.INNER == 0.85
@@ -87,7 +87,7 @@ def test_a_headline_session_measures_and_says_what_it_did(in_process, tmp_path):
     rows = gpu_summary.stage(calls, "timing")["rows"]
     assert {key.split(":")[0] for key in rows} == {"cpu", "eager"}
     assert all(row["low"] <= row["median"] <= row["high"] for row in rows.values())
-    # The step comes first: a call that is cut has it.
+    # The step is measured first, so that a call that is cut short has it.
     assert next(iter(rows)) == "cpu: step: policy, reference, gradient [16x1000]"
     assert rows["cpu: token_logps [16x1000]"]["replayed"]
     assert not rows["eager: token_logps [16x1000]"]["replayed"]
@@ -134,7 +134,7 @@ def test_a_headline_session_measures_and_says_what_it_did(in_process, tmp_path):
 
 def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
     def run(name, *arguments):
-        # TRL's patch stays in its process; pytest on a GPU is a session of its own.
+        # The trainer stage patches TRL, so it runs in a separate process. The stage "tests" needs a GPU.
         if name == "tests":
             return {"took": 0, "result": {"not run": "no GPU"}}
         return (gpu_session.run_stage if name == "trainer" else in_process)(name, *arguments)
@@ -146,7 +146,7 @@ def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
     assert gpu_summary.stage(calls, "memcheck")["clean"]
     called = tools.read_text()
     assert "compute-sanitizer --tool memcheck" in called
-    assert "ncu --clock-control none" in called  # locked clocks would change a card that others share
+    assert "ncu --clock-control none" in called  # locking clocks would affect other users of the card
     assert gpu_summary.stage(calls, "ncu") == {"status": 0, "file": "ncu.txt"}
     sweep = gpu_summary.stage(calls, "sweep")
     assert [run["settings"] for run in sweep["runs"]] == ["default", "DPO_ROW_THREADS=128", "DPO_MAX_CLUSTER=0"]
@@ -162,7 +162,7 @@ def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
     assert "| memcheck |" in text
     assert "Variants that failed: DPO_MAX_CLUSTER=0." in text
     assert "Call headline: not run." in text
-    # Both calls in one page, as it is committed.
+    # Both calls are merged into one page, which is then committed.
     other = tmp_path / "other"
     other.mkdir()
     report = {"took": 1, "limit": 2, "result": {"torch": "2.99", "device": {"name": "A card"}, "backends": {}}}
@@ -172,7 +172,7 @@ def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
     assert list(merged) == CALLS
     assert "# GPU session on A card" in (tmp_path / "merged" / "summary.md").read_text()
     assert (tmp_path / "merged" / "ncu.txt").exists()
-    # One stage again, in a later folder: it replaces that stage and nothing else.
+    # A stage that runs again, in a later folder, replaces only its own result.
     again = {"took": 9, "limit": 9, "result": {"not run": "no counters"}}
     (other / "results.json").write_text(json.dumps({"calls": {"depth": {"ncu": again}}}))
     gpu_session.merge([out, other], tmp_path / "mended")
@@ -187,7 +187,7 @@ def test_stages_can_be_run_by_name(in_process, tmp_path):
     }  # fmt: skip
 
 
-#: In the place of Python: one stage fails, one hangs with a part of its result kept (and with a child), one succeeds.
+#: Stands in for Python: one stage fails, one hangs (with a partial result and a child process), one succeeds.
 STAGE = """#!/bin/sh
 out="$8/.$4.json"
 case $4 in
@@ -215,7 +215,7 @@ def test_a_failing_and_a_hanging_stage_do_not_stop_the_session(tmp_path, monkeyp
     text = (out / "summary.md").read_text()
     assert "stopped at its limit of 2 s; until then: done" in text
     assert "| FAILED: exit status 1, see log.txt |" in text
-    # What a stage printed before it hung is in the log, and on the screen for whoever captures that.
+    # The output of a stage before it hung is in the log and on the screen.
     assert "about to hang" in (out / "log.txt").read_text()
     assert "about to hang" in capfd.readouterr().out
     assert {path.name for path in out.iterdir()} == {"log.txt", "results.json", "summary.md"}
@@ -319,7 +319,7 @@ def test_a_stage_that_is_ended_takes_its_tool_along():
     assert process.stdout.readline() == "begun\n"
     begin = time.monotonic()
     assert gpu_session._stop(process) == 143
-    assert process.stdout.read() == ""  # ends when the last holder of the pipe has ended
+    assert process.stdout.read() == ""  # returns when the last process with the pipe has ended
     assert time.monotonic() - begin < 60
 
 
@@ -398,7 +398,7 @@ def test_a_launch_finds_the_kernel_that_was_compiled_ahead(tmp_path):
 
 @pytest.fixture
 def packed(tmp_path, monkeypatch):
-    """A pack whose libraries and wheel are stand-ins: neither nvcc nor a network is asked."""
+    """A pack with stand-ins for its libraries and wheel, which needs neither nvcc nor a network."""
     built = []
 
     def build_cuda(target, archs, defines):
@@ -514,7 +514,7 @@ def test_the_packed_peers_are_those_of_the_project():
     assert set(versions) <= set(gpu_pack.WHEELS)
 
 
-# ---- what is written ----
+# ---- documentation and summaries ----
 
 
 def documented_commands() -> list[str]:
@@ -559,7 +559,7 @@ def test_wrong_cases_and_wrong_gradients_are_shouted():
 
 
 def measured_calls(card: str) -> dict:
-    """A session in which every kernel takes 1 / 0.95 of the time at the better bandwidth, and the linear path 15 ms."""
+    """A session in which every kernel takes 1 / 0.95 of the time at the read bandwidth, and the linear path 15 ms."""
     rows = {f"cuda: {work.key}": {"median": work.bytes / 3e12 / 0.95, "host": 3e-5} for work in roofline.works()}
     table = {
         "scored": 2048, "products": 4, "not run": {}, "failed": {},

@@ -1,4 +1,4 @@
-"""The measurement of products and of the block filter runs, on a CPU with the kernels interpreted; its figures mean nothing."""
+"""The benchmark of products and block filter runs on a CPU with interpreted kernels. Its figures there mean nothing."""
 
 import time
 
@@ -20,7 +20,7 @@ def test_the_rates_and_whole_steps_are_measured():
     (times,) = rows.values()
     assert {"library product", "fused forward", "exact step", "filtered step"} < times.keys()
     assert times["fused share"] == times["library product"] / times["fused forward"]
-    # A tenth of the vocabulary is likely, and lies in one block: of five of 32 entries, or of a GPU's two of 128.
+    # A tenth of the vocabulary is likely and is in one block: one of five blocks of 32 entries, or on a GPU one of two of 128.
     assert times["live share"] == pytest.approx(0.2 if DEVICE == "cpu" else 0.5)
     (line,) = head_rates.table(rows).splitlines()
     assert line.startswith("[16x160x16]: library")

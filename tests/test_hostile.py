@@ -1,7 +1,7 @@
-"""Numbers at the ends of their format, against the float64 reference: masks of the lowest finite number, labels under such a
-mask, huge and constant rows, neighbours of every size, loss scales, and views whose elements overlap.
+"""Extreme inputs, compared with the float64 reference: masks of the lowest finite number, labels under such a mask, huge and
+constant rows, neighbouring rows of every size, loss scales, and views with overlapping elements.
 
-Each is a kind of input that once gave a silently wrong number, a NaN or a crash.
+Each kind of input has once given a silently wrong number, a NaN or a crash.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from dpo_kernels import backends, dpo_loss, linear_dpo_loss, linear_logps, reference, sequence_logps, use_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-#: Rounding of the gradient's own dtype, and of float32 sums.
+#: Relative rounding error of the gradient's dtype and of float32 sums.
 ROUNDING = {torch.float32: 3e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
 
 
 @pytest.fixture(autouse=True)
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend "cuda" is its sources on the emulator where there is no GPU."""
+    """Without a GPU, run the backend "cuda" on the emulator."""
     wanted = getattr(request.node, "callspec", None)
     if wanted is not None and wanted.params.get("backend") == "cuda" and not torch.cuda.is_available():
         from cuda_emulator import serve_backend
@@ -35,7 +35,7 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def check(backend: str, logits: Tensor, labels: Tensor, ref: Tensor, kl_coef: float = 0.0, **settings) -> None:
-    """Loss, statistics and each row of the gradient equal those of the float64 reference."""
+    """Assert that loss, statistics and each row of the gradient equal those of the float64 reference."""
     leaf = logits.detach().clone().requires_grad_()
     with use_backend(backend):
         out = dpo_loss(leaf, labels, ref_logits=ref, kl_coef=kl_coef, statistics=STATISTICS, **settings)
@@ -46,12 +46,12 @@ def check(backend: str, logits: Tensor, labels: Tensor, ref: Tensor, kl_coef: fl
     torch.testing.assert_close(out.loss.detach().double(), loss.detach(), rtol=3e-6, atol=1e-6)
     error = (leaf.grad.double() - truth.grad).norm(dim=-1)
     size = truth.grad.norm(dim=-1)
-    # A divergence is stored to float32 rounding, which a gradient of it keeps where the terms cancel.
+    # A divergence is stored in float32. Where the terms of its gradient cancel, this rounding error remains.
     assert bool((error <= ROUNDING[logits.dtype] * size + 3e-8 * kl_coef + 1e-15).all()), (error / size).max()
     rows = reference.token_statistics(logits.double(), labels, ref_logits=ref.double(), **settings)
     for name in STATISTICS:
         expected = rows[name].mean(-1)
-        # Float32 logits of size x are 1e-7 x apart, and so are the sums of their exponentials.
+        # Float32 logits of size x have a spacing of 1e-7 x, and so have the sums of their exponentials.
         torch.testing.assert_close(
             getattr(out, name).double(), expected, rtol=1e-6, atol=3e-6, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -75,7 +75,7 @@ def test_a_label_under_a_mask(mask, dtype, backend):
     labels[0, 1] = 611 - 30
     leaf = logits.detach().clone().requires_grad_()
     with use_backend(backend):
-        # The label's log-probability is about `low`, so losses come to all or nothing; a constant coefficient does not.
+        # The label's log-probability is about `low`, so the loss saturates. A constant coefficient does not.
         sums = sequence_logps(leaf, labels)
         sums.sum().backward()
     truth = logits.double().log_softmax(-1)
@@ -91,7 +91,7 @@ def test_a_label_under_a_mask(mask, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mask_of_lowest_numbers(dtype, side, kl_coef, backend):
     logits, labels, ref = make(dtype, spread=1.0)
-    # Half of the row, in front: the running maximum begins with it.
+    # Mask the first half of the row, so that the running maximum begins with the mask.
     for masked in [x for x, name in ((logits, "policy"), (ref, "reference")) if side in (name, "both")]:
         masked[..., :300] = torch.finfo(dtype).min
     check(backend, logits, labels + 300, ref, kl_coef)
@@ -103,14 +103,14 @@ def test_rows_of_huge_equal_logits(size, kl_coef, backend):
     logits, labels, ref = make(torch.float32)
     logits[:] = size
     check(backend, logits, labels, ref, kl_coef)
-    # A part of the row, so that the others have no mass.
+    # Only part of the row is huge, so the other entries have probability 0.
     logits[..., 400:] = -3e38 if size > 0 else 3.3e38
     check(backend, logits, labels if size > 0 else labels + 300, ref, 0.0)
 
 
 @pytest.mark.parametrize("start", [1.0e9, 1.4e9, 2.0e9, 2.2e9])
 def test_huge_logits_whose_exponent_rounds(start, backend):
-    # One logit of each row has all the probability: those whose product with log2(e) rounds by most, up to 128.
+    # One logit of each row has all the probability. Chosen are logits with the largest rounding of z * log2(e), up to 128.
     top = start + 128.0 * torch.arange(10_000)
     exact = top.double() * torch.tensor(math.log2(math.e)).double()
     top = top[(exact.float() - exact).abs().topk(32).indices]
@@ -128,7 +128,7 @@ def test_huge_logits_by_their_scale(scale, backend):
     if backend == "cuda" and scale < 0:
         pytest.skip("the CUDA kernels refuse negative scales")
     top = torch.tensor(1.6e9) / scale
-    # Neighbours in float32, 128 apart after the scale.
+    # Adjacent float32 numbers, which differ by 128 after the scale.
     logits = (
         torch.stack([top, top * (1 - 2.0**-23), torch.tensor(-3e38 if scale > 0 else 3e38)])
         .expand(2, 2, 3)
@@ -146,7 +146,7 @@ def test_huge_logits_by_their_scale(scale, backend):
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("vocab", [2, 9, 130])
 def test_a_coefficient_beyond_float32(vocab, side, kl_coef, backend):
-    # IPO's is a multiple of the difference of log-probabilities, here twice the largest float32.
+    # IPO's coefficient is proportional to the difference of log-probabilities; here it is twice the largest float32.
     logits, ref = torch.randn(2, 1, vocab), torch.randn(2, 1, vocab)
     labels = torch.zeros(2, 1, dtype=torch.int64)
     logits[side, 0, 0] = torch.finfo(torch.float32).min
@@ -186,7 +186,7 @@ def test_a_mask_under_a_loss_scale(side, low, dtype, backend):
 @pytest.mark.parametrize("low", [-30.0, -1e4, -1e9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_divergence_at_a_certain_token(dtype, low, backend):
-    # The policy is certain of a token that is not the label and that the reference excludes: p (d - D) is 0 there.
+    # The policy gives probability 1 to a token that is not the label and that the reference masks: p (d - D) is 0 there.
     if dtype == torch.float16 and low == -1e9:
         pytest.skip("float16 has no such number")
     logits, labels, ref = make(dtype, spread=1.0)
@@ -224,7 +224,7 @@ def test_a_divergence_of_huge_label_logits(upstream, backend):
 
 
 def test_a_gap_beyond_float32_once_multiplied(backend):
-    # The reference masks what the policy gives a probability of 1e-35, so the divergence is about 1,000.
+    # The reference masks tokens to which the policy gives a probability of 1e-35, so the divergence is about 1,000.
     logits, labels, ref = make(torch.float32, spread=1.0)
     logits[..., 400:] = -80.0
     ref[..., 400:] = torch.finfo(torch.float32).min
@@ -239,7 +239,7 @@ def test_a_gap_beyond_float32_once_multiplied(backend):
 @pytest.mark.parametrize("distance", [300.0, 3e4, 1e6, 1e10])
 def test_the_reference_far_away(distance, kl_coef, backend):
     logits, labels, ref = make(torch.float32)
-    # The reference keeps its precision, whatever the policy's distance from it.
+    # The reference must keep its precision at any distance of the policy.
     logits = (logits * 2**6).round() * 2**-6 if distance < 1e5 else torch.zeros_like(logits)
     check(backend, logits + distance, labels, ref, kl_coef)
     check(backend, ref, labels, logits + distance, kl_coef)
@@ -255,7 +255,7 @@ def test_huge_label_beside_small_ones(backend):
 def test_accuracy_is_judged_before_the_softcap(scale, backend):
     if backend == "cuda" and scale < 0:
         pytest.skip("the CUDA kernels refuse negative scales")
-    # All three are 1 after the cap, to float32 and to float64.
+    # After the cap the three large logits are all 1, in float32 and in float64.
     logits = torch.tensor([30.0, 50.0, 40.0, -5.0]).mul(1 / scale).expand(2, 4, 4).contiguous()
     labels = torch.arange(4).expand(2, 4)
     with use_backend(backend):
@@ -325,7 +325,7 @@ def test_float16_keeps_what_a_loss_scale_protects(autocast, scale, backend):
 
 
 def entries(name: str) -> tuple[list[Tensor], object]:
-    """(leaves, a function of them that returns a number) for each differentiable entry."""
+    """(leaves, a function of them that returns a number) for each differentiable public function."""
     labels, logits = torch.randint(0, 11, (2, 3)), torch.randn(2, 3, 11)
     hidden, weight, bias = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randn(11)
     zeros = torch.zeros(2)
@@ -372,7 +372,7 @@ def test_transforms_and_forward_mode_raise(name):
 
 
 def overlapping() -> dict[str, Tensor]:
-    """[2, 3, 7] views of which some elements are the same memory."""
+    """Views [2, 3, 7] in which some elements share memory."""
     return {
         "rows overlap": torch.randn(40).as_strided((2, 3, 7), (15, 4, 1)),
         "sequences overlap": torch.randn(40).as_strided((2, 3, 7), (8, 7, 1)),

@@ -1,4 +1,4 @@
-"""The CPU kernels keep their budget of instructions: a guard of their speed that no noise can blur."""
+"""The CPU kernels keep their instruction budgets, a check of their speed that has no timing noise."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Our LigerFusedLinearDPOLoss beside Liger's own, on the same inputs: every loss type, every option, every output.
+"""Our LigerFusedLinearDPOLoss equals Liger's on the same inputs, for every loss type, option and output.
 
-Liger runs in float32 as it comes, uncompiled. Ours must be no further from it than float32 rounding.
+Liger runs unmodified in float32, without torch.compile. The results may differ only by float32 rounding.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Every recipe of examples/recipes runs as a user runs it, on a tiny model, and starts at log 2."""
+"""Every recipe of examples/recipes runs from the command line on a tiny model, and its loss starts at log 2."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-# One recipe on every run; each is a process of its own that imports everything, so the others run with the slow tests.
+# One recipe runs always. Each needs a new process that imports everything, so the other recipes are slow tests.
 SLOW = [name for name in RUNNABLE if name != "bare_loop"]
 
 
@@ -41,6 +41,6 @@ def test_the_recipe_runs(recipe, inputs):
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(found) for found in re.findall(r"'loss': '?(\d+\.\d+)", done.stdout)]
     assert len(losses) >= 2, done.stdout
-    # transformers_trainer mixes the likelihood in; the others are plain DPO, and policy = reference at the start.
+    # transformers_trainer adds a likelihood term. The other recipes are plain DPO and start with policy = reference.
     if recipe != "transformers_trainer":
         assert losses[0] == pytest.approx(math.log(2), abs=1e-3)

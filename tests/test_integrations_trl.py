@@ -1,6 +1,6 @@
-"""TRL on our kernels: its head's outputs and gradients, and whole training runs, patched against unpatched.
+"""TRL patched with our kernels equals TRL: its head's outputs and gradients, and whole training runs.
 
-The models are tiny (tests/trainer/tiny.py), the trainers are TRL's own: what is compared is every number they log.
+The models are tiny (tests/trainer/tiny.py). The trainers are TRL's, and every number that they log is compared.
 """
 
 import types
@@ -42,7 +42,7 @@ THEIRS = utils._ChunkedLogProbFunction
 
 @pytest.fixture(autouse=True)
 def restored():
-    """No test may leave TRL patched."""
+    """Remove the patch from TRL after every test."""
     before = utils._ChunkedLogProbFunction, utils._use_triton
     yield
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
@@ -102,7 +102,7 @@ def test_every_output_comes_from_one_projection(monkeypatch):
 
     project, rows = Projection.project, []
     monkeypatch.setattr(Projection, "project", lambda self, x, *rest: rows.append(len(x)) or project(self, x, *rest))
-    # No other way to the head either: a product with it would go through here.
+    # The head must not be used in another way either: any other product with it would call this function.
     monkeypatch.setattr(torch.nn.functional, "linear", None)
     leaves, targets = head_inputs(seed=2)
     with trl_patched(), torch.no_grad():
@@ -111,7 +111,7 @@ def test_every_output_comes_from_one_projection(monkeypatch):
 
 
 def test_a_gradient_through_the_entropy_goes_back_to_trl():
-    """GRPO's entropy bonus: both outputs are differentiated, ours for the log-probabilities, theirs for the entropy."""
+    """GRPO's entropy bonus: our code differentiates the log-probabilities, and TRL's code the entropy."""
     results = []
     for patched in (True, False):
         leaves, targets = head_inputs(seed=1)
@@ -137,7 +137,7 @@ def test_only_what_is_asked_for_is_returned():
     "kind", ["llama-tied", "gemma2-softcap", "cohere-scale", "granite-divisor", "gpt2-learned-positions"]
 )
 def test_models_with_a_fused_head_give_the_same(kind):
-    """One model for each thing that happens between the last hidden state and the logits."""
+    """One model for each operation that models apply between the last hidden state and the logits."""
     tokenizer = build_tokenizer()
     model = build_model(kind, len(tokenizer)).eval()  # GPT-2 has dropout
     utils.add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", *EVERYTHING))
@@ -164,7 +164,7 @@ def test_models_with_a_fused_head_give_the_same(kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast_the_products_are_in_its_dtype_and_the_rest_in_float32(dtype):
-    """Closer to float32 than TRL, or as close: TRL rounds the logits to 16 bits as we do."""
+    """Our results are as close to float32 as TRL's, or closer. Both round the logits to 16 bits."""
     with torch.autocast("cpu", dtype=dtype), trl_patched(grad_filter=None):
         leaves, targets = head_inputs(seed=2)
         logps = utils._ChunkedLogProbFunction.apply(*leaves, targets, 1.0, 32, None, 1.0, ("entropy",))[0]
@@ -183,7 +183,7 @@ def test_under_autocast_the_products_are_in_its_dtype_and_the_rest_in_float32(dt
 
 
 def test_a_float32_head_over_a_bfloat16_model():
-    """cast_lm_head_to_fp32: hidden states are float32, the head is not; its gradient comes in its own dtype."""
+    """With cast_lm_head_to_fp32, hidden states are float32 but the head is not. Its gradient must have the head's dtype."""
     (hidden, weight, bias), targets = head_inputs(seed=3)
     weight, bias = (t.detach().bfloat16().requires_grad_() for t in (weight, bias))
     with trl_patched():
@@ -213,7 +213,7 @@ def train(folder, trainer, config, rows, model="llama-untied", extra=None, steps
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
-        # Plain descent: Adam divides by the gradient's size, and so turns the rounding of a zero gradient into a step.
+        # SGD, because Adam divides by the gradient's size and would turn the rounding error of a zero gradient into a step.
         "optim": "sgd",
         "learning_rate": 0.3,
         "logging_steps": 1,
@@ -258,7 +258,7 @@ def compare_runs(tmp_path, *arguments, **settings):
         assert mine.keys() == other.keys()
         for key in other:
             if key == "rewards/accuracies" and abs(other["rewards/margins"]) < 1e-5:
-                continue  # policy and reference are equal: whose reward is larger is a matter of the last bit
+                continue  # policy equals reference, so rounding decides which reward is larger
             assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=2e-5), f"step {step}: {key}"
     assert ours[0]["loss"] != ours[-2]["loss"]
 
@@ -323,8 +323,8 @@ def vowels(completions, **_):
 
 @pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
 def test_reinforcement_learning_is_the_same(tmp_path, trainer, config):
-    """Prompts, samples drawn from the model in training, rewards, a KL to the reference: all that is logged."""
-    folder = tmp_path / "model"  # where the reference is loaded from
+    """All logged numbers are equal in training with sampled completions, rewards and a KL to the reference."""
+    folder = tmp_path / "model"  # the reference is loaded from here
     build_model("llama-untied", len(build_tokenizer())).save_pretrained(folder)
     compare_runs(
         tmp_path,
@@ -350,7 +350,7 @@ def test_undo_restores_everything_and_patching_twice_is_patching_once():
     undo = apply_to_trl()
     assert utils._ChunkedLogProbFunction is not THEIRS
     again = apply_to_trl(grad_filter=None)
-    undo()  # of a patch that is gone: nothing
+    undo()  # the first patch no longer exists, so this must do nothing
     assert utils._ChunkedLogProbFunction is not THEIRS
     again()
     assert utils._ChunkedLogProbFunction is THEIRS

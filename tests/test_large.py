@@ -8,7 +8,7 @@ from dpo_kernels.backends import cpu
 
 from checks import check_gradient
 
-# GPT-2 and Qwen are odd sizes whose rows start unaligned; Llama 3 is the common large one; Gemma the largest in use.
+# GPT-2, Llama 3, Qwen and Gemma. Rows of GPT-2 and Qwen (odd sizes) start unaligned. Gemma's is the largest in use.
 VOCABULARIES = [50_257, 128_256, 151_669, 262_144]
 
 
@@ -40,7 +40,7 @@ def test_real_vocabularies(vocab, dtype, device):
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_logits(device):
-    """The last row of a [2, 8400, 128256] bfloat16 tensor (4.3 GB) is found, read and written at its place."""
+    """The last row of a [2, 8400, 128256] bfloat16 tensor (4.3 GB) is read and written at the right address."""
     vocab, length = 128_256, 8_400
     logits = torch.zeros(2, length, vocab, dtype=torch.bfloat16, device=device)
     assert logits.numel() > 2**31
@@ -69,7 +69,7 @@ ROWS, VOCAB = 16_800, 128_256  # 2.15e9 entries: indices beyond 2^31, and beyond
 
 @pytest.fixture
 def native():
-    """The CPU library's operators; each test below takes the entry's largest tensor beyond 2^31 elements."""
+    """The CPU library's operators. Each test below gives an operator a tensor of more than 2^31 elements."""
     cpu.check_available("cpu")
     assert ROWS * VOCAB > 2**31
     return torch.ops.dpo_kernels_cpu
@@ -83,7 +83,7 @@ def test_products_beyond_two_to_the_31(native):
     cpu.product(a, b, out)
     for rows in (slice(0, 2), slice(ROWS - 2, ROWS)):
         torch.testing.assert_close(out[rows].double(), a[rows].double() @ b.double(), rtol=2**-8, atol=1e-6)
-    # Read back as an operand, in both orientations.
+    # Use the large tensor as an operand, in both orientations.
     for matrix, entries in ((out, ROWS), (out.t(), VOCAB)):
         selected = torch.zeros(matrix.shape[1], 1)
         selected[-1] = 1.0

@@ -1,7 +1,8 @@
-"""The linear path against the float64 reference: every strategy, dtype, layout and reference kind; gradients row by row.
+"""The linear path equals the float64 reference for every strategy, dtype, layout and kind of reference.
 
-Sizes: a vocabulary of 97 (odd, unaligned rows) or 203, hidden sizes 16 to 24, prompts in front, one empty sequence: small
-enough for gradcheck and for the interpreter, large enough for several chunks and for pairs beyond the budget.
+Gradients are compared row by row. The vocabulary is 97 (odd, unaligned rows) or 203, the hidden size 16 to 24, prompts come
+first and one sequence is empty. These sizes are small enough for gradcheck and the interpreter, and large enough for several
+chunks and for pairs that exceed the budget.
 """
 
 import subprocess
@@ -103,7 +104,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @dataclass
 class Inputs:
-    """hidden, weight and bias are leaves that require a gradient where the case trains them."""
+    """A case's tensors. hidden, weight and bias are leaves, with requires_grad if the case trains them."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -165,7 +166,7 @@ def make_inputs(case: Case, device="cpu", seed: int = 0) -> Inputs:
     labels[0, -1] = case.vocab - 1
 
     def random(*shape, scale=1.0):
-        # Logits of standard deviation about 2: peaked enough to matter, mild enough that bfloat16 logits say something.
+        # Logits of standard deviation about 2: peaked enough for a realistic softmax, small enough for bfloat16's precision.
         return (torch.randn(*shape, generator=g, dtype=_F64) * scale).to(case.dtype)
 
     hidden, ref_hidden = random(sequences, length, width), random(sequences, length, width)
@@ -225,19 +226,19 @@ def row_errors(gradient, truth):
 
 
 def check_rows(gradient, truth, eager):
-    """Each row no further from the float64 truth than BUDGET times the worst row of eager in the same dtype."""
+    """Assert that no row has more than BUDGET times the error of eager's worst row in the same dtype."""
     assert gradient.shape == truth.shape
     assert gradient.dtype == eager.dtype
     ours, theirs = row_errors(gradient, truth), row_errors(eager, truth)
     if ours.numel() == 0:
         return
     floor = 1e-13 if gradient.dtype == _F64 else torch.finfo(gradient.dtype).eps
-    # Never so wide that a scaling by five per cent fits in.
+    # A gradient scaled by five per cent must never fit into the budget.
     budget = min(BUDGET * max(float(theirs.max()), floor), 0.04)
     assert float(ours.max()) <= budget, f"row {int(ours.argmax())}: {float(ours.max()):.3g} of at most {budget:.3g}"
 
 
-#: Triton's interpreter takes seconds a case, and its stages have a table of their own (test_operators.py): one case a strategy.
+#: Cases for Triton's interpreter, one per strategy: each takes seconds, and test_operators.py tests Triton's stages anyway.
 INTERPRETED = {
     "whole_pairs_in_groups",
     "pairs_beyond_the_budget",
@@ -252,9 +253,9 @@ INTERPRETED = {
 
 
 def each_backend(case: Case) -> list[Any]:
-    """The case on every backend that can serve here."""
+    """The case on every available backend."""
     slow = DEVICE == "cpu" and case.name not in INTERPRETED
-    # The Triton kernels serve up to float32; float64 always falls to eager.
+    # The Triton kernels serve up to float32; float64 always runs on eager.
     names = [name for name in BACKENDS if name != "triton" or case.dtype != _F64]
     marks = {name: [pytest.mark.slow] if slow and name == "triton" else [] for name in names}
     return [pytest.param(case, name, id=f"{name}-{case}", marks=marks[name]) for name in names]
@@ -321,7 +322,7 @@ def test_gradcheck_in_float64(name):
     case = BY_NAME[name]
     case = Case(**{**case.__dict__, "dtype": _F64, "vocab": 11, "hidden_size": 3, "pairs": 2, "length": 3})
     inputs = make_inputs(case)
-    # The default reference head is the policy's own, detached: a numerical derivative would move it too.
+    # The default reference head is the policy's head, detached. A numerical derivative would change it too.
     inputs.keywords.update(ref_weight=inputs.weight.detach().clone(), ref_bias=None)
 
     def loss(*leaves):
@@ -332,7 +333,7 @@ def test_gradcheck_in_float64(name):
         )
         return linear_dpo_loss(hidden, weight, inputs.labels, bias=bias, **inputs.keywords).loss
 
-    # A second backward of the same graph cuts its chunks otherwise, which changes the last bits.
+    # A second backward of the same graph uses other chunks, which changes the last bits.
     assert torch.autograd.gradcheck(loss, inputs.trained, nondet_tol=1e-12)
 
 
@@ -363,7 +364,7 @@ def test_linear_logps_keep_the_shape_of_the_labels_and_give_statistics_on_reques
     assert torch.equal(found["accuracy"], truth["accuracy"].float())
     assert logps.shape == found["grad_dropped_mass"].shape == labels.shape
     assert logps[0, 0, 0] == 0
-    # Another chunk shape: the GEMM library may round differently, and nothing else may.
+    # With another chunk shape, only the rounding of the GEMM library may differ.
     torch.testing.assert_close(linear_logps(hidden[0, 0], weight, labels[0, 0]), logps[0, 0], rtol=1e-6, atol=1e-6)
 
 
@@ -430,7 +431,7 @@ def test_a_retained_graph_can_run_backward_twice_with_other_factors(name):
     loss.backward(retain_graph=True)
     first = [t.grad.clone() for t in inputs.trained]
     for t in inputs.trained:
-        t.grad.zero_()  # the memory that the first backward gave away
+        t.grad.zero_()  # this memory was returned by the first backward
     (3 * loss).backward()
     for t, once in zip(inputs.trained, first, strict=True):
         torch.testing.assert_close(t.grad, 3 * once, rtol=1e-5, atol=1e-7)
@@ -498,7 +499,7 @@ def test_autocast_multiplies_in_16_bits_and_keeps_the_weights_gradient_in_float3
     assert hidden.dtype == weight.dtype == _F32
     assert torch.equal(hidden.bfloat16(), truth[0])
     assert torch.equal(weight.bfloat16(), truth[1])
-    # More than a widened bfloat16: the sum was never rounded.
+    # The float32 sum has more bits than bfloat16, so it was never rounded to bfloat16.
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
@@ -617,7 +618,7 @@ def test_the_module_equals_the_function_and_follows_its_hyper_parameters():
     )
     assert torch.equal(out.loss, plain.loss)
     assert torch.equal(out.entropy, plain.entropy)
-    assert out.kl is None  # no reference, nothing to compare with
+    assert out.kl is None  # there is no reference
 
 
 @pytest.mark.parametrize(
@@ -696,18 +697,18 @@ for options in ({}, {"loss_type": "aot"}, {"frozen": True}, {"statistics": ("kl"
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory")
 @pytest.mark.parametrize("dtype", [_F32, _BF16, _F64])
 def test_rows_of_the_logits_buffer_lie_apart_on_a_cpu(dtype):
-    """V = 4,096 would put a column of them into one set of the cache (`gpu.row_stride`)."""
+    """Without padding, V = 4,096 would map a column of the logits to one set of the cache (`gpu.row_stride`)."""
     buffer = logits_buffer(5, 4096, dtype, torch.device("cpu"))
     assert buffer.shape == (5, 4096)
     assert buffer.stride() == (row_stride(4096, dtype.itemsize), 1)
 
 
 def test_peak_memory_stays_within_the_budget():
-    """64 MiB of logits (per model) against a budget of 6 MiB; the system's own peak of resident memory decides."""
+    """Logits of 64 MiB per model with a budget of 6 MiB, checked by the process's peak of resident memory."""
     done = subprocess.run(
         [sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"}
     )
     peaks = [int(line) for line in done.stdout.split()]
     assert len(peaks) == 5
-    # Small tensors beside the logits (float64 tables of 1,024 tokens, the allocator's slack) are within half a MiB.
+    # Other tensors (float64 tables of 1,024 tokens) and the allocator's overhead take less than half a MiB.
     assert max(peaks) <= 6.5 * 2**20, peaks

@@ -1,7 +1,8 @@
-"""The filtered gradient: equal to its definition, inside its error bound, honest about what it dropped, deterministic.
+"""The filtered gradient equals its definition, keeps its error bound, reports the dropped mass and is deterministic.
 
-The kernels cut rows into blocks of 2,048 logits, source rows into tiles of 1,024 and hidden sizes into strips of 8 vectors:
-the sizes here lie around these seams. Logits of standard deviation 4 make softmax rows as empty as a trained model's.
+The kernels divide rows into blocks of 2,048 logits, source rows into tiles of 1,024 and hidden sizes into strips of 8
+vectors. The sizes here are around these boundaries. With logits of standard deviation 4, softmax rows are as sparse as a
+trained model's.
 """
 
 import subprocess
@@ -27,7 +28,7 @@ def make(tokens, hidden_size, vocab, dtype=_F32, seed=0, spread=4.0):
     weight = torch.randn(vocab, hidden_size, generator=g, dtype=_F64) * spread / hidden_size**0.5
     bias = torch.randn(vocab, generator=g, dtype=_F64)
     logits = F.linear(hidden, weight, bias)
-    # Most labels are likely ones, as in real text; the first is the least likely of all.
+    # Most labels are likely, as in real text. The first label is the least likely token.
     labels = torch.multinomial(logits.softmax(-1), 1, generator=g).squeeze(-1)
     labels[0] = logits[0].argmin()
     upstream = torch.randn(tokens, generator=g, dtype=_F64)
@@ -61,7 +62,7 @@ def run(hidden, weight, bias, labels, upstream, eps, **options):
     return logps, torch.autograd.grad(logps, leaves, upstream.to(logps.dtype)), found["grad_dropped_mass"]
 
 
-# Below one vector; odd; one strip exactly and past it; past one block of the vocabulary; past one tile of it.
+# Below one vector; odd; exactly one strip; past one strip; past one tile of the vocabulary; past one block of it.
 SIZES = [(5, 3, 11), (7, 17, 130), (9, 128, 500), (9, 145, 700), (6, 64, 2047), (6, 40, 2500), (1, 8, 4100)]
 
 
@@ -71,7 +72,7 @@ def test_filtered_gradients_equal_their_definition_in_float64(size, eps):
     inputs = make(*size, dtype=_F64)
     truth = definition(*inputs, eps)
     _, gradients, dropped = run(*inputs, eps)
-    if not dropped.any():  # too many entries above eps: exact, then
+    if not dropped.any():  # with too many entries above eps, the gradient is exact
         truth = definition(*inputs, 0.0)
     for mine, true in zip((*gradients, dropped), truth, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
@@ -80,13 +81,13 @@ def test_filtered_gradients_equal_their_definition_in_float64(size, eps):
 @pytest.mark.parametrize("dtype", [_F32, _BF16, _F16])
 @pytest.mark.parametrize("size", SIZES[2:], ids=str)
 def test_filtered_gradients_equal_their_definition_in_each_dtype(size, dtype):
-    """The definition takes the logits that the products of this dtype give, so only the backward is judged."""
+    """The definition uses the logits of this dtype's products, so only the backward is tested."""
     inputs = make(*size, dtype=dtype)
     eps = 2.0**-8
     truth = definition(*inputs, eps)
     _, gradients, dropped = run(*inputs, eps)
     assert bool(dropped.any())
-    # float32: rounding of logits of size 15; 16 bits: their logits' rounding, a few per cent of each probability.
+    # float32: rounding of logits of size 15. 16 bits: rounding of logits changes each probability by a few per cent.
     tolerance = 2e-5 if dtype == _F32 else 0.1
     for mine, true in zip(gradients, truth, strict=False):
         assert float((mine.double() - true).norm() / true.norm()) < tolerance
@@ -113,16 +114,16 @@ def test_the_error_stays_inside_the_documented_bound(eps):
     reach = (weight - weight.mean(0)).norm(dim=-1).max()
     error = (gradients[0] - exact[0]).norm(dim=-1)
     assert bool((error <= upstream.abs() * dropped * reach + 1e-12).all())
-    # And the bound is no idle one: some row comes within a factor of 100.
+    # The bound is not far too wide: some row comes within a factor of 100.
     assert bool((error > upstream.abs() * dropped * reach / 100)[upstream != 0].any())
-    # A row of dW: each token contributes at most eps, or its tail, times its hidden state.
+    # To a row of dW, each token contributes at most eps (or its tail) times its hidden state.
     per_token = torch.maximum(torch.full_like(dropped, eps), dropped / weight.shape[0])
     limit = (upstream.abs() * (labels != -100) * per_token * hidden.norm(dim=-1)).sum()
     assert float((gradients[1] - exact[1]).norm(dim=-1).max()) <= float(limit)
 
 
 def test_the_uniform_tail_makes_every_row_sum_to_zero():
-    """The bias's gradient sums dz over tokens; summed over the vocabulary too it must vanish, tail or no tail."""
+    """The bias's gradient is the sum of dz over tokens. Its sum over the vocabulary must be 0, with or without a tail."""
     inputs = make(30, 32, 3000, dtype=_F64)
     _, gradients, dropped = run(*inputs, 2.0**-8)
     assert float(dropped.max()) > 0.01

@@ -1,4 +1,4 @@
-"""The plan said beforehand is the plan of the call: every strategy that a CPU has, and what changes it."""
+"""The predicted plan is the plan of the call, for every CPU strategy and every setting that changes the plan."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ needs_native = pytest.mark.skipif(
 
 
 def batch_of(spread: float, dtype: torch.dtype = torch.float32):
-    """(hidden [N + 3, H], weight [V, H], bias [V], labels, cu_seqlens): a prompt token in front of three sequences."""
+    """(hidden [N + 3, H], weight [V, H], bias [V], labels, cu_seqlens), with a prompt token before three sequences."""
     generator = torch.Generator().manual_seed(0)
     prompts = [1, 0, 1, 0, 1, 0]
     held = [p + n for p, n in zip(prompts, LENGTHS, strict=True)]
@@ -137,7 +137,7 @@ def test_that_the_softmax_is_flat_only_the_call_finds():
 
 
 def test_no_value_is_read():
-    """Uninitialised weights will do, and a million tokens take no memory."""
+    """The weights may be uninitialised, and a million tokens need no memory."""
     plan = plan_linear_dpo_loss([500_000, 500_000], torch.full((V, H), torch.nan), projects_reference=True)
     assert plan.tokens == 1_000_000
 

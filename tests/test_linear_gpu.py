@@ -1,6 +1,6 @@
-"""The linear path on a pretend GPU: what it waits for, what its gradients move, how its logits lie, and what it borrows.
+"""The linear path on a pretend GPU: synchronisations, bytes moved for gradients, alignment of logits, memory budget.
 
-The numbers are checked as on a CPU (test_linear.py's cases and budgets); the kernels run in Triton's interpreter.
+The numbers are checked as on a CPU (test_linear.py's cases and budgets). The kernels run in Triton's interpreter.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from dpo_kernels.linear.gpu import GPU_SHARE
 
 _BF16, _F16, _F32, _F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
-# numpy, which the interpreter runs on, announces the NaN that the kernels are made to produce.
+# numpy, which the interpreter uses, warns about the NaN that the tests make the kernels produce.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a pretend GPU stands where none is"),
@@ -33,7 +33,7 @@ def no_card_was_ever_short():
 
 
 def on(gpu, inputs):
-    """The inputs on the pretend GPU, leaves as they were."""
+    """The inputs on the pretend GPU. Leaves stay leaves."""
 
     def move(value):
         moved = gpu.tensor(value) if isinstance(value, torch.Tensor) else value
@@ -60,14 +60,14 @@ def step(gpu, inputs, factor=1.0):
 
 
 def for_gpu(case):
-    """The case's inputs, its budget being that of a GPU's rows."""
+    """The case's inputs, with a budget for the same number of rows on a GPU."""
     inputs = make_inputs(case)
     if case.rows is not None:
         inputs.keywords["memory_budget"] = row_budget(case, case.rows, "cuda")
     return inputs
 
 
-#: One of each strategy and chunking, every kind of loss; the other cases take a minute.
+#: One case of each strategy and chunking, and every kind of loss. The other cases take a minute and are slow tests.
 QUICK = {
     "whole_pairs",
     "pairs_beyond_the_budget",
@@ -84,11 +84,11 @@ QUICK = {
     "case", [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES], ids=str
 )
 def test_a_call_waits_once_and_its_rows_hold_the_float64_truth(case):
-    """Forward and backward, in every strategy and chunking: the counts of the scored tokens are read, and nothing else."""
+    """Forward and backward, in every strategy and chunking, read only the counts of scored tokens from the device."""
     inputs = for_gpu(case)
     with PretendGPU() as gpu:
         loss, gradients = step(gpu, inputs)
-    if case.dtype != _F64:  # its backend is the eager one, which waits where it likes
+    if case.dtype != _F64:  # float64 runs on the eager backend, which may synchronise
         assert gpu.syncs in (["tolist"], ["nonzero"])
     truth_loss, truth = textbook(inputs.cast(_F64))
     eager = textbook(inputs)[1]
@@ -117,7 +117,7 @@ def test_the_block_filter_waits_once_as_well():
 
 
 def test_auto_is_exact_on_a_gpu_and_the_plan_says_so(caplog):
-    """A narrow bfloat16 head, which a guess about the kernels' rate used to filter."""
+    """A narrow bfloat16 head, which an earlier estimate of the kernels' rate filtered."""
     inputs = make_inputs(
         dataclasses.replace(BY_NAME["coupled_two_pass_bfloat16"], vocab=600, hidden_size=32, rows=None)
     )
@@ -131,7 +131,7 @@ def test_auto_is_exact_on_a_gpu_and_the_plan_says_so(caplog):
 
 # --- dW -------------------------------------------------------------------------------------------------------------
 
-#: A head whose gradient is all that is large: 16 tokens, 2,048 x 64 entries.
+#: A case in which only the head's gradient is large: 16 tokens, 2,048 x 64 entries.
 TALL = Case("tall", dtype=_BF16, vocab=2048, hidden_size=64, pairs=2, length=4)
 ENTRIES = TALL.vocab * TALL.hidden_size
 
@@ -155,7 +155,7 @@ def moved(case, main_grad=False, tokens=False, factor=0.37):
         return gpu.bytes / ENTRIES, found.inner, gpu.allocated
 
 
-# 4 bytes of each float32 entry and 2 of each 16-bit one are read or written; half a byte is left for everything small.
+# Each access of an entry moves 4 bytes for float32 and 2 bytes for 16 bits. Half a byte per entry is left for small tensors.
 @pytest.mark.parametrize(
     ("rows", "main_grad", "tokens", "most"),
     [
@@ -182,7 +182,7 @@ def test_gradients_of_the_head_move_once_at_most(rows, main_grad, tokens, most):
 
 
 def test_a_loss_scale_saves_float16_gradients_from_underflow():
-    """A GradScaler's factor must reach dz before dz is rounded: entries of dW of 1e-9 survive only so."""
+    """A GradScaler's factor must be applied to dz before rounding. Otherwise entries of dW of 1e-9 underflow."""
     case = dataclasses.replace(TALL, dtype=_F16, options={"beta": 1e-5})
     _, gradient, _ = moved(case, factor=2.0**15)
     inputs = make_inputs(case)
@@ -204,7 +204,7 @@ def test_products_get_rows_of_logits_that_begin_at_128_bytes(vocab):
         strides = [operand.stride for _, operands in gpu.products for operand in operands if vocab in operand.shape]
         buffer = logits_buffer(3, vocab, _BF16, torch.device("cuda"))
         assert rows_aligned(buffer.inner.unsqueeze(0), 8)
-    # Two projections, dH and dW, the logits being an operand of each; the head's are the other strides.
+    # Two projections, dH and dW have the logits as an operand. The other strides are the head's.
     wide = [value for value in strides if max(value) > 8]
     assert len(wide) >= 4
     assert all(max(value) == stride for value in wide)
@@ -229,7 +229,7 @@ def test_a_card_without_room_gets_smaller_chunks_and_the_same_numbers(name, capl
     inputs = make_inputs(case)
     with PretendGPU() as gpu:
         _, whole = step(gpu, inputs)
-    largest = 5 * 97 * 4 * 4  # five rows with what stands beside them, and more than dW
+    largest = 5 * 97 * 4 * 4  # five rows and their temporary tensors; this is more than dW
     with caplog.at_level(logging.DEBUG, "dpo_kernels.linear"), PretendGPU(largest=largest) as gpu:
         _, parts = step(gpu, inputs)
         assert gpu.syncs in (["tolist"], ["nonzero"])
@@ -244,7 +244,7 @@ def test_a_card_that_was_short_is_asked_for_its_free_memory_first():
     with PretendGPU(largest=1000):
         assert memory.available(device, 600, 900)
         assert not memory.available(device, 600, 1001)
-        # The driver says 1,000 free: two blocks that would pass one by one are refused without trying.
+        # The driver reports 1,000 free bytes. Two blocks that would each fit, but not both, are refused without trying.
         assert not memory.available(device, 600, 900)
         assert memory.available(device, 600, 300)
     assert memory.available(torch.device("cpu"), 2**60)

@@ -1,4 +1,4 @@
-"""Large fresh tensors ask for large pages; small ones, and backends without the CPU library, are torch's own."""
+"""Large new tensors request large pages. Small ones, and all tensors without the CPU library, come from torch."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def flags_at(address: int) -> set[str]:
-    """The kernel's flags of the mapping that holds an address."""
+    """The Linux kernel's flags of the memory mapping that contains an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
@@ -44,7 +44,7 @@ def test_large_tensors_ask_for_large_pages(monkeypatch):
     ("content", "large"), [("9\n", False), ("0\n", False), ("4294967295\n", True), ("", True), (None, True)]
 )
 def test_no_large_pages_where_free_ones_go_back_to_a_host(content, large, tmp_path, monkeypatch):
-    """Linux says -1 as an unsigned number where no host takes pages."""
+    """If no host reclaims pages, Linux reports -1 as an unsigned number."""
     order = tmp_path / "page_reporting_order"
     if content is not None:
         order.write_text(content)
@@ -69,7 +69,7 @@ def test_small_ones_are_plain(size, monkeypatch):
 @pytest.mark.parametrize(("setting", "large"), [(None, True), ("0", False)])
 @pytest.mark.parametrize("module", ["dpo_trainer", "dpo_kernels.integrations.trl"])
 def test_a_trainers_tensors_ask_for_large_pages_unless_told_not_to(module, setting, large):
-    """In a process of its own: torch reads the setting once."""
+    """Runs in a separate process, because torch reads the setting once."""
     program = (
         f"import sys; sys.path.insert(0, 'tests'); import {module}, torch; from test_memory import flags_at; "
         "x = torch.empty(1 << 25); print('hg' in flags_at(x.data_ptr() + x.nbytes // 2))"

@@ -1,4 +1,4 @@
-"""The numerics contract beyond the operator table: special values, certainty, invariances, known rounding traps."""
+"""Numerical guarantees beyond the operator table: special values, probabilities near 1, invariances, rounding problems."""
 
 import math
 
@@ -36,13 +36,13 @@ def test_a_nearly_certain_label_keeps_its_relative_precision(backend, device, p_
     with use_backend(backend):
         out = loss_of(x, labels)
         out.loss.backward()
-    # The truth needs care as well: -log1p(sum of the others / label), in float64.
+    # The true value must avoid cancellation too: -log1p(sum of the other exponentials / the label's), in float64.
     others = truth.scatter(-1, labels.unsqueeze(-1), -math.inf).logsumexp(-1) - gap
     logp = -torch.log1p(others.exp())
     margin = 0.1 * (logp[0].sum() - logp[1].sum())
     torch.nn.functional.softplus(-margin).backward()
     assert out.chosen_logps.item() == pytest.approx(logp[0].sum().item(), rel=1e-5)
-    # The label's entry itself is 1 - p = -expm1(logp) times its coefficient.
+    # The label's entry is 1 - p = -expm1(logp), times its coefficient.
     coefficient = 0.1 * torch.sigmoid(-margin.detach())
     sign = torch.tensor([[1.0], [-1.0]], device=device, dtype=torch.float64)
     label_truth = -coefficient * sign * -torch.expm1(logp.detach())
@@ -63,7 +63,7 @@ def test_minus_infinity_is_a_legal_logit(backend, device):
     with use_backend(backend):
         out = loss_of(x, labels, ref_logits=ref_logits, statistics=("entropy", "kl", "accuracy", "mean_logits"))
         out.loss.backward()
-    # The truth: the same problem without the banned entries.
+    # The true result is that of the same problem without the banned entries.
     keep = (~banned).nonzero().squeeze(-1)
     place = torch.cumsum(~banned, 0) - 1
     small = reference.token_statistics(
@@ -88,13 +88,13 @@ def test_reference_minus_infinity_where_the_policy_has_mass_is_infinite_kl(backe
 
 
 def test_log_sum_sq_of_rows_at_the_edge(backend, device):
-    """Masked entries carry no mass; the sum of squares neither overflows nor underflows where the sum does not."""
+    """Masked entries have probability 0. The sum of squares overflows or underflows only if the sum does."""
     logits = torch.zeros(1, 7, VOCAB, device=device)
     logits[0, 1, 1:] = -math.inf  # all mass on the label
     logits[0, 2, 3:] = -math.inf  # on three entries
     logits[0, 3] = 200.0  # squares of exp(200) would overflow
-    logits[0, 4, 0] = -200.0  # an impossible label beside even ones
-    logits[0, 5, 3:] -= 60.0  # of the others, squares alone underflow to nothing
+    logits[0, 4, 0] = -200.0  # a label of probability 0, all other entries equal
+    logits[0, 5, 3:] -= 60.0  # of these entries, only the squares underflow to 0
     logits[0, 6, 7] = math.nan
     labels = torch.zeros(1, 7, dtype=torch.int64, device=device)
     found = ops.token_logps(
@@ -168,7 +168,7 @@ def test_a_pair_does_not_feel_its_neighbours_padding_or_strides(backend, device)
     assert torch.equal(together.kl[pick], alone.kl)
     assert torch.equal(grad[pick], alone_grad)
 
-    # Padding on the left, on the right and inside (a gap of ignored tokens) changes no bit.
+    # Padding on the left, on the right or in between (a gap of ignored tokens) changes no bit.
     def spread(t, fill):
         wide = torch.full((t.shape[0], 11, *t.shape[2:]), fill, dtype=t.dtype, device=t.device)
         wide[:, [2, 3, 5, 6, 7, 9]] = t
@@ -190,7 +190,7 @@ def test_a_pair_does_not_feel_its_neighbours_padding_or_strides(backend, device)
 
 
 def test_sums_beat_bfloat16_and_float32_accumulation(backend, device):
-    """Many small terms: adding log-probabilities in bfloat16 loses a quarter of the loss, in float32 the last digits."""
+    """With many small terms, summing log-probabilities in bfloat16 loses a quarter of the loss, in float32 its last digits."""
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(2, 153, 64, generator=g) * 2).to(torch.bfloat16).to(device)
     labels = torch.randint(0, 64, (2, 153), generator=g).to(device)
@@ -205,7 +205,7 @@ def test_sums_beat_bfloat16_and_float32_accumulation(backend, device):
 @pytest.mark.parametrize("offset", [0.0, 30.0, -80.0, 3000.0])
 def test_a_constant_added_to_a_row_changes_nothing_but_its_rounding(backend, device, offset):
     logits, _, labels = (t.to(device) for t in random_batch(seed=5))
-    logits = (logits * 64).round() / 64  # the offset is then added without rounding
+    logits = (logits * 64).round() / 64  # so that adding the offset is exact
     with use_backend(backend):
         plain, moved = sequence_logps(logits, labels), sequence_logps(logits + offset, labels)
     torch.testing.assert_close(plain, moved, rtol=3e-7, atol=0.0)
@@ -225,7 +225,7 @@ def test_huge_margins_do_not_overflow(backend, device):
         assert bool(x.grad.isfinite().all())
 
 
-# What the logits of a row look like, and the upstream gradient of its log-probability.
+# Kinds of rows of logits, and the upstream gradients of their log-probabilities.
 REGIMES = {
     "usual": (lambda z: z, 0.03),
     "other sign": (lambda z: z, -0.03),
@@ -241,7 +241,7 @@ REGIMES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_sixteen_bit_gradient_is_the_truth_rounded_once(backend, device, regime, dtype):
-    """Half a unit in the last place, and a hair for float32's own error: no regime may cost a rounding more."""
+    """At most half a unit in the last place, plus a little for float32's own error: the result is rounded only once."""
     shape, upstream = REGIMES[regime]
     logits = shape(torch.randn(2, 2, 2101) * 2).to(device, dtype)
     labels = torch.randint(0, 2060, (2, 2), device=device)

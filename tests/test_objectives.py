@@ -1,6 +1,6 @@
-"""Every objective equals its paper's formula, written here again in plain Python floats, and its gradient is right.
+"""Every objective equals its paper's formula, written here in plain Python floats, and has the right gradient.
 
-The tests iterate the registry: an objective added there without a formula here fails.
+The tests iterate over the registry, so an objective without a formula here fails.
 """
 
 import math
@@ -25,7 +25,7 @@ from dpo_kernels.objectives import (
     rewards,
 )
 
-# --- the formulas again, one pair (or one batch) at a time ---------------------------------------------------------
+# --- the formulas, for one pair or one batch at a time -------------------------------------------------------------
 
 
 def log_s(x):
@@ -49,7 +49,7 @@ def odds(logp):
 
 
 def in_order(keys, values):
-    """values[k] of the pair whose key is k-th smallest, first come first served among equals."""
+    """For each pair, values[k] if its key is the k-th smallest. Equal keys are ordered by position."""
     order = sorted(range(len(keys)), key=lambda i: keys[i])
     dealt = [0.0] * len(keys)
     for rank, i in enumerate(order):
@@ -123,14 +123,14 @@ FORMULAS = {
     "beta_dpo": beta_dpo_formula,
 }
 
-# Values away from every default, so that an ignored parameter shows.
+# Values that differ from every default, so that an ignored parameter shows.
 OTHER = {"tau": 0.4, "gamma": 1.3, "alpha": 0.3, "penalty": 2.0, "momentum": 0.7}
 
 BATCH = 5
 
 
 def random_pairs(seed=0, size=BATCH, smoothing=0.1, dtype=torch.float64):
-    """Sums of a few nats per token; beta and smoothing differ between pairs; margins of both signs."""
+    """Pairs with sums of a few nats per token, different beta and smoothing, and margins of both signs."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -178,7 +178,7 @@ def test_value_is_the_papers_formula(name, given):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_is_the_derivative_of_the_value(name):
-    """gradcheck at float64; a running mean is frozen, as the loss treats it as a constant."""
+    """gradcheck in float64. A running mean is frozen, because the loss treats it as a constant."""
     pairs = random_pairs(seed=1)
     made = objective(name)
     if isinstance(made, RunningObjective):
@@ -186,7 +186,8 @@ def test_gradient_is_the_derivative_of_the_value(name):
         made.eval()
     inputs = (pairs.chosen_logps.clone().requires_grad_(), pairs.rejected_logps.clone().requires_grad_())
     if name == "beta_dpo":
-        # Its beta depends on the margins but is not differentiated, which numerical derivatives miss: so by hand.
+        # Its beta depends on the margins but is not differentiated. A numerical derivative would include it, so compare with
+        # autograd here.
         ours = torch.autograd.grad(made(with_sums(pairs, *inputs)).sum(), inputs)
         x = pairs.beta * pairs.margins
         betas = pairs.beta * (1 + 0.6 * (x.mean() - made.mean))
@@ -212,7 +213,7 @@ def test_divergence_scores_take_the_log_ratios_place(name, divergence):
     parameters = {p.name: p.default for p in OBJECTIVES[name].parameters}
     expected = torch.tensor(FORMULAS[name](rows, **parameters), dtype=torch.float64)
     torch.testing.assert_close(made(pairs), expected, rtol=1e-11, atol=1e-12)
-    # What is reported stays the log-ratio.
+    # The reported reward is still the log-ratio.
     torch.testing.assert_close(made.rewards(pairs)[0], pairs.beta * pairs.chosen_logratios)
     inputs = (pairs.chosen_logps.clone().requires_grad_(), pairs.rejected_logps.clone().requires_grad_())
     assert torch.autograd.gradcheck(lambda chosen, rejected: made(with_sums(pairs, chosen, rejected)), inputs)
@@ -256,7 +257,7 @@ def test_dpo_loss_equals_the_float64_reference(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_from_hidden_states_it_is_the_same(name):
-    """The linear path takes whole pairs in chunks where it may; objectives that couple pairs must not notice."""
+    """The linear path may compute chunks of whole pairs. This must not change objectives that couple pairs."""
     _, _, labels = logits_batch()
     g = torch.Generator().manual_seed(3)
     hidden, ref_hidden = (torch.randn(*labels.shape, 5, generator=g, dtype=torch.float64) for _ in range(2))
@@ -284,7 +285,7 @@ MIXES = [
 ]
 
 
-# Plain ids: a bound objective's repr holds an address, which parallel test processes must agree on.
+# Explicit ids: the repr of a bound objective contains an address, but parallel test processes need equal ids.
 @pytest.mark.parametrize(("loss_type", "weights"), MIXES, ids=["sigmoid+sft", "three", "bound+hinge", "text"])
 def test_a_mix_is_the_weighted_sum_of_its_parts(loss_type, weights):
     logits, ref, labels = logits_batch(seed=5)
@@ -310,7 +311,7 @@ def test_a_users_callable_is_differentiated_through():
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-# --- traps --------------------------------------------------------------------------------------------------------
+# --- special cases ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ipo", "sigmoid_norm", "simpo", "orpo"])
@@ -328,7 +329,7 @@ def test_summing_objectives_do_change(name):
 
 
 def test_ipo_is_least_at_half_over_beta_per_token():
-    """The target of the *mean* log-ratio difference is 1 / (2 beta), whatever the lengths."""
+    """The target of the *mean* log-ratio difference is 1 / (2 beta) for any lengths."""
     n, m, beta = 4.0, 9.0, 0.25
     one = torch.ones(1, dtype=torch.float64)
     chosen = (one * n * (1 / (2 * beta) - 1.5)).requires_grad_()
@@ -340,7 +341,7 @@ def test_ipo_is_least_at_half_over_beta_per_token():
 
 
 def test_weights_below_one_count_in_the_length():
-    """One token of weight 1/2: its mean log-probability is the token's, not half of it."""
+    """For one token of weight 1/2, the mean log-probability is the token's, not half of it."""
     half = torch.tensor([0.5], dtype=torch.float64)
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     loss = objective("simpo", gamma=0.0)(Pairs(half * -3.0, half * -1.0, zero, zero, half, half, one, zero))
@@ -379,7 +380,7 @@ def test_a_loss_module_keeps_its_running_objectives():
 
 
 def test_a_running_mean_is_over_all_processes(monkeypatch):
-    """As if a second process had seen the same batch: the sums double, and so does the count, not the mean."""
+    """If a second process has the same batch, sum and count double, and the mean does not change."""
     alone, together = objective("bco_running"), objective("bco_running")
     alone(random_pairs(seed=12))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -399,7 +400,7 @@ def test_an_empty_batch_leaves_a_running_mean_alone():
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_aot_with_ties_is_deterministic_and_keeps_the_weights_with_their_pairs(name):
-    """Equal margins: any pairing of equals gives the same total; permuting pairs permutes losses."""
+    """With equal margins, any pairing of equal values gives the same total, and permuting pairs permutes the losses."""
     pairs = random_pairs(seed=13, size=6)
     tied = with_sums(pairs, pairs.chosen_logps.clone(), pairs.rejected_logps.clone())
     for tensor in (tied.chosen_logps, tied.rejected_logps, tied.ref_chosen_logps, tied.ref_rejected_logps):
@@ -411,7 +412,7 @@ def test_aot_with_ties_is_deterministic_and_keeps_the_weights_with_their_pairs(n
     again = tied.chosen_logps.clone().requires_grad_()
     (grad_again,) = torch.autograd.grad(objective(name)(with_sums(tied, again, tied.rejected_logps)).sum(), again)
     assert torch.equal(grad, grad_again)
-    # The plain way: sort both and compare, as in the paper; the total is the same.
+    # Sorting both sides and comparing them, as in the paper, gives the same total.
     policy = (chosen - tied.rejected_logps if name == "aot" else tied.chosen_logratios).detach().sort().values
     other = (
         tied.ref_chosen_logps - tied.ref_rejected_logps if name == "aot" else tied.rejected_logratios
@@ -435,7 +436,7 @@ def test_infinite_margins_give_zero_or_infinity_but_no_nan():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_far_margins_give_finite_gradients(name):
-    """2,000 nats either way is what a collapsed policy gives on a long answer; float64's exp ends at 709."""
+    """A collapsed policy gives margins of +-2,000 nats on a long answer. In float64, exp overflows beyond 709."""
     smoothing = 0.1 if OBJECTIVES[name].smoothing_range else 0.0
     for far in (2000.0, -2000.0):
         base = torch.full((2,), -3000.0, dtype=torch.float64)
@@ -485,7 +486,7 @@ def test_length_desensitized_weights_spare_the_shared_length_only():
         length_desensitized_weights(labels, 1.5)
 
 
-# --- the way in, and its errors -----------------------------------------------------------------------------------
+# --- names, arguments and their errors ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

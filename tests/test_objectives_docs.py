@@ -1,4 +1,4 @@
-"""The committed page and plots of docs/objectives.md are what docs/objectives.py makes from the registry."""
+"""The committed docs/objectives.md and its plots are equal to the output of docs/objectives.py."""
 
 import re
 import runpy
@@ -29,7 +29,7 @@ def test_every_plot_is_there_and_none_is_left_over(rendered):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_plot_is_up_to_date(rendered, name):
-    """The same drawing, each coordinate within the 0.1 pixel it is rounded to: libms differ in the last bit."""
+    """Coordinates are rounded to 0.1 pixel and may differ by that, because math libraries differ in the last bit."""
     committed, now = (DOCS / "objectives" / f"{name}.svg").read_text(), rendered[f"objectives/{name}.svg"]
     assert NUMBER.sub("#", committed) == NUMBER.sub("#", now), "run: python docs/objectives.py"
     pairs = zip(NUMBER.findall(committed), NUMBER.findall(now), strict=True)

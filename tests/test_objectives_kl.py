@@ -1,4 +1,4 @@
-"""Terms that read the whole distribution (kl_coef, TDPO, WPO weights) equal the float64 reference and its autograd gradient."""
+"""Terms that use the whole distribution (kl_coef, TDPO, WPO weights) equal the float64 reference and its autograd gradient."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_the_term_is_the_reported_statistic():
 
 
 def test_policy_equal_to_reference_feels_no_kl():
-    """KL is 0 and so is its gradient: the minimum, up to the rounding of float64."""
+    """KL and its gradient are 0 at this minimum, up to float64 rounding."""
     logits, _, labels = make()
     leaf = logits.clone().requires_grad_()
     dpo_loss(leaf, labels, ref_logits=logits, kl_coef=1.0, loss_type=lambda p: 0 * p.margins).loss.backward()
@@ -79,7 +79,7 @@ def test_policy_equal_to_reference_feels_no_kl():
 
 
 def test_an_impossible_token_keeps_the_gradient_finite():
-    """-inf under both models, and under the policy only: no mass, no KL, no gradient there."""
+    """With -inf in both models, or only in the policy, the token has no probability, no KL and no gradient."""
     logits, ref, labels = make()
     labels = torch.where(labels > 2, labels, torch.where(labels == -100, labels, 5))
     logits[..., 0] = ref[..., 0] = float("-inf")
@@ -158,7 +158,7 @@ def test_sums_do_not_determine_a_kl():
         dpo_loss(logits, labels, ref_logps=torch.zeros(2 * P), kl_coef=-0.1)
 
 
-# --- the stage itself, on every backend ---------------------------------------------------------------------------
+# --- the stage, on every backend ----------------------------------------------------------------------------------
 
 #: gradients of (logps, reverse KL, forward KL); None leaves the divergence out.
 UPSTREAM = {
@@ -186,7 +186,7 @@ def divergences(logits, ref, labels, upstream, scale=1.0, cap=0.0):
 
 
 def staged(backend, logits, ref, labels, upstream, scale=1.0, cap=0.0, out=None):
-    """The same by a backend's stages 1 and 3."""
+    """The gradient from a backend's stages 1 and 3."""
     stages = backends.load(backend, logits.device.type)
     transform = Transform(scale=scale, softcap=cap)
     *small, ref_logps, ref_max, ref_log_sum, kl = stages.token_logps(logits, labels, ref, transform, ("kl",))
@@ -205,12 +205,12 @@ def stage_inputs(dtype, vocab, device, spread=3.0):
     return logits.to(dtype).to(device), ref.to(dtype).to(device), labels.to(device)
 
 
-# Below a vector; odd and past a block of the CPU kernels and a tile of the Triton kernels, with fragments.
+# 7: below a vector. 2101: odd, past a block of the CPU kernels and a tile of the Triton kernels, with a remainder.
 @pytest.mark.parametrize("vocab", [7, 2101])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_the_stage_equals_the_float64_truth(name, dtype, vocab, backend, device):
-    # float16 has nothing below 6e-8, and an unlikely label's entry would be that small.
+    # float16 has no positive number below 6e-8, and an unlikely label's entry would be smaller.
     logits, ref, labels = stage_inputs(dtype, vocab, device, spread=1.0 if dtype == torch.float16 else 3.0)
     upstream = UPSTREAM[name]
     truth = divergences(logits.double(), ref.double(), labels, upstream)
@@ -230,7 +230,7 @@ def test_the_stage_scales_and_caps(scale, cap, backend, device):
 
 @pytest.mark.parametrize("gap", [10.0, 25.0])
 def test_a_nearly_certain_label_keeps_its_relative_precision(gap, backend, device):
-    """There p (d - D) is a product of small numbers that a difference of d and D would lose."""
+    """There p (d - D) is a product of small numbers. Subtracting d and D directly would lose it by cancellation."""
     logits, ref, labels = stage_inputs(torch.float32, 1030, device, spread=1.0)
     for t, label in enumerate(labels[0].tolist()):
         if label >= 0:
@@ -253,16 +253,16 @@ def test_the_stage_in_place_is_bitwise_the_same_and_skips_dead_rows(backend, dev
 
 
 def test_the_stage_gives_impossible_tokens_nothing(backend, device):
-    """-inf under both models, and under the policy alone."""
+    """-inf in both models, and in the policy only."""
     logits, ref, labels = stage_inputs(torch.float32, 1030, device)
     logits[..., 3:9] = float("-inf")
     ref[..., 3:6] = float("-inf")
-    # Leaving these columns out of both softmaxes is the same distribution and the same reverse KL.
+    # Without these columns, both softmaxes and the reverse KL are the same.
     alive = [v for v in range(1030) if not 3 <= v < 9]
     renamed = torch.where(labels > 8, labels - 6, labels)
     ref[..., 6:9] = float("-inf")
     truth = divergences(logits[..., alive].double(), ref[..., alive].double(), renamed, (0.3, 0.5, None))
-    ref[..., 6:8] = -50.0  # possible to the reference, though not likely enough to move its softmax
+    ref[..., 6:8] = -50.0  # possible under the reference, but too unlikely to change its softmax
     gradient = staged(backend, logits, ref, labels, (0.3, 0.5, None))
     assert bool((gradient[..., 3:9] == 0).all())
     torch.testing.assert_close(gradient[..., alive].double(), truth, rtol=1e-4, atol=1e-7)
@@ -281,13 +281,13 @@ def test_inplace_backward_overwrites_the_logits_and_says_so_the_second_time():
 
 @pytest.mark.parametrize("grad_kl", [None, 0.3])
 def test_a_label_outside_the_vocabulary_is_a_row_of_nan_and_never_an_index(grad_kl):
-    """Eager's gradient on a GPU, whose labels nobody reads before: an index out of bounds would end its context."""
+    """On a GPU nobody checks labels before eager's gradient, and an index out of bounds would break the CUDA context."""
     logits, ref, labels = make(torch.float32)
     tokens = eager.token_logps(logits, labels, ref, Transform(), ("kl",))
     bad = torch.zeros_like(labels, dtype=torch.bool)
     bad[0, 0] = bad[2, 1] = True
     labels[0, 0], labels[2, 1] = V + 40, -7
-    tokens[:, bad] = float("nan")  # as stage 1 has them on a GPU
+    tokens[:, bad] = float("nan")  # as stage 1 returns them on a GPU
     *small, ref_logps, ref_max, ref_log_sum, kl = tokens
     ones = torch.ones_like(kl)
     terms = None if grad_kl is None else TokenKL(ref, ref_logps, ref_max, ref_log_sum, kl, grad_kl * ones, None)
@@ -298,7 +298,7 @@ def test_a_label_outside_the_vocabulary_is_a_row_of_nan_and_never_an_index(grad_
 
 
 def test_a_reference_that_shares_the_policys_memory_is_not_overwritten(backend):
-    """Views of one buffer, a token apart: the gradient of one row would destroy the reference of another."""
+    """Views of one buffer, shifted by a token: an in-place gradient of one row would overwrite another row's reference."""
     labels = make()[2]
     buffer = torch.randn(2 * P, T + 1, V, generator=torch.Generator().manual_seed(5))
     gradients = []

@@ -1,8 +1,8 @@
-"""Every objective that TRL has equals TRL's own code: loss, gradient, rewards and metrics.
+"""Every objective of TRL equals TRL's own code: loss, gradient, rewards and metrics.
 
-TRL's loss lives inside its trainer's `_compute_loss`. It runs here on a stand-in for the trainer that has just the fields
-it reads, and on a model that returns given per-token log-probabilities: so the formulas compared are TRL's, unedited, and
-at float64, where nothing hides in rounding.
+TRL computes the loss in its trainer's `_compute_loss`. Here that method runs on a stand-in for the trainer, which has only
+the attributes that it reads, and on a model that returns given per-token log-probabilities. So the comparison is with TRL's
+unmodified formulas, in float64, where rounding hides no difference.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from dpo_kernels.objectives import Pairs, mix, rewards
 pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0 (the extra `peers`)")
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # trl.experimental announces itself
+    warnings.simplefilter("ignore")  # trl.experimental warns on import
     from trl import DPOTrainer
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 BETA = 0.3
 PAIRS, LENGTH, VOCAB = 4, 9, 31
 
-#: TRL's whole list. Its sigmoid and sigmoid_norm have no label smoothing; exo_pair must have some.
+#: Label smoothing for TRL's objectives. TRL's sigmoid and sigmoid_norm have none; exo_pair requires it.
 SMOOTHING = {"exo_pair": 0.125, "robust": 0.2, "aot": 0.2, "aot_unpaired": 0.2}
 NAMES = [
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
@@ -59,7 +59,7 @@ class Gather:
 
 def trl_call(inputs, policy, reference_logps, loss_type, *, smoothing=0.0, weights=None, **options):
     """(loss, metrics) of TRL's own `_compute_loss` on given per-token outputs."""
-    model = torch.nn.Identity()  # .training, and nothing that looks like PEFT
+    model = torch.nn.Identity()  # has .training and does not look like a peft model
     model.is_gradient_checkpointing = False
     names = [loss_type] if isinstance(loss_type, str) else loss_type
     trainer = types.SimpleNamespace(
@@ -86,7 +86,7 @@ def trl_call(inputs, policy, reference_logps, loss_type, *, smoothing=0.0, weigh
 
 
 def make_batch(seed=0):
-    """(TRL's inputs, per-token shapes): prompts of two lengths, completions of 2 to 6 tokens, right padding."""
+    """(TRL's inputs, per-token shapes), with prompts of two lengths, completions of 2 to 6 tokens and right padding."""
     g = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(0, VOCAB, (2 * PAIRS, LENGTH), generator=g)
     prompt = torch.randint(1, 4, (PAIRS,), generator=g).repeat(2)[:, None]
@@ -101,7 +101,10 @@ def make_batch(seed=0):
 
 
 def make_logps(inputs, g, dtype=torch.float64):
-    """Policy and reference log-probabilities per token, 0 where unscored: reference about 2 nats, policy 1 nat around it."""
+    """Policy and reference log-probabilities per token, 0 where unscored.
+
+    The reference's are about -2 nats; the policy's differ from them by about 1 nat.
+    """
     mask = inputs["completion_mask"][:, 1:]
     ref = -torch.rand(mask.shape, generator=g, dtype=torch.float64) * 4 - 0.05
     policy = (ref + torch.randn(mask.shape, generator=g, dtype=torch.float64)).clamp(max=-0.01)
@@ -122,7 +125,7 @@ def our_pairs(logps, ref_logps, weights, smoothing):
 def assert_same(ours, our_leaf, theirs, their_leaf, rtol):
     (our_grad,) = torch.autograd.grad(ours, our_leaf, retain_graph=True)
     (their_grad,) = torch.autograd.grad(theirs, their_leaf, retain_graph=True)
-    # TRL sums over the zeros of unscored tokens too; its head stops the gradient there.
+    # TRL also sums over the zeros of unscored tokens. In TRL, the head stops the gradient there.
     their_grad = their_grad * (their_leaf != 0)
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0)
     assert their_grad.abs().max() > 0
@@ -145,7 +148,7 @@ def test_loss_and_gradient_are_trls(name):
 @pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"])
 def test_divergences_are_trls(name, divergence):
-    """float32: TRL's alpha divergence works in nothing wider."""
+    """In float32, because TRL's alpha divergence supports no wider dtype."""
     inputs, g = make_batch(1)
     logps, ref, mask, extras = make_logps(inputs, g, torch.float32)
     smoothing = SMOOTHING.get(name, 0.0)
@@ -193,7 +196,7 @@ def test_discopops_temperature_is_trls(tau):
 
 
 def test_aot_with_equal_margins_is_trls():
-    """Ties may be paired differently, so the loss and the sum of the tied gradients are compared, not each of them."""
+    """Ties may be paired differently, so compare the loss and the sum of the tied gradients, not each gradient."""
     inputs, g = make_batch(5)
     for key, value in inputs.items():
         inputs[key] = value[[0, 0, 1, 1, 4, 4, 5, 5]]
@@ -251,11 +254,11 @@ def test_orpos_odds_ratio_is_trls():
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-4, atol=1e-6)
 
 
-# --- the whole path, from logits ----------------------------------------------------------------------------------
+# --- from logits to metrics ---------------------------------------------------------------------------------------
 
 
 def from_logits(inputs, logits, ref_logits):
-    """What TRL's fused head returns, in plain float64 PyTorch."""
+    """The outputs of TRL's fused head, computed in float64 with plain PyTorch."""
     mask = inputs["completion_mask"][:, 1:].bool()
     index = inputs["input_ids"][:, 1:, None]
     log_p = logits.log_softmax(-1)[:, :-1]
@@ -316,12 +319,12 @@ def test_wpo_weighting_is_trls(name):
 
 @pytest.mark.slow
 def test_on_a_real_model_all_is_trls():
-    """SmolLM2 at bfloat16 logits, as it would train; the reference is the same model at another softmax temperature."""
+    """SmolLM2 with bfloat16 logits, as in training. The reference is the same model with another softmax temperature."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from examples import smollm2
 
-    # Found, not imported: importing it would need the command-line tool that it extends.
+    # Look for the package without importing it: an import needs the command-line tool that the package extends.
     if importlib.util.find_spec(smollm2.PACKAGE) is None:
         pytest.skip(smollm2.INSTALL_HINT)
 

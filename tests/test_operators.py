@@ -1,4 +1,4 @@
-"""Every backend equals the float64 reference over the operator table: loss, log-probabilities, statistics, gradients."""
+"""Every backend equals the float64 reference on the operator table: loss, log-probabilities, statistics, gradients."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from checks import check_gradient
 
 
 def supported(backend: str, case: Case) -> bool:
-    """float64 logits are the checking path of eager and cpu; GPU kernels do not have it."""
+    """Whether the backend supports the case. Only eager and cpu support float64 logits, for checks."""
     return case.dtype != torch.float64 or backend in ("eager", "cpu")
 
 
@@ -31,14 +31,14 @@ def truth_of(inputs, grad_dtype=torch.float64):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradient_equal_the_float64_reference(backend, case, device):
     if not supported(backend, case):
-        # Said, not skipped: the contract is an error that names the dtypes.
+        # Not skipped: the backend must raise an error that names the dtypes.
         inputs = make_inputs(case, device)
         with use_backend(backend), pytest.raises((TypeError, ValueError), match="float64"):
             dpo_loss(inputs.logits, inputs.labels, **inputs.keywords)
         return
     inputs = make_inputs(case, device)
     truth, truth_grad = truth_of(inputs)
-    # Eager in the same precision: 16-bit logits are upcast, as every careful trainer does, and the gradient cast back.
+    # Eager in the same precision: 16-bit logits are upcast, as careful trainers do, and the gradient is cast back.
     work = torch.float64 if case.dtype == torch.float64 else torch.float32
     eager_loss, eager_grad = truth_of(inputs, work)
 
@@ -47,7 +47,7 @@ def test_loss_and_gradient_equal_the_float64_reference(backend, case, device):
         out = dpo_loss(logits, inputs.labels, **inputs.keywords)
         out.loss.backward()
     epsilon = torch.finfo(out.loss.dtype).eps
-    # No further from the truth than eager, give or take the rounding of the returned number itself.
+    # The error may be at most eager's, plus the rounding of the returned number.
     bits = 4.0 if out.loss.dtype == torch.float64 else 0.5
     rounding = bits * epsilon * float(truth.abs().max().clamp(min=0.5))
     allowed = float((eager_loss.double() - truth).abs().max()) + rounding
@@ -91,8 +91,8 @@ def test_statistics_and_logps_equal_the_float64_reference(backend, case, device)
     ours["logps"] = torch.cat([out.chosen_logps, out.rejected_logps])
     ours["ref_logps"] = torch.cat([out.ref_chosen_logps, out.ref_rejected_logps])
     for name in names:
-        # At least as close to the truth as eager in the same precision, or one unit in the last place of the largest
-        # logit (a KL divergence is a difference of such numbers).
+        # The error may be at most eager's in the same precision, or one unit in the last place of the largest logit (a KL
+        # divergence is a difference of numbers of that size).
         epsilon = torch.finfo(ours[name].dtype).eps
         error = (ours[name].double() - truth[name]).abs()
         bits = 16.0 if case.dtype == torch.float64 else 1.0
@@ -103,7 +103,7 @@ def test_statistics_and_logps_equal_the_float64_reference(backend, case, device)
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_log_sum_sq_equals_the_float64_reference(backend, case, device):
-    """What WPO's weights compare a log-probability with: found with it, token by token, and 0 where nothing is scored."""
+    """WPO's weights compare the log-probability with log_sum_sq. It is computed for each token and 0 for unscored tokens."""
     if not supported(backend, case):
         return
     inputs = make_inputs(case, device)
@@ -120,7 +120,7 @@ def test_log_sum_sq_equals_the_float64_reference(backend, case, device):
         reference.token_statistics(logits.to(dtype), labels, **options)["log_sum_sq"].double()
         for dtype in (torch.float64, torch.float64 if case.dtype == torch.float64 else torch.float32)
     )
-    # As for the other statistics: no further from the truth than eager, or a unit in the last place of the largest logit.
+    # As for the other statistics: at most eager's error, or one unit in the last place of the largest logit.
     unit = 16 * torch.finfo(torch.float64).eps if case.dtype == torch.float64 else torch.finfo(torch.float32).eps
     allowed = max(float((eager - truth).abs().max()), unit * max(float(logits.abs().max()), float(truth.abs().max())))
     assert float((ours - truth).abs().max()) <= allowed

@@ -1,4 +1,4 @@
-"""The planner: strategies from what is known, chunks that cover every token once, budgets that hold."""
+"""The planner chooses the right strategy, its chunks cover every token once, and its budgets hold."""
 
 import dataclasses
 import json
@@ -58,11 +58,11 @@ def test_a_differentiated_kl_keeps_both_models_logits_together(scalar, couples, 
     assert strategy == ("whole_pairs" if scalar and not couples else "two_pass")
     assert "KL" in reason
     unit, rows = head.product * 100, head.row_bytes * 30
-    assert plan_tokens(head, "two_pass", 100, rows).flops == (6 - frozen) * unit  # both models twice, then dH and dW
+    assert plan_tokens(head, "two_pass", 100, rows).flops == (6 - frozen) * unit  # both models twice, then dH, dW
     assert plan_pairs(head, [50, 50], rows).flops == (4 - frozen) * unit + 2 * head.product * 70
 
 
-# Pairs that fit together, alone, exactly and not at all; empty sequences and empty pairs among them.
+# Pairs that fit together, alone, exactly, or not at all, including empty sequences and empty pairs.
 COUNTS = [
     [],
     [0, 0],
@@ -87,7 +87,7 @@ def test_pair_plans_cover_each_token_once_within_the_budget(counts, rows):
     for group in plan.groups:
         tokens = sum(counts[p] + counts[pairs + p] for p in range(group.first, group.last))
         assert group.bounds[-1] - group.bounds[0] == tokens
-        # Several chunks only where a single pair is beyond the budget; then the last one, never projected again, is full.
+        # Several chunks only if a single pair exceeds the budget. Then the last chunk, which is projected once, is full.
         if len(group.chunks) > 1:
             assert group.last - group.first == 1
             assert group.chunks[-1][1] - group.chunks[-1][0] == rows
@@ -173,7 +173,7 @@ def test_the_default_budget_is_half_a_head_gradient_and_at_least_64_mib():
 def test_a_trainers_step_takes_more_where_the_default_is_lean():
     assert step_budget(576, 49152) == 256 * 2**20
     assert step_budget(4096, 128256) == default_budget(4096, 128256)
-    # TRL's head on SmolLM2: a step of 1,250 scored tokens waits for its backward instead of being projected again.
+    # TRL's head on SmolLM2: the logits of 1,250 scored tokens are kept for the backward instead of being computed again.
     head = Head(hidden_size=576, vocab=49152, item_size=4)
     plans = [plan_tokens(head, "two_pass", 1250, budget(576, 49152)) for budget in (default_budget, step_budget)]
     assert [plan.strategy for plan in plans] == ["two_pass", "kept_logits"]
@@ -187,7 +187,7 @@ def test_chunks_without_a_head_gradient_beside_them_default_to_its_room():
         assert budget_of(None, head, strategy) == 64 * 2**20 > gradient // 2
     for strategy in ("forward", "frozen_head", "filtered"):
         assert budget_of(None, head, strategy) == 512 * head.row_bytes < gradient
-        # No more than a small head's gradient, no less than half of a large one's; what is asked for is what is used.
+        # At most a small head's gradient and at least half of a large head's. A requested budget is used as it is.
         assert budget_of(None, with_(hidden_size=200, vocab=150_000), strategy) == 4 * 200 * 150_000
         assert budget_of(None, with_(hidden_size=4096, vocab=128256), strategy) == 2 * 4096 * 128256
         assert budget_of("64MB", head, strategy) == 64 * 2**20
@@ -200,7 +200,7 @@ def test_rows_of_logits_never_share_a_set_of_the_cache(vocab, item_size):
     lines, rest = divmod(stride * item_size, 64)
     assert rest == 0
     assert 0 <= (stride - vocab) * item_size < 2 * 64
-    # A first-level cache has 64 sets of lines of 64 bytes: 64 rows that follow each other use each set once.
+    # A first-level cache has 64 sets of 64-byte lines, so 64 consecutive rows use each set once.
     assert len({row * lines % 64 for row in range(64)}) == 64
 
 
@@ -213,7 +213,7 @@ def test_a_plan_explains_itself():
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------
 
-#: Bytes that torch reports of cards that are sold as 80 GB and 24 GB.
+#: Bytes that torch reports for cards that are sold as 80 GB and 24 GB.
 CARD, SMALL_CARD = 85_000_000_000, 25_300_000_000
 LARGE = Head(hidden_size=4096, vocab=128256, item_size=2, device_type="cuda")
 STRATEGIES = ("forward", "whole_pairs", "two_pass", "frozen_head")
@@ -223,13 +223,13 @@ def test_a_card_lends_a_share_of_its_memory_and_no_less_than_a_cpu():
     assert default_budget(4096, 128256, memory=CARD) == int(0.03 * CARD) > 2 * 2**30
     assert step_budget(576, 49152, CARD) == budget_of(None, LARGE, "two_pass", CARD) == int(0.03 * CARD)
     assert budget_of("64MB", LARGE, "two_pass", CARD) == 64 * 2**20
-    # A small card: half of a large head's gradient is more than its share, and 256 MiB more than a tiny card's.
+    # On a small card, half of a large head's gradient exceeds the card's share; on a tiny card, 256 MiB exceeds it.
     assert default_budget(4096, 128256, memory=SMALL_CARD) == default_budget(4096, 128256) > 0.03 * SMALL_CARD
     assert step_budget(576, 49152, 2 * 2**30) == 256 * 2**20
 
 
 def test_a_step_of_8192_scored_tokens_projects_once_on_an_80_gb_card():
-    """H = 4,096, V = 128k, TRL's head: it projected twice with half a head's gradient, 1 GiB."""
+    """H = 4,096, V = 128k, TRL's head. With half of the head's gradient (1 GiB) as budget, it would project twice."""
     plans = [plan_tokens(LARGE, "two_pass", 8192, step_budget(4096, 128256, memory)) for memory in (0, CARD)]
     assert [plan.strategy for plan in plans] == ["two_pass", "kept_logits"]
     assert plans[1].flops == 3 * 8192 * LARGE.product == plans[0].flops * 3 / 4
@@ -239,14 +239,14 @@ def test_a_step_of_8192_scored_tokens_projects_once_on_an_80_gb_card():
 
 @pytest.mark.parametrize("tokens", [9000, 16384, 40000, 100_000])
 def test_a_cards_chunks_are_of_4096_rows_or_more(tokens):
-    """Each chunk reads and writes the float32 dW once: at 4,096 rows a fourteenth of the time of its products."""
+    """Each chunk reads and writes the float32 dW once. For 4,096 rows this takes a fourteenth of the time of the products."""
     budget = budget_of(None, LARGE, "whole_pairs", CARD)
     counts = [500] * (tokens // 1000 * 2)
     plans = plan_tokens(LARGE, "two_pass", tokens, budget), plan_pairs(LARGE, counts, budget)
     for plan in plans:
         sizes = [end - begin for group in plan.groups for begin, end in group.chunks]
         assert min(sizes[:-1], default=sizes[-1]) >= 4096
-    # Pairs stay whole, so the last group takes what is left.
+    # Pairs are not divided, so the last group takes the rest.
     assert min(end - begin for group in plans[0].groups for begin, end in group.chunks) >= 4096
 
 
@@ -285,6 +285,6 @@ def test_fused_chunks_hold_the_budget_in_whole_blocks(rows):
     head = dataclasses.replace(LARGE, fused=True)
     budget = head.row_bytes * rows + 5
     plan = plan_tokens(head, "two_pass", 10_000, budget)
-    assert plan.strategy == "two_pass"  # its logits are nowhere to be kept
+    assert plan.strategy == "two_pass"  # fused kernels do not store logits
     assert plan.bytes <= budget
     assert plan.rows <= (rows if rows <= 128 else rows - rows % 128)

@@ -1,7 +1,8 @@
-"""A fault in the sources makes the test fail that is meant to catch it (the table: planted_faults.py).
+"""Each fault of planted_faults.py makes the test fail that must catch it.
 
-A copy of the tree gets one fault, and the named tests run there in a process of their own. They must fail with it and pass
-without. The slow tests plant every fault and write benchmarks/results/planted_faults.json where DPO_WRITE_RESULTS is 1.
+One fault is planted into a copy of the tree, and the fault's tests run there in a separate process. They must fail with the
+fault and pass without it. The slow tests plant every fault and, if DPO_WRITE_RESULTS is 1, write
+benchmarks/results/planted_faults.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ caught: dict[str, dict[str, object]] = {}
 
 
 def copy_tree(target: Path) -> Path:
-    """What the tests need, in `target`; results of benchmarks are not."""
+    """Copy the files that the tests need to `target`, without benchmark results."""
     ignored = shutil.ignore_patterns("__pycache__", "results", "*.whl")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
@@ -36,13 +37,13 @@ def copy_tree(target: Path) -> Path:
 
 
 def plant(fault: Fault, tree: Path) -> None:
-    """Edit the copy."""
+    """Write the fault into the copy."""
     path = tree / fault.file
     path.write_text(path.read_text().replace(fault.old, fault.new))
 
 
 def run(tree: Path, test: tuple[str, ...], *, compiles: bool = False) -> subprocess.CompletedProcess[str]:
-    """The tests, with the copy's modules; `compiles`: a library that the fault changes is compiled into the copy."""
+    """Run the tests on the copy's modules. `compiles`: compile a library that the fault changes into the copy."""
     env = dict(os.environ, PYTHONPATH=f"{tree}{os.pathsep}{tree / 'python'}", PYTHONDONTWRITEBYTECODE="1")
     env |= {"CUDA_VISIBLE_DEVICES": "", "DPO_WRITE_RESULTS": "0"}
     if compiles:
@@ -52,7 +53,7 @@ def run(tree: Path, test: tuple[str, ...], *, compiles: bool = False) -> subproc
 
 
 def check_sound(test: tuple[str, ...], folder: Path) -> None:
-    """The tests pass in a copy without a fault; each selection runs once."""
+    """Check that the tests pass in a copy without a fault. Each selection of tests runs once."""
     if test in CLEAN:
         return
     tree = copy_tree(folder / "sound")
@@ -69,7 +70,7 @@ def check(fault: Fault, folder: Path) -> str:
     plant(fault, tree)
     done = run(tree, fault.test, compiles=fault.file.startswith("csrc/"))
     shutil.rmtree(tree)
-    # 1: tests failed. Anything else is an error of the planting, such as a module that cannot be imported.
+    # Exit status 1: tests failed. Any other status is an error of the fault itself, such as a module that does not import.
     assert done.returncode == 1, f"not caught: {fault.wrong}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
     broken = re.search("BuildError|BackendUnavailable|does not compile|SyntaxError|NameError", done.stdout)
     assert broken is None, done.stdout[-3000:]
@@ -78,7 +79,7 @@ def check(fault: Fault, folder: Path) -> str:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_each_fault_has_one_place(fault):
-    """An edit of the sources may move a fault's place away: then the table needs another text."""
+    """If an edit of the sources removes a fault's text, the table needs another text."""
     assert (ROOT / fault.file).read_text().count(fault.old) == 1
     assert fault.old != fault.new
 
@@ -92,7 +93,7 @@ SAMPLE = [fault for fault in FAULTS if fault.always]
 
 @pytest.fixture(scope="module")
 def sound_sample(tmp_path_factory):
-    """The sample's tests pass without a fault: one process for all of them."""
+    """Check in one process that the tests of the sample pass without a fault."""
     check_sound(tuple(argument for fault in SAMPLE for argument in fault.test), tmp_path_factory.mktemp("sample"))
     CLEAN.update(fault.test for fault in SAMPLE)
 
@@ -108,7 +109,7 @@ def results():
     if os.environ.get("DPO_WRITE_RESULTS") == "1":
         before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         found = {**before, **caught}
-        # In the table's order, without faults that it no longer has.
+        # In the order of the table, without faults that are no longer in it.
         kept = {fault.name: found[fault.name] for fault in FAULTS if fault.name in found}
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The pretend GPU counts what a real one would wait for, launch and move: what other tests rest their counts on."""
+"""The pretend GPU counts the synchronisations, launches and bytes of a real GPU. Other tests rely on these counts."""
 
 import pytest
 import torch

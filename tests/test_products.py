@@ -19,7 +19,7 @@ from dpo_kernels.linear.products import multiply
 
 TESTS = Path(__file__).resolve().parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Half of the last place, relative, at the most.
+#: Largest relative rounding error: half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 try:
@@ -29,7 +29,7 @@ except BackendUnavailable as unavailable:
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, *, transposed: bool) -> Tensor:
-    """Random; its lines lie three elements further apart than they must."""
+    """A random matrix with a row stride (or column stride) that is three elements larger than necessary."""
     generator = torch.Generator().manual_seed(seed)
     shape = (columns, rows + 3) if transposed else (rows, columns + 3)
     values = torch.randn(shape, generator=generator).to(dtype)
@@ -37,7 +37,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, *, transposed
 
 
 def check_against_float64() -> None:
-    """Every dtype, orientation and kind of sum, at sizes on both sides of the tiles' edges."""
+    """Check every dtype, orientation and kind of sum, at sizes just below and above the tiles' sizes."""
     sizes = ((1, 1, 1), (6, 16, 8), (7, 17, 9), (13, 31, 321), (130, 300, 97), (1100, 33, 40), (3, 5, 1000))
     cases = itertools.product(sizes, DTYPES, DTYPES, (False, True), (False, True))
     for seed, ((rows, columns, depth), dtype, out_dtype, turned_a, turned_b) in enumerate(cases):
@@ -129,7 +129,7 @@ def test_what_a_product_refuses():
         cpu.product(a.double(), b.double(), out)
     with pytest.raises(RuntimeError, match="float32"):
         cpu.product(a, b, out.bfloat16(), add=True)
-    # Without a unit stride a matrix is copied first; one that torch calls contiguous may have none, if it is one entry wide.
+    # A matrix without a unit stride is copied first. A contiguous matrix has none if it is one entry wide.
     single = torch.ones(2, 2)[::2, ::2]
     assert single.is_contiguous()
     cpu.product(single, single, one := torch.empty(1, 1))
@@ -151,7 +151,7 @@ def test_multiply_serves_every_backend(server, dtype):
     out = torch.empty(33, 5000, dtype=dtype)
     multiply(server, a, b, out, bias=torch.ones(5000, dtype=dtype))
     assert torch.allclose(out.double(), truth + 1, rtol=2 * ROUNDING[dtype], atol=1e-4)
-    # The sum over tokens stays float32 whatever the operands are.
+    # The sum over tokens is float32 for operands of any dtype.
     sums = torch.ones(5000, 40)
     multiply(server, b.t().contiguous()[:, :33], a[:, :40], sums[:, :40], add=True)
     assert torch.allclose(sums.double(), 1 + b.t().double()[:, :33] @ a.double(), atol=1e-4)

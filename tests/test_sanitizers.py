@@ -25,25 +25,25 @@ SANITIZERS = [
     "-fno-sanitize-recover=undefined",
 ]
 ISAS = [isa for isa, *_ in _build.X86_ISAS if isa != "avx512" or cpu.instruction_set() == "avx512"]
-# The library is loaded before the package looks for its own, and the operators' names are then taken.
+# Load this library before the package loads its own. Its operators are then already registered.
 RUN = "import sys, torch, pytest; torch.ops.load_library({library!r}); sys.exit(pytest.main({arguments!r}))"
 
 cpu.check_available("cpu")
 
 
 def runtime(name: str) -> str:
-    """The path of a library of the compiler's."""
+    """The path of one of the compiler's libraries."""
     return subprocess.run(
         [_build.cxx_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
 def sanitized(code: str, isa: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter whose CPU library is the sanitized one; `{library!r}` in the code is its path."""
+    """Run code in a new interpreter with the sanitized CPU library; `{library!r}` in the code is its path."""
     library = built_once("cpu", ".sanitized", partial(_build.build_cpu, flags=SANITIZERS))
     environment = {
         **os.environ,
-        # The interpreter itself is not sanitized, so the runtime must come first; libstdc++ lets it see exceptions.
+        # The interpreter is not sanitized, so the runtime must be loaded first. With libstdc++ it intercepts exceptions.
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONMALLOC": "malloc",
@@ -60,7 +60,7 @@ def sanitized(code: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 
 def passes(isa: str, *arguments: str) -> None:
-    """The tests that pytest selects by `arguments` pass on the sanitized library, and some are selected."""
+    """Assert that `arguments` select tests and that they pass on the sanitized library."""
     words = ["-q", "-x", "-p", "no:cacheprovider", *arguments]
     done = sanitized(RUN.replace("{arguments!r}", repr(words)), isa)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -86,7 +86,7 @@ torch.ops.dpo_kernels_cpu.sequence_sums(values, torch.ones(1, 2, dtype=torch.flo
 
 
 def test_the_sanitizer_sees_what_the_library_reads():
-    """Weights of one sequence where two are summed: the library trusts its Python, and reads outside."""
+    """With weights for one of two sequences, the library reads out of bounds, because it relies on checks in Python."""
     done = sanitized(OUTSIDE, "baseline")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
@@ -94,7 +94,7 @@ def test_the_sanitizer_sees_what_the_library_reads():
 
 @pytest.fixture(scope="module")
 def threaded(tmp_path_factory):
-    """The kernels of the widest set, compiled for ThreadSanitizer, and what links the driver to them."""
+    """Compile the kernels of the widest instruction set for ThreadSanitizer, and return a function that runs the driver."""
     folder = tmp_path_factory.mktemp("threads")
     isa, march, width = next(row for row in _build.X86_ISAS if row[0] == cpu.instruction_set())
     flags = [*_build.CXX_FLAGS, "-O1", "-g1", "-fsanitize=thread", f"-march={march}"]
@@ -117,7 +117,7 @@ def threaded(tmp_path_factory):
 
 
 def test_threads_that_share_a_call_meet_nowhere(threaded):
-    """The kernels know no threads: ops.cpp gives each a part. Whether parts meet is seen where nothing else runs."""
+    """ops.cpp gives each thread a part of the work. The driver runs only the kernels, to see whether the parts overlap."""
     done = threaded("-DDPO_THREADS=4")
     assert done.returncode == 0, done.stderr[:3000]
     stages = {line.split("\t")[0] for line in done.stdout.splitlines()}

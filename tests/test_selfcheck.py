@@ -1,6 +1,6 @@
-"""The self-check of GPU backends, shown to work without a card: Triton's interpreter and planted kernels play the device.
+"""The self-check of GPU backends, tested without a GPU on Triton's interpreter and on planted backends.
 
-A planted backend is the eager one under another name with one fault: what is tested here is the check, not the kernels.
+A planted backend is the eager backend under another name with one fault. These tests test the check, not the kernels.
 """
 
 import itertools
@@ -31,7 +31,7 @@ VARIANT = Variant(torch.float32, reference=torch.float32)
 
 
 def forget() -> None:
-    """As a new process would start."""
+    """Reset the state to that of a new process."""
     backends.trusted.clear()
     backends.refused.clear()
     trust._stores.clear()
@@ -42,7 +42,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch, tmp_path):
-    """Checks of kernels on a CPU are on, with small problems and a cache of their own."""
+    """Turn on the check on a CPU, with small problems and a separate cache."""
     monkeypatch.setenv("DPO_KERNELS_SELFCHECK", "1")
     monkeypatch.setenv("DPO_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DPO_KERNELS_BACKEND", raising=False)
@@ -55,7 +55,7 @@ def first_use(monkeypatch, tmp_path):
 
 
 def wrong_gradient(change):
-    """Stage 3 whose result goes through `change(gradient, labels)`."""
+    """Stage 3 with its result changed by `change(gradient, labels)`."""
 
     def logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl=None):
         eager.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
@@ -100,7 +100,7 @@ def wrong_sums(values, weights, cu_seqlens):
     return eager.sequence_sums(values, weights, cu_seqlens) * (1 + 1e-4)
 
 
-#: fault -> (functions in its place, what the sentence names)
+#: fault -> (replaced functions, what the error message names)
 FAULTS = {
     "gradient_zeroed": (wrong_gradient(lambda g, y: torch.zeros_like(g)), "gradient, label entries off by 1"),
     "sign_flipped": (wrong_gradient(lambda g, y: -g), "gradient, label entries off by 2"),
@@ -119,7 +119,7 @@ FAULTS = {
 
 @pytest.fixture
 def plant(monkeypatch):
-    """plant(functions): the eager backend with these functions serves as "triton" from now on."""
+    """plant(functions): from then on, the eager backend with these functions serves as "triton"."""
     original = backends._attempt
 
     def put(functions=None):
@@ -132,7 +132,7 @@ def plant(monkeypatch):
 
 
 def step(**options):
-    """(loss, gradient, entropy) of a call that is not special."""
+    """(loss, gradient, entropy) of an ordinary call."""
     g = torch.Generator().manual_seed(3)
     logits, ref = (torch.randn(4, 3, 48, generator=g) for _ in range(2))
     labels = torch.randint(0, 48, (4, 3), generator=g)
@@ -148,7 +148,7 @@ def same(first, second):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The cases that have run."""
+    """A list of the check's cases that have run."""
     cases, run_case = [], selfcheck.run_case
     monkeypatch.setattr(selfcheck, "run_case", lambda case, *rest: cases.append(str(case)) or run_case(case, *rest))
     return cases
@@ -195,14 +195,14 @@ def test_right_kernels_pass_and_each_variant_runs_once(plant, runs, recwarn):
 
 
 def test_only_what_the_call_needs_is_checked(plant):
-    """A wrong statistic does no harm to a call that does not ask for it."""
+    """A wrong statistic does not affect a call that does not request it."""
     plant(FAULTS["one_statistic"][0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sequence_logps(torch.randn(2, 3, 33), torch.zeros(2, 3, dtype=torch.long))
     with pytest.warns(RuntimeWarning, match="entropy off by"):
         step()
-    # From then on nothing is trusted to that backend.
+    # After that the backend is not used for any call.
     assert backends.resolve("cpu", torch.float32) == "eager"
 
 
@@ -227,7 +227,7 @@ def test_a_bad_verdict_is_kept_too(plant, runs):
 
 
 def test_an_error_is_not_kept(plant, runs):
-    """A compiler that is missing today may be there tomorrow."""
+    """A missing compiler may be installed later."""
     plant(FAULTS["kernel_raises"][0])
     with pytest.warns(RuntimeWarning, match="ptxas died"):
         step()
@@ -295,7 +295,7 @@ def test_a_backend_that_was_asked_for_raises(plant, monkeypatch):
 
 @pytest.mark.parametrize("value", ["0", None])
 def test_the_check_can_be_off(plant, runs, monkeypatch, value):
-    """Off by wish; and by default off a GPU, where only the tests run these kernels."""
+    """The check can be turned off. By default it is off without a GPU, where only tests run these kernels."""
     plant(FAULTS["five_per_cent"][0])
     if value is None:
         monkeypatch.delenv("DPO_KERNELS_SELFCHECK")
@@ -324,7 +324,7 @@ def test_a_check_that_runs_out_of_memory_says_nothing(plant, monkeypatch):
 
 
 def test_a_check_that_never_can_run_is_given_up(plant, monkeypatch, recwarn):
-    """It would cost every step a check, and wait for the device each time."""
+    """Otherwise every step would run a check and wait for the device."""
     plant()
     tried = []
 
@@ -340,7 +340,7 @@ def test_a_check_that_never_can_run_is_given_up(plant, monkeypatch, recwarn):
 
 
 def in_a_backward(call):
-    """What `call()` returns inside a backward pass."""
+    """Call `call()` inside a backward pass and return its result."""
     found = []
 
     class Calling(torch.autograd.Function):
@@ -358,7 +358,7 @@ def in_a_backward(call):
 
 
 def test_inside_a_backward_no_check_runs_and_none_is_waited_for(plant, runs):
-    """A GPU's backward has one thread, which a check's own backward needs: a recomputation would wait for itself."""
+    """A GPU has one backward thread, which the check's own backward needs. A check during recomputation would deadlock."""
     plant()
 
     def decide():
@@ -383,7 +383,7 @@ def test_a_call_that_a_default_backend_does_not_have_goes_to_the_next(plant, run
 
 
 def test_a_float64_reference_refuses_no_backend(plant, runs):
-    """The kernels read no float64 beside narrower logits: such a call goes to eager, and the others stay."""
+    """The kernels do not support a float64 reference with narrower logits. Only such a call goes to eager."""
     plant({"token_logps": raises})
     g = torch.Generator().manual_seed(1)
     logits, labels = torch.randn(2, 3, 16, generator=g), torch.randint(0, 16, (2, 3), generator=g)
@@ -394,7 +394,7 @@ def test_a_float64_reference_refuses_no_backend(plant, runs):
 
 
 def test_a_fault_in_place_is_found_while_a_graph_is_compiled(plant):
-    """A compiler's flag belongs to the process, and switches in-place gradients off: the check must not see it."""
+    """torch.compile sets a process-wide flag that turns in-place gradients off. The check must ignore it."""
 
     def logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl=None):
         inplace = out.data_ptr() == logits.data_ptr()
@@ -520,7 +520,7 @@ def test_every_case_has_a_name_of_its_own():
 
 @pytest.mark.parametrize("name", ["eager", "cpu"])
 def test_backends_pass_the_table(name):
-    """Every seventh case: all dtypes, both paths. `python -m dpo_kernels check` runs them all."""
+    """Runs every seventh case, with all dtypes and both paths. `python -m dpo_kernels check` runs all cases."""
     results = selfcheck.run_table(name, CPU, selfcheck.TABLE[::7])
     assert [str(result) for result in results if not result.ok] == []
     assert len(results) > 35
@@ -549,7 +549,7 @@ DIVERGENCES = [
 
 
 def test_right_kernels_of_the_linear_path_are_never_refused(plant, first_use, monkeypatch):
-    """A kernel as exact as eager's, at the sizes that a GPU takes: in some rows of dW 16-bit rounding makes 6 %."""
+    """Kernels as exact as eager pass at the sizes used on a GPU, although in some rows of dW 16-bit rounding is 6 %."""
     plant()
     monkeypatch.setattr(selfcheck, "vocab_of", lambda case, _: first_use(case, torch.device("cuda")))
     for case in (*LINEAR, *DIVERGENCES):
@@ -567,12 +567,12 @@ def test_five_per_cent_show_in_every_gradient_of_the_linear_path(plant, first_us
 
 
 def test_hostile_cases_are_not_passed_by_a_gradient_that_ignores_them(plant):
-    """The label's gradient near p = 1 is p - 1 by cancellation: computed so in float32 it must not pass."""
+    """Near p = 1, the label's gradient p - 1 suffers from cancellation. Computed directly in float32 it must not pass."""
 
     def cancelling(gradient, labels):
         index = labels.clamp(min=0).unsqueeze(-1)
         rest = gradient.scatter(-1, index, 0.0).sum(-1, keepdim=True)
-        # As accurate as 1 - p in float32: 6e-8 beside a gap of 1e-5.
+        # As inexact as 1 - p in float32: an error of 6e-8 for 1 - p = 1e-5.
         return torch.where((labels == -100).unsqueeze(-1), gradient, gradient.scatter(-1, index, -rest * (1 + 5e-3)))
 
     plant(wrong_gradient(cancelling))
@@ -581,10 +581,10 @@ def test_hostile_cases_are_not_passed_by_a_gradient_that_ignores_them(plant):
     assert selfcheck.worst(selfcheck.run_case(case, "eager", CPU)).ok
 
 
-# --- Triton's kernels in the interpreter ------------------------------------------------------------------------------
+# --- Triton kernels in the interpreter --------------------------------------------------------------------------------
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run on it")
-# numpy, which the interpreter runs on, announces infinities.
+# numpy, which the interpreter uses, warns about infinities.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 

@@ -1,4 +1,4 @@
-"""The gradient check catches planted faults, at small and real vocabularies, in float32 and bfloat16."""
+"""The gradient check catches planted faults, for small and real vocabularies, in float32 and bfloat16."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SIZES = [1_000, 128_256]
 
 
 def problem(vocab, dtype, spread=2.0):
-    """A batch with prompts, its float64 truth, the eager gradient and ours."""
+    """Labels of a batch with prompts, and three gradients: in float64, from eager, and ours."""
     g = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(4, 4, vocab, generator=g) * spread).to(dtype)
     ref_logits = (torch.randn(4, 4, vocab, generator=g) * spread).to(dtype)
@@ -46,7 +46,7 @@ def scaled_by_five_per_cent(grad, labels):
 
 
 def tail_zeroed(grad, labels):
-    """Everything but the label's entry gone: what flat tolerances do not see."""
+    """All entries except the label's are 0. Flat tolerances do not detect this."""
     index = at_labels(labels)
     return torch.zeros_like(grad).scatter(-1, index, grad.gather(-1, index)) * (labels != -100).unsqueeze(-1)
 
@@ -58,7 +58,7 @@ def one_row_zeroed(grad, labels):
 
 
 def label_off_by_one(grad, labels):
-    """The onehot sits one entry too far."""
+    """The one-hot term of the gradient is one entry too far to the right."""
     here, there = at_labels(labels), at_labels(labels, 1)
     a, b = grad.gather(-1, here), grad.gather(-1, there)
     return grad.scatter(-1, here, b).scatter(-1, there, a)
@@ -95,7 +95,7 @@ def test_the_sound_gradient_passes_and_every_planted_fault_is_caught(vocab, dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_flat_tolerance_or_one_norm_would_not_catch_them(dtype):
-    """Why the check is built as it is: the usual recipes pass a gradient without its tail."""
+    """The usual checks accept a gradient whose non-label entries are 0, which is why ours is stricter."""
     labels, truth, _, ours = problem(128_256, dtype, spread=0.1)
     broken = tail_zeroed(ours, labels)
     torch.testing.assert_close(broken.double(), truth, atol=5e-5, rtol=1e-2)

@@ -1,6 +1,6 @@
-"""The Triton kernels compiled for AMD's GPUs, without one: loads of 16 bytes, nothing in scratch, nothing between lanes.
+"""The Triton kernels compiled for AMD GPUs: 16-byte loads, no scratch memory, no exchange between lanes.
 
-Whether the kernels also compute the right numbers there, only such a card can say.
+No GPU is needed. Whether the kernels compute the right numbers must be tested on such a card.
 """
 
 import json
@@ -14,8 +14,8 @@ from benchmarks.tritons import ROOT, environment
 
 STAGES = ("token_logps", "logits_grad", "preference_loss", "sequence_sums")
 
-#: Most instructions a logit, by stage: a lane's share of an instruction for 64 lanes. MI300X has 304 compute units x 4 SIMDs
-#: x 16 lanes x 2.1 GHz for 5.3 TB/s: 15.4 for a bfloat16 logit read once. A softcap adds a tanh.
+#: Most instructions per logit and lane, by stage. An MI300X has 304 compute units x 4 SIMDs x 16 lanes x 2.1 GHz for
+#: 5.3 TB/s, which is time for 15.4 instructions per bfloat16 logit read once. A softcap adds a tanh.
 SLOTS = {"token_logps": 9.5, "logits_grad": 11.0}
 SOFTCAP = 30.0
 
@@ -29,7 +29,7 @@ def rows(request, tmp_path_factory):
     command += ["--json", str(path), "--only", *STAGES]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    # LLVM goes on after assembly that it cannot translate.
+    # LLVM continues after assembly that it cannot translate.
     assert "error:" not in done.stderr, done.stderr[-2000:]
     return json.loads(path.read_text())
 
@@ -54,7 +54,7 @@ def test_main_loops_read_16_bytes_a_load_and_stay_within_a_lane(rows):
         rest = row["loop_barriers"], row["loop_lds"], row["stores_narrower"]
         assert rest == (0, 0, 0), row["name"]
         if "V odd" in row["name"] and "logits_grad" not in row["name"]:
-            # A word more for each group. These loads need no alignment beyond a word's, so LLVM joins four of them.
+            # One more word for each group. These loads need only word alignment, so LLVM merges four of them.
             assert row["loads_128"] * 16 == row["logits_per_iteration"] * logit_bytes, row["name"]
             continue
         if "shifted" not in row["name"]:
@@ -63,7 +63,7 @@ def test_main_loops_read_16_bytes_a_load_and_stay_within_a_lane(rows):
 
 
 def test_no_two_threads_hold_the_same_logits(rows):
-    """A wavefront has 64 lanes, twice a warp's, so a block needs half as many."""
+    """A wavefront has 64 lanes, twice as many as a warp, so a block needs half as many wavefronts."""
     assert [row["name"] for row in streaming(rows) if row["copies"] != 1] == []
 
 
@@ -74,7 +74,7 @@ def test_main_loops_stay_within_their_issue_slots(rows):
 
 
 def test_two_waves_fit_on_a_simd(rows):
-    """Loads of one wavefront are under way while another computes."""
+    """One wavefront loads while the other computes."""
     assert [row["name"] for row in rows if row["waves_per_simd"] < 2] == []
 
 

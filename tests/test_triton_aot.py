@@ -1,6 +1,6 @@
-"""The Triton kernels' machine code for sm_80, sm_90 and sm_100: limits that carry the speed argument, held without a GPU.
+"""Limits on the Triton kernels' machine code for sm_80, sm_90 and sm_100, on which their speed depends. Needs no GPU.
 
-Compiling needs a process in which Triton is not interpreted, so the figures come from `python -m benchmarks.machine_code`.
+Compiling needs a process without Triton's interpreter, so the figures come from `python -m benchmarks.machine_code`.
 """
 
 import fcntl
@@ -27,8 +27,8 @@ from benchmarks.tritons import OLDER, ROOT, environment, installed
 
 ARCHITECTURES = (80, 90, 100)
 
-#: Most issue slots a logit that a streaming kernel's main loop may take (held for all three; they are tight on sm_80,
-#: the oldest; a B200 has 8.8 slots a bfloat16 logit). Unaligned rows load word by word; a softcap adds a tanh.
+#: Most issue slots per logit in a streaming kernel's main loop, for all three architectures. The limits are tight on sm_80,
+#: the oldest. A B200 has 8.8 slots per bfloat16 logit. Unaligned rows are loaded word by word. A softcap adds a tanh.
 LIMITS = {
     "triton token_logps bf16 alone": 5.5,
     "triton token_logps bf16 entropy+accuracy+mean": 8.0,
@@ -52,25 +52,25 @@ LIMITS = {
     "triton logits_grad fp32 both KL": 7.2,
 }
 
-#: Least predicted share of a card's bandwidth: warps in lock step, warps independent of one another. An exponential takes a
-#: scheduler 8 cycles, so that a bfloat16 logit costs at least 8.25 of the 17.7 cycles that an H100's memory takes for it, of
-#: 12.4 on an H200 and of 8.8 on a B200: there lock step leaves the memory idle for a third of the time and more.
+#: Smallest predicted share of a card's bandwidth, for warps in lock step and for independent warps. An exponential takes a
+#: scheduler 8 cycles, so 32 bfloat16 logits cost at least 8.25 cycles. Memory needs 17.7 cycles for them on an H100, 12.4 on
+#: an H200 and 8.8 on a B200. On a B200, lock step leaves the memory idle for a third of the time or more.
 LOWEST = {"A100": (0.95, 0.95), "H100": (0.95, 0.95), "H200": (0.85, 0.95), "B200": (0.5, 0.7)}
 
-#: What a kernel reads that is not 16-byte aligned, or computes that has no cheap form, is allowed less than the rest.
+#: Kernels with unaligned reads, or with computations that have no cheap form, have weaker limits.
 UNALIGNED_LOADS = ("token_logps bf16 alone, V odd", "all statistics, V odd", "shifted rows")
 
 
-#: The products of the LM head's gradient.
+#: The matrix products of the LM head's gradient.
 PRODUCTS = ("logits", "hidden", "weight")
 
 
-#: The oldest Triton and the installed one in every run; None stands for the latter.
+#: Every run tests the oldest and the installed Triton; None stands for the installed one.
 VERSIONS = [OLDER[0], *(pytest.param(version, marks=pytest.mark.slow) for version in OLDER[1:]), None]
 
 
 def run_inspection(path, *arguments: str, version: str | None = None) -> list[dict]:
-    """The figures that an inspection with that Triton writes; a lock lets parallel test processes compile them once."""
+    """The figures of an inspection with that Triton. A lock makes parallel test processes compile only once."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -86,7 +86,7 @@ def run_inspection(path, *arguments: str, version: str | None = None) -> list[di
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory):
-    """One for all processes of a run (pytest-xdist gives each a folder of its own inside it)."""
+    """One folder for all processes of a run (pytest-xdist gives each process a subfolder of it)."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -98,7 +98,7 @@ def version(request) -> str:
 
 @pytest.fixture(scope="module")
 def report(version, shared_folder):
-    """Figures of the Triton kernels as one Triton compiles them."""
+    """Figures of the kernels compiled by one version of Triton."""
     path = shared_folder / f"machine_code_{version or 'installed'}.json"
     return run_inspection(path, "--only", "triton", version=version)
 
@@ -127,8 +127,8 @@ def test_every_streaming_kernel_is_compiled_for_three_architectures_and_has_a_li
         assert sum("logits_grad" in kernel for kernel in found) >= 4
 
 
-#: The exceptions, none in a main loop: a dozen instructions once a tile, beside the 64 steps of its product, or a few numbers
-#: once a row, before and after its main loop.
+#: Allowed register spills, none of them in a main loop: a dozen instructions per tile, in addition to the 64 steps of its
+#: product, or a few numbers per row before and after its main loop.
 SPILLS = {
     "triton linear_logps bf16 stored in order, sm_90": 16,
     "triton linear_logps fp32 alone, sm_90": 12,
@@ -153,10 +153,10 @@ def test_main_loops_hold_no_barrier_no_shuffle_and_no_float64(report):
 
 
 def test_float64_is_little_or_the_first_warps(report):
-    """Cards with one float64 unit for 64 of float32 take 16 cycles a warp and instruction; a program has four warps."""
+    """On cards with one float64 unit per 64 float32 units, an instruction takes a warp 16 cycles. A program has four warps."""
     for row in streaming(report):
         if "token_logps" in row["name"]:
-            # All warps add up the row, and all take part in the second look at a hostile one, which is in float64 but rare.
+            # All warps add up the row. All also take part in the second pass over extreme rows, which is rare but in float64.
             moments = any(statistic in row["name"] for statistic in ("entropy", "kl", "all statistics"))
             assert row["doubles_by_all"] is not None, name(row)
             assert row["doubles_by_all"] <= (145 if moments else 45), name(row)
@@ -171,7 +171,7 @@ def test_main_loops_stay_within_their_issue_slots(report):
 
 def test_one_exponential_a_logit_and_little_else_in_the_special_function_unit(report):
     for row in streaming(report):
-        # A softcap is an exponential and a reciprocal more.
+        # A softcap needs an additional exponential and reciprocal.
         allowed = 3.1 if "softcap" in row["name"] else 1.1
         assert row["mufu_per_logit"] <= allowed, name(row)
 
@@ -180,47 +180,47 @@ def test_global_accesses_are_128_bit(report):
     for row in streaming(report):
         logit_bytes = 4 if "fp32" in row["name"] else 2
         if row["name"].endswith(UNALIGNED_LOADS):
-            # GROUP / 2 + 1 words of 32 bits for every 16 bytes; the backward's stores stay aligned.
+            # GROUP / 2 + 1 words of 32 bits for every 16 bytes. The backward's stores are aligned.
             assert row["loads_narrower"] * 4 * 16 == row["logits_per_iteration"] * logit_bytes * 20, name(row)
         else:
             assert row["loads_narrower"] == 0, name(row)
             assert row["loads_128"] * 16 == row["logits_per_iteration"] * logit_bytes, name(row)
         if "logits_grad" in row["name"]:
             assert row["stores_narrower"] == 0, name(row)
-            # With a KL two logits are read, the policy's and the reference's, for each that is written.
+            # With a KL, two logits (policy and reference) are read for each gradient entry that is written.
             written = row["logits_per_iteration"] // (2 if "KL" in row["name"] else 1)
             assert row["stores_128"] * 16 == written * logit_bytes, name(row)
 
 
-#: Narrow copies beside each wide one. Triton 3.6 copies twice as many indices in one kernel as its successors do.
+#: Most narrow copies per wide copy. Triton 3.6 copies twice as many indices in one kernel as later versions.
 NARROW = 0.75
 NARROW_OF = {("3.6.0", f"triton linear_grad bf16 hidden, sm_{architecture}"): 1.0 for architecture in ARCHITECTURES}
 
 
 def test_products_run_on_the_tensor_cores_from_copies_under_way(report, version):
-    """Nothing but the tensor cores multiplies, and what they read comes in 16-byte copies that no thread waits for."""
+    """Only tensor cores multiply, and their operands arrive in asynchronous 16-byte copies."""
     products = [row for row in report if row["tensor_instructions"] is not None]
     assert len(products) == 6 * len(ARCHITECTURES)
     for row in products:
         assert row["tensor_instructions"] > 0, name(row)
         assert row["async_copies"] >= 8, name(row)
-        # Indices of live blocks and rows of the head come one by one, beside them.
+        # Indices of live blocks and of rows of the head are copied one by one.
         assert row["async_narrower"] <= NARROW_OF.get((version, name(row)), NARROW) * row["async_copies"], name(row)
-        # Registers let one block of 8 warps be resident; its copies, not other warps, hide the memory.
+        # Registers allow one resident block of 8 warps. Its asynchronous copies, not other warps, hide the memory latency.
         assert row["resident_threads"] >= 256, name(row)
 
 
 def test_predicted_bandwidth(report):
     for row in streaming(report):
         if "softcap" in row["name"]:
-            continue  # issue-bound, and said so: its slots are held above
+            continue  # bound by instruction issue; its slots are tested above
         for card, (low, high) in row["bandwidth_share"].items():
             assert low >= LOWEST[card][0], f"{name(row)}: {card} {low}"
             assert high >= LOWEST[card][1], f"{name(row)}: {card} {high}"
 
 
 def test_committed_figures_hold(report, version):
-    """What is committed is what this tree compiles to. A Triton newer than the committed ones is held to the limits alone."""
+    """The committed figures are those of this tree. For a Triton without committed figures, only the limits are tested."""
     committed = machine_code.read_json()
     assert set(OLDER) < set(committed)
     version = version or installed()
@@ -230,7 +230,7 @@ def test_committed_figures_hold(report, version):
     now = {(row["name"], row["arch"]): row for row in report}
     assert then.keys() == now.keys()
     for key, row in now.items():
-        # ptxas is deterministic; the slack is for edits too small to argue about.
+        # ptxas is deterministic. The tolerance allows for small edits.
         assert row["registers"] <= 1.1 * then[key]["registers"] + 4, name(row)
         assert row["instructions"] <= 1.1 * then[key]["instructions"], name(row)
         if row["slots_per_logit"] is not None:
@@ -244,7 +244,7 @@ def test_the_page_shows_the_committed_figures():
 
 
 def test_the_inspection_can_fail(yardstick):
-    """The usual form of such a kernel breaks the limits, and the inspection sees it."""
+    """The usual form of such a kernel exceeds the limits, and the inspection detects it."""
     assert yardstick["loop_barriers"] > 0
     assert yardstick["loop_shuffles"] > 0
     assert yardstick["slots_per_logit"] > 10
@@ -262,7 +262,7 @@ def test_loops_and_loads_are_read_from_a_listing():
         "LDG.E.128 R16, desc[UR4][R2.64+0x20]",
         "@P0 BRA `(.L_x_2)",
         "EXIT",
-        "BRA `(.L_x_3)",  # the trap after the end, a loop of one
+        "BRA `(.L_x_3)",  # the trap after the end, a loop of one instruction
     ]
     listing = Listing(code, {".L_x_1": 1, ".L_x_2": 3, ".L_x_3": 10})
     assert main_loop(listing) == code[3:9]
@@ -272,7 +272,7 @@ def test_loops_and_loads_are_read_from_a_listing():
 @pytest.mark.parametrize(
     ("registers", "threads", "shared", "arch", "expected"),
     [
-        (32, 128, 0, 90, 2048),  # thread-bound
+        (32, 128, 0, 90, 2048),  # limited by threads
         (40, 128, 0, 90, 1536),
         (64, 256, 0, 80, 1024),
         (255, 128, 0, 90, 256),
@@ -292,17 +292,17 @@ def predicted(
 
 
 def test_prediction_at_its_ends():
-    """The model against what is known without it."""
+    """The prediction agrees with limits that are known without the model."""
     slow_memory = Card(132, 1.755e9, 1e11, 90)
     low, high = predicted(slow_memory)
     assert low == pytest.approx(1.0, abs=2e-3)
     assert high == pytest.approx(1.0, abs=2e-3)
-    # Fast memory: the schedulers are never idle. 64 bytes of each of 32 lanes for 160 cycles of one of 4 schedulers.
+    # With fast memory, the schedulers are never idle: 64 bytes for each of 32 lanes take one of 4 schedulers 160 cycles.
     fast = Card(132, 1.755e9, 1e15, 90)
     bound = 132 * 1.755e9 * 4 * 32 * 64 / 160 / fast.bandwidth
     low, high = predicted(fast, mufu=0, resident=2048, rows=10**9)
     assert 0.5 * bound < low < high <= bound + 5e-4
-    # One warp a scheduler has nobody to wait for: latency, ends of a row and its own work.
+    # A single warp per scheduler does not wait for other warps: only latency, ends of rows and its own work count.
     h100 = CARDS["H100"]
     alone = (700e-9 + 2e-6 * 32 * 128 / 128256) * h100.clock + 400
     expected = 128 * 64 / alone / (h100.bandwidth / h100.sms / h100.clock)
@@ -310,7 +310,7 @@ def test_prediction_at_its_ends():
 
 
 def test_prediction_counts_the_warps_that_share_a_scheduler():
-    """At 10 warps a scheduler an iteration takes their work and not one warp's alone, by instructions or by exponentials."""
+    """With 10 warps per scheduler, an iteration takes the time of all 10, limited by instructions or by exponentials."""
     h200 = CARDS["H200"]
     issue, exponentials = predicted(h200, instructions=264, mufu=0), predicted(h200, instructions=160, mufu=33)
     assert issue == exponentials

@@ -1,7 +1,7 @@
-"""The Triton stages against float64 truth, around their own seams: tiles, groups, alignment, strides, the label's place.
+"""The Triton stages equal the float64 reference around their boundaries: tiles, groups, alignment, strides, label positions.
 
-Off a GPU they run in Triton's interpreter, at milliseconds a token, so rows are few. The interpreter's tile is a quarter of
-the compiled one (launch.UNROLL); `tile_loads` also runs the compiled size.
+Without a GPU they run in Triton's interpreter, which takes milliseconds per token, so there are few rows. The interpreter's
+tile is a quarter of the compiled tile (launch.UNROLL). `tile_loads` also runs the compiled size.
 """
 
 import math
@@ -22,20 +22,20 @@ triton_backend = backends.load("triton", DEVICE)
 launch = sys.modules["dpo_kernels.backends.triton.launch"]
 stage_modules = [sys.modules[f"dpo_kernels.backends.triton.{name}"] for name in ("token_logps", "logits_grad")]
 
-# numpy, which the interpreter runs on, announces the NaN that the kernels are made to produce.
+# numpy, which the interpreter uses, warns about the NaN that the tests make the kernels produce.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 PLAIN = Transform()
 NAMES = token_rows(True, STATISTICS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: Logits a tile holds: 16 bytes x lanes x loads.
+#: Logits per tile: 16 bytes x lanes x loads.
 TILE = {dtype: 16 // dtype.itemsize * launch.LANES * launch.UNROLL for dtype in DTYPES}
 
 
 @pytest.fixture(params=[1, 4])
 def tile_loads(request, monkeypatch):
-    """Loads in flight per thread and tile: the interpreter's and the compiled kernels'."""
+    """Set the loads per thread and tile to those of the interpreter or of the compiled kernels."""
     for module in stage_modules:
         monkeypatch.setattr(module, "UNROLL", request.param)
     return request.param
@@ -59,7 +59,7 @@ def backward(logits, labels, grad_logps, out=None, transform=PLAIN):
 
 
 def truth_of(logits, labels, ref_logits=None, dtype=torch.float64, transform=PLAIN):
-    """Every statistic by the definition, in `dtype` arithmetic on the same stored logits."""
+    """Every statistic by its definition, in `dtype` arithmetic on the same stored logits."""
     ref = None if ref_logits is None else ref_logits.to(dtype)
     return token_statistics(
         logits.to(dtype), labels, ref_logits=ref, logit_scale=transform.scale, logit_softcap=transform.softcap
@@ -76,10 +76,11 @@ def gradient_of(logits, labels, grad_logps, dtype=torch.float64, transform=PLAIN
 
 
 def check_forward(found, logits, labels, ref_logits, names, transform=PLAIN):
-    """No further from the float64 truth than eager float32 on the same logits, or than one unit in the last place of the
-    largest z or of the result: what it costs to compute one logit in float32 (eager's errors may cancel by luck).
+    """Compare with the float64 truth. The error may be at most that of eager float32 on the same logits, or one unit.
 
-    What is a difference of two logits gets two units: a KL divergence, and a maximum under a softcap and what counts from it.
+    One unit is a unit in the last place of the largest z or of the result. Computing one logit in float32 has that error,
+    while eager's errors may cancel by chance. Differences of two logits may have two units: a KL divergence, and a maximum
+    under a softcap and the values relative to it.
     """
     truth = truth_of(logits, labels, ref_logits, transform=transform)
     eager = truth_of(logits, labels, ref_logits, torch.float32, transform)
@@ -94,7 +95,10 @@ def check_forward(found, logits, labels, ref_logits, names, transform=PLAIN):
 
 
 def check_backward(gradient, logits, labels, grad_logps, transform=PLAIN):
-    """Label entries and the others apart, row by row, within BUDGET times the error of eager float32 cast to the dtype."""
+    """Compare label entries and other entries separately, row by row, with BUDGET times eager float32's error as limit.
+
+    Eager's gradient is cast to the dtype.
+    """
     truth = gradient_of(logits, labels, grad_logps, transform=transform)
     eager = gradient_of(logits, labels, grad_logps, torch.float32, transform).to(logits.dtype)
     ours, theirs = row_errors(gradient, truth, labels), row_errors(eager, truth, labels)
@@ -104,7 +108,7 @@ def check_backward(gradient, logits, labels, grad_logps, transform=PLAIN):
 
 
 def vocabularies(dtype):
-    """Below, at and past a tile and a group, with and without a tail; three tiles, so that the main loop runs too."""
+    """Sizes below, at and past a tile and a group, with and without a tail, and three tiles, so that the main loop runs."""
     tile = TILE[dtype]
     return [1, 2, 7, 8, tile - 1, tile, tile + 1, 3 * tile, 3 * tile + 16 // dtype.itemsize + 3]
 
@@ -135,7 +139,7 @@ def test_compiled_tile_size_agrees_and_keeps_every_label_place(dtype, tile_loads
 
 
 def test_a_real_odd_vocabulary():
-    """GPT-2's 50,257: every row starts two bytes further from alignment than the one before."""
+    """GPT-2's 50,257: the start of every row is two bytes less aligned than that of the row before."""
     logits, ref_logits = (random_logits(1, 2, 50257, dtype=torch.bfloat16, seed=s) for s in (4, 5))
     labels = torch.tensor([[50256, 31000]], device=DEVICE)
     check_forward(forward(logits, labels, ref_logits, STATISTICS), logits, labels, ref_logits, NAMES)
@@ -157,7 +161,7 @@ def test_scale_and_softcap(dtype, scale, cap):
     grad_logps = torch.tensor([[0.7, -0.3, 1.0]], dtype=torch.float64, device=DEVICE)
     gradient = backward(logits, labels, grad_logps, transform=transform)
     if scale == 0.0:
-        # Constant logits: log V, and nothing to learn.
+        # With constant logits, the entropy is log V and the gradient 0.
         torch.testing.assert_close(found["entropy"], torch.full_like(found["entropy"], math.log(1037)))
         assert bool((gradient == 0).all())
     else:
@@ -186,7 +190,7 @@ def test_reference_without_kl_is_the_reference_with_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 8])
 def test_no_bit_depends_on_where_a_row_lies(dtype, offset):
-    """A row in the middle of wider memory, at any distance from alignment, gives the bits of its contiguous copy."""
+    """A row inside wider memory, at any alignment, gives the same bits as its contiguous copy."""
     vocab = TILE[dtype] * 2 + 8
     wide = random_logits(1, 2, vocab + offset + 2, dtype=dtype, seed=12)
     view = wide[..., offset : offset + vocab]
@@ -211,16 +215,17 @@ def test_gradient_in_place_out_of_place_and_into_a_view_are_bitwise_equal(vocab)
     in_place = backward(logits, labels, grad_logps, out=logits)
     assert torch.equal(apart, elsewhere)
     assert torch.equal(apart, in_place)
-    # Nothing beside the rows is touched.
+    # Memory outside the rows is unchanged.
     assert torch.equal(whole[:, -1], last)
     assert bool((memory[:, [0, 3]] == 7).all())
 
 
 @pytest.mark.parametrize("cap", [0.0, 5.0])
 def test_the_labels_logit_may_already_be_its_gradient(cap):
-    """In place, one warp may store the label's gradient before another has begun: nothing may depend on that logit.
+    """In place, one warp may store the label's gradient before another warp reads: nothing may depend on that logit.
 
-    Labels in the fragments, in a tile and in the last tile; what stands there is what a faster warp would have written.
+    The labels are in the unaligned ends, in a tile and in the last tile. Each label's logit is replaced by the value that a
+    faster warp would have written.
     """
     logits, ref_logits = (random_logits(1, 3, 1037, seed=s) for s in (30, 31))
     labels = torch.tensor([[3, 600, 1036]], device=DEVICE)
@@ -303,7 +308,7 @@ def test_minus_infinity_carries_no_mass(dtype):
     labels = torch.tensor([[0, vocab - 1, 4]], device=DEVICE)
     labels -= banned[labels].long()
     found = forward(logits, labels, ref_logits, STATISTICS)
-    # Row 0: both without the banned entries. Row 1: the reference has mass there, the policy none. Row 2: the reverse.
+    # Row 0: banned in both. Row 1: possible under the reference only. Row 2: possible under the policy only.
     for name in ("logps", "entropy", "log_sum_sq"):
         check = truth_of(logits[..., ~banned][:, :2], (torch.cumsum(~banned, 0) - 1)[labels[:, :2]])
         torch.testing.assert_close(found[name][:, :2], check[name], rtol=1e-6, atol=1e-6)
@@ -329,7 +334,7 @@ def test_ties_go_to_the_first_entry():
 
 @pytest.mark.parametrize("gap", [1.0, 20.0, 60.0, 90.0])
 def test_a_nearly_certain_label_keeps_its_relative_precision(gap):
-    """logp and the label's gradient 1 - p, where p is 1 to the last bit of a float32 (or of a float64)."""
+    """logp and the label's gradient 1 - p, where p rounds to 1 in float32 (or in float64)."""
     logits = random_logits(1, 2, 1037, seed=21, spread=0.5)
     labels = torch.tensor([[0, 1036]], device=DEVICE)
     logits.scatter_(-1, labels.unsqueeze(-1), gap)
@@ -343,12 +348,12 @@ def test_a_nearly_certain_label_keeps_its_relative_precision(gap):
 
 
 def test_large_logits_do_not_bias_the_log_sum():
-    """log2(e) is rounded in the exponential's factor; counted from the maximum its error stays with small differences."""
+    """The factor log2(e) is rounded. Relative to the maximum, this error affects small differences only."""
     logits = random_logits(1, 4, 1037, seed=22, spread=2.0)
     labels = torch.tensor([[1, 2, 3, 4]], device=DEVICE)
     moved = (logits + 4096.0).contiguous()
     found, truth = forward(moved, labels), truth_of(moved, labels)
-    # 2^-22, the error of one hardware exponential; float32 numbers around 4,096 are 5e-4 apart.
+    # 2^-22 is the error of one hardware exponential. Float32 numbers around 4,096 have a spacing of 5e-4.
     assert torch.equal(found["max"], truth["max"])
     lost = float((found["log_sum"] - truth["log_sum"]).abs().max())
     assert lost < 2**-22
@@ -440,7 +445,7 @@ def test_extreme_margins_give_limits_and_never_nan(margin):
 
 
 def test_sums_do_not_feel_padding_or_packing():
-    """2,500 tokens: more than two chunks of the kernel, moved left, right and apart by tokens of weight 0."""
+    """2,500 tokens need more than two chunks of the kernel. Tokens of weight 0 shift them left, right and apart."""
     generator = torch.Generator().manual_seed(3)
     values, weights = (torch.rand(2, 2500, generator=generator, dtype=torch.float64).to(DEVICE) for _ in range(2))
     weights[0, 1000:1007] = 0.0
@@ -477,11 +482,11 @@ def test_backend_says_why_it_does_not_serve_a_device(monkeypatch):
         module.check_available("cpu")
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's compiler joins products and sums itself")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's compiler contracts products and sums itself")
 @pytest.mark.parametrize("first", ["left", "right"])
 @pytest.mark.parametrize("vocab", [33, 700])
 def test_right_whichever_product_a_compiler_joins_with_a_sum(first, vocab):
-    """Rows shorter than a tile leave lanes at FLOOR, where what the rounding of a product drops is 10^17."""
+    """In rows shorter than a tile, some lanes hold FLOOR. There the rounding error of a product is 10^17."""
     logits, ref_logits = random_logits(1, 3, vocab), random_logits(1, 3, vocab, seed=1)
     labels = torch.randint(0, vocab, (1, 3), device=DEVICE)
     with fused_products(first):

@@ -1,8 +1,8 @@
-"""The fused Triton kernels of the LM head against float64 truth: log-probabilities, statistics, and the block-filtered gradient.
+"""The fused Triton kernels of the LM head equal the float64 reference: log-probabilities, statistics, filtered gradient.
 
-Off a GPU they run in Triton's interpreter. Tiles are the interpreter's on a GPU too, 16 tokens by 32 entries, segments of 64
-entries and 32 columns of H, and sizes lie around these seams; one test takes the compiled sizes. Logits of standard
-deviation 4 leave blocks of the softmax empty.
+Without a GPU they run in Triton's interpreter. On a GPU the tests use the interpreter's tile sizes too: 16 tokens by 32
+entries, segments of 64 entries and 32 columns of H. The problem sizes are around these boundaries. One test uses the
+compiled sizes. With logits of standard deviation 4, some blocks of the softmax are empty.
 """
 
 import logging
@@ -28,7 +28,7 @@ forward_module = sys.modules["dpo_kernels.backends.triton.linear_logps"]
 
 
 def cut(monkeypatch, narrow, tile, segment, width):
-    """Tiles of 16-bit types and of float32, entries of a segment and columns of a product."""
+    """Set the tiles of 16-bit types and of float32, the entries of a segment and the columns of a product."""
     for name, value in (("_FLOAT32", narrow), ("_TILE", tile), ("_WIDE", tile)):
         monkeypatch.setattr(launch, name, value)
     monkeypatch.setattr(forward_module, "SEGMENT", segment)
@@ -37,12 +37,12 @@ def cut(monkeypatch, narrow, tile, segment, width):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """The interpreter's cut, on a GPU as well."""
+    """Use the interpreter's tile sizes, on a GPU too."""
     small = launch.Tile(16, 32, 16, 4, 1)
     cut(monkeypatch, small, small, 64, 32)
 
 
-# numpy, which the interpreter runs on, announces the NaN that the kernels are made to produce.
+# numpy, which the interpreter uses, warns about the NaN that the tests make the kernels produce.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 STATISTICS = frozenset(("entropy", "log_sum_sq", "accuracy", "mean_logits"))
@@ -51,7 +51,7 @@ PLAIN = {"logit_scale": 1.0, "logit_softcap": 0.0}
 
 
 def make(tokens, hidden_size, vocab, dtype=torch.float32, seed=0, spread=4.0):
-    """(hidden [N, H], weight [V, H], bias [V], labels [N], upstream [N]); likely labels, the last token without gradient."""
+    """(hidden [N, H], weight [V, H], bias [V], labels [N], upstream [N]); labels are likely, the last token has no gradient."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, hidden_size, generator=g, dtype=torch.float64)
     weight = torch.randn(vocab, hidden_size, generator=g, dtype=torch.float64) * spread / hidden_size**0.5
@@ -69,14 +69,14 @@ def forward(hidden, weight, bias, labels, names=STATISTICS, **options):
 
 
 def truth_of(hidden, weight, bias, labels, dtype, logit_scale=1.0, logit_softcap=0.0):
-    """Every statistic by the definition, from logits in `dtype`."""
+    """Every statistic by its definition, from logits in `dtype`."""
     logits = F.linear(hidden.to(dtype), weight.to(dtype), bias.to(dtype))
     found = reference.token_statistics(logits, labels, logit_scale=logit_scale, logit_softcap=logit_softcap)
     return found, reference.transform_logits(logits, logit_scale, logit_softcap)
 
 
 def check_forward(found, hidden, weight, bias, labels, **settings):
-    """No further from the float64 truth than BUDGET times eager float32 on the same tensors, or than rounding one logit."""
+    """Compare with float64. The error may be at most BUDGET times eager float32's, or the rounding of one logit."""
     truth, z = truth_of(hidden, weight, bias, labels, torch.float64, **settings)
     eager, _ = truth_of(hidden, weight, bias, labels, torch.float32, **settings)
     unit = 2.0 ** (math.frexp(float(z.abs().max()))[1] - 24)
@@ -86,7 +86,7 @@ def check_forward(found, hidden, weight, bias, labels, **settings):
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
 
 
-# One token, one entry; below a tile in every direction; H odd and past a step; V one past a tile and a segment.
+# One token and one entry; below a tile in every dimension; H odd and past a step, V one past a tile and a segment; past a tile.
 SIZES = [(1, 16, 1), (5, 7, 31), (17, 35, 65), (33, 16, 128)]
 
 
@@ -119,7 +119,7 @@ def test_no_bit_depends_on_the_batch_and_none_of_the_logits_on_their_order():
     assert torch.equal(order.entries[order.places.long()], torch.arange(97, dtype=torch.int32, device=DEVICE))
     for name in moved:
         torch.testing.assert_close(moved[name], plain[name], rtol=1e-6, atol=1e-6)
-    # What is stored is what is measured.
+    # The stored logits are those of which the statistics were computed.
     truth = reference.token_statistics(stored[:, :97].double(), labels)
     torch.testing.assert_close(plain["max"], truth["max"], rtol=0, atol=0)
     torch.testing.assert_close(plain["log_sum"], truth["log_sum"], rtol=1e-6, atol=1e-6)
@@ -150,7 +150,7 @@ def test_hostile_values_stay_in_their_row():
     for name, values in found.items():
         assert values[1:4].isnan().all(), name
         assert values[[0, 4]].isfinite().all() or name == "mean_logits", name
-    # An entry of no probability changes little but the mean.
+    # An entry of probability 0 changes little except the mean.
     assert float((found["log_sum"][0] - clean["log_sum"][0]).abs()) < 1.0
     call = grad.HeadCall(weight, bias, None, 1.0, 0.0, 2.0**-30)
     memory = torch.empty(5, grad.padded(70, torch.float32), device=DEVICE)
@@ -182,7 +182,7 @@ def backward(inputs, eps, sort=True, stored=False, **settings):
     settings = PLAIN | settings
     order = grad.order_by_mean_logit(weight, bias, hidden.float().mean(0), settings["logit_scale"]) if sort else None
     call = grad.HeadCall(weight, bias, order, settings["logit_scale"], settings["logit_softcap"], eps)
-    # Whatever memory held before must not matter.
+    # The previous content of the memory must not matter.
     memory = torch.full((hidden.shape[0], grad.padded(weight.shape[0], hidden.dtype)), math.nan).to(hidden)
     words = {"order": order, "logits": memory} if stored else {}
     found = forward(hidden, weight, bias, labels, frozenset(), **words, **settings)
@@ -197,7 +197,7 @@ def backward(inputs, eps, sort=True, stored=False, **settings):
 
 
 def live_entries(call, block, tokens, vocab):
-    """Which entries [N, V] lie in live blocks, in the vocabulary's own order."""
+    """Which entries are in live blocks: bool [N, V], in the vocabulary's original order."""
     tile = launch.tile_of(block.dz.dtype)
     live = block.live.bool().repeat_interleave(tile.n, 0)[:tokens].repeat_interleave(tile.v, 1)[:, :vocab]
     return live if call.order is None else live[:, call.order.places.long()]
@@ -218,7 +218,7 @@ def definition(inputs, kept, scale=1.0, cap=0.0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dz_of_live_blocks_passes_the_check_that_catches_planted_faults(dtype):
-    """Label entries and the others apart, row by row, within a multiple of what eager loses in the same dtype."""
+    """Label entries and other entries are compared separately, row by row, with a multiple of eager's error as limit."""
     inputs = make(16, 24, 97, dtype)
     inputs[3].clamp_(max=95)
     hidden, weight, bias, labels, upstream = inputs
@@ -233,7 +233,7 @@ def test_dz_of_live_blocks_passes_the_check_that_catches_planted_faults(dtype):
     assert bool((mine[upstream == 0] == 0).all())
     shape = (4, 4, 97)
     marked = labels.view(4, 4).clone()
-    marked[1, 0] = -100  # where a fault leaks, a token counts for nothing
+    marked[1, 0] = -100  # the leak fault writes here, so the token must be ignored
     for tensor in (mine, truth, eager):
         tensor.view(shape)[1, 0] = 0
     for fault in FAULTS if dtype != torch.float16 else FAULTS[:-1]:  # the last one's leak is below float16's range
@@ -253,7 +253,7 @@ def test_filtered_gradients_equal_their_definition(size, stored, dtype):
     kept = live_entries(call, block, size[0], size[2])
     truth = definition(inputs, kept)
     assert not kept.all() or size[2] < 32
-    # float32: its own rounding; bfloat16: dz is rounded, and stored logits are before it.
+    # float32: rounding of float32. bfloat16: dz is rounded, and stored logits are rounded before.
     tolerance = 3e-6 if dtype == torch.float32 else 2e-2 if stored else 5e-3
     for mine, true in zip(gradients, truth[1:4], strict=True):
         assert float((mine.double() - true).norm() / true.norm()) < tolerance
@@ -264,11 +264,11 @@ def test_filtered_gradients_equal_their_definition(size, stored, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_compiled_sizes_agree(dtype, monkeypatch):
-    """The tiles that GPUs run: past a block of tokens, a tile, a segment, a step of the products and a width of H."""
+    """The tile sizes of GPUs, with a problem past a block of tokens, a tile, a segment, a product step and a width of H."""
     compiled = launch.Tile(128, 128, 64, 8, 3)
     cut(monkeypatch, launch.Tile(64, 128, 16, 8, 3), compiled, 2048, 128)
     inputs = make(129, 136, 2100, dtype)
-    inputs[3][:] %= 900  # no label where the order puts what is unlikely
+    inputs[3][:] %= 900  # no label among the unlikely entries
     inputs[2][1000:] -= 12.0
     hidden, weight, bias, labels, _ = inputs
     check_forward(forward(hidden, weight, bias, labels), hidden, weight, bias, labels)
@@ -288,7 +288,7 @@ def test_a_block_is_dead_only_where_nothing_exceeds_eps_and_no_label_lies():
     assert not kept.all()
     assert bool((p[~kept] <= eps * (1 + 1e-5)).all())
     assert bool(kept.gather(-1, inputs[3].unsqueeze(-1)).all())
-    # And every live block has a reason.
+    # Every live block must contain a label or an entry above eps.
     tile = launch.tile_of(torch.float32)
     ordered = p.scatter(-1, inputs[3].unsqueeze(-1), 1.0)[:, call.order.entries.long()]
     blocks = F.pad(ordered, (0, -250 % tile.v, 0, -40 % tile.n)).unfold(0, tile.n, tile.n).unfold(1, tile.v, tile.v)
@@ -308,13 +308,13 @@ def test_the_error_stays_inside_the_documented_bound():
     per_token = torch.maximum(torch.full_like(block.dropped, call.eps), block.dropped / 250)
     limit = (upstream.abs() * per_token * hidden.double().norm(dim=-1)).sum()
     assert float((grad_weight - exact[2]).norm(dim=-1).max()) <= float(limit)
-    # The uniform tail lets every row's gradient sum to zero.
+    # With the uniform tail, every row's gradient sums to 0.
     assert float(block.dropped.max()) > 1e-3
     assert abs(float(grad_bias.double().sum())) < 1e-5
 
 
 def test_order_by_mean_logit_gathers_what_is_likely():
-    """Entries likely for every token, scattered over the vocabulary: in order they lie side by side."""
+    """Entries that are likely for every token are scattered over the vocabulary. After sorting they are adjacent."""
     hidden, weight, bias, _, upstream = make(16, 16, 480, spread=0.5)
     bias.fill_(-12.0)
     bias[::20] = 0.0
@@ -335,7 +335,7 @@ def test_empty_chunks_and_a_vocabulary_of_one(shape):
 
 # --- through the public functions ---------------------------------------------------------------------------------
 
-#: Every strategy that filters: whole pairs in one chunk, in groups and beyond the budget; two passes in chunks.
+#: Every strategy that filters: whole pairs in one chunk, in groups, and larger than the budget; two passes in chunks.
 FILTERED = [
     "whole_pairs_in_groups",
     "bfloat16_in_groups_packed",
@@ -346,7 +346,7 @@ FILTERED = [
 
 @pytest.mark.parametrize("name", FILTERED)
 def test_with_every_block_live_rows_equal_the_float64_reference(name):
-    """The strategies' wiring: a threshold that drops nothing must give the exact path's gradients, row by row."""
+    """With a threshold that drops nothing, every strategy must give the exact path's gradients, row by row."""
     case = Case(**{**BY_NAME[name].__dict__, "rows": 8 if BY_NAME[name].rows else None})
     inputs = make_inputs(case, DEVICE)
     truth, true_gradients = textbook(inputs.cast(torch.float64))
@@ -362,7 +362,7 @@ def test_with_every_block_live_rows_equal_the_float64_reference(name):
 
 
 def test_the_reported_mass_is_what_the_gradient_lacks():
-    """Two passes, in chunks: the forward reports what the backward will drop."""
+    """With two passes in chunks, the forward reports the mass that the backward will drop."""
     hidden, weight, bias, labels, upstream = make(20, 16, 203)
     leaf = bias.clone().requires_grad_()
     with use_backend("triton"):
@@ -375,7 +375,7 @@ def test_the_reported_mass_is_what_the_gradient_lacks():
     exact = definition((hidden, weight, bias, labels, upstream), torch.ones(20, 203, dtype=torch.bool, device=DEVICE))[
         3
     ]
-    # What is not in the kept entries of the column sums is, in absolute terms, the dropped mass and its tail.
+    # The column sums differ, in absolute terms, by at most the dropped mass and its tail.
     assert float((mine - exact).abs().sum()) <= 2 * float((upstream.abs() * dropped).sum()) + 1e-5
     assert float((mine - exact).abs().sum()) > 0.01 * float((upstream.abs() * dropped).sum())
 
@@ -464,7 +464,7 @@ def test_autocast_multiplies_in_16_bits_and_keeps_the_weights_gradient_in_float3
 
 
 def peak_of(run):
-    """Most bytes that were allocated at a time, by the allocator's own events."""
+    """Peak of allocated bytes, from the allocator's events."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -475,7 +475,7 @@ def peak_of(run):
     return peak
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="counts what the CPU's allocator hands out")
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts allocations of the CPU's allocator")
 @pytest.mark.parametrize(
     "options",
     [
@@ -490,7 +490,7 @@ def test_memory_stays_within_the_budget(options, monkeypatch):
     case = Case("memory", vocab=6000, hidden_size=32, pairs=2, length=40, dtype=torch.bfloat16)
     inputs = make_inputs(case)
     inputs.keywords |= options or {}
-    budget = 3 << 18  # of 1.4 MB of logits each
+    budget = 3 << 18  # each model has 1.4 MB of logits
     gradients = (
         0 if options is None else 4 * inputs.weight.numel() + 2 * inputs.weight.numel() + 2 * inputs.hidden.numel()
     )
@@ -501,5 +501,5 @@ def test_memory_stays_within_the_budget(options, monkeypatch):
             if options is not None:
                 torch.autograd.grad(out.loss, inputs.trained)
 
-    # Beside it: the order of the vocabulary while it is sorted, 40 bytes an entry, and float64 tables of 160 tokens.
+    # Other memory: 40 bytes per entry while the vocabulary is sorted, and float64 tables of 160 tokens.
     assert peak_of(run) - gradients <= budget + 40 * case.vocab + (1 << 17)

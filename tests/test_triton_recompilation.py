@@ -1,7 +1,7 @@
-"""No compilation in mid-training: a step of other lengths, or tensors that lie elsewhere, must find its kernels compiled.
+"""Steps with other sequence lengths or tensor addresses must not recompile Triton kernels during training.
 
-Triton compiles a kernel anew for every specialisation of its arguments, which costs seconds. The specialisation is computed
-by Triton's own code, for a GPU that need not be there; a process of its own runs without the interpreter.
+Triton compiles a kernel for every specialisation of its arguments, which takes seconds. These tests compute specialisations
+with Triton's own code for a GPU, which need not exist. They use a separate process without the interpreter.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
-#: Settings of a run; each has its own kernels, and 50 steps of a run may bring no others.
+#: Settings of runs. A run compiles its kernels in the first step, and no others in 50 steps.
 RUNS = {
     "bfloat16": {},
     "float32, packed": {"dtype": "float32", "packed": True},
@@ -24,7 +24,7 @@ RUNS = {
     "given sums, robust": {"ref": "sums", "loss_type": "robust", "label_smoothing": 0.1},
     "divergence": {"kl_coef": 0.1},
     "packed, another objective": {"packed": True, "loss_type": "ipo"},
-    # Several chunks of rows in the longer steps; the logits' rows are padded.
+    # The longer steps have several chunks of rows. The rows of the logits are padded.
     "linear": {"linear": {"memory_budget": 1 << 19}, "vocab": 257},
     "linear, packed, divergence": {"linear": {}, "vocab": 257, "packed": True, "kl_coef": 0.1},
     "linear, frozen head, another objective": {"linear": {"frozen": True}, "vocab": 257, "loss_type": "ipo"},
@@ -33,7 +33,7 @@ STEPS = 50
 
 
 def specialisations(run: dict) -> list[list[str]]:
-    """What Triton would compile for, step by step: the launches are recorded and not run. For a process of its own."""
+    """Specialisations of every step. Launches are recorded and not run. Call this in a separate process."""
     import pretend_gpu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -60,7 +60,7 @@ def specialisations(run: dict) -> list[list[str]]:
     generator = torch.Generator().manual_seed(0)
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
-        """The same values at an address that is a multiple of their size, and of 16 bytes by chance only."""
+        """A copy at an address that is a multiple of the item size, but a multiple of 16 bytes only by chance."""
         start = int(torch.randint(1, 8, (), generator=generator))
         whole = torch.empty(tensor.numel() + 8, dtype=tensor.dtype)
         return whole[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
@@ -69,7 +69,7 @@ def specialisations(run: dict) -> list[list[str]]:
         return pretend_gpu.OnGPU(place(tensor))
 
     def linear_step(shape: tuple[int, ...], bounds: torch.Tensor | None) -> None:
-        """The linear path chunks and pads as on a GPU only where its tensors lie there."""
+        """A step on the pretend GPU, because the linear path chunks and pads differently on a CPU."""
         words = dict(run["linear"])
         head_learns = not words.pop("frozen", False)
         hidden, ref_hidden = (pretend_gpu.OnGPU(torch.zeros(*shape, 64, dtype=dtype)) for _ in range(2))

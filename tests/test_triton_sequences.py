@@ -1,4 +1,4 @@
-"""Stage 2 in Triton: long sequences by several programs, and bounds that lead nowhere."""
+"""Stage 2 in Triton: long sequences computed by several programs, and invalid bounds."""
 
 import itertools
 import sys
@@ -14,7 +14,7 @@ stage = sys.modules["dpo_kernels.backends.triton.preference_loss"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-#: More than four chunks, a whole number of chunks, one token more, fewer than a chunk, none.
+#: More than four chunks, exactly two chunks, one chunk and a token, less than a chunk, no token, exactly one chunk.
 LENGTHS = (4500, 2048, 1025, 70, 0, 1024)
 
 
@@ -37,7 +37,7 @@ def losses(packed, ref=True):
 
 @pytest.mark.parametrize("ref", [True, False])
 def test_long_sequences_give_the_bits_of_short_ones(packed, ref, monkeypatch):
-    """One program a sequence and one a chunk fill the scratch alike, and the sums follow from the scratch."""
+    """One program per sequence and one per chunk write the same scratch memory, from which the sums are computed."""
     monkeypatch.setattr(stage, "LONG", 1 << 20)
     alone = losses(packed, ref)
     values, _, weights, bounds = packed

@@ -1,6 +1,6 @@
-"""The kernels' numbers in the interpreters of the older Tritons that a supported torch brings; where those Tritons lie.
+"""The kernels compute the same numbers with the older Tritons that supported versions of torch install.
 
-Their machine code is in test_triton_aot.py. A Triton that is missing is an error, not a skip: `make test` installs it.
+test_triton_aot.py tests their machine code. A missing Triton is an error, not a skip, because `make test` installs it.
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.tritons import OLDER, ROOT, environment, folder
 
-# A few of every stage and of the LM head's products: what another interpreter could refuse or compute otherwise.
+# Some tests of every stage and of the LM head's products, which another interpreter could refuse or compute differently.
 SAMPLE = " or ".join(
     (
         "test_stages_equal_the_float64_truth_around_the_tile",

@@ -1,4 +1,4 @@
-"""A whole call in one piece gives the bits of the stages one by one, and its output is computed when it is read."""
+"""A whole call gives the same bits as its separate stages, and its output attributes are computed when they are read."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_the_native_call_equals_its_stages_bit_for_bit(case, monkeypatch):
     staged = run(case)
     assert native.keys() == staged.keys()
     for name, value in staged.items():
-        # PyTorch adds up many losses in blocks, C++ in order.
+        # PyTorch sums many losses in blocks, C++ in order.
         tolerance = 1e-7 if name == "loss" and case.pairs > 8 else 0.0
         torch.testing.assert_close(native[name], value, rtol=tolerance, atol=0.0, equal_nan=True)
 

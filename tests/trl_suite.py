@@ -2,10 +2,10 @@
 
     python tests/trl_suite.py CHECKOUT [--write] [--classes trl] [-k EXPRESSION]
 
-CHECKOUT is a folder with the files `VERSION` and `tests/` of TRL's repository; it is not part of this one. The models and
-data sets that the tests fetch from a hub are replaced by tiny ones made here, under the same names. `--write` puts the
-result into benchmarks/results/trl_suite.json; docs/compatibility.md shows it from there. Tests of vision-language models
-are counted apart. CI does not run this file.
+CHECKOUT is a folder with `VERSION` and `tests/` of TRL's repository, which this repository does not contain. The tests' models
+and data sets are not downloaded: tiny ones are made here under the same names. `--write` writes the result to
+benchmarks/results/trl_suite.json, which docs/compatibility.md shows. Tests of vision-language models are counted separately.
+CI does not run this file.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from trainer.tiny import NASTY, NICE, SUBJECTS, build_tokenizer  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "trl_suite.json"
 HUB = "trl-internal-testing/"
-#: Tests of what is counted apart.
+#: Patterns of tests that are counted separately.
 APART = ("*VLM*", "*Vision*", "*vision*", "*vlm*")
-#: Why a test fails, by pattern of its name; the first that fits counts.
+#: Reasons why tests fail, by pattern of their names. The first matching pattern counts.
 REASONS: tuple[tuple[str, str], ...] = (
     (
         "*liger*",
@@ -90,7 +90,7 @@ NEMOTRON = {
     "moe_shared_expert_intermediate_size": 32,
     "use_mamba_kernels": False,
 }
-#: By the name on the hub: the architecture, and what its config has besides SIZES.
+#: For each name on the hub: the architecture, and its config in addition to SIZES.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-Cohere2ForCausalLM": ("Cohere2", {"logit_scale": 1.0}),
     "tiny-Glm4MoeForCausalLM": (
@@ -125,13 +125,13 @@ TEMPLATE = (
 
 
 def save_model(name: str, folder: Path) -> None:
-    """Save a tiny model and its tokenizer under a name of the hub."""
+    """Save a tiny model and its tokenizer under the name of a model on the hub."""
     tokenizer = build_tokenizer()
     kind, extra = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, "vocab_size": len(tokenizer), **extra})
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():  # of an untrained model this small, some parameters would hardly get a gradient
+    with torch.no_grad():  # in a new model of this size, the gradients of some parameters would be too small
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.3)
@@ -155,7 +155,7 @@ def said(role: str, text: str, **more: Any) -> list[dict[str, Any]]:
 
 
 def texts(count: int) -> list[dict[str, str]]:
-    """Pairs of texts, all different."""
+    """Preference pairs as plain text, all different."""
     return [
         {
             "prompt": f"{SUBJECTS[index % 5]} {SUBJECTS[index // 5 % 5]} {index} is",
@@ -167,13 +167,13 @@ def texts(count: int) -> list[dict[str, str]]:
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
-    """The same as messages."""
+    """Preference pairs as messages."""
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return [{key: said(role, row[key].strip()) for key, role in roles.items()} for row in texts(count)]
 
 
 def implicit(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without a prompt of their own: both answers begin with it."""
+    """Rows without the column `prompt`: both answers begin with the prompt."""
     return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
 
 
@@ -198,12 +198,12 @@ DATA: dict[tuple[str, str], Callable[[int], list[dict[str, Any]]]] = {
     ("harmony", "preference"): conversations,
     ("toolcall", "preference"): tool_calls,
 }
-#: Rows of each split, as many as those of TRL's data set zen.
+#: Rows of each split, as in TRL's data set zen.
 SPLITS = {"train": 17, "test": 2}
 
 
 def load_dataset(path: str, name: str = "", split: str | None = None, *, streaming: bool = False, **_: Any) -> Any:
-    """In place of `datasets.load_dataset`."""
+    """Replaces `datasets.load_dataset`."""
     made = {key: datasets.Dataset.from_list(DATA[path.removeprefix(HUB), name](count)) for key, count in SPLITS.items()}
     kinds: tuple[Any, Any] = (datasets.IterableDatasetDict, datasets.DatasetDict)
     if streaming:
@@ -216,7 +216,7 @@ def load_dataset(path: str, name: str = "", split: str | None = None, *, streami
 
 @contextlib.contextmanager
 def replaced(folder: Path, classes: str) -> Iterator[None]:
-    """The names of the hub lead to what is made here and, unless `classes` is "trl", TRL's to our classes."""
+    """A context in which hub names give the models and data made here and, unless `classes` is "trl", TRL's names our classes."""
     import trl
 
     import dpo_trainer
@@ -234,7 +234,7 @@ def replaced(folder: Path, classes: str) -> Iterator[None]:
         return lambda name, *args, **kwargs: whole(here(name), *args, **kwargs)
 
     def absent(name: str) -> Any:
-        """Questions after packages that the suite asks, and the installed TRL does not know."""
+        """Replaces functions that the suite imports to ask for packages and that the installed TRL lacks."""
         if name.startswith("is_"):
             return lambda: False
         raise AttributeError(name)
@@ -246,7 +246,7 @@ def replaced(folder: Path, classes: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(loader, "from_pretrained", redirected(loader)))
         stack.enter_context(mock.patch.object(datasets, "load_dataset", load_dataset))
         if classes == "trl":
-            # create_model_from_path reads the config by the name, then asks for the class that it names.
+            # create_model_from_path reads the config of the given name and then gets the class that the config names.
             for architecture in {kind for kind, _ in MODELS.values()}:
                 loader = getattr(transformers, f"{architecture}ForCausalLM")
                 stack.enter_context(mock.patch.object(loader, "from_pretrained", redirected(loader)))
@@ -257,7 +257,7 @@ def replaced(folder: Path, classes: str) -> Iterator[None]:
 
 
 class Record:
-    """A pytest plugin that keeps what became of each test."""
+    """A pytest plugin that records the outcome of each test."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, dict[str, str]] = {}
@@ -287,12 +287,12 @@ def short(nodeid: str) -> str:
 
 
 def reason_of(test: str) -> str | None:
-    """Why a test fails, from the table."""
+    """The reason from REASONS why a test fails, or None."""
     return next((reason for pattern, reason in REASONS if fnmatchcase(test, pattern)), None)
 
 
 def result_of(record: Record, checkout: Path, classes: str) -> dict[str, Any]:
-    """What is written."""
+    """The content of the results file."""
     failed = {test: found for test, found in record.outcomes.items() if found["outcome"] == "failed"}
     return {
         "suite": (checkout / "VERSION").read_text(encoding="utf-8").strip(),
@@ -325,7 +325,7 @@ def main() -> int:
         datasets.config.HF_DATASETS_CACHE = Path(scratch) / "datasets"
         os.environ["DPO_TRAINER_CACHE"] = str(Path(scratch) / "cache")
         os.environ["HF_MODULES_CACHE"] = str(Path(scratch) / "modules")
-        os.chdir(scratch)  # runs without an output_dir write where they are started
+        os.chdir(scratch)  # runs without an output_dir write to the current folder
         words = ["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
         words += ["--rootdir", str(checkout), "-c", os.devnull, "-k", given.k, "--basetemp", f"{scratch}/tmp"]
         pytest.main([*words, str(checkout / "tests" / "test_dpo_trainer.py")], plugins=[record])

@@ -1,4 +1,4 @@
-"""The loss's side of `DPOTrainer`: a batch's loss, its share of the optimizer step, and the means that are logged."""
+"""The part of `DPOTrainer` that computes losses: a batch's loss, its share of the optimizer step, and the logged means."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .watch.evaluated import look_at
 from .watch.metrics import TINY, MetricWindow, memory_mib
 from .watch.metrics import names as metric_names
 
-#: What transformers adds to an evaluation.
+#: Metrics that transformers adds to an evaluation.
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 class LossTrainer(RunTrainer):
-    """A trainer that turns batches into losses and metrics. `DPOTrainer` gives it its parts.
+    """A trainer that turns batches into losses and metrics. `DPOTrainer` sets its attributes.
 
     Attributes:
         loss_path: "linear" or "logits", see `model.loss_path`.
-        auxiliary: the auxiliary loss of a mixture-of-experts policy, added in training; None where there is none.
+        auxiliary: the auxiliary loss of a mixture-of-experts policy, added in training. None if there is none.
     """
 
-    # Read by transformers: our loss is already a mean over the accumulated batch, not over a micro-batch.
+    # transformers reads this: our loss is already a mean over the optimizer step, not over a micro-batch.
     loss_is_scaled_for_ga = True
     loss_path: str
     auxiliary: AuxiliaryLoss | None
@@ -45,11 +45,18 @@ class LossTrainer(RunTrainer):
     _num_tokens = 0.0
 
     def pair_loss(self, batch: Batch, pair_weights: Tensor) -> DPOOutput:
-        """Policy, reference and loss of one batch: `loss` is the sum over pairs of `pair_weights` [P] times their losses.
+        """Run policy and reference on one batch and compute the loss.
 
-        The one place where hidden states become a loss. Only completion tokens meet the head. On the linear path their
-        logits exist a chunk at a time and meet their gradient there; on the logits path they all exist, and in training
-        their memory is reused for their gradient.
+        Hidden states become a loss here and nowhere else. Only completion tokens pass through the head. The linear path
+        computes logits and their gradient one chunk at a time. The logits path keeps all logits and, in training, reuses
+        their memory for their gradient.
+
+        Args:
+            batch: as `PairCollator` makes it, on the model's device.
+            pair_weights: [P], one weight for each pair.
+
+        Returns:
+            the loss, the sum over pairs of weight times loss, and each pair's statistics.
         """
         reference = self.reference if "ref_logps" not in batch else None
         options: dict[str, Any] = {
@@ -68,8 +75,8 @@ class LossTrainer(RunTrainer):
         }
         mean = None
         if self.args.kl_coef and len(pair_weights):
-            # Summed over pairs the term would count once for each; here it counts as much as the batch does in its step.
-            # A mean that is scaled afterwards says so without waiting for the device.
+            # A sum would count the KL term once for each pair. It has to count as much as the batch does in its step. A
+            # mean that is scaled afterwards achieves this without a device synchronisation.
             mean = pair_weights.mean()
             options |= {"pair_weights": pair_weights / mean.clamp(min=TINY), "reduction": "mean"}
         if self.loss_path == "linear":
@@ -81,7 +88,7 @@ class LossTrainer(RunTrainer):
         if mean is not None:
             output.loss = output.loss * (mean * len(pair_weights))
         if self.auxiliary is not None and torch.is_grad_enabled() and len(pair_weights):
-            # Each batch's counts in the step as its pairs do.
+            # The batch's auxiliary loss has the same share of the step as its pairs have.
             auxiliary = self.auxiliary.take(batch)
             self._window["train"].add_auxiliary(auxiliary, _weights(batch))
             output.loss = output.loss + self.auxiliary.factor * pair_weights.sum() * auxiliary
@@ -89,14 +96,14 @@ class LossTrainer(RunTrainer):
 
     @property
     def aux_loss_enabled(self) -> bool:
-        """Whether an auxiliary loss of the experts' load is added in training (TRL's name)."""
+        """Whether training adds an auxiliary loss that balances the experts' load (the name is TRL's)."""
         return self.auxiliary is not None
 
     def _statistics(self, has_reference: bool) -> tuple[str, ...]:
-        """The statistics asked for that a batch can have."""
+        """The requested statistics that a batch can have."""
         absent = {"kl"} if not has_reference else set()
         if self.loss_path == "logits":
-            absent.add("grad_dropped_mass")  # nothing is left out
+            absent.add("grad_dropped_mass")  # the logits path has no gradient filter
         return tuple(name for name in self.args.statistics if name not in absent)
 
     def _token_weights(self, batch: Batch) -> Tensor | None:
@@ -113,19 +120,25 @@ class LossTrainer(RunTrainer):
     ) -> Tensor | tuple[Tensor, DPOOutput]:
         """The batch's share of the weighted mean over all pairs of the optimizer step, on all processes.
 
-        `num_items_in_batch` is the sum of the step's weights (transformers gets it from `_get_num_items_in_batch`);
-        without it, the mean is over the batch. Dividing by weights, not by the number of pairs, makes their unit
-        irrelevant and log 2 the start whatever they are.
+        The mean divides by the sum of weights, not by the number of pairs. So the unit of the weights does not matter, and
+        the loss starts at log 2 whatever the weights are.
+
+        Args:
+            num_items_in_batch: the sum of the step's weights, which transformers gets from `_get_num_items_in_batch`. None:
+                the mean is over the batch.
+
+        Returns:
+            the loss, and with `return_outputs` the output of `pair_loss` too.
         """
         weights = _weights(inputs)
         if num_items_in_batch is None:
             share = weights / weights.sum().clamp(min=TINY)
         else:
-            # DDP averages gradients over processes; undo that, the divisor sums over all of them.
+            # DDP averages gradients over processes. Undo that, because the divisor already sums over all processes.
             share = weights * (self.accelerator.num_processes / num_items_in_batch)
         for item in self._objectives:
             if isinstance(item, nn.Module):
-                item.train(model.training)  # an evaluation leaves running means alone
+                item.train(model.training)  # an evaluation must not change running means
         with self._kernels():
             if self.accelerator.num_processes > 1 and model.training:
                 wrapper = getattr(model, "_orig_mod", model)
@@ -137,7 +150,7 @@ class LossTrainer(RunTrainer):
         return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Sum of the weights of one optimizer step's pairs, on all processes (named and called by transformers)."""
+        """Sum of the weights of one optimizer step's pairs, on all processes. transformers calls this method."""
         if not batch_samples:
             return None
         total = torch.stack([_weights(batch).sum().to(device) for batch in batch_samples]).sum()
@@ -151,7 +164,7 @@ class LossTrainer(RunTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of one batch; unless `prediction_loss_only`, also rewards `[P, 2]` and which is preferred."""
+        """Loss of one batch; unless `prediction_loss_only`, also rewards `[P, 2]` and labels `[P]` (0: chosen is preferred)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
@@ -166,11 +179,11 @@ class LossTrainer(RunTrainer):
         return self._window[mode].drain(self._gather)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep the window's largest norm: the log has the last step's only. Waits for no device."""
+        """Keep the window's largest gradient norm, since the log shows only the last step's. Does not synchronise devices."""
         norm = super()._get_grad_norm(*args, **kwargs)
         if norm is not None:
             seen = torch.as_tensor(norm).detach()
-            # A gradient scaler leaves out such updates itself, and meets them as a matter of course.
+            # A gradient scaler skips such updates itself, and they are normal with one.
             if "not_finite" in self.args.stop_on and getattr(self.accelerator, "scaler", None) is None:
                 value = float(getattr(seen, "full_tensor", lambda: seen)())  # FSDP2 may shard it
                 if not math.isfinite(value):
@@ -180,7 +193,7 @@ class LossTrainer(RunTrainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the window's means to what transformers logs for training steps."""
+        """Log what transformers logs for training steps, and the means of the window."""
         if "loss" in logs and "learning_rate" in logs:
             means = self._drain("train")
             seconds, tokens = self._training_seconds(), means.pop("tokens", 0.0)
@@ -194,10 +207,10 @@ class LossTrainer(RunTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; the metrics are means over all pairs, and over all completion tokens, of the dataset."""
+        """Evaluate a dataset. Its metrics are means over all pairs or over all completion tokens of the dataset."""
         self._window["eval"] = MetricWindow()
         if self.accelerator.num_processes > 1:
-            self.gather_function = self._gather_rows  # the loop itself sets it back
+            self.gather_function = self._gather_rows  # the loop resets it
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         dataset = getattr(args[0] if args else kwargs["dataloader"], "dataset", None)
@@ -219,7 +232,7 @@ class LossTrainer(RunTrainer):
             raise ConfigError(f"metric_for_best_model: {error.args[0]}") from error
 
     def _evaluation_names(self) -> list[str]:
-        """What this run's evaluations log, without the prefix "eval_"."""
+        """Names of the metrics that this run's evaluations log, without the prefix "eval_"."""
         found = []
         for key, dataset in by_name(self.eval_dataset).items():
             given = self.args.precompute_ref_log_probs or has_reference(dataset)

@@ -1,4 +1,4 @@
-"""The reference's side of `DPOTrainer`: it chooses the reference, precomputes its log-probabilities and caches them."""
+"""The part of `DPOTrainer` that chooses the reference and precomputes and caches its log-probabilities."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ logger = logging.getLogger("dpo_trainer")
 
 
 class ReferenceTrainer(PairTrainer):
-    """A trainer of pairs that has a policy and perhaps a reference; it knows no loss.
+    """A trainer of pairs that has a policy and possibly a reference, but computes no loss.
 
     Attributes:
         policy: the trained model.
-        reference: None where no reference is in memory.
-        moving: what moves the reference during training; None where it stands still.
+        reference: None if no reference is in memory.
+        moving: updates the reference during training. None if the reference does not change.
         attached: the model as it was given or loaded, with its adapter.
     """
 
@@ -39,17 +39,17 @@ class ReferenceTrainer(PairTrainer):
     reference: Reference
     moving: MovingReference | None
     _objectives: list[Any]
-    #: Names of the trainable parameters that the model depends on without its adapter too.
+    #: Names of the trainable parameters that the model uses even when its adapter is off.
     _beside_adapter: list[str]
 
     @property
     def _sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed takes the weights out of the model."""
+        """Whether FSDP or DeepSpeed shards the weights."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @contextlib.contextmanager
     def _kernels(self) -> Any:
-        """Mixed precision and the choice of kernels around any use of the model."""
+        """A context with the run's mixed precision and kernel backend, for every use of the model."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
             if self.args.backend is not None:
@@ -77,11 +77,11 @@ class ReferenceTrainer(PairTrainer):
         if hasattr(self.model, "disable_adapter"):
             return self._reference_of_adapter(example)
         if self.args.precompute_ref_log_probs:
-            return None  # computed from the model itself before it moves
+            return None  # the log-probabilities are computed from the model before its first update
         return self._frozen_copy()
 
     def _check_given(self, ref_model: Any) -> None:
-        """Raise ConfigError or ModelError where a given reference is not the only one, or would move with the policy."""
+        """Raise ConfigError if two references are given, ModelError if the given one shares trainable weights."""
         if self.args.ref_adapter_name is not None:
             raise ConfigError(
                 "ref_adapter_name: names an adapter of the model, but ref_model is given too; leave one out"
@@ -94,7 +94,7 @@ class ReferenceTrainer(PairTrainer):
                 )
 
     def _reference_of_adapter(self, example: Batch | None) -> Reference:
-        """The model as it was given: without a new adapter, or with the adapter that it brought."""
+        """The model as it was given: without its new adapter, or with the adapter that it came with."""
         moved = None if example is None else effect(self.policy, example)
         neutral = moved == 0.0 and not covers_embeddings(self.policy.model)
         without = (self.attached.is_new and self.attached.keeps_base) or neutral
@@ -117,7 +117,13 @@ class ReferenceTrainer(PairTrainer):
     def _frozen_copy(
         self, change: Callable[[Any], Any] | None = None, kind: str = "", *, begins_alike: bool = True
     ) -> FrozenReference:
-        """The model as it is now, or what `change` makes of its copy."""
+        """A frozen copy of the model as it is now, after `change` if given.
+
+        Args:
+            change: gets the copy and returns the reference.
+            kind: the copy in words, for `reference_kind`.
+            begins_alike: whether the reference computes the same as the policy before the first update.
+        """
         reference = FrozenReference.copy_of(self.model, change, shared=not self._sharded)  # type: ignore[arg-type]
         reference.split.split = self.policy.split
         reference.copied = begins_alike
@@ -138,7 +144,7 @@ class ReferenceTrainer(PairTrainer):
 
     @property
     def reference_kind(self) -> str:
-        """Where the reference's log-probabilities come from, in words."""
+        """The source of the reference's log-probabilities, in words."""
         if self.moving is not None:
             return self.moving.describe()
         if self.reference is not None:
@@ -146,10 +152,10 @@ class ReferenceTrainer(PairTrainer):
         needed = objectives.needs_reference(self._objectives)
         return "log-probabilities computed beforehand" if needed else "none"
 
-    # --- log-probabilities beforehand ------------------------------------------------------------------------------
+    # --- precomputed log-probabilities -----------------------------------------------------------------------------
 
     def _precompute_all(self) -> None:
-        """Give all datasets the reference's log-probabilities, then drop the reference."""
+        """Add the reference's log-probabilities to all datasets, then drop the reference."""
         if self.train_dataset is not None:
             self.train_dataset = self._with_reference(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
@@ -161,14 +167,14 @@ class ReferenceTrainer(PairTrainer):
         self.reference = None
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
-        """The dataset with the reference's log-probabilities as columns, computed unless it has them."""
+        """The dataset with the reference's log-probabilities as columns. They are computed if the dataset lacks them."""
         if not has_reference(dataset):
             for column, values in zip(REFERENCE, self._reference_columns(dataset, name), strict=False):
                 dataset = dataset.add_column(column, values)
         return dataset
 
     def _reference_columns(self, dataset: Any, name: str) -> tuple[list[float], ...]:
-        """The reference's log-probabilities of chosen and rejected answers, from the cache where they are kept."""
+        """The reference's log-probabilities of chosen and rejected answers, read from the cache if there is one."""
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         if (cache := self.reference_cache(dataset)) is None:
             return self.reference_logps(dataset, batch_size=batch_size)
@@ -181,9 +187,14 @@ class ReferenceTrainer(PairTrainer):
         )
 
     def reference_logps(self, rows: Any, *, batch_size: int) -> tuple[list[float], list[float]]:
-        """Summed log-probabilities, in nats, of tokenised rows' answers, chosen and rejected, under the reference.
+        """Log-probabilities of answers under the reference, or under the current model if no reference is in memory.
 
-        Under the model as it stands where no reference is in memory.
+        Args:
+            rows: a tokenised dataset.
+            batch_size: pairs per batch.
+
+        Returns:
+            the sums over the tokens of each chosen and each rejected answer, in nats, in the order of `rows`.
         """
         with evaluating(self.policy.model):
             return reference_logps(
@@ -196,7 +207,7 @@ class ReferenceTrainer(PairTrainer):
             )
 
     def reference_cache(self, dataset: Any) -> ReferenceCache | None:
-        """Where the reference's log-probabilities of a tokenised dataset lie; None if they are not kept."""
+        """The cache of the reference's log-probabilities of a tokenised dataset; None if `ref_cache_dir` is not set."""
         if (root := folder_of(self.args.ref_cache_dir)) is None:
             return None
         facts = {
@@ -205,12 +216,12 @@ class ReferenceTrainer(PairTrainer):
                 adapter=not isinstance(self.reference, AdapterOffReference),
             ),
             "data": data_fingerprint(dataset),
-            "precision": self.accelerator.mixed_precision,  # autocast changes what the same weights answer
+            "precision": self.accelerator.mixed_precision,  # autocast changes the numbers that the same weights give
         }
         return ReferenceCache(root, facts, dataset["length"])
 
     def _ready(self, dataset: Any, name: str) -> Any:
-        """A dataset that is not the run's own, tokenised, and with a reference to compare with."""
+        """Tokenise a dataset that is not part of the run and make sure that it has a reference to compare with."""
         if not is_prepared(dataset):
             dataset = self.tokenize(dataset, name, self.args, self.processing_class)
             self.accounts.pop()  # not part of the run

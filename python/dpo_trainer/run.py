@@ -1,4 +1,4 @@
-"""A training run as its observers see it."""
+"""The interface of a training run for callbacks, report and model card."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .settings.config import DPOConfig
 
 
 class Run(Protocol):
-    """What callbacks, report and model card may use of a trainer.
+    """The attributes and methods of a trainer that callbacks, report and model card may use.
 
     Attributes:
-        accounts: of every dataset, what was read and what was left out.
+        accounts: for every dataset, what was read and what was left out.
         evaluated: single pairs of the last evaluations (`watch.evaluated.EvaluatedPairs`), by the prefix of their metrics.
-        reference: None where no reference is in memory.
+        reference: None if no reference is in memory.
         reference_kind: the reference in words.
     """
 
@@ -41,13 +41,13 @@ class Run(Protocol):
     def reference_kind(self) -> str: ...
 
     def pause(self) -> AbstractContextManager[None]:
-        """A context whose time does not count in tokens_per_second."""
+        """A context whose duration does not count in tokens_per_second."""
 
     def reference_logps(self, rows: Any, *, batch_size: int) -> tuple[list[float], list[float]]:
-        """Summed log-probabilities, in nats, of tokenised rows' answers, chosen and rejected, under the reference."""
+        """Summed log-probabilities, in nats, of tokenised rows' chosen and rejected answers under the reference."""
 
     def write_report(self, *, finished: bool) -> Path | None:
-        """Write the report and, once the run is finished, the summary."""
+        """Write the report, and the summary too if the run is finished."""
 
     def save_model(self) -> None:
         """Save the model and its card into `output_dir`."""

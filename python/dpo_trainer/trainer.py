@@ -62,7 +62,7 @@ class DPOTrainer(LossTrainer):
             messages; without `prompt`, chosen and rejected are whole and begin alike), optional `system`, `tools` and
             `chat_template_kwargs` (for the chat template), optional `images` or `image`, optional `weight` (confidence:
             losses are weighted means), optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under
-            the reference); or of a known layout (docs/trainer.md); or, with `max_steps`, a stream of them: a
+            the reference); or of a known layout (docs/data.md); or, with `max_steps`, a stream of them: a
             `datasets.IterableDataset`, or one of torch.
         eval_dataset: the same, or a dict of several; no stream.
         processing_class: the tokenizer, or the processor of a vision-language model; loaded from the model's folder if

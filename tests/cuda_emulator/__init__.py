@@ -1,8 +1,9 @@
-"""Runs csrc/cuda on the CPU: builds the emulator library and offers the backend's stage functions on top of it.
+"""Runs csrc/cuda on the CPU: builds the emulator library and calls the backend's stages in it.
 
-`Emulator()` has the functions of `dpo_kernels.backends.cuda` under their names, so a test table can take it for a backend.
-The library is compiled once per source state and variant, into the folder `DPO_EMULATOR_CACHE` or the temporary one.
-`DPO_EMULATOR_FLAGS` are further flags of the compiler, such as those that count which lines run (benchmarks/coverage.py).
+`Emulator()` has the functions of `dpo_kernels.backends.cuda` under the same names, so tests can use it as a backend. The
+library is compiled once for each state of the sources and each variant, into the folder `DPO_EMULATOR_CACHE` or the
+temporary folder. `DPO_EMULATOR_FLAGS` holds additional compiler flags, for example to measure coverage
+(benchmarks/coverage.py).
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ CSRC = HERE.parent.parent / "csrc"
 SANITIZERS = "address,undefined"
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
-# Device the launch heuristics are shown: an H100, unless a test says otherwise.
+# Number of SMs that the launch heuristics see by default: an H100's.
 SM_COUNT = 132
 
 
 class Order(enum.IntEnum):
-    """In which order the emulator resumes threads and blocks."""
+    """The order in which the emulator resumes threads and blocks."""
 
     FORWARD = 0
     REVERSE = 1
@@ -43,7 +44,7 @@ class Order(enum.IntEnum):
 
 
 def cuda_include() -> Path:
-    """Folder of CUDA's own host headers (cuda_bf16.h). Raises RuntimeError where CUDA is not installed."""
+    """Folder of CUDA's host headers (cuda_bf16.h). Raises RuntimeError if CUDA is not installed."""
     nvcc = shutil.which("nvcc")
     roots = [os.environ.get("CUDA_HOME"), str(Path(nvcc).resolve().parent.parent) if nvcc else None, "/usr/local/cuda"]
     for root in filter(None, roots):
@@ -52,16 +53,16 @@ def cuda_include() -> Path:
     raise RuntimeError("the CUDA emulator needs CUDA's headers: install the CUDA toolkit or set CUDA_HOME")
 
 
-#: Translation units and their flags: those of the real build, and the exports.
+#: Translation units and their flags: those of the real build, and harness.cpp with the exported functions.
 UNITS = (*((CSRC / "cuda" / source, flags) for source, flags in _build.CUDA_UNITS), (HERE / "harness.cpp", []))
 
 
 def build_operators(emulator: Path | None = None) -> Path:
     """Compile csrc/cuda/ops.cpp over the emulator: `torch.ops.dpo_kernels_cuda_emulated`, for CPU tensors.
 
-    With it in place of the real library, `dpo_kernels.backends.cuda` runs from its Python down to the kernels.
+    With this library in place of the real one, all of `dpo_kernels.backends.cuda` runs, from Python to the kernels.
     """
-    # As in `build`: the notes of other variants would replace those of the usual one.
+    # As in `build`, coverage files of other variants would replace those of the default variant.
     further = os.environ.get("DPO_EMULATOR_FLAGS", "").split() if emulator is None else []
     emulator = emulator or build()
     target = emulator.with_name(emulator.stem.replace("emulator", "operators") + ".so")
@@ -79,7 +80,7 @@ def build_operators(emulator: Path | None = None) -> Path:
 
 
 def serve_backend(patch: pytest.MonkeyPatch) -> None:
-    """Until the patch ends, the backend "cuda" serves CPU tensors: its own Python over the emulator."""
+    """Make the backend "cuda" run CPU tensors on the emulator, until the patch ends."""
     torch.ops.load_library(str(build_operators()))
     Emulator().configure()
     patch.setattr(cuda, "_kernels", torch.ops.dpo_kernels_cuda_emulated)
@@ -94,7 +95,7 @@ def _run(*command: str) -> None:
 
 
 def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
-    """Compile the emulator library and return its path; instant when nothing changed."""
+    """Compile the emulator library, unless it is up to date, and return its path."""
     sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.cpp")])
     sources += sorted([*(CSRC / "cuda").glob("*.*"), *(CSRC / "common").glob("*.h")])
     flags = [
@@ -106,10 +107,10 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
         "-isystem",
         str(cuda_include()),
     ]
-    # Sanitized code is not optimised: it compiles three times faster, and its table is small.
+    # Sanitized code is not optimised, because it then compiles three times faster and its table is small.
     flags += ["-O0", "-g1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O1"]
     flags += [f"-D{d}" for d in defines]
-    if not (sanitize or defines):  # the notes of other variants would replace those of this one
+    if not (sanitize or defines):  # coverage files of other variants would replace those of this one
         flags += os.environ.get("DPO_EMULATOR_FLAGS", "").split()
     digest = hashlib.sha256(" ".join(flags).encode())
     for path in sources:
@@ -137,7 +138,7 @@ def build(*, sanitize: bool = False, defines: tuple[str, ...] = ()) -> Path:
 
 
 def _struct(name: str, fields: str) -> type[ctypes.Structure]:
-    """A ctypes.Structure from "type name" lines that mirror csrc/cuda/params.h."""
+    """A ctypes.Structure from lines of "type name" as in csrc/cuda/params.h."""
     types = {
         "ptr": ctypes.c_void_p,
         "i64": ctypes.c_int64,
@@ -180,7 +181,7 @@ LogitsGradParams = _struct(
 
 
 class EmulatorError(RuntimeError):
-    """A launch that a GPU would have failed, hung or left undefined."""
+    """A launch that would fail, hang or have undefined behaviour on a GPU."""
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -200,10 +201,10 @@ def _logits(tensor: Tensor | None) -> ctypes.Structure:
 
 
 class Emulator:
-    """The four stages, run by the emulated kernels.
+    """Runs the backend's stages with the emulated kernels.
 
     order, seed, resident: the schedule. sm_count, clusters: the device that the launch heuristics see. code_arch: the
-    architecture that the kernels pretend to be compiled for, which may be older than the device.
+    architecture for which the kernels seem to be compiled, which may be older than the device.
     """
 
     def __init__(
@@ -225,11 +226,11 @@ class Emulator:
         self.device = (sm_count, int(clusters))
 
     def configure(self) -> None:
-        """Make the schedule that of all launches to come, also those of `build_operators`' library."""
+        """Use this schedule for all following launches, including those of `build_operators`' library."""
         self.lib.emu_configure(*self.schedule)
 
     def call(self, name: str, *args: object) -> None:
-        """Run one exported function; raise EmulatorError with the emulator's reason when it fails."""
+        """Run an exported function. If it fails, raise EmulatorError with the emulator's reason."""
         self.configure()
         code = getattr(self.lib, name)(*args)
         if code != 0:
@@ -240,11 +241,11 @@ class Emulator:
         return self.lib.emu_launches()
 
     def memsets(self) -> int:
-        """Asynchronous clears of memory so far."""
+        """Asynchronous memsets so far."""
         return self.lib.emu_memsets()
 
     def plan_rows(self, rows: int, vocab: int, logits_per_thread: int, max_threads: int = 256) -> tuple[int, int]:
-        """(threads, blocks) that share a row."""
+        """(threads per block, blocks) for each row."""
         out = (ctypes.c_int * 2)()
         self.lib.emu_plan_rows(
             ctypes.c_int64(rows), ctypes.c_int64(vocab), logits_per_thread, max_threads, *self.device, out
@@ -261,9 +262,9 @@ class Emulator:
         *,
         vocab: int | None = None,
     ) -> Tensor:
-        """Stage 1. vocab: what the kernel is told instead of the truth."""
+        """Stage 1. vocab: a wrong vocabulary size that is passed to the kernel."""
         names = token_rows(ref_logits is not None, statistics)
-        # Filled with NaN: an output that a kernel forgets is noticed.
+        # Filled with NaN, so that an output that a kernel does not write is noticed.
         tokens = torch.full((len(names), *labels.shape), float("nan"), dtype=torch.float64)
         addresses = dict(zip(names, map(_address, tokens.unbind(0)), strict=True))
         params = TokenLogpsParams(
@@ -317,7 +318,7 @@ class Emulator:
         out: Tensor,
         token_kl: TokenKL | None = None,
     ) -> None:
-        """Stage 3: writes into out, which may be logits."""
+        """Stage 3: writes the gradient into `out`, which may be `logits`."""
         ref_logits, *of_reference = (None,) * len(TokenKL._fields) if token_kl is None else token_kl
         params = LogitsGradParams(
             _logits(logits), _address(out), out.stride(0), out.stride(1), _address(labels), _address(logps),

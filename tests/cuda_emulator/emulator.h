@@ -1,12 +1,12 @@
-// A CUDA device in a header: the kernels of csrc/cuda, compiled by a host compiler, run here on one CPU thread.
+// An emulated CUDA device: the kernels of csrc/cuda are compiled by a host compiler and run on one CPU thread.
 //
 // Every CUDA thread is a fibre (ucontext) that yields at barriers, shuffles, votes and atomics. A scheduler resumes
-// fibres forwards, backwards or in seeded random order, several clusters of the grid at a time, so code that leans on
-// an order CUDA does not promise gives different results. Shared memory is one allocation per block, filled with a NaN
-// pattern before the block starts; under AddressSanitizer its ends are guarded. A launch fails with
-// cudaErrorLaunchFailure, and says why, when fibres wait for each other for ever or disagree on a warp operation.
+// fibres forwards, backwards or in seeded random order, several clusters of the grid at a time. So code that relies on
+// an order that CUDA does not guarantee gives different results. Shared memory is one allocation per block, filled with
+// a NaN pattern before the block starts. Under AddressSanitizer its ends are guarded. A launch fails with
+// cudaErrorLaunchFailure and a reason if fibres deadlock or run different warp operations.
 //
-// What it does not model: time, caches, weak memory ordering and concurrency inside one instruction.
+// Not emulated: time, caches, weak memory ordering and concurrency inside one instruction.
 #pragma once
 
 #include <ucontext.h>
@@ -34,7 +34,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// CUDA's host headers give __global__ and its like a meaning; on a host they have none.
+// CUDA's host headers define __global__ and similar macros. For a host compiler they must expand to nothing.
 #undef __global__
 #undef __device__
 #undef __host__
@@ -62,12 +62,12 @@ inline To bit_cast(const From& from) {
 
 enum class Order : int { forward = 0, reverse = 1, random = 2 };
 
-// Set from the tests. `resident` clusters run interleaved, as on a device with that many places.
+// Set by the tests. `resident` clusters run interleaved, as on a device that holds that many at a time.
 struct Settings {
   Order order = Order::forward;
   uint64_t seed = 0;
   int resident = 2;
-  int code_arch = 90;  // what the kernels pretend to be compiled for; before 90 a block is its own cluster
+  int code_arch = 90;  // architecture the kernels seem compiled for; below 90 a block is its own cluster
   std::string error;   // of the last failed launch
   int64_t launches = 0;
   int64_t memsets = 0;
@@ -84,10 +84,10 @@ struct Failure : std::runtime_error {
 
 enum class WarpOp : int { none, shuffle, ballot, sync };
 
-// 32 fibres meet here. Two buffers, so that the fastest lane may deposit for the next operation while the slowest still
-// reads this one.
+// Synchronises 32 fibres. There are two buffers, so that the fastest lane can store its value for the next operation
+// while the slowest lane still reads the values of this one.
 struct Warp {
-  int lanes = 0;  // of the block that fall into this warp
+  int lanes = 0;  // number of the block's threads in this warp
   int exited = 0;
   int arrived = 0;
   int64_t generation = 0;
@@ -99,7 +99,7 @@ struct Barrier {
   int expected = 0;
   int arrived = 0;
   int64_t generation = 0;
-  int accumulated[2] = {0, 0};  // of __syncthreads_or, by generation
+  int accumulated[2] = {0, 0};  // result of __syncthreads_or, by generation
 
   void arrive() {
     if (++arrived == expected) release();
@@ -144,7 +144,7 @@ struct Fibre {
   int lane = 0;
   Warp* warp = nullptr;
   int64_t cluster_phase = 0;      // cluster barriers this thread has arrived at
-  std::function<bool()> blocked;  // empty: can run
+  std::function<bool()> blocked;  // empty: the fibre can run
   bool done = false;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -159,7 +159,7 @@ struct Machine {
   size_t shared_bytes = 0;
   uint64_t random = 1;
   std::string failure;
-  std::vector<char*> stacks;  // kept between launches: mapping them anew would dominate
+  std::vector<char*> stacks;  // kept between launches, because allocating them would dominate the time
 #if defined(__SANITIZE_ADDRESS__)
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
@@ -197,7 +197,7 @@ inline void switch_to_scheduler(Fibre& f, bool last) {
 #endif
 }
 
-// Gives other fibres a chance, and returns once `ready` holds.
+// Lets other fibres run and returns once `ready` is true.
 template <typename Ready>
 inline void wait_until(Ready ready) {
   Fibre& f = current();
@@ -232,7 +232,7 @@ inline void release_warp(Warp& w) {
   }
 }
 
-// Deposits a value and waits for the rest of the warp; returns the row of all deposited values.
+// Stores a lane's value, waits for the rest of the warp and returns the values of all lanes.
 inline const uint64_t* meet(WarpOp op, uint64_t value) {
   Fibre& f = current();
   Warp& w = *f.warp;
@@ -276,7 +276,7 @@ inline void enter_fibre() {
 #endif
   (*m.body)();
   f.done = true;
-  // A thread that has left no longer holds up barriers.
+  // Barriers do not wait for a thread that has returned.
   ++f.warp->exited;
   release_warp(*f.warp);
   for (Barrier* b : {&f.block->barrier, &f.block->cluster->barrier}) {
@@ -382,7 +382,7 @@ inline cudaError_t launch(const std::function<void()>& body, dim3 grid, int thre
 
   std::vector<Fibre*> runnable;
   for (;;) {
-    // One round: every fibre that can run is resumed once, in the order asked for.
+    // One round: every fibre that can run is resumed once, in the requested order.
     runnable.clear();
     bool any = false;
     for (size_t slot = 0; slot < residents.size(); ++slot) {
@@ -418,7 +418,7 @@ inline cudaError_t launch(const std::function<void()>& body, dim3 grid, int thre
   return cudaSuccess;
 }
 
-// ---- What csrc/cuda/device.cuh asks for ----
+// ---- Functions that csrc/cuda/device.cuh needs ----
 
 template <typename T>
 inline T* shared_variable(const void* key) {
@@ -475,7 +475,7 @@ inline T* leader_copy(T* own) {
 }
 
 inline int atomic_add(int* address, int value) {
-  yield();  // others may come first
+  yield();  // other threads may come first
   const int old = *address;
   *address = old + value;
   return old;

@@ -1,4 +1,4 @@
-// The launch functions of csrc/cuda, exported for ctypes. The .cu files are compiled beside this one.
+// Exports the launch functions of csrc/cuda for ctypes. The .cu files are separate translation units.
 #include "../../csrc/cuda/params.h"
 #include "../../csrc/cuda/plan.h"
 #include "self_test.cuh"
@@ -32,7 +32,7 @@ int emu_logits_grad(const dpo::cuda::LogitsGradParams* params, int sm_count, int
   return dpo::cuda::logits_grad(*params, {sm_count, has_clusters, 0}, nullptr);
 }
 
-// [threads, blocks] of a row.
+// Writes [threads per block, blocks] for each row to `out`.
 void emu_plan_rows(int64_t rows, int64_t vocab, int logits_per_thread, int max_threads, int sm_count, int has_clusters,
                    int* out) {
   const auto plan = dpo::cuda::plan_rows(rows, vocab, logits_per_thread, max_threads, {sm_count, has_clusters, 0});

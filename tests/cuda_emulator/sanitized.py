@@ -1,7 +1,7 @@
-"""The reduced table that runs under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own.
+"""The reduced table that runs under AddressSanitizer and UndefinedBehaviorSanitizer, in a separate process.
 
-`python sanitized.py LIBRARY` exits with 0 and says so; with a second argument it hands the kernel a row that is one element
-short, which must end in a report.
+`python sanitized.py LIBRARY` prints a line and exits with 0. With a second argument it passes a row that is one element too
+short to the kernel, which must cause a sanitizer report.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PLAIN = Transform()
 
 
 def table(library: Path) -> None:
-    """Every kernel, at sizes with heads, tails, several tiles, clusters, and every dtype."""
+    """Run every kernel with every dtype, at sizes that have heads, tails, several tiles and clusters."""
     beta, smoothing = torch.full((1,), 0.1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for order in Order:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for vocab in (1, 33, 5003):
                 em = Emulator(library, order=order, seed=vocab)
-                # Rows end exactly where the allocation ends, so one element too many is seen.
+                # Rows end exactly where the allocation ends, so that reading one element too many is detected.
                 logits, ref = torch.randn(2, 2, vocab).to(dtype), torch.randn(2, 2, vocab).to(dtype)
                 labels = torch.randint(0, vocab, (2, 2))
                 labels[0, 1] = -100
@@ -38,7 +38,7 @@ def table(library: Path) -> None:
                     tokens = em.token_logps(logits, labels, ref, PLAIN, statistics)
                     out = torch.empty_like(logits)
                     em.logits_grad(logits, labels, *tokens[:3], weights, PLAIN, out)
-                # tokens: of all statistics, with the reference's log-probabilities and kl
+                # tokens holds all statistics, including the reference's log-probabilities and kl
                 for grads in ((weights, None), (weights, weights)):
                     divergences = TokenKL(ref, *tokens[3:6], tokens[7], *grads)
                     em.logits_grad(logits, labels, *tokens[:3], weights, PLAIN, out, divergences)
@@ -70,7 +70,7 @@ def table(library: Path) -> None:
 
 
 def whole_calls(library: Path) -> None:
-    """The backend itself, from Python: packed and padded, with all that a call may have and with nothing, and bad bounds."""
+    """Run the backend from Python: packed and padded, with all options and with none, and with invalid bounds."""
     torch.ops.load_library(str(build_operators(library)))
     cuda._kernels = torch.ops.dpo_kernels_cuda_emulated
     each, sums = torch.rand(2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
@@ -94,7 +94,7 @@ def whole_calls(library: Path) -> None:
 
 
 def overrun(library: Path) -> None:
-    """A tensor that claims one logit more than it has."""
+    """Call the kernel with one logit more than the tensor has."""
     short = torch.randn(999)
     claimed = torch.as_strided(short, (1, 1, 999), (999, 999, 1))
     print(Emulator(library).token_logps(claimed, torch.zeros(1, 1, dtype=torch.int64), None, PLAIN, (), vocab=1000))

@@ -1,5 +1,4 @@
-// Small kernels that exercise the emulator itself: one for each thing the real kernels rely on, and some that are wrong
-// on purpose.
+// Small kernels that test the emulator: one for each feature that the real kernels use, and some with planted errors.
 #pragma once
 
 #include "../../csrc/cuda/device.cuh"
@@ -52,14 +51,14 @@ void divergent_vote(Params p) {
   p.out[threadIdx.x] = static_cast<float>(threadIdx.x < 16 ? __ballot_sync(all, 1) : __shfl_sync(all, 1u, 0));
 }
 
-// Half of the block never comes to the barrier but never leaves either.
+// Half of the block neither reaches the barrier nor returns.
 void deadlock(Params p) {
   if (threadIdx.x < 32) __syncthreads();
   if (threadIdx.x >= 32) dpo::cuda::cluster_arrive(), dpo::cuda::cluster_wait();
   p.out[0] = 1.0f;
 }
 
-// Every block counts itself; the last one reports. in[0] is the counter's storage.
+// Every block increments a counter, which is in[0]. The last block writes the result.
 void last_block(Params p) {
   int* counter = reinterpret_cast<int*>(p.out + 1);
   if (threadIdx.x != 0) return;

@@ -1,1 +1,1 @@
-"""Properties of the whole public surface, on drawn inputs: values against a truth of their own, and relations between calls."""
+"""Property-based tests of all public functions: values equal an independent reference, and relations between calls hold."""

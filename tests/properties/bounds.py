@@ -1,7 +1,7 @@
-"""How far a result may be from the truth: what rounding in the stated dtypes can do, and nothing beside it.
+"""Error bounds of results: they allow for rounding in the given dtypes and nothing else.
 
-Every bound is relative to the number itself, or to the terms that it is a difference of. A result that is 1 % off is outside
-each of them in float32.
+Every bound is relative to the number, or to the terms of which it is a difference. In float32, a result that is wrong by 1 %
+exceeds every bound.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .truth import OBJECTIVES, Settings, Truth
 
-#: Roundings of float32 (or float64) that a number may pass through, each at its worst.
+#: Number of float32 (or float64) roundings of a number, each with the largest possible error.
 ROUNDINGS = 4.0
-#: A 16-bit gradient is the truth rounded once, but for a hair of the exponential's own error.
+#: A 16-bit gradient is the true one rounded once. This is the small additional error of the exponential.
 HAIR = 1.5e-4
 #: The largest error that an entry may have because it is too small for its dtype.
 TINY = {torch.float16: 3.1e-8}
@@ -36,19 +36,19 @@ class Bounds:
 
 
 def epsilon(dtype: torch.dtype) -> float:
-    """Of the arithmetic: float32's for 16-bit logits."""
+    """Machine epsilon of the arithmetic, which is float32 for 16-bit logits."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """What storing numbers in a dtype may change."""
+    """Largest error of storing numbers in a dtype."""
     info = torch.finfo(dtype)
     tiny = TINY.get(dtype, 2 * info.smallest_normal)
     return (0.51 * info.eps + (HAIR if dtype.itemsize == 2 else 0.0)) * values.abs() + tiny
 
 
 def _tied(truth: Truth, near: Tensor) -> bool:
-    """Whether what `aot` or `aot_unpaired` sorts pairs by is as good as equal for two of them."""
+    """Whether two pairs have almost equal values by which `aot` or `aot_unpaired` sorts."""
     chosen, rejected = truth.sums.view(2, -1)
     keys = torch.stack([chosen - rejected, chosen - truth.ref_sums.view(2, -1)[0]])
     return bool((keys.sort(-1).values.diff() <= near).any())
@@ -59,7 +59,7 @@ def _over(values: Tensor, truth: Truth) -> Tensor:
 
 
 def _row(z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(p [n, V], how far from the most likely token, how far from zero) of what has probability."""
+    """(p [n, V], largest distance from the row's maximum [n], largest absolute logit [n]); the last two where p > 1e-12."""
     top = z.max(-1, keepdim=True).values
     p = (z - top).exp()
     p = p / p.sum(-1, keepdim=True)
@@ -81,15 +81,15 @@ def bounds_of(
     """The bounds of a call.
 
     Args:
-        dtype: of the logits.
-        factor: [P], what d loss / d weighted loss of each pair was multiplied by on the way to the gradient.
-        error, ref_error: how far the logits themselves may be off, [n] (on the linear path they are rounded sums).
+        dtype: dtype of the logits.
+        factor: [P], by which d loss / d weighted loss of each pair was multiplied in the gradient.
+        error, ref_error: [n], largest errors of the logits (on the linear path they are rounded sums).
     """
     eps, n = epsilon(dtype), len(truth.rows)
     out_eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     z, pairs = truth.z.detach(), len(truth.losses)
     changed = settings.scale != 1.0 or settings.cap is not None
-    # This loss, a KL, is a small difference of terms of size 1.
+    # The loss of exo_pair is a KL, a small difference of terms of size 1.
     terms = 8 * torch.finfo(torch.float64).eps * ("exo_pair" in settings.names)
     weights = torch.ones(pairs).double() if settings.pair_weights is None else settings.pair_weights.abs()
 
@@ -108,7 +108,7 @@ def bounds_of(
         return Bounds(nothing, ref_sums, nothing, rest, loss, torch.zeros(0).double(), statistics)
     p, span, level = _row(z, truth.labels)
     q, ref_level = p, level
-    # Everything of size [tokens] is float64, and may be a difference of logits; of huge ones it may not.
+    # Values of each token are float64 and may be differences of logits, but not of huge logits.
     small = 8 * torch.finfo(torch.float64).eps
     relative = ROUNDINGS * eps * (4 + span + level * changed) + 2 * error + small * level.clamp(max=1e6)
     ref_relative, ref_logp = torch.zeros(n).double(), torch.zeros(n).double()
@@ -142,7 +142,7 @@ def bounds_of(
     sums, ref_sums = exact_sums + out_eps * truth.sums.abs(), exact_refs + out_eps * truth.ref_sums.abs()
     counts = truth.counts.clamp(min=1)
 
-    # How rounding of the sums moves losses and coefficients: by trying both ends.
+    # Find how rounding of the sums changes losses and coefficients, by computing them at both ends of the error interval.
     side = torch.cat([torch.ones(pairs), -torch.ones(pairs)]).double()
     needs_divergence = any(OBJECTIVES[name].divergence for name in settings.names)
     divergences = _over(weight * forward_kl, truth) if needs_divergence else 0.0
@@ -154,9 +154,9 @@ def bounds_of(
         losses = torch.maximum(losses, 2 * (moved_losses - middle_losses).abs() + 4 * out_eps * truth.losses.abs())
         slack = torch.maximum(slack, 2 * (moved - middle).abs() + 1e-14 * middle.abs())
     if any(name.startswith("aot") for name in settings.names) and _tied(truth, 4 * move.abs().sum()):
-        # Rounding decides which of two pairs comes first, and so which quantile each is compared with.
+        # Rounding decides the order of two pairs, and so the quantile with which each is compared.
         losses, slack = losses + float("inf"), slack + float("inf")
-    # A coefficient may be a small difference of slopes, each of them beta in size.
+    # A coefficient may be a small difference of slopes of size beta.
     beta = torch.ones(pairs).double() if settings.beta is None else settings.beta.abs()
     slack = slack + 2e-15 * (beta * (1.0 if settings.pair_weights is None else settings.pair_weights.abs())).repeat(2)
     if settings.weighting:
@@ -208,22 +208,23 @@ def bounds_of(
     slope = torch.ones_like(z) if settings.cap is None else (1 - (z / settings.cap) ** 2).abs()
     undamped = truth.z.grad.abs() * ROUNDINGS * eps
     size = 1 + by_logp + by_kl + by_forward
-    # The truth's own p - q is a difference of numbers near 1.
+    # In the truth, p - q may be a difference of numbers near 1.
     own = 4 * torch.finfo(torch.float64).eps * (by_kl + by_forward)
     found.by_logits = abs(settings.scale) * ((by_z + own[:, None]) * slope + undamped) + 1e-36 * size[:, None]
     return found
 
 
 def _entropy_of(p: Tensor) -> Tensor:
-    """Of distributions [n, V]."""
+    """Entropies [n] of distributions [n, V]."""
     return -torch.where(p > 0, p * p.clamp(min=1e-300).log(), 0.0).sum(-1)
 
 
 def check_close(name: str, found: Tensor, wanted: Tensor, bound: Tensor) -> None:
-    """Every number within its bound.
+    """Assert that every number is within its bound.
 
-    A finite truth beyond the dtype must be infinite or the dtype's largest number, an infinite one infinite. One that is NaN
-    says nothing, nor does one whose bound is beyond float64 or leads beyond the dtype.
+    If a finite true value exceeds the dtype's range, the result must be infinite or the dtype's largest number. If the true
+    value is infinite, the result must be infinite. A result is not checked if the true value is NaN, or if the bound is
+    infinite or reaches beyond the dtype's range.
     """
     assert found.shape == wanted.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(wanted.shape)}"
     found, wanted, largest = found.detach(), wanted.detach(), torch.finfo(found.dtype).max

@@ -1,4 +1,4 @@
-"""Backends for the properties, and how many examples each test draws."""
+"""Fixtures of the property tests: backends and numbers of examples."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dpo_kernels import use_backend
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "properties.json"
 ENGINES = ("eager", "cpu", "triton", "cuda")
-#: Examples of all properties together. Triton's interpreter takes twenty times as long for each as C++.
+#: Number of examples for all properties together. Triton's interpreter takes twenty times as long per example as C++.
 EXAMPLES = {"always": {"eager": 1000, "cpu": 1000, "triton": 200, "cuda": 400}, "slow": dict.fromkeys(ENGINES, 5000)}
 COMMON: dict[str, Any] = {
     "deadline": None,
@@ -32,7 +32,7 @@ seen: dict[str, Counter[str]] = {name: Counter() for name in ENGINES}
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend; the CUDA sources run on the emulator (tests/cuda_emulator)."""
+    """Every backend. The CUDA sources run on the emulator (tests/cuda_emulator)."""
     name = request.param
     with pytest.MonkeyPatch.context() as patch:
         if name == "cuda":
@@ -45,14 +45,14 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["always", pytest.param("slow", marks=pytest.mark.slow)])
 def effort(request: pytest.FixtureRequest) -> str:
-    """How many examples: few and always the same, or many at random."""
+    """Whether to test few examples that are always the same, or many random ones."""
     return request.param
 
 
 def examples(
     engine: str, effort: str, share: float, drawn: st.SearchStrategy[Any], property_of: Callable[[Any], None]
 ) -> None:
-    """Check a property on its share of the examples."""
+    """Check a property on its share of the number of examples."""
     count = max(1, round(share * EXAMPLES[effort][engine]))
 
     def check(value: Any) -> None:
@@ -69,7 +69,7 @@ def examples(
 
 @pytest.fixture(autouse=True)
 def results() -> Iterator[None]:
-    """What was drawn so far, for benchmarks/results, where DPO_WRITE_RESULTS is 1: a long run may be ended early."""
+    """If DPO_WRITE_RESULTS is 1, write the counts so far to benchmarks/results, because a long run may be ended early."""
     yield
     if os.environ.get("DPO_WRITE_RESULTS") == "1":
         found = {name: {"examples": n["examples"], "violations": n["violations"]} for name, n in seen.items() if n}
@@ -79,7 +79,7 @@ def results() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """numpy, which Triton's interpreter runs on, announces the NaN and infinities that are meant to be there."""
+    """Silence warnings of numpy, which Triton's interpreter uses, about intended NaN and infinities."""
     import numpy
 
     with numpy.errstate(all="ignore"):

@@ -1,6 +1,7 @@
-"""Drawn calls: hypothesis draws the structure and a seed, torch the numbers, so that a failure shrinks to its structure.
+"""Random calls: hypothesis draws the structure and a seed, and torch the numbers, so that a failure shrinks to its structure.
 
-`DPO_PROPERTIES_LEAVE_OUT` names choices that are not drawn ("label_masked,masked_min"): to search on beside a known fault.
+`DPO_PROPERTIES_LEAVE_OUT` names choices that are not drawn ("label_masked,masked_min"), to find further faults beside a known
+one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LAYOUTS = ("contiguous", "sliced", "transposed", "vocabulary_strided", "expanded
 
 
 def choice(*values: Any) -> st.SearchStrategy[Any]:
-    """One of the values that are not left out; shrinks to the first."""
+    """One of the values, without those that are left out. It shrinks to the first."""
     return st.sampled_from([value for value in values if value not in LEFT_OUT])
 
 
@@ -78,7 +79,7 @@ class Problem:
 
 
 def sizes(backend: str) -> tuple[st.SearchStrategy[int], st.SearchStrategy[int], st.SearchStrategy[int]]:
-    """(pairs, length, vocabulary): tiny where an interpreter or an emulator runs the kernels."""
+    """(pairs, length, vocabulary), tiny if an interpreter or emulator runs the kernels."""
     if backend in GPU:
         return choice(1, 1, 1, 2, 2, 0), choice(1, 1, 1, 2, 2, 3, 0), choice(2, 1, 9, 33, 130)
     return choice(1, 1, 2, 2, 3, 3, 0), choice(1, 1, 2, 2, 5, 5, 0), choice(2, 1, 3, 8, 33, 130, 257, 2051)
@@ -88,7 +89,7 @@ def sizes(backend: str) -> tuple[st.SearchStrategy[int], st.SearchStrategy[int],
 def problems(
     draw: Any, backend: str, *, names: Sequence[str] | None = None, regime: str | None = None, linear: bool = False
 ) -> Problem:
-    """A call that the backend serves. `names` fixes the objectives, `regime` the kind of logits."""
+    """A call that the backend supports. `names` fixes the objectives, `regime` the kind of logits."""
     pairs, length, vocab = (draw(each) for each in sizes(backend))
     if linear:
         vocab = min(vocab, 257)
@@ -130,8 +131,8 @@ def problems(
         statistics=statistics,
         kl_coef=draw(choice(0.0, 0.3)) if beside else 0.0,
         weighting=draw(choice(False, False, True)),
-        # A negative scale makes masked tokens the likeliest, a large one makes the lowest number -inf; the CUDA kernels
-        # take no negative one.
+        # A negative scale makes masked tokens the most likely. A large scale turns the lowest number into -inf. The CUDA
+        # kernels refuse negative scales.
         scale=draw(choice(1.0, 0.5, *([] if "masked" in regime else [2.5] if backend == "cuda" else [2.5, -0.7]))),
         cap=draw(choice(None, None, 5.0, 30.0)),
         reduction=draw(choice("mean", "sum", "none")),
@@ -147,12 +148,15 @@ def problems(
 
 @dataclass
 class Call:
-    """The tensors of a problem: what the function takes, and the same for the truth.
+    """The tensors of a problem, for the tested function and for the truth.
 
     Attributes:
-        x, ref_x: logits [N, V] float64 as they are in their dtype; labels, token_weights [N]; spans of the sequences.
-        logits, given_labels: what dpo_loss takes, in the problem's layout; keywords with all its other arguments.
-        upstream: what the loss's gradient is multiplied by, [] or [P].
+        x, ref_x: logits [N, V], stored as float64 with the values that they have in their dtype.
+        labels, token_weights: [N].
+        spans: begin and end of each sequence.
+        logits, given_labels: arguments of dpo_loss, in the problem's layout.
+        keywords: all other arguments of dpo_loss.
+        upstream: gradient of the loss, [] or [P].
     """
 
     x: Tensor
@@ -169,7 +173,7 @@ class Call:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another place of memory."""
+    """A tensor with the same values and another memory layout."""
     if layout == "sliced":
         padding = [(1, 2)] * (x.dim() - 1) + [(3, 2)]
         wide = torch.full([size + a + b for size, (a, b) in zip(x.shape, padding, strict=True)], torch.nan).to(x.dtype)
@@ -188,7 +192,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def _numbers(
     problem: Problem, shape: tuple[int, ...], g: torch.Generator, labels: Tensor, masked: Tensor, special: Tensor
 ) -> Tensor:
-    """Logits [..., V], float64 numbers that the problem's dtype can hold; `special` rows are of its regime."""
+    """Logits [..., V], float64 numbers that the problem's dtype can represent. Rows in `special` follow its regime."""
     info = torch.finfo(problem.dtype)
     big = 1e30 if info.max > 1e31 else 6e4
     least = max(info.min, torch.finfo(torch.float32).min)
@@ -215,7 +219,7 @@ def make(problem: Problem) -> Call:
     sequences, length, vocab = 2 * problem.pairs, problem.length, problem.vocab
     shape = (sequences, length)
     columns = torch.arange(vocab)
-    # One column in three, all of the first ones, or the last half; never all.
+    # Mask every third column, all but the last two columns, or the last half; never all columns.
     patterns = (columns % 3 == 1, columns < max(vocab - 2, vocab // 2), columns >= (vocab + 1) // 2)
     masked = patterns[problem.seed % 3]
     free = columns if problem.regime == "label_masked" else columns[~masked]
@@ -239,7 +243,7 @@ def make(problem: Problem) -> Call:
             weights = weights * (torch.rand(shape, generator=g) < 0.6)
 
     if problem.packed:
-        behind = torch.randint(0, 3, (), generator=g).item()  # tokens of no sequence
+        behind = torch.randint(0, 3, (), generator=g).item()  # tokens that belong to no sequence
         keep = inside.reshape(-1).nonzero().squeeze(-1)
         keep = torch.cat([keep, keep[:1].repeat(behind)])
         x, ref_x = (each.reshape(-1, vocab)[keep] for each in (x, ref_x))

@@ -1,4 +1,4 @@
-"""Values and gradients of the public functions equal the truth, on drawn calls."""
+"""Values and gradients of the public functions equal the truth on random calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNNING = ("bco_running", "beta_dpo")
 
 
 def loss_type_of(problem: Problem):
-    """A name, or several; objectives with a running mean are made anew, so that this is their first call."""
+    """One or several objectives. Those with a running mean are new objects, so that this is their first call."""
     made = [objective(name) if name in RUNNING else name for name in problem.names]
     return made[0] if len(made) == 1 else made
 
@@ -37,20 +37,20 @@ def truth_of_call(problem: Problem, call: Call, x: Tensor, ref_x: Tensor | None)
 
 
 def factor_of(problem: Problem, call: Call) -> Tensor:
-    """d result / d weighted loss of each pair, [P]."""
+    """d result / d weighted loss for each pair, [P]."""
     scale = max(problem.pairs, 1) if problem.reduction == "mean" else 1
     return (call.upstream.double() / scale).expand(problem.pairs)
 
 
 def check_output(problem: Problem, out, truth: Truth, bounds: Bounds) -> None:
-    """Everything that a DPOOutput holds."""
+    """Check all values of a DPOOutput."""
     check_close("loss", out.loss, truth.loss, bounds.loss)
     check_close("losses", out.losses, truth.losses, bounds.losses)
     check_close("logps", torch.cat([out.chosen_logps, out.rejected_logps]), truth.sums, bounds.sums)
     if OBJECTIVES[problem.names[0]].reference:
         check_close("ref", torch.cat([out.ref_chosen_logps, out.ref_rejected_logps]), truth.ref_sums, bounds.ref_sums)
     reward = torch.cat([out.chosen_rewards, out.rejected_rewards])
-    # The beta of every example is below 1.
+    # Every example has beta < 1.
     room = bounds.sums + bounds.ref_sums + bounds.divergences
     check_close("rewards", reward, truth.rewards, room + 4 * torch.finfo(reward.dtype).eps * truth.rewards.abs())
     check_close("token_counts", out.token_counts, truth.counts, torch.zeros(()).double())
@@ -59,7 +59,7 @@ def check_output(problem: Problem, out, truth: Truth, bounds: Bounds) -> None:
 
 
 def check_rows(name: str, grad: Tensor, wanted: Tensor, bound: Tensor | None, truth: Truth, dtype: torch.dtype) -> None:
-    """Gradients [N, V] of the logits: exact zeros where nothing is scored, and within the bound elsewhere."""
+    """Check gradients [N, V] of logits: exactly zero for unscored tokens, and within the bound for scored tokens."""
     scored = torch.zeros(len(wanted), dtype=torch.bool).index_fill(0, truth.rows, True)
     assert bool((grad[~scored] == 0).all()), f"{name}: a token that does not count received gradient"
     if bound is not None:
@@ -68,7 +68,7 @@ def check_rows(name: str, grad: Tensor, wanted: Tensor, bound: Tensor | None, tr
 
 
 def usable(wanted: Tensor) -> bool:
-    """An infinite loss has no gradient to compare with."""
+    """Whether the true gradient can be compared with, which an infinite loss does not have."""
     return bool(wanted.isfinite().all())
 
 
@@ -103,13 +103,13 @@ def check_dpo_loss(problem: Problem) -> None:
 
 @pytest.mark.parametrize("regime", [name for name in REGIMES if name not in LEFT_OUT])
 def test_dpo_loss(engine, effort, regime):
-    """Each kind of logits on its own, so that every run meets all of them."""
+    """One test for each kind of logits, so that every run covers all kinds."""
     examples(engine, effort, 0.05, problems(engine, regime=regime), check_dpo_loss)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_dpo_loss_of_every_objective(engine, effort, name):
-    """Objectives lie outside the kernels, so each gets a few examples; all of them are drawn above as well."""
+    """Objectives are computed outside the kernels, so each gets few examples. The test above also draws all objectives."""
     if engine in ("triton", "cuda") and effort == "always":
         pytest.skip("objectives do not know the backend, and the interpreter is slow")
     examples(engine, effort, 0.2 / len(OBJECTIVES), problems(engine, names=(name,), regime="usual"), check_dpo_loss)
@@ -162,7 +162,7 @@ class Head:
         return hidden @ weight.T + (0.0 if bias is None else bias)
 
     def error(self) -> Tensor:
-        """How far a product's rounding may move each row's logits, [N]."""
+        """Largest error [N] of each row's logits from the rounding of the product."""
         hidden, weight, bias = (None if t is None else t.detach().double().abs() for t in (*self.exact(),))
         size = hidden @ weight.T + (0.0 if bias is None else bias)
         return (ROUNDINGS * epsilon(self.hidden.dtype) + torch.finfo(self.hidden.dtype).eps) * size.amax(-1)
@@ -171,7 +171,7 @@ class Head:
 def check_head_gradients(
     head: Head, exact: tuple[Tensor, ...], given: list[Tensor | None], truth: Truth, bound: Tensor | None
 ) -> None:
-    """dH, dW and dbias; their bounds follow from that of the logits' gradient."""
+    """Check dH, dW and dbias. Their bounds follow from the bound of the logits' gradient."""
     names = ("hidden", "weight", "bias")
     if bound is None:
         for name, tensor in zip(names, given, strict=True):
@@ -182,7 +182,7 @@ def check_head_gradients(
     eps = torch.finfo(dtype).eps + ROUNDINGS * epsilon(dtype)
     dz = truth.z.grad.abs()
     stored = bound + rounded(dz, dtype) * (dtype.itemsize == 2)
-    # On GPUs the logits' gradient is of the head's dtype: infinite beyond it, and sums of it NaN.
+    # On GPUs the logits' gradient has the head's dtype. Beyond its range it is infinite, and sums of it are NaN.
     stored = torch.where(dz + stored > torch.finfo(dtype).max, 1e300, stored)
     hidden, weight = exact[0].detach().abs()[truth.rows], exact[1].detach().abs()
     by_hidden = torch.zeros_like(exact[0]).index_copy(0, truth.rows, (stored + eps * dz) @ weight)
@@ -199,7 +199,7 @@ def check_head_gradients(
 
 
 def linear_inputs(problem: Problem, call: Call) -> tuple[Head, Head, dict, list[Tensor | None]]:
-    """(policy, reference, keywords of the linear path, what is differentiated)."""
+    """(policy, reference, keywords of the linear path, tensors to differentiate)."""
     g = torch.Generator().manual_seed(problem.seed + 1)
     shape = call.given_labels.shape
     head, ref = Head(problem, shape, g), Head(problem, shape, g)
@@ -213,7 +213,7 @@ def linear_inputs(problem: Problem, call: Call) -> tuple[Head, Head, dict, list[
     ]
     frozen = {"nothing": (), "weight": (1, 2), "hidden": (0,)}[problem.frozen]
     given = [None if t is None else t.detach().requires_grad_(at not in frozen) for at, t in enumerate(given)]
-    # One row of logits takes less than this many bytes, whatever is held beside it.
+    # Upper limit of the bytes for one row of logits and its temporary tensors.
     row = 16 * (problem.vocab + 64) + 8 * (problem.vocab + problem.hidden) + 32 * problem.hidden + 2048
     budget = None if problem.rows_budget is None else problem.rows_budget * row
     keywords = {"memory_budget": budget, "grad_filter": problem.grad_filter}
@@ -241,7 +241,7 @@ def check_linear_dpo_loss(problem: Problem) -> None:
         ref_error=ref_error * abs(problem.scale),
     )  # fmt: skip
     if problem.dtype.itemsize == 2:
-        bounds.statistics["accuracy"] = torch.ones(()).double()  # rounded logits tie
+        bounds.statistics["accuracy"] = torch.ones(()).double()  # rounded logits may tie
     check_output(problem, out, truth, bounds)
     if not usable(truth.loss):
         return
@@ -254,7 +254,7 @@ def test_linear_dpo_loss(engine, effort):
 
 
 def check_linear_logps(problem: Problem) -> None:
-    """Every token with a label counts, whatever sequence it belongs to."""
+    """Check linear_logps, which scores every token with a label, in any sequence."""
     problem = replace(problem, token_weights="none", names=("sigmoid",), smoothing="0.0", weighting=False, kl_coef=0.0)
     call = make(problem)
     head, _, keywords, given = linear_inputs(problem, call)

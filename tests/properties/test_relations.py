@@ -1,4 +1,4 @@
-"""What must hold between calls, whatever the right values are."""
+"""Relations that must hold between calls, independent of the true values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATISTICS = ("entropy", "kl", "accuracy", "mean_logits")
 
 @dataclass(frozen=True)
 class Batch:
-    """The structure of a plain call: sizes, dtype, and what is beside the logits."""
+    """The structure of a call: sizes, dtype and options."""
 
     seed: int
     dtype: torch.dtype
@@ -32,7 +32,7 @@ class Batch:
     loss_type: str
     kl_coef: float
     cap: float | None
-    # torch's float64 exponentials round an element by its place in memory: several at once, or one by one at an end.
+    # The rounding of torch's float64 exponentials depends on an element's position: vectorised, or scalar at the end.
     bitwise: bool
 
     def make(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -61,7 +61,7 @@ def batches(engine: str, *, pairs: tuple[int, ...] = (2, 1, 3), dtypes: Any = No
         length=choice(1, 2, *([] if small else [6])),
         vocab=choice(2, 9, *([] if small else [33, 130, 2051])),
         weighted=choice(False, True),
-        # Of those that look at one pair at a time; the first two have kernels of their own.
+        # Objectives without coupling between pairs. The first two have their own kernels.
         loss_type=choice("sigmoid", "robust", "ipo", "rpo", "tdpo2"),
         kl_coef=choice(0.0, 0.2),
         cap=choice(None, 6.0),
@@ -71,7 +71,7 @@ def batches(engine: str, *, pairs: tuple[int, ...] = (2, 1, 3), dtypes: Any = No
 
 @dataclass
 class Run:
-    """Results of a call, of which the pairs' are compared."""
+    """Results of a call."""
 
     losses: Tensor
     logps: Tensor
@@ -102,7 +102,10 @@ def check_equal(
     of: Any = slice(None),
     bitwise: bool = True,
 ) -> None:
-    """Bitwise or to float64 rounding. `of` picks pairs of `one`; `pairs` and `rows` those of `other` that they should equal."""
+    """Assert equality, bitwise or up to float64 rounding.
+
+    `of` selects pairs of `one`; `pairs` and `rows` select what they must equal in `other`.
+    """
 
     def equal(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other) if bitwise else torch.allclose(one, other, rtol=1e-12, atol=1e-13)
@@ -115,12 +118,12 @@ def check_equal(
 
 
 def both(pairs: Tensor, count: int) -> Tensor:
-    """Sequences of pairs."""
+    """Indices of both sequences of the pairs."""
     return torch.cat([pairs, pairs + count])
 
 
 def moved(keywords: dict[str, Any], order: Tensor, count: int) -> dict[str, Any]:
-    """Keywords of the pairs in another order."""
+    """The keywords for the pairs in another order."""
     found = dict(keywords)
     for name in ("pair_weights", "beta"):
         if isinstance(found.get(name), Tensor):
@@ -139,7 +142,7 @@ def close(one: Tensor, other: Tensor, dtype: torch.dtype, *, times: float = 64.0
 
 
 def pairs_in_another_order(batch: Batch) -> None:
-    """Without the KL term, whose share counts all tokens of the call alike in any order."""
+    """Without the KL term, because it is a mean over all tokens of the call."""
     x, ref, labels, keywords = batch.make()
     order = torch.randperm(batch.pairs, generator=torch.Generator().manual_seed(batch.seed))
     rows = both(order, batch.pairs)
@@ -148,7 +151,7 @@ def pairs_in_another_order(batch: Batch) -> None:
 
 
 def padding_and_packing(batch: Batch) -> None:
-    """Padding in front, behind and between, or packed."""
+    """Padding before, after or between tokens, or packed sequences."""
     x, ref, labels, keywords = batch.make()
     plain = run(x, ref, labels, keywords)
     (packed_equals if batch.seed % 2 else padded_equals)(batch, plain, x, ref, labels, keywords)
@@ -176,7 +179,7 @@ def padded_equals(batch: Batch, plain: Run, x: Tensor, ref: Tensor, labels: Tens
 
 
 def packed_equals(batch: Batch, plain: Run, x: Tensor, ref: Tensor, labels: Tensor, keywords: dict[str, Any]) -> None:
-    """Ignored tokens are left out in half of the batches, and a token of no sequence stands behind."""
+    """In half of the batches ignored tokens are left out. A token that belongs to no sequence comes last."""
     keep = (labels != -100) if batch.seed % 4 == 1 else torch.ones_like(labels, dtype=torch.bool)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(-1).cumsum(0)])
     given = dict(keywords, cu_seqlens=bounds)
@@ -210,9 +213,9 @@ def weights_of_ignored_tokens_may_be_anything(batch: Batch) -> None:
 
 
 def a_neighbour_does_not_matter(batch: Batch) -> None:
-    """One pair's logits change beyond measure; the others keep every bit, padded and packed."""
+    """If one pair's logits become huge, no bit of the other pairs changes, padded or packed."""
     x, ref, labels, keywords = batch.make()
-    keywords["kl_coef"] = 0.0  # its divisor is the whole batch's
+    keywords["kl_coef"] = 0.0  # it is divided by the number of tokens of the whole batch
     bounds = torch.arange(0, labels.numel() + 1, batch.length)
     others = torch.arange(1, batch.pairs)
     rows = both(others, batch.pairs)
@@ -250,7 +253,7 @@ def policy_equal_to_reference(batch: Batch) -> None:
 
 
 def a_constant_added_to_every_logit(batch: Batch) -> None:
-    """Logits are multiples of 1/8, so that the sum is exact in every dtype."""
+    """The logits are multiples of 1/8, so that adding the constant is exact in every dtype."""
     x, ref, labels, keywords = batch.make()
     keywords["logit_softcap"] = None
     x, ref = (t.double().mul(8).round().div(8).clamp(-7, 7).to(batch.dtype) for t in (x, ref))
@@ -279,7 +282,7 @@ def another_order_of_the_vocabulary(batch: Batch) -> None:
 
 
 def chosen_and_rejected_exchanged(batch: Batch) -> None:
-    """-log sigmoid(-x) = -log sigmoid(x) + x; rewards change places to the bit."""
+    """-log sigmoid(-x) = -log sigmoid(x) + x. The rewards are exchanged bit by bit."""
     x, ref, labels, keywords = batch.make()
     keywords |= {"loss_type": "sigmoid", "kl_coef": 0.0}
     given = dict(keywords)
@@ -315,7 +318,7 @@ def test_relation(engine, effort, relation):
 
 
 def chunks_change_rounding_only(batch: Batch) -> None:
-    """From hidden states: one token at a time, a few, or all at once."""
+    """On the linear path with chunks of one token, of a few tokens, or of all tokens."""
     g = torch.Generator().manual_seed(batch.seed)
     _, _, labels, keywords = batch.make()
     size = 5

@@ -1,7 +1,7 @@
-"""What the public functions must return, from the papers' equations, in float64, one row and one sequence after the other.
+"""The true results of the public functions, from the papers' equations, in float64, computed row by row and sequence by sequence.
 
-Nothing of the library is imported. Gradients come from autograd. A row's maximum is taken out before any exponential, and the
-label is kept out of the sum where it is the most likely token, so that no digit cancels.
+This file imports nothing from the library. Gradients come from autograd. To avoid cancellation, a row's maximum is subtracted
+before any exponential, and the label is left out of the sum if it is the most likely token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Vectors = dict[str, Tensor]
 
 
 def transformed(x: Tensor, scale: float, cap: float | None) -> Tensor:
-    """The logits whose softmax is meant."""
+    """The logits after scale and softcap."""
     z = x * scale
     return z if cap is None else cap * torch.tanh(z / cap)
 
@@ -38,7 +38,7 @@ def log_softmax(z: Tensor) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of one row. What has no probability under p counts nothing."""
+    """KL(p || q) of one row. Tokens with probability 0 under p contribute 0."""
     live = log_p.detach().exp() > 0
     return (log_p[live].exp() * (log_p[live] - log_q[live])).sum()
 
@@ -60,7 +60,7 @@ def per_token(sums: Tensor, lengths: Tensor) -> Tensor:
 
 
 def dealt(values: Tensor, by: Tensor) -> Tensor:
-    """The k-th smallest of `values` for the pair with the k-th smallest of `by`."""
+    """For each pair the k-th smallest of `values`, if the pair's `by` is the k-th smallest."""
     order = sorted(range(len(by)), key=lambda i: float(by[i]))
     ranked = sorted(range(len(values)), key=lambda i: float(values[i]))
     out: list[Tensor] = [values[:1].sum()] * len(values)
@@ -112,14 +112,14 @@ def _bco(v: Vectors) -> Tensor:
 
 
 def _bco_running(v: Vectors) -> Tensor:
-    """The first call of a new objective: the shift is the mean of this batch's rewards."""
+    """The first call of a new objective, in which the shift is the mean of this batch's rewards."""
     c, r = v["beta"] * v["c"], v["beta"] * v["r"]
     shift = torch.cat([c, r]).detach().mean() if len(c) else 0.0
     return log_loss(c - shift) + log_loss(shift - r)
 
 
 def _beta_dpo(v: Vectors) -> Tensor:
-    """The first call: the running mean has taken a tenth of this batch's."""
+    """The first call, in which the running mean is a tenth of this batch's mean."""
     x = _margins(v)
     mean = (v["beta"] * x).detach().mean() if len(x) else 0.0
     return smoothed((v["beta"] * (1 + 0.6 * (mean - 0.1 * mean))).clamp(min=1e-3) * x, v["e"])
@@ -179,7 +179,7 @@ def _tdpo2(v: Vectors) -> Tensor:
 
 @dataclass(frozen=True)
 class Formula:
-    """An objective: its losses, what it reports as reward, and what it needs.
+    """An objective: its losses, its rewards and its requirements.
 
     Attributes:
         smoothing: label smoothings to draw from.
@@ -195,7 +195,7 @@ class Formula:
 
 _ANY = (0.0, 0.1, 1.0)
 
-#: By the library's names, with its default hyper-parameters.
+#: Objectives under the library's names, with its default hyper-parameters.
 OBJECTIVES: dict[str, Formula] = {
     "sigmoid": Formula(lambda v: smoothed(v["beta"] * _margins(v), v["e"]), _ANY),
     "robust": Formula(_robust, (0.0, 0.2)),
@@ -229,7 +229,7 @@ OBJECTIVES: dict[str, Formula] = {
 
 @dataclass
 class Settings:
-    """What a call says beside its logits; vectors are [P] or [2P], float64."""
+    """Arguments of a call other than tensors of tokens. Vectors are [P] or [2P], float64."""
 
     names: Sequence[str] = ("sigmoid",)
     loss_weights: Sequence[float] | None = None
@@ -246,16 +246,19 @@ class Settings:
 
 @dataclass
 class Truth:
-    """The right results. Tokens are the scored ones, in order.
+    """The true results. Values of tokens are those of the n scored tokens, in order.
 
     Attributes:
-        rows: places of the scored tokens among all, [n].
-        labels: [n]; weights [n], their token weights; owner [n], their sequence.
-        z, ref_z: [n, V] transformed logits; z keeps its gradient.
-        logps, kl, forward_kl: [n], keep their gradients; ref_logps [n].
+        rows: indices of the scored tokens among all tokens, [n].
+        labels, weights, owner: [n], label, token weight and sequence of each token.
+        z, ref_z: [n, V], transformed logits; z retains its gradient.
+        logps, kl, forward_kl: [n], retain their gradients.
+        ref_logps: [n].
         statistics: by name, [2P], means over scored tokens.
-        loss: what the call returns; losses [P]; sums, ref_sums, rewards, counts, lengths [2P].
-        at: sums [2P] -> (losses, d (sum of weighted losses) / d sums), to learn how rounding of sums moves them.
+        loss: the value that the call returns.
+        losses: [P].
+        sums, ref_sums, rewards, counts, lengths: [2P].
+        at: sums [2P] -> (losses, d (sum of weighted losses) / d sums), to find the effect of rounding of the sums.
     """
 
     rows: Tensor
@@ -284,7 +287,7 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 def _over(values: Tensor, owner: Tensor, sequences: int) -> Tensor:
-    """The sum of each sequence's tokens, one after the other."""
+    """The sum over each sequence's tokens, added one by one."""
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(sequences)]
     for at, sequence in enumerate(owner.tolist()):
         sums[sequence] = sums[sequence] + values[at]
@@ -301,11 +304,12 @@ def truth_of(
     token_weights: Tensor | None = None,
     ref_x: Tensor | None = None,
 ) -> Truth:
-    """The results of a call on all tokens' logits x [N, V] with labels [N], of which sequence s owns spans[s].
+    """The results of a call on logits x [N, V] with labels [N].
 
     Args:
-        x, ref_x: float64; x may carry a graph.
-        token_weights: [N] or None; 0 ignores a token, and those of ignored tokens are never read.
+        x, ref_x: float64. x may have an autograd graph.
+        spans: (begin, end) of each sequence's tokens.
+        token_weights: [N] or None. Weight 0 ignores a token. The weights of ignored tokens are not read.
     """
     rows, owner, weights = [], [], []
     for sequence, (begin, end) in enumerate(spans):
@@ -384,7 +388,7 @@ def truth_of(
     for row in log_p:
         live = row.detach().exp() > 0
         entropies.append(-(row[live].exp() * row[live]).sum())
-    # A cap is monotone, so the most likely token is found before it, where nothing has been rounded together.
+    # A softcap is monotone, so find the most likely token before it, where rounding has not made logits equal.
     raw = x.detach()[index] * settings.scale
     values: dict[str, Any] = {
         "entropy": _stack(entropies),

@@ -1,1 +1,1 @@
-"""Tests of the trainer, as a package so that their file names are their own."""
+"""Tests of the trainer. They are a package, so that a file may have the same name as one in tests/."""

@@ -1,4 +1,4 @@
-"""Every causal architecture of transformers that a few numbers make tiny, with random weights."""
+"""Tiny models with random weights of every causal architecture of transformers that a few config values can make small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-#: What configs call their sizes, and what these are here. A config takes those that it knows.
+#: Names of sizes in configs, and their values here. A config gets the sizes that it has.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "emb_dim", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("lru_width", "rnn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 32),
@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
 }
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
-#: Configs in which these numbers contradict others.
+#: Further values for configs in which SIZES would be contradictory.
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "youtu"), _LATENT),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "sarvam_mla"), _LATENT),
@@ -57,9 +57,9 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """The model types that transformers has a causal language model for.
+    """The model types for which transformers has a causal language model.
 
-    Without ProphetNet: its logits depend, by 1e-4, on how many tokens follow, so a sequence alone has other ones.
+    ProphetNet is left out: its logits depend, by 1e-4, on the number of following tokens, so padding changes them.
     """
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {"prophetnet"})
 
@@ -68,7 +68,7 @@ def tiny(model_type: str, vocab: int, **changed: Any) -> Any:
     """A model of two layers and at most 8 million parameters, in evaluation mode.
 
     Raises:
-        ValueError: these numbers make none that small.
+        ValueError: the sizes do not make the model that small.
     """
     config_class: Any = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)

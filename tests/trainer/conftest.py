@@ -1,4 +1,4 @@
-"""Fixtures of the trainer's tests: tiny models, tokenizers, pairs, and a trainer on all of them."""
+"""Fixtures of the trainer's tests: tiny models, tokenizers and pairs, and trainers that use them."""
 
 import os
 
@@ -26,17 +26,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Tokens are cached where datasets caches: here, and not among the user's files."""
+    """Let datasets cache tokenised rows in a temporary folder, not in the user's cache."""
     folder = tmp_path_factory.mktemp("datasets-cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))  # of processes that tests start
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for processes that tests start
         yield folder
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
-    """Tiny matrices: more threads only make the suite slower and its timings noisy."""
+    """Use one thread, because for tiny matrices more threads make the suite slower and its timings noisy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +45,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Reference log-probabilities are kept beside the test's files, not in the user's cache."""
+    """Cache reference log-probabilities in the test's folder, not in the user's cache."""
     monkeypatch.setenv("DPO_TRAINER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -78,7 +78,7 @@ def pairs() -> Callable[..., list[dict[str, Any]]]:
 
 @pytest.fixture(scope="session")
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
-    """The four ways in which tokenizers treat the ends of a text."""
+    """Tokenizers that add BOS, EOS, both or neither to a text."""
     return {
         "plain": build_tokenizer(),
         "bos": build_tokenizer(bos=True),
@@ -89,7 +89,7 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and its tokenizer, saved as a user has them."""
+    """A folder with a tiny model and its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = build_tokenizer()
     build_model("llama-tied", len(tokenizer)).save_pretrained(folder)

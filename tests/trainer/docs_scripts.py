@@ -1,4 +1,4 @@
-"""The scripts that write tables into the docs, as modules."""
+"""Imports the scripts in docs/ that write tables into the docs."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def load_script(name: str) -> Any:
-    """The module in docs/ of this name."""
+    """Import the script of this name in docs/."""
     spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

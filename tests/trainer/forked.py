@@ -1,4 +1,4 @@
-"""dpo-train in processes of its own, forked from one that has imported everything: a run then takes a second, not ten."""
+"""Runs dpo-train in forked processes that have already imported everything, so that a run takes one second, not ten."""
 
 import json
 import multiprocessing
@@ -25,8 +25,8 @@ _CONTEXT.set_forkserver_preload(
     ["dpo_trainer.cli", "dpo_trainer.cli.inspect", "transformers.models.llama.modeling_llama"]
 )
 
-#: Where a process may be ended: what is called there, by name. Model files are written by transformers in Rust, and
-#: optimizer files by torch in C++; so what calls them stands here.
+#: Places where a process may be ended: for each name, the function that is called there. Model files are written in Rust and
+#: optimizer files in C++, so these entries are the Python functions that call the writers.
 PLACES: dict[str, tuple[Any, str]] = {
     "computing": (DPOTrainer, "compute_loss"),
     "evaluating": (DPOTrainer, "prediction_step"),
@@ -45,17 +45,17 @@ PLACES: dict[str, tuple[Any, str]] = {
     "finishing": (callbacks.SaveAtTheEnd, "on_train_end"),
 }
 
-#: What is done at a place, given the arguments of the call.
+#: A function that is called at a place with the arguments of the call there.
 Act = Callable[..., None]
 
 
 def kill(*_: Any, **__: Any) -> None:
-    """No handler, no clean-up."""
+    """Kill this process, without handlers or clean-up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tear(*call: Any, **_: Any) -> None:
-    """Leave half of what the call would have written, then kill."""
+    """Write half of the call's output, then kill this process."""
     match call:
         case Path() as path, str() as text:
             path.write_bytes(text.encode()[: len(text) // 2])
@@ -71,12 +71,12 @@ def tear(*call: Any, **_: Any) -> None:
 
 
 def fill_the_disk(limit: int, *_: Any, **__: Any) -> None:
-    """From here on no file of this process may grow beyond so many bytes: the system refuses the write (EFBIG)."""
+    """From now on, no file of this process may exceed `limit` bytes: the system refuses the write (EFBIG)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
 def at(place: str, call: int, act: Act, *, after: bool = False) -> None:
-    """Act before, or after, the so-many-th call (from 0) of what PLACES names, in this process."""
+    """In this process, run `act` before (or after) call number `call`, counted from 0, of a function in PLACES."""
     owner, name = PLACES[place]
     real = getattr(owner, name)
     count = 0
@@ -98,7 +98,7 @@ def _child(folder: Path, arguments: list[str], said: Connection, prepare: Callab
     os.chdir(folder)
     os.environ["DPO_TRAINER_CACHE"] = str(folder / "cache")
     for stream in (1, 2):
-        os.dup2(said.fileno(), stream)  # a pipe, which a full disk leaves alone
+        os.dup2(said.fileno(), stream)  # a pipe, which a full disk does not affect
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     torch.set_num_threads(1)
     if prepare is not None:
@@ -107,7 +107,7 @@ def _child(folder: Path, arguments: list[str], said: Connection, prepare: Callab
 
 
 class Started:
-    """The process of `dpo-train config.yaml ARGUMENTS`, started in a folder."""
+    """A process that runs `dpo-train config.yaml ARGUMENTS` in a folder."""
 
     def __init__(self, folder: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> None:
         self._said, said = _CONTEXT.Pipe(duplex=False)
@@ -117,7 +117,7 @@ class Started:
         said.close()
 
     def end(self) -> tuple[int, str]:
-        """Wait for it: its exit code, negative for a signal, and what it printed."""
+        """Wait for the process and return its exit code (negative for a signal) and its output."""
         with os.fdopen(os.dup(self._said.fileno()), errors="replace") as file:
             said = file.read()
         self.process.join(120)
@@ -126,5 +126,5 @@ class Started:
 
 
 def run(folder: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> tuple[int, str]:
-    """Run it to its end: its exit code, negative for a signal, and what it printed."""
+    """Run the process to its end and return its exit code (negative for a signal) and its output."""
     return Started(folder, *arguments, prepare=prepare).end()

@@ -1,4 +1,4 @@
-"""What a model that brings an adapter starts from, what it is compared with, and what trains."""
+"""A model with an adapter starts from the right weights, has the right reference, and trains the right parameters."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def lora(**given: Any) -> LoraConfig:
 
 
 def moved(model: Any, scale: float = 0.1) -> Any:
-    """The model with an adapter that was trained before."""
+    """The model with changed adapter weights, as if it had been trained."""
     torch.manual_seed(3)
     for name, value in model.named_parameters():
         if "lora_B" in name:
@@ -42,7 +42,7 @@ def losses(trainer: DPOTrainer) -> list[float]:
 
 @torch.no_grad()
 def plain_logps(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """[2, rows] of a float64 forward, a sequence at a time."""
+    """Log-probabilities [2, rows] from a float64 forward of each sequence separately."""
     tokenizer, model = build_tokenizer(), copy.deepcopy(model).double().eval()
     found = []
     for side in ("chosen", "rejected"):
@@ -121,7 +121,7 @@ PLAIN = lora(target_modules=["query_key_value"])
 BIAS = lora(bias="all", target_modules=["query_key_value"])
 
 
-# A peft_config freezes all but the adapter, so only a peft model can have norms or a head that train beside it.
+# A peft_config freezes all weights except the adapter, so only a given peft model can have trainable norms or a trainable head.
 @pytest.mark.parametrize(
     ("config", "change", "given"),
     [
@@ -162,7 +162,7 @@ def test_a_module_that_the_adapter_saves_is_part_of_it(make_trainer: Make, make_
 
 
 def test_tokens_that_no_example_holds_count(make_trainer: Make, make_model: Any) -> None:
-    """A trained embedding row shows in no batch that lacks its token."""
+    """A trained embedding row has no effect on a batch without its token."""
     model = get_peft_model(make_model(), lora(trainable_token_indices=[5, 6]))
     for name, value in model.named_parameters():
         if "trainable_tokens_delta" in name:
@@ -207,7 +207,7 @@ def test_an_unknown_adapter_name(setting: str, make_trainer: Make, make_model: A
         make_trainer(**{setting: "x"})
 
 
-# --- what trains -----------------------------------------------------------------------------------------------------
+# --- trained parameters ----------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_loaded_for_inference_is_refused(make_trainer: Make, make_model: Any, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_an_adapter_loaded_for_inference_is_refused(make_trainer: Make, make_mod
     model = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
     trainer = make_trainer(model=model)
     with pytest.raises(
-        ModelError, match=r"nothing would be trained, since no parameter requires a gradient; .*is_trainable=True"
+        ModelError, match=r"nothing would be trained, because no parameter requires a gradient; .*is_trainable=True"
     ):
         trainer.train()
 
@@ -223,7 +223,7 @@ def test_an_adapter_loaded_for_inference_is_refused(make_trainer: Make, make_mod
 def test_trainable_parameters_that_do_not_reach_the_loss(make_trainer: Make, make_model: Any) -> None:
     model = make_model().requires_grad_(False)
     model.unused = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"the loss does not depend on what is trainable .'unused.weight' first"):
+    with pytest.raises(ModelError, match=r"the loss depends on no trainable parameter .such as 'unused.weight'"):
         make_trainer(model=model).train()
 
 
@@ -294,7 +294,7 @@ def test_a_folder_of_an_adapter_goes_on_training(
 ) -> None:
     with caplog.at_level(logging.INFO, "dpo_trainer"):
         assert main(settings(tmp_path, adapter_folder)) == 0
-    assert "adapter: 'default' goes on training" in caplog.text
+    assert "adapter: 'default' continues training" in caplog.text
     assert first_loss(tmp_path) == pytest.approx(LOG2, abs=1e-6)
     start, end = logps_of(adapter_folder), logps_of(tmp_path / "run")
     assert 1e-4 < (start - end).abs().max() < 1, "the saved adapter is the loaded one, a few steps on"
@@ -326,8 +326,8 @@ def test_an_adapter_merged_and_the_whole_model_trained(adapter_folder: Path, tmp
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"adapter": "merge"}, "adapter: 'merge' needs a model that brings an adapter"),
-        ({"adapter": "continue"}, "adapter: 'continue' needs a model that brings an adapter"),
+        ({"adapter": "merge"}, "adapter: 'merge' needs a model with an adapter"),
+        ({"adapter": "continue"}, "adapter: 'continue' needs a model with an adapter"),
         ({"adapter": "keep"}, "adapter: unknown 'keep'"),
     ],
 )
@@ -337,7 +337,7 @@ def test_adapter_without_one(given: Any, message: str, make_trainer: Make) -> No
 
 
 def test_continue_with_a_new_config_is_a_contradiction(make_trainer: Make, make_model: Any) -> None:
-    with pytest.raises(ConfigError, match="'continue' trains the adapter that the model brings"):
+    with pytest.raises(ConfigError, match="'continue' trains the model's own adapter"):
         make_trainer(model=get_peft_model(make_model(), lora()), peft_config=lora(), adapter="continue")
 
 
@@ -354,7 +354,7 @@ def test_an_adapter_whose_model_is_gone(adapter_folder: Path, capsys: Any, tmp_p
 def test_an_adapter_that_names_no_model(make_model: Any, capsys: Any, tmp_path: Path) -> None:
     get_peft_model(make_model(), lora()).save_pretrained(tmp_path / "adapter")
     assert main(settings(tmp_path, tmp_path / "adapter")) == 2
-    assert "names no model; set base_model_name_or_path" in capsys.readouterr().err
+    assert "names no base model; set base_model_name_or_path" in capsys.readouterr().err
 
 
 def test_an_adapter_as_reference_model(adapter_folder: Path, make_trainer: Make) -> None:

@@ -1,4 +1,4 @@
-"""Every adapter kind of peft: the policy is the peft model, the reference the untouched base, and all of it gets a gradient."""
+"""For every kind of peft adapter, the reference is the unchanged base model and all of the adapter gets a gradient."""
 
 import json
 import math
@@ -18,12 +18,12 @@ from dpo_trainer.model.adapter_kinds import moved
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 
-#: What the table of adapters in docs/compatibility.md is made of.
+#: Results for the table of adapters in docs/compatibility.md.
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/adapters.json"
 VOCAB = len(build_tokenizer())
 LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 VIRTUAL = {"num_virtual_tokens": 4}
-#: Arguments of each kind's config: the least that fits the tiny model (hidden size 32).
+#: Arguments of each kind's config: the fewest that fit the tiny model (hidden size 32).
 KINDS: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": VIRTUAL,
     "MULTITASK_PROMPT_TUNING": VIRTUAL,
@@ -71,7 +71,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "DEFT": {**LINEAR, "r": 4},
     "XLORA": {"hidden_size": 32, "xlora_depth": 2, "xlora_size": 16},
 }
-#: What the usual run of the tests looks at; the others are slow.
+#: Kinds that are always tested. Tests of the other kinds are slow tests.
 SAMPLE = (
     "PROMPT_TUNING",
     "PREFIX_TUNING",
@@ -85,7 +85,7 @@ SAMPLE = (
     "POLY",
     "LN_TUNING",
 )
-#: Lily weighs its experts by a mean over the batch.
+#: Kinds that are refused. Lily weighs its experts by a mean over the batch.
 REFUSED = {"LILY": "looks ahead"}
 NEEDS = {"ADAMSS": "sklearn"}
 
@@ -109,7 +109,7 @@ def base_and_config(kind: str, folder: Path, **settings: Any) -> tuple[Any, Any]
 
 
 def plain_logps(model: Any, dataset: Any, count: int, **inputs: Any) -> torch.Tensor:
-    """Summed log-probabilities [2 * count], chosen ones first, each from a plain forward of one text alone."""
+    """Summed log-probabilities [2 * count], chosen first, each from a forward of one text."""
     found = []
     for side in ("chosen_ids", "rejected_ids"):
         for row in (dataset[index] for index in range(count)):
@@ -142,11 +142,11 @@ def test_policy_reference_and_gradient_are_those_of_plain_forwards(kind: str, la
     count = 4
     batch = trainer.data_collator([dict(trainer.train_dataset[index]) for index in range(count)])
     base = build_model("llama-tied", VOCAB, 0).eval()
-    model.eval()  # Poly and PVeRA draw in training
+    model.eval()  # Poly and PVeRA are random in training
     with torch.no_grad():
         untouched = plain_logps(base, trainer.train_dataset, count)
         fresh = plain_logps(model, trainer.train_dataset, count, **task)
-    if torch.allclose(untouched, fresh, atol=1e-5):  # else the adapter begins as something
+    if torch.allclose(untouched, fresh, atol=1e-5):  # otherwise a new adapter already has an effect
         assert trainer.compute_loss(model, batch).item() == pytest.approx(math.log(2), abs=1e-5)
 
     with moved(model):
@@ -172,7 +172,7 @@ def test_policy_reference_and_gradient_are_those_of_plain_forwards(kind: str, la
 
 
 def becomes(kind: str, folder: Path) -> dict[str, str]:
-    """What the trainer makes of an adapter of this kind: the head's way and the layout, or why it is refused."""
+    """The loss path and layout that the trainer chooses for this kind of adapter, or why it is refused."""
     try:
         base, config = base_and_config(kind, folder)
         trainer = build_trainer(folder / "run", model=base, peft_config=config)
@@ -203,7 +203,7 @@ def test_an_adapter_that_looks_ahead_is_refused(kind: str, tmp_path: Path) -> No
 
 
 def test_virtual_tokens_are_not_scored(tmp_path: Path) -> None:
-    """Whole logits, padded batches; the saved adapter answers as the trained one does."""
+    """Trains with whole logits and padded batches. The saved adapter gives the same logits as the trained one."""
     trainer = build_trainer(tmp_path / "run", model=with_adapter("PROMPT_TUNING", tmp_path), max_steps=2)
     assert (trainer.policy.split, trainer.loss_path, trainer.data_collator.layout) == (False, "logits", "padded")
     before = trainer.model.prompt_encoder["default"].embedding.weight.detach().clone()

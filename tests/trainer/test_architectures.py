@@ -1,7 +1,8 @@
-"""Every architecture of transformers, with and without LoRA, in every layout: log-probs of a plain forward, first loss log 2.
+"""For every architecture, with and without LoRA, in every layout: log-probabilities of a plain forward, first loss log 2.
 
-The slow test tries all of them and, where DPO_WRITE_RESULTS is 1, writes benchmarks/results/architectures.json, from which
-docs/compatibility.md says what is supported, slower and refused. A sample runs always.
+The slow test tries all architectures of transformers and, if DPO_WRITE_RESULTS is 1, writes
+benchmarks/results/architectures.json. docs/compatibility.md shows from it which are supported, slower or refused. A sample of
+the architectures is always tested.
 """
 
 import copy
@@ -29,8 +30,8 @@ from . import architectures
 from .tiny import build_pairs, build_tokenizer
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/architectures.json"
-#: One for each way in which a model can differ: learned, rotary and relative positions, windows, softcaps, experts, latent
-#: attention, recurrence, an odd head, several kinds of layers, no causal attention at all.
+#: One architecture for each difference: learned, rotary and relative positions, windows, softcaps, experts, latent attention,
+#: recurrence, an unusual head, several kinds of layers, no causal attention.
 SAMPLE = (
     "bert",
     "bloom",
@@ -47,7 +48,7 @@ SAMPLE = (
     "qwen3_next",
 )
 LAYOUTS = ("auto", "padded", "prefix_shared")
-#: The last is longer than the sliding windows of `architectures`.
+#: The last row is longer than the sliding windows in `architectures`.
 ROWS = [
     *build_pairs(5),
     {"prompt": " ".join(["film", "review", "the"] * 5), "chosen": " great good" * 3, "rejected": " bad" * 5},
@@ -55,19 +56,19 @@ ROWS = [
 
 
 def build(model_type: str) -> Any:
-    """A tiny model that answers, or None."""
+    """A tiny model that can be run, or None."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             model = architectures.tiny(model_type, len(build_tokenizer()))
             model(input_ids=torch.tensor([[3, 4, 5, 6]]))
-    except Exception:  # whatever a config or a model says of numbers that it does not like
+    except Exception:  # a config or a model may raise anything for unsuitable sizes
         return None
     return model
 
 
 def lora(model: Any) -> LoraConfig:
-    """LoRA on the linear layers that are neither the head, a router or grouped, nor refused by peft (Mamba's out_proj)."""
+    """LoRA on linear layers, except the head, routers, grouped layers, and layers that peft refuses (Mamba's out_proj)."""
     head = model.get_output_embeddings()
     names = [
         name
@@ -82,7 +83,7 @@ def lora(model: Any) -> LoraConfig:
 
 @torch.no_grad()
 def plain_logps(model: Any) -> Tensor:
-    """[2 * rows] of the whole model in float64, a sequence at a time; in float32 where its code knows no float64."""
+    """Log-probabilities [2 * rows] of the whole model for each sequence separately, in float64 (float32 if unsupported)."""
     tokenizer = build_tokenizer()
 
     def logps(model: Any) -> Tensor:
@@ -96,7 +97,7 @@ def plain_logps(model: Any) -> Tensor:
 
     exact = copy.deepcopy(model).double().eval()
     base = exact.get_base_model() if hasattr(exact, "get_base_model") else exact
-    base.set_experts_implementation("eager")  # the default takes no float64
+    base.set_experts_implementation("eager")  # the default does not support float64
     try:
         return logps(exact)
     except RuntimeError:
@@ -104,7 +105,7 @@ def plain_logps(model: Any) -> Tensor:
 
 
 def differ(found: Tensor, truth: Tensor) -> float:
-    """The largest difference of log-probabilities, relative to the true ones."""
+    """The largest difference of log-probabilities, relative to the true log-probabilities."""
     return ((found.double() - truth) / truth.abs()).abs().max().item()
 
 
@@ -120,7 +121,7 @@ def answers(trainer: DPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def tried(model_type: str, make_trainer: Callable[..., DPOTrainer], caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
-    """What the trainer makes of an architecture. Asserts the figures in every layout, with and without an adapter."""
+    """The trainer's choices for an architecture. Checks the numbers in every layout, with and without an adapter."""
     kind = type(build(model_type)).__name__
     found: dict[str, Any] = {"class": kind}
     for adapter, layout in itertools.product((False, True), LAYOUTS):
@@ -137,7 +138,7 @@ def tried(model_type: str, make_trainer: Callable[..., DPOTrainer], caplog: pyte
                     peft_config=lora(model) if adapter else None,
                 )
         except UsageError as error:
-            if adapter:  # refused for the adapter's sake
+            if adapter:  # the model itself was accepted
                 raise
             return {**found, "refused": str(error)}
         where = f"{model_type}, {layout}, {'LoRA' if adapter else 'whole'}"
@@ -185,7 +186,7 @@ def test_log_probabilities_of_every_architecture(
             continue
         try:
             found[model_type] = tried(model_type, make_trainer, caplog)
-        except Exception as error:  # all of them are tried, whatever one does
+        except Exception as error:  # one failure must not stop the loop
             wrong.append(f"{model_type}: {type(error).__name__}: {error}"[:300])
     assert wrong == []
     assert len(found) > 150

@@ -1,4 +1,4 @@
-"""Batches: every pair once an epoch, the same steps on any number of processes, budgets kept, means exact, resumed bitwise."""
+"""Batches: every pair once per epoch, steps independent of the number of processes, budgets, exact means, bitwise resume."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from .test_trainer import curve
 Make = Callable[..., DPOTrainer]
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
-# A budget from 80 tokens holds every pair of LENGTHS.
+# Budgets of 80 tokens or more hold every pair of LENGTHS.
 RULES = st.builds(
     Batching,
     pairs=st.integers(1, 7),
@@ -32,12 +32,12 @@ RULES = st.builds(
 )
 
 
-#: As few steps to a pool as make an epoch of these lengths cross from one pool to the next.
+#: Few steps per pool, so that an epoch of these lengths has several pools.
 small_pools = patch("dpo_trainer.batch.sampler.POOL", 2)
 
 
 def epoch_of(lengths: list[int], rule: Batching, epoch: int = 0, **options: Any) -> list[list[list[int]]]:
-    """The batches of every process."""
+    """The batches of an epoch, for every process."""
     found = []
     for index in range(rule.num_processes):
         sampler = PairBatchSampler(lengths, rule, process_index=index, **options)
@@ -106,7 +106,7 @@ def test_drop_last_leaves_out_less_than_a_step_and_fills_every_batch(
 def test_a_step_holds_the_same_pairs_however_it_is_divided(
     lengths: list[int], strategy: str, max_tokens: int | None, pairs: int, epoch: int, larger: bool
 ) -> None:
-    """Six batches a step on 1, 2, 3 or 6 processes; without a token budget also six times as many pairs in one batch."""
+    """Six batches per step on 1, 2, 3 or 6 processes, or without a token budget one batch with six times as many pairs."""
     divisions = [(pairs, 6, 1), (pairs, 3, 2), (pairs, 2, 3), (pairs, 1, 6)]
     if max_tokens is None and larger:
         divisions += [(6 * pairs, 1, 1), (2 * pairs, 1, 3)]
@@ -150,7 +150,7 @@ def test_groups_of_similar_length_waste_little_and_the_longest_come_first() -> N
         first, second = epoch_of(lengths, rule, 0)[0][0], epoch_of(lengths, rule, 1)[0][0]
         assert max(lengths[i] for i in first) == max(lengths)
         assert max(lengths[i] for i in second) < max(lengths)
-    # Steps are shuffled: lengths do not fall through the epoch.
+    # Steps are shuffled, so lengths do not decrease during the epoch.
     heads = [lengths[batch[0]] for batch in epoch_of(lengths, Batching(8), 1)[0]]
     assert heads != sorted(heads, reverse=True)
 
@@ -197,7 +197,7 @@ def stream_of(count: int, rule: Batching) -> list[Any]:
 @pytest.mark.parametrize("max_tokens", [None, 90])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_stream_repeats_and_loses_nothing(strategy: str, max_tokens: int | None) -> None:
-    """Three processes by two batches: over 5 passes no row is lost or doubled, and all steps are full."""
+    """With three processes and two batches each, over 5 passes, no row is lost or repeated and all steps are full."""
     rule = Batching(2, max_tokens, strategy=strategy, accumulation=2, num_processes=3)
     processes = stream_of(700, rule)
     wanted = {(number, row) for number in range(5) for row in range(700)}
@@ -246,7 +246,7 @@ def test_our_strategies_are_transformers_except_what_has_no_meaning_here(tmp_pat
 
 
 def test_an_empty_batch_has_no_loss_no_gradient_and_no_say(make_trainer: Make) -> None:
-    """The share of a process that a step has no pair for: it must still reach every parameter, or DDP would wait."""
+    """The batch of a process without pairs in a step. Every parameter must get a gradient, otherwise DDP would wait."""
     for loss_path in ("linear", "logits"):
         trainer = make_trainer(loss_path=loss_path, statistics=["entropy", "kl", "accuracy", "mean_logits"])
         trainer.model.train()
@@ -266,7 +266,7 @@ def test_an_empty_batch_has_no_loss_no_gradient_and_no_say(make_trainer: Make) -
 
 
 def test_a_token_budget_gives_the_exact_mean_over_pairs(make_trainer: Make, make_model: Any, pairs: Any) -> None:
-    """Weighted pairs in batches of several sizes, accumulated: the gradient is that of one batch of all pairs."""
+    """Accumulating weighted pairs in batches of several sizes gives the gradient of one batch of all pairs."""
     rows = [{**row, "weight": 0.2 + index % 5} for index, row in enumerate(pairs(20, seed=6))]
     gradients: list[dict[str, torch.Tensor]] = []
     for settings in (
@@ -275,7 +275,7 @@ def test_a_token_budget_gives_the_exact_mean_over_pairs(make_trainer: Make, make
     ):
         trainer = make_trainer(
             model=make_model(),
-            ref_model=make_model(seed=5),  # another model: otherwise every pair would have the same coefficient
+            ref_model=make_model(seed=5),  # another model, because otherwise every pair would have the same coefficient
             train_dataset=rows,
             num_train_epochs=1,
             max_grad_norm=0.0,
@@ -306,7 +306,7 @@ def grads_to(found: list[dict[str, torch.Tensor]], trainer: DPOTrainer) -> Any:
 def test_resuming_finds_its_place(
     max_tokens: int | None, make_trainer: Make, make_model: Any, tmp_path: Path, pairs: Any
 ) -> None:
-    """In the first epoch, right after it and in the second, with accumulation and a last step of its own size."""
+    """Resumes in the first epoch, right after it, and in the second, with accumulation and a last step of another size."""
     settings = {
         "train_dataset": pairs(27),
         "gradient_accumulation_steps": 2,

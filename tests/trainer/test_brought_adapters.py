@@ -1,4 +1,4 @@
-"""Adapters in unusual states and places: what is saved, loaded and merged is what was trained, or a line says no."""
+"""Adapters in unusual states: the saved, loaded or merged adapter equals the trained one, or an error says why not."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ ROWS = build_pairs(8)
 
 
 def folder_of(path: Path, config: LoraConfig, seed: int = 3) -> Path:
-    """The folder of a trained adapter of a model that lies beside it."""
+    """The folder of a trained adapter; its base model is in the same parent folder."""
     tokenizer, base = build_tokenizer(), path / "plain"
     build_model("llama-tied", len(tokenizer)).save_pretrained(base)
     model = get_peft_model(load_model(base), config)
@@ -60,7 +60,7 @@ def _stacked(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_stacked, "is an adapter of an adapter (.*), which peft does not stack"),
+        (_stacked, "is an adapter of an adapter (.*), and peft cannot stack them"),
         (lambda path: _edited(path, target_modules=["q_proj"]), "'.*v_proj.*' is not in its config"),
         (lambda path: _edited(path, target_modules=["q_proj", "v_proj", "o_proj"]), "'.*o_proj.*' is not in its file"),
         (lambda path: _edited(path, r=8), "cannot be loaded .size mismatch for .*q_proj"),
@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_the_trained_adapter(spoil: Any, message: str, tmp_
 
 
 def test_an_adapter_with_more_embeddings_than_its_tokenizer_has_tokens(tmp_path: Path) -> None:
-    """As `resize_token_embeddings(..., pad_to_multiple_of=64)` makes them."""
+    """More embeddings than tokens, as from `resize_token_embeddings(..., pad_to_multiple_of=64)`."""
     model = load_model(folder_of(tmp_path, lora()).with_name("plain"))
     model.resize_token_embeddings(384)
     model = moved(get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])))
@@ -89,7 +89,7 @@ def test_an_adapter_with_more_embeddings_than_its_tokenizer_has_tokens(tmp_path:
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("anew", [True, False], ids=["and a new one", "and all trains"])
 def test_a_merge_that_changes_the_model_is_refused(module: str, anew: bool, make_trainer: Make, tmp_path: Path) -> None:
-    """Head and embeddings are one weight: merged into it, the update of one of them reaches the other."""
+    """Head and embeddings share a weight, so merging an update for one of them changes the other too."""
     adapter = folder_of(tmp_path, lora(target_modules=[module, "q_proj"]))
     truth = plain_logps(load_model(adapter), ROWS)
     with pytest.raises(ModelError, match=r"^adapter: it cannot be merged: .* differ by .*adapter: continue"):
@@ -134,7 +134,7 @@ def test_layers_are_not_replicated_over_a_merge(make_trainer: Make, tmp_path: Pa
 
 
 def test_ranks_that_adalora_has_cut_are_not_cut_again(make_trainer: Make, tmp_path: Path) -> None:
-    """peft applies the second cut, which counts the ranks that the first one left, to all of them."""
+    """peft applies the second rank pattern to all ranks, although it refers to the ranks that the first pattern kept."""
     config = AdaLoraConfig(
         init_r=4,
         target_r=2,
@@ -150,14 +150,14 @@ def test_ranks_that_adalora_has_cut_are_not_cut_again(make_trainer: Make, tmp_pa
     )
     trainer.train()
     trainer.save_model()
-    with pytest.raises(ModelError, match=r"^adapter: AdaLoRA has cut the ranks of this one already"):
+    with pytest.raises(ModelError, match=r"^adapter: AdaLoRA has already reduced the ranks of this adapter"):
         make_trainer(model=tmp_path / "run")
     merged = make_trainer(model=tmp_path / "run", adapter="merge")
     assert torch.allclose(plain_logps(merged.model, ROWS), plain_logps(trainer.policy.model, ROWS), atol=1e-4)
 
 
 def test_the_base_under_a_new_adapter_is_this_runs_own(make_trainer: Make, tmp_path: Path) -> None:
-    """Two runs in one folder that merge other adapters: the second finds the base that the first has left."""
+    """Two runs in one folder merge different adapters. The second run finds the base model that the first run saved."""
     for seed in (3, 4):
         trainer = make_trainer(
             model=folder_of(tmp_path, lora(), seed), peft_config=lora(), max_steps=1, output_dir=str(tmp_path / "run")
@@ -172,7 +172,9 @@ def test_the_base_under_a_new_adapter_is_this_runs_own(make_trainer: Make, tmp_p
 def test_the_inside_of_a_peft_model_is_refused(given: Any, make_trainer: Make, make_model: Any) -> None:
     inner = make_model()
     moved(get_peft_model(inner, lora()))
-    with pytest.raises(ModelError, match=r"^model: its layers hold an adapter of peft, which is saved only with"):
+    with pytest.raises(
+        ModelError, match=r"^model: its layers hold a peft adapter, which only the peft model around it can save"
+    ):
         make_trainer(model=inner, peft_config=given)
 
 
@@ -195,7 +197,7 @@ def test_an_adapter_that_transformers_added(make_trainer: Make, make_model: Any,
 
 
 def test_a_mixed_model_is_refused(make_trainer: Make, make_model: Any) -> None:
-    with pytest.raises(ModelError, match=r"^model: peft saves no model of mixed adapters"):
+    with pytest.raises(ModelError, match=r"^model: peft cannot save a model of mixed adapters"):
         make_trainer(model=get_peft_model(make_model(), lora(), mixed=True))
 
 
@@ -251,7 +253,7 @@ def test_two_active_adapters_are_resumed(make_trainer: Make, make_model: Any, tm
 def test_a_checkpoint_of_the_other_kind_is_refused(config: Any, make_trainer: Make, tmp_path: Path) -> None:
     make_trainer(peft_config=config, output_dir=str(tmp_path), **SAVED).train()
     other = make_trainer(peft_config=None if config else lora(), output_dir=str(tmp_path), **{**SAVED, "max_steps": 4})
-    with pytest.raises(OutputError, match=r"checkpoint-3: holds a.*, but the run trains a.*; go on with the model"):
+    with pytest.raises(OutputError, match=r"checkpoint-3: holds a.*, but the run trains a.*; resume with the model"):
         other.train(resume_from_checkpoint=True)
 
 
@@ -279,7 +281,7 @@ def test_weights_that_peft_does_not_save_are_told(make_trainer: Make, make_model
 def test_an_adapter_that_rewrites_the_base_at_random_is_told(make_trainer: Make, caplog: Any) -> None:
     trainer = make_trainer(peft_config=lora(init_lora_weights="pissa_niter_4"), max_steps=1)
     assert (
-        "init_lora_weights 'pissa_niter_4' rewrites the model at random, so the saved adapter does not fit"
+        "init_lora_weights 'pissa_niter_4' rewrites the model with random numbers, so the saved adapter does not fit"
         in caplog.text
     )
     assert losses(trainer)[0] == pytest.approx(LOG2, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Chat templates: what they are told, which they are, which tokens of a completion are scored, and rows without any."""
+"""Chat templates: their arguments, the choice of template, the scored tokens, and rows without scored tokens."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from dpo_trainer.model.reference_cache import data_fingerprint
 
 from .tiny import CHAT_TEMPLATE, build_pairs, build_tokenizer
 
-#: As Qwen3's: an empty thinking block where it is told not to think, and before answers after the last question.
+#: Like Qwen3's: an empty thinking block if thinking is off, and before answers to the last question.
 THINKING = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' and "
@@ -28,13 +28,13 @@ THINKING = (
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-#: With marks around the words of the assistant and the end of its turn.
+#: With generation marks around the assistant's text and the end of its turn.
 MARKED = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
     "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-#: As Mistral's: nothing after a question, an end token after an answer only.
+#: Like Mistral's: nothing after a question, and an end token only after an answer.
 BARE = (
     "{% for m in messages %}{% if m.role == 'user' %}[Q] {{ m.content }} [/Q]{% else %} {{ m.content }}<|end|>{% endif %}"
     "{% endfor %}"
@@ -67,7 +67,7 @@ CALLS = chat(
 )
 
 
-# --- what the template is told -----------------------------------------------------------------------------------------
+# --- arguments of the template -----------------------------------------------------------------------------------------
 
 
 def text(tokenizer: Any, ids: dict[str, Any]) -> list[str]:
@@ -97,7 +97,7 @@ def test_an_empty_thinking_block_stands_in_the_prompt_where_thinking_is_off(form
 
 
 def test_rows_that_tell_the_template_different_things_keep_them_apart() -> None:
-    """A table would give every row the union of all keys."""
+    """A datasets table would give every row the keys of all rows."""
     tokenizer = with_template("{{ a | default('-') }}{{ b | default('-') }}" + CHAT_TEMPLATE)
     rows = [{**SIMPLE, "chat_template_kwargs": told} for told in ({"a": 1}, {"b": "x"}, {"a": "y"})]
     found = prepare_dataset(rows, tokenizer, Preparation(), name="x")[0]
@@ -155,11 +155,11 @@ def test_arguments_that_are_json_text_reach_the_template_as_objects(arguments: A
     assert tokenizer.decode(row["chosen_ids"]) == f"look({expected})<|end|>\n"
 
 
-# --- what is scored ----------------------------------------------------------------------------------------------------
+# --- scored tokens -----------------------------------------------------------------------------------------------------
 
 
 def scored(tokenizer: Any, row: dict[str, Any], **settings: Any) -> tuple[str, str]:
-    """The chosen completion, and those of its tokens that are scored."""
+    """The text of the chosen completion, and the text of its scored tokens."""
     ids = tokenize_pair(row, tokenizer, **settings)
     mask = ids.get("chosen_mask", [True] * len(ids["chosen_ids"]))
     kept = [token for token, keep in zip(ids["chosen_ids"], mask, strict=True) if keep]
@@ -283,7 +283,7 @@ def test_the_collator_leaves_out_what_is_not_scored_and_nothing_else(layout: str
 
 @pytest.mark.parametrize("precompute", [False, True])
 def test_logps_are_sums_over_the_answers_words_alone(precompute: bool, make_trainer: Any, make_model: Any) -> None:
-    """Against a plain forward in float64 over the whole conversation."""
+    """Equal to a plain float64 forward over the whole conversation."""
     model = make_model("llama-untied").double()
     trainer = make_trainer(
         model=model,
@@ -356,7 +356,7 @@ def test_a_template_without_an_end_token_is_told_once(
     assert sum("no end token after an answer" in line for line in caplog.messages) == told
 
 
-# --- which template ----------------------------------------------------------------------------------------------------
+# --- choice of the template --------------------------------------------------------------------------------------------
 
 
 def test_a_template_from_a_file_or_a_folder_is_used_and_saved(
@@ -398,7 +398,7 @@ CUT = {"max_length": 12, "truncation_mode": "keep_start", "filters": []}
 
 @pytest.mark.parametrize("form", ["list", "stream"])
 def test_rows_with_nothing_to_score_may_come_first(form: str, make_trainer: Any, make_model: Any) -> None:
-    """Two batches of one row have nothing to score: their windows log nothing, not NaN."""
+    """Two batches of one row have no scored token. Their logging windows contain no means, not NaN."""
     ok = build_pairs(1)[0]
     losses = []
     for rows in ([LONG, LONG, ok], [ok, LONG, LONG]):

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights have other names than the model's: mixtures of experts; vision-language models are in test_vision."""
+"""Checkpoints of mixtures of experts, whose weights have other names than the model's. test_vision has vision-language models."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The collator: labels are what each position has to predict, and nothing is told from token ids."""
+"""The collator: labels are the tokens to predict at each position, and nothing depends on token ids."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_each_position_predicts_the_next_completion_token() -> None:
     batch = PairCollator(pad_token_id=0)(ROWS)
     assert batch["labels"].tolist() == [7, 0, 8, 0, 3, 0, 9, 2, 2, 0]
     assert batch["cu_seqlens"].tolist() == [0, 4, 6, 7, 10]
-    # What stands where the model predicts is what comes before the label in the text.
+    # The input token at each position is the token before the label in the text.
     assert batch["input_ids"].flatten()[batch["positions"]].tolist() == [6, 7, 0, 8, 4, 3, 6, 4, 2, 2]
 
 
@@ -31,7 +31,7 @@ def test_a_completions_last_token_is_predicted_and_not_read(layout: str) -> None
 
 
 def test_a_sequence_of_one_token_is_read_all_the_same() -> None:
-    """A row of nothing has no attention to compute, and models answer NaN."""
+    """A row without tokens would make attention return NaN."""
     batch = PairCollator()([{"prompt_ids": [], "chosen_ids": [3], "rejected_ids": [5]}])
     assert batch["input_ids"].tolist() == [[3], [5]]
     assert batch["labels"].numel() == 0
@@ -63,7 +63,7 @@ def test_padding_to_a_multiple_only_adds_columns() -> None:
     assert torch.equal(batch["input_ids"][:, :6], plain["input_ids"])
     assert not batch["attention_mask"][:, 6:].any()
     assert torch.equal(batch["labels"], plain["labels"])
-    # The same places in rows that are two tokens longer.
+    # The same positions in rows that are two tokens longer.
     assert torch.equal(batch["positions"], plain["positions"] + 2 * plain["positions"].div(6, rounding_mode="floor"))
 
 

@@ -1,4 +1,4 @@
-"""Two processes under torchrun train as one does: the same loss curve, the same metrics, the same model, to rounding."""
+"""Two processes under torchrun give the loss curve, metrics and model of one process, up to rounding."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ from dpo_trainer.run_folder.checkpoints import fault
 
 from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
 
-#: Settings of two processes; one process accumulates twice as many batches. 27 pairs by 2 x 2 leave an odd rest, which
-#: is 3, 1 or 0 pairs for the second process. Lengths differ from 5 to 30 tokens, and so do weights.
+#: Settings of two processes. A single process accumulates twice as many batches. 27 pairs in batches of 2 x 2 leave an odd
+#: rest, of which the second process gets 3, 1 or 0 pairs. Lengths (5 to 30 tokens) and weights differ.
 CASES: dict[str, dict[str, Any]] = {
     "pairs": {
         "per_device_train_batch_size": 2,
@@ -78,7 +78,7 @@ def trainer_of(folder: Path, settings: dict[str, Any]) -> Any:
 def record(trainer: Any, path: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     evaluated = {name: value for name, value in trainer.evaluate().items() if not name.endswith(("time", "second"))}
-    evaluated.pop("epoch")  # counted in batches
+    evaluated.pop("epoch")  # depends on the number of batches
     found = {
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluated": evaluated,

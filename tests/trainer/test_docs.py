@@ -1,7 +1,9 @@
-"""docs/trainer.md says what the code does: its tables of diagnoses are made from it, and the settings it names exist."""
+"""The docs say what the code does: tables of diagnoses, settings and errors are made from it, and settings they name exist."""
 
 import dataclasses
 import re
+
+import pytest
 
 from dpo_trainer.cli.settings import RUN_KEYS, SWITCHES
 from dpo_trainer.settings.config import DPOConfig
@@ -29,10 +31,26 @@ def test_every_threshold_belongs_to_a_diagnosis_and_says_what_it_means() -> None
     assert all(item.metadata["help"] for item in dataclasses.fields(Limits))
 
 
-def test_settings_that_the_page_shows_with_a_value_exist() -> None:
-    page = (DOCS / "trainer.md").read_text(encoding="utf-8")
+#: Pages that show settings with a value, such as `beta: 0.1`, and how many at least.
+SHOWING = {"trainer": 5, "data": 4, "models": 4, "command-line": 1, "watch": 1, "troubleshooting": 10}
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_settings_that_a_page_shows_with_a_value_exist(name: str) -> None:
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     known = {item.name for item in dataclasses.fields(DPOConfig)} | set(RUN_KEYS)
-    shown = {name.partition(".")[0] for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)?): [^`]+`", page)}
+    lines = [line for line in page.splitlines() if not line.startswith(("  ", '{"'))]
+    found = re.findall(r"(?:`|^)([a-z_]+(?:\.[a-z_]+)?): [^`]+?(?:`|$)", "\n".join(lines), re.MULTILINE)
+    shown = {setting.partition(".")[0] for setting in found}
     assert shown <= known, shown - known
+    assert len(shown) >= SHOWING[name]
+
+
+def test_switches_that_the_page_of_the_trainer_shows_exist() -> None:
+    page = (DOCS / "trainer.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(--[a-z]+)`", page)) <= set(SWITCHES)
-    assert len(shown) > 10
+
+
+def test_the_page_of_numerics_shows_the_committed_errors() -> None:
+    page = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    assert load_script("numerics_tables").filled(page) == page, "run: python docs/numerics_tables.py"

@@ -1,4 +1,4 @@
-"""Whatever names, prompts and figures hold, the pages and the model card show it as text."""
+"""Pages and the model card show names, prompts and figures as text, whatever characters they contain."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dpo_trainer.watch.evaluated import EvaluatedPairs, Example
 
 from .tiny import build_pairs, build_trainer
 
-#: Ends an attribute, an element and a comment; runs in each way that a page runs code; upsets formulas of matplotlib.
+#: Ends an attribute, an element and a comment, contains each kind of code that a page runs, and breaks matplotlib's formulas.
 EVIL = "\"'>--></svg></style></title><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">$\\frac{$"
-#: The same in a folder's name.
+#: EVIL as a folder's name.
 EVIL_NAME = EVIL.replace("/", "")[:200]
 
 
 class Foreign(HTMLParser):
-    """What a page must not have: elements and attributes that run or load something."""
+    """Finds elements and attributes that run or load something, which a page must not have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def foreign(page: str) -> Foreign:
 
 
 def poisoned(value: Any) -> Any:
-    """The same with EVIL behind every text."""
+    """The value with EVIL appended to every string."""
     if isinstance(value, dict):
         return {key: poisoned(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -76,7 +76,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> str:
     records = read_records(run / "metrics.jsonl")
-    # Evaluations of a data set with that name, beside those that the run had.
+    # Add evaluations of a data set with this name to those of the run.
     records += [
         {re.sub("^eval_", lambda _: f"eval_{EVIL}_", key): each for key, each in record.items()} for record in records
     ]
@@ -116,7 +116,7 @@ def test_nothing_in_a_comparison_runs(run: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_model_card_runs(tmp_path: Path) -> None:
-    """Markdown passes HTML on, but for what stands between backticks or fences."""
+    """Markdown does not escape HTML, except between backticks or fences."""
     torch.manual_seed(0)
     trainer = build_trainer(tmp_path / "run", max_steps=1)
     trainer.train()
@@ -133,7 +133,7 @@ def browser() -> str | None:
 
 @pytest.mark.slow
 def test_a_browser_runs_nothing_of_a_report(page: str, tmp_path: Path) -> None:
-    """The page's title is what it was, though every text on it would change it."""
+    """The page's title does not change, although every text on the page tries to change it."""
     program = browser()
     if program is None:
         pytest.skip("no Chromium here: make browser installs one on Debian and Ubuntu")

@@ -1,4 +1,4 @@
-"""The auxiliary loss of mixtures of experts: the padded batch's in every layout, its share in every step, apart in the log."""
+"""The auxiliary loss of mixtures of experts: equal in every layout, with the right share in every step, logged separately."""
 
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ def mixture(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sett
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**{**MODELS[kind], **settings})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
-    model.set_experts_implementation("eager")  # the grouped product knows no float64
+    model.set_experts_implementation("eager")  # the grouped product does not support float64
     return model
 
 
 def plain_auxiliary(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """Of both sides of all pairs, each text alone and without padding: Switch Transformers' formula, written down plainly."""
+    """Switch Transformers' formula over both sides of all pairs, with each text run separately and without padding."""
     shares, probabilities = [], []
     for side in ("chosen_ids", "rejected_ids"):
         for row in rows:
@@ -55,7 +55,7 @@ def test_value_and_gradient_are_those_of_plain_forwards(kind: str, layout: str, 
     trainer = build_trainer(tmp_path, model=model, batch_layout=layout, router_aux_loss_coef=3.0, use_cpu=True)
     rows = [dict(trainer.train_dataset[index]) for index in range(4)]
     batch = trainer.data_collator(rows)
-    if layout == "prefix_shared" and kind != "GptOss":  # whose attention has sinks
+    if layout == "prefix_shared" and kind != "GptOss":  # GptOss has attention sinks
         assert "segments" in batch
     model.train()
     gates = ("mlp.gate.", "router", "embed_tokens")
@@ -93,7 +93,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 
 def test_the_models_own_coefficient_counts(tmp_path: Path) -> None:
-    """Which TRL takes too, whether or not output_router_logits is set."""
+    """TRL uses the config's factor too, whether or not output_router_logits is set."""
     much = trained(tmp_path / "a", model=mixture("Mixtral", output_router_logits=True, router_aux_loss_coef=10.0))
     none = trained(tmp_path / "b", model=mixture("Mixtral", output_router_logits=True, router_aux_loss_coef=0.0))
     unset = trained(tmp_path / "c", model=mixture("Mixtral", router_aux_loss_coef=10.0))
@@ -118,7 +118,7 @@ def test_it_is_added_in_training_only(tmp_path: Path) -> None:
 
 
 def gradients(folder: Path, batch_size: int, accumulation: int, **settings: Any) -> Any:
-    """Of the first step's gates, and the aux_loss that it logs."""
+    """The gradients of the routers in the first step, and its logged aux_loss."""
     trainer = build_trainer(
         folder,
         model=mixture("Mixtral", router_aux_loss_coef=10.0),
@@ -139,7 +139,7 @@ def gradients(folder: Path, batch_size: int, accumulation: int, **settings: Any)
 
 
 def test_accumulated_batches_share_a_step(tmp_path: Path) -> None:
-    """All pairs are alike, so that the mean of the batches' auxiliary losses is that of the whole step."""
+    """All pairs are equal, so that the mean of the batches' auxiliary losses equals the whole step's."""
     whole, logged_whole = gradients(tmp_path / "a", 8, 1)
     parts, logged_parts = gradients(tmp_path / "b", 2, 4)
     assert whole.abs().max() > 1e-3
@@ -154,7 +154,7 @@ def test_layers_that_are_computed_twice_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_has_its_experts_and_logs_the_same(tmp_path: Path) -> None:
-    """Experts are saved one by one and held together: transformers itself would leave them out."""
+    """Experts are saved one by one but stored together in the model, so transformers would skip them on resume."""
     settings = {
         "logging_steps": 4,
         "save_strategy": "steps",

@@ -1,4 +1,4 @@
-"""Images of rows: what they may be given as, where they stand, truncation around them, and what is refused."""
+"""Images in rows: accepted forms, positions, truncation around them, and refused input."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-# --- what an image may be given as ---------------------------------------------------------------------------------
+# --- forms of images -----------------------------------------------------------------------------------------------
 
 
 FORMS: dict[str, Callable[[Image.Image, Path], Any]] = {
@@ -130,7 +130,7 @@ def test_pixels_are_not_stored_beside_the_tokens() -> None:
     }
 
 
-# --- where images stand --------------------------------------------------------------------------------------------
+# --- positions of images -------------------------------------------------------------------------------------------
 
 
 def order_of(dataset: Any, kind: str = "qwen2.5-vl") -> str:
@@ -216,7 +216,7 @@ def test_text_in_parts_is_read_as_text_where_there_are_no_images(tokenizer: Any)
 
 def test_a_template_that_reads_parts_alone_does_not_lose_text() -> None:
     processor = build_processor("llava")
-    prepare_dataset([ROW], processor, PLAIN, name="train_dataset")  # by the template that it came with
+    prepare_dataset([ROW], processor, PLAIN, name="train_dataset")  # with its original template
     processor.chat_template = (
         "{% for m in messages %}<|start|>{{ m['role'] }}\n{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
         "{{ part['text'] }}{% endfor %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -226,7 +226,7 @@ def test_a_template_that_reads_parts_alone_does_not_lose_text() -> None:
     assert processor.decode(found["chosen_ids"]) == "good<|end|>\n"
 
 
-# --- what is left out ----------------------------------------------------------------------------------------------
+# --- truncation ----------------------------------------------------------------------------------------------------
 
 
 def test_the_same_text_about_another_image_is_no_duplicate() -> None:
@@ -239,7 +239,7 @@ def test_the_same_text_about_another_image_is_no_duplicate() -> None:
 @pytest.mark.parametrize("mode", ["keep_end", "keep_start"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_length_ever_cuts_an_image(kind: str, mode: str) -> None:
-    """At every length either all image tokens and the marks around them are there, or the pair is counted as left out."""
+    """At every length, either all image tokens and their marks are kept, or the pair is counted as left out."""
     processor = build_processor(kind)
     long = " ".join(["the film question answer"] * 2)
     prompt = [{"role": "user", "content": [{"type": "text", "text": long}, PLACE, {"type": "text", "text": long}]}]
@@ -267,7 +267,7 @@ def test_pairs_whose_images_do_not_fit_are_counted() -> None:
     assert account.describe().endswith("dropped 1 whose images max_length or max_prompt_length would cut")
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- refused input -------------------------------------------------------------------------------------------------
 
 
 IMAGE = build_image(1)
@@ -353,7 +353,7 @@ def test_a_template_without_a_place_for_images_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny vision-language model and its processor, saved as a user has them."""
+    """A folder with a tiny vision-language model and its processor."""
     folder = tmp_path_factory.mktemp("tiny-vision")
     build_vision_model("llava").save_pretrained(folder)
     build_processor("llava").save_pretrained(folder)
@@ -361,7 +361,7 @@ def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_rows(folder: Path, count: int = 6) -> Path:
-    """A file of rows whose images lie beside it."""
+    """A file of rows, with the images in the same folder."""
     (folder / "pictures").mkdir(parents=True)
     lines = []
     for number, row in enumerate(vision_pairs(count, images=(1, 2, 0))):

@@ -1,4 +1,4 @@
-"""dpo-train inspect: the figures are those of the run that would follow, and nothing is trained or written."""
+"""dpo-train inspect shows the figures of the run that would follow, and trains and writes nothing."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_t
 
 
 def name_of(value: Any) -> str:
-    """A case's name; peft's configs print a set, whose order differs between processes."""
+    """The name of a case. (peft's configs print a set, whose order differs between processes.)"""
     return "lora" if isinstance(value, dict) and "peft_config" in value else str(value)
 
 
@@ -143,7 +143,7 @@ def test_nothing_moves(inspector: Callable[..., Inspector]) -> None:
 def test_the_plan_of_the_head_is_the_one_that_training_makes(
     settings: dict[str, Any], inspector: Callable[..., Inspector], tmp_path: Path, caplog: Any
 ) -> None:
-    """Word for word but the reason: what the library says of a training batch, and what the inspection says of it."""
+    """The library's plan for a training batch and the inspection's plan are equal, except for the reason."""
     found = inspector(**settings)
     strategy = found._time(found._batches())["head_of_timed_batch"].partition(":")[0]
     trainer = build_trainer(tmp_path / "run", **settings)

@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command goes on as if nothing had happened: same metrics, same model, bit for bit."""
+"""A run that was killed at any moment and is started again gives the same metrics and model, bit by bit."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import pytest
 from . import forked
 from .tiny import build_pairs
 
-# "whole": logs and checkpoints at different steps, so that checkpoints fall into logging windows; an objective with a
-# running mean, a reference that moves between checkpoints, answers sampled at evaluations.
-# "adapter": references computed beforehand and kept on disk, one checkpoint kept, a log at every step.
+# "whole": logs and checkpoints at different steps, so that checkpoints are written within logging windows; an objective with
+# a running mean; a reference that is updated between checkpoints; samples at evaluations.
+# "adapter": precomputed and cached reference log-probabilities, one checkpoint is kept, a log at every step.
 _COMMON = """
 model: {model}
 train_data: pairs.jsonl
@@ -53,11 +53,11 @@ lora: {r: 4, target_modules: [q_proj, v_proj]}
 }
 STEPS = {"whole": 14, "adapter": 8}
 
-Kill = tuple[str, str, int, str]  # the config, the place, its so-many-th call, "before", "after" or "half" of it
+Kill = tuple[str, str, int, str]  # the config, the place, the number of the call, and "before", "after" or "half"
 
 
 def _kills() -> list[Kill]:
-    """Fifty moments: in the steps, evaluations and samples, in every part of a checkpoint, in the final save."""
+    """Fifty moments during steps, evaluations, sampling, every part of a checkpoint, and the final save."""
     moments: dict[tuple[str, str], tuple[str, ...]] = {
         ("whole", "computing"): ("1 before", "3 after", "7 before", "12 after", "14 before", "17 after"),
         ("whole", "evaluating"): ("0 before", "1 after", "2 before", "3 after"),
@@ -105,25 +105,25 @@ def make_run(folder: Path, config: str, model: Path, *, report: bool = False) ->
 
 
 def end_at(place: str, call: int, when: str) -> None:
-    """Have this process killed there."""
+    """Have this process killed at this place."""
     forked.at(place, call, forked.tear if when == "half" else forked.kill, after=when == "after")
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:
-    """The records without what a clock or the memory's state decides."""
+    """The records without values that depend on time or memory."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     clocks = ("runtime", "second", "_mib")
     return [{key: value for key, value in record.items() if not key.endswith(clocks)} for record in records]
 
 
 def finish(folder: Path) -> None:
-    """The same command, until the run is done."""
+    """Run the same command until the run has finished."""
     code, said = forked.run(folder, "--quiet")
     assert (code, said) == (0, "")
 
 
 def steps_of(run: Path, planned: int) -> tuple[int, int]:
-    """(steps lost, steps too many) of a finished run."""
+    """(missing steps, repeated steps) of a finished run."""
     summary = json.loads((run / "summary.json").read_text())
     last = max(int(path.name.partition("-")[2]) for path in run.glob("checkpoint-*"))
     state = json.loads((run / f"checkpoint-{last}" / "trainer_state.json").read_text())
@@ -132,7 +132,7 @@ def steps_of(run: Path, planned: int) -> tuple[int, int]:
 
 
 def compare(killed: Path, whole: Path) -> None:
-    """All that a run leaves is the same, to the bit."""
+    """Assert that all files of two runs are equal bit by bit."""
     assert timeless(killed / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
     assert (killed / "events.jsonl").read_text() == (whole / "events.jsonl").read_text()
     patterns = ("*.safetensors", "samples.jsonl", "checkpoint-*/*.safetensors", "checkpoint-*/scheduler.pt")
@@ -145,7 +145,7 @@ def compare(killed: Path, whole: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[str, Path]:
-    """A run of each config that nothing disturbs."""
+    """An uninterrupted run of each config."""
     root = tmp_path_factory.mktemp("undisturbed")
     folders = {config: make_run(root / config, config, model_folder) for config in CONFIGS}
     for folder in folders.values():
@@ -154,7 +154,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) ->
 
 
 def try_kill(folder: Path, kill: Kill, undisturbed: dict[str, Path], model: Path) -> tuple[int, int]:
-    """Kill a run there, give its command again; the steps lost and the steps too many."""
+    """Kill a run at this moment, start it again, and return the numbers of missing and repeated steps."""
     config, place, call, when = kill
     make_run(folder, config, model)
     code, said = forked.run(folder, "--quiet", prepare=partial(end_at, place, call, when))
@@ -199,7 +199,7 @@ def test_fifty_kills_lose_no_step_and_take_none_too_many(
 
 
 def record(name: str, found: dict[str, int]) -> None:
-    """Put figures into the file that RUNS_JSON names, if it names one: benchmarks/results/runs.json is made so."""
+    """Write figures to the file in the environment variable RUNS_JSON, if set. This makes benchmarks/results/runs.json."""
     if path := os.environ.get("RUNS_JSON"):
         file = Path(path)
         known = json.loads(file.read_text()) if file.exists() else {}

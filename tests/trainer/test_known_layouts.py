@@ -1,4 +1,4 @@
-"""Rows as other programs write them: each layout gives the tokens of rows written by hand, and what nobody reads is named."""
+"""Data layouts of other programs: each gives the tokens of equivalent hand-written rows, and unused columns are reported."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ CHATS = [
     {"prompt": [system("terse"), user("the film")], "chosen": [answer("good")], "rejected": [answer("bad")]},
     {"prompt": [user("the review")], "chosen": [answer("great")], "rejected": [answer("awful")]},
 ]
-#: (name of the layout, or what the line says; rows of it; the same rows by hand)
+#: By the name of the layout, or the logged line: (rows in this layout, equivalent hand-written rows).
 LAYOUTS: dict[str, tuple[Rows, Rows]] = {
     "'history' earlier turns": (
         [
@@ -181,7 +181,7 @@ def tokenizer() -> Any:
 
 
 def tokens(rows: Any, tokenizer: Any, **settings: Any) -> Rows:
-    """Of a list, a Dataset, or a stream."""
+    """The tokenised rows of a list, a Dataset or a stream."""
     preparation = Preparation(**settings)
     if isinstance(rows, list | datasets.Dataset):
         found = prepare_dataset(rows, tokenizer, preparation, name="train_dataset")[0].to_list()
@@ -191,7 +191,7 @@ def tokens(rows: Any, tokenizer: Any, **settings: Any) -> Rows:
 
 
 def forms(rows: Rows, folder: Path, **reading: Any) -> Iterator[tuple[str, Any]]:
-    """The rows as a person may bring them."""
+    """The rows in every form that a user may pass."""
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "a.json").write_text(json.dumps(rows))
     texts = [
@@ -216,7 +216,7 @@ def test_a_layout_gives_the_tokens_of_rows_written_by_hand(
 ) -> None:
     rows, by_hand = LAYOUTS[said]
     expected = tokens(by_hand, tokenizer)
-    nulls = said == "read as OpenAI rows"  # a table fills in nulls, which therefore are taken away again
+    nulls = said == "read as OpenAI rows"  # a table adds nulls, which are removed again
     seen = 0
     caplog.clear()
     for form, data in forms(rows, tmp_path):
@@ -323,7 +323,7 @@ def test_what_is_no_layout_is_refused_with_a_reason(row: dict[str, Any], said: s
         assert "row 1: " + said in str(caught.value)
 
 
-# --- what nobody reads -----------------------------------------------------------------------------------------------
+# --- unused columns --------------------------------------------------------------------------------------------------
 
 
 def test_columns_that_nobody_reads_are_named_once(
@@ -374,7 +374,7 @@ def test_a_prompt_that_is_what_texts_share_is_told_once(
 
 
 def test_csv_rows_of_more_fields_than_the_header_are_refused(tmp_path: Path) -> None:
-    """pandas would take the first field for an index, and every column for the one before it."""
+    """pandas would take the first field as the index and shift every column by one."""
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nq,a,b,c\nz,a,b,c\n")
     with pytest.raises(DataError, match=r"a\.csv: rows have more fields than the header \(prompt, chosen, rejected\)"):
         load_pairs(tmp_path / "a.csv")
@@ -490,7 +490,7 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest(tokenizer: Any, 
         ),
     ):
         if said is None:
-            assert tokens(rows, tokenizer, **settings)[0]["weight"] == 1.0  # it has our name already
+            assert tokens(rows, tokenizer, **settings)[0]["weight"] == 1.0  # the column already has our name
             continue
         with pytest.raises(ConfigError, match=said.format("train_dataset row 1")):
             tokens(rows, tokenizer, **settings)
@@ -612,6 +612,6 @@ def test_a_few_completions_that_begin_as_the_prompt_does_are_left_and_told(
 
 
 def test_remarks_are_logged_at_warning_level(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Scripts that set up no logging see warnings alone."""
+    """Scripts without logging set-up show only warnings."""
     tokens(LAYOUTS["read as Orca rows"][0], tokenizer)
     assert {record.levelno for record in caplog.records} == {logging.WARNING}

@@ -1,4 +1,4 @@
-"""Shared prompts and shared rows change where tokens stand, and no answer; a model that cannot have them is noticed."""
+"""Shared prompts and packed rows change no result, and models that do not support them are detected."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_att
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 COMMON = {**SIZE, **IDS, "max_position_embeddings": 256, "intermediate_size": 64}
 GQA = {**COMMON, "num_key_value_heads": 2}
-#: Shorter than most rows of the tests, so that a window that is left out or measured wrongly shows.
+#: Shorter than most rows of the tests, so that a missing or wrong window changes the results.
 WINDOW = {"sliding_window": 8}
 
 
@@ -39,7 +39,7 @@ def build(name: str, **config: Any) -> Callable[[], Any]:
     return make
 
 
-#: Every way of attending and of counting positions that these layouts must survive.
+#: All kinds of attention and positions that these layouts must support.
 ABLE = {
     "llama": build("Llama", **GQA),
     "qwen2": build("Qwen2", **GQA),
@@ -61,7 +61,7 @@ ABLE = {
     ),
     "gpt-oss-sinks-and-window": build("GptOss", **GQA, **WINDOW, head_dim=8, num_local_experts=4),
 }
-#: Distances counted from a mask that must be 2-D, recurrences, convolutions, masks of their own.
+#: Models that need padded batches: positions computed from a 2-D mask, recurrence, convolutions, masks made by the model.
 UNABLE = {
     "bloom-alibi": build("Bloom", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
     "mpt-alibi": build("Mpt", vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4),
@@ -83,7 +83,7 @@ UNABLE = {
 
 
 def rows(*lengths: tuple[int, int, int], seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs of random tokens with these lengths of prompt, chosen and rejected."""
+    """Pairs of random tokens with the given lengths of prompt, chosen and rejected."""
     generator = torch.Generator().manual_seed(seed)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [
@@ -92,12 +92,12 @@ def rows(*lengths: tuple[int, int, int], seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-#: Long and short parts on either side, prompts of one token and of none, completions of one token.
+#: Long and short completions on both sides, prompts of one token and of none, completions of one token.
 LENGTHS = ((20, 3, 14), (1, 9, 9), (5, 1, 12), (17, 12, 1), (0, 6, 4))
 
 
 def logps_one_by_one(model: Any, pairs: list[dict[str, Any]]) -> torch.Tensor:
-    """log-probabilities [2P] of the completions, each sequence alone, by the model's own forward."""
+    """Log-probabilities [2P] of the completions, from the model's own forward of each sequence separately."""
     sums = []
     for side in ("chosen_ids", "rejected_ids"):
         for row in pairs:
@@ -113,7 +113,7 @@ def logps_of(split: SplitModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return sequence_logps(logits, batch["labels"], cu_seqlens=batch["cu_seqlens"]).double()
 
 
-#: These bend scores or add to them, for which no fused attention has an argument.
+#: Models that cap scores or add sinks, which fused attention does not support.
 EAGER_ONLY = {"gemma2", "gemma2-window", "gpt-oss-sinks-and-window"}
 
 
@@ -129,7 +129,7 @@ def test_shared_prompts_and_rows_give_the_log_probs_of_sequences_alone(name: str
     split.verify(padded)
     with torch.no_grad():
         expected = logps_one_by_one(model, pairs)
-        # All pairs in one row, then one pair a row, then whatever "auto" chooses.
+        # All pairs in one row, one pair per row, and the choice of "auto".
         tried = [("prefix_shared", 0.0), ("prefix_shared", 10.0), ("auto", 0.01)]
         if implementation == "by sequence" and name not in EAGER_ONLY:
             tried.append(("sequences", 0.0))
@@ -162,7 +162,7 @@ def test_gradients_are_those_of_the_padded_layout(name: str, by_sequence: bool, 
         if by_sequence and layout == "prefix_shared":
             assert split.attend_by_sequence() is not None
             layout = "sequences"
-        # Rounded up, so that there is padding behind the last sequence of the row too.
+        # Rounded up, so that there is also padding after the last sequence of the row.
         batch = PairCollator(layout=layout, attention_cost=0.0, pad_to_multiple_of=8)(pairs)
         (logps_of(split, batch) * torch.arange(10).sin()).sum().backward()
         gradients.append(
@@ -173,7 +173,7 @@ def test_gradients_are_those_of_the_padded_layout(name: str, by_sequence: bool, 
         assert (gradients[1][key] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])  # other devices take another way through shared heads
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # other devices handle shared key heads in a different branch
 @pytest.mark.parametrize("window", [None, 4])
 def test_sides_may_be_empty_and_heads_shared(device: str, window: int | None) -> None:
     lengths = torch.tensor([[0, 0, 5], [3, 0, 4], [6, 2, 0], [0, 0, 0], [5, 6, 7]])
@@ -208,7 +208,7 @@ def test_a_model_that_cannot_share_is_noticed(name: str) -> None:
 
 @pytest.mark.parametrize("leak", ["segments", "sequences", "position_ids"])
 def test_a_wrong_mask_or_position_is_noticed(leak: str) -> None:
-    """The check of the check: what it must notice is made here on purpose."""
+    """Tests the check itself, with a deliberate leak that it must detect."""
     split, pairs = SplitModel(ABLE["llama"]()), rows((20, 13, 14), (9, 9, 9))
     batch = PairCollator(layout="sequences" if leak == "sequences" else "prefix_shared", attention_cost=0.0)(pairs)
     if leak == "position_ids":
@@ -234,7 +234,7 @@ def test_what_is_scored_does_not_depend_on_the_layout(layout: str, attention_cos
     real = batch["attention_mask"].bool()
     if layout == "prefix_shared":
         assert real.sum() == sum(map(sum, LENGTHS)) - 2 * len(LENGTHS), "every prompt once, and no last token"
-    # The token before each label, read through the positions, is the one before it in the pair's own text.
+    # The input token at each position is the token before the label in the pair's own text.
     before = [batch["input_ids"].flatten()[batch["positions"]], plain["input_ids"].flatten()[plain["positions"]]]
     assert torch.equal(*before)
 
@@ -248,7 +248,7 @@ def test_the_mask_lets_completions_see_their_prompt_and_themselves_only() -> Non
 def test_auto_shares_long_prompts_packs_short_pairs_and_pads_where_neither_pays() -> None:
     shared = arrange([(200, 50, 50)] * 2, "auto", 1e-3)
     assert [[piece.sides for piece in row] for row in shared] == [[(0, 1)], [(0, 1)]]
-    # Nothing to share and quadratic attention: two rows of 500 cost less than one of 1,001.
+    # With a prompt of one token and quadratic attention, two rows of 500 cost less than one of 1,001.
     assert all(len(row) == 1 and len(row[0].sides) == 1 for row in arrange([(1, 500, 500)], "auto", 1e-3))
     packed = arrange([(4, 60, 5), (4, 5, 50), (4, 6, 7), (3, 8, 40)], "auto", 1e-4)
     assert len(packed) < 4
@@ -306,12 +306,12 @@ def test_batches_are_attended_to_by_sequence_where_that_is_cheaper() -> None:
     collate = PairCollator(layout="auto", attention_cost=1e-3, by_sequence=True)
     uneven = rows((93, 163, 163), (55, 201, 201), (61, 195, 195), (29, 13, 27))
     batch = collate(uneven)
-    # Of a completion all but its last token, which is predicted only.
+    # All tokens of a completion except the last, which is only predicted.
     assert batch["sequences"].tolist() == [[93, 162, 162], [55, 200, 200], [61, 194, 194], [29, 12, 26]]
-    # Not a token of padding, and every prompt once.
+    # No padding, and every prompt once.
     assert batch["input_ids"].shape == (1, batch["sequences"].sum())
     assert batch["attention_mask"].all()
-    # Short and all alike: eight calls a layer cost more than strangers under one mask.
+    # For short pairs of equal length, eight attention calls per layer cost more than a mask over the whole row.
     assert "sequences" not in collate(rows(*[(8, 14, 14)] * 8))
     assert "sequences" not in replace(collate, by_sequence=False)(uneven)
     assert "sequences" not in replace(collate, layout="padded")(uneven)

@@ -1,4 +1,4 @@
-"""The fused LM head inside the trainer: same loss and gradients as on logits, and the logits path where it cannot be."""
+"""The fused LM head in the trainer gives the loss and gradients of the logits path, which is used if the head prevents it."""
 
 import logging
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def test_an_adapter_shares_its_head_with_its_reference(make_trainer: Make, make_
 
 
 def test_hooks_around_the_head_fire_and_it_stays_as_it_was(make_trainer: Make, make_model: Any) -> None:
-    """Sharded training gathers a weight in such hooks."""
+    """Sharded training gathers the weight in hooks of the head."""
     trainer = make_trainer(model=make_model("llama-untied"), loss_path="linear")
     seen = []
     trainer.policy.head.register_forward_pre_hook(lambda module, args: seen.append("before"))
@@ -112,12 +112,12 @@ def test_all_logits_are_never_held(make_trainer: Make, make_model: Any) -> None:
     scored = len(trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])["labels"])
     with Watch():
         loss_and_gradients(trainer, rows)
-    # The transposed weight [H, V] is among what is seen.
+    # The transposed weight [H, V] is one of the tensors seen.
     assert 0 < largest <= max(trainer.policy.head.weight.shape[1], scored / 4)
 
 
 def test_real_pairs_fit_whole_in_what_the_trainer_takes_unasked() -> None:
-    """SmolLM2's head, pairs of 400 scored tokens, the KL's two buffers: the library's lean default cuts them."""
+    """SmolLM2's head, pairs of 400 scored tokens, two buffers for the KL. The library's default would use several chunks."""
     config = LlamaConfig(vocab_size=49152, hidden_size=576, num_hidden_layers=0, num_attention_heads=8)
     with torch.device("meta"):
         policy = SplitModel(LlamaForCausalLM(config))
@@ -129,7 +129,7 @@ def test_real_pairs_fit_whole_in_what_the_trainer_takes_unasked() -> None:
     assert lean.flops > products
     assert taken.flops == products, "no token is projected twice"
     assert loss_path.memory_budget("32MB", policy) == "32MB"
-    # A large head's own default is more.
+    # The default for a large head is larger.
     config.hidden_size = 4096
     with torch.device("meta"):
         policy = SplitModel(LlamaForCausalLM(config))
@@ -162,7 +162,7 @@ def test_what_the_linear_path_cannot_do_runs_on_logits_and_says_so(
 
 
 def test_a_reference_of_another_vocabulary_width_is_a_clear_error(make_trainer: Make, make_model: Any) -> None:
-    """Chosen and rejected share a tokenizer, but a padded embedding may be wider; the loss compares label by label."""
+    """Policy and reference may share a tokenizer but have padded embeddings of different sizes, which the loss refuses."""
     wide = make_model("llama-untied", seed=1)
     wide.resize_token_embeddings(wide.config.vocab_size + 8)
     with pytest.raises(ModelError, match="ref_model: has a vocabulary of 314 tokens, the model one of 306"):
@@ -190,7 +190,7 @@ def test_bad_settings_are_explained(settings: dict[str, Any], said: str, tmp_pat
 def test_lengths_likelihoods_and_divergence_may_weigh(
     settings: dict[str, Any], path: str, make_trainer: Make, make_model: Any
 ) -> None:
-    """Against the reference implementation on the whole logits, in float64."""
+    """Equal to the reference implementation on the whole logits, in float64."""
     models = {"model": make_model().double(), "ref_model": make_model(seed=1).double()}
     trainer = make_trainer(**models, loss_path=path, batch_layout="padded", **settings)
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
@@ -222,7 +222,7 @@ def test_lengths_likelihoods_and_divergence_may_weigh(
 def test_the_divergence_counts_once_a_batch_however_the_pairs_weigh(
     path: str, make_trainer: Make, make_model: Any, pairs: Any
 ) -> None:
-    """kl_coef adds kl_coef times the mean KL to the loss, with and without weights; its gradient and the log follow."""
+    """kl_coef adds kl_coef times the mean KL to the loss, its gradient and the log, with and without weights."""
     found = []
     for weights in ([1.0] * 4, [0.0, 0.5, 3.0, 7.0]):
         rows = [{**row, "weight": weight} for row, weight in zip(pairs(4), weights, strict=True)]
@@ -239,7 +239,7 @@ def test_the_divergence_counts_once_a_batch_however_the_pairs_weigh(
             results.append((loss, gradients, trainer._drain("train")))
         (plain, plain_gradients, plain_logs), (loss, gradients, logs) = results
         assert (loss - plain).item() == pytest.approx(0.5 * logs["kl"], rel=1e-6)
-        if len(set(weights)) == 1:  # otherwise the log weighs each pair's part of the term as it weighs the pair
+        if len(set(weights)) == 1:  # with different weights, the log also weighs the KL of each pair
             assert logs["loss"] - plain_logs["loss"] == pytest.approx(0.5 * logs["kl"], rel=1e-6)
         found.append({name: value - plain_gradients[name] for name, value in gradients.items()})
     for name, gradient in found[0].items():

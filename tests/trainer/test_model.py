@@ -1,4 +1,4 @@
-"""Backbone and head apart give the logits of the whole model, or the trainer notices; references stay put."""
+"""Backbone and head called separately give the whole model's logits, or the trainer detects it; references do not change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from .tiny import MODELS
 
 @pytest.fixture
 def batch(tokenizer: Any, pairs: Callable[..., Any]) -> dict[str, torch.Tensor]:
-    """Pairs of different lengths, so that there is padding to get wrong."""
+    """Pairs of different lengths, so that there is padding."""
     return PairCollator(pad_token_id=0)(list(tokenized(pairs(4), tokenizer)))
 
 
@@ -27,7 +27,7 @@ def tokenized(rows: Any, tokenizer: Any) -> Any:
 
 
 def one_by_one(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The model's own logits before each scored token, from each sequence alone and without padding."""
+    """The model's own logits before each scored token, from each sequence run separately without padding."""
     found = []
     starts = (batch["positions"] % batch["input_ids"].shape[1]).split(batch["cu_seqlens"].diff().tolist())
     for ids, mask, rows in zip(batch["input_ids"], batch["attention_mask"], starts, strict=True):
@@ -65,7 +65,7 @@ def test_a_model_that_does_more_after_its_head_falls_back(
     model.forward = forward
     split = SplitModel(model)
     assert not split.verify(batch)
-    assert "computing those of all tokens" in caplog.text
+    assert "computing the logits of all tokens" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(split.packed_logits(batch), one_by_one(model, batch), rtol=1e-4, atol=1e-5)
     assert (split.logit_scale, split.logit_softcap) == (1.0, None)

@@ -1,4 +1,4 @@
-"""Dropout is off wherever a model keeps it, and models that cannot be trained on pairs are refused in one line."""
+"""Dropout is turned off in every model, and models that cannot be trained on pairs are refused with a one-line error."""
 
 import math
 import random
@@ -25,7 +25,7 @@ BART = {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attent
 EXPERTS = {**LLAMA, "vocab_size": VOCAB, "num_local_experts": 4}
 BERT = {**LAYERS, **POSITIONS, "intermediate_size": 64}
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-#: Class, arguments of its config: each keeps dropout in a place of its own.
+#: Class and arguments of its config. Each class keeps dropout in a different place.
 DROPS: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("OPTForCausalLM", {**LAYERS, **POSITIONS, "ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.3}),
     "GPT2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}),
@@ -33,7 +33,7 @@ DROPS: dict[str, tuple[str, dict[str, Any]]] = {
     "Bloom": ("BloomForCausalLM", {**BLOOM, "hidden_dropout": 0.2, "attention_dropout": 0.2}),
     "Mixtral": ("MixtralForCausalLM", {**EXPERTS, "router_jitter_noise": 0.3, "attention_dropout": 0.2}),
     "Bert": ("BertLMHeadModel", {**BERT, "is_decoder": True}),
-    # These read it from their config at every forward.
+    # These read dropout from their config at every forward pass.
     "Falcon": ("FalconForCausalLM", {**LAYERS, "hidden_dropout": 0.2, "attention_dropout": 0.2}),
     "Persimmon": ("PersimmonForCausalLM", {**LAYERS, "intermediate_size": 64, "attention_dropout": 0.2}),
 }
@@ -46,7 +46,7 @@ def built(name: str) -> Any:
     model = getattr(transformers, kind)(config)
     with torch.no_grad():
         for value in model.parameters():
-            value.mul_(3)  # so that what is dropped is felt
+            value.mul_(3)  # so that dropout changes the loss
     return model
 
 
@@ -69,7 +69,7 @@ def test_dropout_in_a_config_is_told(tmp_path: Path, caplog: pytest.LogCaptureFi
     caplog.set_level("INFO", logger="dpo_trainer")
     model = built("Falcon")
     build_trainer(tmp_path, model=model)
-    assert "FalconForCausalLM: reads dropout from its config; set to 0 there, and saved so: " in caplog.text
+    assert "FalconForCausalLM: reads dropout from its config; set to 0 there, and saved as 0: " in caplog.text
     assert model.config.hidden_dropout == 0.0
     other = built("OPT")
     build_trainer(tmp_path, model=other)
@@ -94,7 +94,7 @@ def test_the_dropout_of_adapters_is_off(adapter: Any) -> None:
 
 
 class Noisy(nn.Module):
-    """A layer that draws under a name that nobody knows, and counts in its buffers."""
+    """A layer whose dropout has an unknown name and which counts its calls in a buffer."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_what_still_draws_is_named_and_nothing_is_disturbed(tmp_path: Path, capl
     assert not any(module.training for module in model.modules())
     build_trainer(tmp_path, model=model)
     assert caplog.text.count("PeftModel") == 0
-    assert "LlamaForCausalLM: in training, though disable_dropout is on, it draws at random, first in" in caplog.text
+    assert "LlamaForCausalLM: in training, although disable_dropout is on, it draws at random, first in" in caplog.text
     caplog.clear()
     build_trainer(tmp_path, model=model, disable_dropout=False)
     assert "draws" not in caplog.text
@@ -139,7 +139,7 @@ def test_a_model_that_only_answers_otherwise_in_training_is_named() -> None:
 
     norm.forward = forward
     found = what_draws(model, lambda: model(input_ids=torch.arange(2, 12)[None]).logits)
-    assert found == "it answers otherwise than in evaluation, first in 'model.norm' (LlamaRMSNorm)"
+    assert found == "its output differs from that in evaluation, first in 'model.norm' (LlamaRMSNorm)"
 
 
 def test_an_adapter_that_draws_by_itself_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,14 +217,14 @@ def test_rows_that_depend_on_each_other_are_told(tmp_path: Path, caplog: pytest.
 
     model.model.norm.register_forward_hook(mixed)
     build_trainer(tmp_path, model=model, batch_layout="padded")
-    assert "LlamaForCausalLM: an answer depends on the other rows of its batch" in caplog.text
+    assert "LlamaForCausalLM: the logits of a row depend on the other rows of its batch" in caplog.text
 
 
 # --- quantised heads -----------------------------------------------------------------------------------------------
 
 
 class Packed(nn.Module):
-    """A head as GPTQ and AWQ have it: integers and scales, and no weight."""
+    """A head like GPTQ's and AWQ's, with integers and scales but without `weight`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Packed(nn.Module):
 
 
 class FourBit(nn.Linear):
-    """A head as bitsandbytes has it: a Linear whose weight is bytes of another shape."""
+    """A head like bitsandbytes': a Linear whose weight is bytes of another shape."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -256,7 +256,7 @@ def dynamic(linear: nn.Linear) -> nn.Module:
 def test_a_head_that_lets_no_gradient_through_is_one_line(tmp_path: Path) -> None:
     model = build_model("llama-untied", VOCAB)
     model.lm_head = dynamic(model.lm_head)
-    with pytest.raises(ModelError, match="model: LlamaForCausalLM's head Linear lets no gradient through"):
+    with pytest.raises(ModelError, match="model: LlamaForCausalLM's head Linear has no gradient"):
         build_trainer(tmp_path, model=model)
     trainer = build_trainer(tmp_path, ref_model=model, max_steps=1)
     trainer.train()

@@ -1,4 +1,4 @@
-"""Every kind of reference: kept on disk and believed only where it belongs, moving and resumed bitwise, or none at all."""
+"""Every kind of reference: cached on disk and checked, moving and resumed bit by bit, or none."""
 
 import gc
 import logging
@@ -37,7 +37,7 @@ def curve(trainer: DPOTrainer, name: str = "loss") -> list[float]:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the batches that a reference is computed of, for the cache."""
+    """Records the shards whose reference log-probabilities are computed."""
     counted = []
     real = reference_cache.ReferenceCache.write
     monkeypatch.setattr(
@@ -97,7 +97,7 @@ def test_what_the_numbers_depend_on_makes_another_key(
 
 
 def test_only_the_scale_of_a_config_is_told_apart_too(make_trainer: Make, make_model: Any, own_cache: Path) -> None:
-    """Equal weights, another config: a key made of weights alone would take one model for the other."""
+    """Equal weights with another config: a key from the weights only would confuse the two models."""
     for divisor in (4.0, 2.0):
         model = make_model("granite-divisor")
         model.config.logits_scaling = divisor
@@ -125,7 +125,7 @@ def test_a_kill_loses_one_shard(
 
     def deadly(table: Any, where: Any, **options: Any) -> None:
         if "00003-" in str(where):
-            Path(where).write_bytes(b"PAR1 half")  # as a kill leaves it: aside, not renamed
+            Path(where).write_bytes(b"PAR1 half")  # as after a kill: a temporary file that is not renamed
             raise KeyboardInterrupt
         real(table, where, **options)
 
@@ -151,7 +151,7 @@ def damage_flip(path: Path, other: Path) -> None:
     raw = bytearray(path.read_bytes())
     value = pyarrow.parquet.read_table(path)["ref_chosen_logps"][0].as_py()
     place = raw.find(torch.tensor([value], dtype=torch.float64).numpy().tobytes())
-    if place < 0:  # stored compressed or in a dictionary: any byte of the first page will do
+    if place < 0:  # stored compressed or in a dictionary, so change a byte of the first page
         place = 60
     raw[place + 3] ^= 0x10
     path.write_bytes(bytes(raw))
@@ -166,7 +166,7 @@ def damage_unstamped(path: Path, other: Path) -> None:
 
 
 def forged(path: Path, **columns: Any) -> None:
-    """Other columns under the stamp of the right ones."""
+    """Write other columns with the metadata of the right ones."""
     table = pyarrow.parquet.read_table(path)
     content = {**table.to_pydict(), **columns}
     pyarrow.parquet.write_table(pyarrow.table(content, metadata=table.schema.metadata), path)
@@ -237,7 +237,7 @@ def test_processes_share_the_shards_out(own_cache: Path, small_shards: None) -> 
     cache = reference_cache.ReferenceCache(own_cache, {"model": "m"}, lengths)
     waits = 0
 
-    def other_process() -> None:  # runs while the first waits for it the second time
+    def other_process() -> None:  # runs during the first process's second wait
         nonlocal waits
         waits += 1
         if waits == 2:
@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line_and_not_the_run(
     trainer = make_trainer(
         model=make_model(), precompute_ref_log_probs=True, ref_cache_dir=str(tmp_path / "file" / "x")
     )
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written to the cache" in caplog.text
     assert len(columns(trainer)[0]) == 24
 
 
@@ -285,7 +285,7 @@ def test_no_reference_stays_in_memory(make_trainer: Make, make_model: Any) -> No
 
 
 def test_the_reference_moves_as_the_paper_says(make_trainer: Make, make_model: Any) -> None:
-    """Eq. 4 on every parameter, at steps 2 and 4 and at no others."""
+    """Eq. 4 holds for every parameter, with updates only at steps 2 and 4."""
     model = make_model()
     trainer = make_trainer(
         model=model, sync_ref_model=True, ref_model_mixup_alpha=0.25, ref_model_sync_steps=2, max_steps=5
@@ -328,7 +328,7 @@ def test_a_moving_reference_resumes_bitwise(make_trainer: Make, make_model: Any,
     for name, value in whole.reference.split.model.state_dict().items():
         assert torch.equal(value, resumed.reference.split.model.state_dict()[name]), name
     checkpoint = str(tmp_path / "run" / "checkpoint-5")
-    make_trainer(model=make_model(), **{**settings, "sync_ref_model": False}).train()  # writes it anew
+    make_trainer(model=make_model(), **{**settings, "sync_ref_model": False}).train()  # writes the checkpoint again
     with pytest.raises(OutputError, match="sync_ref_model was off when it was written"):
         make_trainer(model=make_model(), **settings).train(resume_from_checkpoint=checkpoint)
 
@@ -341,7 +341,7 @@ def test_a_reference_that_cannot_move_is_refused(make_trainer: Make, make_model:
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in build_pairs(4)]
     with pytest.raises(ConfigError, match="cannot move reference log-probabilities in the data"):
         make_trainer(model=make_model(), train_dataset=rows, sync_ref_model=True)
-    with pytest.raises(ModelError, match="must be of one architecture; they differ in"):
+    with pytest.raises(ModelError, match="must have one architecture; they differ in"):
         make_trainer(model=make_model(), ref_model=make_model("llama-untied"), sync_ref_model=True)
     for name, value, said in (
         ("ref_model_mixup_alpha", 0.0, r"must lie in \(0, 1\]"),

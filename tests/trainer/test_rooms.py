@@ -1,4 +1,4 @@
-"""The rooms of dpo_trainer: every import goes down, none goes round in a circle, and no file grows past reading."""
+"""The layers ("rooms") of dpo_trainer: modules import only lower layers, without cycles, and no file exceeds 400 lines."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import dpo_trainer
 
 ROOT = Path(dpo_trainer.__file__).parent
-#: From the ground up. A module may import its own room and those before it.
+#: From the lowest to the highest. A module may import from its own room and from the rooms before it.
 ROOMS = (
     "errors",
     "data",
@@ -30,12 +30,12 @@ ROOMS = (
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(ROOT.rglob("*.py"))
-    if path != ROOT / "__init__.py"  # the package's front door, which imports from every room
+    if path != ROOT / "__init__.py"  # __init__.py imports from every room
 }
 
 
 def imports(name: str, source: str) -> Iterator[str]:
-    """The modules of the package that a module imports: anywhere in it, also for type checkers alone."""
+    """The modules of the package that a module imports anywhere, including inside functions and for type checkers."""
     package = ["dpo_trainer", *name.split(".")[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Samples during evaluation: right answers to the same prompts each time, no trace in the training, an honest win rate."""
+"""Samples during evaluation: right answers to the same prompts each time, no effect on training, a correct win rate."""
 
 import json
 import math
@@ -37,11 +37,11 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2-learned-positions"])
 def test_greedy_answers_are_those_of_each_prompt_alone(kind: str, make_model: Any, tokenizer: Any) -> None:
-    """Left padding must not show: the textbook loop, one prompt at a time, gives the same tokens."""
+    """Left padding must not matter: a plain loop over single prompts gives the same tokens."""
     model = make_model(kind).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)  # far from ties, which rounding decides
+            parameter.mul_(3)  # so that rounding decides no tie
     prompts = [[5, 9, 11, 40, 7], [33], [12, 14, 100]]
     answers = generate(model, tokenizer, prompts, max_new_tokens=5, temperature=0.0, seed=0)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -79,7 +79,7 @@ def test_an_empty_prompt_is_answered_too(make_model: Any, tokenizer: Any) -> Non
 def test_a_sampled_run_is_bitwise_the_run_without(
     adapter: Any, make_trainer: Make, make_model: Any, pairs: Any, tmp_path: Path
 ) -> None:
-    """With dropout on, every random number that sampling took from training would show."""
+    """With dropout on, training would change if sampling used its random numbers."""
     runs = []
     for name, sampled in (("without", {}), ("with", {**SAMPLED, "sample_temperature": 1.0, "scorer": niceness})):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""FSDP2: two processes that hold half of every weight get the loss, gradients and moving reference of one."""
+"""FSDP2: two processes with half of every weight get the loss, gradients and moving reference of a single process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A script that was written for TRL runs with our classes, or is told in one line what to change."""
+"""A script that was written for TRL runs with our classes, or gets a one-line message about what to change."""
 
 import dataclasses
 import importlib
@@ -36,14 +36,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import trl
 
-#: Our own fields, and those of TRL's.
+#: Our own fields, and TRL's.
 OWN = [row for row in settings_table().values() if row.group not in ("", "run")]
 THEIRS = [field for field in dataclasses.fields(trl.DPOConfig) if field.init]
 
 
 @pytest.fixture
 def untold(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As in a process in which nothing has been trained, and no command line has made transformers quiet."""
+    """Reset the state to a process without any training, in which no command line has silenced transformers."""
     monkeypatch.setattr(facts, "_told", False)
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_warning()
@@ -53,7 +53,7 @@ def untold(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
-#: Words that a field needs of its own, and the value they mean.
+#: Fields that need special command-line arguments: the arguments and the value that they give.
 WORDS: dict[str, tuple[list[str], Any]] = {
     "loss_type": (["sigmoid", "sft"], ["sigmoid", "sft"]),
     "loss_weights": (["0.5"], [0.5]),
@@ -70,7 +70,7 @@ WORDS: dict[str, tuple[list[str], Any]] = {
 
 
 def words_for(row: Setting) -> tuple[list[str], Any]:
-    """Words that set a field, and what it then is."""
+    """Command-line arguments that set a field, and the field's resulting value."""
     if row.name in WORDS:
         return WORDS[row.name]
     kinds = {row.hint, *typing.get_args(row.hint)}
@@ -287,7 +287,7 @@ def test_a_divergence_trains(make_trainer: Any) -> None:
     assert losses["reverse_kl"][1] != pytest.approx(losses["js_divergence"][1], abs=1e-7)
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------------------------
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -349,7 +349,7 @@ def test_the_constructor_takes_trls_arguments_in_trls_order() -> None:
 
 
 def given(tmp_path: Path, **settings: Any) -> dict[str, Any]:
-    """Keywords of a small trainer."""
+    """Keyword arguments of a small trainer."""
     own = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "write_report": False, "save_strategy": "no"}
     return {
         "args": DPOConfig(**{**own, "disable_tqdm": True, **settings}),
@@ -398,7 +398,7 @@ def test_objects_of_other_kinds_are_told_in_a_line(tmp_path: Path) -> None:
 
 
 def test_the_hub_gets_the_name_of_the_data(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's script ends with `push_to_hub(dataset_name=...)`, which transformers hands to the model card."""
+    """TRL's script ends with `push_to_hub(dataset_name=...)`. transformers passes these arguments to the model card."""
     trainer = make_trainer(max_steps=1)
     trainer.train()
     hub = SimpleNamespace(upload_folder=lambda **_: None)
@@ -464,7 +464,7 @@ def test_there_are_no_logits_to_preprocess(tmp_path: Path, model_folder: Path) -
         DPOTrainer(str(model_folder), **given(tmp_path), preprocess_logits_for_metrics=lambda *_: None)
 
 
-# --- what scripts read -----------------------------------------------------------------------------------------------
+# --- attributes that scripts use -------------------------------------------------------------------------------------
 
 
 def test_what_scripts_read_of_a_trainer(make_trainer: Any) -> None:
@@ -553,7 +553,7 @@ def test_a_stream_is_evaluated_as_its_rows_are(kind: str, make_trainer: Any) -> 
 
 @pytest.fixture(autouse=True)
 def trials_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers asks optuna's classes for a trial's parameters; ours here are of no library."""
+    """Make transformers accept this file's trials, which do not belong to a search library such as optuna."""
     whole = transformers.integrations.hp_params
     monkeypatch.setattr(
         transformers.integrations, "hp_params", lambda t: t.params if isinstance(t, SimpleNamespace) else whole(t)
@@ -561,7 +561,7 @@ def trials_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of_trials(tmp_path: Path, space: Any, **settings: Any) -> DPOTrainer:
-    """A trainer that searches, whose trials are started by hand."""
+    """A trainer for hyper-parameter search; the test starts the trials itself."""
     vocabulary = len(build_tokenizer())
     given_model: Any = settings.pop("model_init", lambda: build_model("llama-tied", vocabulary, seed=7))
     arguments = given(tmp_path, learning_rate=1e-3, logging_steps=1, per_device_train_batch_size=4, **settings)
@@ -571,7 +571,7 @@ def of_trials(tmp_path: Path, space: Any, **settings: Any) -> DPOTrainer:
 
 
 def run_trial(trainer: DPOTrainer, number: int, **params: Any) -> list[float]:
-    """Train as `hyperparameter_search` does; the losses."""
+    """Train as `hyperparameter_search` does and return the losses."""
     trainer.train(trial=SimpleNamespace(number=number, params=params))
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
@@ -677,7 +677,7 @@ def test_what_a_search_seeks_is_the_loss() -> None:
 
 
 def test_nothing_is_compiled_before_the_first_step(make_trainer: Any) -> None:
-    """Each trial of a layout took a minute and was never used again."""
+    """Testing the layouts again in each trial took a minute, and the result was not used."""
     torch._dynamo.reset()
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()

@@ -1,4 +1,4 @@
-"""Vision-language models against the plain forward of the whole model, one sequence with its images at a time."""
+"""Vision-language models equal a plain forward of the whole model on one sequence with its images at a time."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def build(folder: Path, kind: str = "llava", *, double: bool = False, **settings
 
 
 def plain_logps(model: Any, processor: Any, row: dict[str, Any], side: str) -> torch.Tensor:
-    """The sum of the answer's log-probabilities by a forward of the whole model, with the row's images and nothing else."""
+    """The sum of the answer's log-probabilities, from a forward of the whole model on this row and its images."""
     places = [{"type": "image"} for _ in row["images"]]
     content = [*places, {"type": "text", "text": row["prompt"][0]["content"]}]
     prompt = [{"role": "user", "content": content}]
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(kind: str, loss_path: str
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in trainer.train_dataset]))
     trainer.model.train()
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(math.log(2), rel=1e-6)
-    with torch.no_grad():  # away from the start, where all pairs count the same
+    with torch.no_grad():  # change the policy, because at the start all pairs have the same coefficient
         for model in (trainer.policy.model, policy):
             for number, parameter in enumerate(model.parameters()):
                 torch.manual_seed(number)
@@ -185,7 +185,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     rows = vision_pairs(4)
     swapped = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows
-    ]  # grows worse at every step
+    ]  # gets worse at every step
     settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     trainer = build(tmp_path, train_dataset=rows, eval_dataset=swapped, **settings, **best)
@@ -195,7 +195,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert all(torch.equal(value, found[name]) for name, value in trainer.policy.model.state_dict().items())
 
 
-# --- the reference beforehand, streams, samples --------------------------------------------------------------------
+# --- precomputed reference, streams, samples -----------------------------------------------------------------------
 
 
 def test_precomputed_references_are_kept_by_the_images(tmp_path: Path, own_cache: Path) -> None:
@@ -265,7 +265,7 @@ def test_samples_are_answers_to_the_prompt_with_its_images(
     assert kind == "gemma3" or len({record["reference"] for record in first}) > 1
 
 
-# --- what does not go together -------------------------------------------------------------------------------------
+# --- incompatible settings -----------------------------------------------------------------------------------------
 
 
 def test_images_are_padded_and_prefix_shared_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A tiny tokenizer, tiny random models and a preference that can be learned: all made here, nothing is fetched."""
+"""A tiny tokenizer, tiny random models and a preference that can be learned, all made here without downloads."""
 
 import random
 from collections.abc import Callable
@@ -35,7 +35,7 @@ NICE, NASTY, SUBJECTS = ("good", "great", "fine"), ("bad", "awful"), ("the", "fi
 
 @cache
 def build_tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose padding token is its end token, as SmolLM2's; optionally adding BOS or EOS to every text."""
+    """Byte-level BPE with its end token as padding token, like SmolLM2's. It may add BOS or EOS to every text."""
     words = " ".join((*NICE, *NASTY, *SUBJECTS, "greatest", "goodness"))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,7 +63,7 @@ def build_tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokeni
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
 LLAMA = {**COMMON, "intermediate_size": 64, "num_key_value_heads": 2}
-#: One model for each thing that may happen between the last hidden state and the logits.
+#: One model for each operation that models apply between the last hidden state and the logits.
 MODELS: dict[str, Callable[[int], torch.nn.Module]] = {
     "llama-tied": lambda v: LlamaForCausalLM(LlamaConfig(vocab_size=v, tie_word_embeddings=True, **LLAMA)),
     "llama-untied": lambda v: LlamaForCausalLM(LlamaConfig(vocab_size=v, tie_word_embeddings=False, **LLAMA)),
@@ -85,7 +85,7 @@ def build_model(kind: str, vocab: int, seed: int = 0) -> Any:
 
 
 def build_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Chosen completions are of nice words, rejected ones of nasty words, of lengths that tell nothing."""
+    """Pairs with chosen completions of nice words and rejected ones of nasty words. Lengths are independent of the side."""
     generator = random.Random(seed)
     return [
         {
@@ -98,7 +98,7 @@ def build_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def build_trainer(folder: Path, **settings: Any) -> DPOTrainer:
-    """A trainer on tiny everything; keywords that DPOTrainer takes go there, the others into DPOConfig."""
+    """A trainer with tiny model and data. Keywords that DPOTrainer takes go there, all others into DPOConfig."""
     of_trainer = {
         "model",
         "ref_model",

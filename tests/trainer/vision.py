@@ -1,4 +1,4 @@
-"""Tiny vision-language models with random weights, their processors, and pairs about images: all made here."""
+"""Tiny vision-language models with random weights, their processors, and pairs about images, all made here."""
 
 import random
 from typing import Any
@@ -32,13 +32,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from .tiny import NASTY, NICE, SUBJECTS, build_tokenizer
 
-#: IMAGE stands for what the model's own template writes where an image is.
+#: IMAGE is replaced by the text that the model's own template writes for an image.
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-#: What each model's template writes for an image, and the special tokens that it needs.
+#: For each model, the text of its template for an image, and the special tokens that it needs.
 MARKS = {
     "qwen2.5-vl": (
         "<|vision_start|><|image_pad|><|vision_end|>",
@@ -172,7 +172,7 @@ def build_vision_model(kind: str, seed: int = 0) -> Any:
                 pad_token_id=0,
             )
         )
-    with torch.no_grad():  # larger than at initialisation, so that an image moves the answers by more than rounding
+    with torch.no_grad():  # larger than at initialisation, so that an image changes the logits by more than rounding
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
@@ -185,7 +185,7 @@ def build_image(seed: int, width: int = 20, height: int = 28) -> Image.Image:
 
 
 def vision_pairs(count: int, seed: int = 0, images: tuple[int, ...] = (1, 2, 0, 1)) -> list[dict[str, Any]]:
-    """Chat rows with as many images as `images` says, in turn, of several sizes."""
+    """Chat rows with images of several sizes. `images` gives the number of images of each row, in turn."""
     generator = random.Random(seed)
     rows = []
     for number in range(count):

@@ -1,1 +1,1 @@
-"""From tokenised pairs to a batch."""
+"""Turns tokenised pairs into batches."""

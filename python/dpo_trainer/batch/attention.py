@@ -1,12 +1,12 @@
-"""Attention over several sequences in one row, each by itself: no padding, no mask over the whole row.
+"""Attention to each sequence of a row separately, without padding and without a mask over the whole row.
 
-A row of T tokens under a mask costs T^2 comparisons, whatever the mask hides, so that only short rows pay. Here every
-sequence of the row (`layout`) is attended to alone: prompt and chosen as one causal sequence, then rejected behind the same
-prompt. The rest of the model, which is nearly all of its work, sees one row without a token of padding.
+Under a mask, a row of T tokens costs T^2 comparisons, however much the mask hides. So packing with a mask pays only for
+short rows. Here attention is computed one sequence at a time (see `layout`): prompt and chosen as one causal sequence, then
+rejected behind the same prompt. The rest of the model, which is nearly all of its work, sees one row without padding.
 
-It is an attention implementation of transformers (`AttentionInterface`), chosen per model by its name, NAME. The lengths reach
-it in the place of the mask, because a prepared 4-D mask is what every such model hands to its layers as it is, also when
-gradient checkpointing runs a layer again. Any other mask is `sdpa`'s business.
+`attend` is an attention implementation of transformers (`AttentionInterface`), chosen per model by its name, NAME. The
+lengths are passed in place of the mask. Every model that can use `attend` hands a prepared 4-D mask to its layers unchanged,
+also when gradient checkpointing recomputes a layer. With any other mask, `sdpa` computes the attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAME = "dpo_sequences"
 
 
 def as_mask(sequences: Tensor) -> Tensor:
-    """Lengths [S, 3] in the form in which a model passes them on to `attend`: int64 [1, 1, S, 3], on the CPU."""
+    """Lengths [S, 3] as the mask that a model hands to `attend`: int64 [1, 1, S, 3], on the CPU."""
     return sequences.cpu()[None, None]
 
 
@@ -39,26 +39,31 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query [B, heads, T, D], key and value [B, key heads, T, D] -> [B, T, heads, D].
+    """Compute attention; transformers calls this function in every layer.
 
     Args:
-        attention_mask: `as_mask` of the lengths (prompt, chosen, rejected) of the S sequences that stand one after the
-            other in the only row; what follows them is padding. Or what `sdpa` takes.
-        sliding_window: tokens that a query sees, itself included.
+        query: [B, heads, T, D].
+        key, value: [B, key heads, T, D].
+        attention_mask: `as_mask` of the lengths (prompt, chosen, rejected) of S sequences. They follow each other in the
+            only row (B = 1), and the tokens after them are padding. Or any mask that `sdpa` takes.
+        sliding_window: number of tokens that a query attends to, itself included.
+
+    Returns:
+        [B, T, heads, D], and None in place of the attention weights.
 
     Raises:
-        ValueError: the model asks for more than this knows (a softcap, a bias by position).
+        ValueError: the model uses a softcap, a position bias or attention sinks (`s_aux`).
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     for name in ("softcap", "position_bias", "s_aux"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"attention by sequence does not know {name}")
+            raise ValueError(f"attention by sequence does not support {name}")
     sequences = attention_mask[0, 0].tolist()
 
     def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries are the last tokens of the sequence whose keys these are."""
+        """Attend from the last tokens of one sequence (query) to the whole sequence (key, value)."""
         queries, keys = query.shape[2], key.shape[2]
         mask = None
         windowed = sliding_window is not None and sliding_window < keys
@@ -67,7 +72,7 @@ def attend(
             if windowed:
                 mask = mask.triu(keys - queries - sliding_window + 1)  # type: ignore[operator]
         if mask is not None and query.device.type != "cpu":
-            # The fused kernels of GPUs take shared heads or a mask, not both.
+            # The fused GPU kernels support shared key heads or a mask, not both.
             key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
         shared = query.shape[1] != key.shape[1]
         found = scaled_dot_product_attention(
@@ -75,7 +80,7 @@ def attend(
         )
         return found.transpose(1, 2)
 
-    # split, not slices: its gradient is written once, where every slice's would be a row of zeros with a part filled in.
+    # split, not slices: split writes its gradient once. Each slice would write a full row of zeros with one part filled in.
     sizes = [size for prompt, chosen, rejected in sequences for size in (prompt + chosen, rejected)]
     sizes.append(query.shape[2] - sum(sizes))
     queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))

@@ -1,4 +1,4 @@
-"""Turns tokenised pairs into one batch, in the layout that costs least, with the scored tokens listed."""
+"""Turns tokenised pairs into one batch in the cheapest layout and lists the scored tokens."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from .layout import PADDING, Rows, arrange, cost, cost_by_sequence, row_of_seque
 
 @dataclass
 class PairCollator:
-    """Collate rows of `prompt_ids`, `chosen_ids` and `rejected_ids` (completions without prompt).
+    """Collate tokenised preference pairs into one batch.
 
-    Where a row has `chosen_mask` and `rejected_mask`, a bool for each token of a completion, those that are false are read and
-    not scored.
+    Every row has `prompt_ids`, `chosen_ids` and `rejected_ids` (the completions without the prompt). A row may also have
+    `chosen_mask` and `rejected_mask`, one bool for each token of a completion: the model reads a token whose mask is false,
+    but the token is not scored.
 
-    With P pairs the batch holds, on B rows of T tokens (see `layout` for what stands where; a completion's last token stands
-    nowhere, since it is predicted and predicts nothing):
+    A batch of P pairs has B rows of T tokens. `layout` describes what each row holds. The last token of a completion is left
+    out, because nothing is predicted from it. The entries of a batch:
 
     * `input_ids`, `attention_mask` [B, T] int64. In the padded layout B is 2P: rows 0..P-1 are prompt + chosen, rows
-      P..2P-1 prompt + rejected.
-    * `segments`, `position_ids` [B, T] int64 in every other layout: which sequence and side a token belongs to, and its
-      place in the text that it continues.
-    * `sequences` [P, 3] int64 where the model is to attend by sequence: tokens of (prompt, chosen, rejected) of each pair
-      that stand in the only row, in this order.
-    * `positions` [N] int64: where, in the flattened [B * T] tokens, the model predicts a completion token. Where a
-      prompt is shared, its last token predicts the first token of both sides and is listed twice.
-    * `labels` [N] int64: what it has to predict there, so the shift by one has been done here and nowhere else.
-    * `cu_seqlens` [2P + 1] int64: sequence s owns `labels[cu_seqlens[s]:cu_seqlens[s + 1]]`; the chosen sequences come
-      first, then the rejected ones, whatever the layout.
-    * `num_tokens` [] int64: tokens of the pairs as text, prompts counted for both sides and padding not at all: the same
-      in every layout.
-    * `pair_weights` [P] float32 when every row has `weight`; `ref_logps` [2P] float64 when every row has
-      `ref_chosen_logps` and `ref_rejected_logps`.
-    * `model.pixel_values` and others where rows have images: what the model reads beside token ids, of the chosen
-      sequences first, then of the rejected ones. Such a batch is padded: models count the positions of images themselves.
+      P..2P-1 are prompt + rejected.
+    * `segments`, `position_ids` [B, T] int64, in every layout but the padded one: the sequence and side that a token belongs
+      to, and the token's position in its own text.
+    * `sequences` [P, 3] int64, only when the model is to attend by sequence: the number of tokens of (prompt, chosen,
+      rejected) of each pair in the only row, in this order.
+    * `positions` [N] int64: indices into the flattened [B * T] tokens at which the model predicts a completion token. The
+      last token of a shared prompt predicts the first token of both sides, so its index is listed twice.
+    * `labels` [N] int64: the token to predict at each position. The shift by one is done here and nowhere else.
+    * `cu_seqlens` [2P + 1] int64: sequence s owns `labels[cu_seqlens[s]:cu_seqlens[s + 1]]`. In every layout the chosen
+      sequences come first, then the rejected ones.
+    * `num_tokens` [] int64: tokens of the pairs as text, with prompts counted for both sides and padding not counted. It is
+      the same in every layout.
+    * `pair_weights` [P] float32, if every row has `weight`.
+    * `ref_logps` [2P] float64, if every row has `ref_chosen_logps` and `ref_rejected_logps`.
+    * `model.pixel_values` and other model inputs, if rows have images: first of the chosen sequences, then of the rejected
+      ones. Such a batch is always padded, because the model computes the positions of images itself.
 
-    Everything is derived from lengths, never from token ids: a tokenizer whose padding token is also its end token
-    (SmolLM2 has such a one) is safe. The first token of a sequence without a prompt has nothing to be predicted from
-    and is not scored.
+    Everything follows from lengths, never from token ids. So a tokenizer whose padding token is also its end token
+    (SmolLM2's, for example) is safe. The first token of a sequence without a prompt is not scored, because there is no token
+    before it.
 
-    No rows make a batch of no pairs and one token: the share of a process for which a step has none left.
+    An empty list of rows gives a batch of no pairs and one token. A process gets such a batch when a step has no pairs left
+    for it.
 
     Args:
-        pad_token_id: the id written into padding. Any valid id will do.
-        pad_to_multiple_of: round T up to a multiple of this.
-        layout: "padded", "prefix_shared" or "auto"; "sequences": one row for a model that attends by sequence, always.
-        attention_cost: what "auto" weighs long rows by, see `layout.cost`.
-        by_sequence: whether the model attends by sequence where told to: "prefix_shared" and "auto" then tell it to, where
-            that is cheaper.
-        images: makes the model's inputs for images. None: rows have none.
+        pad_token_id: the id written into padding. Any valid id works.
+        pad_to_multiple_of: T is rounded up to a multiple of this number.
+        layout: "padded", "prefix_shared" or "auto". "sequences" always makes one row, for a model that attends by sequence.
+        attention_cost: the cost of attention by which "auto" compares layouts, see `layout.cost`.
+        by_sequence: whether the model can attend by sequence. "prefix_shared" and "auto" then use this where it is cheaper.
+        images: makes the model's inputs for images. None if rows have no images.
     """
 
     pad_token_id: int = 0
@@ -66,6 +67,17 @@ class PairCollator:
     images: ImageInputs | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows into a batch.
+
+        Args:
+            rows: tokenised pairs, as described above.
+
+        Returns:
+            the entries of the batch by name, on the CPU.
+
+        Raises:
+            DataError: an image cannot be read or processed.
+        """
         pairs = [[list(row[name]) for name in TOKENS] for row in rows]
         lengths = [(len(p), _inputs(p, chosen), _inputs(p, rejected)) for p, chosen, rejected in pairs]
         images = [images_of(row) or [] for row in rows] if self.images is not None else []
@@ -77,7 +89,7 @@ class PairCollator:
         input_ids = torch.full((len(arranged), longest), self.pad_token_id, dtype=torch.int64)
         segments = torch.full_like(input_ids, PADDING)
         position_ids = torch.zeros_like(input_ids)
-        # What each sequence is scored on, at its place in the order of `labels`.
+        # Positions and labels of each sequence, in the order of `cu_seqlens`.
         positions, labels = ([torch.empty(0, dtype=torch.int64)] * 2 * len(pairs) for _ in range(2))
         for index, row in enumerate(arranged):
             end = 0
@@ -93,7 +105,7 @@ class PairCollator:
                     position_ids[index, start:end] = torch.arange(first, first + counts[part])
                     if part:
                         before = torch.arange(start - 1, start - 1 + len(tokens))
-                        before[:1] = last  # of the prompt, which another side may stand behind
+                        before[:1] = last  # token of the prompt: the chosen side may stand between it and this side
                         scored: Any = slice(0 if counts[0] else 1, None)
                         mask = rows[piece.pair].get(MASKS[part - 1])
                         if mask is not None and not all(mask):
@@ -124,7 +136,7 @@ class PairCollator:
         return batch
 
     def _arrange(self, lengths: list[tuple[int, int, int]], layout: str) -> tuple[Rows, bool]:
-        """The rows, and whether their sequences are to be attended to one by one."""
+        """The rows, and whether the model is to attend to their sequences separately."""
         row = row_of_sequences(lengths)
         if layout == "sequences":
             return [row], True
@@ -136,5 +148,5 @@ class PairCollator:
 
 
 def _inputs(prompt: Sequence[int], side: Sequence[int]) -> int:
-    """Tokens of a completion that the model is to read: not the last one, unless the sequence would be empty."""
+    """Number of a completion's tokens that the model reads: all but the last, or one if the sequence would be empty."""
     return max(len(side) - 1, 0 if prompt else min(len(side), 1))

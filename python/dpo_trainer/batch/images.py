@@ -1,4 +1,4 @@
-"""What a vision-language model reads beside token ids: pixels, and what its processor says of them."""
+"""Makes a vision-language model's inputs other than token ids: pixel values and what its processor adds to them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ from ..data.images import open_image
 from ..data.processor import image_token_of
 from ..errors import DataError, first_line
 
-#: Begins the names of a batch's entries that go to the model as they are.
+#: Prefix of the batch entries that are passed to the model unchanged.
 PREFIX = "model."
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Makes the inputs of a model for the images of a batch's rows.
+    """Makes a model's inputs for the images of a batch.
 
     Args:
-        processor: of the model; it decides what the inputs are (`pixel_values`, `image_grid_thw`, and so on).
+        processor: the model's processor. It decides which inputs there are (`pixel_values`, `image_grid_thw`, and so on).
     """
 
     processor: Any
 
     def __call__(self, images: Sequence[Sequence[Any]], input_ids: Tensor, *, copies: int = 1) -> dict[str, Tensor]:
-        """The model's inputs by name, without the token ids; nothing where no row has images.
+        """Process the images of a batch.
 
         Args:
-            images: of every row, in the order of their places.
-            input_ids: [copies * rows, T] int64: the rows in this order, then again; tensors for each token are made of them.
-            copies: times that every image stands in `input_ids`: it is processed once and given to the model as often.
+            images: the images of every row, in the order in which they appear in the row.
+            input_ids: [copies * rows, T] int64: all rows in this order, `copies` times. Inputs that have one value for each
+                token are derived from these ids.
+            copies: how often every image occurs in `input_ids`. An image is processed once, and its tensors are repeated.
+
+        Returns:
+            the model's inputs by name, without the token ids. Empty if no row has images.
 
         Raises:
-            DataError: an image cannot be read, or the processor gives something else than tensors for images and tokens.
+            DataError: an image cannot be read, or the processor returns something that the trainer cannot batch.
         """
         opened = [[open_image(image, "an image of a batch") for image in row] for row in images if row]
         if not opened:
@@ -45,20 +49,20 @@ class ImageInputs:
         name = type(self.processor).__name__
         try:
             texts = [(image_token_of(self.processor) or "") * len(row) for row in opened]
-            padding = self.processor.tokenizer.pad_token is not None  # some give tensors whatever they are asked for
+            padding = self.processor.tokenizer.pad_token is not None  # some processors always return (padded) tensors
             found = dict(self.processor(text=texts, images=opened, add_special_tokens=False, padding=padding))
             ids = found.pop("input_ids")
             found.pop("attention_mask", None)
             kinds = {key: found.pop(key) for key in list(found) if key.endswith("token_type_ids")}
             pixels = dict(BatchFeature(found, tensor_type="pt"))
-        except Exception as error:  # whatever a processor raises
+        except Exception as error:  # a processor may raise anything
             raise DataError(f"{name} fails on the images of a batch ({first_line(error)})") from error
         for key, value in pixels.items():
             if not isinstance(value, Tensor) or key == "cross_attention_mask":
-                raise DataError(f"{name}: gives '{key}' for images, which the trainer cannot put into batches")
+                raise DataError(f"{name}: returns '{key}' for images, which the trainer cannot put into batches")
         inputs = {key: torch.cat([value] * copies) for key, value in pixels.items()}
         for key, rows in kinds.items():
-            # A token's kind follows from its id: that of text is 0.
+            # The id of a token determines its type. The type of text is 0.
             inputs[key] = torch.zeros_like(input_ids)
             pairs = {
                 (int(token), int(kind)) for row in zip(ids, rows, strict=True) for token, kind in zip(*row, strict=True)
@@ -69,6 +73,6 @@ class ImageInputs:
 
 
 def model_inputs(batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The entries of a batch that go to the model as they are, by the model's names; floating ones in `dtype`."""
+    """The batch entries that are passed to the model, under the model's names. Floating-point entries are cast to `dtype`."""
     found = {name.removeprefix(PREFIX): value for name, value in batch.items() if name.startswith(PREFIX)}
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in found.items()}

@@ -1,10 +1,9 @@
-"""Where the tokens of a batch stand: which rows, which neighbours, and what every token may attend to.
+"""The layout of a batch: which sequences share a row, and which tokens every token may attend to.
 
-A pair is laid out in one of two ways. *Apart*, each side is a sequence of its own and carries its own copy of the prompt.
-*Shared*, prompt, chosen and rejected stand in one sequence: both completions attend to the prompt and not to each other,
-and both take up the positions that follow the prompt. Sequences of either kind may share a row of the batch when none
-attends to another. What a row holds follows from lengths alone (`arrange`), what it may see from segment numbers
-(`attention_inputs`).
+A pair is laid out in one of two ways. *Apart*: each side is a sequence of its own with its own copy of the prompt. *Shared*:
+prompt, chosen and rejected form one sequence. Both completions then attend to the prompt and not to each other, and both
+have the positions that follow the prompt. Several sequences, apart or shared, may be packed into one row; no sequence
+attends to another. `arrange` chooses the rows from lengths alone. `attention_inputs` makes the mask from segment numbers.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from . import attention
 
 LAYOUTS = ("auto", "padded", "prefix_shared")
 
-#: What the calls of attention for one more sequence cost, in tokens: a few in a model of 135 million parameters, measured on
-#: pairs of 36 tokens, where nothing else differed (2.0 to 3.9 in batches of 8 and 16); less in larger ones.
+#: Cost of the attention calls for one more sequence, in tokens. In a model of 135 million parameters, 2.0 to 3.9 tokens were
+#: measured in batches of 8 and 16 pairs of 36 tokens, where nothing else differed. Larger models have a lower cost.
 SEQUENCE_COST = 4.0
 
-#: Segment numbers of a row's k-th sequence: 3k its prompt, 3k + 1 chosen, 3k + 2 rejected; padding has PADDING.
+#: Segment number of padding. In a row's k-th sequence, the prompt has number 3k, chosen 3k + 1 and rejected 3k + 2.
 PADDING = -1
 
 
 class Piece(NamedTuple):
-    """One sequence of a row: a pair's prompt followed by one side, or by both."""
+    """One sequence of a row: a pair's prompt followed by one side or by both sides."""
 
     pair: int
     sides: tuple[int, ...]  # 0 chosen, 1 rejected
-    length: int
+    length: int  # in tokens
 
 
 Rows = list[list[Piece]]
@@ -42,9 +41,10 @@ def arrange(lengths: Sequence[tuple[int, int, int]], layout: str = "auto", atten
     """Distribute pairs over rows.
 
     Args:
-        lengths: tokens of (prompt, chosen, rejected) of every pair that the model reads.
-        layout: "padded": one sequence a row, chosen ones first, then rejected ones; "prefix_shared": shared pairs, as
-            many to a row as pays; "auto": the cheapest of these and of sequences apart, as many to a row as pays.
+        lengths: how many tokens of (prompt, chosen, rejected) the model reads, for every pair.
+        layout: "padded": one sequence in each row, first all chosen ones, then all rejected ones. "prefix_shared": shared
+            pairs, packed into the number of rows that costs least. "auto": the cheapest of "padded", packed shared pairs and
+            packed sequences apart.
         attention_cost: see `cost`.
     """
     apart = [Piece(pair, (side,), parts[0] + parts[1 + side]) for side in (0, 1) for pair, parts in enumerate(lengths)]
@@ -53,37 +53,37 @@ def arrange(lengths: Sequence[tuple[int, int, int]], layout: str = "auto", atten
         return padded
     candidates = _packings(row_of_sequences(lengths))
     if layout == "auto":
-        # The first of equals wins: padded rows need no mask of their own.
+        # padded comes first because the first of equal costs wins, and padded rows need no [T, T] mask.
         candidates = [padded, *candidates, *_packings(apart)]
     return min(candidates, key=lambda rows: cost(rows, attention_cost))
 
 
 def cost(rows: Rows, attention_cost: float) -> float:
-    """Work of a batch, in tokens: every token of every row costs 1, and each key that it is compared with `attention_cost`.
+    """Work of a batch, in tokens: each token costs 1, plus `attention_cost` for every key that it is compared with.
 
-    Masked attention computes whole rows, padding and other sequences included, so length counts squared.
+    Masked attention compares every token of a row with the whole row, so the cost grows with the square of the length.
     """
     longest = width(rows)
     return len(rows) * longest * (1 + attention_cost * longest)
 
 
 def row_of_sequences(lengths: Sequence[tuple[int, int, int]]) -> list[Piece]:
-    """All pairs in one row, every prompt once, for a model that attends by sequence (see `attention`)."""
+    """One row with all pairs, each prompt once, for a model that attends by sequence (see `attention`)."""
     return [Piece(pair, (0, 1), sum(parts)) for pair, parts in enumerate(lengths)]
 
 
 def cost_by_sequence(row: list[Piece], attention_cost: float) -> float:
-    """Work of a batch as `cost` counts it, where every sequence is attended to alone: none is compared with another."""
+    """Work of a batch, in tokens as in `cost`, if every sequence is compared only with itself."""
     return sum(piece.length * (1 + attention_cost * piece.length) + SEQUENCE_COST for piece in row)
 
 
 def width(rows: Rows) -> int:
-    """Tokens of the longest row."""
+    """Number of tokens of the longest row."""
     return max(sum(piece.length for piece in row) for row in rows)
 
 
 def _packings(pieces: list[Piece]) -> list[Rows]:
-    """The pieces over 1, 2, ... rows: the longest first, each into the row that is shortest so far."""
+    """The pieces packed into 1, 2, ... rows: the longest piece first, each into the row that is shortest so far."""
     ordered = sorted(pieces, key=lambda piece: -piece.length)
     candidates = []
     for count in range(1, len(ordered) + 1):
@@ -97,15 +97,16 @@ def _packings(pieces: list[Piece]) -> list[Rows]:
     return candidates
 
 
-# --- what tokens attend to -----------------------------------------------------------------------------------------
+# --- attention masks -----------------------------------------------------------------------------------------------
 
 
 def attention_inputs(batch: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """`attention_mask` and, where rows hold more than one sequence, `position_ids`, as a transformers model takes them.
+    """The `attention_mask` and, for packed or shared rows, the `position_ids` of a batch for a transformers model.
 
-    Padded batches keep their mask [B, T]. A model that attends by sequence gets their lengths in its place. Others get a
-    mask [B, 1, T, T], boolean or, for eager attention, additive in `dtype`. Where the rows are longer than the model's
-    sliding window, the window is in the mask, and models that mix windowed with full attention get one mask for each.
+    A padded batch keeps its mask [B, T]. For a model that attends by sequence, the mask is the sequences' lengths. In all
+    other cases it is [B, 1, T, T]: boolean, or additive in `dtype` for eager attention. If rows are longer than the
+    model's sliding window, the mask includes the window. A model that mixes windowed and full attention then gets a dict of
+    two masks.
     """
     if "segments" not in batch:
         return {"attention_mask": batch["attention_mask"]}
@@ -130,9 +131,9 @@ def attention_inputs(batch: Mapping[str, Tensor], config: Any, dtype: torch.dtyp
 
 
 def visible(segments: Tensor) -> Tensor:
-    """[B, T, T] bool: whether token i of a row (second index) may attend to token j (third).
+    """Whether token i of a row (second index) may attend to token j (third index): bool [B, T, T].
 
-    That is to earlier tokens of its own sequence that are prompt or of its own side, and to itself.
+    A token attends to itself and to the earlier tokens of its own sequence that belong to the prompt or to its own side.
     """
     query, key = segments[:, :, None], segments[:, None, :]
     same_sequence = query.div(3, rounding_mode="floor") == key.div(3, rounding_mode="floor")

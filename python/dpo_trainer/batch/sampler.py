@@ -1,4 +1,4 @@
-"""Which pairs make a batch, in which order: by length or not, by number or by tokens, the same on any number of processes."""
+"""Chooses the pairs of every batch and their order, by length or at random, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
 
-#: Steps within which pairs are sorted by length: enough to find neighbours, too few to fix who they are.
+#: Number of steps within which pairs are sorted by length. It is large enough to find pairs of similar length, and small
+#: enough that every epoch groups different pairs.
 POOL = 50
 
 STRATEGIES = ("random", "group_by_length", "sequential")
@@ -22,21 +23,21 @@ Batches = list[list[int]]
 
 @dataclass(frozen=True)
 class Batching:
-    """How pairs become batches and batches become optimizer steps.
+    """How pairs form batches and batches form optimizer steps.
 
-    `num_processes * accumulation` consecutive batches make a step, of which each process gets every `num_processes`-th.
-    So a step holds the same pairs however they are divided into processes and accumulated batches.
+    `num_processes * accumulation` consecutive batches form a step. Each process gets every `num_processes`-th of them. So a
+    step holds the same pairs, however the batches are divided between processes and gradient accumulation.
 
     Attributes:
         pairs: pairs per batch. Not used with `max_tokens`.
-        max_tokens: most tokens per batch as the padded layout counts them: two rows a pair, as long as the longest. The
-            other layouts need fewer.
-        pad_to_multiple_of: what lengths are rounded up to a multiple of.
-        strategy: "random"; "group_by_length": random, but with pairs of similar length in a step, and the longest first
-            of all, so that what does not fit into memory shows at once; "sequential".
-        accumulation: batches that a process accumulates to a step.
+        max_tokens: maximum of tokens per batch, counted in the padded layout: two rows for each pair, as long as the longest
+            row. The other layouts need fewer tokens.
+        pad_to_multiple_of: lengths are rounded up to a multiple of this number.
+        strategy: "random"; "sequential"; or "group_by_length": random, but a step holds pairs of similar length. The step
+            with the longest pair comes first, so that running out of memory shows at once.
+        accumulation: batches that a process accumulates for one step.
         num_processes: processes among which batches are divided.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     pairs: int
@@ -53,15 +54,15 @@ class Batching:
 
     @property
     def room(self) -> int:
-        """What a batch holds: pairs, or tokens with `max_tokens`."""
+        """Capacity of a batch: in pairs, or in tokens with `max_tokens`."""
         return self.pairs if self.max_tokens is None else self.max_tokens
 
     def share(self, length: int) -> int:
-        """What a pair whose longer side has `length` tokens takes of `room` when no longer pair is in the batch."""
+        """How much of `room` a pair takes if its longer side has `length` tokens and no pair in the batch is longer."""
         return 1 if self.max_tokens is None else 2 * (length + -length % (self.pad_to_multiple_of or 1))
 
     def check(self, length: int) -> None:
-        """Raise ConfigError if a pair whose longer side has `length` tokens exceeds `max_tokens` alone."""
+        """Raise ConfigError if a single pair whose longer side has `length` tokens exceeds `max_tokens`."""
         if self.share(length) > self.room:
             raise ConfigError(
                 f"max_tokens: {self.max_tokens} is less than the {self.share(length)} tokens of a single pair (2 x {length}, "
@@ -69,12 +70,12 @@ class Batching:
             )
 
     def steps(self, lengths: Sequence[int], epoch: int, fixed: bool = False) -> tuple[list[Batches], Batches]:
-        """The full steps of an epoch in order, and the batches left over, which fill no step.
+        """The full steps of an epoch in order, and the remaining batches, which are too few for a step.
 
         Args:
             lengths: tokens of the longer side of every pair, prompt included.
-            epoch: seeds the order.
-            fixed: with `max_tokens`, put the same pairs together in every epoch. All epochs then have the same number of batches.
+            epoch: number of the epoch, part of the seed.
+            fixed: with `max_tokens`, every epoch has the same batches, so the number of batches is the same too.
         """
         batches = self._batches(lengths, 0 if fixed and self.max_tokens is not None else epoch)
         unit = self.batches_per_step
@@ -94,7 +95,7 @@ class Batching:
         if self.strategy != "sequential":
             order = self._permutation(len(order), epoch, 0)
         if self.strategy == "group_by_length":
-            # Sorted within pools of neighbours in the random order, so that every epoch groups other pairs.
+            # Sort within pools of consecutive pairs of the random order, so that every epoch groups different pairs.
             count = max(self.room * len(order) // max(sum(map(self.share, lengths)), 1), 1)
             pool = POOL * count * self.batches_per_step
             pools = [order[start : start + pool] for start in range(0, len(order), pool)]
@@ -115,19 +116,20 @@ class Batching:
 
 
 class PairBatchSampler:
-    """Batches of row indices for one process; together the processes see every pair once an epoch.
+    """Yields batches of row indices for one process; all processes together yield every pair once an epoch.
 
-    An epoch's last step, for which too few pairs are left, comes last. What is left is divided such that every process
-    gets the same number of batches; where there are fewer pairs than processes, some batches hold none. No pair is repeated.
-    With `max_tokens`, the pairs of each batch are chosen once, since all epochs must have the same number of steps.
+    An incomplete step comes last in its epoch. Its pairs are divided so that every process gets the same number of batches.
+    If there are fewer pairs than processes, some batches are empty. No pair is repeated. With `max_tokens`, the pairs of each
+    batch are chosen once, because all epochs must have the same number of steps.
 
     Args:
         lengths: tokens of the longer side of every pair, prompt included.
-        process_index: whose batches.
-        drop_last: leave out what does not fill a batch on every process.
+        batching: size, order and division of the batches.
+        process_index: index of the process that reads these batches.
+        drop_last: leave out remaining pairs that do not fill a batch on every process.
 
     Raises:
-        ConfigError: a pair alone exceeds `max_tokens`.
+        ConfigError: a single pair exceeds `max_tokens`.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class PairBatchSampler:
         batching.check(max(self.lengths, default=0))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order `__iter__` gives."""
+        """Set the epoch that `__iter__` uses for its order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -150,7 +152,7 @@ class PairBatchSampler:
         return iter(self._batches()[self.process_index :: self.batching.num_processes])
 
     def _batches(self) -> Batches:
-        """All processes' batches of the epoch, in order."""
+        """The epoch's batches of all processes, in order."""
         if self._made is None or self._made[0] != self.epoch:
             rule, number = self.batching, self.batching.num_processes
             steps, rest = rule.steps(self.lengths, self.epoch, fixed=True)
@@ -164,17 +166,23 @@ class PairBatchSampler:
 
 
 class PairStream(IterableDataset):
-    """Batches of rows, for one process, from rows that come one after the other: no end, and nothing left over.
+    """Yields batches of rows for one process from a stream, without end.
 
-    Rows are gathered until they make about POOL steps, and are grouped and shuffled among themselves as `Batching` says;
-    those that fill no step wait for the next ones. After the last row the first one follows again, so that a pass over
-    the data need not end with a step, and a resumed run finds its place by counting batches.
-    Every process reads all rows and yields its share. One worker may do that in the background; several would each read
-    a part only, as `datasets` divides its streams.
+    Rows are collected until they make about POOL steps. They are then grouped and shuffled as `Batching` says. Rows that do
+    not fill a step stay for the next pool. After the last row the stream starts again with the first row. So a pass over the
+    data need not end with a complete step, and a resumed run finds its position by counting batches.
+
+    Every process reads all rows and yields its own share. At most one dataloader worker may do this in the background:
+    `datasets` divides a stream among workers, so each of several workers would read only a part of the rows.
 
     Args:
-        rows: makes an iterator over rows with `length` for a pass, counted from 0.
-        process_index: whose batches.
+        rows: returns an iterator over rows with a `length`, given the number of the pass, counted from 0.
+        batching: size, order and division of the batches.
+        process_index: index of the process that reads these batches.
+
+    Raises:
+        ConfigError: a single pair exceeds `max_tokens`.
+        DataError: the stream has no rows.
     """
 
     def __init__(
@@ -213,7 +221,10 @@ class PairStream(IterableDataset):
 
 
 def divided(step: Batches, multiple: int) -> Batches:
-    """Split batches of a step, the largest first, until their number is a multiple of `multiple`. Half of one pair is empty."""
+    """Halve batches of a step, the largest first, until their number is a multiple of `multiple`.
+
+    Halving a batch of one pair gives that batch and an empty one.
+    """
     step = list(step)
     while len(step) % multiple:
         place = max(range(len(step)), key=lambda index: len(step[index]))

@@ -35,7 +35,7 @@ def load_pairs(
 ) -> Any:
     """Read preference data into a `datasets.Dataset` with the columns of a pair, every row checked.
 
-    Known layouts become our columns; a line tells which, and another what nobody reads (docs/trainer.md).
+    Known layouts become our columns; a line tells which, and another what nobody reads (docs/data.md).
 
     Args:
         path: a .jsonl, .json (a list of objects), .parquet or .csv file, a folder made by `Dataset.save_to_disk`, or the

@@ -1,1 +1,1 @@
-"""The policy, its reference, and the way from a batch to its loss."""
+"""Policy and reference models, and the computation of a batch's loss."""

@@ -1,4 +1,4 @@
-"""What the kinds of adapters of peft need beyond their layers: virtual tokens, hooks, tasks, ranks that change in training."""
+"""Support for kinds of peft adapters that need more than their layers: virtual tokens, hooks, tasks, changing ranks."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from ..errors import ConfigError, ModelError
 
 logger = logging.getLogger("dpo_trainer")
 
-#: Kinds whose modules around the model, not in it, run a part of the adapter.
+#: Kinds of adapters of which a part runs in modules around the model, not inside it.
 _AROUND = {
     "XLORA": "X-LoRA weighs its experts in a forward of its own",
     "POLY": "Poly hands tasks to its layers",
     "SHADOW": "Shadow runs a network beside the model",
 }
-#: Kinds that hand keys and values to the model as a cache.
+#: Kinds of adapters that pass keys and values to the model as a cache.
 _CACHED = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def active_configs(model: Any) -> list[Any]:
-    """The peft configs of a model's active adapters; none for a model that is not a peft model."""
+    """The peft configs of a model's active adapters; empty for a model that is not a peft model."""
     if not hasattr(model, "get_base_model"):
         return []
-    own, inner = model.active_adapter, model.active_adapters  # X-LoRA's inner ones are its experts
+    own, inner = model.active_adapter, model.active_adapters  # of X-LoRA, active_adapters are the experts
     names = dict.fromkeys([*([own] if isinstance(own, str) else own), *inner])
     return [model.peft_config[name] for name in names if name in model.peft_config]
 
 
 def active_names(model: Any) -> list[str]:
-    """Names of a peft model's active adapters that have weights of their own in its layers; none for other models."""
+    """Names of a peft model's active adapters that have weights in its layers; empty for other models."""
     if not hasattr(model, "get_base_model"):
         return []
     return [name for name in model.active_adapters if name in model.peft_config]
 
 
 def own_forward(model: Any) -> str | None:
-    """What an active adapter does in the peft model's own forward, so that backbone and head alone would pass it by.
+    """Describe what an active adapter does in the peft model's own forward, which calling backbone and head would skip.
 
     Returns:
-        it in words; None where all of the adapter is in the model's layers.
+        the description; None if the whole adapter is in the model's layers.
     """
     for config in active_configs(model):
         if config.is_prompt_learning:
@@ -58,7 +58,7 @@ def own_forward(model: Any) -> str | None:
 
 
 def virtual_tokens(model: Any) -> int:
-    """Tokens that a prompt-learning adapter puts in front of every row."""
+    """Number of virtual tokens that prompt-learning adapters put in front of every row."""
     return sum(config.num_virtual_tokens for config in active_configs(model) if config.is_prompt_learning)
 
 
@@ -68,7 +68,12 @@ def needs_task(model: Any) -> bool:
 
 
 def check_adapter(model: Any, *, gradient_checkpointing: bool) -> None:
-    """Raise ModelError or ConfigError for an adapter that cannot be trained on pairs; say what of its method is left out."""
+    """Check that the adapters can be trained on pairs, and log which parts of their methods are not supported.
+
+    Raises:
+        ModelError: an adapter needs a task for every pair.
+        ConfigError: an adapter cannot be trained with gradient checkpointing.
+    """
     for config in active_configs(model):
         kind = config.peft_type.value
         tasks = getattr(config, "num_tasks", getattr(config, "n_tasks", 1))
@@ -78,8 +83,8 @@ def check_adapter(model: Any, *, gradient_checkpointing: bool) -> None:
             )
         if kind in _CACHED and gradient_checkpointing:
             raise ConfigError(
-                f"gradient_checkpointing: layers that are computed twice take no cache, which is where {kind} puts its "
-                "parameters; turn it off"
+                f"gradient_checkpointing: recomputed layers use no cache, but {kind} passes its parameters in a cache; turn "
+                "gradient_checkpointing off"
             )
         if getattr(config, "orth_reg_weight", 0):
             logger.info(
@@ -91,13 +96,13 @@ def check_adapter(model: Any, *, gradient_checkpointing: bool) -> None:
 
 @contextlib.contextmanager
 def moved(model: nn.Module) -> Iterator[None]:
-    """A context in which the trainable parameters of a peft model are moved at random; afterwards they are as before, to the bit.
+    """A context in which the trainable parameters of a peft model are perturbed at random; then they are restored bit by bit.
 
-    Most adapters begin as nothing. Moved, they show whether they take effect at all, and whether two ways of calling the
-    model agree on it. Takes no number from the global random state.
+    Most adapters start without any effect. Perturbed adapters show whether they have an effect at all, and whether two ways
+    of calling the model agree. Does not use the global random state.
     """
     parameters = [value for value in model.parameters() if value.requires_grad] if active_configs(model) else []
-    # A sharded parameter is moved in this process's shard.
+    # Of a sharded parameter, each process perturbs its own shard.
     parts = [getattr(value, "_local_tensor", value).data for value in parameters if value.is_floating_point()]
     before = [part.clone() for part in parts]
     for part in parts:
@@ -111,39 +116,39 @@ def moved(model: nn.Module) -> Iterator[None]:
 
 
 class AllocateRanks(TrainerCallback):
-    """After every update, lets an adapter that moves its ranks between layers do so (AdaLoRA, AdaMSS).
+    """Lets an adapter redistribute its ranks between layers after every update (AdaLoRA, AdaMSS).
 
-    peft asks training loops to call `update_and_allocate` between the optimizer's step and the next `zero_grad`.
+    peft requires training loops to call `update_and_allocate` between the optimizer's step and the next `zero_grad`.
     """
 
     @staticmethod
     def wanted(model: Any) -> bool:
-        """Whether the model has an adapter that asks for it."""
+        """Whether the model has an adapter that redistributes its ranks."""
         return bool(active_configs(model)) and hasattr(type(model.base_model), "update_and_allocate")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say where the run ends before the ranks are those that were asked for."""
+        """Warn if the run ends before the adapter has reached its final ranks."""
         for config in active_configs(kwargs["model"]):
             end = (getattr(config, "total_step", None) or 0) - getattr(config, "tfinal", 0)
             if end > state.max_steps:
                 logger.warning(
-                    "%s: reaches target_r at step %d (total_step - tfinal), but the run has %d; set total_step to that",
+                    "%s: reaches target_r at step %d (total_step - tfinal), but the run has %d steps; lower total_step",
                     config.peft_type.value,
                     end,
                     state.max_steps,
                 )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by transformers between the two."""
+        """Redistribute the ranks. transformers calls this between the optimizer's step and `zero_grad`."""
         kwargs["model"].base_model.update_and_allocate(state.global_step)
 
 
-#: Running means of AdaLoRA's allocator, by parameter.
+#: Attributes of AdaLoRA's rank allocator that hold running means for each parameter.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 def allocation_state(model: Any) -> dict[str, Any]:
-    """What AdaLoRA knows of its ranks so far and no checkpoint of peft keeps; empty for other models."""
+    """AdaLoRA's rank pattern and importance scores, which peft does not save in a checkpoint; empty for other models."""
     allocator = getattr(model.base_model, "rankallocator", None) if active_configs(model) else None
     if allocator is None:
         return {}
@@ -153,7 +158,7 @@ def allocation_state(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def all_ranks(model: Any) -> Iterator[None]:
-    """A context in which peft saves all of AdaLoRA's ranks, also those that are 0 now and may come back in a resumed run."""
+    """A context in which peft saves all of AdaLoRA's ranks, also those that are 0 now and may return in a resumed run."""
     configs = [config for config in active_configs(model) if config.peft_type.value == "ADALORA"]
     patterns = [config.rank_pattern for config in configs]
     for config in configs:
@@ -166,7 +171,7 @@ def all_ranks(model: Any) -> Iterator[None]:
 
 
 def take_allocation_state(model: Any, state: dict[str, Any]) -> None:
-    """Go on from what `allocation_state` gave."""
+    """Restore what `allocation_state` returned."""
     if not state:
         return
     model.peft_config[model.base_model.trainable_adapter_name].rank_pattern = state["rank_pattern"]

@@ -1,4 +1,4 @@
-"""Adapters of peft: continuing, merging or adding one, and what the model is without it."""
+"""Continues, merges or adds a peft adapter, and compares a model with and without its adapter."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from .split import Batch, SplitModel, evaluating, unwrap_adapter
 
 logger = logging.getLogger("dpo_trainer")
 
-#: Folder in `output_dir` of the model that a new adapter belongs to, where an older adapter was merged into its base.
+#: Folder in `output_dir` for the base model of a new adapter, used if an older adapter was merged into the base model.
 BASE = "base"
-#: Parts of a weight's name by which peft moves it down where it wraps a module.
+#: Name parts that peft inserts into the name of a weight when it wraps the weight's module.
 _WRAPPED = re.compile(r"\b(original_module|token_adapter|base_layer)\.")
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A model with the adapter that is to be trained, or a plain one.
+    """A model with the adapter that is to be trained, or a model without one.
 
     Attributes:
-        is_new: whether the trainer put the adapter around a plain model.
-        keeps_base: whether the model without the adapter still is the plain model. Some adapters rewrite its weights.
-        merged: whether an older adapter was merged into the model before.
-        names: of the weights of the plain model under a new adapter.
+        model: the peft model, or the plain model.
+        is_new: whether the trainer added the adapter to a plain model.
+        keeps_base: whether the base model's weights are unchanged. Some adapters rewrite them.
+        merged: whether an older adapter was merged into the model.
+        names: names of the plain model's weights, if an older adapter was merged and a new one added.
     """
 
     model: Any
@@ -44,41 +45,42 @@ class Attached:
 
 
 def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -> Attached:
-    """The model with its own adapter, or a new one, or none.
+    """Prepare the model's own adapter, a new adapter or no adapter for training.
 
     Args:
-        adapter: what becomes of the adapter that the model brings: "continue" trains it, "merge" merges it into its base.
-            None: it is continued, or merged where the trainer loaded it and there is a `peft_config` for a new one.
+        model: a transformers or peft model.
+        peft_config: the config of a new adapter. None: no new adapter.
+        adapter: what to do with the adapter that the model comes with: "continue" trains it, "merge" merges it into its base
+            model. None: continue, or merge if the trainer loaded the adapter and `peft_config` asks for a new one.
         loaded: whether the trainer loaded the model from a path.
 
     Raises:
-        ConfigError, ModelError: the adapter and the settings contradict each other.
+        ConfigError: the settings contradict each other or the model.
+        ModelError: the adapter cannot be continued, merged or added.
     """
     if type(model).__name__ == "PeftMixedModel":
-        raise ModelError("model: peft saves no model of mixed adapters (PeftMixedModel); pass a PeftModel")
+        raise ModelError("model: peft cannot save a model of mixed adapters (PeftMixedModel); pass a PeftModel")
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         _check_layers(model, peft_config, adapter)
         if adapter is not None:
-            raise ConfigError(f"adapter: '{adapter}' needs a model that brings an adapter, and this one brings none")
+            raise ConfigError(f"adapter: '{adapter}' needs a model with an adapter, and this model has none")
         return Attached(model) if peft_config is None else _with_new_adapter(model, peft_config)
     merge = adapter == "merge" or (adapter is None and peft_config is not None and loaded)
     names = ", ".join(f"'{name}'" for name in model.active_adapters)
     if not merge:
         if peft_config is not None and adapter is not None:
-            raise ConfigError(
-                "adapter: 'continue' trains the adapter that the model brings, so give no config for a new one"
-            )
+            raise ConfigError("adapter: 'continue' trains the model's own adapter, so give no config for a new one")
         if peft_config is not None:
             raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
         if any(
             getattr(config, "rank_pattern", None) and hasattr(config, "total_step") for config in active_configs(model)
         ):
             raise ModelError(
-                "adapter: AdaLoRA has cut the ranks of this one already, and peft cannot load what is saved of it after "
-                "more training; adapter: merge merges it into the model"
+                "adapter: AdaLoRA has already reduced the ranks of this adapter, and peft could not load it after more "
+                "training; set adapter: merge to merge it into the model"
             )
         if loaded:
-            logger.info("adapter: %s goes on training (adapter: merge would merge it into the model)", names)
+            logger.info("adapter: %s continues training (adapter: merge would merge it into the model)", names)
         return Attached(model)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ModelError(f"adapter: {type(model.base_model).__name__} cannot merge this kind of adapter into its model")
@@ -103,29 +105,28 @@ def attach(model: Any, peft_config: Any, adapter: str | None, *, loaded: bool) -
 
 
 def _check_layers(model: Any, peft_config: Any, adapter: str | None) -> None:
-    """Raise ModelError or ConfigError for a model that is no peft model and whose layers hold an adapter that would be lost."""
+    """Raise ModelError or ConfigError if layers of a model that is not a peft model hold an adapter that would be lost."""
     if not any(hasattr(part, "adapter_layer_names") for part in model.modules()):
         return
-    added = getattr(model, "_hf_peft_config_loaded", False)  # by transformers, which saves it as an adapter
+    added = getattr(model, "_hf_peft_config_loaded", False)  # added by transformers, which saves it as an adapter
     if not added and isinstance(model, PreTrainedModel):
         raise ModelError(
-            "model: its layers hold an adapter of peft, which is saved only with the peft model around it; pass that one, or "
-            "the model that its merge_and_unload() or unload() gives"
+            "model: its layers hold a peft adapter, which only the peft model around it can save; pass the peft model, or the "
+            "model that its merge_and_unload() or unload() returns"
         )
     if peft_config is not None:
         raise ModelError("peft_config: the model has an adapter already; pass the plain model or no peft_config")
     if adapter is not None:
         raise ConfigError(
-            f"adapter: '{adapter}' is for peft models and paths of adapters; what add_adapter added goes on training"
+            f"adapter: '{adapter}' is for peft models and paths of adapters; an adapter from add_adapter is always continued"
         )
 
 
 @torch.no_grad()
 def _answer(model: Any) -> Tensor | None:
-    """Logits [1, T, V] of a few tokens from all over the vocabulary.
+    """Logits [1, T, V] of a few tokens spread over the vocabulary.
 
-    None where they cannot be had: of quantised weights, which merging rounds; of weights that are elsewhere; of a model that
-    does not take tokens alone.
+    None if the weights are quantised (merging rounds them) or not in memory, or if the model needs more inputs than tokens.
     """
     values = list(model.parameters())
     if any(value.is_meta or not value.numel() or value.dtype.itemsize == 1 for value in values):
@@ -135,12 +136,12 @@ def _answer(model: Any) -> Tensor | None:
         ids = torch.arange(0, count, max(count // 32, 1), device=values[0].device)[None, :32]
         with evaluating(model):
             return model(input_ids=ids).logits
-    except Exception:  # whatever a model's own code raises; whether it can be trained is asked later
+    except Exception:  # a model may raise anything; check_answers tests later whether it can be trained
         return None
 
 
 def _check_merged(expected: Tensor | None, found: Tensor | None) -> None:
-    """Raise ModelError where a merged model answers otherwise than the model with its adapter did, beyond rounding."""
+    """Raise ModelError if merging the adapter changed the model's logits by more than rounding."""
     if expected is None or found is None:
         return
     exact = torch.finfo(expected.dtype).bits >= 32
@@ -148,8 +149,8 @@ def _check_merged(expected: Tensor | None, found: Tensor | None) -> None:
     if differ > (1e-3 if exact else 0.1):
         raise ModelError(
             f"adapter: it cannot be merged: afterwards the model's logits differ by {differ:.2g} of their norm. Modules that "
-            "share one weight (head and embeddings, replicated layers) cannot take an update for one of them. adapter: "
-            "continue, without a config for a new one, trains it as it is"
+            "share a weight (head and embeddings, replicated layers) cannot take an update for only one of them. Set "
+            "adapter: continue, without a config for a new adapter, to train it as it is"
         )
 
 
@@ -171,15 +172,15 @@ def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
     init = str(getattr(peft_config, "init_lora_weights", ""))
     if not keeps_base and "niter" in init:
         logger.warning(
-            "peft_config: init_lora_weights '%s' rewrites the model at random, so the saved adapter does not fit what "
-            "from_pretrained makes of the model; 'pissa' does not draw",
+            "peft_config: init_lora_weights '%s' rewrites the model with random numbers, so the saved adapter does not fit "
+            "the model that from_pretrained loads; 'pissa' uses no random numbers",
             init,
         )
     return Attached(wrapped, is_new=True, keeps_base=keeps_base)
 
 
 def _sum(value: Tensor) -> float:
-    """The sum of a tensor's elements, or of its bytes where its type has no sum. 0 for a tensor without memory."""
+    """The sum of a tensor's elements, or of its bytes if its dtype has one byte. 0 for a meta tensor."""
     if value.is_meta:
         return 0.0
     value = value.detach() if value.dtype.itemsize > 1 else value.detach().view(torch.uint8)
@@ -187,7 +188,7 @@ def _sum(value: Tensor) -> float:
 
 
 def named_adapter(model: Any, name: str, setting: str) -> Any:
-    """The model with the adapter of this name switched on. Raises ConfigError, which begins with the setting."""
+    """Activate the model's adapter of this name and return the model. Raises ConfigError that names the setting."""
     known = list(getattr(model, "peft_config", {}))
     if name not in known:
         shown = f"it has {', '.join(known)}" if known else "it has none"
@@ -197,28 +198,28 @@ def named_adapter(model: Any, name: str, setting: str) -> Any:
 
 
 def without_adapter(model: Any) -> Any:
-    """The plain model that a peft model was made of, which it is no longer afterwards."""
+    """Remove the adapter from a peft model in place and return the plain model."""
     tuner: Any = model.base_model
     return tuner.unload() if hasattr(tuner, "unload") else model.get_base_model()
 
 
 def save_base(attached: Attached, folder: Path) -> None:
-    """Save the plain model under a new adapter."""
+    """Save the base model of a new adapter, without the adapter. Raises ModelError if a weight is not found."""
     base = attached.model.get_base_model()
     found = {_WRAPPED.sub("", name): value for name, value in base.state_dict().items()}
     if missing := sorted(attached.names.difference(found)):
         raise ModelError(
-            f"peft_config: the merged model cannot be saved, since '{missing[0]}' is not found under this adapter; merge and "
+            f"peft_config: the merged model cannot be saved, because '{missing[0]}' is not found under this adapter; merge and "
             "save the older adapter beforehand"
         )
     base.save_pretrained(folder, state_dict={name: found[name] for name in attached.names})
 
 
-# --- what the model is without its adapter -------------------------------------------------------------------------
+# --- the model with and without its adapter ------------------------------------------------------------------------
 
 
 def reached(output: Tensor) -> set[int]:
-    """The ids of the leaf tensors whose gradient a result has. Computes no gradient: only its graph is walked."""
+    """The ids of the leaf tensors that a result depends on. Walks the autograd graph without computing a gradient."""
     seen: set[Any] = set()
     waiting, found = [output.grad_fn], set()
     while waiting:
@@ -233,7 +234,7 @@ def reached(output: Tensor) -> set[int]:
 
 
 def trainable_in(policy: SplitModel, batch: Batch, *, adapter: bool = True) -> list[str]:
-    """Names of the trainable parameters that the batch's logits depend on, with the model's adapter or without it."""
+    """Names of the trainable parameters that the batch's logits depend on, with the model's adapter on or off."""
     trainable = [(name, value) for name, value in policy.model.named_parameters() if value.requires_grad]
     model: Any = policy.model
     with evaluating(model), torch.enable_grad(), nullcontext() if adapter else model.disable_adapter():
@@ -241,27 +242,29 @@ def trainable_in(policy: SplitModel, batch: Batch, *, adapter: bool = True) -> l
         with torch.no_grad():
             policy.packed_logits(
                 batch
-            )  # models that keep a state between calls would keep its graph, and not be copied
+            )  # a model that keeps a state between calls would keep its autograd graph and could not be copied
     return [name for name, value in trainable if id(value) in found]
 
 
 def obstacle_to_training(policy: SplitModel, batch: Batch) -> str | None:
-    """Why no step could change the loss, judged by a batch; None if one could."""
+    """Why no training step could change the loss of this batch; None if a step could."""
     named = [name for name, value in policy.model.named_parameters() if value.requires_grad]
     if not named:
         hint = ""
         if hasattr(policy.model, "peft_config"):
             hint = "; load an adapter with PeftModel.from_pretrained(..., is_trainable=True), or by its path"
-        return f"model: nothing would be trained, since no parameter requires a gradient{hint}"
+        return f"model: nothing would be trained, because no parameter requires a gradient{hint}"
     if not trainable_in(policy, batch):
-        return (
-            f"model: nothing would be trained, since the loss does not depend on what is trainable ('{named[0]}' first)"
-        )
+        return f"model: nothing would be trained, because the loss depends on no trainable parameter (such as '{named[0]}')"
     return None
 
 
 def unsaved(model: Any, beside: list[str]) -> list[str]:
-    """The names, of trainable parameters beside a peft model's adapter, of those that peft does not save with it."""
+    """Those of the parameter names in `beside` that peft does not save with the model's adapter.
+
+    Args:
+        beside: names of trainable parameters that do not belong to the adapter.
+    """
     if not beside:
         return []
     from peft import get_peft_model_state_dict
@@ -275,7 +278,7 @@ def unsaved(model: Any, beside: list[str]) -> list[str]:
 
 @torch.no_grad()
 def effect(policy: SplitModel, batch: Batch) -> float:
-    """How far the model's logits are from those without its adapter, relative to their norm; 0 where they agree to the bit."""
+    """Distance of the logits with and without the adapter, relative to the norm without it; 0 if they agree bit by bit."""
     model: Any = policy.model
     with evaluating(model):
         found = policy.packed_logits(batch)
@@ -287,6 +290,6 @@ def effect(policy: SplitModel, batch: Batch) -> float:
 
 
 def covers_embeddings(model: Any) -> bool:
-    """Whether an adapter covers the embeddings: a batch shows nothing of tokens that it does not hold. True if unknown."""
+    """Whether an adapter wraps the embeddings, where a batch shows the effect on its own tokens only. True if unknown."""
     base = unwrap_adapter(model)
     return not hasattr(base, "get_input_embeddings") or not isinstance(base.get_input_embeddings(), nn.Embedding)

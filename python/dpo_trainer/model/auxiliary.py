@@ -1,4 +1,4 @@
-"""The auxiliary loss of mixture-of-experts models, which keeps their experts equally busy."""
+"""The auxiliary loss of mixture-of-experts models, which balances the load of their experts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger("dpo_trainer")
 
 
 def coefficient(model: Any, given: float | None) -> float:
-    """The auxiliary loss's factor: as given, or what the model's config says; 0 for models that have none.
+    """The factor of the auxiliary loss: `given`, or the model config's; 0 for a model without an auxiliary loss.
 
     Raises:
-        ConfigError: one is given, and the model returns no router logits.
+        ConfigError: a factor is given, but the model returns no router logits.
     """
     base = unwrap_adapter(model)
     config = base.config.get_text_config() if hasattr(getattr(base, "config", None), "get_text_config") else None
@@ -35,18 +35,19 @@ def coefficient(model: Any, given: float | None) -> float:
         (config, "router_aux_loss_coef"),
         (base, "router_aux_loss_coef"),
         (base, "aux_loss_coef"),
-    )  # JetMoE the last
+    )  # the last name is JetMoE's
     return float(next((value for place, name in places if (value := getattr(place, name, None)) is not None), 0.0))
 
 
 def load_balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> Tensor:
-    """Equations (4) to (6) of Switch Transformers (arXiv:2101.03961), for `top_k` experts a token, over all layers at once.
+    """The load balancing loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) for `top_k` experts per token.
 
-    E times the sum over experts of the share of assignments that it got and its mean probability: 1 times `top_k` where all are
-    equally busy.
+    E times the sum over experts of (assignments to the expert per token) * (the expert's mean probability), taken over all
+    layers at once. It is `top_k` if all experts have the same load.
 
     Args:
         router_logits: [N, E] of each layer, for N tokens and E experts.
+        top_k: experts per token.
         weights: [N], how often a token counts; 0 leaves it out.
 
     Returns:
@@ -66,9 +67,9 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: 
 
 
 def token_weights(batch: Batch) -> Tensor:
-    """How often each token [B * T] would be read if every side had a row of its own: prompts that are shared count twice.
+    """How often each token would be read if every side had a row of its own: int64 [B * T].
 
-    So the auxiliary loss is the same in every layout. Padding counts 0.
+    A shared prompt counts twice and padding 0. So the auxiliary loss is the same in every layout.
     """
     if "segments" not in batch:
         return batch["attention_mask"].flatten()
@@ -76,7 +77,7 @@ def token_weights(batch: Batch) -> Tensor:
     pairs = (len(batch["cu_seqlens"]) - 1) // 2
     sequences = (
         segments.div(3, rounding_mode="floor").amax(dim=1).add(1).sum()
-    )  # a shared prompt is in one for both sides
+    )  # with shared prompts there is one sequence for each pair, else two
     prompts = (segments >= 0) & (segments.remainder(3) == 0) & (sequences <= pairs)
     return ((segments >= 0).long() + prompts).flatten()
 
@@ -85,7 +86,7 @@ class AuxiliaryLoss:
     """The auxiliary loss of a model's forward passes in training.
 
     Args:
-        split: the policy. From here on its forward passes with gradient leave their router logits in it.
+        split: the policy. From now on its forward passes with gradient store their router logits in it.
         factor: see `coefficient`; not 0.
     """
 
@@ -98,16 +99,20 @@ class AuxiliaryLoss:
         split.collect_routers = True
 
     def take(self, batch: Batch) -> Tensor:
-        """The auxiliary loss of the last forward pass, which was over this batch, without factor: a scalar with gradient."""
+        """The auxiliary loss of the last forward pass, without its factor: a scalar with gradient.
+
+        Args:
+            batch: the batch of that forward pass.
+        """
         routers, self._split.router_logits = self._split.router_logits, None
         weights = token_weights(batch)
-        if virtual := virtual_tokens(self._split.model):  # they are routed too
+        if virtual := virtual_tokens(self._split.model):  # virtual tokens are routed too
             weights = weights.view(batch["input_ids"].shape)
             weights = torch.cat([weights.new_ones(len(weights), virtual), weights], dim=1).flatten()
         return load_balancing_loss(tuple(routers), self._top_k, weights)
 
     def obstacle(self, batch: Batch) -> str | None:
-        """Why this is not the model's own auxiliary loss, in words, found on a small padded batch; None where it is."""
+        """Why `take` differs from the model's own auxiliary loss on a small padded batch; None if they are equal."""
         try:
             with evaluating(self._split.model), torch.enable_grad():
                 own = self._split._call(self._split.model, batch).aux_loss.double()
@@ -118,19 +123,19 @@ class AuxiliaryLoss:
                 if any(logits.dim() != 2 or len(logits) != tokens for logits in self._split.router_logits):
                     return "its router logits are not one row for each token"
                 found = self.take(batch).double()
-        except Exception as error:  # whatever a model's own code raises
+        except Exception as error:  # a model may raise anything
             return f"{type(error).__name__}: {first_line(error)}"
         if not torch.allclose(own, found, rtol=1e-2, atol=0):  # 16-bit routers round their probabilities
-            return f"the model computes {own.item():.4g} where its router logits give {found.item():.4g}"
+            return f"the model computes {own.item():.4g}, but its router logits give {found.item():.4g}"
         return None
 
 
 def auxiliary_loss(split: SplitModel, given: float | None, example: Batch | None) -> AuxiliaryLoss | None:
-    """The policy's auxiliary loss; None where it has none, its factor is 0, or it cannot be had, which is told in a line.
+    """The policy's auxiliary loss. None if it has none, if its factor is 0, or (with a warning) if it cannot be computed.
 
     Args:
         given: the setting `router_aux_loss_coef`, see `coefficient`.
-        example: a small padded batch on which to compare it with the model's own.
+        example: a small padded batch, on which the loss is compared with the model's own auxiliary loss.
     """
     factor = coefficient(split.model, given)
     if not factor:

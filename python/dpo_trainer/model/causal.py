@@ -1,4 +1,4 @@
-"""Whether a model can be trained on pairs at all: it gives logits for every token, and no token sees a later one."""
+"""Checks whether a model can be trained on pairs: it must give logits for every token, and no token may see a later one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .split import Batch, SplitModel, evaluating, unwrap_adapter
 logger = logging.getLogger("dpo_trainer")
 
 _CAUSAL = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
-#: What transformers' own tables of classes tell about a model, in the order in which they are asked.
+#: transformers' tables of model classes and the kind of model that each lists, in the order in which they are searched.
 _OTHERS = {
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "a masked language model",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "a classifier of sequences",
@@ -30,11 +30,11 @@ _OTHERS = {
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "a classifier of images",
     "MODEL_MAPPING_NAMES": "a backbone without a head for tokens",
 }
-_WANTED = "a causal language model is needed, such as AutoModelForCausalLM.from_pretrained gives"
+_WANTED = "a causal language model is needed, as AutoModelForCausalLM.from_pretrained returns"
 
 
 def check_class(model: Any, name: str = "model") -> None:
-    """Raise ModelError for a class that transformers knows as something else than a causal language model."""
+    """Raise ModelError if transformers lists the model's class as another kind than a causal language model."""
     found = type(unwrap_adapter(model)).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(f"{name}: {found} is an encoder-decoder; only causal language models are supported")
@@ -52,13 +52,19 @@ def _classes(table: str) -> set[str]:
 
 @torch.no_grad()
 def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
-    """Ask the whole model about a small padded batch, and again with another last token, as padding, in its first row.
+    """Check that the model gives logits for every token and does not look ahead.
 
-    Logits before that token must be the same: a model that looks ahead sees the answer that it is to predict, or how long
-    it is. The other rows' should be: a model whose rows depend on each other is told in a line.
+    Runs the whole model on a small padded batch twice. The second time, the last token of the first row is a different one
+    and masked as padding. Logits before it must not change: a model that looks ahead sees the answer that it has to predict,
+    or the answer's length. If the logits of the other rows change, a warning says so.
+
+    Args:
+        split: the model.
+        batch: a small padded batch.
+        name: the model's name in messages.
 
     Raises:
-        ModelError: the model cannot be run on tokens, gives no logits for each, or looks ahead.
+        ModelError: the model cannot be run on tokens, does not give logits for every token, or looks ahead.
     """
     kind = type(unwrap_adapter(split.model)).__name__
     length = int(batch["attention_mask"][0].sum())
@@ -72,7 +78,7 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
             whole, other = (split.whole_logits(asked) for asked in (batch, without))
     except UsageError:
         raise
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model may raise anything
         raise ModelError(
             f"{name}: {kind} cannot be run on a batch of tokens ({type(error).__name__}: {first_line(error)})"
         ) from error
@@ -80,13 +86,13 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
     if whole is None or whole.dim() != 3 or whole.shape[:2] != changed.shape or whole.shape[2] <= greatest:
         shape = "no logits" if whole is None else f"logits of shape {tuple(whole.shape)}"
         raise ModelError(
-            f"{name}: {kind} gives {shape} for tokens {tuple(changed.shape)}, not one score a token; {_WANTED}"
+            f"{name}: {kind} gives {shape} for tokens {tuple(changed.shape)}, not one score per token; {_WANTED}"
         )
     trained = any(value.requires_grad for value in split.model.parameters())
     if trained and not _head_returns_gradient(split.head):
         raise ModelError(
-            f"{name}: {kind}'s head {type(split.head).__name__} lets no gradient through; a quantised head must be one for "
-            "training (bitsandbytes), or be left out of the quantisation"
+            f"{name}: {kind}'s head {type(split.head).__name__} has no gradient; use a quantisation that can be trained "
+            "(bitsandbytes), or leave the head out of the quantisation"
         )
     limit = _limit(split.model, whole)
     if _differ(whole[0, : length - 1], other[0, : length - 1], limit):
@@ -96,13 +102,13 @@ def check_answers(split: SplitModel, batch: Batch, name: str = "model") -> None:
                 f"{name}: its adapter {adapters} looks ahead: a later token changes the logits before it; use another kind"
             )
         raise ModelError(
-            f"{name}: {kind} looks ahead: a later token changes the logits before it, so it sees the tokens that it is to "
-            f"predict; {_WANTED} (of BERT-like models, with is_decoder=True)"
+            f"{name}: {kind} looks ahead: a later token changes the logits before it, so it sees the tokens that it has to "
+            f"predict; {_WANTED} (for BERT-like models, with is_decoder=True)"
         )
     real = batch["attention_mask"][1:].bool()
     if _differ(whole[1:][real], other[1:][real], limit):
         logger.warning(
-            "%s: an answer depends on the other rows of its batch, so log-probabilities are those of the batch at hand",
+            "%s: the logits of a row depend on the other rows of its batch, so log-probabilities change with the batch",
             kind,
         )
 
@@ -116,7 +122,7 @@ def _looks_ahead_without(split: SplitModel, batch: Batch, without: Batch, length
 
 
 def _head_returns_gradient(head: Any) -> bool:
-    """Whether a gradient comes back through the head; asked only of heads that are not plain."""
+    """Whether the head passes a gradient back. A plain `nn.Linear` is not tested."""
     if not hasattr(head, "in_features") or type(head).forward is nn.Linear.forward:
         return True
     weight = next(iter([*head.parameters(), *head.buffers()]), torch.empty(0))
@@ -125,12 +131,12 @@ def _head_returns_gradient(head: Any) -> bool:
         try:
             torch.autograd.grad(head(hidden).sum(), hidden)
         except RuntimeError as error:
-            return "dtype" in str(error)  # of another type than the hidden states have; it has run on those
+            return "dtype" in str(error)  # the head expects another dtype; it has already run on real hidden states
     return True
 
 
 def _limit(model: nn.Module, logits: Tensor) -> float:
-    """How far logits may move, relative to their norm, without being others: what is quantised by batch moves a little."""
+    """How far equal logits may differ, relative to their norm. Quantisation by batch makes them differ a little."""
     quantised = any(re.search("quant|bitsandbytes", type(part).__module__) for part in model.modules())
     exact = torch.finfo(logits.dtype).bits >= 32 and torch.get_float32_matmul_precision() == "highest"
     return 1e-4 if exact and not quantised else 0.05

@@ -1,7 +1,8 @@
-"""The weights of a checkpoint whose names are not the model's own.
+"""Loads weights that transformers' trainer does not restore from a checkpoint.
 
-transformers writes many models, most vision-language models and mixtures of experts among them, with the names and shapes of
-their first release, and translates them in `from_pretrained`. Its trainer does not: it leaves out what it finds no name for.
+For many models, such as most vision-language models and mixtures of experts, transformers saves the weights with the names
+and shapes of the first release and translates them in `from_pretrained`. Its trainer does not translate them when it resumes:
+it skips every weight whose name it does not find.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from .adapter_kinds import active_names
 
 
 def load_translated(model: Any, folder: str | Path) -> bool:
-    """Load a checkpoint's weights by `from_pretrained` if it has names that the model lacks; else do nothing.
+    """Load a checkpoint's weights with `from_pretrained` if it has names that the model lacks; else do nothing.
 
-    Takes the memory of the weights once more while it loads.
+    While it loads, a second copy of the weights is in memory.
 
     Returns:
-        whether they were loaded.
+        whether the weights were loaded.
     """
     if not isinstance(model, PreTrainedModel) or saved_names(Path(folder)) <= set(model.state_dict()):
         return False
@@ -36,23 +37,24 @@ def load_translated(model: Any, folder: str | Path) -> bool:
 
 
 def check_kind(model: Any, folder: str | Path) -> None:
-    """Raise OutputError where a checkpoint is of an adapter and the model is no peft model, or the other way round."""
+    """Raise OutputError if a checkpoint holds an adapter but the model is not a peft model, or the reverse."""
     held = any(next(Path(folder).glob(place), None) for place in ("adapter_config.json", "*/adapter_config.json"))
     if held != hasattr(model, "get_base_model"):
         kinds = ("a whole model", "an adapter of peft")
         raise OutputError(
-            f"{folder}: holds {kinds[held]}, but the run trains {kinds[not held]}; go on with the model and the settings lora "
+            f"{folder}: holds {kinds[held]}, but the run trains {kinds[not held]}; resume with the model and the settings lora "
             "and adapter of the run that saved it"
         )
 
 
 def load_adapters(model: Any, folder: str | Path) -> bool:
-    """Load a peft model's active adapters from a checkpoint if they are not just "default"; else do nothing.
+    """Load a peft model's active adapters from a checkpoint, unless "default" is the only one.
 
-    transformers loads the first of several only, and as the best model of a run the file of "default" into any.
+    transformers loads only the first of several adapters. As the best model of a run, it loads the file of "default" into
+    an adapter of any name.
 
     Returns:
-        whether they were loaded.
+        whether the adapters were loaded.
     """
     names = active_names(model)
     if names in ([], ["default"]):
@@ -66,7 +68,7 @@ def load_adapters(model: Any, folder: str | Path) -> bool:
 
 
 def saved_names(folder: Path) -> set[str]:
-    """The names of the weights in a checkpoint's safetensors files; none where it has no such files."""
+    """The names of the weights in a checkpoint's safetensors files; empty without such files."""
     if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
     if not (folder / SAFE_WEIGHTS_NAME).exists():

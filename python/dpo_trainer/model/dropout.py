@@ -1,4 +1,4 @@
-"""Dropout off: every number that makes a model draw at random is set to 0, and the model is asked whether it still draws."""
+"""Turns dropout off: sets every dropout probability of a model to 0 and tests whether the model is still random."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from transformers import PretrainedConfig
 
 logger = logging.getLogger("dpo_trainer")
 
-#: Attributes that count only in training. PhiMoE's `router_jitter_noise` is none: it is a threshold in evaluation too.
+#: Attributes that matter only in training. PhiMoE's `router_jitter_noise` is excluded: evaluation uses it as a threshold.
 _NAMES = re.compile(r".*drop.*|(input_)?jitter_noise|moe_jitter_eps")
 _CLASSES = re.compile(r".*(Dropout|DropPath|StochasticDepth).*")
 _PROBABILITIES = ("p", "drop_prob", "drop_rate", "rate")
-#: Random states that are tried. Layers that are left out with a small probability show in some of them only.
+#: Number of random seeds to try. Layers that are skipped with a small probability show up under some seeds only.
 _TRIES = 8
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in the model to 0: of dropout modules, and kept as plain numbers by any module.
+    """Set every dropout probability in the model to 0, in dropout modules and in number attributes of other modules.
 
-    Layers that are left out (`layerdrop`), paths (`drop_path`) and noise on a router's input (`jitter_noise`) count too.
+    This includes skipped layers (`layerdrop`), skipped paths (`drop_path`) and noise on a router's input (`jitter_noise`).
     """
     for module in model.modules():
         names: Any = _PROBABILITIES if _CLASSES.fullmatch(type(module).__name__) else ()
@@ -36,35 +36,36 @@ def disable_dropout(model: nn.Module) -> None:
                 continue
             if isinstance(value, float):
                 setattr(module, name, 0.0)
-            elif isinstance(value, dict):  # peft: by adapter
+            elif isinstance(value, dict):  # peft keeps one probability for each adapter
                 value.update({key: 0.0 for key, item in value.items() if isinstance(item, float)})
 
 
 def settle(model: nn.Module, forward: Callable[[], Tensor], name: str) -> None:
-    """See to it that two forwards in training mode agree, and with one in evaluation, or say which module is why not.
+    """Make forward passes in training mode equal each other and those in evaluation mode, or warn which module differs.
 
-    Some models read dropout from their config at every forward. Where a model still draws, it is set to 0 there as well,
-    with a line, since it is saved so.
+    Some models read dropout from their config at every forward pass. If the model is still random, dropout is set to 0 in
+    the config too. This is logged, because the config is saved with the model.
 
     Args:
-        forward: computes an answer of the model, of any shape, from a small batch.
-        name: the model in the line.
+        model: the model, after `disable_dropout`.
+        forward: computes an output of the model, of any shape, from a small batch.
+        name: the model's name in messages.
     """
     if what_draws(model, forward) is None:
         return
     if changed := _disable_in_configs(model):
-        logger.info("%s: reads dropout from its config; set to 0 there, and saved so: %s", name, ", ".join(changed))
+        logger.info("%s: reads dropout from its config; set to 0 there, and saved as 0: %s", name, ", ".join(changed))
     if (found := what_draws(model, forward)) is not None:
         logger.warning(
-            "%s: in training, though disable_dropout is on, %s: policy and reference differ by that, and losses do not begin "
-            "at that of equal models",
+            "%s: in training, although disable_dropout is on, %s; so policy and reference differ, and the first loss is not "
+            "that of equal models",
             name,
             found,
         )
 
 
 def _disable_in_configs(model: nn.Module) -> list[str]:
-    """Set dropout to 0 in the configs that modules hold; returns the names that were not 0."""
+    """Set dropout to 0 in the configs that modules hold. Returns the names of the settings that were not 0."""
     configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
     changed = []
     for config in configs.values():
@@ -77,10 +78,10 @@ def _disable_in_configs(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def what_draws(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
-    """What makes an answer in training differ from another one, or from that in evaluation, in words; None where nothing does.
+    """Describe why outputs in training mode differ from each other or from those in evaluation mode; None if they agree.
 
-    Runs the model a few times on the same question, twice where it asks for no random number. Random states, buffers (running
-    means) and modes are afterwards as they were. No gradient is computed.
+    Runs the model several times on the same input, or twice if it draws no random number. Random states, buffers (running
+    means) and modes are restored. No gradient is computed.
 
     Args:
         forward: as for `settle`.
@@ -95,13 +96,13 @@ def what_draws(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
         if _agree(expected, first, limit=1e-4):
             return None
         where = _first_that_differs(model, forward, generators, (False, 0), (True, 0))
-        return f"it answers otherwise than in evaluation, {where}"
+        return f"its output differs from that in evaluation, {where}"
 
 
 def _first_that_differs(
     model: nn.Module, forward: Callable[[], Tensor], generators: list[torch.Generator], *runs: tuple[bool, int]
 ) -> str:
-    """The innermost module that gives something else for the same in two runs, each a (mode, seed)."""
+    """The innermost module that returns different outputs for the same inputs in two runs, each a (training, seed)."""
     calls = zip(*(_recorded(model.train(mode), forward, generators, seed) for mode, seed in runs), strict=False)
     for (name, inputs, outputs), (_, other_inputs, other_outputs) in calls:
         if _agree(inputs, other_inputs) and not _agree(outputs, other_outputs):
@@ -112,7 +113,7 @@ def _first_that_differs(
 def _answer(
     _model: nn.Module, forward: Callable[[], Tensor], generators: list[torch.Generator], seed: int
 ) -> tuple[Tensor, bool]:
-    """The answer of the model, in the mode that it is in, under a random state, and whether that state has moved."""
+    """The model's output in its current mode under a random seed, and whether random numbers were drawn."""
     before = _seed(generators, seed)
     answer = forward().clone()
     return answer, before != _states(generators)
@@ -121,7 +122,7 @@ def _answer(
 def _recorded(
     model: nn.Module, forward: Callable[[], Tensor], generators: list[torch.Generator], seed: int
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """Every module's name and fingerprints of what it took and gave, in the order in which they finished."""
+    """Every module's name and fingerprints of its inputs and outputs, in the order in which the modules finished."""
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(label: str, module: nn.Module) -> RemovableHandle:
@@ -141,7 +142,7 @@ def _recorded(
 
 
 def _fingerprint(value: Any) -> Tensor:
-    """Sum and norm, float64 [2n], of the n floating-point tensors in an argument or an answer."""
+    """Sum and norm, float64 [2n], of the n floating-point tensors in an input or output."""
     if isinstance(value, Tensor):
         numbers = value.detach().double() if value.is_floating_point() else value.new_empty(0, dtype=torch.float64)
         return torch.stack([numbers.sum(), numbers.norm()]).cpu()
@@ -150,7 +151,7 @@ def _fingerprint(value: Any) -> Tensor:
 
 
 def _agree(one: Tensor, other: Tensor, limit: float = 0.0) -> bool:
-    """Whether two tensors are equal up to what another order of additions changes, or up to `limit`, relative to the largest."""
+    """Whether two tensors differ by at most rounding, or by at most `limit` relative to the largest element."""
     if one.shape != other.shape or not one.numel():
         return one.shape == other.shape
     limit = max(limit, 16 * torch.finfo(one.dtype).eps, 1e-6)
@@ -161,7 +162,7 @@ def _agree(one: Tensor, other: Tensor, limit: float = 0.0) -> bool:
 
 
 def _generators(model: nn.Module) -> list[torch.Generator]:
-    """Torch's generators that a forward may draw from: the CPU's and those of the model's GPUs."""
+    """The torch generators that a forward pass may use: the CPU's and those of the model's GPUs."""
     indices = {value.device.index for value in model.parameters() if value.device.type == "cuda"}
     return [torch.default_generator, *(torch.cuda.default_generators[index] for index in sorted(indices))]
 
@@ -180,7 +181,7 @@ def _seed(generators: list[torch.Generator], seed: int) -> tuple[bytes, ...]:
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module, generators: list[torch.Generator]) -> Iterator[None]:
-    """A context that leaves random states, the model's buffers and its modules' modes as they were."""
+    """A context that restores random states, the model's buffers and the modes of its modules."""
     buffers = [(value, value.clone()) for value in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     states, python = [item.get_state() for item in generators], random.getstate()

@@ -1,4 +1,4 @@
-"""Which layouts of a batch a model can take: found by asking it."""
+"""Finds the batch layouts that a model supports by running it on a batch in each layout."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ def choose_layout(
     *,
     compiled: bool,
 ) -> None:
-    """Try a batch in which pairs share prompts and a row; set the collator to what all models answer rightly.
+    """Set the collator to the layouts in which all models give the same results as with padding.
 
-    Without autocast, because rounding would hide small leaks from one sequence into another. Both attention by sequence
-    and a mask over whole rows are tried, since batches take what costs least.
+    Tries a batch with shared prompts and packed rows, once with attention by sequence and once with a mask over whole rows,
+    because each batch uses the cheaper of the two. Autocast is off: its rounding would hide small leaks from one sequence
+    into another.
 
     Args:
-        collator: gets `attention_cost`, `by_sequence` and, where prompts cannot be shared, another `layout`.
-        splits: the policy first, then a reference that is a model of its own.
+        collator: its `attention_cost` and `by_sequence` are set, and its `layout` too if prompts cannot be shared.
+        splits: the policy, then the reference if it is a separate model.
         rows: tokenised pairs.
         prepare: moves a batch to the models' device.
-        compiled: whether backbones are compiled. They would be compiled anew for every number of sequences, so they get
-            masks alone.
+        compiled: whether backbones are compiled. Attention by sequence is then off, because every number of sequences would
+            cause a recompilation.
     """
-    if any(split.around for split in splits):  # which has been told
+    if any(split.around for split in splits):  # `verify` has already logged this
         collator.layout = "padded"
         return
     collator.attention_cost = splits[0].attention_cost()
@@ -58,4 +59,4 @@ def choose_layout(
     if reason := obstacle(shared):
         collator.layout = "sequences" if collator.by_sequence else "padded"
         if not collator.by_sequence:
-            logger.warning("%s; using padded batches, slower", reason)
+            logger.warning("%s; using padded batches, which is slower", reason)

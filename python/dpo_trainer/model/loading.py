@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer from a folder, a hub name or a .gguf file."""
+"""Loads a model and its tokenizer from a folder, a hub name or a .gguf file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ from .vision import auto_class, load_processor, takes_images
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
-    """Load a causal or vision-language model from a folder, a hub name or a .gguf file, in float32 unless `dtype` says otherwise.
+    """Load a causal or vision-language model from a folder, a hub name or a .gguf file.
 
-    float32 because small updates are lost in 16-bit weights; use `bf16=True` for 16-bit arithmetic on float32 weights.
-    A .gguf file is dequantised by transformers. Its quantisation attributes are removed, so that it can be trained and saved.
-    An adapter of peft is loaded around the model that its config names, ready to be trained.
+    The weights are float32 unless `dtype` is given, because 16-bit weights lose small updates. For 16-bit arithmetic on
+    float32 weights, train with `bf16=True`. transformers dequantises a .gguf file; its quantisation attributes are then
+    removed, so that the model can be trained and saved.
+
+    Args:
+        path: a folder, a hub name ("owner/name" or "name") or a .gguf file. It may hold a peft adapter. The adapter is then
+            loaded, trainable, into the base model that its config names.
+        **kwargs: passed to `from_pretrained`; `dtype` is a torch dtype, its name, or "auto".
+
+    Returns:
+        a transformers model, or a peft model around one for an adapter.
 
     Raises:
-        ModelError: the path does not exist or cannot be read as a model.
+        ModelError: the path does not exist or cannot be loaded as a model, or `dtype` is unknown.
     """
     dtype = kwargs.setdefault("dtype", torch.float32)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -45,12 +53,17 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
-    """Load the tokenizer that belongs to a model folder, hub name or .gguf file; of an adapter without one, its model's.
+    """Load the tokenizer of a model folder, hub name or .gguf file.
 
-    Keyword arguments are those of from_pretrained.
+    Args:
+        path: as for `load_model`. For an adapter without a tokenizer, the base model's tokenizer is loaded.
+        **kwargs: passed to `from_pretrained`.
+
+    Returns:
+        a transformers tokenizer.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no tokenizer, or it cannot be loaded.
     """
     try:
         return _read(AutoTokenizer, path, "its tokenizer cannot be loaded", **kwargs)
@@ -62,30 +75,52 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
 
 
 def set_pad_token(tokenizer: Any, token: str | None) -> None:
-    """Let the tokenizer pad with a token of its vocabulary; None leaves its own. Raises ConfigError for another token."""
+    """Set the tokenizer's padding token.
+
+    Args:
+        tokenizer: a tokenizer, or a processor with one.
+        token: a token of the vocabulary. None keeps the tokenizer's own padding token.
+
+    Raises:
+        ConfigError: the token is not in the vocabulary.
+    """
     if token is None:
         return
-    inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
     if token not in (known := inner.get_vocab()):
         raise ConfigError(f"pad_token: '{token}' is not in the tokenizer's vocabulary{did_you_mean(token, known)}")
     inner.pad_token = token
 
 
 def load_processing_class(path: str | Path, *, vision: bool, **kwargs: Any) -> Any:
-    """The processor that belongs to a vision-language model, or the tokenizer of any other, or where there is no processor.
+    """Load the processor of a vision-language model, or else the tokenizer.
+
+    Args:
+        path: as for `load_model`.
+        vision: whether the model is a vision-language model. If it has no processor, its tokenizer is loaded.
+        **kwargs: passed to `from_pretrained`.
 
     Raises:
-        ModelError: there is neither.
+        ModelError: there is neither a processor nor a tokenizer.
     """
     processor = load_processor(_source(path)[0], **kwargs) if vision else None
     return processor if processor is not None else load_tokenizer(path, **kwargs)
 
 
 def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """(model, reference, tokenizer or processor), loaded where they are given as paths, with `init` for from_pretrained.
+    """Load model, reference and tokenizer, if they are paths or missing, and check that they fit together.
+
+    Args:
+        model: a model, or a path as for `load_model`.
+        ref_model: a model, a path, or None.
+        tokenizer: a tokenizer, a processor, or None for the model's own.
+        init: keyword arguments for `from_pretrained`.
+
+    Returns:
+        (model, reference or None, tokenizer or processor).
 
     Raises:
-        ModelError: a part cannot be loaded, or the parts do not go together.
+        ModelError: a part cannot be loaded, or the parts do not fit together.
     """
     of_tokenizer = {name: init[name] for name in ("revision", "trust_remote_code") if name in init}
     if isinstance(tokenizer, (str, Path)):
@@ -93,7 +128,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
             "processing_class: expected a tokenizer or processor, got a path; load_tokenizer(path) loads one"
         )
     if isinstance(model, (str, Path)):
-        if tokenizer is None:  # first, since it takes less time
+        if tokenizer is None:  # loaded before the model, because an error shows sooner
             vision = auto_class(_source(model)[0], init) is AutoModelForImageTextToText
             tokenizer = load_processing_class(model, vision=vision, **of_tokenizer)
         model = load_model(model, **init)
@@ -104,7 +139,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     if ref_model is not None:
         check_class(ref_model, "ref_model")
     if ref_model is model:
-        raise ModelError("ref_model: is the model itself, which would move with it; pass None for a frozen copy")
+        raise ModelError("ref_model: is the model itself, so training would change it; pass None for a frozen copy")
     if tokenizer is None:
         if not (name := getattr(config, "_name_or_path", "")):
             raise ModelError("processing_class: no tokenizer given, and the model does not say where it came from")
@@ -113,12 +148,12 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
 
 
 def _base_of(path: str | Path) -> str | None:
-    """The model that an adapter of peft belongs to, by its config; None where the path holds no adapter."""
+    """The base model that a peft adapter's config names; None if the path holds no adapter."""
     folder, extra = _source(path)
     try:
         found = None if extra else find_adapter_config_file(folder)
     except OSError:
-        return None  # no such hub name, which is for the loading of a model to say
+        return None  # no such hub name; loading the model reports it
     if found is None:
         return None
     try:
@@ -127,14 +162,14 @@ def _base_of(path: str | Path) -> str | None:
         raise ModelError(f"model '{path}': its adapter_config.json cannot be read ({first_line(error)})") from error
     if not (base := config.get("base_model_name_or_path")):
         raise ModelError(
-            f"model '{path}': is an adapter, and its adapter_config.json names no model; set base_model_name_or_path there"
+            f"model '{path}': is an adapter, but its adapter_config.json names no base model; set base_model_name_or_path in it"
         )
     return base
 
 
 @contextlib.contextmanager
 def _of_adapter(path: str | Path, base: str) -> Iterator[None]:
-    """Errors of loading an adapter's model say whose it is."""
+    """A context in which errors about an adapter's base model name the adapter too."""
     try:
         yield
     except ModelError as error:
@@ -144,7 +179,7 @@ def _of_adapter(path: str | Path, base: str) -> Iterator[None]:
 
 
 def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
-    """The adapter around its model, ready to be trained."""
+    """Load an adapter, trainable, into its base model."""
     from peft import PeftConfig, PeftModel, load_peft_weights
 
     folder = str(Path(path).expanduser())
@@ -156,23 +191,23 @@ def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
         stacked = _base_of(base) is not None
     if stacked:
         raise ModelError(
-            f"model '{path}': is an adapter of an adapter ('{base}'), which peft does not stack; merge that one into its model "
-            "(merge_and_unload), save it, and set base_model_name_or_path in adapter_config.json to it"
+            f"model '{path}': is an adapter of an adapter ('{base}'), and peft cannot stack them; merge that adapter into its "
+            "model (merge_and_unload), save the result, and set base_model_name_or_path in adapter_config.json to it"
         )
     with _of_adapter(path, base):
         model = load_model(base, **kwargs)
     tokenizer = load_tokenizer(path)
     if (size := _embeddings(model, weights) or len(tokenizer)) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(size)  # the adapter was trained with tokens of its own
+        model.resize_token_embeddings(size)  # the adapter was trained with added tokens
     try:
         config: Any = PeftConfig.from_pretrained(folder)
-        # peft refuses to load virtual tokens as trainable; afterwards they may be.
+        # peft refuses to load virtual tokens as trainable, but they may be made trainable afterwards.
         model = PeftModel.from_pretrained(model, folder, is_trainable=not config.is_prompt_learning)
         if config.is_prompt_learning:
             model.prompt_encoder.requires_grad_(True)
             model.peft_config[model.active_adapter].inference_mode = False
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
-        # torch's own first line says no more than that something is wrong
+        # torch's first line only says that loading failed
         text = first_line(error).removeprefix("Error(s) in loading state_dict for PeftModelForCausalLM:")
         text = text or str(error).splitlines()[1].strip()
         raise ModelError(f"model '{path}': the adapter cannot be loaded ({text})") from error
@@ -181,7 +216,7 @@ def _load_adapter(path: str | Path, base: str, **kwargs: Any) -> Any:
 
 
 def _embeddings(model: Any, weights: Mapping[str, Any]) -> int | None:
-    """How many embeddings an adapter's file has, which may be more than the tokenizer has tokens; None where it has none."""
+    """The number of embeddings in an adapter's file, which may exceed the tokenizer's size; None if it has no embeddings."""
     inside = model.get_input_embeddings()
     ours = next((name for name, part in model.named_modules() if part is inside), "")
     ends = (f"{ours}.weight", f"{ours}.base_layer.weight")
@@ -189,7 +224,7 @@ def _embeddings(model: Any, weights: Mapping[str, Any]) -> int | None:
 
 
 def _check_names(path: str | Path, model: Any, weights: Mapping[str, Any]) -> None:
-    """Raise ModelError where LoRA's file and its config name other layers: peft leaves out what it finds no layer for."""
+    """Raise ModelError if LoRA's file and config name different layers: peft silently skips weights without a layer."""
     from peft import get_peft_model_state_dict
 
     if model.peft_config["default"].peft_type.value != "LORA":
@@ -203,7 +238,7 @@ def _check_names(path: str | Path, model: Any, weights: Mapping[str, Any]) -> No
 
 
 def _read(kind: Any, path: str | Path, failure: str, **kwargs: Any) -> Any:
-    """What `kind.from_pretrained` makes of a path or name; where it cannot, a ModelError that begins with `failure`."""
+    """Call `kind.from_pretrained` with a path or name. If it fails, raise a ModelError that contains `failure`."""
     folder, extra = _source(path)
     try:
         return kind.from_pretrained(folder, **{**extra, **kwargs})
@@ -212,7 +247,7 @@ def _read(kind: Any, path: str | Path, failure: str, **kwargs: Any) -> Any:
 
 
 def _source(path: str | Path) -> tuple[str, dict[str, str]]:
-    """Arguments of from_pretrained for a folder, a .gguf file or a hub name."""
+    """The arguments of `from_pretrained` for a folder, a .gguf file or a hub name. Raises ModelError for other paths."""
     local = Path(path).expanduser()
     if local.suffix == ".gguf":
         if not local.is_file():
@@ -222,7 +257,7 @@ def _source(path: str | Path) -> tuple[str, dict[str, str]]:
         if not any((local / name).exists() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
             raise ModelError(f"model '{path}': the folder holds no model (no config.json)")
         return str(local), {}
-    # A hub name is 'name' or 'owner/name' and not something that exists here.
+    # A hub name is 'name' or 'owner/name' and is not the path of an existing file.
     if local.exists() or local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
         raise ModelError(f"model '{path}': {'not a folder or .gguf file' if local.exists() else 'no such folder'}")
     return str(path), {}

@@ -1,7 +1,7 @@
 """A reference that follows the policy (TR-DPO): every `ref_model_sync_steps` steps its weights move towards the policy's.
 
-Gorbatovski et al. 2024, Learn Your Reference Model for Real Good Alignment (arXiv:2404.09656), eq. 4 and 5: the soft
-update ref <- alpha policy + (1 - alpha) ref every tau steps; alpha = 1 is the hard update.
+Gorbatovski et al. 2024, Learn Your Reference Model for Real Good Alignment (arXiv:2404.09656), eq. 4 and 5. The soft update
+is ref <- alpha policy + (1 - alpha) ref every tau steps. alpha = 1 is the hard update.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILE = "reference.safetensors"
 
 
 class MovingReference(TrainerCallback):
-    """Moves the reference at the end of a step, before that step's evaluation and checkpoint.
+    """Updates the reference at the end of a step, before that step's evaluation and checkpoint.
 
     Args:
         policy: the trained model, not wrapped.
@@ -29,7 +29,7 @@ class MovingReference(TrainerCallback):
         every: steps between updates (the paper's tau).
 
     Raises:
-        ModelError: the models' parameters do not correspond.
+        ModelError: the models' parameters differ in names or shapes.
     """
 
     def __init__(self, policy: nn.Module, reference: nn.Module, *, alpha: float, every: int) -> None:
@@ -39,13 +39,13 @@ class MovingReference(TrainerCallback):
         if shapes[0] != shapes[1]:
             odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})[0]
             raise ModelError(
-                f"ref_model: sync_ref_model moves it towards the policy, so both must be of one architecture; they differ "
+                f"ref_model: sync_ref_model moves it towards the policy, so both must have one architecture; they differ "
                 f"in '{odd}'"
             )
 
     @torch.no_grad()
     def update(self) -> None:
-        """One update. In 16 bits a small alpha is lost to rounding, as small learning rates are."""
+        """Update the reference once. In 16-bit weights, rounding removes the effect of a small alpha."""
         for moved, still in zip(self.policy.parameters(), self.reference.parameters(), strict=True):
             whole: Any = moved.full_tensor() if hasattr(moved, "full_tensor") else moved  # FSDP2 may shard it
             target = whole.to(device=still.device, dtype=torch.promote_types(moved.dtype, torch.float32))
@@ -60,11 +60,15 @@ class MovingReference(TrainerCallback):
         save_model(self.reference, str(folder / FILE))
 
     def load(self, folder: Path) -> None:
-        """Read them back. Raises OutputError for a checkpoint of a run without sync_ref_model, or of another model."""
+        """Load the reference's weights from a checkpoint.
+
+        Raises:
+            OutputError: the checkpoint is from a run without sync_ref_model, or from another model.
+        """
         if not (folder / FILE).exists():
             raise OutputError(f"{folder}: holds no {FILE}; sync_ref_model was off when it was written")
         missing, _ = load_model(self.reference, folder / FILE, strict=False)
-        # Older checkpoints hold the parameters alone; buffers do not move.
+        # Older checkpoints hold only the parameters. This is enough, because buffers do not change.
         if absent := sorted(set(missing).intersection(dict(self.reference.named_parameters()))):
             raise OutputError(f"{folder / FILE}: holds no '{absent[0]}', which the reference has")
 

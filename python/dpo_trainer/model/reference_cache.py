@@ -1,10 +1,9 @@
-"""Reference log-probabilities on disk: computed once, shard by shard, and found again by what they were computed from.
+"""Caches reference log-probabilities on disk, in shards, under a hash of everything that they depend on.
 
-A folder a key, and the key is a hash of everything that the numbers depend on: the reference's weights and config, the
-precision it runs in, and the token ids of every pair (in which template, truncation and end tokens show) and its images
-(their contents, and how they are processed). A file a shard,
-written aside and renamed, so that a kill loses the shard at work and nothing else. Each file repeats its key and its rows
-and carries a digest of its numbers: what is cut short, changed or from elsewhere is computed again.
+Each key has a folder. The key is a hash of the reference's weights and config, the precision it runs in, the token ids of
+every pair (which depend on template, truncation and end tokens), and the pairs' images (their contents and processing).
+Each shard is a file, written atomically, so a killed run loses at most the shard that it was computing. A file repeats its
+key and its rows and contains a digest of its numbers. A truncated, changed or misplaced file is computed again.
 """
 
 from __future__ import annotations
@@ -31,19 +30,22 @@ from .split import unwrap_adapter
 
 logger = logging.getLogger("dpo_trainer")
 
-#: Pairs a file: what a kill may cost.
+#: Pairs per file. A killed run has to compute at most this many pairs again.
 SHARD = 256
 FORMAT = 2
-#: Entries of a model's config that say where it lies and how it is run, not what it computes.
+#: Entries of a model's config that do not affect what the model computes.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
-#: What a layer of peft keeps of how its adapters are used, beside their weights.
+#: Attributes of a peft layer, other than weights, that affect what it computes.
 _IN_LAYERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 Logps = tuple[list[float], list[float]]
 
 
 def folder_of(setting: str | None) -> Path | None:
-    """The folder that `ref_cache_dir` means; "auto": `DPO_TRAINER_CACHE`, or dpo_trainer in the user's cache."""
+    """The folder that the setting `ref_cache_dir` names; None without a cache.
+
+    "auto" is the folder in the environment variable `DPO_TRAINER_CACHE`, or dpo_trainer in the user's cache folder.
+    """
     if setting == "auto":
         setting = os.environ.get("DPO_TRAINER_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dpo_trainer"
     return None if setting is None else Path(setting).expanduser()
@@ -53,7 +55,7 @@ def folder_of(setting: str | None) -> Path | None:
 
 
 def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
-    """A hash of a model's class, config and weights; with `adapter=False`, of a peft model without its adapter."""
+    """A hash of a model's class, config and weights. With `adapter=False`, a peft model's adapter is left out."""
     base: Any = unwrap_adapter(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None) if base is not model else None
     config = base.config.to_dict() if hasattr(base, "config") else {}
@@ -70,7 +72,7 @@ def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
     for name, value in sorted(weights.items()):
         if not isinstance(value, torch.Tensor) or (prefix and prefix in name):
             continue
-        # peft moves what it wraps one level down; the weight is the same.
+        # peft adds `.base_layer` to the name of a layer that it wraps. The weight is the same.
         digest.update(f"{name.replace('.base_layer', '')} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -85,7 +87,7 @@ def _as_json(value: Any) -> Any:
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """A hash of all token ids and images, pair by pair, in order, and of which tokens are scored, where some are not."""
+    """A hash of the token ids and images of all pairs in order, and of the scored tokens if some are not scored."""
     digest = hashlib.sha256()
     names = [*TOKENS, *(name for name in MASKS if name in dataset.column_names)]
     for rows in dataset.select_columns(names).iter(1000):
@@ -98,7 +100,7 @@ def data_fingerprint(dataset: Any) -> str:
 
 
 def _digest(logps: Logps) -> str:
-    """A hash of a shard's numbers and of how many there are."""
+    """A hash of a shard's numbers and their count."""
     return hashlib.sha256(json.dumps([list(side) for side in logps]).encode()).hexdigest()
 
 
@@ -107,12 +109,12 @@ def _digest(logps: Logps) -> str:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """The shards of one dataset under one reference.
+    """The cached log-probabilities of one dataset under one reference.
 
     Attributes:
-        root: folder of all references.
-        facts: what the numbers depend on, as JSON values; its hash is the key.
-        lengths: tokens of each pair. Shards follow it, so that batches of neighbours carry little padding.
+        root: folder of the cache, for all references.
+        facts: everything that the numbers depend on, as JSON values. The hash of it is the key.
+        lengths: tokens of each pair. Shards hold pairs of similar length, so that batches need little padding.
     """
 
     root: Path
@@ -121,12 +123,12 @@ class ReferenceCache:
 
     @cached_property
     def order(self) -> list[int]:
-        """The dataset's rows, the shortest first."""
+        """Indices of the dataset's rows, the shortest row first."""
         return np.argsort(list(self.lengths), kind="stable").tolist()
 
     @property
     def key(self) -> str:
-        """The folder's name."""
+        """The name of the folder."""
         return hashlib.sha256(json.dumps([FORMAT, self.facts], sort_keys=True).encode()).hexdigest()[:32]
 
     @property
@@ -138,14 +140,14 @@ class ReferenceCache:
         return -(-len(self.order) // SHARD)
 
     def rows(self, shard: int) -> list[int]:
-        """The dataset's rows that a shard holds."""
+        """Indices of the dataset's rows that a shard holds."""
         return self.order[shard * SHARD : (shard + 1) * SHARD]
 
     def path(self, shard: int) -> Path:
         return self.folder / f"{shard:05}-of-{self.shards:05}.parquet"
 
     def read(self, shard: int) -> Logps | None:
-        """The shard's log-probabilities; None where there is no file, or one that is not to be trusted (a line says why)."""
+        """The shard's log-probabilities; None without a file, or (with a warning) if the file is not valid."""
         path = self.path(shard)
         if not path.exists():
             return None
@@ -170,7 +172,7 @@ class ReferenceCache:
             return None
 
     def write(self, shard: int, logps: Logps) -> None:
-        """Write a shard beside its place and rename it there. Raises OSError."""
+        """Write a shard atomically: into a temporary file that is then renamed. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table(
             {"row": self.rows(shard), "ref_chosen_logps": logps[0], "ref_rejected_logps": logps[1]},
@@ -182,14 +184,14 @@ class ReferenceCache:
             pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
             aside.replace(path)
         except OSError:
-            aside.unlink(missing_ok=True)  # half a file on a full disk
+            aside.unlink(missing_ok=True)  # an incomplete file, on a full disk for example
             raise
 
     def _stamp(self, shard: int) -> dict[str, Any]:
         return {"key": self.key, "shard": shard, "shards": self.shards, **self.facts}
 
     def complete(self) -> Logps | None:
-        """All log-probabilities in the dataset's order if every shard is there, else None. Computes nothing."""
+        """All log-probabilities in the dataset's order; None if a shard is missing. Computes nothing."""
         parts = [self.read(shard) for shard in range(self.shards)]
         return None if None in parts else self._joined(parts)
 
@@ -208,13 +210,16 @@ class ReferenceCache:
         num_processes: int,
         wait: Callable[[], Any],
     ) -> Logps:
-        """All log-probabilities in the dataset's order: read where they are, computed and written where not.
+        """Read the shards that exist, compute and write the missing ones, and return all log-probabilities.
 
         Args:
-            compute: the log-probabilities (chosen, rejected) of given rows.
-            name: of the dataset, for messages.
-            process_index, num_processes: the processes that share the missing shards out among themselves.
-            wait: where processes meet before they read one another's shards.
+            compute: returns the log-probabilities (chosen, rejected) of the rows with the given indices.
+            name: the dataset's name in messages.
+            process_index, num_processes: the missing shards are divided among the processes.
+            wait: a barrier for all processes.
+
+        Returns:
+            the log-probabilities (chosen, rejected) in nats, in the dataset's order.
         """
         parts = [self.read(shard) for shard in range(self.shards)]
         missing = [shard for shard, part in enumerate(parts) if part is None]
@@ -225,7 +230,7 @@ class ReferenceCache:
             logger.info("%s: computing%s into %s", what, rest, self.folder)
         else:
             logger.info("%s: read from %s", what, self.folder)
-        wait()  # nobody writes before everybody has looked; also where nothing is missing, since others may see it otherwise
+        wait()  # all processes look for shards before any writes one; all must call this, since each may see other files
         writable = True
         for shard in missing[process_index::num_processes]:
             found = parts[shard] = compute(self.rows(shard))
@@ -233,10 +238,10 @@ class ReferenceCache:
                 self.write(shard, found)
             except OSError as error:
                 if writable:
-                    logger.warning("%s: cannot be kept (%s)", what, first_line(error))
+                    logger.warning("%s: cannot be written to the cache (%s)", what, first_line(error))
                 writable = False
         wait()
         for shard, part in enumerate(parts):
-            if part is None:  # another process's, or on a disk that is not shared
+            if part is None:  # computed by another process; its disk may not be shared
                 parts[shard] = self.read(shard) or compute(self.rows(shard))
         return self._joined(parts)

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities: of a frozen model, of the policy without its adapter, or computed beforehand."""
+"""The reference: a frozen model or the policy without its adapter, and the precomputation of its log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .split import Batch, SplitModel, evaluating
 
 
 class _Reference:
-    """What all references share.
+    """Base class of all references.
 
     Attributes:
-        split: the model that answers.
+        split: the model that computes the reference's logits.
         kind: the reference in words.
-        copied: whether it began as the policy did, in a copy.
+        copied: whether the reference is a copy that computes the same as the policy before the first update.
     """
 
     split: SplitModel
@@ -30,12 +30,12 @@ class _Reference:
     copied = False
 
     def whole_model(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which the reference can be called as one model, which it gives."""
+        """A context that yields the reference as one callable model."""
         return contextlib.nullcontext(self.split.model)
 
     @torch.no_grad()
     def packed_logits(self, batch: Batch) -> Tensor:
-        """Reference logits `[N, V]` of the batch's scored tokens, without gradient."""
+        """Logits `[N, V]` of the batch's scored tokens, without gradient."""
         with self.whole_model():
             return self.split.packed_logits(batch)
 
@@ -47,10 +47,10 @@ class _Reference:
 
 
 class FrozenReference(_Reference):
-    """A second model that never changes; the exact KL can be computed against its logits.
+    """A second model that training does not change.
 
     Args:
-        model: the reference. It is put into evaluation mode and needs no gradient from here on.
+        model: the reference. It is set to evaluation mode, and its parameters require no gradient.
     """
 
     kind = "a frozen model"
@@ -62,10 +62,15 @@ class FrozenReference(_Reference):
     def copy_of(
         cls, model: nn.Module, change: Callable[[nn.Module], nn.Module] | None = None, *, shared: bool = True
     ) -> FrozenReference:
-        """The model as it is now: the usual reference of DPO. Or what `change` makes of its copy.
+        """A frozen copy of the model as it is now, the usual reference of DPO.
 
         Args:
-            shared: whether weights that do not train are the model's own, so that they stand in memory once.
+            model: the model to copy.
+            change: gets the copy and returns the reference. None: the copy is the reference.
+            shared: whether the copy shares the weights that are not trained, which saves memory.
+
+        Raises:
+            ModelError: torch cannot copy the model.
         """
         frozen = [value for value in model.parameters() if not value.requires_grad] if shared else []
         try:
@@ -73,7 +78,7 @@ class FrozenReference(_Reference):
         except RuntimeError as error:
             if "deepcopy" not in str(error):
                 raise
-            # Such as LoRA's with ensure_weight_tying, whose head holds a view of the embeddings' factors.
+            # For example LoRA with ensure_weight_tying, whose head holds a view of the embeddings' factors.
             raise ModelError(
                 "reference: the model holds tensors that torch cannot copy; set precompute_ref_log_probs or give a ref_model"
             ) from error
@@ -83,10 +88,10 @@ class FrozenReference(_Reference):
 
 
 class AdapterOffReference(_Reference):
-    """The policy with its peft adapter switched off: no second copy of the weights.
+    """The policy with its peft adapter switched off, without a second copy of the weights.
 
     Args:
-        policy: the split of a peft model.
+        policy: the policy, a peft model.
     """
 
     kind = "the model without its adapter"
@@ -102,7 +107,7 @@ class AdapterOffReference(_Reference):
             yield model
 
 
-#: None where no reference is in memory.
+#: None if no reference is in memory.
 Reference = FrozenReference | AdapterOffReference | None
 
 
@@ -115,10 +120,21 @@ def reference_logps(
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> tuple[list[float], list[float]]:
-    """Summed log-probabilities of all chosen and all rejected completions, in the dataset's order.
+    """Compute the summed log-probabilities of all completions of a dataset.
 
-    Rows are visited sorted by length, so that batches carry little padding; a row's result does not depend on its
-    neighbours beyond the rounding of matrix products. Logits exist a chunk at a time where the head allows it.
+    Rows are sorted by length, so that batches need little padding. The other rows of a batch affect a row's result only by
+    the rounding of matrix products. Logits are computed one chunk at a time if the head allows it.
+
+    Args:
+        source: the reference, or a model.
+        dataset: a tokenised dataset with the column `length`.
+        collate: makes a batch of rows.
+        batch_size: pairs per batch.
+        device: the model's device.
+        context: returns the context in which the model is run.
+
+    Returns:
+        the sums of all chosen and of all rejected completions, in nats, in the dataset's order.
     """
     found = torch.empty(2, len(dataset), dtype=torch.float64)
     for indices in torch.tensor(list(dataset["length"])).argsort(stable=True).split(batch_size):
@@ -138,7 +154,7 @@ def _sums(source: SplitModel | _Reference, batch: Batch) -> Tensor:
         return sequence_logps(source.packed_logits(batch), batch["labels"], **options)
 
     def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Any objective without a reference: the sums, made as training makes the policy's, are what is wanted.
+        # CPO needs no reference. Its loss is not used, only the log-probabilities, computed as in training.
         output = linear_dpo_loss(hidden, weight, batch["labels"], bias=bias, loss_type="cpo", **options)
         return torch.cat([output.chosen_logps, output.rejected_logps])
 

@@ -1,4 +1,4 @@
-"""A causal language model as backbone and head, so that only the tokens that are scored meet the vocabulary."""
+"""Splits a causal language model into backbone and head, so that logits are computed for scored tokens only."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ Batch = Mapping[str, Tensor]
 
 
 class SplitModel:
-    """Logits of a batch's scored tokens, `[N, V]` packed, by backbone -> selection -> head.
+    """Computes the packed logits `[N, V]` of a batch's scored tokens: backbone, then selection, then head.
 
-    Prompts, padding and last tokens are dropped between backbone and head: projecting them onto the vocabulary
-    would be the most expensive useless work of a step. The head is called as a module, so tied weights, biases, LoRA
-    on the head and distributed hooks keep working.
+    Prompts, padding and last tokens are dropped between backbone and head, because projecting them onto the vocabulary is
+    expensive and useless. The head is called as a module, so tied weights, biases, LoRA on the head and distributed hooks
+    work.
 
-    What the model does after its head (softcap, scale) is read from its config and left to the kernels: `logit_scale`
-    and `logit_softcap` go to `dpo_loss`. `verify` compares with the model's own answer, since other models do
-    other things; where they differ, `split` becomes False and the whole logits are computed and selected from.
+    A scale or softcap that the model applies after its head is read from the config and left to the kernels, as
+    `logit_scale` and `logit_softcap` of `dpo_loss`. A model may do something else after its head, so `verify` compares the
+    result with the model's own logits. If they differ, `split` becomes False: the whole model computes the logits of all
+    tokens, and the scored ones are selected.
 
     Args:
         model: a `transformers` causal language model or a peft model around one.
 
     Attributes:
-        around: what an adapter does around the model, so that only the whole model is right; None where nothing is.
-        collect_routers: whether forward passes with gradient leave their router logits in `router_logits` (see `auxiliary`).
+        split: whether backbone and head are called separately.
+        around: what an adapter does outside the model's layers, in words, so that only the whole model is right; or None.
+        collect_routers: whether forward passes with gradient store their router logits in `router_logits` (see `auxiliary`).
     """
 
     collect_routers = False
@@ -57,21 +59,21 @@ class SplitModel:
 
     @property
     def logit_scale(self) -> float:
-        """Factor still to be applied to `packed_logits`."""
+        """Factor that is not yet applied to `packed_logits`."""
         return self._scale if self.split else 1.0
 
     @property
     def logit_softcap(self) -> float | None:
-        """Softcap still to be applied to `packed_logits`, after the scale."""
+        """Softcap that is not yet applied to `packed_logits`. It follows the scale."""
         return self._softcap if self.split else None
 
     @property
     def after_head(self) -> dict[str, Any]:
-        """`logit_scale` and `logit_softcap`, as arguments of the losses."""
+        """`logit_scale` and `logit_softcap` as keyword arguments of the losses."""
         return {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
     def packed_hidden(self, batch: Batch) -> Tensor:
-        """Hidden states `[N, H]` at the batch's `positions`. Needs `split`."""
+        """Hidden states `[N, H]` at the batch's `positions`. Requires that `split` is True."""
         output = self._call(self.backbone, batch)
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch["positions"])
 
@@ -82,11 +84,11 @@ class SplitModel:
         return self.whole_logits(batch).flatten(0, 1).index_select(0, batch["positions"])
 
     def whole_logits(self, batch: Batch) -> Any:
-        """The whole model's own logits `[B, T, V]` of every token, None where it gives none."""
+        """The whole model's own logits `[B, T, V]` of every token; None if it returns none."""
         rows, length = batch["input_ids"].shape
         task = {"task_ids": batch["input_ids"].new_zeros(rows)} if needs_task(self.model) else {}
         logits = getattr(self._call(self.model, batch, **task), "logits", None)
-        # Virtual tokens of an adapter stand in front.
+        # Drop the logits of an adapter's virtual tokens, which come first.
         return logits[:, -length:] if self.around and logits is not None else logits
 
     def _call(self, module: nn.Module, batch: Batch, **more: Any) -> Any:
@@ -108,7 +110,7 @@ class SplitModel:
         """Why the loss cannot be computed from hidden states and the head's weight; None if it can."""
         if not self.split:
             return self.around or "the model's logits are not head(backbone(x))"
-        # An adapter on the head, a quantised head or an offloading hook make of it more than one matrix product.
+        # With an adapter, quantisation or an offloading hook, the head computes more than one matrix product.
         if type(self.head).forward is not nn.Linear.forward or "forward" in self.head.__dict__:
             return f"the head is not a plain nn.Linear but {type(self.head).__name__}"
         if self.head.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -116,15 +118,15 @@ class SplitModel:
         return None
 
     def through_head(self, function: Callable[..., Any], hidden: Tensor) -> Any:
-        """`function(hidden, weight, bias)` of the head, run as the head's forward.
+        """Run `function(hidden, weight, bias)` as the forward of the head, with the head's weight and bias.
 
-        So hooks around the head, such as those that gather a shard of its weight, fire as they do for logits.
+        So the head's hooks run, such as those that gather its sharded weight.
         """
         head = self.head
         return call_through(head, head, lambda hidden: function(hidden, head.weight, head.bias), hidden)
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Apply the remaining scale and softcap to `packed_logits`, where the kernels do not do it."""
+        """Apply the remaining scale and softcap to `packed_logits`, for use without the kernels."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcap is not None:
@@ -133,10 +135,10 @@ class SplitModel:
 
     @torch.no_grad()
     def verify(self, batch: Batch) -> bool:
-        """Compare split and whole logits on a small batch; fall back to whole ones, with a warning, if they differ.
+        """Compare the logits of the split and the whole model on a small batch. If they differ, warn and turn `split` off.
 
-        The hidden states of both ways are the same numbers, so only the rounding of one matrix product may differ:
-        the tolerance is a few units in the last place of the largest logit.
+        Both have the same hidden states, so they may differ only by the rounding of one matrix product. The tolerance is 4
+        units in the last place of the largest logit, and at least 1e-4 of it.
 
         Returns:
             whether the split is used.
@@ -152,7 +154,7 @@ class SplitModel:
         with evaluating(self.model), moved(self.model):
             try:
                 logits = self.packed_logits(batch)
-            except Exception as error:  # of a head or a backbone that takes other inputs
+            except Exception as error:  # a head or a backbone may take other inputs
                 logits, reason = torch.empty(0), f"cannot be compared ({type(error).__name__}: {first_line(error)})"
             values = self.finish(logits.double())
             self.split = False
@@ -166,7 +168,7 @@ class SplitModel:
             reason = f"differ by {gap:.2g} (limit {limit:.2g})"
         if not self.split:
             logger.warning(
-                "%s: logits by head(backbone(x)) and the model's own %s; computing those of all tokens, slower",
+                "%s: logits of head(backbone(x)) and the model's own %s; computing the logits of all tokens, which is slower",
                 name,
                 reason,
             )
@@ -174,24 +176,24 @@ class SplitModel:
 
     @torch.no_grad()
     def obstacle_to_layout(self, batch: Batch, padded: Batch) -> str | None:
-        """Why the model's answers in a batch's layout are not those in the padded one; None if they are.
+        """Why the model's results in a batch's layout differ from those in the padded layout; None if they are the same.
 
-        Recurrent layers, positions that the model counts itself and attention that takes no mask of ours all show here.
-        Every scored token's hidden state (or logits, without a split) is compared, relative to its own norm. Rounding
-        moves it by 1e-7 to 1e-5 in float32; what leaks from one sequence into another moves it by more than the limit of
-        1e-4, even in models with random weights (0.05 where weights or matrix products have fewer bits).
+        The causes are recurrent layers, models that count positions themselves, and attention that ignores our mask. The
+        hidden state (without a split, the logits) of every scored token is compared, relative to its norm. In float32,
+        rounding changes it by 1e-7 to 1e-5. A leak from one sequence into another changes it by more than the limit of
+        1e-4, even in models with random weights. With 16-bit weights or reduced matrix precision the limit is 0.05.
 
         Args:
             batch: some pairs in the layout to try.
             padded: the same pairs in the padded layout.
         """
         if self.collect_routers and not self.split:
-            return "the whole model computes its auxiliary loss of padded batches only"
+            return "the whole model computes its auxiliary loss for padded batches only"
         answer = self.packed_hidden if self.split else self.packed_logits
         try:
             with evaluating(self.model), moved(self.model):
                 expected, found = answer(padded), answer(batch)
-        except Exception as error:  # whatever a model's own code raises when it does not know such inputs
+        except Exception as error:  # a model that does not support such inputs may raise anything
             return f"it refuses the batch ({type(error).__name__}: {first_line(error)})"
         if found.shape != expected.shape:
             return f"its answers have shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
@@ -202,24 +204,24 @@ class SplitModel:
         return None if differ <= limit else f"its answers differ by {differ:.2g} (limit {limit:.2g})"
 
     def attend_by_sequence(self) -> Callable[[], None] | None:
-        """Let the model attend to every sequence of a row by itself, see `attention`.
+        """Switch the model to attention by sequence, see `attention`.
 
         Returns:
-            what undoes it, or None where the model computes its attention in another way than `sdpa`.
+            a function that switches back; None if the model does not use `sdpa` attention, and nothing was switched.
         """
         base: Any = unwrap_adapter(self.model)
         before = getattr(self._config, "_attn_implementation", None)
-        # Asked first, since transformers warns about models whose attention cannot be chosen.
+        # Tested first, because transformers warns about models whose attention cannot be chosen.
         if before != "sdpa" or not getattr(base, "_can_set_attn_implementation", lambda: False)():
             return None
         base.set_attn_implementation(attention.NAME)
         return lambda: base.set_attn_implementation(before)
 
     def attention_cost(self) -> float:
-        """What comparing a token with one key costs, relative to all of its matrix products in the backbone.
+        """Cost of comparing a token with one key, relative to the token's matrix products in the backbone.
 
-        Scores and weighted values are two products with every key in each layer. Attention kernels reach a fraction of the
-        rate of large matrix products; a third is what was measured (see docs/trainer.md).
+        In each layer, a token needs two products for every key: the score and the weighted value. Attention kernels reach
+        about a third of the rate of large matrix products, as measured (see docs/trainer.md).
         """
         backbone, config = self.backbone if self.backbone is not None else self.model, self._config
         parameters = sum(value.numel() for value in backbone.parameters())
@@ -227,7 +229,7 @@ class SplitModel:
         heads = getattr(config, "num_attention_heads", None) or 1
         try:
             head_dim = getattr(config, "head_dim", None)
-        except Exception:  # of configs in which layers have heads of several sizes
+        except Exception:  # a config may raise if its layers have heads of different sizes
             head_dim = None
         head_dim = head_dim or getattr(config, "hidden_size", 0) // heads
         return 3 * 2 * getattr(config, "num_hidden_layers", 0) * heads * head_dim / max(parameters, 1)
@@ -239,20 +241,20 @@ def unwrap_adapter(model: Any) -> Any:
 
 
 def _backbone(base: Any, head: Any) -> nn.Module | None:
-    if takes_images(base):  # its decoder alone would not see them
+    if takes_images(base):  # the decoder alone would not see the images
         whole = getattr(base, "base_model", None)
         return whole if whole is not base and takes_images(whole) else None
     decoder = None
-    with contextlib.suppress(Exception):  # of models whose get_decoder is not for them
+    with contextlib.suppress(Exception):  # some models inherit a get_decoder that fails
         decoder = base.get_decoder()
     candidates = (decoder, getattr(base, "base_model", None))
-    # ModernBERT's attribute `decoder`, which get_decoder finds, is its head.
+    # For ModernBERT, get_decoder returns the head, because the head's attribute is named `decoder`.
     found = (part for part in candidates if isinstance(part, nn.Module) and part is not base and part is not head)
     return next(found, None)
 
 
 def _after_head(config: Any) -> tuple[float, float | None]:
-    """(scale, softcap) that the model applies to its logits, by the names its config uses for them."""
+    """(scale, softcap) that the model applies to its logits, read from its config under the names of several models."""
     scale = 1.0
     if isinstance(value := getattr(config, "logit_scale", None), (int, float)):  # Cohere
         scale = float(value)
@@ -266,7 +268,7 @@ def _after_head(config: Any) -> tuple[float, float | None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which the model is in evaluation mode; afterwards it is in the mode that it was in."""
+    """A context in which the model is in evaluation mode. Its mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -278,8 +280,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def call_through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """Run `function(*args)` as the forward of `module` inside `wrapper`, its distributed wrapper.
 
-    DDP and FSDP prepare gradients and shards in hooks around the wrapper's forward. Calling parts of the
-    module beside it would skip them, silently.
+    DDP and FSDP prepare gradients and shards in hooks of the wrapper's forward. Calling parts of the module directly would
+    silently skip the hooks.
     """
     own = module.__dict__.get("forward")
 

@@ -1,4 +1,4 @@
-"""Models that read images: which ones do, and the classes that load them and their processors."""
+"""Recognises models that read images, and chooses the classes that load them and their processors."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from ..errors import first_line
 
 logger = logging.getLogger("dpo_trainer")
 
-#: What from_pretrained takes to find a model's files.
+#: Arguments of from_pretrained that determine which files of a model are found.
 _FINDING = ("trust_remote_code", "revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 
 def takes_images(model: Any) -> bool:
-    """Whether a transformers model, without an adapter around it, reads images."""
+    """Whether a transformers model reads images. A peft model has to be unwrapped first."""
     forward = getattr(type(model), "forward", None)
     return forward is not None and "pixel_values" in inspect.signature(forward).parameters
 
 
 def auto_class(folder: str, options: Mapping[str, Any]) -> Any:
-    """The class of transformers that loads a model: that of vision-language models for one, else that of causal ones.
+    """The transformers auto class that loads a model, for vision-language or for causal models.
 
-    A model that has both forms is loaded as what its checkpoint holds, so that nothing of it gets lost.
+    If a model type has both forms, the architecture named in the checkpoint decides, so that no weights are lost.
 
     Args:
-        folder: or a hub name; of a model or of a peft adapter.
-        options: for from_pretrained.
+        folder: a folder or hub name of a model or of a peft adapter.
+        options: keyword arguments for `from_pretrained`.
     """
     try:
         adapter = Path(folder, "adapter_config.json")
         if adapter.exists() and not Path(folder, "config.json").exists():
             folder = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         config = AutoConfig.from_pretrained(folder, **{key: options[key] for key in _FINDING if key in options})
-    except Exception:  # the model's own loading says what is wrong
+    except Exception:  # loading the model reports the error
         return AutoModelForCausalLM
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     held = getattr(config, "architectures", None) or [""]
@@ -53,10 +53,10 @@ def auto_class(folder: str, options: Mapping[str, Any]) -> Any:
 
 
 def load_processor(folder: str, **kwargs: Any) -> Any:
-    """The processor of a vision-language model; None where there is none, or it cannot be loaded, which a line says."""
+    """The processor of a vision-language model; None if there is none, or (with a warning) if it cannot be loaded."""
     try:
         found = AutoProcessor.from_pretrained(folder, **kwargs)
-    except Exception as error:  # packages that a processor needs may be missing, torchvision for instance
+    except Exception as error:  # a package that the processor needs may be missing, such as torchvision
         logger.warning(
             "model '%s': its processor cannot be loaded (%s: %s); it can be trained on text, not on images",
             folder,

@@ -1,4 +1,4 @@
-"""Means over a logging window or an evaluation that weigh every pair, and every completion token, the same."""
+"""Means over a logging window or an evaluation in which every pair, or every completion token, has the same weight."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dpo_kernels import DPOOutput
 
-#: Least sum of weights to divide by: pairs that all weigh nothing have loss 0, not NaN.
+#: Smallest sum of weights to divide by. If all pairs have weight 0, the loss is 0, not NaN.
 TINY = torch.finfo(torch.float32).tiny
 
 _PER_SEQUENCE = ("token_counts", "entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass")
 
 
 def memory_mib(device: torch.device) -> float:
-    """Memory in use, in MiB: the most that the device's tensors have taken, or the process's resident memory on a CPU."""
+    """Memory in MiB: the peak of the CUDA device's tensors, or on a CPU the process's current resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import psutil
@@ -29,8 +29,8 @@ def memory_mib(device: torch.device) -> float:
 class MetricWindow:
     """The outputs of all batches since the last `drain`.
 
-    A mean of batch means would weigh the pairs of a short last batch more than the others. So the vectors of length P
-    are kept, on their device: they are tiny, and no step has to wait for the host.
+    A mean of batch means would give the pairs of a short last batch too much weight. So the window keeps the vectors of
+    length P of every batch. They are small and stay on their device, so no step synchronises with the host.
     """
 
     def __init__(self) -> None:
@@ -38,24 +38,24 @@ class MetricWindow:
         self._auxiliary: list[Tensor] = []  # [2] each: weight, and weight times the loss
 
     def add(self, output: DPOOutput, weights: Tensor, tokens: Tensor) -> None:
-        """Add a batch, the weights [P] of its pairs, and the number of its real tokens, prompts included."""
+        """Add a batch's output, the weights [P] of its pairs, and its number of tokens with prompts and without padding."""
         self._batches.append((output.detach(), weights, tokens))
 
     def add_auxiliary(self, loss: Tensor, weights: Tensor) -> None:
-        """Add the auxiliary loss of a batch whose pairs have these weights [P]."""
+        """Add the auxiliary loss of a batch; `weights` [P] are those of its pairs."""
         weight = weights.sum().double()
         self._auxiliary.append(torch.stack([weight, weight * loss.detach()]))
 
     def drop(self, batches: int) -> None:
-        """Forget the last batches: those of a step that was not taken."""
+        """Remove the last batches, after a step that was not taken."""
         del self._batches[len(self._batches) - batches :]
         del self._auxiliary[max(len(self._auxiliary) - batches, 0) :]
 
     def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> DPOOutput | None:
-        """All batches as one, on the CPU; None before the first.
+        """All batches as one, on the CPU; None before the first batch.
 
-        Of several processes every first batch comes first, then every second one: the order in which an evaluation
-        divides its rows.
+        With several processes, the first batch of every process comes first, then the second batch of every process, and
+        so on. This is the order in which an evaluation divides its rows.
 
         Args:
             gather: collects a list of picklable objects from all processes.
@@ -66,7 +66,7 @@ class MetricWindow:
         return DPOOutput(**join([fields for turn in zip(*gather([mine]), strict=True) for fields in turn]))
 
     def state(self) -> dict[str, Any]:
-        """Everything added so far, as tensors and numbers, for a checkpoint."""
+        """Everything that was added, as tensors and numbers, for a checkpoint."""
         if not self._batches:
             return {}
         outputs, weights, tokens = zip(*self._batches, strict=True)
@@ -80,7 +80,7 @@ class MetricWindow:
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> MetricWindow:
-        """The window that `state` was taken from."""
+        """Restore a window, on `device`, from what the method `state` returned."""
         window = cls()
         if state:
             state = send_to_device(state, device)
@@ -89,16 +89,23 @@ class MetricWindow:
         return window
 
     def drain(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
-        """The means of all batches, by name; then forget the batches.
-
-        `loss` (weighted mean over pairs), the names of `DPOOutput.metrics`, `rewards/margins_std` (standard deviation over
-        pairs), with a reference `logratios/chosen` and `logratios/rejected` (log-probability gained over the reference, in
-        nats per completion token), for a mixture of experts `aux_loss` (its batches' mean), and `tokens` (a sum).
-        Means over a side's tokens are left out where none of them was scored; where no token was scored at all, only
-        `tokens` is left.
+        """Compute the means of all batches, then remove the batches.
 
         Args:
             gather: collects a list of picklable objects from all processes.
+
+        Returns:
+            the means by name:
+
+            * `loss`: the weighted mean over pairs.
+            * the names of `DPOOutput.metrics`.
+            * `rewards/margins_std`: the standard deviation over pairs.
+            * `logratios/chosen`, `logratios/rejected`, with a reference: the log-probability gained over the reference, in
+              nats per completion token.
+            * `aux_loss`, for a mixture of experts: the mean over batches.
+            * `tokens`: a sum.
+
+            Means over the tokens of a side with no scored token are left out. Without any scored token only `tokens` is left.
         """
         if not self._batches:
             return {}
@@ -106,13 +113,14 @@ class MetricWindow:
         self._batches, self._auxiliary = [], []
         auxiliary = torch.cat([state["auxiliary"] for state in states]).sum(dim=0)
         everything = DPOOutput(**join([state["output"] for state in states]))
-        # float64, and weights after the loss: where policy equals reference, exactly log 2 whatever the weights.
+        # In float64, with each loss multiplied by its weight here: if policy equals reference, the mean is exactly log 2 for
+        # any weights.
         weight = torch.cat([state["weights"] for state in states]).double()
         loss = (everything.losses.double() * weight).sum() / weight.sum().clamp(min=TINY)
         tokens = {"tokens": float(sum(state["tokens"] for state in states))}
         chosen, rejected = (counts.sum().item() for counts in everything.token_counts.chunk(2))
         if not chosen and not rejected:
-            return tokens  # nothing was seen: means would be NaN, or the 0 of empty sums
+            return tokens  # without a scored token, means would be NaN, or 0 from empty sums
         per_token = {"mean_token_accuracy": chosen, "logits/chosen": chosen, "logits/rejected": rejected}
         return {
             "loss": loss.item(),
@@ -125,11 +133,11 @@ class MetricWindow:
 
 
 def names(statistics: Iterable[str], *, reference: bool) -> list[str]:
-    """What `MetricWindow.drain` will call its means, tokens aside. Found by draining a window that holds one pair of ones.
+    """Names of the means that `MetricWindow.drain` returns, without `tokens`. Found by draining a window with one dummy pair.
 
     Args:
-        statistics: those that the outputs have.
-        reference: whether they have a reference's log-probabilities.
+        statistics: the statistics that the outputs have.
+        reference: whether the outputs have a reference's log-probabilities.
     """
     sequences = {name: torch.ones(2) for name in ("logps", "rewards", "token_counts", *statistics)}
     sequences["ref_logps"] = torch.full((2,), float(reference))
@@ -139,7 +147,7 @@ def names(statistics: Iterable[str], *, reference: bool) -> list[str]:
 
 
 def _log_ratios(everything: DPOOutput) -> dict[str, float]:
-    """Log-ratios per token of each side; none without a reference, whose sums then are all 0."""
+    """Log-ratios per token of each side; empty without a reference, when all of its log-probabilities are 0."""
     fields, found = everything.fields(), {}
     if not (everything.ref_chosen_logps.any() or everything.ref_rejected_logps.any()):
         return {}
@@ -150,7 +158,7 @@ def _log_ratios(everything: DPOOutput) -> dict[str, float]:
 
 
 def join(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The attributes of several batches' outputs as those of one; without statistics that one lacks.
+    """Concatenate the fields of several batches' outputs. A statistic that one of the batches lacks is left out.
 
     All chosen sequences come first, then all rejected ones.
     """

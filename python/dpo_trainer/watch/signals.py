@@ -1,4 +1,4 @@
-"""An end that loses no step: what SIGTERM and Ctrl-C do to a run."""
+"""Ends a run with a checkpoint on SIGTERM or Ctrl-C, so that no step is lost."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ logger = logging.getLogger("dpo_trainer")
 
 
 def is_first() -> bool:
-    """Whether this is the main process of those that a launcher started; known before they meet."""
+    """Whether this is the main process, by the launcher's environment variables. No process group is needed."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def end(signum: int, text: str) -> None:
-    """Log how the run can go on, and end. Raises KeyboardInterrupt for SIGINT, SystemExit with code 143 for SIGTERM."""
+    """Log `text` and end the run. Raises KeyboardInterrupt for SIGINT and SystemExit with code 143 for SIGTERM."""
     if is_first():
         logger.error("%s: %s", signal.Signals(signum).name, text)
     if signum == signal.SIGINT:
@@ -36,12 +36,12 @@ def end(signum: int, text: str) -> None:
 
 @contextlib.contextmanager
 def listening(heard: Callable[[int], None]) -> Iterator[None]:
-    """The first SIGTERM or Ctrl-C calls `heard` with its number, the next one ends the process at once.
+    """A context in which the first SIGTERM or Ctrl-C calls `heard` with its number, and the next ends the process at once.
 
-    Only the main thread can listen; elsewhere, and for a signal that is ignored, nothing changes.
+    Only the main thread can handle signals. In other threads, and for a signal that is ignored, nothing changes.
     """
     since: float | None = None
-    # A launcher sends its processes what the terminal has sent them already.
+    # On Ctrl-C, a process gets the signal twice: from the terminal and from its launcher.
     patience = 2.0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0.0
 
     def handle(signum: int, _: Any) -> None:
@@ -62,18 +62,18 @@ def listening(heard: Callable[[int], None]) -> Iterator[None]:
 
 
 class EndAfterStep(TrainerCallback):
-    """A signal ends training after the step at hand, its evaluation and a checkpoint; before the first step, at once."""
+    """Ends training on a signal: after the current step, its evaluation and a checkpoint; at once before the first step."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.stepping = False
-        #: The signal that came, and the one that the run ends for.
+        #: The signal that this process received, and the signal for which the run ends; 0 for none.
         self.heard = self.ending = 0
         self._asked: torch.Tensor | int = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Around a run. Raises KeyboardInterrupt or SystemExit inside."""
+        """A context for a run, which handles signals. Raises KeyboardInterrupt or SystemExit inside."""
         self.stepping, self.heard, self.ending, self._asked = False, 0, 0, 0
         with listening(self._hear):
             yield
@@ -84,10 +84,10 @@ class EndAfterStep(TrainerCallback):
             self.end(signum)
         name = signal.Signals(signum).name
         if is_first():
-            logger.warning("%s: ending after the step at hand with a checkpoint; a second signal ends at once", name)
+            logger.warning("%s: ending after the current step with a checkpoint; a second signal ends at once", name)
 
     def end(self, signum: int) -> None:
-        """Say which checkpoint there is, and end."""
+        """Log from which checkpoint the run can go on, and end."""
         found = checkpoints(self.run.args.run_folder)
         if found:
             end(signum, f"stopped; the same command, or train(resume_from_checkpoint=True), goes on from {found[-1]}")
@@ -109,9 +109,9 @@ class EndAfterStep(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _agreed(self, args: TrainingArguments) -> int:
-        """The signal that any process has heard, the same one on all of them.
+        """The signal that any process has received; every process gets the same answer.
 
-        On several processes it is what they had heard a step ago: then no process waits for the answer.
+        With several processes the answer is one step old, so that no process waits for it.
         """
         if args.world_size <= 1:
             return self.heard
