@@ -58,17 +58,19 @@ def _larger(folder: Path | None, name: str) -> list[dict[str, Any]]:
 
 
 def _answer(
-    question: str, ours: dict[str, Any], rows: Sequence[dict[str, Any]], larger: dict[str, Any] | None = None
+    question: str, ours: dict[str, Any], rows: Sequence[dict[str, Any]], where: str, other: dict[str, Any] | None
 ) -> report.Answer:
     """A row of the README's table: one method of ours against the quickest peer, and against the one that needs least memory.
 
-    larger: the same method at a larger shape.
+    where, other: another shape in words, and the same method's row there.
     """
     said = f"{ours['vs_best']:.2f} times the speed of {ours['best_peer']}"
-    if larger:
-        peer = "" if larger["best_peer"] == ours["best_peer"] else f" that of {larger['best_peer']}"
-        said += f" (at a larger shape {larger['vs_best']:.2f} times{peer})"
     verdict = _compare(ours["vs_best"], "faster", "slower", "as fast")
+    if other:
+        peer = "" if other["best_peer"] == ours["best_peer"] else f" that of {other['best_peer']}"
+        said += f" ({where} {other['vs_best']:.2f} times{peer})"
+        there = _compare(other["vs_best"], "faster", "slower", "as fast")
+        verdict += f" ({there} {where})" if there != verdict else ""
     kind, mine = _memory(ours)
     others = [held for row in rows if not row["ours"] and row.get("median_s") and (held := _memory(row)[1]) is not None]
     if mine is not None and others:
@@ -96,17 +98,14 @@ def _gpu_name(calls: dict[str, Any], folder: str) -> str:
 
 def _gpu_answer(calls: dict[str, Any], folder: str) -> Iterator[report.Answer]:
     """The step from logits at the session's first shape, by the quickest backend that was right in every case."""
-    right = gpu_summary.right_backends(calls)
-    for name, rows in gpu_summary.compared_tables(calls).values():
-        mine = [
-            row
-            for row in rows
-            if row["name"] in {f"ours_inplace ({backend})" for backend in right} and "vs_best" in row
-        ]
-        if name == "gpu_logits_path" and mine:
-            ours = min(mine, key=lambda row: row["median_s"])
-            yield _answer(f"{QUESTIONS['logits_path'][0]}, {_gpu_name(calls, folder)}", ours, rows)
-            return
+    names = {f"ours_inplace ({backend})" for backend in gpu_summary.right_backends(calls)}
+    tables = [rows for name, rows in gpu_summary.compared_tables(calls).values() if name == "gpu_logits_path"]
+    mine = [[row for row in rows if row["name"] in names and "vs_best" in row] for rows in tables]
+    if mine and mine[0]:
+        ours = mine[0][0]  # rows begin with the quickest
+        smaller = next((row for rows in mine[1:] for row in rows if row["name"] == ours["name"]), None)
+        question = f"{QUESTIONS['logits_path'][0]}, {_gpu_name(calls, folder)}"
+        yield _answer(question, ours, tables[0], "at a smaller shape", smaller)
 
 
 def latest(results: Path) -> Path | None:
@@ -127,7 +126,9 @@ def _answers(results: Path) -> list[report.Answer]:
             question, peer = QUESTIONS[name]
             rows = _first_case(found)
             if mine := _row(rows, peer):
-                answers.append(_answer(f"{question}, CPU", mine, rows, _row(_larger(folder, name), peer)))
+                answers.append(
+                    _answer(f"{question}, CPU", mine, rows, "at a larger shape", _row(_larger(folder, name), peer))
+                )
     for name, calls in gpu_summary.sessions(results).items():
         answers += _gpu_answer(calls, name)
     return answers
