@@ -169,11 +169,13 @@ def samples(
     for sample in found.values():
         sample.seconds = [seconds / calls for seconds in sample.seconds]
     rows = []
+    heading = f"{pairs} pairs x {tokens} tokens, V = {vocab:,}{', packed' if size.startswith('packed') else ''}"
     for name in names:
         title, with_statistics = CONTENDERS[name]
         ours = name.startswith("ours")
         row: dict[str, Any] = {
-            "case": size, "title": title, "ours": ours, "median_s": found[name].median, "spread": found[name].spread,
+            "case": heading, "title": title, "ours": ours or name == "native",
+            "median_s": found[name].median, "spread": found[name].spread,
             "select": f"test_latency[{size}-{name}]",
         }  # fmt: skip
         peers = [peer for peer in ("eager", "compiled", "eager_stats") if CONTENDERS[peer][1] == with_statistics]

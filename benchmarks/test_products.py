@@ -101,7 +101,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return f"Against torch's library the native products reach {listed(parts)}."
 
 
-RESULT = partial(Result, "products", "Matrix products: those of the linear path", COLUMNS, summary=summary)
+RESULT = partial(
+    Result,
+    "products",
+    "Matrix products: the linear path's logits Z, and its gradients dH and dW",
+    COLUMNS,
+    summary=summary,
+)
 
 
 @pytest.fixture(scope="module")
