@@ -6,36 +6,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import bars
+
 if TYPE_CHECKING:
     from .report import Result
 
-_OURS, _OTHERS, _INK, _FAINT = "#1b6ca8", "#b8bec6", "#333a42", "#e3e6ea"
+_OURS, _INK, _FAINT = "#1b6ca8", "#333a42", "#e3e6ea"
 #: Lines need to be told apart: these for ours and for the others, in order.
 _OUR_LINES, _OTHER_LINES = ("#1b6ca8", "#57a3d9"), ("#8a8f98", "#d1873d", "#7a9a5b", "#a06a9e", "#b0564f")
 
-#: Behind a figure, so that a floor's tick does not strike it through.
-_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+#: What stands in a dark theme for each colour; the lines' other colours are legible on both grounds.
+_DARK = {"#ffffff": "#0d1117", _INK: "#f0f6fc", _FAINT: "#30363d", _OURS: "#4493f8"}
 
 #: What charts can show: row key -> (axis label, factor).
 SCALES = {
-    "median_s": ("ms", 1e3),
-    "extra_bytes": ("MiB beside the inputs", 2.0**-20),
-    "peak_bytes": ("MiB in all", 2.0**-20),
+    "median_s": ("time, ms", 1e3),
+    "extra_bytes": ("extra memory, MiB", 2.0**-20),
+    "peak_bytes": ("peak memory, MiB", 2.0**-20),
 }
 
 
 def _scale(key: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
     """The unit in which these rows are drawn: seconds where they take many of them."""
     if key == "median_s" and max((row.get(key) or 0.0) for row in rows) >= 2:
-        return "s", 1.0
+        return "time, s", 1.0
     return SCALES[key]
 
 
-def _label(key: str, value: float | None) -> str:
-    """A bar's figure: whole MiB (the system counts pages in batches), times to two digits at least."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 10 or key != "median_s" else f"{value:.2g}"
+def _label(key: str, value: float) -> str:
+    """A bar's figure: whole MiB (the system counts pages in batches), times to three digits, as in the tables."""
+    return f"{value:,.0f}" if value >= 100 or key != "median_s" else f"{value:.3g}"
 
 
 def _pyplot(salt: str) -> Any:
@@ -46,92 +46,68 @@ def _pyplot(salt: str) -> Any:
         return None
     matplotlib.use("Agg")
     # Same figures, same file: no random ids, no date inside.
-    matplotlib.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 11})
     matplotlib.rcParams.update({"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK})
-    matplotlib.rcParams.update({"xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 9})
+    matplotlib.rcParams.update({"xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 11})
     from matplotlib import pyplot
 
     return pyplot
 
 
 def _save(figure: Any, path: Path, pyplot: Any) -> Path:
+    """Write the figure; its colours follow the theme of the reader's system."""
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
     pyplot.close(figure)
+    rules = "".join(
+        f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
+        for light, dark in _DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    text = path.read_text(encoding="utf-8")
+    path.write_text(
+        text.replace("</style>", f"@media(prefers-color-scheme:dark){{{rules}}}</style>", 1), encoding="utf-8"
+    )
     return path
 
 
 def draw(result: Result, path: Path) -> Path | None:
-    """The result's chart; None where matplotlib is not installed or nothing was measured."""
+    """The result's chart; None where nothing was measured, or lines are to be drawn and matplotlib is not installed."""
+    if result.chart == "bars":
+        panels = bar_panels(result)
+        if not panels:
+            return None
+        path.write_text(bars.draw(panels, title=result.question), encoding="utf-8")
+        return path
     pyplot = _pyplot(result.name)
-    if pyplot is None:
-        return None
-    figure = _bars(result, pyplot) if result.chart == "bars" else _lines(result, pyplot)
+    figure = None if pyplot is None else _lines(result, pyplot)
     return None if figure is None else _save(figure, path, pyplot)
 
 
-def _bars(result: Result, pyplot: Any) -> Any:
-    """A row of panels for each group: time, and memory where it was measured."""
-    groups = {name: [row for row in rows if row.get("median_s")] for name, rows in result.groups().items()}
-    groups = {name: rows for name, rows in groups.items() if rows}
-    if not groups:
-        return None
-    panels = [key for key in SCALES if any(row.get(key) is not None for row in result.rows)]
-    # Inches: a bar's, and for each group its heading, its axis and the space between.
-    heights = [0.24 * len(rows) + 0.95 for rows in groups.values()]
-    figure, axes = pyplot.subplots(
-        len(groups),
-        len(panels),
-        figsize=(3.6 * len(panels) + 3, sum(heights)),
-        squeeze=False,
-        layout="constrained",
-        height_ratios=heights,
-    )
-    for line, (name, rows) in zip(axes, groups.items(), strict=True):
-        for axis, key in zip(line, panels, strict=True):
-            _bar_panel(axis, rows, key)
-            if axis is line[0]:
-                axis.set_yticks(range(len(rows)), [row["title"] for row in rows])
-                _floor(axis, rows)
-            else:
-                axis.set_yticks([])
-        # Over the titles as well: a heading may be longer than a panel is wide.
-        line[0].annotate(
-            name,
-            (0, 1),
-            (4, 16),
-            xycoords=("figure fraction", "axes fraction"),
-            textcoords="offset points",
-            weight="bold",
-        )
-    return figure
+def bar_panels(result: Result) -> list[bars.Panel]:
+    """A panel for each group: time, and memory where it was measured."""
+    shown = [key for key in SCALES if any(row.get(key) is not None for row in result.rows)]
+    panels = []
+    for name, rows in result.groups().items():
+        timed = [row for row in rows if row.get("median_s")]
+        if not timed:
+            continue
+        scales = [_scale(key, timed) for key in shown]
 
+        def value(row: Mapping[str, Any], key: str, scale: float) -> tuple[float, str] | None:
+            return None if row.get(key) is None else (row[key] * scale, _label(key, row[key] * scale))
 
-def _bar_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    unit, scale = _scale(key, rows)
-    values = [(row.get(key) or 0.0) * scale for row in rows]
-    bars = axis.barh(
-        range(len(rows)), values, height=0.72, color=[_OURS if row.get("ours") else _OTHERS for row in rows]
-    )
-    labels = [_label(key, None if row.get(key) is None else row[key] * scale) for row in rows]
-    axis.bar_label(bars, labels, padding=3, bbox=_PLATE)
-    # A floor beyond the bars (a copy that a neighbour slowed) is shown, not left outside the axis.
-    floors = [(row.get("floor_s") or 0.0) * scale for row in rows] if key == "median_s" else []
-    axis.set_xlim(0, 1.18 * max([*values, *floors]) or 1)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_xlabel(unit)
-    axis.locator_params(axis="x", nbins=5)
-    axis.tick_params(axis="y", length=0)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _floor(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Each row's floor as a tick across its bar; rows may differ in what they cannot do without."""
-    scale = _scale("median_s", rows)[1]
-    marked = [(index, row["floor_s"] * scale) for index, row in enumerate(rows) if row.get("floor_s")]
-    for index, floor in marked:
-        axis.plot([floor, floor], [index - 0.45, index + 0.45], color="black", linestyle=":", linewidth=1)
-    if marked:
-        axis.annotate("floor", (marked[0][1], -0.5), (0, 2), textcoords="offset points", fontsize=7, ha="center")
+        found = [
+            bars.Bar(
+                row["title"],
+                bool(row.get("ours")),
+                [value(row, key, scale) for key, (_, scale) in zip(shown, scales, strict=True)],
+                row["floor_s"] * scales[0][1] if row.get("floor_s") else None,
+            )
+            for row in timed
+        ]
+        floor = f"floor: {result.floor}" if result.floor else ""
+        panels.append(bars.Panel(name, [unit for unit, _ in scales], found, floor))
+    return panels
 
 
 def _lines(result: Result, pyplot: Any) -> Any:
@@ -143,7 +119,7 @@ def _lines(result: Result, pyplot: Any) -> Any:
     unit, scale = SCALES[result.y]
     logarithmic = result.y == "median_s"
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(4.4 * len(groups), 3.4), squeeze=False, layout="constrained"
+        1, len(groups), figsize=(4.6 * len(groups), 4.4), squeeze=False, layout="constrained"
     )
     for axis, (name, rows) in zip(axes[0], groups.items(), strict=True):
         ours, others = iter(_OUR_LINES), iter(_OTHER_LINES)
@@ -168,7 +144,8 @@ def _lines(result: Result, pyplot: Any) -> Any:
         axis.xaxis.set_minor_locator(pyplot.NullLocator())
         axis.grid(color=_FAINT, linewidth=0.8)
         axis.set_axisbelow(True)
-        axis.legend(frameon=False, fontsize=7.5)
+        # Below the axes, where no line can run through it.
+        axis.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -176,10 +153,10 @@ def _lines(result: Result, pyplot: Any) -> Any:
 def roofline(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
     """Every row with `flops`, `bytes` and a time, under what the machine was seen to reach; results: from JSON, by name.
 
-    Horizontal: operations a byte of the work itself, so that all methods for one work stand in one column. Vertical:
-    operations a second. A method at the roof does nothing but what it must; the distance to it is the factor lost (a
-    filtered gradient leaves products out, and may stand above). The roofs are
-    `roofs` of the results: {dtype: {"copy": bytes/s, "gemm": operations/s}}.
+    Horizontal: operations per byte of the work itself, so that all methods for one work stand in one column. Vertical:
+    operations a second. The roof is what a plain copy and a plain matrix product reach; a method at the roof does only
+    the necessary work. A filtered gradient leaves products out, and may stand above the roof. The roofs are `roofs` of
+    the results: {dtype: {"copy": bytes/s, "gemm": operations/s}}.
 
     Returns None without matplotlib, without points or without both roofs.
     """
@@ -207,15 +184,24 @@ def roofline(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | Non
         place = {"xycoords": ("data", "axes fraction"), "xytext": (-5, 4), "textcoords": "offset points"}
         axis.axvline(here[0][2], color=_INK, linewidth=0.6, linestyle=":", zorder=0)
         title = case.removesuffix(", loss and gradient")
-        axis.annotate(title, (here[0][2], 0), fontsize=7, rotation=90, ha="right", va="bottom", **place)
-    for mine, marker, colour, label in ((False, "o", "#8a8f98", "others"), (True, "s", _OURS, "dpo_kernels")):
+        axis.annotate(title, (here[0][2], 0), fontsize=9, rotation=90, ha="right", va="bottom", **place)
+    for mine, marker, colour, label in ((False, "o", "#8a8f98", "other methods"), (True, "s", _OURS, "dpo_kernels")):
         here = [point for point in points if point[1] == mine]
         x, y = [point[2] for point in here], [point[3] / 1e9 for point in here]
         axis.plot(x, y, marker, color=colour, markersize=5.5, label=label)
-    axis.legend(frameon=False, loc="lower right", fontsize=8)
-    axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axis.legend(frameon=False, loc="lower right", fontsize=10)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte that the work has to move",
+        ylabel="billion operations a second",
+    )
     axis.set_xlim(left, right)
-    axis.set_title("Roofline: each method's work over its time; one column a case", loc="left", fontweight="bold")
+    axis.set_title(
+        "Roofline: speed of each method under the speed of the machine; one column a case",
+        loc="left",
+        fontweight="bold",
+    )
     for each in (axis.xaxis, axis.yaxis):
         each.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:,g}"))
         each.set_minor_formatter(pyplot.NullFormatter())
@@ -238,6 +224,6 @@ def memory(points: Sequence[tuple[float, int]], spans: Sequence[tuple[str, float
             axis.axvspan(begin, end, color=colour, alpha=0.25, linewidth=0, label=None if index else name)
     axis.set(xlabel="ms", ylabel="MiB of tensors, from the start")
     if colours:
-        axis.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.legend(frameon=False, fontsize=9.5, loc="upper left", bbox_to_anchor=(1, 1))
     axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, path, pyplot)

@@ -3,7 +3,7 @@
     python -m benchmarks.compare REF                  the working tree against a git revision
     python -m benchmarks.compare REF --to OTHER       one revision against another
 
-Each revision is checked out beside the other, builds its own CPU library from its own sources, and runs in a process of
+Each revision is checked out into a folder of its own, builds its own CPU library from its own sources, and runs in a process of
 its own that stays alive; the two take turns, call by call, so that a noisy neighbour slows both. What they share is this
 file and the virtual environment. The change is the median over rounds of the ratio within a round; its interval is the
 bootstrap's (Efron 1979), 95 %.

@@ -6,6 +6,7 @@ that `--benchmark-json`, `--benchmark-compare` and the rest of that plugin work 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import machine, reasons, report
+from . import machine, method, reasons, report
 from .method import Samples
 from .peers import ABSENT, PEERS
 from .peers.linear import LINEAR_PEERS
@@ -24,8 +25,11 @@ PEER_NAMES = {**PEERS, **LINEAR_PEERS}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: These compile for many seconds: at `--sizes small` they take part only where `--peers` names them.
+COMPILED = ("compiled", "liger_compiled", "cce")
+
 #: Rounds for each of `--sizes`.
-ROUNDS = {"small": 5, "default": 3, "full": 15}
+ROUNDS = {"small": 2, "default": 3, "full": 15}
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,12 @@ class Settings:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+        sizes = config.getoption("--sizes")
         return cls(
-            sizes=config.getoption("--sizes"),
-            peers=chosen("--peers", PEER_NAMES, tuple(PEER_NAMES)),
+            sizes=sizes,
+            peers=chosen(
+                "--peers", PEER_NAMES, tuple(name for name in PEER_NAMES if sizes != "small" or name not in COMPILED)
+            ),
             dtypes=chosen("--dtype", DTYPES, ("float32", "bfloat16")),
             device=device,
         )
@@ -85,11 +92,14 @@ class Replay:
 
 _REPLAY = Replay()
 _RESULTS: dict[str, report.Result] = {}
+#: The benchmark that runs now.
+_CURRENT = [""]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dpo-kernels benchmarks")
-    group.addoption("--sizes", choices=("small", "default", "full"), default="default", help="how large and how often")
+    help_sizes = "small: does everything run here (a minute); full: the shapes of the goals, more rounds, every variant"
+    group.addoption("--sizes", choices=("small", "default", "full"), default="default", help=help_sizes)
     group.addoption("--peers", default="all", metavar="NAMES", help=f"all, or some of: {','.join(PEER_NAMES)}")
     group.addoption("--dtype", default="all", metavar="NAMES", help=f"all, or some of: {','.join(DTYPES)}")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -102,6 +112,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Our tables have the ratios; pytest-benchmark's own table comes back with --benchmark-verbose.
     config.option.benchmark_quiet = True
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Progress goes straight to the terminal, whatever pytest captures. The small size runs on one thread.
+
+    On a busy machine, threads that wait for each other would take most of its minute.
+    """
+    if session.config.getoption("--sizes") == "small":
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that benchmarks start
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    capture = session.config.pluginmanager.get_plugin("capturemanager")
+
+    def show(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(f"  {_CURRENT[0]}: {line}")
+            terminal.flush()
+
+    method.announce[:] = [show] if terminal is not None else []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _CURRENT[0] = item.path.stem.removeprefix("test_")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -124,6 +158,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, indirect=True, scope="module", ids=ids)
     if "name" in metafunc.fixturenames and hasattr(metafunc.module, "NAMES"):
         metafunc.parametrize("name", metafunc.module.NAMES[settings.sizes])
+    if "size" in metafunc.fixturenames:
+        metafunc.parametrize("size", metafunc.module.CHOSEN[settings.sizes], indirect=True, scope="module")
     if "trainer" in metafunc.fixturenames:
         metafunc.parametrize("trainer", metafunc.module.TRAINERS[settings.sizes])
     if "peer" in metafunc.fixturenames:
@@ -221,26 +257,34 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for line in report.text_table(result.columns, rows):
                 write(line)
             if config.getoption("verbose") > 0:
-                write("each alone:")
+                for line in report.text_table(result.details, rows) if result.details else ():
+                    write(line)
+                write("the command that measures each row alone:")
                 for command in dict.fromkeys(row["command"] for row in rows if "command" in row):
                     write(f"  {command}")
         write("")
-        for note in result.notes:
-            write(note)
+        for sentence in result.sentences():
+            write(sentence)
     if target := config.getoption("--report"):
         folder = Path(target) / about["name"]
-        report.write(_RESULTS.values(), folder, about)
-    terminalreporter.write_sep("=", "What to make of it")
+        report.write([(result, about) for result in _RESULTS.values()], folder)
+    terminalreporter.write_sep("=", "Summary")
     for result in _RESULTS.values():
         if summary := result.summary(result.rows):
             write(f"{result.name}: {summary}")
-    for line in report.below_one(_compared()):
+    # At tiny shapes a loss says nothing, and so there is no reason for it.
+    for line in report.below_one(_compared()) if settings.sizes != "small" else ():
         write(line)
     for name, why in ABSENT.items():
-        write(f"Takes no part: {name} {why}.")
-    write("The command that makes a row alone: -v prints it, --report DIR writes it.")
+        write(f"Not compared: {name} {why}.")
+    if settings.sizes == "small":
+        left_out = ", ".join(COMPILED)
+        write(
+            f"--sizes small checks that everything runs; its times say little. It uses one thread, without {left_out}."
+        )
+    write("-v prints the command that measures each row alone; --report DIR writes it.")
     if target:
-        write(f"Written to {folder}: start with {folder / 'README.md'}")
+        write(f"Written to {folder}: begin with {folder / 'README.md'}")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -249,5 +293,6 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
     done = yield
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and (line := report.headline(_compared()).get("line")):
-        terminal.write_line(line, bold=True)
+        small = " At --sizes small this says little." if session.config.getoption("--sizes") == "small" else ""
+        terminal.write_line(f"{line}.{small}", bold=True)
     return done

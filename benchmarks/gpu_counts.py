@@ -1,4 +1,4 @@
-"""What a call costs on a GPU beside its kernels, counted without one: kernels, other launches, waits, bytes beside products.
+"""What a call costs on a GPU apart from its kernels, counted without one: kernels, other launches, waits, and bytes.
 
     python -m benchmarks.gpu_counts            print the table
     python -m benchmarks.gpu_counts --write    into results/gpu_counts.json and docs/gpu.md

@@ -7,8 +7,8 @@ shapes.
     python benchmarks/gpu_session.py --merge runs/headline runs/depth --out benchmarks/results/CARD
 
 Every stage (benchmarks/gpu_stages.py) runs in a process of its own with its limit of seconds; one that fails or hangs does not
-stop the next, and what it had found is kept. A folder of results holds at most 8 files: results.json, summary.md, log.txt,
-trace.json.gz, ncu.txt. Clocks, power limits and modes of the card are left as they are.
+stop the next, and what it had found is kept. A folder of results holds at most 8 files: results.json, summary.md,
+methods.svg, log.txt, trace.json.gz, ncu.txt. Clocks, power limits and modes of the card are left as they are.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: this folder leaves the path, where its profile.py hides the standard library's
     sys.path[0] = str(ROOT)
 
-from benchmarks import gpu_pack, gpu_stages  # noqa: E402
+from benchmarks import bars, gpu_pack, gpu_stages  # noqa: E402
 from benchmarks.gpu_stages import MAX_FILE, STAGES, write  # noqa: E402
-from benchmarks.gpu_summary import NO_GPU, roofline_seconds, summary  # noqa: E402
+from benchmarks.gpu_summary import CHART, NO_GPU, panels, roofline_seconds, summary  # noqa: E402
 from dpo_kernels._build import BuildError  # noqa: E402
 
 #: The calls: seconds in all, and the stages with their limits, in order. The sum of the limits leaves the rest of a call for
@@ -188,8 +188,10 @@ def session(
 
 
 def save(out: Path, calls: dict[str, dict[str, Any]]) -> None:
-    """Write results.json and summary.md."""
+    """Write results.json, summary.md and, where peers were measured, the chart."""
     write(out / "results.json", json.dumps({"seconds": roofline_seconds(calls), "calls": calls}, indent=1) + "\n")
+    if found := panels(calls):
+        write(out / CHART, bars.draw(found, title="Time and memory of each method"))
     write(out / "summary.md", summary(calls, {call: list(limits) for call, (_, limits) in CALLS.items()}))
 
 

@@ -599,7 +599,7 @@ def _time_kernels(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
         shape = f"[{tokens}x{vocab}]"
         for name in machine.backends:
             title = f"{name} {shape}"
-            # Two inputs, a gradient, a copy to restore from; eager needs about six float32 copies of the logits besides.
+            # Two inputs, a gradient, a copy to restore from; eager needs about six more float32 copies of the logits.
             if (40 if name == "eager" else 12) * tokens * vocab > machine.free_memory():
                 rows[title] = {"not run": NO_MEMORY}
             elif deadline.left < 0:
@@ -907,7 +907,7 @@ def _last_object(output: str) -> dict[str, Any] | None:
 
 
 def sweep(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The CUDA kernels with every library of the pack (other launch parameters), and the best beside the default."""
+    """The CUDA kernels with every library of the pack (other launch parameters), and the best next to the default."""
     names = machine.packed_variants()
     if not names:
         return {"not run": "no pack, or a pack without variants (--pack DIR builds them)"}

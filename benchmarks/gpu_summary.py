@@ -1,4 +1,4 @@
-"""A GPU session's results as markdown, with what was predicted beside what was measured; and the README's GPU table.
+"""A GPU session's results as markdown, with what was predicted next to what was measured; and as rows of report.py.
 
 The predictions were written down before any card had run these kernels: from the machine code's instructions a logit and bytes
 in flight (benchmarks/machine_code.py), and for the linear path from products and traffic (benchmarks/roofline.py).
@@ -30,6 +30,8 @@ ANCHORS = (
 )
 
 
+#: The chart's file, in the folder of the session.
+CHART = "methods.svg"
 #: How a stage is said to have failed that found no GPU.
 NO_GPU = "no GPU"
 
@@ -116,7 +118,8 @@ def _correctness(calls: dict[str, Any]) -> list[str]:
         if "cases" not in row:
             rows.append([name, "-", f"not run: {row['not run']}"])
             continue
-        wrong = [f"{case}: {why}" for case, why in row["failed"].items()]
+        wrong = [f"{case}: {why}" for case, why in list(row["failed"].items())[:2]]
+        wrong += [f"{len(row['failed']) - 2} more, all in results.json"] if len(row["failed"]) > 2 else []
         wrong += [f"not run: {row['not run']}"] if "not run" in row else []
         rows.append([name, f"{row['cases'] - len(row['failed'])} of {row['cases']}", "; ".join(wrong) or "-"])
     return ["## Correct?", "", *_table(["backend", "cases right against float64", "wrong"], rows)]
@@ -145,7 +148,7 @@ def _kernels(calls: dict[str, Any]) -> list[str]:
         found = {name: measured.get(f"{name}: {work.key}", {}) for name in backends}
         if not any("median" in row for row in found.values()):
             continue
-        line = [work.key, _milliseconds(work.bytes / bandwidth if bandwidth else None)]
+        line = [work.key]
         best = None
         for name, row in found.items():
             seconds = row.get("median")
@@ -158,13 +161,13 @@ def _kernels(calls: dict[str, Any]) -> list[str]:
         predicted = PREDICTIONS.get(work.path, {}).get(card or "") if work.key.endswith(PREDICTED_SHAPE) else None
         line.append(verdict(best, predicted) if predicted and best is not None else "-")
         rows.append(line)
-    lines = ["## How fast against the floor?", ""]
+    lines = ["## How close to the memory's speed?", ""]
     for name, rate in (("copy (read + write)", copied), ("read", read)):
-        lines.append(f"Measured {name} bandwidth: {f'{rate / 1e12:.2f} TB/s' if rate else 'not measured'}.")
+        lines.append(f"* Bandwidth of a {name}: {f'{rate / 1e12:.2f} TB/s' if rate else 'not measured'}.")
     lines += [
-        "In brackets the share of the higher of the two. Ours are timed as a CUDA graph's replay, without launch gaps; the "
-        "host's time of our quicker call stands apart.", "",
-        *_table(["path", "floor", *backends, "host", "predicted share"], rows),
+        "", "Time of each path, and in parentheses the share of the higher bandwidth that it reaches. Our backends are timed as "
+        "the replay of a CUDA graph, so without gaps between launches. The host's time is that of the quicker of our calls.", "",
+        *_table(["path", *backends, "host", "predicted share"], rows),
     ]  # fmt: skip
     lines += _missing(measured)
     if products := ceilings.get("products"):
@@ -189,16 +192,18 @@ def _contenders(found: dict[str, Any], floor: float | None, ours: str | None) ->
     for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
         extra, gradient = row.get("extra bytes"), row.get("gradient")
         again = f" (again {_milliseconds(row['again'])})" if "again" in row else ""
+        wrong = "" if gradient is None or gradient["right"] else f", gradient WRONG by {gradient['error']:.1e}"
         lines.append([
-            name, _milliseconds(row["median"]) + again, _milliseconds(row.get("host")),
+            title(name) + wrong, _milliseconds(row["median"]) + again, _milliseconds(row.get("host")),
             f"{row['median'] / floor:.2f}x" if floor else "-",
             f"{row['median'] / rows[ours]['median']:.2f}x" if ours else "-",
             "-" if extra is None else f"{extra / 2**20:,.0f} MiB",
-            "-" if gradient is None else "right" if gradient["right"] else f"WRONG ({gradient['error']:.1e})",
         ])  # fmt: skip
-    head = ["method", "time", "host", "over the floor", "over ours", "memory beside the inputs", "gradient"]
+    head = ["method", "time", "host", "time / floor", "time / dpo_kernels", "extra memory"]
     missing = {name: {kind: why} for kind in ("not run", "failed") for name, why in found.get(kind, {}).items()}
-    return [*_table(head, lines), *_missing(missing)]
+    checked = [row["gradient"]["right"] for row in rows.values() if row.get("gradient")]
+    right = ["All gradients were compared with float64, and all are right.", ""] if checked and all(checked) else []
+    return [*_table(head, lines), *right, *_missing(missing)]
 
 
 def quickest(rows: dict[str, Any], prefix: str) -> str | None:
@@ -213,29 +218,33 @@ FLOOR = "floor: the products alone"
 def _linear_lines(key: str, found: dict[str, Any]) -> list[str]:
     rows = found.get("rows", {})
     lines = [
-        f"Linear path, {key} (pairs x length x H x V), {found['scored']} scored tokens; the floor is its {found['products']} "
-        "products by cuBLAS:", "",
+        f"Linear path, {key} (pairs x length x H x V), {found['scored']} scored tokens. The floor is the time of its "
+        f"{found['products']} matrix products by cuBLAS alone:", "",
         *_contenders(found, rows.get(FLOOR, {}).get("median"), "ours" if "ours" in rows else None),
     ]  # fmt: skip
     if key in LINEAR_PREDICTION and "ours" in rows:
         said = verdict(rows["ours"]["median"], LINEAR_PREDICTION[key], "ms")
-        lines += [f"Predicted of ours: {said}.", ""]
+        lines += [f"Predicted for dpo_kernels: {said}.", ""]
     return lines
 
 
 def _against(calls: dict[str, Any]) -> list[str]:
     bandwidth = bandwidth_of(calls)
-    lines = ["## Against whom?", ""]
+    lines = ["## How fast against other methods?", ""]
     for shape, found in stage(calls, "peers").get("tables", {}).items():
         ours = quickest(found["rows"], "ours_inplace (")
         floor = found["bytes"] / bandwidth if bandwidth and "bytes" in found else None
-        lines += [f"Logits path, bfloat16 {shape}, loss and gradient:", "", *_contenders(found, floor, ours)]
+        lines += [
+            f"Logits path, bfloat16 {shape}, loss and gradient. The floor is the time of the memory traffic alone:",
+            "",
+        ]
+        lines += _contenders(found, floor, ours)
     for name in ("linear", "small_heads"):
         for key, found in stage(calls, name).get("tables", {}).items():
             lines += _linear_lines(key, found)
     if len(lines) == 2:
         lines += ["Not measured.", ""]
-    lines += ["What others have published:", "", *(f"* {anchor}." for anchor in ANCHORS), ""]
+    lines += ["What other projects have published:", "", *(f"* {anchor}." for anchor in ANCHORS), ""]
     latency = stage(calls, "latency")
     rows = []
     for name, row in latency.get("steps", {}).items():
@@ -274,15 +283,28 @@ def _tune(calls: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _answers(calls: dict[str, Any]) -> list[str]:
+    from benchmarks import report
+
+    tables = compared_tables(calls)
+    if not tables:
+        return []
+    everything = report.compared(tables.values())
+    lines = [*report.answer_table(report.answer(heading, rows) for heading, (_, rows) in tables.items()), ""]
+    lines += [f"{report.headline(everything)['line']}.", ""] if everything else []
+    lines += [*(f"* {sentence}" for sentence in report.below_one(everything)), ""]
+    return [*lines, *([f"![Time and memory of each method]({CHART})", ""] if everything else [])]
+
+
 def summary(calls: dict[str, Any], planned: dict[str, list[str]]) -> str:
-    """The session as markdown, for someone who was not there: correct? how fast? against whom? what to tune? what not run?
+    """The session as markdown, for someone who was not there. It opens with how we stand against the best peers.
 
     calls: call -> stage -> report. planned: the stages of each call.
     """
     device = stage(calls, "environment")
     about = ", ".join(f"{k} {v}" for k, v in device.items() if isinstance(v, str) and "/" not in v)
     name = device.get("device", {}).get("name", "an unknown device")
-    lines = [f"# GPU session on {name}", "", about or "Versions: not known.", ""]
+    lines = [f"# GPU session on {name}", "", *_answers(calls), about or "Versions: not known.", ""]
     for part in (_correctness, _kernels, _against, _tune):
         lines += part(calls)
     lines += ["## What ran, what did not", ""]
@@ -300,54 +322,115 @@ def summary(calls: dict[str, Any], planned: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def readme_block(results: Path) -> list[str]:
-    """The README's GPU tables: a part for each folder of benchmarks/results that a GPU session has filled; empty without one."""
-    lines: list[str] = []
+def sessions(results: Path) -> dict[str, dict[str, Any]]:
+    """The calls of every GPU session below a folder of results, by the session's folder."""
+    found = {}
     for file in sorted(results.glob("*/results.json")):
-        calls = json.loads(file.read_text(encoding="utf-8")).get("calls")
-        if calls:
-            lines += _readme_part(calls, file.parent.name)
-    return lines
+        if calls := json.loads(file.read_text(encoding="utf-8")).get("calls"):
+            found[file.parent.name] = calls
+    return found
 
 
-def _readme_part(calls: dict[str, Any], folder: str) -> list[str]:
-    device = stage(calls, "environment")
-    name = device.get("device", {}).get("name", folder)
-    bandwidth = bandwidth_of(calls)
-    seconds, rows = roofline_seconds(calls), []
+def bandwidth_table(calls: dict[str, Any]) -> list[str]:
+    """Each path over the logits at the predicted shape: the time of our quicker backend, and its share of the bandwidth."""
+    bandwidth, seconds, rows = bandwidth_of(calls), roofline_seconds(calls), []
     for work in works():
         if bandwidth and work.key in seconds and work.key.endswith(PREDICTED_SHAPE):
             share = work.bytes / seconds[work.key] / bandwidth
             rows.append([work.path, _milliseconds(seconds[work.key]), f"{share:.0%}"])
-    if not rows:
+    if not bandwidth or not rows:
         return []
-    versions = f"torch {device.get('torch')}, Triton {device.get('triton', 'not installed')}"
-    lines = [
-        f"**{name}** ({versions}), bfloat16 logits {PREDICTED_SHAPE}, our quicker backend; the card was "
-        f"seen to move {bandwidth / 1e12:.2f} TB/s:", "", *_table(["path", "time", "share of that bandwidth"], rows),
-    ]  # fmt: skip
-    for title, found, ours in _comparisons(calls):
-        measured = found["rows"]
-        if ours is None:
-            continue
-        parts = []
-        for peer, row in sorted(measured.items(), key=lambda item: item[1]["median"]):
-            gradient = row.get("gradient")
-            right = "-" if gradient is None else "right" if gradient["right"] else "WRONG"
-            over = f"{row['median'] / measured[ours]['median']:.2f}x"
-            parts.append([peer, _milliseconds(row["median"]), over, right])
-        lines += [f"{title}:", "", *_table(["method", "time", "over ours", "gradient"], parts)]
-    return [*lines, f"Every row, and what did not run: [summary](benchmarks/results/{folder}/summary.md).", ""]
+    heading = f"**Share of the memory's bandwidth: bfloat16 logits {PREDICTED_SHAPE}, our quicker backend**"
+    said = f"The card was seen to move {bandwidth / 1e12:.2f} TB/s."
+    return [heading, "", *_table(["path", "time", "share of that bandwidth"], rows), said, ""]
 
 
-def _comparisons(calls: dict[str, Any]) -> list[tuple[str, dict[str, Any], str | None]]:
-    found = []
-    for shape, table in list(stage(calls, "peers").get("tables", {}).items())[:1]:
-        title = f"Loss and gradient from logits {shape}"
-        found.append((title, table, quickest(table["rows"], "ours_inplace (")))
-    for key, table in list(stage(calls, "linear").get("tables", {}).items())[:1]:
-        title = (
-            f"Loss and gradients from hidden states, {key} (pairs x length x H x V), {table['scored']} scored tokens"
-        )
-        found.append((title, table, "ours" if "ours" in table["rows"] else None))
+def compared_tables(calls: dict[str, Any]) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """The tables of methods as report.py takes rows: heading -> (benchmark, rows), the quickest method first.
+
+    Where a method was measured twice, the slower time counts.
+    """
+    found = {}
+    for name in ("peers", "linear", "small_heads"):
+        for key, table in stage(calls, name).get("tables", {}).items():
+            if table.get("rows"):
+                heading = _heading(name, key, table)
+                found[heading] = (
+                    "gpu_logits_path" if name == "peers" else "gpu_linear_path",
+                    _rows(key, heading, table, calls),
+                )
     return found
+
+
+def _heading(stage_name: str, key: str, table: dict[str, Any]) -> str:
+    if stage_name == "peers":
+        return f"From logits: bfloat16 {key}"
+    pairs, length, hidden, vocab = key.partition("-")[0].split("x")
+    frozen = ", frozen head" if key.endswith("-frozen") else ""
+    return f"From hidden states: {pairs} pairs x {length} tokens, H = {hidden}, V = {int(vocab):,}{frozen}"
+
+
+def _rows(key: str, heading: str, table: dict[str, Any], calls: dict[str, Any]) -> list[dict[str, Any]]:
+    measured, bandwidth = table["rows"], bandwidth_of(calls)
+    floor = measured[FLOOR]["median"] if FLOOR in measured else None
+    if bandwidth and "bytes" in table:
+        floor = table["bytes"] / bandwidth
+    time = {name: max(row["median"], row.get("again", 0.0)) for name, row in measured.items() if name != FLOOR}
+    peers = [name for name in time if not name.startswith("ours")]
+    ours = quickest({name: {"median": seconds} for name, seconds in time.items()}, "ours")
+    rows = []
+    for name in sorted(time, key=time.__getitem__):
+        row, gradient = measured[name], measured[name].get("gradient")
+        found = {
+            "case": heading,
+            "name": name,
+            "title": title(name),
+            "ours": name.startswith("ours"),
+            "select": f"{key}-{name}",
+        }
+        found |= {"median_s": time[name], "host_s": row.get("host"), "extra_bytes": row.get("extra bytes")}
+        found["verdict"] = "-" if gradient is None else "right" if gradient["right"] else "WRONG"
+        if floor:
+            found |= {"floor_s": floor, "times_floor": time[name] / floor}
+        if found["ours"] and peers:
+            best = min(peers, key=time.__getitem__)
+            found |= {"vs_best": time[best] / time[name], "best_peer": title(best), "best": best}
+        elif ours:
+            found["ours_faster"] = time[name] / time[ours]
+        rows.append(found)
+    return rows
+
+
+def panels(calls: dict[str, Any]) -> list[Any]:
+    """The tables that hold a peer, as panels of a chart (bars.py)."""
+    from benchmarks import charts, report
+
+    found = []
+    for heading, (name, rows) in compared_tables(calls).items():
+        floor = report.TRAFFIC if name == "gpu_logits_path" else report.PRODUCTS
+        if report.has_peer(rows):
+            found += charts.bar_panels(report.Result(name, heading, [], rows, floor=floor))
+    return found
+
+
+def title(name: str) -> str:
+    """A method's name in words, with the backend in parentheses where it is said."""
+    from benchmarks.peers import GPU_PEERS, PEERS
+    from benchmarks.peers.linear import LINEAR_PEERS
+
+    method, _, backend = name.partition(" (")
+    if name == FLOOR:
+        return "floor: the matrix products alone"
+    if method == "ours" and not backend:
+        return LINEAR_PEERS["ours"].title
+    if method == "ours_filtered":
+        return "dpo_kernels, filtered by blocks"
+    known = {**LINEAR_PEERS, **PEERS, **GPU_PEERS}
+    words = known[method].title if method in known else method
+    return f"{words} ({backend}" if backend else words
+
+
+def right_backends(calls: dict[str, Any]) -> list[str]:
+    """The backends of ours that gave the right result in every case of the session."""
+    table = stage(calls, "correctness").get("table", {})
+    return [name for name, row in table.items() if name != "eager" and row.get("cases") and not row["failed"]]

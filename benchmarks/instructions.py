@@ -1,6 +1,6 @@
 """Instructions of each CPU kernel for a unit of its work, counted by callgrind: figures without noise, guarded by a budget.
 
-    python -m benchmarks.instructions            count, and print beside the budget
+    python -m benchmarks.instructions            count, and print next to the budget
     python -m benchmarks.instructions --write    make what was counted the budget (benchmarks/instructions.json)
 
 A unit is a logit for the kernels that read logits, a product of kept entry and hidden unit for the filtered gradients, a

@@ -84,6 +84,22 @@ def model_folder() -> Path | None:
         sys.path.remove(str(ROOT / "examples"))
 
 
+def tiny_model(folder: Path) -> Path:
+    """A folder with a random model of a few thousand weights and a tokenizer, for runs that only ask whether all works."""
+    import transformers
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        from trainer.tiny import build_tokenizer
+    finally:
+        sys.path.remove(str(ROOT / "tests"))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=512, num_key_value_heads=2, max_position_embeddings=512, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def _text_states(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden, head, labels) of the model on the sentiment pairs' text, sequences filled up with the following pairs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,7 +188,7 @@ class LinearError:
     weight: float
 
     def within(self, eager: LinearError, filtered: bool = False) -> bool:
-        """Whether each part is at most four times what eager PyTorch loses in the same dtype, and 1e-3 besides.
+        """Whether each part is at most four times eager PyTorch's error in the same dtype, plus 1e-3.
 
         A filtered gradient leaves out what it was told to leave out, which in small rows is much of them: its rows are
         held to twice that 1e-3 of the root mean square, dW to the same as everyone's.

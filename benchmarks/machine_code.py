@@ -111,7 +111,7 @@ class Kernel:
     thread; None to take it from the widths of the loop's loads (every logit loaded once). streams: False for kernels that
     read no logits, which have no main loop to judge. multiplies: a product of matrices, judged by its tensor instructions
     and asynchronous copies. narrow: judge the loop for rows that 128-bit loads cannot read. tensors: of logits that are
-    read, 2 where the reference's row is read beside the policy's.
+    read, 2 where the reference's row is read as well as the policy's.
     """
 
     name: str

@@ -85,6 +85,16 @@ class Clock:
         return seconds
 
 
+#: Takes a line about each method as soon as it is known; conftest.py puts pytest's terminal here.
+announce: list[Callable[[str], None]] = []
+
+
+def tell(line: str) -> None:
+    """Show a line of progress."""
+    for show in announce:
+        show(line)
+
+
 def interleave(
     contenders: Sequence[Contender], rounds: int, *, warmup: int = 1, device: str = "cpu", called: bool = False
 ) -> dict[str, Samples]:
@@ -102,9 +112,13 @@ def interleave(
         if device == "cuda":
             torch.cuda.synchronize()
         found[contender.name].first_call = time.perf_counter() - begin
+        if found[contender.name].first_call > 1:
+            tell(f"{contender.name}: first call {found[contender.name].first_call:.3g} s")
     # A collection inside a timed region would be charged to whoever runs then.
     gc.collect()
     gc.disable()
+    # What lives now is not searched again: peak_memory collects before each call, which takes long among many objects.
+    gc.freeze()
     try:
         for index in range(warmup + rounds):
             shift = index % len(contenders)
@@ -113,12 +127,16 @@ def interleave(
                 seconds = clock.time(contender.run)
                 if index >= warmup:
                     found[contender.name].seconds.append(seconds)
+        gc.enable()
+        for contender in contenders:
+            contender.prepare()
+            samples = found[contender.name]
+            samples.extra_bytes, samples.page_faults = peak_memory(contender.run, device)
+            extra = "" if samples.extra_bytes is None else f", {samples.extra_bytes / 2**20:,.0f} MiB"
+            tell(f"{contender.name}: {1e3 * samples.median:.3g} ms{extra}")
     finally:
         gc.enable()
-    for contender in contenders:
-        contender.prepare()
-        samples = found[contender.name]
-        samples.extra_bytes, samples.page_faults = peak_memory(contender.run, device)
+        gc.unfreeze()
     return found
 
 
@@ -133,7 +151,7 @@ def ratio(slow: Samples, fast: Samples) -> float:
 
 
 class Best(NamedTuple):
-    """The quickest peer beside ours: how many times longer it takes (median of the rounds), its name, least and most."""
+    """The quickest peer against ours: how many times longer it takes (median of the rounds), its name, least and most."""
 
     ratio: float
     peer: str

@@ -1,10 +1,10 @@
-"""Writes the README's figures from benchmarks/results/*/*.json, so that none is typed by hand.
+"""Writes the README's figures, docs/performance.md and docs/charts from benchmarks/results, so that none is typed by hand.
 
 python -m benchmarks.readme_table            print what the README should say
-python -m benchmarks.readme_table --write    put it between the README's markers
-python -m benchmarks.readme_table --check    exit 1 if the README says something else
+python -m benchmarks.readme_table --write    put it between the README's markers, and write the page and the charts
+python -m benchmarks.readme_table --check    exit 1 if the README, the page or a chart shows something else
 
-The README shows one machine, the one measured last; the others' folders are named below its tables.
+Both show the machine that was measured last and every GPU session; the page names the other machines in a table each.
 """
 
 from __future__ import annotations
@@ -12,121 +12,324 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_summary import readme_block
-from .report import FASTER, RESULTS, Column, below_one, compared, headline, markdown_table, place, read
+from . import bars, charts, gpu_summary, report
+from .report import RESULTS, SLOWER, TIME, Column, answer_table, below_one, compared, headline, markdown_table, read
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, PAGE, CHARTS = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "charts"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+#: The page's section on losses, as the README links to it.
+BEHIND = "Where dpo_kernels is behind"
 
-#: The tables that settle arguments, by benchmark: the first case of each, these columns.
-TABLES = {
-    "logits_path": [
-        Column("title", "method"),
-        Column("median_s", "time", "time"),
-        Column("times_floor", "x floor", "ratio"),
-        Column("extra_bytes", "memory beside the inputs", "bytes"),
-        FASTER,
-        Column("verdict", "gradient"),
-    ],
-    "linear_path": [
-        Column("title", "method"),
-        Column("median_s", "time", "time"),
-        Column("times_floor", "x products", "ratio"),
-        Column("extra_bytes", "memory beside the gradients", "bytes"),
-        Column("ours_faster", "exact is faster by", "ratio"),
-        Column("filtered_faster", "filtered is faster by", "ratio"),
-        Column("verdict", "gradient"),
-    ],
-    "trainer": [
-        Column("title", "trainer"),
-        Column("tokens_per_second", "tokens/s", "count"),
-        Column("median_s", "a step", "time"),
-        Column("peak_bytes", "peak memory", "bytes"),
-        Column("ours_faster", "dpo_trainer is faster by", "ratio"),
-        Column("verdict", "losses"),
-    ],
+#: The questions of the README, by benchmark: in words, and the row of ours that answers. The row is of the first case.
+QUESTIONS = {
+    "logits_path": ("Loss and gradient from logits", "ours_inplace"),
+    "linear_path": ("Loss and gradients from hidden states and LM head", "ours"),
+    "trainer": ("Training step of SmolLM2-135M", "ours"),
 }
-
-#: What the others found, a sentence each, in this order; and the tables' other cases.
-SENTENCES = (
-    "logits_path",
-    "linear_path",
-    "products",
-    "statistics",
-    "objectives",
-    "reference_modes",
-    "prefix_sharing",
-    "memory",
-    "scaling",
-    "latency",
-    "threads",
-    "compile",
-    "startup",
-)
+GPU_COLUMNS = [
+    Column("title", "method"),
+    TIME,
+    Column("times_floor", "time / floor", "ratio"),
+    SLOWER,
+    report.EXTRA,
+    Column("verdict", "gradient"),
+]
 
 
-def _table(name: str, found: dict[str, Any]) -> list[str]:
-    """A benchmark's first case; a peer that is missing here is left to the machine's own page."""
-    first = found["rows"][0]["case"]
-    rows = [
-        row
-        for row in found["rows"]
-        if row["case"] == first and not row.get("verdict", "").startswith(("missing", "fails"))
-    ]
-    if not rows:
-        return []
-    return [f"**{found['question'].partition(':')[0]}: {first}**", "", *markdown_table(TABLES[name], rows), ""]
+def _memory(row: dict[str, Any]) -> tuple[str, float | None]:
+    """What a row's memory is called, and its bytes."""
+    return ("peak memory", row["peak_bytes"]) if "peak_bytes" in row else ("extra memory", row.get("extra_bytes"))
 
 
-def machine_block(folder: Path) -> list[str]:
-    """Tables and sentences of one machine's results; empty without a logits path."""
-    results = read(folder)
-    if "logits_path" not in results:
-        return []
-    machine = results["logits_path"]["machine"]
-    files = folder.relative_to(README.parent) if folder.is_relative_to(README.parent) else folder
-    lines = [
-        f"Measured {machine['date']} on {place(machine)} with torch {machine['torch']}; "
-        "in each table all methods took turns in one run:",
-        "",
-    ]
-    for name in TABLES:
-        if name in results:
-            lines += _table(name, results[name])
-    everything = compared((name, found.get("rows", ())) for name, found in results.items())
-    lines += [
-        f"* **{found['question'].partition(':')[0]}.** {found['summary']}"
-        for name in SENTENCES
-        if (found := results.get(name)) and found.get("summary")
-    ]
-    if line := headline(everything).get("line"):
-        lines += ["", f"**{line}.**"]
-    if lost := below_one(everything):
-        lines += ["", *(f"* {sentence}" for sentence in lost)]
-    lines += ["", f"Every row, its spread, charts, and the command that makes it alone: [{files}]({files})."]
-    return lines
+def _row(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any] | None:
+    """The row of a method that was compared with a peer."""
+    return next((row for row in rows if row.get("peer") == peer and row.get("vs_best")), None)
 
 
-def render(results: Path = RESULTS) -> str:
-    """What stands between the README's markers, without them."""
-    folders = [folder for folder in sorted(results.glob("*/")) if (folder / "logits_path.json").is_file()]
-    if not folders:
-        return ""
+def _larger(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    """The first case of the same machine's run at larger shapes (`--sizes full`); empty without one."""
+    path = folder.parent / "full" / folder.name / f"{name}.json" if folder else Path()
+    return _first_case(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+
+
+def _answer(
+    question: str, ours: dict[str, Any], rows: Sequence[dict[str, Any]], where: str, other: dict[str, Any] | None
+) -> report.Answer:
+    """A row of the README's table: one method of ours against the quickest peer, and against the one that needs least memory.
+
+    where, other: another shape in words, and the same method's row there.
+    """
+    said = f"{ours['vs_best']:.2f} times the speed of {ours['best_peer']}"
+    verdict = _compare(ours["vs_best"], "faster", "slower", "as fast")
+    if other:
+        peer = "" if other["best_peer"] == ours["best_peer"] else f" that of {other['best_peer']}"
+        said += f" ({where} {other['vs_best']:.2f} times{peer})"
+        there = _compare(other["vs_best"], "faster", "slower", "as fast")
+        verdict += f" ({there} {where})" if there != verdict else ""
+    kind, mine = _memory(ours)
+    others = [held for row in rows if not row["ours"] and row.get("median_s") and (held := _memory(row)[1]) is not None]
+    if mine is not None and others:
+        said += f"; {mine / 2**20:,.0f} MiB of {kind} (the least of a peer: {min(others) / 2**20:,.0f} MiB)"
+        # The system counts pages in batches: less than a MiB says nothing.
+        ratio = max(min(others), 2**20) / max(mine, 2**20)
+        verdict += f", {_compare(ratio, 'less memory', 'more memory', 'about as much memory')}"
+    return question, said, verdict
+
+
+def _compare(ratio: float, better: str, worse: str, same: str) -> str:
+    return better if ratio > 1.1 else worse if ratio < 0.9 else same
+
+
+def _first_case(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a benchmark's first case, without peers that are missing there."""
+    rows = [row for row in found["rows"] if row["case"] == found["rows"][0]["case"]]
+    return [row for row in rows if not row.get("verdict", "").startswith(("missing", "fails"))]
+
+
+def _gpu_name(calls: dict[str, Any], folder: str) -> str:
+    name = gpu_summary.stage(calls, "environment").get("device", {}).get("name", folder)
+    return str(name).removeprefix("NVIDIA ")
+
+
+def _gpu_answer(calls: dict[str, Any], folder: str) -> Iterator[report.Answer]:
+    """The step from logits at the session's first shape, by the quickest backend that was right in every case."""
+    names = {f"ours_inplace ({backend})" for backend in gpu_summary.right_backends(calls)}
+    tables = [rows for name, rows in gpu_summary.compared_tables(calls).values() if name == "gpu_logits_path"]
+    mine = [[row for row in rows if row["name"] in names and "vs_best" in row] for rows in tables]
+    if mine and mine[0]:
+        ours = mine[0][0]  # rows begin with the quickest
+        smaller = next((row for rows in mine[1:] for row in rows if row["name"] == ours["name"]), None)
+        question = f"{QUESTIONS['logits_path'][0]}, {_gpu_name(calls, folder)}"
+        yield _answer(question, ours, tables[0], "at a smaller shape", smaller)
+
+
+def latest(results: Path) -> Path | None:
+    """The folder of the machine whose logits path was measured last; None without one."""
 
     def date(folder: Path) -> str:
         return json.loads((folder / "logits_path.json").read_text(encoding="utf-8"))["machine"]["date"]
 
-    latest = max(folders, key=date)
-    lines = machine_block(latest)
-    if others := [folder.name for folder in folders if folder != latest]:
-        links = ", ".join(f"[{name}](benchmarks/results/{name})" for name in others)
-        lines[-1] += f" Other machines: {links}."
-    if gpus := readme_block(results):
-        lines += ["", *gpus[:-1]]
-    return "\n".join(lines)
+    folders = [folder for folder in sorted(results.glob("*/")) if (folder / "logits_path.json").is_file()]
+    return max(folders, key=date, default=None)
+
+
+def _answers(results: Path) -> list[report.Answer]:
+    folder = latest(results)
+    answers = []
+    for name, found in read(folder).items() if folder else ():
+        if name in QUESTIONS:
+            question, peer = QUESTIONS[name]
+            rows = _first_case(found)
+            if mine := _row(rows, peer):
+                answers.append(
+                    _answer(f"{question}, CPU", mine, rows, "at a larger shape", _row(_larger(folder, name), peer))
+                )
+    for name, calls in gpu_summary.sessions(results).items():
+        answers += _gpu_answer(calls, name)
+    return answers
+
+
+def _places(results: Path) -> Iterator[tuple[str, list[report.Compared]]]:
+    """Each machine in a word, and everything that was compared on it."""
+    if folder := latest(results):
+        yield "the CPU", compared((name, found.get("rows", ())) for name, found in read(folder).items())
+    for name, calls in gpu_summary.sessions(results).items():
+        yield f"the {_gpu_name(calls, name)}", compared(gpu_summary.compared_tables(calls).values())
+
+
+def _behind(results: Path) -> str:
+    """In how many comparisons we lose on each machine, and how far at worst, in one sentence."""
+    parts = []
+    for place, everything in _places(results):
+        if everything:
+            lost = sum(row["vs_best"] < 1 for _, row in everything)
+            worst = headline(everything)["said"]
+            parts.append(f"in {lost} of {report.counted(len(everything), 'comparison')} on {place} (at worst {worst})")
+    return f"dpo_kernels is behind the best peer {report.listed(parts)}" if parts else ""
+
+
+def _measured(results: Path) -> str:
+    """On what, when and with which versions, in one sentence."""
+    folder = latest(results)
+    parts = []
+    if folder:
+        machine = read(folder)["logits_path"]["machine"]
+        parts.append(f"{report.place(machine)} ({machine['date']}, torch {machine['torch']})")
+    for name, calls in gpu_summary.sessions(results).items():
+        about = gpu_summary.stage(calls, "environment")
+        versions = f"torch {about.get('torch')}, Triton {about.get('triton', 'not installed')}"
+        parts.append(f"{_gpu_name(calls, name)} ({versions})")
+    return f"Measured on {report.listed(parts)}. Within a table all methods took turns in one run."
+
+
+def render(results: Path = RESULTS) -> str:
+    """What stands between the README's markers, without them: at most 14 lines."""
+    folder = latest(results)
+    if folder is None:
+        return ""
+    panels = peers(folder)
+    sources = "".join(
+        f'<source media="{narrow}(prefers-color-scheme: {theme})" srcset="docs/charts/{_peers_file(theme, bool(narrow))}">'
+        for narrow in ("(max-width: 600px) and ", "")
+        for theme in ("dark", "light")
+        if narrow or theme == "dark"
+    )
+    image = f'<img src="docs/charts/{_peers_file("light", False)}" alt="{alternative(panels)}">'
+    lines = [f"<picture>{sources}{image}</picture>", "", *answer_table(_answers(results)), ""]
+    more = f"All tables, and every reason: [docs/performance.md](docs/performance.md#{_anchor(BEHIND)})."
+    return "\n".join([*lines, f"{_measured(results)} {_behind(results)}. {more}"])
+
+
+def _anchor(heading: str) -> str:
+    return heading.lower().replace(" ", "-")
+
+
+def _peers_file(theme: str, narrow: bool) -> str:
+    return f"peers-{'narrow-' if narrow else ''}{theme}.svg"
+
+
+def peers(folder: Path) -> list[bars.Panel]:
+    """The README's chart: time and memory of every method, for the first case of each path and of the trainer."""
+    panels = []
+    for name, found in read(folder).items():
+        if name not in QUESTIONS:
+            continue
+        rows = sorted((row for row in _first_case(found) if row.get("median_s")), key=lambda row: row["median_s"])
+        if rows:
+            (panel,) = charts.bar_panels(report.Result(name, "", [], rows))
+            heading = f"{QUESTIONS[name][0]} ({panel.heading.removesuffix(', loss and gradient')})"
+            plain = [bars.Bar(bar.title, bar.ours, bar.values) for bar in panel.bars]
+            panels.append(bars.Panel(heading, panel.columns, plain))
+    return panels
+
+
+def alternative(panels: Sequence[bars.Panel]) -> str:
+    """A chart's figures in words: each panel's methods of ours, and the quickest other one."""
+    parts = []
+    for panel in panels:
+        other = next((bar for bar in panel.bars if not bar.ours), None)
+        said = []
+        for bar in (bar for bar in panel.bars if bar.ours or bar is other):
+            figures = []
+            for column, value in zip(panel.columns, bar.values, strict=True):
+                what, _, unit = column.rpartition(", ")
+                figures += [f"{what} {value[1]} {unit}"] if value else []
+            said.append(f"{bar.title}: {report.listed(figures)}")
+        parts.append(f"{panel.heading}. {'; '.join(said)}")
+    return f"Time and memory of dpo_kernels and of other methods. {'. '.join(parts)}.".replace('"', "")
+
+
+def drawings(results: Path = RESULTS) -> dict[str, str]:
+    """The charts of README and page, by file name, as SVG."""
+    found = {}
+    if folder := latest(results):
+        panels = peers(folder)
+        for theme in ("light", "dark"):
+            for narrow in (False, True):
+                found[_peers_file(theme, narrow)] = bars.draw(
+                    panels, theme=theme, narrow=narrow, title=alternative(panels)
+                )
+        for name, one in read(folder).items():
+            if name in QUESTIONS and (panels := charts.bar_panels(report.restored(one))):
+                found[f"{name}.svg"] = bars.draw(panels, title=alternative(panels[:1]))
+    for name, calls in gpu_summary.sessions(results).items():
+        panels = gpu_summary.panels(calls)
+        found[f"{name}.svg"] = bars.draw(panels, title=alternative(panels[:1]))
+    return found
+
+
+def page(results: Path = RESULTS) -> str:
+    """docs/performance.md; its links work in the repository and on the site, whose root is docs/."""
+    folder = latest(results)
+    if folder is None:
+        return ""
+    found = read(folder)
+    lines = ["# Performance", ""]
+    rows = [
+        report.answer(f"{one['question']} (CPU)", one["rows"]) for one in found.values() if report.has_peer(one["rows"])
+    ]
+    gpus = gpu_summary.sessions(results)
+    for name, calls in gpus.items():
+        rows += [report.answer(f"{heading} ({_gpu_name(calls, name)})", table)
+                 for heading, (_, table) in gpu_summary.compared_tables(calls).items() if report.has_peer(table)]  # fmt: skip
+    lines += [*answer_table(rows), "", _measured(results), ""]
+    lines += ["A peer is another way to the same result: PyTorch itself, TRL, Liger, Cut Cross-Entropy. [How it is measured]"
+              "(benchmarks.md) says how times and memory are taken, and gives the commands.", ""]  # fmt: skip
+    for one in found.values():
+        if summary := report.restored(one).summary(one["rows"]):
+            lines.append(f"* **{_title(one)}.** {summary}")
+    lines += ["", "## Charts", ""]
+    shown = [f"{name}.svg" for name in (*QUESTIONS, *gpus)]
+    for file in (file for file in shown if file in drawings(results)):
+        stem = file.removesuffix(".svg")
+        title = _title(found[stem]) + ", CPU" if stem in found else _gpu_name(gpus[stem], stem)
+        lines += [f"![{title}](charts/{file})", ""]
+    lines += [f"## {BEHIND}", "", f"{_behind(results)}.", ""]
+    lines += [f"* {sentence}" for _, everything in _places(results) for sentence in below_one(everything)]
+    lines.append("")
+    lines += [f"## Tables: {report.place(found['logits_path']['machine'])}", ""]
+    for name in QUESTIONS:
+        if name in found:
+            result = report.restored(found[name])
+            lines += [f"**{_title(found[name])}: {result.rows[0]['case']}**", ""]
+            lines += [*markdown_table(result.columns, _first_case(found[name])), ""]
+    lines += [f"More cases, and every figure: `{_path(folder)}`.", ""]
+    for name, calls in gpus.items():
+        lines += _gpu_part(name, calls, results)
+    lines += _others(results, folder)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _title(found: dict[str, Any]) -> str:
+    return found["question"].partition(":")[0]
+
+
+def _path(folder: Path) -> str:
+    return str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else str(folder)
+
+
+def _gpu_part(name: str, calls: dict[str, Any], results: Path) -> list[str]:
+    lines = [f"## Tables: {_gpu_name(calls, name)}", ""]
+    table = gpu_summary.stage(calls, "correctness").get("table", {})
+    wrong = [f"{backend} {len(row['failed'])} of {row['cases']}" for backend, row in table.items() if row.get("failed")]
+    if wrong:
+        lines += [f"Test cases that were wrong in this session: {report.listed(wrong)}. [gpu.md](gpu.md) says what was mended "
+                  "since. The gradients of the tables below were all compared with float64.", ""]  # fmt: skip
+    lines += gpu_summary.bandwidth_table(calls)
+    for heading, (_, rows) in gpu_summary.compared_tables(calls).items():
+        if report.has_peer(rows):
+            lines += [f"**{heading}**", "", *markdown_table(GPU_COLUMNS, rows), ""]
+    lines += ["The floor of the tables from logits is the time of the necessary memory traffic alone. The floor of the tables "
+              "from hidden states is the time of all matrix products alone. Every row, and what did not run: "
+              f"`{_path(results / name)}`.", ""]  # fmt: skip
+    return lines
+
+
+def _others(results: Path, shown: Path) -> list[str]:
+    """A table for each other folder of results, those of larger shapes included."""
+    lines = []
+    for path in sorted({*results.glob("*/*.json"), *results.glob("full/*/*.json")}):
+        folder = path.parent
+        if folder == shown or (folder / "results.json").is_file() or path != sorted(folder.glob("*.json"))[0]:
+            continue
+        found = read(folder)
+        machine = next(iter(found.values()))["machine"]
+        large = ", larger shapes" if folder.parent.name == "full" else ""
+        lines += [f"## {report.place(machine)}{large}, {machine['date']}", ""]
+        lines += [
+            *answer_table(
+                report.answer(f"{_title(one)}: {one['rows'][0]['case']}", one["rows"]) for one in found.values()
+            ),
+            "",
+        ]
+        lines += [f"* **{_title(one)}.** {report.restored(one).summary(one['rows'])}" for one in found.values()]
+        lines += ["", f"Every figure: `{_path(folder)}`.", ""]
+    return lines
 
 
 def with_block(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
@@ -139,24 +342,32 @@ def with_block(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -
     return f"{before}{begin}\n{block}\n{end}{after}" if block else f"{before}{begin}\n{end}{after}"
 
 
+def wanted(results: Path = RESULTS) -> dict[Path, str]:
+    """Every file that is filled from the results, with the text that it should hold."""
+    found = {README: with_block(README.read_text(encoding="utf-8"), render(results)), PAGE: page(results)}
+    return found | {CHARTS / name: text for name, text in drawings(results).items()}
+
+
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true")
-    action.add_argument("--check", action="store_true")
+    action.add_argument("--write", action="store_true", help="write README.md, docs/performance.md and docs/charts")
+    action.add_argument("--check", action="store_true", help="exit 1 if one of them shows something else")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    wanted = with_block(text, render())
-    if arguments.write:
-        README.write_text(wanted, encoding="utf-8")
-    elif arguments.check and text != wanted:
-        print(
-            "README.md does not show the figures of benchmarks/results; run: python -m benchmarks.readme_table --write"
-        )
-        return 1
-    elif not arguments.check:
+    if not arguments.write and not arguments.check:
         print(render())
-    return 0
+        return 0
+    stale = [path for path, text in wanted().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if arguments.write:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted()[path], encoding="utf-8")
+        else:
+            print(f"{path.relative_to(ROOT)} does not show the figures of benchmarks/results")
+    if stale and arguments.check:
+        print("run: python -m benchmarks.readme_table --write")
+    return int(bool(stale) and arguments.check)
 
 
 if __name__ == "__main__":

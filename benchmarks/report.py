@@ -1,12 +1,16 @@
 """Turns results into terminal tables, JSON and markdown pages; one list of columns drives all of them.
 
-`--report DIR` leaves in DIR/<machine>: three files for each question (JSON, a page, a chart), a roofline of all, and
-README.md, which answers every question in a sentence and links to the rest. The project's README is filled from the same
-JSON (readme_table.py).
+    python -m benchmarks.report FOLDER...    write the pages and charts of these results again, and measure nothing
+
+`pytest benchmarks/ --report DIR` leaves in DIR/<machine>: three files for each question (JSON, a page, a chart), a roofline
+of all, and README.md, which opens with a table of all questions and links to the pages. The project's README and
+docs/performance.md are filled from the same JSON (readme_table.py).
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +47,25 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 }
 
 
+#: The benchmarks in the order of all pages: those that most readers ask about come first.
+ORDER = (
+    "logits_path",
+    "linear_path",
+    "trainer",
+    "memory",
+    "compile",
+    "objectives",
+    "statistics",
+    "reference_modes",
+    "prefix_sharing",
+    "products",
+    "scaling",
+    "latency",
+    "threads",
+    "startup",
+)
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a table: the key in the rows, what stands above it, and how its values are written."""
@@ -58,16 +81,25 @@ class Column:
 
 #: Columns that most tables share.
 TIME, SPREAD = Column("median_s", "time", "time"), Column("spread", "spread", "percent")
-TIMES_FLOOR = Column("times_floor", "x floor", "ratio")
+#: The floors of the two paths, in words: they follow "floor:" in charts; tables' headings say the same.
+TRAFFIC = "the time of the necessary memory traffic alone"
+TIMES_FLOOR = Column("times_floor", "time / floor (memory traffic alone)", "ratio")
+PRODUCTS = "the time of all matrix products alone"
+TIMES_PRODUCTS = Column("times_floor", "time / floor (matrix products alone)", "ratio")
 EXTRA = Column("extra_bytes", "extra memory", "bytes")
-VS_BEST, BEST_PEER = Column("vs_best", "vs best peer", "ratio"), Column("best_peer", "which is")
+VS_BEST, BEST_PEER = Column("vs_best", "faster than the best peer by", "ratio"), Column("best_peer", "best peer")
 #: In rows of others: how many times longer they take than the method of ours that does the same work.
-FASTER = Column("ours_faster", "dpo_kernels is faster by", "ratio")
+SLOWER = Column("ours_faster", "time / dpo_kernels", "ratio")
 
 
 def counted(number: float, noun: str) -> str:
     """ "1 pair", "4 pairs"."""
     return f"{number:,.0f} {noun}" if number == 1 else f"{number:,.0f} {noun}s"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def no_summary(rows: list[dict[str, Any]]) -> str:
@@ -82,24 +114,29 @@ class Result:
     Attributes:
         name: of the benchmark; names its files.
         question: in one sentence.
-        columns, rows: the table; rows hold plain JSON values, seconds and bytes.
+        columns, rows: the table, of at most six columns; rows hold plain JSON values, seconds and bytes.
             Keys with a meaning here: `select` (the `-k` expression that runs the row alone, with the peer that it is
             compared with), `vs_best` and `best_peer` (how many times longer the best right peer takes for the same
             work, and who that is), `explanation` (why, where that is below 1; see reasons.py), `flops` and `bytes` (what
             the work cannot do without: a place on the roofline).
+        details: a second table's columns, at most six as well: for the page, and for the terminal with `-v`.
+        floor: what `floor_s` of the rows stands for, in words that follow "floor:".
         group: the row key whose change starts a new table.
         notes: sentences below the table, made from measured values only.
         summary: the answer in a sentence, from the rows of all cases.
         chart: "bars" (one bar per row and group) or "lines" (`x` against `y`, one line per title).
         x_label: of a line chart; the group's name if empty.
         y: the row key of a line chart's vertical axis, one of charts.SCALES.
-        extra: more of the JSON file; `roofs` are what the machine was seen to reach, by dtype (see charts.py).
+        extra: more of the JSON file; `bars` are goals and whether they were met (see goal()), `roofs` are what the machine
+            was seen to reach, by dtype (see charts.py).
     """
 
     name: str
     question: str
     columns: list[Column]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    details: Sequence[Column] = ()
+    floor: str = ""
     group: str = "case"
     notes: list[str] = field(default_factory=list)
     summary: Callable[[list[dict[str, Any]]], str] = no_summary
@@ -119,6 +156,10 @@ class Result:
         for row in self.rows:
             found.setdefault(str(row[self.group]), []).append(row)
         return found
+
+    def sentences(self) -> list[str]:
+        """Everything that stands below the tables: notes, then goals."""
+        return [*self.notes, *map(goal, self.extra.get("bars", ()))]
 
     def as_json(self, machine: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -177,31 +218,96 @@ def compared(rows_by_benchmark: Iterable[tuple[str, Iterable[dict[str, Any]]]]) 
     return [(name, row) for name, rows in rows_by_benchmark for row in rows if row.get("vs_best") is not None]
 
 
+def has_peer(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether anything was compared with a peer."""
+    return any(row.get("vs_best") is not None for row in rows)
+
+
+def _said(row: dict[str, Any], low: float, high: float) -> str:
+    """A ratio to the best peer, or its range, in words: of times, or of memory where no time was measured."""
+    if "median_s" in row:
+        return f"{_range(low, high)} times the speed of {row['best_peer']}"
+    return f"{_range(1 / high, 1 / low)} times the memory of {row['best_peer']}"
+
+
+def _sentence(rows: Sequence[dict[str, Any]], low: float, high: float) -> str:
+    titles = list(dict.fromkeys(row["title"] for row in rows))
+    reach, need = ("reaches", "needs") if len(titles) == 1 else ("reach", "need")
+    return f"{listed(titles)} {reach if 'median_s' in rows[0] else need} {_said(rows[0], low, high)}"
+
+
+def _range(low: float, high: float) -> str:
+    first, last = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (low, high))
+    return first if first == last else f"{first} to {last}"
+
+
 def headline(rows: Sequence[Compared]) -> dict[str, Any]:
-    """Our worst ratio against the best peer, over all rows of all results; empty where nothing was compared."""
+    """Our weakest row against the best peer, over all rows of all results; empty where nothing was compared."""
     if not rows:
         return {}
     name, row = min(rows, key=lambda found: found[1]["vs_best"])
     below = sum(found["vs_best"] < 1 for _, found in rows)
     line = (
-        f"Worst ratio against the best peer, over {counted(len(rows), 'row')}: {row['vs_best']:.2f}x "
-        f"({name}: {row['title']} against {row['best_peer']}, {row['case']}); {below} below 1.0"
+        f"dpo_kernels is behind the best peer in {below} of {counted(len(rows), 'comparison')}. The weakest ({_words(name)}): "
+        f"{_sentence([row], row['vs_best'], row['vs_best'])} ({row['case']})"
     )
-    return {"ratio": row["vs_best"], "benchmark": name, "line": line}
+    return {
+        "ratio": row["vs_best"],
+        "benchmark": name,
+        "line": line,
+        "said": _said(row, row["vs_best"], row["vs_best"]),
+    }
 
 
 def below_one(rows: Sequence[Compared]) -> list[str]:
-    """A sentence for each method of ours that loses to its best peer somewhere, with its reason or the lack of one."""
-    found: dict[tuple[str, ...], list[float]] = {}
+    """A sentence for each case in which methods of ours lose to the best peer, with its reason or the lack of one."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for name, row in rows:
         if row["vs_best"] < 1:
-            reason = reasons.explain(name, row) or "NOT EXPLAINED"
-            found.setdefault((name, row["title"], row["best_peer"], row["case"], reason), []).append(row["vs_best"])
+            reason = reasons.explain(name, row) or "No reason is known yet."
+            found.setdefault((name, row["best_peer"], row["case"], reason), []).append(row)
     return [
-        f"Below 1.0 ({name}): {title} against {peer}, {case}: "
-        f"{' to '.join(f'{ratio:.2f}x' for ratio in sorted({min(ratios), max(ratios)}))}. {reason}"
-        for (name, title, peer, case, reason), ratios in found.items()
+        f"Behind a peer ({_words(name)}): {_sentence(lost, *_ends(lost))} ({case}). {reason}"
+        for (name, _, case, reason), lost in found.items()
     ]
+
+
+def _words(name: str) -> str:
+    """A benchmark's name as prose."""
+    return name.replace("_", " ").replace("gpu", "GPU")
+
+
+def _ends(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    ratios = [row["vs_best"] for row in rows]
+    return min(ratios), max(ratios)
+
+
+#: A row of the table that opens a page: question, result against the best peer, verdict.
+Answer = tuple[str, str, str]
+
+
+def answer(question: str, rows: Sequence[dict[str, Any]]) -> Answer:
+    """A benchmark's row of that table: how its rows stand against the best peers."""
+    mine = [row for row in rows if row.get("vs_best") is not None]
+    if not mine:
+        return question, "not compared with a peer", "-"
+    memory = "median_s" not in mine[0]
+    better = "less memory" if memory else "faster"
+    worse = "more memory" if memory else "slower"
+    lost = [row for row in mine if row["vs_best"] < 1]
+    peers = list(dict.fromkeys(row["best_peer"] for row in mine))
+    said = _said({**mine[0], "best_peer": peers[0] if len(peers) == 1 else "the best peer"}, *_ends(mine))
+    if not lost:
+        return question, said, better
+    if len(titles := {row["title"] for row in lost}) == 1 and len(lost) < len(mine):
+        return question, said, f"{better} ({worse}: {titles.pop()})"
+    return question, said, f"{worse} in {len(lost)} of {counted(len(mine), 'row')}"
+
+
+def answer_table(answers: Iterable[Answer]) -> list[str]:
+    """The table as markdown."""
+    lines = ["| question | result against the best peer | verdict |", "| :--- | :--- | :--- |"]
+    return [*lines, *(f"| {' | '.join(one)} |" for one in answers)]
 
 
 def place(machine: dict[str, Any]) -> str:
@@ -212,7 +318,7 @@ def place(machine: dict[str, Any]) -> str:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """One sentence that says on what, with what and when."""
+    """On what, with what and when something was measured."""
     return (
         f"{place(machine)}; backend {machine['backend']}, "
         f"torch {machine['torch']}, dpo-kernels {machine['dpo_kernels']}, {machine['date']}"
@@ -221,49 +327,64 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 def markdown(result: Result, machine: dict[str, Any], chart: str | None = None) -> str:
     """The result as a page; chart: its picture's file name."""
-    lines = [f"# {result.question}", "", machine_line(machine), ""]
+    lines = [f"# {result.question}", "", *answer_table([answer(result.question, result.rows)]), ""]
     if summary := result.summary(result.rows):
-        lines += [f"**{summary}**", ""]
+        lines += [summary, ""]
+    lines += [f"Measured on {machine_line(machine)}.", ""]
     if chart:
         lines += [f"![{result.question}]({chart})", ""]
-    for group, rows in result.groups().items():
-        lines += [f"## {group}", "", *markdown_table(result.columns, rows), ""]
-    lines += [f"* {note}" for note in [*result.notes, *below_one(compared([(result.name, result.rows)]))]]
-    if commands := [(row["title"], row["command"]) for row in result.rows if row.get("command")]:
-        lines += [
-            "",
-            "## The command that makes each row alone",
-            "",
-            "```",
-            *dict.fromkeys(c for _, c in commands),
-            "```",
-        ]
+    for columns, title in ((result.columns, ""), (result.details, "more figures of the same run: ")):
+        for group, rows in result.groups().items() if columns else ():
+            lines += [f"## {title}{group}", "", *markdown_table(columns, rows), ""]
+    lines += [f"* {sentence}" for sentence in [*result.sentences(), *below_one(compared([(result.name, result.rows)]))]]
+    if commands := list(dict.fromkeys(row["command"] for row in result.rows if row.get("command"))):
+        lines += ["", "## The command that measures each row alone", "", "```", *commands, "```"]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def verdict(bar: dict[str, Any]) -> str:
-    """A stated bar in words: `what`, `measured`, `bar`, whether it is `met`, and the `ceiling` above which nothing can be."""
-    ceiling = f"; nothing can exceed {bar['ceiling']:.2f}" if bar.get("ceiling") is not None else ""
-    return (
-        f"Bar: {bar['what']}: {bar['measured']:.2f} (bar {bar['bar']:g}) {'met' if bar['met'] else 'MISSED'}{ceiling}"
-    )
+def _short(question: str) -> str:
+    """What a question is about: its words before the colon."""
+    return question.partition(":")[0]
 
 
-def write(results: Iterable[Result], folder: Path, machine: dict[str, Any]) -> None:
-    """Write `<name>.json` and `.md` of each and, where matplotlib is installed, `.svg`; then README.md of the folder."""
+def goal(bar: dict[str, Any]) -> str:
+    """A goal in words: `what`, `measured`, `bar`, whether it is `met`, and the `ceiling` above which nothing can be."""
+    bound = "at least" if (bar["measured"] >= bar["bar"]) == bar["met"] else "at most"
+    ceiling = f"; more than {bar['ceiling']:.2f} is impossible" if bar.get("ceiling") is not None else ""
+    said = f"measured {bar['measured']:.2f}, {'met' if bar['met'] else 'MISSED'}{ceiling}"
+    return f"Goal: {bar['what']}, {bound} {bar['bar']:g}: {said}."
+
+
+#: Results with the machine that each was measured on.
+Measured = Sequence[tuple[Result, dict[str, Any]]]
+
+
+def write(results: Measured, folder: Path) -> None:
+    """Write `<name>.json`, `.md` and `.svg` of each (a line chart needs matplotlib), then README.md of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     # All figures are safe before the first picture is drawn.
-    for result in results:
+    for result, machine in results:
         (folder / f"{result.name}.json").write_text(json.dumps(result.as_json(machine), indent=1) + "\n")
-    for result in results:
+    for result, machine in results:
         chart = charts.draw(result, folder / f"{result.name}.svg")
         (folder / f"{result.name}.md").write_text(markdown(result, machine, chart.name if chart else None))
     write_index(folder)
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of one machine, by benchmark."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """The results of one machine, by benchmark, in the order of ORDER."""
+    paths = sorted(
+        folder.glob("*.json"), key=lambda path: (path.stem not in ORDER, [*ORDER, path.stem].index(path.stem))
+    )
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def restored(found: dict[str, Any]) -> Result:
+    """A result as its benchmark made it, from its JSON: with today's columns and words, and the figures of then."""
+    make = importlib.import_module(f"benchmarks.test_{found['benchmark']}").RESULT
+    known = {"benchmark", "question", "summary", "machine", "rows", "notes"}
+    extra = {key: value for key, value in found.items() if key not in known}
+    return make(rows=found["rows"], notes=found["notes"], extra=extra)
 
 
 def write_index(folder: Path) -> None:
@@ -271,13 +392,44 @@ def write_index(folder: Path) -> None:
     results = read(folder)
     everything = compared((name, found["rows"]) for name, found in results.items())
     machine = next(iter(results.values()))["machine"]
-    lines = [f"# {machine.get('gpu') or machine['cpu']}", "", machine_line(machine), ""]
-    if line := headline(everything).get("line"):
-        lines += [f"**{line}.**", ""]
-    for name, found in results.items():
+    lines = [f"# {machine.get('gpu') or machine['cpu']}", ""]
+    lines += [
+        *answer_table(answer(f"[{one['question']}]({name}.md)", one["rows"]) for name, one in results.items()),
+        "",
+    ]
+    lines += [f"Measured on {machine_line(machine)}."]
+    for found in results.values():
         day = "" if found["machine"]["date"] == machine["date"] else f" ({found['machine']['date']})"
-        lines.append(f"* [{found['question']}]({name}.md){day} {found.get('summary', '')}".rstrip())
-    lines += [f"* {sentence}" for sentence in below_one(everything)]
+        if summary := found.get("summary"):
+            lines += [
+                *([""] if not lines[-1].startswith("* ") else []),
+                f"* **{_short(found['question'])}**{day}: {summary}",
+            ]
+    if line := headline(everything).get("line"):
+        lines += ["", f"{line}.", ""]
+        lines += [f"* {sentence}" for sentence in below_one(everything)]
+    drawn = [
+        (_short(results[name]["question"]), f"{name}.svg") for name in results if (folder / f"{name}.svg").is_file()
+    ]
     if chart := charts.roofline(results, folder / "roofline.svg"):
-        lines += ["", f"![Roofline]({chart.name})"]
+        drawn.append(("Speed of each method under the speed of the machine", chart.name))
+    for title, file in drawn:
+        lines += ["", f"## {title}", "", f"![{title}]({file})"]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Write the pages and charts of results again, and measure nothing.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="holds one machine's JSON files")
+    for folder in parser.parse_args().folders:
+        if (folder / "results.json").is_file():
+            from . import gpu_session
+
+            gpu_session.merge([folder], folder)
+        else:
+            write([(restored(found), found["machine"]) for found in read(folder).values()], folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from .conftest import DTYPES, Settings, wanted
 from .linear_problem import LinearCase, LinearProblem, LinearTruth
 from .method import Contender, Samples
 from .peers.linear import LINEAR_PEERS, LinearPeer
-from .report import BEST_PEER, EXTRA, SPREAD, TIME, VS_BEST, Column, Result, counted, verdict
+from .report import EXTRA, PRODUCTS, SPREAD, TIME, TIMES_PRODUCTS, Column, Result, counted
 
 
 def _cases(pairs: int, length: int) -> list[LinearCase]:
@@ -40,23 +41,23 @@ CASES = {
 }
 #: Steps take seconds: fewer rounds than elsewhere.
 ROUNDS = {"small": 3, "default": 2, "full": 5}
-QUESTION = "Linear path: hidden states and LM head to loss and gradients"
 FLOOR = "the products alone"
 
 COLUMNS = [
     Column("title", "method"),
     TIME,
-    SPREAD,
-    Column("times_floor", "x products", "ratio"),
-    VS_BEST,
-    BEST_PEER,
-    Column("ours_faster", "exact is faster by", "ratio"),
-    Column("filtered_faster", "filtered is faster by", "ratio"),
+    TIMES_PRODUCTS,
+    Column("ours_faster", "time / dpo_kernels, exact", "ratio"),
     EXTRA,
-    Column("first_call_s", "first call", "time"),
-    Column("hidden_error", "dH error", "error"),
-    Column("weight_error", "dW error", "error"),
     Column("verdict", "gradient"),
+]
+DETAILS = [
+    Column("title", "method"),
+    Column("filtered_faster", "time / dpo_kernels, filtered", "ratio"),
+    SPREAD,
+    Column("first_call_s", "first call", "time"),
+    Column("hidden_error", "error of dH", "error"),
+    Column("weight_error", "error of dW", "error"),
 ]
 
 #: What a CPU must reach in float32 on the first case of full: against the best peer; multiple of the products; MiB.
@@ -89,16 +90,32 @@ def _products(problem: LinearProblem) -> Contender:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """For the first case: multiple of the products, and the best peer's time over ours."""
+    """For the first case: the best peer's time over ours, and ours over that of the products alone."""
     here = {row["peer"]: row for row in rows if row["case"] == rows[0]["case"] and row.get("vs_best")}
     if "ours" not in here:
         return ""
     exact, filtered = here["ours"], here.get("ours_filtered")
     sentence = (
-        f"{exact['case']}: the exact gradient takes {exact['times_floor']:.2f} times the products that nobody can avoid; "
-        f"the best peer ({exact['best_peer']}) takes {exact['vs_best']:.2f} times as long"
+        f"With exact gradients dpo_kernels is {exact['vs_best']:.2f} times as fast as the best peer ({exact['best_peer']}), and "
+        f"takes {exact['times_floor']:.2f} times as long as the matrix products alone ({exact['case']})."
     )
-    return sentence + (f", and {filtered['vs_best']:.2f} times as long as the filtered one." if filtered else ".")
+    if filtered is None:
+        return sentence
+    return sentence + (
+        f" With the filter it is {filtered['vs_best']:.2f} times as fast as that peer. The filter leaves out products of tiny "
+        f"gradient entries, so its time may be less than that of all products ({filtered['times_floor']:.2f} times here)."
+    )
+
+
+RESULT = partial(
+    Result,
+    "linear_path",
+    "Linear path: hidden states and LM head to loss and gradients",
+    COLUMNS,
+    details=DETAILS,
+    floor=PRODUCTS,
+    summary=summary,
+)
 
 
 def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
@@ -107,7 +124,7 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
     problem = LinearProblem(case, settings.device, DTYPES[dtype])
     truth = LinearTruth(problem)
     yardstick = truth.error_of(LINEAR_PEERS["eager"](problem).step())
-    result = Result("linear_path", QUESTION, COLUMNS, summary=summary)
+    result = RESULT()
     heading = f"{dtype}: {case.name}"
     peers: dict[str, LinearPeer] = {}
     first_call: dict[str, float] = {}
@@ -134,6 +151,7 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
             # Another version of a peer than the one known here: said by name, and the others go on.
             row["verdict"] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
             continue
+        method.tell(f"{name}: first call {1e3 * seconds:.3g} ms")
         error = truth.error_of(kept.pop())
         row |= {"hidden_error": error.hidden, "weight_error": error.weight}
         if not error.within(yardstick, kind.filtered):
@@ -174,15 +192,15 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
             rows[name]["select"] += f" or test_linear_path[{case.key}-{best.peer}]"
     source = "a real model's hidden states on real text" if problem.real else "random hidden states"
     result.notes.append(
-        f"{heading}: {case.scored} scored tokens, {source}; the floor is {case.products} dense products, "
-        f"{flops / 1e9:.0f} GFLOP at {flops / samples[FLOOR].median / 1e9:.0f} GFLOP/s. "
-        f"Extra memory is beside the gradients. A dH error is the worst row's, over that row's own norm."
+        f"{heading}: {case.scored} scored tokens, {source}. The floor is the time of {case.products} matrix products over all "
+        f"scored tokens, {flops / 1e9:.0f} GFLOP at {flops / samples[FLOOR].median / 1e9:.0f} GFLOP/s. Extra memory is what a "
+        f"step needs on top of inputs and gradients. The error of dH is that of the worst row, relative to that row's norm."
     )
     return result
 
 
 def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:
-    """The bars beside what was measured, in the size's first case and its twin with a frozen head.
+    """The goals and what was measured, in the size's first case and its twin with a frozen head.
 
     Speed against a peer has a ceiling, too: nothing exact is quicker than the products alone, and no filter spares the
     forward its products, the policy's and the reference's.
@@ -206,16 +224,21 @@ def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:
         return next((other["times_floor"] for other in peers if other["key"] == first.key), None)
 
     if exact:
-        add("exact against the best peer", exact.get("vs_best"), EXACT_BAR, ceiling=peers_distance(exact))
-        add("exact, multiple of the products", exact["times_floor"], FLOOR_BAR, most=True)
+        add(
+            "exact gradient, times as fast as the best peer",
+            exact.get("vs_best"),
+            EXACT_BAR,
+            ceiling=peers_distance(exact),
+        )
+        add("exact gradient, time over that of the matrix products alone", exact["times_floor"], FLOOR_BAR, most=True)
         extra = exact["extra_bytes"]
-        add("exact, MiB beside the gradients", None if extra is None else extra / 2**20, MEMORY_BAR, most=True)
+        add("exact gradient, MiB of extra memory", None if extra is None else extra / 2**20, MEMORY_BAR, most=True)
     if filtered:
         distance = peers_distance(filtered)
         ceiling = None if distance is None else distance * first.products / FORWARD_PRODUCTS
-        add("filtered against the best peer", filtered.get("vs_best"), FILTERED_BAR, ceiling=ceiling)
+        add("filtered gradient, times as fast as the best peer", filtered.get("vs_best"), FILTERED_BAR, ceiling=ceiling)
     if exact and frozen:
-        add("frozen head against trainable", exact["median_s"] / frozen["median_s"], FROZEN_BAR)
+        add("frozen head, times as fast as a trainable one", exact["median_s"] / frozen["median_s"], FROZEN_BAR)
     return found
 
 
@@ -229,8 +252,6 @@ def measured(
     published = publish(found)
     if settings.device == "cpu":
         published.extra["bars"] = bars(published.rows, settings.sizes)
-        verdicts = [verdict(bar) for bar in published.extra["bars"]]
-        published.notes[:] = [note for note in published.notes if not note.startswith("Bar: ")] + verdicts
     return mine
 
 

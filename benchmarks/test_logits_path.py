@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .peers import PEERS, Peer
 from .problem import GradientError, LogitsProblem, Truth, error_budget
-from .report import BEST_PEER, EXTRA, FASTER, SPREAD, TIME, TIMES_FLOOR, VS_BEST, Column, Result
+from .report import BEST_PEER, EXTRA, SLOWER, SPREAD, TIME, TIMES_FLOOR, TRAFFIC, VS_BEST, Column, Result, listed
 
 #: [2P, T, V], all tokens scored. The default has SmolLM2's vocabulary, full adds Llama 3's; both exceed any cache.
 SHAPES = {
@@ -32,7 +33,6 @@ BARS = (
 )
 FLOOR_BAR, FLOOR_AIM = 2.0, 1.5
 
-QUESTION = "Logits path: policy and reference logits to loss and gradient"
 #: Arithmetic on a logit, an exponential counted as one: three operations to add it to a log-sum-exp, in policy and in
 #: reference, and three for its gradient.
 FLOPS_PER_LOGIT = 9
@@ -40,16 +40,18 @@ FLOPS_PER_LOGIT = 9
 COLUMNS = [
     Column("title", "method"),
     TIME,
-    SPREAD,
     TIMES_FLOOR,
+    SLOWER,
+    EXTRA,
+    Column("verdict", "gradient"),
+]
+DETAILS = [
+    Column("title", "method"),
+    SPREAD,
     VS_BEST,
     BEST_PEER,
-    FASTER,
-    EXTRA,
-    Column("page_faults", "page faults", "count"),
     Column("first_call_s", "first call", "time"),
     Column("gradient_error", "gradient error", "error"),
-    Column("verdict", "gradient"),
 ]
 
 
@@ -60,20 +62,39 @@ def counterpart(name: str, present: Collection[str]) -> str | None:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """For each case of loss and gradient: multiple of the floor, and how much longer each peer takes."""
+    """For each case of loss and gradient: how much longer each peer takes, and our time over that of memory traffic alone."""
     sentences = []
     for case in dict.fromkeys(row["case"] for row in rows if row["part"] == "step"):
         here = {row["peer"]: row for row in rows if row["case"] == case}
         best = here.get("ours_inplace") or here.get("ours")
         if best is None or not best.get("times_floor"):
             continue
-        peers = [f"{row['ours_faster']:.1f} ({row['title']})" for row in here.values() if row.get("ours_faster")]
+        peers = [
+            f"{row['ours_faster']:.1f} times as fast as {row['title']}"
+            for row in here.values()
+            if row.get("ours_faster")
+        ]
         wrong = [row["title"] for row in here.values() if row.get("verdict") == "WRONG"]
-        sentence = f"{case.removesuffix(', loss and gradient')}: {best['title']} takes {best['times_floor']:.2f} times the floor"
-        if peers:
-            sentence += f"; the others take, times ours, {', '.join(peers)}"
-        sentences.append(sentence + (f"; the gradient of {', '.join(wrong)} is wrong" if wrong else "") + ".")
+        shape = case.removesuffix(", loss and gradient")
+        sentence = f"{shape}: {best['title']} is {listed(peers)}; it " if peers else f"{shape}: {best['title']} "
+        sentence += f"takes {best['times_floor']:.2f} times as long as memory traffic alone."
+        sentences.append(
+            sentence + (f" The gradient of {listed(wrong)} is wrong, so it is not timed." if wrong else "")
+        )
+    if sentences:
+        sentences.append('"In place" means that the gradient is written over the logits (`inplace_backward=True`).')
     return " ".join(sentences)
+
+
+RESULT = partial(
+    Result,
+    "logits_path",
+    "Logits path: policy and reference logits [sequences, tokens, vocabulary] to loss and gradient",
+    COLUMNS,
+    details=DETAILS,
+    floor=TRAFFIC,
+    summary=summary,
+)
 
 
 @dataclass
@@ -120,6 +141,7 @@ def run(
             # Compilers run here; what a first call costs is part of the answer.
             clock = method.Clock(settings.device)
             first_call[name] = clock.time(lambda peer=peer, keep=gradient: keep.append(peer.step()))
+            method.tell(f"{name}: first call {1e3 * first_call[name]:.3g} ms")
         except Exception as error:
             # Another version of a peer than the one known here: said by name, and the others go on.
             if PEERS[name].ours:
@@ -156,7 +178,7 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
     """Rows of both parts, with the ratio to the floor and to every peer that is not ours."""
     names = [name for name in PEERS if name in steppers or name in forwarders]
     others = [name for name in names if not PEERS[name].ours]
-    result = Result("logits_path", QUESTION, COLUMNS, summary=summary)
+    result = RESULT()
     label = f"{dtype} {list(shape)}"
     nbytes = shape[0] * shape[1] * shape[2] * DTYPES[dtype].itemsize
     for part, samples in (("step", race.step), ("forward", race.forward)):
@@ -202,9 +224,9 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
             result.rows.append(row)
     floors = race.floors
     result.notes.append(
-        f"{label}: copy {floors.copy / 1e9:.1f} GB/s, read {floors.read / 1e9:.1f}, write {floors.write / 1e9:.1f}; "
-        f"a floor is the reads and writes of {nbytes / 2**20:,.0f} MiB that nobody can avoid (4 for loss and gradient, "
-        f"2 for the loss), at copy bandwidth."
+        f"{label}: this machine copies {floors.copy / 1e9:.1f} GB/s, reads {floors.read / 1e9:.1f} and writes "
+        f"{floors.write / 1e9:.1f}. The floor is the time to move {nbytes / 2**20:,.0f} MiB at the copy's speed: 4 times for "
+        f"loss and gradient (read policy and reference; read the policy again, write its gradient), 2 times for the loss alone."
     )
     for name in names:
         if race.wrong(name):
@@ -217,8 +239,8 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
         fresh, inplace = race.step["ours"], race.step["ours_inplace"]
         lost = statistics.median(a - b for a, b in zip(fresh.seconds, inplace.seconds, strict=True))
         result.notes.append(
-            f"{dtype}: a gradient in memory of its own costs {PEERS['ours'].title} {lost * 1e3:.0f} ms more than one "
-            f"over the logits: {fresh.page_faults:,} page faults against {inplace.page_faults:,}."
+            f"{dtype}: a gradient in new memory takes {PEERS['ours'].title} {lost * 1e3:.0f} ms longer than one written over the "
+            f"logits, because of page faults: {fresh.page_faults:,} against {inplace.page_faults:,}."
         )
     result.extra["floors"] = {dtype: asdict(floors)}
     result.extra["roofs"] = {dtype: {"copy": floors.copy, "gemm": race.gemm}}
@@ -226,17 +248,17 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bars of BARS beside what was measured, on the default shape in float32."""
+    """The goals of BARS and what was measured, on the default shape in float32."""
     step = {
         r["peer"]: r for r in rows if r["part"] == "step" and r["dtype"] == "float32" and r["shape"] == [8, 128, 49152]
     }
     found = []
     for ours, peer, bar, aim in BARS:
         if ours in step and (measured := step[ours].get(f"vs_{peer}")):
-            what = f"{PEERS[ours].title} against {PEERS[peer].title}"
+            what = f"{PEERS[ours].title}, times as fast as {PEERS[peer].title}"
             found.append({"what": what, "bar": bar, "aim": aim, "measured": measured, "met": measured >= bar})
     if "ours_inplace" in step and (measured := step["ours_inplace"].get("times_floor")):
-        what = f"{PEERS['ours_inplace'].title}, multiple of the floor"
+        what = f"{PEERS['ours_inplace'].title}, time over that of memory traffic alone"
         found.append(
             {"what": what, "bar": FLOOR_BAR, "aim": FLOOR_AIM, "measured": measured, "met": measured <= FLOOR_BAR}
         )
@@ -258,12 +280,6 @@ def race(
     result = publish(table(found, shape, dtype, steppers, forwarders))
     if settings.device == "cpu":
         result.extra["bars"] = bars(result.rows)
-        verdicts = [
-            f"Bar: {bar['what']}: {bar['measured']:.2f}x (bar {bar['bar']:g}, aim {bar['aim']:g}) "
-            f"{'met' if bar['met'] else 'MISSED'}"
-            for bar in result.extra["bars"]
-        ]
-        result.notes[:] = [note for note in result.notes if not note.startswith("Bar: ")] + verdicts
     return found
 
 

@@ -1,19 +1,21 @@
-"""How much memory do loss and gradients need beside their inputs, as the batch grows?"""
+"""How much memory do loss and gradients need on top of their inputs, as the batch grows?"""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
+from . import method
 from .conftest import DTYPES, Settings, wanted
 from .linear_problem import LinearCase, LinearProblem
-from .method import peak_memory
 from .peers import PEERS
 from .peers.linear import LINEAR_PEERS
 from .problem import LogitsProblem
-from .report import Column, Result
+from .report import BEST_PEER, EXTRA, Column, Result
 
 #: Scored tokens; vocabulary; hidden size of the linear path, whose inputs are no logits.
 SIZES = {
@@ -21,23 +23,24 @@ SIZES = {
     "default": ((64, 256), 49152, 256),
     "full": ((128, 256, 512, 1024), 49152, 576),
 }
-WHAT = {"logits": "logits to their gradient", "linear": "hidden states and head to their gradients"}
+#: By the tests' names, which do not hold those of the paths' own benchmarks: `-k` with one picks its tests alone.
+WHAT = {"whole": "logits to their gradient", "hidden": "hidden states and head to their gradients"}
 #: Nobody who compiles at each size: the first call's memory would be the compiler's.
 RUNNERS = {
-    "logits": ("eager", "trl_old", "ours", "ours_inplace"),
-    "linear": ("eager", "trl_compact", "liger", "torch_lce", "ours"),
+    "whole": ("eager", "trl_old", "ours", "ours_inplace"),
+    "hidden": ("eager", "trl_compact", "liger", "torch_lce", "ours"),
 }
-KNOWN: dict[str, Any] = {"logits": PEERS, "linear": LINEAR_PEERS}
+KNOWN: dict[str, Any] = {"whole": PEERS, "hidden": LINEAR_PEERS}
 #: Ratios of less than this say nothing: the system counts resident pages in batches.
 LEAST = 1 << 20
 
 COLUMNS = [
     Column("title", "method"),
     Column("x", "tokens", "count"),
-    Column("extra_bytes", "memory beside the inputs", "bytes"),
-    Column("per_token", "KiB a token", "number"),
-    Column("vs_best", "vs best peer", "ratio"),
-    Column("best_peer", "which is"),
+    EXTRA,
+    Column("per_token", "KiB per token", "number"),
+    Column("vs_best", "best peer's memory / ours", "ratio"),
+    BEST_PEER,
 ]
 
 
@@ -49,21 +52,33 @@ def summary(rows: list[dict[str, Any]]) -> str:
         most = max((row["x"] for row in here), default=0)
         needs = [f"{row['extra_bytes'] / 2**20:,.0f} ({row['title']})" for row in here if row["x"] == most]
         parts += [f"from {what}, {', '.join(needs)}"] if needs else []
-    return f"MiB beside the inputs, {most:,} tokens: {'; '.join(parts)}." if parts else ""
+    return f"Extra memory in MiB, at {most:,} tokens: {'; '.join(parts)}." if parts else ""
+
+
+RESULT = partial(
+    Result,
+    "memory",
+    "Memory: what loss and gradients need on top of their inputs",
+    COLUMNS,
+    summary=summary,
+    chart="lines",
+    x_label="tokens",
+    y="extra_bytes",
+)
 
 
 def measure(path: str, name: str, tokens: int, settings: Settings) -> int | None:
-    """Bytes that one step of the peer needs beside its inputs."""
+    """Bytes that one step of the peer needs on top of its inputs."""
     _, vocab, hidden = SIZES[settings.sizes]
     dtype = DTYPES[settings.dtypes[0]]
     step: Callable[[], object]
-    if path == "logits":
+    if path == "whole":
         step = PEERS[name](LogitsProblem((2, tokens // 2, vocab), dtype, settings.device, rotating_bytes=0)).step
     else:
         case = LinearCase("", 1, tokens // 2, 0.0, hidden_size=hidden, vocab=vocab, source="random")
         step = LINEAR_PEERS[name](LinearProblem(case, settings.device, dtype)).step
     step()  # libraries keep what their first call allocates
-    return peak_memory(step, settings.device)[0]
+    return method.peak_memory(step, settings.device)[0]
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +86,20 @@ def rows(
     settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
 ) -> dict[str, list[dict[str, Any]]]:
     """By contender, one row a size."""
-    result = Result(
-        "memory",
-        "Memory: what loss and gradients need beside their inputs",
-        COLUMNS,
-        summary=summary,
-        chart="lines",
-        x_label="tokens",
-        y="extra_bytes",
-    )
+    result = RESULT()
     found: dict[str, list[dict[str, Any]]] = {}
+    # As in method.interleave: what lives now is not searched again before each measurement.
+    gc.collect()
+    gc.freeze()
     for path in WHAT:
         names = [name.split("-")[1] for name in wanted(request, "test_memory", "name") if name.startswith(path)]
         names = [name for name in names if name in settings.peers and not KNOWN[path][name].why_missing()]
         found |= {f"{path}-{name}": [] for name in names}
         for tokens in SIZES[settings.sizes][0]:
             for row in _rows(path, names, tokens, settings):
+                method.tell(f"{path}-{row['peer']}, {tokens} tokens: {(row['extra_bytes'] or 0) / 2**20:,.0f} MiB")
                 found[f"{path}-{row['peer']}"].append(row)
+    gc.unfreeze()
     for mine in found.values():
         result.rows += mine
         first, last = mine[0], mine[-1]
@@ -95,7 +107,7 @@ def rows(
             slope = (last["extra_bytes"] - first["extra_bytes"]) / (last["x"] - first["x"]) / 1024
             result.notes.append(
                 f"{last['case']}: {last['title']} needs {last['extra_bytes'] / 2**20:,.0f} MiB for {last['x']:,} tokens, "
-                f"and {slope:,.0f} KiB for each one more."
+                f"and {slope:,.0f} KiB for each further token."
             )
     publish(result)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from . import method
 from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .problem import LogitsProblem, step
-from .report import SPREAD, TIME, TIMES_FLOOR, Column, Result
+from .report import SPREAD, TIME, TIMES_FLOOR, TRAFFIC, Column, Result
 
 #: A quarter of the logits path's default: the passes over the logits are the same, the rest is [P] vectors.
 SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 16, 49152)], "full": [(8, 64, 49152)]}
@@ -25,7 +26,7 @@ COLUMNS = [
     TIME,
     SPREAD,
     TIMES_FLOOR,
-    Column("vs_sigmoid", "vs sigmoid", "ratio"),
+    Column("vs_sigmoid", "time / sigmoid's", "ratio"),
     Column("reads", "reads"),
 ]
 
@@ -35,11 +36,18 @@ def summary(rows: list[dict[str, Any]]) -> str:
     found = {}
     for row in rows:
         found.setdefault(row["reads"], []).append((row["vs_sigmoid"], row["title"]))
-    spans = [
-        f"{len(costs)} that read {reads}, {min(costs)[0]:.2f} ({min(costs)[1]}) to {max(costs)[0]:.2f} ({max(costs)[1]})"
-        for reads, costs in found.items()
-    ]
-    return f"Objectives, time over sigmoid's: {'; '.join(spans)}."
+    spans = []
+    for reads, costs in found.items():
+        (low, least), (high, most) = min(costs), max(costs)
+        spans.append(
+            f"{len(costs)} that read {reads.replace(', ', ' and ')}, {low:.2f} ({least}) to {high:.2f} ({most})"
+        )
+    return f"Time of a step relative to the default objective (sigmoid): {'; '.join(spans)}."
+
+
+RESULT = partial(
+    Result, "objectives", "Objectives: loss and gradient in place", COLUMNS, floor=TRAFFIC, summary=summary
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +94,7 @@ def samples(
         for name, info in OBJECTIVES.items()
         if name in names
     ]
-    publish(Result("objectives", "Objectives: loss and gradient in place", COLUMNS, rows, summary=summary))
+    publish(RESULT(rows=rows))
     return found
 
 

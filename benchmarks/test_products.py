@@ -1,11 +1,12 @@
 """What do the linear path's matrix products cost, by the native CPU kernels and by torch's library?
 
-Three products of a step, by their name here: `logits` (rows W^T), `dH` (dz W) and `dW` (dz^T rows, into float32).
+Three products of a step, by their name here: `Z` (the logits, rows W^T), `dH` (dZ W) and `dW` (dZ^T rows, into float32).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +20,7 @@ from dpo_kernels.linear.products import multiply
 from . import method
 from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
-from .report import SPREAD, TIME, Column, Result
+from .report import BEST_PEER, SPREAD, TIME, VS_BEST, Column, Result, listed
 
 HIDDEN, VOCAB = 576, 49152
 
@@ -46,20 +47,20 @@ CASES = {
         ProductCase("float16", 64),
     ],
 }
-KINDS = ("logits", "dH", "dW")
+KINDS = ("Z", "dH", "dW")
 CONTENDERS = {
     "ours": "native kernels",
     "library": "torch's library",
     # The library multiplies W rows^T faster than rows W^T; its result is then transposed.
-    "library_turned": "torch's library, [V, N] logits",
+    "library_turned": "torch's library, transposed",
 }
 COLUMNS = [
     Column("title", "method"),
     TIME,
     SPREAD,
     Column("rate", "GFLOP/s", "count"),
-    Column("vs_best", "vs best peer", "ratio"),
-    Column("best_peer", "which is"),
+    VS_BEST,
+    BEST_PEER,
 ]
 
 
@@ -81,7 +82,7 @@ class Operands:
             return lambda: torch.mm(self.weight, self.rows.t(), out=self.turned)
         backend = "cpu" if name == "ours" else "eager"
         operands = {
-            "logits": (self.rows, self.weight.t(), self.logits),
+            "Z": (self.rows, self.weight.t(), self.logits),
             "dH": (self.logits, self.weight, self.grad_rows),
             "dW": (self.logits.t(), self.rows, self.grad_weight),
         }[kind]
@@ -96,8 +97,17 @@ def summary(rows: list[dict[str, Any]]) -> str:
             by_dtype.setdefault(row["dtype"], []).append(row["vs_best"])
     if not by_dtype:
         return ""
-    parts = (f"{dtype} {min(found):.2f} to {max(found):.2f}" for dtype, found in by_dtype.items())
-    return f"The native products against torch's library, times as fast: {', '.join(parts)}."
+    parts = [f"{min(found):.2f} to {max(found):.2f} times the speed in {dtype}" for dtype, found in by_dtype.items()]
+    return f"Against torch's library the native products reach {listed(parts)}."
+
+
+RESULT = partial(
+    Result,
+    "products",
+    "Matrix products: the linear path's logits Z, and its gradients dH and dW",
+    COLUMNS,
+    summary=summary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +147,13 @@ def samples(
                 row |= best.row(CONTENDERS[best.peer.partition("-")[2]])
                 row["select"] += f" or test_products[{dtype}-{tokens}-{best.peer}]"
             rows.append(row)
-    publish(Result("products", "Matrix products of the linear path on CPU", COLUMNS, rows, summary=summary))
+    publish(RESULT(rows=rows))
     return found
 
 
 @pytest.mark.parametrize(
     "product",
-    [f"{kind}-{name}" for kind in KINDS for name in CONTENDERS if kind == "logits" or name != "library_turned"],
+    [f"{kind}-{name}" for kind in KINDS for name in CONTENDERS if kind == "Z" or name != "library_turned"],
 )
 def test_products(samples: dict[str, Samples], product: str, replay: Callable[[Samples], None]) -> None:
     replay(samples[product])

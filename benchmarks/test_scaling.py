@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,8 +51,8 @@ COLUMNS = [
     Column("x", "size", "count"),
     TIME,
     SPREAD,
-    Column("per_x", "ns per unit", "number"),
-    Column("vs_best", "vs eager", "ratio"),
+    Column("per_x", "ns per unit of size", "number"),
+    Column("vs_best", "faster than eager by", "ratio"),
 ]
 
 
@@ -79,7 +80,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
         f"{axis} " + ", ".join(f"{power:.2f} ({title})" for (a, title), power in found.items() if a == axis)
         for axis in dict.fromkeys(axis for axis, _ in found)
     ]
-    return f"Time grows as a power of the size: {'; '.join(parts)}."
+    return f"Time grows as size to a power (1 is proportional), by what grows: {'; '.join(parts)}."
+
+
+RESULT = partial(
+    Result, "scaling", "Scaling: loss and gradient as the sizes grow", COLUMNS, summary=summary, chart="lines"
+)
 
 
 def contenders(axis: str, settings: Settings, runners: Sequence[str]) -> tuple[list[int], list[Contender]]:
@@ -111,8 +117,7 @@ def samples(
     titles = {name: (LINEAR_PEERS if axis == "hidden" else PEERS)[_name(axis, name)] for name in runners}
     sizes, racers = contenders(axis, settings, [_name(axis, name) for name in runners])
     found = method.interleave(racers, settings.rounds, device=settings.device)
-    question = "Scaling: loss and gradient as the sizes grow"
-    result = Result("scaling", question, COLUMNS, summary=summary, chart="lines")
+    result = RESULT()
     by_runner = {name: [found[f"{_name(axis, name)} {size}"] for size in sizes] for name in runners}
     for name in runners:
         for index, size in enumerate(sizes):

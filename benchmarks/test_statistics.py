@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from . import method
 from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .problem import LogitsProblem, step
-from .report import SPREAD, TIME, TIMES_FLOOR, Column, Result
+from .report import SPREAD, TIME, TIMES_FLOOR, TRAFFIC, Column, Result
 
 #: Half of the logits path's default: a cost relative to none needs no more.
 SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 64, 49152)], "full": [(8, 128, 49152)]}
@@ -21,12 +22,15 @@ SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 64, 49152)], "full": [(8, 12
 #: What is asked for, by its name in the table.
 REQUESTS: dict[str, tuple[str, ...]] = {"none": (), **{name: (name,) for name in STATISTICS}, "all": STATISTICS}
 
+#: Tests' names that differ from the statistic's: `-k logits` picks the logits path alone.
+IDS = {"mean_logits": "mean"}
+
 COLUMNS = [
     Column("title", "statistics"),
     TIME,
     SPREAD,
     TIMES_FLOOR,
-    Column("vs_none", "vs none", "ratio"),
+    Column("vs_none", "time / none", "ratio"),
 ]
 
 
@@ -34,6 +38,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """What all of them cost, in each dtype."""
     costs = [f"{100 * (row['vs_none'] - 1):+.0f} % in {row['dtype']}" for row in rows if row["title"] == "all"]
     return f"All statistics together change the time of loss and gradient by {', '.join(costs)}." if costs else ""
+
+
+RESULT = partial(
+    Result,
+    "statistics",
+    "Statistics: loss and gradient in place, with what is asked for",
+    COLUMNS,
+    floor=TRAFFIC,
+    summary=summary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +79,14 @@ def samples(
             "spread": found[title].spread,
             "times_floor": method.passes_over_copy(found, title, passes=4),
             "vs_none": method.ratio(found[title], found["none"]),
-            "select": f"test_statistics[{dtype}-{'x'.join(map(str, shape))}-{title}]",
+            "select": f"test_statistics[{dtype}-{'x'.join(map(str, shape))}-{IDS.get(title, title)}]",
         }
         for title in asked_for
     ]
-    question = "Statistics: loss and gradient in place, with what is asked for"
-    publish(Result("statistics", question, COLUMNS, rows, summary=summary))
+    publish(RESULT(rows=rows))
     return found
 
 
-@pytest.mark.parametrize("request_", REQUESTS)
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda name: IDS.get(name, name))
 def test_statistics(samples: dict[str, Samples], request_: str, replay: Callable[[Samples], None]) -> None:
     replay(samples[request_])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from .conftest import DTYPES, Settings, wanted
 from .method import Contender, Samples
 from .peers import PEERS
 from .problem import LogitsProblem
-from .report import SPREAD, TIME, Column, Result
+from .report import SPREAD, TIME, Column, Result, listed
 
 SHAPE = {"small": (4, 32, 8192), "default": (8, 32, 49152), "full": (8, 128, 49152)}
 #: Compiled peers are left out: they would compile anew for every number of threads.
@@ -33,8 +34,8 @@ COLUMNS = [
     Column("x", "threads", "count"),
     TIME,
     SPREAD,
-    Column("speedup", "vs 1 thread", "ratio"),
-    Column("vs_best", "vs eager", "ratio"),
+    Column("speedup", "faster than on 1 thread by", "ratio"),
+    Column("vs_best", "faster than eager by", "ratio"),
 ]
 
 
@@ -42,7 +43,18 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """What all cores bring over one."""
     most = max(row["x"] for row in rows)
     gains = [f"{row['speedup']:.2f} ({row['title']})" for row in rows if row["x"] == most and row.get("speedup")]
-    return f"On {most} threads instead of one, times as fast: {', '.join(gains)}." if gains and most > 1 else ""
+    return f"{most} threads are {listed(gains)} times as fast as one." if gains and most > 1 else ""
+
+
+RESULT = partial(
+    Result,
+    "threads",
+    "Threads: loss and gradient on more cores",
+    COLUMNS,
+    summary=summary,
+    chart="lines",
+    x_label="threads",
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +82,7 @@ def samples(
         found = method.interleave([contender(name) for name in names], settings.rounds)
     finally:
         torch.set_num_threads(before)
-    question = "Threads: loss and gradient on more cores"
-    result = Result("threads", question, COLUMNS, summary=summary, chart="lines", x_label="threads")
+    result = RESULT()
     for name in names:
         runner, threads = name.split("-")
         row = {"case": f"{dtype} {list(shape)}", "x": int(threads), "title": PEERS[runner].title}

@@ -98,7 +98,7 @@ def build_trl(model: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -
 
 
 def build_trl_patched(model: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> Any:
-    """The same with our kernels under its LM head, as a script gets them that begins with this line."""
+    """The same with our kernels in place of its fused LM head, as in a script that begins with this line."""
     from dpo_kernels.integrations.trl import apply_to_trl
 
     apply_to_trl()
@@ -192,7 +192,7 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
     "ours": build_ours,
     "ours_padded": lambda *a: build_ours(*a, batch_layout="padded"),
     "ours_shared": lambda *a: build_ours(*a, batch_layout="prefix_shared"),
-    "ours_logits": lambda *a: build_ours(*a, loss_path="logits"),
+    "ours_whole": lambda *a: build_ours(*a, loss_path="logits"),
     "ours_precomputed": lambda *a: build_ours(*a, precompute_ref_log_probs=True),
     "trl": build_trl,
     "trl_patched": build_trl_patched,

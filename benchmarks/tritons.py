@@ -1,6 +1,6 @@
-"""The Tritons that the kernels are held to: what a supported torch brings, each in a folder of its own beside the newest.
+"""The Tritons that the kernels are held to: what a supported torch brings, each in a folder of its own next to the newest.
 
-    python -m benchmarks.tritons install [VERSION ...]   put them beside the environment (.venv/triton-VERSION); all if none
+    python -m benchmarks.tritons install [VERSION ...]   put them into the environment (.venv/triton-VERSION); all if none
     python -m benchmarks.tritons install oldest          what `make test` needs
     python -m benchmarks.tritons figures [VERSION ...]   rewrite benchmarks/results/machine_code.json for these; all if none
 
@@ -63,7 +63,7 @@ def main() -> None:
     command, *versions = sys.argv[1:] or ["help"]
     if command == "install":
         if importlib.util.find_spec("triton") is None:
-            print("no Triton for this platform: none is installed beside it")
+            print("no Triton for this platform: none is installed")
             return
         for version in versions or OLDER:
             install(OLDER[0] if version == "oldest" else version)

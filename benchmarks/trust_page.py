@@ -20,31 +20,42 @@ MARKERS = ("<!-- trust:begin -->", "<!-- trust:end -->")
 
 def _properties(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (f"calls drawn at random, {name} backend", f"{counts['examples']:,}, of which {counts['violations']} wrong")
+        (
+            f"random calls, {name} backend",
+            f"{counts['examples']:,}, of which {counts['violations']} gave a wrong result",
+        )
         for name, counts in found.items()
     ]
 
 
 def _planted_faults(found: dict[str, Any]) -> list[tuple[str, str]]:
     caught = sum(bool(fault["caught_by"]) for fault in found.values())
-    return [("faults planted in the sources", f"{len(found)}, of which {caught} caught")]
+    return [("mistakes planted in the sources", f"{len(found)}, of which the tests caught {caught}")]
 
 
 def _runs(found: dict[str, Any]) -> list[tuple[str, str]]:
     kills, files, disk = found["kills"], found["damaged_files"], found["disk_full"]
     return [
-        ("kills", f"{kills['kills']}, with {kills['lost_steps']} steps lost and {kills['extra_steps']} taken twice"),
         (
-            "flipped bits and truncations of checkpoint files",
-            f"{files['tried']:,}, of which {files['answered']:,} answered",
+            "runs that were killed and started again",
+            f"{kills['kills']}, with {kills['lost_steps']} steps lost and {kills['extra_steps']} taken twice",
         ),
-        ("places where the disk is full", f"{disk['places']}, of which {disk['answered']} answered"),
+        (
+            "checkpoint files with flipped bits, or cut short",
+            f"{files['tried']:,}, of which {files['answered']:,} were named in one line",
+        ),
+        (
+            "moments at which the disk was full",
+            f"{disk['places']}, of which {disk['answered']} ended in one clear line",
+        ),
     ]
 
 
 def _coverage(found: dict[str, Any]) -> list[tuple[str, str]]:
     names = {"python": "Python", "native": "C++ and CUDA (on the emulator)"}
-    return [(f"lines that the tests run, {names[name]}", f"{part['percent']:.1f} %") for name, part in found.items()]
+    return [
+        (f"source lines that the tests run, {names[name]}", f"{part['percent']:.1f} %") for name, part in found.items()
+    ]
 
 
 PARTS = {"properties": _properties, "planted_faults": _planted_faults, "runs": _runs, "coverage": _coverage}
@@ -52,7 +63,7 @@ PARTS = {"properties": _properties, "planted_faults": _planted_faults, "runs": _
 
 def render(results: Path = RESULTS) -> str:
     """The table of what was tried and found; a part without results is left out."""
-    rows = [("what", "figure"), ("---", "---")]
+    rows = [("what was tried", "result"), ("---", "---")]
     for name, part in PARTS.items():
         path = results / f"{name}.json"
         if path.is_file():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 import warnings
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import charts, compare, machine, method, readme_table, reasons, report
+from benchmarks import bars, charts, compare, gpu_summary, machine, method, reasons, report
 from benchmarks.linear_problem import LinearCase, LinearProblem, LinearTruth
 from benchmarks.method import Contender, Samples
 from benchmarks.peers import PEERS
@@ -205,26 +207,44 @@ def test_exponent_of_a_power_is_its_power() -> None:
 
 
 def _row(title: str, ratio: float, peer: str = "eager PyTorch", case: str = "a", test: str = "test_x[a]") -> dict:
-    return {"title": title, "case": case, "vs_best": ratio, "best_peer": peer, "select": test}
+    return {"title": title, "case": case, "vs_best": ratio, "best_peer": peer, "select": test, "median_s": 1.0}
 
 
-def test_headline_is_the_worst_ratio_of_all_rows() -> None:
+def test_headline_is_the_weakest_row_of_all() -> None:
     fast, slow = _row("dpo_kernels", 3.0), _row("dpo_kernels, in place", 0.8, "torch.compile", "b")
     peer = {"title": "eager PyTorch", "case": "a"}
     found = report.headline(report.compared([("x", [fast, peer]), ("y", [slow])]))
     assert (found["ratio"], found["benchmark"]) == (0.8, "y")
-    assert "over 2 rows: 0.80x (y: dpo_kernels, in place against torch.compile, b); 1 below 1.0" in found["line"]
+    assert found["line"] == (
+        "dpo_kernels is behind the best peer in 1 of 2 comparisons. "
+        "The weakest (y): dpo_kernels, in place reaches 0.80 times the speed of torch.compile (b)"
+    )
     assert report.headline([]) == {}
 
 
 def test_losses_are_said_once_with_their_reason_or_the_lack_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [_row("ours", 0.5), _row("ours", 0.75), _row("won", 1.5)]
     lost = report.compared([("x", rows)])
-    assert report.below_one(lost) == ["Below 1.0 (x): ours against eager PyTorch, a: 0.50x to 0.75x. NOT EXPLAINED"]
+    said = "Behind a peer (x): ours reaches 0.50 to 0.75 times the speed of eager PyTorch (a). "
+    assert report.below_one(lost) == [f"{said}No reason is known yet."]
     monkeypatch.setattr(reasons, "REASONS", (reasons.Reason("x", "test_x[*]", "It reads more."),))
-    assert report.below_one(lost) == ["Below 1.0 (x): ours against eager PyTorch, a: 0.50x to 0.75x. It reads more."]
+    assert report.below_one(lost) == [f"{said}It reads more."]
     assert reasons.explain("another", rows[0]) is None
     assert reasons.explain("x", rows[2]) is None
+
+
+def test_the_first_table_says_who_won() -> None:
+    assert report.answer("q", [{"title": "a"}]) == ("q", "not compared with a peer", "-")
+    won, lost = _row("exact", 2.0), _row("filtered", 0.5)
+    assert report.answer("q", [won, {"title": "a peer"}])[1:] == ("2.00 times the speed of eager PyTorch", "faster")
+    assert report.answer("q", [won, lost])[1:] == (
+        "0.50 to 2.00 times the speed of eager PyTorch",
+        "faster (slower: filtered)",
+    )
+    assert report.answer("q", [lost])[2] == "slower in 1 of 1 row"
+    # Without a time the ratio is of memory: half the ratio is twice the memory.
+    del lost["median_s"]
+    assert report.answer("q", [lost])[1:] == ("2.00 times the memory of eager PyTorch", "more memory in 1 of 1 row")
 
 
 def test_rounds_that_disagree_are_no_loss() -> None:
@@ -233,30 +253,72 @@ def test_rounds_that_disagree_are_no_loss() -> None:
     assert reasons.explain("x", row | {"vs_range": [0.9, 0.99]}) is None
 
 
-@pytest.fixture(scope="module")
-def collected() -> dict[str, list[str]]:
-    """Benchmark -> its tests, at all sizes."""
+def _collect(*options: str) -> dict[str, list[str]]:
+    """Benchmark -> its tests."""
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, list[str]] = {}
-    for sizes in ("small", "default", "full"):
-        command = [sys.executable, "-m", "pytest", "benchmarks/", "--collect-only", "-q", "--sizes", sizes]
-        done = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
-        for line in done.stdout.splitlines():
-            path, _, test = line.partition("::")
-            if test:
-                found.setdefault(Path(path).stem.removeprefix("test_"), []).append(test)
+    for line in done.stdout.splitlines():
+        path, _, test = line.partition("::")
+        if test:
+            found.setdefault(Path(path).stem.removeprefix("test_"), []).append(test)
     return found
 
 
-def test_every_reason_is_about_a_test_that_exists(collected: dict[str, list[str]]) -> None:
+@pytest.fixture(scope="module")
+def collected() -> dict[str, dict[str, list[str]]]:
+    """Size -> benchmark -> its tests."""
+    return {sizes: _collect("--sizes", sizes) for sizes in ("small", "default", "full")}
+
+
+def test_every_reason_is_about_a_row_that_exists(collected: dict[str, dict[str, list[str]]]) -> None:
+    known = {name: [test for found in collected.values() for test in found.get(name, ())] for name in collected["full"]}
+    for calls in gpu_summary.sessions(report.RESULTS).values():
+        for name, rows in gpu_summary.compared_tables(calls).values():
+            known.setdefault(name, []).extend(row["select"] for row in rows)
     for reason in reasons.REASONS:
-        fitting = [test for test in collected[reason.benchmark] if reason.fits(reason.benchmark, test)]
-        assert fitting, f"{reason.benchmark}: no test is called {reason.pattern}"
+        fitting = [test for test in known[reason.benchmark] if reason.fits(reason.benchmark, test)]
+        assert fitting, f"{reason.benchmark}: no row is called {reason.pattern}"
 
 
-def test_every_question_has_its_place_in_the_readme(collected: dict[str, list[str]]) -> None:
-    shown = {*readme_table.TABLES, *readme_table.SENTENCES}
-    assert shown == set(collected)
+def test_every_question_has_its_place_on_the_pages(collected: dict[str, dict[str, list[str]]]) -> None:
+    assert set(report.ORDER) == set(collected["default"])
+
+
+#: The words that docs/benchmarks.md offers for `-k`, and the benchmark that each picks.
+WORDS = {
+    "logits": "logits_path", "linear": "linear_path", "trainer": "trainer", "memory": "memory", "products": "products",
+    "objectives": "objectives", "statistics": "statistics", "reference": "reference_modes", "prefix": "prefix_sharing",
+    "scaling": "scaling", "latency": "latency", "threads": "threads", "startup": "startup",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_picks_one_question(word: str, collected: dict[str, dict[str, list[str]]]) -> None:
+    for sizes, found in collected.items():
+        hit = {
+            name for name, tests in found.items() if word in f"test_{name}.py" or any(word in test for test in tests)
+        }
+        assert hit == {WORDS[word]}, f"--sizes {sizes} -k {word}"
+    assert f"`{word}`" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_pytest_agrees_on_what_a_word_picks() -> None:
+    found = _collect("--sizes", "small", "-k", "logits")
+    assert list(found) == ["logits_path"]
+    assert {test.partition("[")[0] for test in found["logits_path"]} == {"test_loss_and_gradient", "test_loss_alone"}
+
+
+def test_small_is_small(collected: dict[str, dict[str, list[str]]]) -> None:
+    small = collected["small"]
+    assert sum(map(len, small.values())) < 120
+    # Compilers take many seconds; test_compile asks for the graph alone.
+    compiled = re.compile(r"compiled|-cce\]")
+    assert [test for name, tests in small.items() if name != "compile" for test in tests if compiled.search(test)] == []
+    shapes = {part for tests in small.values() for test in tests for part in re.findall(r"\d+(?:x\d+)+", test)}
+    assert "4x32x8192" in shapes
+    assert max(math.prod(map(int, shape.split("x"))) for shape in shapes) <= 2**24
 
 
 @pytest.mark.parametrize("chart", ["bars", "lines"])
@@ -279,6 +341,31 @@ def test_every_result_can_be_drawn(chart: str, scale: float, extra: int | None, 
     assert "method b" in path.read_text()
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.5, 0.9, 0.95, 1.0, 1.02, 1.1, 1.3, 3.0])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_no_floor_strikes_through_a_figure(floor: float, narrow: bool) -> None:
+    panel = bars.Panel("h", ["time, ms", "MiB"], [bars.Bar("a", True, [(1.0, "1,234"), (3.0, "3")], floor)], "why")
+    drawn = bars.draw([panel], narrow=narrow)
+    assert ">why<" in drawn
+    (tick, _) = (float(x) for x in re.findall(r'd="M([\d.]+) ', drawn))
+    (figure,) = (float(x) for x in re.findall(r'<text x="([\d.]+)"[^>]*>1,234<', drawn))
+    assert not figure - 2 < tick < figure + 5 * bars.CHARACTER
+    assert figure + 5 * bars.CHARACTER < (bars.NARROW if narrow else bars.WIDTH)
+
+
+def test_a_chart_holds_every_figure_in_both_themes() -> None:
+    panel = bars.Panel("h & h", ["time, ms"], [bars.Bar("<b>", False, [None]), bars.Bar("c", True, [(2.0, "2")])])
+    light, dark, both = (bars.draw([panel], theme=theme) for theme in ("light", "dark", None))
+    assert "h &amp; h" in light
+    assert "&lt;b&gt;" in light
+    assert "not known" in light
+    assert bars.LIGHT["page"] in light
+    assert bars.DARK["page"] not in light
+    assert bars.DARK["page"] in dark
+    assert bars.LIGHT["page"] in both
+    assert f"prefers-color-scheme:dark){{.page{{fill:{bars.DARK['page']}}}" in both
+
+
 def test_machine_name_is_a_folder_name() -> None:
     assert set(machine.machine_name("cpu")) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
@@ -290,8 +377,12 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
         [*command, *options, "-q", "-p", "no:cacheprovider"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # The headline is the last line of all.
-    assert done.stdout.splitlines()[-1].startswith("Worst ratio against the best peer")
+    # A line for each method as it goes, and the headline is the last line of all.
+    before, _, after = done.stdout.partition("= Summary =")
+    for line in ("logits_path: eager: first call", "logits_path: ours_inplace: ", "statistics: entropy: "):
+        assert f"  {line}" in before
+        assert f"  {line}" not in after
+    assert done.stdout.splitlines()[-1].startswith("dpo_kernels is behind the best peer in ")
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "logits_path.json").read_text())
     by_peer = {row["peer"]: row for row in result["rows"] if row["part"] == "step"}
@@ -320,7 +411,16 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     for name in ("logits_path", "statistics"):
         found = json.loads((folder / f"{name}.json").read_text())
         assert found["summary"]
-        assert f"({name}.md) {found['summary']}" in index
+        assert f": {found['summary']}" in index
+        assert f"]({name}.md) | " in index
+    assert index.splitlines()[2] == "| question | result against the best peer | verdict |"
+    # The pages can be made again from the JSON alone.
+    pages = {path: path.read_text() for path in folder.glob("*.md")}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.report", str(folder)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_text() for path in folder.glob("*.md")} == pages
 
 
 def test_the_interval_holds_the_change_and_narrows_with_agreement() -> None:

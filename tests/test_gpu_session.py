@@ -112,7 +112,13 @@ def test_a_headline_session_measures_and_says_what_it_did(in_process, tmp_path):
     assert first["failed"] == {}
     text = (out / "summary.md").read_text()
     assert all(f"| {name} |" in text for name in gpu_session.CALLS["headline"][1])
-    for question in ("Correct?", "How fast against the floor?", "Against whom?", "What to tune?", "What ran"):
+    for question in (
+        "Correct?",
+        "How close to the memory's speed?",
+        "How fast against other methods?",
+        "What to tune?",
+        "What ran",
+    ):
         assert f"## {question}" in text
     assert "all 84 cases right" in text
     assert "| eager | 42 of 42 | - |" in text
@@ -546,7 +552,8 @@ def test_wrong_cases_and_wrong_gradients_are_shouted():
     assert "1 cases WRONG" in text
     assert "| cuda | 29 of 30 | packed: loss off |" in text
     assert "| triton | - | not run: no triton |" in text
-    assert "| eager | 3000.000 ms | 500.000 ms | - | 3.00x | 1 MiB | WRONG (3.0e-01) |" in text
+    assert "| eager PyTorch, gradient WRONG by 3.0e-01 | 3000.000 ms | 500.000 ms | - | 3.00x | 1 MiB |" in text
+    assert "all are right" not in text
     assert "* liger: not run: not there" in text
     assert "* cce: FAILED: no such thing" in text
 
@@ -576,28 +583,46 @@ def test_predictions_stand_beside_what_was_measured():
         line for line in text.splitlines() if line.startswith("| step: policy, reference, gradient [8192x128256]")
     )
     assert "88% to 93%: above" in step
-    assert "Predicted of ours: 14 to 17 ms: as predicted." in text
+    assert "Predicted for dpo_kernels: 14 to 17 ms: as predicted." in text
     other = gpu_session.summary(measured_calls("Another card"), {"headline": ["timing"]})
     assert "90% to 97%" not in other
     assert gpu_summary.verdict(0.5, (0.9, 1.0)) == "90% to 100%: below"
 
 
-def test_the_readme_gets_a_table_from_committed_results(tmp_path):
-    assert gpu_summary.readme_block(tmp_path) == []
+def test_the_pages_get_their_tables_from_a_session(tmp_path):
+    assert gpu_summary.sessions(tmp_path) == {}
     folder = tmp_path / "h100"
     folder.mkdir()
     gpu_session.save(folder, measured_calls("NVIDIA H100"))
-    text = "\n".join(gpu_summary.readme_block(tmp_path))
-    assert "**NVIDIA H100** (torch 2.99, Triton 9.9)" in text
-    assert "| step: policy, reference, gradient | 2.949 ms | 95% |" in text
-    assert "| eager | 45.000 ms | 3.00x | - |" in text
-    assert "benchmarks/results/h100/summary.md" in text
-    # Its table follows the tables of the machine that was measured last.
+    (calls,) = gpu_summary.sessions(tmp_path).values()
+    assert "| step: policy, reference, gradient | 2.949 ms | 95% |" in gpu_summary.bandwidth_table(calls)
+    ((name, rows),) = gpu_summary.compared_tables(calls).values()
+    assert name == "gpu_linear_path"
+    assert [(row["title"], row["median_s"]) for row in rows] == [
+        ("dpo_kernels, exact", 15e-3),
+        ("eager PyTorch", 45e-3),
+    ]
+    assert (rows[0]["vs_best"], rows[1]["ours_faster"]) == (pytest.approx(3), pytest.approx(3))
+    question = "From hidden states: 4 pairs x 512 tokens, H = 4096, V = 128,256"
+    opening = (folder / "summary.md").read_text().splitlines()[2:5]
+    assert opening[2] == f"| {question} | 3.00 times the speed of eager PyTorch | faster |"
+    # On the page it stands behind the machine that was measured last.
     cpu = "amd-epyc-2-cores-avx2"
     (tmp_path / cpu).mkdir()
     measured = (readme_table.RESULTS / cpu / "logits_path.json").read_bytes()
     (tmp_path / cpu / "logits_path.json").write_bytes(measured)
-    assert readme_table.render(tmp_path).endswith(text.rstrip())
+    page = readme_table.page(tmp_path)
+    assert page.index("## Tables: AMD EPYC") < page.index("## Tables: H100")
+    assert "| eager PyTorch | 45 ms | 3.00x | - |" in page
+    assert "torch 2.99, Triton 9.9" in page
+
+
+def test_where_a_method_was_measured_twice_the_slower_time_counts():
+    calls = measured_calls("NVIDIA H100")
+    calls["headline"]["linear"]["result"]["tables"]["4x512x4096x128256"]["rows"]["ours"]["again"] = 90e-3
+    ((_, rows),) = gpu_summary.compared_tables(calls).values()
+    assert {row["name"]: row["median_s"] for row in rows} == {"ours": 90e-3, "eager": 45e-3}
+    assert rows[-1]["vs_best"] == pytest.approx(0.5)
 
 
 def test_roofline_arithmetic():

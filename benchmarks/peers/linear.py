@@ -123,7 +123,7 @@ class TRLCompact(TRL):
     """The same function on the scored positions only, as TRL calls it on GPUs."""
 
     name = "trl_compact"
-    title = "TRL 1.16, compaction given to it"
+    title = "TRL 1.16, scored tokens only"
 
     def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
         mask = self.problem.labels != -100

@@ -11,7 +11,7 @@ from .eager import dpo_from_sums
 
 class TRLTriton(Peer):
     name = "trl_triton"
-    title = "TRL 1.16 selective_log_softmax_and_entropy"
+    title = "TRL 1.16, Triton kernel"
     needs = "trl"
     statistics = ("entropy",)
 
