@@ -288,8 +288,8 @@ def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip
     if strip and repeats:
         start = len(pair.prompt)
         pair = replace(pair, chosen=pair.chosen[start:], rejected=pair.rejected[start:])
-    asked = [pair.prompt.strip() if isinstance(pair.prompt, str) else pair.prompt, pair.system or ""]
     pair, reader = read_by(pair, processing_class)
+    asked = pair.prompt.strip() if isinstance(pair.prompt, str) else pair.prompt
     ids = tokenize_pair(pair, reader, **settings)
     prompt, chosen, rejected = (ids[name] for name in TOKENS)
     masks = [ids.get(name) or [True] * len(side) for name, side in zip(MASKS, (chosen, rejected), strict=True)]
@@ -310,7 +310,7 @@ def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip
     pictures = list(filter(None, images.values()))
     digest = _digest([prompt, chosen, rejected, *pictures])
     longer = max(len(chosen), len(rejected))
-    found = {**ids, **pair.numbers, "length": len(prompt) + longer, PROMPT: _digest([*asked, *pictures])}
+    found = {**ids, **pair.numbers, "length": len(prompt) + longer, PROMPT: _digest([asked, *pictures])}
     tokens = 2 * len(prompt) + len(chosen) + len(rejected)
     unscored = sum(not token for mask in masks for token in mask)
     return {**found, **images, **dict(zip(MARKS, (status, digest, tokens, repeats, unscored), strict=True))}
