@@ -9,9 +9,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from dpo_trainer.settings.config import settings_table
 from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
-from dpo_trainer.settings.table import GROUPS
+from dpo_trainer.settings.rows import settings_table
+from dpo_trainer.settings.table import GROUPS, SHOWN
 
 DOCS = Path(__file__).resolve().parent
 PAGE, SETTINGS = DOCS / "trainer.md", DOCS / "settings.md"
@@ -54,7 +54,7 @@ def settings() -> str:
         lines += ["", f"## {title}", "", "| setting | default | |", "|---|---|---|"]
         for item in settings_table().values():
             if item.group == group:
-                name = f"**`{item.name}`**" if item.common else f"`{item.name}`"
+                name = f"**`{item.name}`**" if item.name in SHOWN else f"`{item.name}`"
                 default = "" if item.default is None else f"`{json.dumps(item.default, default=str)}`"
                 lines.append(row(name, default, item.help))
     return "\n".join(lines) + "\n"

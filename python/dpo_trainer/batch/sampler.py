@@ -11,11 +11,10 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
+from . import STRATEGIES as STRATEGIES
 
 #: Steps within which pairs are sorted by length: enough to find neighbours, too few to fix who they are.
 POOL = 50
-
-STRATEGIES = ("random", "group_by_length", "sequential")
 
 Batches = list[list[int]]
 

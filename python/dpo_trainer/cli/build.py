@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,14 +19,6 @@ from ..trainer import DPOTrainer
 from .settings import RUN_KEYS, lora_config
 
 AnyTrainer = TypeVar("AnyTrainer", bound=DPOTrainer)
-
-
-def set_up_logging(*, quiet: bool) -> None:
-    """Let our own lines through to standard error, and of the libraries only errors."""
-    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("accelerate", "datasets", "httpx", "huggingface_hub", "matplotlib", "torch"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of libraries, to their developers; ours go through logging
 
 
 def build_trainer(
