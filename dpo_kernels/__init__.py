@@ -31,16 +31,17 @@ __all__ = [
     "use_backend",
 ]
 
-__getattr__, __dir__ = names_of(
-    __name__,
-    {
-        **dict.fromkeys(("BackendUnavailable", "use_backend"), "backends"),
-        **dict.fromkeys(
-            ("STATISTICS", "dpo_loss", "linear_dpo_loss", "linear_logps", "sequence_logps", "shift_labels"),
-            "functional",
-        ),
-        **dict.fromkeys(("DPOLoss", "LinearDPOLoss"), "losses"),
-        **dict.fromkeys(("OBJECTIVES", "Pairs", "length_desensitized_weights", "objective"), "objectives"),
-        "DPOOutput": "output",
-    },
-)
+if not TYPE_CHECKING:  # a type checker would take any name for known
+    __getattr__, __dir__ = names_of(
+        __name__,
+        {
+            **dict.fromkeys(("BackendUnavailable", "use_backend"), "backends"),
+            **dict.fromkeys(
+                ("STATISTICS", "dpo_loss", "linear_dpo_loss", "linear_logps", "sequence_logps", "shift_labels"),
+                "functional",
+            ),
+            **dict.fromkeys(("DPOLoss", "LinearDPOLoss"), "losses"),
+            **dict.fromkeys(("OBJECTIVES", "Pairs", "length_desensitized_weights", "objective"), "objectives"),
+            "DPOOutput": "output",
+        },
+    )

@@ -31,14 +31,15 @@ __all__ = [
     "load_tokenizer",
 ]
 
-__getattr__, __dir__ = names_of(
-    __name__,
-    {
-        **dict.fromkeys(("ConfigError", "DataError", "ModelError", "OutputError", "UsageError"), "errors"),
-        **dict.fromkeys(("load_model", "load_tokenizer"), "model.loading"),
-        "DPOConfig": "settings.config",
-        "DPOTrainer": "trainer",
-        "PairCollator": "batch.collator",
-        "load_pairs": "data.files",
-    },
-)
+if not TYPE_CHECKING:  # a type checker would take any name for known
+    __getattr__, __dir__ = names_of(
+        __name__,
+        {
+            **dict.fromkeys(("ConfigError", "DataError", "ModelError", "OutputError", "UsageError"), "errors"),
+            **dict.fromkeys(("load_model", "load_tokenizer"), "model.loading"),
+            "DPOConfig": "settings.config",
+            "DPOTrainer": "trainer",
+            "PairCollator": "batch.collator",
+            "load_pairs": "data.files",
+        },
+    )

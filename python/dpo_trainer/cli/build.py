@@ -16,6 +16,7 @@ from ..errors import ConfigError, OutputError, UsageError, did_you_mean, first_l
 from ..settings.config import DPOConfig
 from ..settings.trl import hush
 from ..trainer import DPOTrainer
+from .packages import line_of_error
 from .settings import RUN_KEYS, lora_config
 
 AnyTrainer = TypeVar("AnyTrainer", bound=DPOTrainer)
@@ -73,6 +74,8 @@ def _named(settings: dict[str, Any]) -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         if isinstance(error, UsageError) or getattr(error, "strerror", None):
             raise  # `main` has a line for these
+        if isinstance(error, ImportError):
+            raise ConfigError(line_of_error(error)) from error
         text = first_line(error)
         for key, value in settings.items():
             if isinstance(value, str) and re.match(rf"'?{re.escape(value)}\b", text, re.IGNORECASE):

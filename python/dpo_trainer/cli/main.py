@@ -31,11 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _command(arguments)
     except UsageError as error:
         return _complain(" ".join(str(error).split()))
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("", "dpo_kernels", "dpo_trainer"):
+    except ImportError as error:
+        if (error.name or "").startswith(("dpo_kernels", "dpo_trainer")):
             raise
-        name = str(error.name).partition(".")[0]
-        return _complain(f"needs the package '{name}', which is not installed; pip install {name}")
+        return _complain(packages.line_of_error(error))
     except OSError as error:
         if error.strerror is None:
             raise
@@ -52,7 +51,7 @@ def _command(arguments: list[str]) -> int:
 
         return doctor(arguments[1:])
     if first != "--version":
-        packages.check_trainer()
+        packages.check_trainer(but=("matplotlib",) if first == "compare" else ())  # its table needs no charts
     from . import help as words  # imports what check_trainer has looked for
 
     if not arguments:
@@ -120,6 +119,8 @@ def compare_runs(arguments: Sequence[str]) -> None:
     for word in folders:
         if word.startswith("-"):
             raise ConfigError(f"compare: unknown option '{word}'; usage: {COMPARE}")
+    if not folders:
+        raise ConfigError(f"compare: no runs given; usage: {COMPARE}")
     runs = read_runs(folders)
     print(table(runs), flush=True)
     write_page(runs, output)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 
 EXTRA = "pip install 'dpo-kernels[trainer]'"
 #: What the extra `trainer` in pyproject.toml installs, by the names under which it is imported.
@@ -59,9 +59,32 @@ def line_of(what: str, package: str) -> str:
     return f"{what}: needs the package '{package}', which is not installed; pip install {package}"
 
 
-def check_trainer() -> None:
-    """Raise UsageError where the packages of the extra `trainer` are not all installed."""
-    if absent := [module for module in TRAINER if missing(module)]:
+#: Packages that libraries ask for in sentences of their own, by their words for them.
+_ASKED_FOR = {
+    "torchvision": "torchvision",
+    "pillow": "pillow",
+    "sentencepiece": "sentencepiece",
+    "tiktoken": "tiktoken",
+}
+
+
+def line_of_error(error: ImportError) -> str:
+    """One line for a package that a library did not find, with the pip command."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        return (
+            f"needs the package '{name}', which is not installed; {EXTRA if name in TRAINER else f'pip install {name}'}"
+        )
+    text = first_line(error)
+    if "pip install" in text:
+        return text
+    wanted = [package for word, package in _ASKED_FOR.items() if word in str(error).lower()]
+    return f"{text}; pip install {' '.join(wanted)}" if wanted else text
+
+
+def check_trainer(*, but: Sequence[str] = ()) -> None:
+    """Raise UsageError where the packages of the extra `trainer` are not all installed, but for those in `but`."""
+    if absent := [module for module in TRAINER if module not in but and missing(module)]:
         raise UsageError(f"the trainer needs packages that are not installed ({', '.join(absent)}); {EXTRA}")
 
 

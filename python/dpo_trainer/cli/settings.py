@@ -86,7 +86,10 @@ class Given:
         """The settings by our names. Raises ConfigError where two names mean one setting."""
         given: dict[str, str] = {}
         for key, value in self.items:
-            setting = setting_of(key, known)
+            setting = setting_of(key, value, known)
+            if setting is None:
+                self.told.append(f"{self.mark}{key} is not needed")
+                continue
             if setting != key:
                 self.told.append(f"{self.mark}{key} is read as {setting}")
             if given.setdefault(setting, key) != key:
@@ -139,6 +142,8 @@ def read_yaml(path: str) -> list[tuple[str, Any]]:
     """(key, value) of the top-level mapping of a YAML file. Raises ConfigError naming file and line."""
     if (ending := Path(path).suffix) in FORMATS and ending != ".json":
         raise ConfigError(f"{path}: holds data, not settings; give it as --train_data {path}")
+    if Path(path).expanduser().is_dir():
+        raise ConfigError(f"{path}: is a folder; expected a YAML file (dpo-train compare takes folders of runs)")
     try:
         value = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,11 +1,12 @@
 """Names that other tools give our settings: those of TRL's scripts, the alignment handbook, axolotl, LLaMA-Factory and ms-swift.
 
-Names that TRL's DPOConfig has, and that we do not take, are in trl.py.
+Names that TRL's DPOConfig has, and that DPOConfig here does not take, are in trl.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from dpo_kernels import names
 
@@ -56,7 +57,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "max_grad_norm": ("gradient_clipping", "grad_clip", "clip_grad", "grad_norm_clip"),
     "optim": ("optimizer",),
     "lr_scheduler_type": ("scheduler", "lr_scheduler", "lr_schedule"),
-    "warmup_steps": ("warmup", "num_warmup_steps"),
+    "warmup_steps": ("warmup", "num_warmup_steps", "warmup_ratio"),
     "gradient_checkpointing": ("grad_checkpointing", "use_gradient_checkpointing"),
     "neftune_noise_alpha": ("neftune_alpha",),
     "beta": ("pref_beta", "dpo_beta", "rl_beta"),
@@ -76,6 +77,9 @@ SAME: dict[str, tuple[str, ...]] = {
     "lora.use_rslora": ("use_rslora", "lora_use_rslora", "peft_use_rslora"),
     "lora.use_dora": ("use_dora", "lora_use_dora", "peft_use_dora"),
     "lora.task_type": ("lora_task_type",),
+    "lora.fan_in_fan_out": ("lora_fan_in_fan_out",),
+    "eval_strategy": ("evaluation_strategy",),
+    "use_cpu": ("no_cuda",),
     "model_init_kwargs.dtype": ("torch_dtype", "dtype", "model_dtype"),
     "model_init_kwargs.attn_implementation": ("attn_implementation", "attn_impl"),
     "model_init_kwargs.revision": ("model_revision",),
@@ -117,9 +121,18 @@ ANSWERS = {
     "bnb_4bit_use_double_quant": "is part of model_init_kwargs.quantization_config",
     "use_bnb_nested_quant": "is bnb_4bit_use_double_quant in model_init_kwargs.quantization_config",
     **dict.fromkeys(
-        ("flash_attention", "flash_attn", "use_flash_attention", "use_flash_attention_2", "use_flash_attn"),
-        "is not needed: attention is called for one sequence after the other, without padding; to have it all the same set "
-        "model_init_kwargs.attn_implementation to flash_attention_2",
+        (
+            "flash_attention",
+            "flash_attn",
+            "use_flash_attention",
+            "use_flash_attention_2",
+            "use_flash_attn",
+            "xformers_attention",
+            "sdp_attention",
+            "flex_attention",
+        ),
+        "is not needed: no attention is computed for padding. "
+        "model_init_kwargs.attn_implementation chooses another one",
     ),
     **dict.fromkeys(
         ("precision", "mixed_precision"), "is not a setting; set bf16: true, or fp16: true on a GPU without bfloat16"
@@ -164,7 +177,7 @@ ANSWERS = {
     "auto_resume_from_checkpoints": "is not needed; the same command goes on with its run",
     "overwrite_cache": "is not needed; the cache knows changed data and settings",
     **dict.fromkeys(
-        ("wandb_project", "wandb_name", "wandb_entity", "use_wandb", "with_tracking"),
+        ("wandb_project", "wandb_name", "wandb_entity", "wandb_watch", "wandb_log_model", "use_wandb", "with_tracking"),
         "is not a setting; set report_to: wandb, and run_name or WANDB_PROJECT as you like",
     ),
     "sample_packing": "is not needed; short pairs share a row already (batch_layout)",
@@ -173,6 +186,15 @@ ANSWERS = {
     "group_by_length": "is called train_sampling_strategy, and group_by_length is its default",
     "evals_per_epoch": "is not a setting; eval_steps below 1 is a fraction of the run",
     "saves_per_epoch": "is not a setting; save_steps below 1 is a fraction of the run",
+    "early_stopping_patience": "is not supported; set stop_on: [overfitting], or load_best_model_at_end",
+    "eval_table_size": "is not supported; set sample_prompts",
+    **dict.fromkeys(("model_type", "tokenizer_type"), "is not needed; the model's folder says it"),
+    "strict": "is not needed; unknown settings are always refused",
+    **dict.fromkeys(
+        ("dataset_prepared_path", "load_from_cache_file"), "is not needed; HF_DATASETS_CACHE moves the cache of tokens"
+    ),
+    "train_on_inputs": "is not needed; only completions are scored",
+    **dict.fromkeys(("use_ray", "device_groups"), "is not supported; start several processes with torchrun"),
     "plot_loss": "is not needed; report.html shows the curves",
     "special_tokens": "is not supported; change the tokenizer in the model's folder",
     "use_unsloth": "is not supported; the loss is fused already",
@@ -182,6 +204,14 @@ ANSWERS = {
     "device": "is not a setting; set use_cpu: true, or CUDA_VISIBLE_DEVICES",
     "gpus": "is not a setting; set CUDA_VISIBLE_DEVICES, and start several processes with torchrun",
     "num_gpus": "is not a setting; start several processes with torchrun",
+}
+#: Values that one of our settings has in other tools alone, and what to do.
+VALUES = {
+    (
+        "adapter",
+        word,
+    ): "is trained where lora is set (--lora.r 16); adapter says what becomes of one that the model brings"
+    for word in ("lora", "qlora")
 }
 #: Words for objectives that other tools have, by our name.
 OBJECTIVES = {
@@ -216,17 +246,27 @@ METHODS = {
 }
 
 
-def setting_of(name: str, known: Iterable[str]) -> str:
+def setting_of(name: str, value: Any, known: Iterable[str]) -> str | None:
     """The setting that a name means: itself, where it is one of `known` or nobody knows it.
 
+    None where the name has no single counterpart and its value asks for nothing: null or false.
+
     Raises:
-        ConfigError: other tools have the name, and we have no single setting for it. The message says what to set.
+        ConfigError: other tools have the name, or the value, and we have no single setting for it. The message says what
+            to set.
     """
+    if isinstance(value, str) and (name, value) in VALUES:
+        raise ConfigError(f"{name}: '{value}' {VALUES[name, value]}")
     if name in known:
         return name
+    if name in ALIASES:
+        return ALIASES[name]
     if answer := ANSWERS.get(name) or trl.ANSWERS.get(name):
+        # Without group_by_length other tools do not group, and we do.
+        if value is None or (value is False and name != "group_by_length"):
+            return None
         raise ConfigError(f"{name}: {answer}")
-    return ALIASES.get(name, name)
+    return name
 
 
 def objective_of(text: str) -> str:
