@@ -187,8 +187,6 @@ def check_setting(key: str, value: Any, hints: dict[str, Any]) -> Any:
 
 def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     """(value in the hinted type, whether it fits). A single item stands for a list of one."""
-    from pydantic import ConfigDict, ValidationError, create_model
-
     if isinstance(value, bytes | set):
         return value, False  # of YAML's own types; pydantic would make texts and lists of them
     if isinstance(value, dict) and dict in {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}:
@@ -198,6 +196,10 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     if isinstance(value, str) and {int, float} & {hint, *typing.get_args(hint)}:
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-5 as text
+    if not isinstance(value, list) and type(value) in (hint, *typing.get_args(hint)):
+        return value, True
+    from pydantic import ConfigDict, ValidationError, create_model  # takes as long as all else here
+
     config = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True, extra="forbid")
     model: Any = create_model("Setting", __config__=config, value=(hint, ...))
     for candidate in (value, [value]):
