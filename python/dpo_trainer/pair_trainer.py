@@ -16,9 +16,10 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from .batch.sampler import Batching, PairBatchSampler, PairStream
-from .data.account import Account, count_trained_on
+from .data.account import Account, count_trained_on, hold_out, tokens_of
 from .data.prepare import Preparation, PreparedStream, by_name, is_stream, prepare_dataset
 from .errors import ConfigError, DataError
+from .progress import line_of
 from .settings.config import DPOConfig
 
 logger = logging.getLogger("dpo_trainer")
@@ -44,7 +45,7 @@ class PairTrainer(Trainer):
             dataset = PreparedStream(dataset, tokenizer, preparation, name=name)
             account = dataset.account
         else:
-            dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name)
+            dataset, account = prepare_dataset(dataset, tokenizer, preparation, name=name, line=line_of(args))
             if account.dropped:
                 logger.warning(account.describe())
         said = {line for other in self.accounts for line in other.remarks}
@@ -55,7 +56,9 @@ class PairTrainer(Trainer):
         return dataset
 
     def _tokenize_all(self, train: Any, evaluation: Any, args: DPOConfig, tokenizer: Any) -> tuple[Any, Any]:
-        """Both datasets tokenised; several for evaluation by their names."""
+        """Both datasets tokenised; several for evaluation by their names; with `val_split`, a part of the first as the second."""
+        if args.val_split is not None:
+            check_val_split(given=evaluation is not None, stream=is_stream(train), what="an eval_dataset")
         self.accounts = []
         with args.main_process_first(desc="tokenising", local=True):
             if train is not None:
@@ -67,15 +70,42 @@ class PairTrainer(Trainer):
                 }
             elif evaluation is not None:
                 evaluation = self.tokenize(evaluation, "eval_dataset", args, tokenizer)
+        if args.val_split is not None and train is not None:
+            train, evaluation = self._split(train, args)
         for account, dataset in zip(reversed(self.accounts), reversed(by_name(evaluation).values()), strict=False):
-            if repeated := count_trained_on(dataset, train):
-                account.trained_on = repeated
+            account.trained_on, account.prompts_trained_on = count_trained_on(dataset, train)
+            kept = f"{account.kept:,}"
+            if account.trained_on:
                 logger.warning(
                     "%s: %s of %s pairs are training pairs too, so its figures are not of held-out pairs",
                     account.name,
-                    f"{repeated:,}",
-                    f"{account.kept:,}",
+                    f"{account.trained_on:,}",
+                    kept,
                 )
+            if account.prompts_trained_on:
+                logger.info(
+                    "%s: %s of %s pairs have a prompt of the training pairs, with other answers",
+                    account.name,
+                    f"{account.prompts_trained_on:,}",
+                    kept,
+                )
+        return train, evaluation
+
+    def _split(self, train: Any, args: DPOConfig) -> tuple[Any, Any]:
+        """The pairs to train on, and those that `val_split` holds out; both have accounts."""
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        held_out = hold_out(train, cast(float, args.val_split), seed)
+        places = set(held_out)
+        evaluation = train.select(held_out)
+        train = train.select([place for place in range(len(train)) if place not in places])
+        (account,) = self.accounts
+        account.held_out, account.tokens = len(evaluation), tokens_of(train)
+        self.accounts.append(Account("eval_dataset", len(evaluation), tokens_of(evaluation)))
+        logger.info(
+            "val_split: %s pairs to train on, %s held out; no prompt is in both",
+            f"{len(train):,}",
+            f"{len(evaluation):,}",
+        )
         return train, evaluation
 
     @staticmethod
@@ -155,3 +185,11 @@ def looked_at(train_dataset: Any, eval_dataset: Any) -> list[Any]:
     """The datasets that there are; of a stream, its first pairs. Evaluation datasets may be several, by name."""
     found = [dataset for dataset in (train_dataset, *by_name(eval_dataset).values()) if dataset is not None]
     return [dataset.sample if isinstance(dataset, PreparedStream) else dataset for dataset in found]
+
+
+def check_val_split(*, given: bool, stream: bool, what: str) -> None:
+    """Raise ConfigError where `val_split` cannot be followed: `what`, the evaluation data, is given, or pairs are a stream."""
+    if given:
+        raise ConfigError(f"val_split: {what} is given too; leave one of them out")
+    if stream:
+        raise ConfigError("val_split: needs all pairs before training; not supported with a stream")

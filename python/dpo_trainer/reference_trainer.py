@@ -19,6 +19,7 @@ from .model.reference_cache import ReferenceCache, data_fingerprint, folder_of, 
 from .model.references import AdapterOffReference, FrozenReference, Reference, reference_logps
 from .model.split import Batch, SplitModel, evaluating
 from .pair_trainer import PairTrainer
+from .progress import Phase, line_of
 from .settings.fit import check_images
 
 logger = logging.getLogger("dpo_trainer")
@@ -123,6 +124,8 @@ class ReferenceTrainer(PairTrainer):
         reference.copied = begins_alike
         if kind:
             reference.kind = f"a frozen copy of the model {kind}"
+        else:
+            logger.info("reference: a frozen copy of the model")
         return reference
 
     def _make_moving(self) -> MovingReference | None:
@@ -170,20 +173,30 @@ class ReferenceTrainer(PairTrainer):
     def _reference_columns(self, dataset: Any, name: str) -> tuple[list[float], ...]:
         """The reference's log-probabilities of chosen and rejected answers, from the cache where they are kept."""
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        if (cache := self.reference_cache(dataset)) is None:
-            return self.reference_logps(dataset, batch_size=batch_size)
-        return cache.fill(
-            lambda rows: self.reference_logps(dataset.select(rows), batch_size=batch_size),
-            name=name,
-            process_index=self.args.process_index,
-            num_processes=self.args.world_size,
-            wait=self.accelerator.wait_for_everyone,
-        )
+        what = f"reference log-probabilities of the {name} pairs"
+        with Phase(line_of(self.args), what, len(dataset), "pairs") as phase:
+            if (cache := self.reference_cache(dataset)) is None:
+                logger.info("reference log-probabilities of %s %s pairs: computing", f"{len(dataset):,}", name)
+                return self.reference_logps(dataset, batch_size=batch_size, advance=phase.advance)
 
-    def reference_logps(self, rows: Any, *, batch_size: int) -> tuple[list[float], list[float]]:
+            def begin(count: int) -> None:
+                phase.total = count
+
+            return cache.fill(
+                lambda rows: self.reference_logps(dataset.select(rows), batch_size=batch_size, advance=phase.advance),
+                name=name,
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+                wait=self.accelerator.wait_for_everyone,
+                begin=begin,
+            )
+
+    def reference_logps(
+        self, rows: Any, *, batch_size: int, advance: Callable[[int], None] = lambda _: None
+    ) -> tuple[list[float], list[float]]:
         """Summed log-probabilities, in nats, of tokenised rows' answers, chosen and rejected, under the reference.
 
-        Under the model as it stands where no reference is in memory.
+        Under the model as it stands where no reference is in memory. `advance` is told the pairs of each batch once it is done.
         """
         with evaluating(self.policy.model):
             return reference_logps(
@@ -193,6 +206,7 @@ class ReferenceTrainer(PairTrainer):
                 batch_size=batch_size,
                 device=self.args.device,
                 context=self._kernels,
+                advance=advance,
             )
 
     def reference_cache(self, dataset: Any) -> ReferenceCache | None:

@@ -26,8 +26,9 @@ from .run_folder.checkpoints import discard_half, load_state, save_state, sound_
 from .run_folder.journal import Journal
 from .run_folder.lock import run_lock
 from .run_folder.records import writing
+from .settings.pace import KEPT
 from .settings.trl import tell_differences
-from .watch.callbacks import LogAtTheEnd, ProgressLine, ReportFile
+from .watch.callbacks import LogAtTheEnd, Pace, ProgressLine, ReportFile
 from .watch.diagnostics import Diagnostics
 from .watch.end_after_step import EndAfterStep
 from .watch.evaluated import EvaluatedPairs
@@ -67,6 +68,7 @@ class RunTrainer(ReferenceTrainer):
         for unwanted in (ProgressCallback, PrinterCallback):
             self.remove_callback(unwanted)
         observers = [
+            Pace(self),
             LogAtTheEnd(),
             self.moving,
             self.journal,
@@ -257,8 +259,10 @@ class RunTrainer(ReferenceTrainer):
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self._saved_at = self.state.global_step
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
+            kept, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            if kept is None and self.args.save_steps is None:
+                kept = KEPT
+            rotate_checkpoints(str(run_dir), kept, best, use_mtime=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)

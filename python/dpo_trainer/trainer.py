@@ -123,6 +123,9 @@ class DPOTrainer(LossTrainer):
         if model is None:
             raise ModelError("model: none given; pass a model, a path, or a model_init")
         init = init_of(args, model, ref_model, quantization_config)
+        for name, given in (("model", model), ("reference", ref_model)):
+            if isinstance(given, (str, Path)):
+                logger.info("%s: loading %s", name, given)
         policy, reference, processing_class = load_parts(model, ref_model, processing_class, init)
         set_pad_token(processing_class, args.pad_token)
         processing_class = with_chat_template(processing_class, args.chat_template_path)

@@ -182,7 +182,7 @@ def test_what_has_no_single_counterpart_is_answered(
 
 
 def test_a_value_that_asks_for_nothing_is_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(load_in_4bit=False, wandb_project=None, use_peft=False)
+    write(load_in_4bit=False, wandb_project=None, use_peft=False, val_set_size=0)
     settings, _ = read_settings(["c.yaml"])
     assert settings == BASE
     assert "load_in_4bit is not needed" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpo_trainer import ConfigError, DataError, load_pairs
 from dpo_trainer.data import prepare as prepare_module
-from dpo_trainer.data.account import FILTERS
+from dpo_trainer.data.account import FILTERS, hold_out
 from dpo_trainer.data.files import reading_of, stream_of, stream_pairs
 from dpo_trainer.data.prepare import Preparation, PreparedStream, prepare_dataset
 from dpo_trainer.data.rows import split_row
@@ -618,3 +618,60 @@ def test_library_errors_are_value_errors_that_name_the_row(tokenizer: Any) -> No
         prepare(datasets.Dataset.from_list([{"prompt": "a", "rejected": "b"}]), tokenizer)
     with pytest.raises(ValueError, match=r"expected a datasets.Dataset or a list of rows, found dict"):
         prepare({"prompt": ["a"]}, tokenizer)
+
+
+# --- a part that is held out ---------------------------------------------------------------------------------------
+
+
+def rows_of_prompts(prompts: int, each: int) -> list[dict[str, Any]]:
+    """Different pairs, so many for each of so many prompts, the prompts in turn."""
+    return [
+        {"prompt": f"review {prompt}:", "chosen": f" good {number}", "rejected": f" bad {number}"}
+        for number in range(each)
+        for prompt in range(prompts)
+    ]
+
+
+def divided(rows: list[dict[str, Any]], size: float, seed: int = 0) -> tuple[list[Any], list[Any]]:
+    """The rows to train on, and those held out."""
+    dataset, account = prepare_dataset(rows, build_tokenizer(), Preparation(), name="rows")
+    assert account.kept == len(rows)
+    places = hold_out(dataset, size, seed)
+    assert places == sorted(set(places))
+    return [row for place, row in enumerate(rows) if place not in places], [rows[place] for place in places]
+
+
+def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as two conversations that begin alike."""
+    asked = {"role": "user", "content": row["prompt"]}
+    return {side: [asked, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("form", ["text", "conversations"])
+@pytest.mark.parametrize(("size", "least"), [(0.25, 15), (7, 7), (0.001, 1)])
+def test_no_prompt_stands_on_both_sides_of_a_split(form: str, size: float, least: int) -> None:
+    rows = rows_of_prompts(20, 3)
+    given = rows if form == "text" else list(map(as_conversation, rows))
+    train, held_out = divided(given, size)
+    asked = [{json.dumps(row.get("prompt", row["chosen"][0])) for row in side} for side in (train, held_out)]
+    assert len(train) + len(held_out) == 60
+    assert least <= len(held_out) < least + 3
+    assert not asked[0] & asked[1]
+
+
+def test_a_split_depends_on_the_pairs_and_the_seed_and_not_on_their_order() -> None:
+    rows = rows_of_prompts(20, 3)
+    _, first = divided(rows, 0.2)
+    _, other_order = divided(rows[::-1], 0.2)
+    _, other_seed = divided(rows, 0.2, seed=1)
+    assert first == other_order[::-1]
+    assert first != other_seed
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"val_split: 0\.1 leaves nothing to train on: there are 3 pairs with 1 different"
+    ):
+        divided(rows_of_prompts(1, 3), 0.1)
+    with pytest.raises(ConfigError, match="val_split: 9 leaves nothing to train on"):
+        divided(rows_of_prompts(3, 3), 9)

@@ -125,6 +125,7 @@ def test_pixels_are_not_stored_beside_the_tokens() -> None:
         "rejected_ids",
         "length",
         "digest",
+        "prompt_digest",
         "images_digest",
         "images",
     }

@@ -15,6 +15,7 @@ ROOT = Path(dpo_trainer.__file__).parent
 #: From the ground up. A module may import its own room and those before it.
 ROOMS = (
     "errors",
+    "progress",
     "data",
     "batch",
     "model",
@@ -35,7 +36,7 @@ LIGHT = (
     "errors",
     "model.places",
     *(f"settings.{name}" for name in ("aliases", "checks", "diagnoses", "fields", "inherited", "objective", "reading")),
-    *(f"settings.{name}" for name in ("rows", "table", "trl")),
+    *(f"settings.{name}" for name in ("pace", "rows", "table", "trl")),
     *(f"run_folder.{name}" for name in ("checkpoints", "lock", "metrics", "output_dir", "records")),
     "watch.signals",
     *(f"report.{name}" for name in ("charts", "compare", "page", "verdict")),

@@ -2,6 +2,7 @@
 
 import copy
 import getpass
+import io
 import json
 import os
 import re
@@ -21,9 +22,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from dpo_trainer import OutputError
+from dpo_trainer import ConfigError, DPOConfig, OutputError, progress
 from dpo_trainer.cli.main import main
 from dpo_trainer.run_folder.checkpoints import checkpoints, fault, sound_checkpoint
+from dpo_trainer.settings import pace
 
 from . import forked, tiny
 from .test_kills import record
@@ -560,3 +562,208 @@ def test_a_trainer_with_other_arguments_leaves_the_first_run_alone(make_trainer:
     names = {path.name for path in (tmp_path / "second").iterdir()}
     assert {"metrics.jsonl", "events.jsonl", "summary.json", "checkpoint-2"} <= names
     assert json.loads((tmp_path / "second" / "summary.json").read_text())["last"]["step"] == 2
+
+
+# --- pairs that are held out ---------------------------------------------------------------------------------------
+
+
+def test_a_part_of_the_data_is_held_out_and_the_same_one_when_the_run_goes_on(here: Path, read_jsonl: Any) -> None:
+    rows = [json.loads(line) for line in (here / "train.jsonl").read_text().splitlines()]
+    words = ["--val_split", "0.25", "--eval_steps", "2"]
+    assert main(["config.yaml", *words, "--output_dir", "whole", "--quiet"]) == 0
+    code, said = forked.run(here, *words)
+    assert code == 0
+    pairs = json.loads((here / "run/summary.json").read_text())["pairs"]
+    assert pairs["train_dataset"] + pairs["eval_dataset"] == len(rows)
+    assert pairs["eval_dataset"] >= 6
+    told = f"val_split: {pairs['train_dataset']} pairs to train on, {pairs['eval_dataset']} held out"
+    assert said.count(told) == 1
+    for name in ("summary.json", "model.safetensors"):
+        (here / "run" / name).unlink()
+    shutil.rmtree(here / "run/checkpoint-6")
+    assert main(["config.yaml", *words, "--quiet"]) == 0
+    curves = [
+        [(r["step"], r["eval_loss"]) for r in read_jsonl(here / name / "metrics.jsonl") if "eval_loss" in r]
+        for name in ("whole", "run")
+    ]
+    assert [step for step, _ in curves[0]] == [0, 2, 4, 6]
+    assert curves[1] == curves[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--eval_data train.jsonl", "val_split: eval_data is given too; leave one of them out"),
+        ("--streaming", "val_split: needs all pairs before training; not supported with a stream"),
+        ("--val_split 24", "val_split: 24 leaves nothing to train on: there are 24 pairs with"),
+        ("--val_split 1.5", "val_split: a share below 1 or a whole number of pairs, got 1.5"),
+        ("--val_split 0", "val_split: must be positive, got 0"),
+    ],
+)
+def test_a_split_that_cannot_be_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], words: str, line: str
+) -> None:
+    assert main(["config.yaml", "--val_split", "0.25", *words.split()]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"dpo-train: {line}")
+    assert not (here / "run/settings.json").exists()
+
+
+def test_a_trainer_holds_out_pairs_and_their_reference_with_them(tmp_path: Path, caplog: Any) -> None:
+    trainer = tiny.build_trainer(tmp_path / "run", val_split=8, max_steps=1, precompute_ref_log_probs=True)
+    assert len(trainer.eval_dataset) >= 8
+    assert len(trainer.train_dataset) + len(trainer.eval_dataset) == 24
+    assert not set(trainer.train_dataset["prompt_digest"]) & set(trainer.eval_dataset["prompt_digest"])
+    assert [account.kept for account in trainer.accounts] == [len(trainer.train_dataset), len(trainer.eval_dataset)]
+    assert [account.trained_on for account in trainer.accounts] == [0, 0]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.6931472)
+    with pytest.raises(ConfigError, match="val_split: an eval_dataset is given too"):
+        tiny.build_trainer(tmp_path / "run", val_split=8, eval_dataset=tiny.build_pairs(3))
+
+
+def test_pairs_and_prompts_that_are_trained_on_are_counted_apart(tmp_path: Path, caplog: Any) -> None:
+    rows = [{"prompt": f"review {n}:", "chosen": " good", "rejected": " bad"} for n in range(8)]
+    others = [{**row, "chosen": " great"} for row in rows[:3]]
+    new = [{**rows[0], "prompt": "answer:"}]
+    with caplog.at_level("INFO", "dpo_trainer"):
+        trainer = tiny.build_trainer(tmp_path / "run", train_dataset=rows, eval_dataset=rows[:2] + others + new)
+    account = trainer.accounts[1]
+    assert (account.trained_on, account.prompts_trained_on) == (2, 3)
+    assert "eval_dataset: 2 of 6 pairs are training pairs too" in caplog.text
+    assert "eval_dataset: 3 of 6 pairs have a prompt of the training pairs, with other answers" in caplog.text
+
+
+# --- how often -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 1), (19, 1), (40, 2), (60, 3), (200, 10), (100_000, 10)])
+def test_logs_are_twenty_and_at_most_ten_steps_apart(steps: int, expected: int) -> None:
+    assert pace.logging_steps(steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluations", "expected"),
+    [(1, None, 1), (40, None, 4), (95, None, 10), (100_000, None, 500), (100, 3, 9), (100, 20, 20)],
+)
+def test_checkpoints_are_a_tenth_of_the_run_apart(steps: int, evaluations: int | None, expected: int) -> None:
+    assert pace.save_steps(steps, evaluations) == expected
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "sampled", "points"),
+    [(10, 0, 20), (100, 0, 7), (1000, 0, 2), (100, 32, 3)],
+)
+def test_evaluations_take_a_quarter_of_the_time_at_most_where_two_are_not_too_many(
+    evaluated: int, sampled: int, points: int
+) -> None:
+    every = pace.eval_steps(1000, 1000, evaluated, sampled)
+    assert -(-1000 // every) == points
+
+
+def test_a_run_has_a_curve_evaluations_and_two_checkpoints_without_a_word_about_them(
+    here: Path, read_jsonl: Any
+) -> None:
+    config = {k: v for k, v in yaml.safe_load((here / "config.yaml").read_text()).items() if k[-6:] != "_steps"}
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+    (here / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.build_pairs(6, seed=1)))
+    words = ["--max_steps", "40", "--eval_data", "eval.jsonl", "--quiet"]
+    assert main(["config.yaml", *words]) == 0
+    records = read_jsonl(here / "run/metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, *range(2, 41, 2)]
+    # 80 pairs are trained on; an evaluation of 6 counts as 2.
+    assert [r["step"] for r in records if "eval_loss" in r] == list(range(0, 41, 4))
+    assert sorted(path.name for path in (here / "run").glob("checkpoint-*")) == ["checkpoint-36", "checkpoint-40"]
+    # What is given wins, also where transformers derives one from the other.
+    assert main(["config.yaml", *words, "--logging_steps", "20", "--save_steps", "0.25", "--output_dir", "b"]) == 0
+    records = read_jsonl(here / "b/metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 20, 40]
+    assert [r["step"] for r in records if "eval_loss" in r] == list(range(0, 41, 4))
+    assert len(list((here / "b").glob("checkpoint-*"))) == 4
+
+
+def test_a_script_that_says_how_often_is_followed(tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), logging_steps=7, eval_strategy="steps", save_steps=9)
+    assert (args.logging_steps, args.eval_steps, args.save_steps) == (7, 7, 9)
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="steps", load_best_model_at_end=True)
+    assert (args.logging_steps, args.eval_steps, args.save_steps) == (None, None, None)
+
+
+# --- what a run says ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_is_loading_before_it_does(here: Path) -> None:
+    def said_with(*words: str) -> list[str]:
+        code, said = forked.run(here, "--eval_data", "train.jsonl", "--max_steps", "1", *words)
+        assert code == 0
+        return said.splitlines()
+
+    said = said_with("--precompute_ref_log_probs")
+    model = yaml.safe_load((here / "config.yaml").read_text())["model"]
+    lines = [
+        "train_data: reading train.jsonl",
+        "eval_data: reading train.jsonl",
+        f"model: loading {model}",
+        "train_dataset: tokenising 24 pairs",
+        "eval_dataset: tokenising 24 pairs",
+        "eval_dataset: 24 of 24 pairs are training pairs too, so its figures are not of held-out pairs",
+    ]
+    assert said[: len(lines)] == lines
+    assert [line.partition(": computing")[0] for line in said if ": computing" in line] == [
+        "reference log-probabilities of 24 train pairs"
+    ]
+    assert f"reference: loading {model}" in said_with("--ref_model", model, "--overwrite")
+    assert "reference: a frozen copy of the model" in said_with("--overwrite")
+
+
+def test_in_a_log_long_phases_print_lines_with_the_time_left(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "--eval_data train.jsonl --precompute_ref_log_probs --sample_prompts 2 --sample_max_new_tokens 2 --max_steps 2"
+    )
+    assert main(["config.yaml", *words.split()]) == 0
+    said = capsys.readouterr().err
+    assert "step 1/2" not in said
+    assert " left" not in said
+    monkeypatch.setattr(progress, "IN_A_LOG", 0.0)
+    assert main(["config.yaml", *words.split(), "--overwrite", "--ref_cache_dir", "null"]) == 0
+    said = capsys.readouterr().err
+    for line in (
+        r"reference log-probabilities of the train pairs: 8 of 24 pairs  33%  0:0\d left",
+        r"evaluating: 1 of 3 batches  33%  0:0\d left",
+        r"sampling answers: 2 of 2 prompts  100%  0:00 left",
+        r"step 1/2  50%  0:0\d left",
+    ):
+        assert re.search(f"^{line}", said, re.MULTILINE), line
+    assert "\r" not in said
+    for silent in ("--quiet", "--json"):
+        assert main(["config.yaml", *words.split(), "--overwrite", silent]) == 0
+        assert " left" not in capsys.readouterr().err
+
+
+def test_work_in_another_librarys_loop_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "IN_A_LOG", 0.001)
+    stream = io.StringIO()
+    with progress.counted(progress.Phase(progress.Line(stream), "tokenising", 200, "pairs")):
+        for _ in range(100):
+            progress.count()
+            time.sleep(0.001)
+    shown = [int(done) for done in re.findall(r"^tokenising: (\d+) of 200 pairs", stream.getvalue(), re.MULTILINE)]
+    assert shown == sorted(shown)
+    assert len(shown) > 1
+    assert 0 < shown[-1] <= 100
+    lines = len(stream.getvalue())
+    time.sleep(0.01)
+    assert len(stream.getvalue()) == lines, "the phase is over"
+
+
+def test_on_a_terminal_a_phase_rewrites_its_line_and_removes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "ON_A_TERMINAL", 0.0)
+    stream = io.StringIO()
+    with progress.Phase(progress.Line(stream, live=True), "evaluating", 4, "batches") as phase:
+        phase.advance()
+        phase.advance(2)
+    shown = stream.getvalue()
+    assert "evaluating: 3 of 4 batches  75%" in shown
+    assert "\n" not in shown
+    assert shown.endswith("\r\x1b[2K")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,14 @@ import transformers
 
 from ..data.files import load_pairs, stream_pairs
 from ..errors import ConfigError, OutputError, UsageError, did_you_mean, first_line
+from ..pair_trainer import check_val_split
 from ..settings.config import DPOConfig
 from ..settings.trl import hush
 from ..trainer import DPOTrainer
 from .packages import line_of_error
 from .settings import RUN_KEYS, lora_config
+
+logger = logging.getLogger("dpo_trainer")
 
 AnyTrainer = TypeVar("AnyTrainer", bound=DPOTrainer)
 
@@ -39,13 +43,20 @@ def build_trainer(
     datasets.disable_progress_bars()
     fields: dict[str, Any] = {"log_level": "error", "disable_tqdm": not switches.isdisjoint({"--quiet", "--json"})}
     fields |= {key: value for key, value in settings.items() if key not in RUN_KEYS or key == "output_dir"}
-    if settings.get("eval_data") is not None:
-        if "eval_strategy" not in fields:
-            fields["eval_strategy"] = "steps"
-            fields.setdefault("eval_steps", 0.25)
+    held_out = settings.get("eval_data") is not None
+    if settings.get("val_split") is not None:
+        check_val_split(given=held_out, stream=bool(settings.get("streaming")), what="eval_data")
+    if held_out or settings.get("val_split") is not None:
+        fields.setdefault("eval_strategy", "steps")
         fields.setdefault("eval_on_start", not resumes)
+    # Not given: not what logging_steps says either, which is transformers' rule.
+    paced = fields.get("eval_strategy") == "steps" and fields.get("eval_steps") is None
+    if paced:
+        fields["eval_steps"] = fields.get("save_steps") or 1
     with _named(fields):
         config = DPOConfig(**fields)
+    if paced:
+        config.eval_steps = None
     given = config.resume_from_checkpoint
     if given and not resumes and not (Path(given) / "trainer_state.json").exists():
         raise OutputError(f"resume_from_checkpoint '{given}': not a checkpoint")
@@ -53,8 +64,12 @@ def build_trainer(
     if settings.get("streaming") and config.max_steps <= 0:
         raise ConfigError("max_steps: must be given with streaming, which does not tell how many pairs there are")
     reading: Any = {"columns": config.columns, "weight_from": config.weight_from}
+    logger.info("train_data: reading %s", settings["train_data"])
     train_data = (stream_pairs if settings.get("streaming") else load_pairs)(settings["train_data"], **reading)
-    eval_data = load_pairs(settings["eval_data"], **reading) if settings.get("eval_data") is not None else None
+    eval_data = None
+    if held_out:
+        logger.info("eval_data: reading %s", settings["eval_data"])
+        eval_data = load_pairs(settings["eval_data"], **reading)
     with _named(fields):
         return kind(
             settings["model"],

@@ -19,8 +19,9 @@ START = """\
 model: ./my-model
 # Pairs: a line of JSON each, {{"prompt": ..., "chosen": ..., "rejected": ...}}, as text or as chat messages.
 train_data: train.jsonl
-# Held-out pairs in the same form. They show whether the model learns more than the training pairs.
-# eval_data: eval.jsonl
+# A tenth of the pairs is held out: they show whether the model learns more than the training pairs. In its place,
+# eval_data: eval.jsonl names a file of held-out pairs.
+val_split: 0.1
 # A new folder, for the model, checkpoints and report.html.
 output_dir: runs/{name}
 """
@@ -38,6 +39,10 @@ num_train_epochs: 1
 # Longer pairs are cut to this number of tokens.
 max_length: 1024
 seed: 42
+"""
+ACCELERATE = """\
+
+# accelerate launch --num_processes 8 --module dpo_trainer.cli starts the same run.
 """
 WHOLE = """\
 
@@ -97,8 +102,8 @@ CASES = {
     ),
     "multi-gpu": (
         "DPO of a whole model on several GPUs of one machine, each with a copy of the model.",
-        "torchrun --nproc-per-node 8 -m dpo_trainer.cli {file}   # 8: the number of GPUs; accelerate launch works as well",
-        WHOLE + OBJECTIVE + ON_GPU.format(accumulation=1, checkpointing="true") + END,
+        "torchrun --nproc-per-node 8 -m dpo_trainer.cli {file}   # 8 GPUs",
+        ACCELERATE + WHOLE + OBJECTIVE + ON_GPU.format(accumulation=1, checkpointing="true") + END,
     ),
 }
 

@@ -167,7 +167,7 @@ def run(arguments: Sequence[str]) -> None:
             # Whatever a library or a scorer prints must not stand between the objects.
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         stack.enter_context(run_lock(output_dir, first=guard.is_first()))
-        set_up_logging(quiet="--quiet" in switches)
+        set_up_logging(quiet="--quiet" in switches or not guard.is_first())
         digests = data_digests(settings)
         resume, overwrite = "--resume" in switches, "--overwrite" in switches
         resumes = check_output(output_dir, settings, digests, resume=resume, overwrite=overwrite)

@@ -1,23 +1,23 @@
-"""The account of a dataset: which rows are kept, why others are not, and which evaluation pairs are training pairs."""
+"""The account of a dataset: which rows are kept, held out or dropped and why, and which evaluation pairs are training pairs."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Why a pair may be left out, by the name that `filters` takes.
-FILTERS = {
-    "identical": "with chosen equal to rejected",
-    "empty": "with an empty completion",
-    "truncated": "with nothing of a completion left after truncation",
-    "duplicates": "that repeat an earlier one",
-}
+from ..errors import ConfigError
+from . import FILTERS as FILTERS
+from .tokens import TOKENS
+
 #: Why a pair with images is left out whatever `filters` says: the model would not find its image tokens.
 CUT_IMAGES = "whose images max_length or max_prompt_length would cut"
 #: The column of a digest of a pair's tokens and images.
 CONTENT = "digest"
+#: The column of a digest of a pair's prompt: its text or messages, its system text and its images.
+PROMPT = "prompt_digest"
 #: Columns beside the tokens, for the account.
 MARKS = ("status", CONTENT, "tokens", "repeats", "unscored")
 
@@ -36,6 +36,8 @@ class Account:
         streamed: whether more may follow.
         remarks: what else a person should know of the data, a line each.
         trained_on: pairs of an evaluation dataset that are training pairs too.
+        prompts_trained_on: pairs of an evaluation dataset that are no training pairs, but have a training pair's prompt.
+        held_out: pairs that `val_split` has moved to the evaluation dataset.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Account:
     streamed: bool = False
     remarks: list[str] = field(default_factory=list)
     trained_on: int = 0
+    prompts_trained_on: int = 0
+    held_out: int = 0
 
     @property
     def dropped(self) -> int:
@@ -52,12 +56,13 @@ class Account:
 
     @property
     def kept(self) -> int:
-        return self.rows - self.dropped
+        return self.rows - self.dropped - self.held_out
 
     def describe(self) -> str:
         """One line for people: rows kept, and the reasons for the others."""
         parts = [f"{count:,} {reason}" for reason, count in self.reasons.items() if count]
         tail = f"; dropped {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}" if parts else ""
+        tail = f", {self.held_out:,} held out{tail}" if self.held_out else tail
         so_far = " so far (a stream)" if self.streamed else ""
         return f"{self.name}: {self.kept:,} of {self.rows:,} pairs kept{so_far}, {self.tokens:,} tokens{tail}"
 
@@ -80,13 +85,57 @@ def sift(marked: Iterable[Marked], account: Account, filters: Sequence[str], min
             yield row
 
 
-def count_trained_on(evaluation: Any, train: Any) -> int:
-    """How many pairs of a tokenised evaluation dataset are, token for token, pairs of a tokenised training dataset.
+def count_trained_on(evaluation: Any, train: Any) -> tuple[int, int]:
+    """Of the pairs of a tokenised evaluation dataset: how many are, token for token, pairs of a tokenised training dataset;
+    and how many of the others have a prompt of a training pair.
 
     0 where one of them is a stream or was tokenised elsewhere.
     """
-    if any(CONTENT not in (getattr(dataset, "column_names", None) or ()) for dataset in (evaluation, train)):
-        return 0
-    wanted = list(evaluation[CONTENT])
-    found = set(wanted).intersection(train[CONTENT])
-    return sum(digest in found for digest in wanted)
+    if any(
+        not {CONTENT, PROMPT} <= set(getattr(dataset, "column_names", None) or ()) for dataset in (evaluation, train)
+    ):
+        return 0, 0
+    pairs, prompts = (set(evaluation[name]).intersection(train[name]) for name in (CONTENT, PROMPT))
+    known = [digest in pairs for digest in evaluation[CONTENT]]
+    asked = (digest in prompts for digest in evaluation[PROMPT])
+    return sum(known), sum(prompt and not pair for prompt, pair in zip(asked, known, strict=True))
+
+
+def hold_out(dataset: Any, size: float, seed: int) -> list[int]:
+    """Places, in order, of the pairs of a tokenised dataset that `val_split` holds out: all pairs of some of its prompts.
+
+    A prompt's rank depends on the prompt and the seed alone, so other pairs and their order change little or nothing.
+
+    Args:
+        size: below 1 a share of the pairs, from 1 a number of them. The last prompt may bring more.
+
+    Raises:
+        ConfigError: nothing would be left to train on.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for place, prompt in enumerate(_prompts(dataset)):
+        by_prompt.setdefault(prompt, []).append(place)
+    wanted = size if size >= 1 else max(1, round(size * len(dataset)))
+    found: list[int] = []
+    for prompt in sorted(by_prompt, key=lambda prompt: hashlib.blake2b(f"{seed} {prompt}".encode()).digest()):
+        if len(found) < wanted:
+            found += by_prompt[prompt]
+    if len(found) == len(dataset):
+        raise ConfigError(
+            f"val_split: {size:g} leaves nothing to train on: there are {len(dataset):,} pairs with {len(by_prompt):,} "
+            "different prompts, and pairs with the same prompt stay together"
+        )
+    return sorted(found)
+
+
+def _prompts(dataset: Any) -> list[str]:
+    """Something for each pair of a tokenised dataset that only pairs with the same prompt share."""
+    if PROMPT in dataset.column_names:
+        return list(dataset[PROMPT])
+    return [hashlib.blake2b(repr(list(ids)).encode(), digest_size=16).hexdigest() for ids in dataset["prompt_ids"]]
+
+
+def tokens_of(dataset: Any) -> int:
+    """The tokens of a tokenised dataset, prompts counted for both sides."""
+    lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
+    return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths)

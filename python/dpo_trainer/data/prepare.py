@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,8 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
-from .account import CONTENT, CUT_IMAGES, FILTERS, MARKS, Account, Marked, sift
+from ..progress import Line, Phase, count, counted
+from .account import CONTENT, CUT_IMAGES, FILTERS, MARKS, PROMPT, Account, Marked, sift, tokens_of
 from .files import RowStream, in_our_columns, reading_of, stream_of, table_of
 from .images import DIGEST, encoded, state_of_files, text_of
 from .known import Reading
@@ -24,6 +27,8 @@ from .processor import description_of, read_by, tokenizer_of
 from .rows import IMAGES, NUMBERS, Pair, check_columns, parse_row, split_row
 from .template import as_chat, remarks
 from .tokens import MASKS, TOKENS, tokenize_pair
+
+logger = logging.getLogger("dpo_trainer")
 
 #: Pairs of a stream that are looked at before training.
 SAMPLE = 64
@@ -63,13 +68,16 @@ class Preparation:
         return Reading(self.columns, self.weight_from)
 
 
-def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparation, *, name: str) -> tuple[Any, Account]:
+def prepare_dataset(
+    dataset: Any, processing_class: Any, preparation: Preparation, *, name: str, line: Line | None = None
+) -> tuple[Any, Account]:
     """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
 
     Returns the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`, `length` (tokens of the
-    longer side), `digest` (of tokens and images) and, where given, `weight` and the reference log-probabilities; and the
-    account of what was dropped. Where there are images, it also has their column as it was, and `images_digest`. The pixels
-    that models read take many times the memory of the files, so the collator makes them for each batch.
+    longer side), `digest` (of tokens and images), `prompt_digest` and, where given, `weight` and the
+    reference log-probabilities; and the account of what was dropped. Where there are images, it also has their column as
+    it was, and `images_digest`. The pixels that models read take many times the memory of the files, so the collator
+    makes them for each batch. `line` shows the progress, in place of a bar of `datasets`.
     Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. Datasets that are
     tokenised already pass through.
 
@@ -102,8 +110,7 @@ def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparatio
             raise DataError(
                 f"{where}: is tokenised and has images; pass rows with texts or messages, or remove the column"
             )
-        lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
-        account.rows, account.tokens = len(dataset), sum(2 * prompt + c + r for prompt, c, r in lengths)
+        account.rows, account.tokens = len(dataset), tokens_of(dataset)
         return dataset, account
     known = reading_of(dataset)
     if known is None or not (reading.is_default or reading == known):
@@ -122,22 +129,23 @@ def prepare_dataset(dataset: Any, processing_class: Any, preparation: Preparatio
     keep = [column for column in NUMBERS if column in dataset.column_names]
     images = dataset.select_columns([column for column in IMAGES if column in dataset.column_names])
     key = _key(dataset, processing_class, preparation, strip)
-    dataset = dataset.map(
-        _prepare_row,
-        with_indices=True,
-        fn_kwargs={
-            "parse": parse,
-            "processing_class": processing_class,
-            "name": where,
-            "settings": preparation.of_tokens,
-            "strip": strip,
-        },
-        remove_columns=[column for column in dataset.column_names if column not in keep],
-        num_proc=preparation.dataset_num_proc,
-        cache_file_name=_cache_file(key),
-        new_fingerprint=key,
-        desc=f"Tokenising {name}",
-    )
+    logger.info("%s: tokenising %s pairs", name, f"{len(dataset):,}")
+    with _without_bars(), counted(Phase(line, f"tokenising {name}", len(dataset), "pairs")):
+        dataset = dataset.map(
+            _prepare_row,
+            with_indices=True,
+            fn_kwargs={
+                "parse": parse,
+                "processing_class": processing_class,
+                "name": where,
+                "settings": preparation.of_tokens,
+                "strip": strip,
+            },
+            remove_columns=[column for column in dataset.column_names if column not in keep],
+            num_proc=preparation.dataset_num_proc,
+            cache_file_name=_cache_file(key),
+            new_fingerprint=key,
+        )
     if dataset.format["type"] == "custom":  # a transform was for the rows, not for their tokens
         dataset = dataset.with_format(None)
     if images.column_names and any(dataset[DIGEST]):
@@ -252,7 +260,20 @@ def _prepare_row(
     settings: Any,
     strip: bool,
 ) -> dict[str, Any]:
+    count()
     return _prepared(parse(row, f"{name} row {index + 1}"), processing_class, settings, strip)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which fill a log."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip: bool) -> dict[str, Any]:
@@ -267,6 +288,7 @@ def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip
     if strip and repeats:
         start = len(pair.prompt)
         pair = replace(pair, chosen=pair.chosen[start:], rejected=pair.rejected[start:])
+    asked = [pair.prompt.strip() if isinstance(pair.prompt, str) else pair.prompt, pair.system or ""]
     pair, reader = read_by(pair, processing_class)
     ids = tokenize_pair(pair, reader, **settings)
     prompt, chosen, rejected = (ids[name] for name in TOKENS)
@@ -285,13 +307,18 @@ def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip
     if pair.images:
         whole = tokenize_pair(pair, reader, **{**settings, "max_length": None, "max_prompt_length": None})
         status = CUT_IMAGES if reader.cuts_images(whole[TOKENS[0]], prompt) else status
-    content = json.dumps([prompt, chosen, rejected, *filter(None, images.values())])
-    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    pictures = list(filter(None, images.values()))
+    digest = _digest([prompt, chosen, rejected, *pictures])
     longer = max(len(chosen), len(rejected))
-    found = {**ids, **pair.numbers, "length": len(prompt) + longer}
+    found = {**ids, **pair.numbers, "length": len(prompt) + longer, PROMPT: _digest([*asked, *pictures])}
     tokens = 2 * len(prompt) + len(chosen) + len(rejected)
     unscored = sum(not token for mask in masks for token in mask)
     return {**found, **images, **dict(zip(MARKS, (status, digest, tokens, repeats, unscored), strict=True))}
+
+
+def _digest(content: list[Any]) -> str:
+    """A digest of something that JSON can write."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _repeats(pair: Pair) -> bool:

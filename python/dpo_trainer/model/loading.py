@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,9 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
         return _load_adapter(path, base, **kwargs)
     gguf = Path(path).suffix == ".gguf"
     kind = AutoModelForCausalLM if gguf else auto_class(source_of(path)[0], kwargs)
-    model = _read(kind, path, "cannot be loaded", **kwargs)
+    # transformers' bar of the dequantising cannot be turned off.
+    with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():
+        model = _read(kind, path, "cannot be loaded", **kwargs)
     if gguf:
         model.hf_quantizer = None
         model.is_quantized = False

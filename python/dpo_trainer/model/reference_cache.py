@@ -207,6 +207,7 @@ class ReferenceCache:
         process_index: int,
         num_processes: int,
         wait: Callable[[], Any],
+        begin: Callable[[int], Any] = lambda _: None,
     ) -> Logps:
         """All log-probabilities in the dataset's order: read where they are, computed and written where not.
 
@@ -215,6 +216,7 @@ class ReferenceCache:
             name: of the dataset, for messages.
             process_index, num_processes: the processes that share the missing shards out among themselves.
             wait: where processes meet before they read one another's shards.
+            begin: is told how many rows this process will compute.
         """
         parts = [self.read(shard) for shard in range(self.shards)]
         missing = [shard for shard, part in enumerate(parts) if part is None]
@@ -226,8 +228,9 @@ class ReferenceCache:
         else:
             logger.info("%s: read from %s", what, self.folder)
         wait()  # nobody writes before everybody has looked; also where nothing is missing, since others may see it otherwise
-        writable = True
-        for shard in missing[process_index::num_processes]:
+        writable, mine = True, missing[process_index::num_processes]
+        begin(sum(len(self.rows(shard)) for shard in mine))
+        for shard in mine:
             found = parts[shard] = compute(self.rows(shard))
             try:
                 self.write(shard, found)

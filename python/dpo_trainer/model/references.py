@@ -114,8 +114,11 @@ def reference_logps(
     batch_size: int,
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[float], list[float]]:
     """Summed log-probabilities of all chosen and all rejected completions, in the dataset's order.
+
+    `advance` is told the number of pairs of each batch once it is done.
 
     Rows are visited sorted by length, so that batches carry little padding; a row's result does not depend on its
     neighbours beyond the rounding of matrix products. Logits exist a chunk at a time where the head allows it.
@@ -126,6 +129,7 @@ def reference_logps(
         batch = {name: value.to(device) for name, value in collate(rows).items()}
         with torch.no_grad(), context():
             found[:, indices] = _sums(source, batch).view(2, -1).cpu().double()
+        advance(len(rows))
     chosen, rejected = found.tolist()
     return chosen, rejected
 

@@ -34,6 +34,7 @@ SAME: dict[str, tuple[str, ...]] = {
         "eval_data_path",
         "test_file",
     ),
+    "val_split": ("val_set_size", "val_size", "split_dataset_ratio"),
     "streaming": ("dataset_streaming",),
     "output_dir": ("output", "out", "out_dir", "output_path", "save_dir"),
     "learning_rate": ("lr",),
@@ -143,9 +144,6 @@ ANSWERS = {
     "dataset_mixer": _ONE_FILE,
     "dataset_mixture": _ONE_FILE,
     "test_datasets": "is not supported; give one file, folder or data set as eval_data",
-    "val_set_size": "is not supported; give held-out pairs as eval_data",
-    "val_size": "is not supported; give held-out pairs as eval_data",
-    "split_dataset_ratio": "is not supported; give held-out pairs as eval_data",
     **dict.fromkeys(
         ("dataset_train_split", "train_split", "split", "dataset_splits"),
         "is part of train_data: owner/name:split for the hub, a folder's name for a saved data set",
@@ -260,6 +258,8 @@ def setting_of(name: str, value: Any, known: Iterable[str]) -> str | None:
     if name in known:
         return name
     if name in ALIASES:
+        if ALIASES[name] == "val_split" and value == 0:
+            return None  # 0 holds out nothing
         return ALIASES[name]
     if answer := ANSWERS.get(name) or trl.ANSWERS.get(name):
         # Without group_by_length other tools do not group, and we do.

@@ -13,12 +13,13 @@ from . import objective, trl
 from .checks import as_mapping, check_budget, check_together
 from .diagnoses import Limits
 from .fields import DPOFields
+from .pace import without_pace
 from .rows import settings_table
 from .table import check_fields, read_words
 
 
 @dataclass
-class DPOConfig(DPOFields, TrainingArguments):
+class DPOConfig(DPOFields, TrainingArguments):  # type: ignore[misc] # logging_steps and save_steps may be None here
     """Settings of a DPO run: those of `transformers.TrainingArguments` and those of `DPOFields`.
 
     Names are TRL's where TRL has the setting. Some defaults of TrainingArguments are changed to what preference
@@ -44,7 +45,8 @@ class DPOConfig(DPOFields, TrainingArguments):
         Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
-        super().__post_init__()
+        with without_pace(self):
+            super().__post_init__()
         if self.device.type == "cpu" and self.fp16:
             raise ConfigError("fp16: needs an accelerator; on a CPU it would be ignored without a word. Use bf16 there")
         if self.device.type == "cpu" and self.use_liger_kernel:

@@ -7,7 +7,7 @@ from typing import Any
 from dpo_kernels.names import BACKENDS, LINEAR_STATISTICS
 
 from ..batch import LAYOUTS, STRATEGIES
-from ..data.account import FILTERS
+from ..data import FILTERS
 from .diagnoses import DIAGNOSES
 from .objective import DIVERGENCES
 from .reading import ReadingSettings
@@ -16,6 +16,7 @@ from .table import (
     FINITE_NOT_NEGATIVE,
     FINITE_POSITIVE,
     NOT_NEGATIVE,
+    POSITIVE,
     POSITIVE_SHARE,
     PROBABILITY,
     SHARE,
@@ -40,7 +41,22 @@ class DPOFields(ReadingSettings):
         NOT_NEGATIVE,
     )
     num_train_epochs: float = _optimizer(1.0, "Passes over the training pairs. More than one to three memorises them.")
-    logging_steps: float = _watch(10, "Optimizer steps between two log records; below 1, a fraction of the run.")
+    logging_steps: float | None = _watch(
+        None,
+        "Optimizer steps between two log records; below 1, a fraction of the run. None: a twentieth of the run, 10 at most.",
+    )
+    eval_steps: float | None = _watch(
+        None,
+        "Steps between two evaluations; below 1, a fraction of the run. None: a twentieth of the run, or so many that "
+        "evaluations take about a quarter of the training time.",
+        POSITIVE,
+    )
+    save_steps: float | None = _watch(
+        None,
+        "Steps between two checkpoints; below 1, a fraction of the run. None: a tenth of the run, 500 at most, and the two "
+        "newest are kept unless save_total_limit says otherwise.",
+        POSITIVE,
+    )
     logging_first_step: bool = _watch(True, "Also log the first step, whose loss must be log 2.")
     logging_nan_inf_filter: bool = _watch(False, "Hide NaN losses from the log. Off: a NaN should be seen.")
     report_to: None | str | list[str] = _watch(  # noqa: RUF036 - in this order for HfArgumentParser
@@ -256,7 +272,8 @@ class RunSettings:
         "a data set of the hub (owner/name:split).",
     )
     eval_data: str | None = _run(
-        None, "Held-out pairs in the same form; evaluated at the start and after each quarter unless set otherwise."
+        None,
+        "Held-out pairs in the same form; evaluated at the start, at the end, and as eval_steps says. Or set val_split.",
     )
     streaming: bool = _run(False, "Read train_data while training, not before; needs max_steps.")
     output_dir: str | None = _run(

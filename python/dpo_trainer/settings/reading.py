@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.rows import RESERVED
 from ..errors import ConfigError
-from .table import setting
+from .table import POSITIVE, setting
 
 _data = partial(setting, group="data")
 
@@ -36,6 +36,12 @@ class ReadingSettings:
         "Score only the assistant's words of completions with several messages, not those of users and tools. False: all that "
         "follows the prompt.",
     )
+    val_split: float | None = _data(
+        None,
+        "Hold out a part of train_data and evaluate on it: below 1 a share of its pairs, from 1 a number of them. Pairs with "
+        "the same prompt stay together; the seed (data_seed) chooses the prompts.",
+        POSITIVE,
+    )
 
     def check_reading(self, as_mapping: Callable[[str, Any], dict[str, Any] | None]) -> None:
         """Make mappings of those that are JSON text. Raises ConfigError for what cannot be meant."""
@@ -44,6 +50,8 @@ class ReadingSettings:
         for name in ("columns", "weight_from", "chat_template_kwargs"):
             setattr(self, name, as_mapping(name, getattr(self, name)))
         Reading(self.columns, self.weight_from)  # type: ignore[arg-type]
+        if self.val_split is not None and self.val_split >= 1 and self.val_split != int(self.val_split):
+            raise ConfigError(f"val_split: a share below 1 or a whole number of pairs, got {self.val_split}")
         for name in self.chat_template_kwargs or ():
             if name in RESERVED:
                 raise ConfigError(f"chat_template_kwargs: cannot hold '{name}', which the trainer sets")

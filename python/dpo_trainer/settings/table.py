@@ -28,6 +28,7 @@ HELP = {
         "model",
         "train_data",
         "eval_data",
+        "val_split",
         "output_dir",
         "lora",
         "learning_rate",
@@ -110,8 +111,6 @@ INHERITED = {
     "gradient_checkpointing": Setting(
         None, "model", help="Compute activations again in the backward: less memory, and a third more time."
     ),
-    "eval_steps": Setting(POSITIVE, "watch", help="Steps between two evaluations. Below 1: a fraction of the run."),
-    "save_steps": Setting(POSITIVE, "watch", help="Steps between two checkpoints. Below 1: a fraction of the run."),
 }
 
 

@@ -33,6 +33,16 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
         True,
     ),
     "train_sampling_strategy": ("random", "Pairs of similar length in a step carry little padding.", True),
+    "logging_steps": (
+        10,
+        "None logs a twentieth of the run apart, 10 steps at most: a short run has a curve too.",
+        False,
+    ),
+    "save_steps": (
+        500,
+        "None saves a tenth of the run apart, 500 steps at most: a short run can be resumed too.",
+        False,
+    ),
     "logging_first_step": (False, "The loss of the first step must be log 2: a quick check of the reference.", False),
     "logging_nan_inf_filter": (True, "A loss that is not a number should be seen.", False),
     "remove_unused_columns": (True, "Neither value has an effect: tokenising keeps the columns that it needs.", False),
@@ -40,6 +50,8 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
 #: Fields that have another meaning than in TRL, and what it is.
 OTHER_MEANING = {
     "label_smoothing": "counts in every objective that has it, also in sigmoid (conservative DPO), where TRL ignores it.",
+    "eval_steps": "None is logging_steps where that is given, else a twentieth of the run, or what takes a quarter of its time.",
+    "save_total_limit": "None keeps the two newest checkpoints where save_steps is not given, else all.",
     "padding_free": "True is what batch_layout 'auto' does anyway, on any attention; refused with batch_layout 'padded'.",
     "pad_to_multiple_of": "'auto' is None.",
     "pad_token": "sets the tokenizer's pad token, without a deprecation.",

@@ -27,6 +27,7 @@ from ..data.processor import tokenizer_of
 from ..data.rows import images_of
 from ..errors import ConfigError, first_line
 from ..model.split import evaluating
+from ..progress import Phase, line_of
 from ..run import Run
 from ..run_folder.journal import Journal
 from ..run_folder.records import SAMPLES
@@ -193,7 +194,8 @@ class Samples(TrainerCallback):
         prompts = list(rows["prompt_ids"])
         images = [images_of(row) or [] for row in rows] if has_images(dataset) else []
         found: list[str] = []
-        with source as model, self.run.accelerator.autocast():
+        phase = Phase(line_of(args), "sampling answers", len(prompts), "prompts")
+        with source as model, self.run.accelerator.autocast(), phase:
             for start in range(0, len(prompts), size):
                 found += generate(
                     model,
@@ -204,6 +206,7 @@ class Samples(TrainerCallback):
                     seed=args.seed + start,
                     beside=partial(ImageInputs(processing_class), images[start : start + size]),
                 )
+                phase.reach(len(found))
         return found
 
     def evaluate(self, prefix: str, dataset: Any) -> dict[str, float]:
