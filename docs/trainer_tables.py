@@ -9,9 +9,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from dpo_trainer.settings.config import settings_table
+from dpo_trainer.settings.aliases import OBJECTIVES, SAME
 from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
-from dpo_trainer.settings.table import GROUPS
+from dpo_trainer.settings.rows import settings_table
+from dpo_trainer.settings.table import GROUPS, SHOWN
 
 DOCS = Path(__file__).resolve().parent
 PAGE, SETTINGS = DOCS / "trainer.md", DOCS / "settings.md"
@@ -54,9 +55,22 @@ def settings() -> str:
         lines += ["", f"## {title}", "", "| setting | default | |", "|---|---|---|"]
         for item in settings_table().values():
             if item.group == group:
-                name = f"**`{item.name}`**" if item.common else f"`{item.name}`"
+                name = f"**`{item.name}`**" if item.name in SHOWN else f"`{item.name}`"
                 default = "" if item.default is None else f"`{json.dumps(item.default, default=str)}`"
                 lines.append(row(name, default, item.help))
+    lines += [
+        "",
+        "## Names of other tools",
+        "",
+        "The command takes these names for the settings beside them, and a line says so. To other names of TRL's scripts, the",
+        "alignment handbook, axolotl, LLaMA-Factory and ms-swift it answers what to set.",
+        "",
+        "| setting | other names |",
+        "|---|---|",
+    ]
+    lines += [row(f"`{name}`", ", ".join(f"`{other}`" for other in others)) for name, others in SAME.items()]
+    words = ", ".join(f"`{word}` (`{ours}`)" for word, ours in OBJECTIVES.items())
+    lines += ["", f"In `loss_type` it takes these words for objectives: {words}."]
     return "\n".join(lines) + "\n"
 
 

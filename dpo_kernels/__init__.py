@@ -1,11 +1,16 @@
 """dpo-kernels: fused kernels for Direct Preference Optimization."""
 
+from typing import TYPE_CHECKING
+
+from ._lazy import names_of
 from ._version import __version__
-from .backends import BackendUnavailable, use_backend
-from .functional import STATISTICS, dpo_loss, linear_dpo_loss, linear_logps, sequence_logps, shift_labels
-from .losses import DPOLoss, LinearDPOLoss
-from .objectives import OBJECTIVES, Pairs, length_desensitized_weights, objective
-from .output import DPOOutput
+
+if TYPE_CHECKING:
+    from .backends import BackendUnavailable, use_backend
+    from .functional import STATISTICS, dpo_loss, linear_dpo_loss, linear_logps, sequence_logps, shift_labels
+    from .losses import DPOLoss, LinearDPOLoss
+    from .objectives import OBJECTIVES, Pairs, length_desensitized_weights, objective
+    from .output import DPOOutput
 
 __all__ = [
     "OBJECTIVES",
@@ -25,3 +30,18 @@ __all__ = [
     "shift_labels",
     "use_backend",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take any name for known
+    __getattr__, __dir__ = names_of(
+        __name__,
+        {
+            **dict.fromkeys(("BackendUnavailable", "use_backend"), "backends"),
+            **dict.fromkeys(
+                ("STATISTICS", "dpo_loss", "linear_dpo_loss", "linear_logps", "sequence_logps", "shift_labels"),
+                "functional",
+            ),
+            **dict.fromkeys(("DPOLoss", "LinearDPOLoss"), "losses"),
+            **dict.fromkeys(("OBJECTIVES", "Pairs", "length_desensitized_weights", "objective"), "objectives"),
+            "DPOOutput": "output",
+        },
+    )

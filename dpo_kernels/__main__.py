@@ -1,4 +1,4 @@
-"""`python -m dpo_kernels`: versions, devices, which backend serves what, and why the others do not.
+"""`python -m dpo_kernels`: versions, devices, libraries, which backend serves what, and why the others do not.
 
 `check` runs the operator table on this machine, `bench` times loss and gradient beside eager PyTorch.
 """
@@ -13,16 +13,10 @@ import warnings
 
 import torch
 
-from . import __version__, backends, bench, selfcheck
+from . import __version__, backends, bench, doctor, selfcheck
+from ._build import cache_folder
 from .backends import BackendUnavailable
-
-VARIABLES = (
-    "DPO_KERNELS_BACKEND",
-    "DPO_KERNELS_SELFCHECK",
-    "DPO_KERNELS_JIT",
-    "DPO_KERNELS_ISA",
-    "DPO_KERNELS_CACHE",
-)
+from .doctor import VARIABLES as VARIABLES
 
 
 class UsageError(ValueError):
@@ -30,30 +24,22 @@ class UsageError(ValueError):
 
 
 def report() -> None:
-    """Print versions, devices and backends."""
+    """Print versions, devices, backends, libraries, compilers, caches and variables, and what mends what is missing."""
     warnings.simplefilter("ignore", RuntimeWarning)  # the table below gives the same reasons
-    print(f"dpo-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            print(f"cuda:{index}  {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
-    else:
-        print("no CUDA device")
-    for device in devices:
-        print(f"\n{device} tensors are served by: {backends.resolve(device, torch.float32)}")
-        for name in backends.NAMES:
-            reason = backends.why_not(name, device)
-            note = "available" if reason is None else f"not available: {reason}"
-            if name == "cpu" and reason is None:
-                from .backends import cpu
-
-                note += f" ({cpu.instruction_set()}, {torch.get_num_threads()} threads)"
-            print(f"  {name:<7} {note}")
-    for variable in VARIABLES:
-        if variable in os.environ:
-            print(f"{variable}={os.environ[variable]}")
+    print(
+        f"dpo-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
+    sections = {
+        "devices": doctor.devices(),
+        "backends": doctor.served(),
+        "libraries": doctor.libraries(),
+        "compilers": doctor.compilers(),
+        "cache of libraries": [str(cache_folder())],
+        "environment": doctor.variables() or ["no variable that matters is set"],
+        "to mend": [f"{what}: {mend}" for what, mend in doctor.troubles()] or ["nothing"],
+    }
+    for title, lines in sections.items():
+        print("\n".join([f"\n{title}", *(f"  {line}" for line in lines)]))
 
 
 def device_of(text: str | None) -> torch.device:
@@ -114,9 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m dpo_kernels",
-        description="Without a command: versions, devices, which backend serves what, and why the others do not.",
+        description="Without a command: versions, devices, libraries, which backend serves what, and why the others do not.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="{check,bench}")
+    commands = parser.add_subparsers(dest="command", metavar="{doctor,check,bench}")
+    commands.add_parser("doctor", help="the same as without a command")
     checking = commands.add_parser(
         "check",
         help="compare this machine's backends with the float64 definition, case by case",

@@ -1,17 +1,21 @@
 """A thin trainer for Direct Preference Optimization: `transformers.Trainer` with the fused loss of `dpo_kernels`."""
 
 import os
+from typing import TYPE_CHECKING
+
+from dpo_kernels._lazy import names_of
 
 # Read by torch when it first allocates: large tensors on a CPU then get 2 MB pages, since a step maps gigabytes anew and pays
 # for every page of it. Set it to 0 to keep small ones.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from .batch.collator import PairCollator
-from .data.files import load_pairs
-from .errors import ConfigError, DataError, ModelError, OutputError, UsageError
-from .model.loading import load_model, load_tokenizer
-from .settings.config import DPOConfig
-from .trainer import DPOTrainer
+if TYPE_CHECKING:
+    from .batch.collator import PairCollator
+    from .data.files import load_pairs
+    from .errors import ConfigError, DataError, ModelError, OutputError, UsageError
+    from .model.loading import load_model, load_tokenizer
+    from .settings.config import DPOConfig
+    from .trainer import DPOTrainer
 
 __all__ = [
     "ConfigError",
@@ -26,3 +30,16 @@ __all__ = [
     "load_pairs",
     "load_tokenizer",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take any name for known
+    __getattr__, __dir__ = names_of(
+        __name__,
+        {
+            **dict.fromkeys(("ConfigError", "DataError", "ModelError", "OutputError", "UsageError"), "errors"),
+            **dict.fromkeys(("load_model", "load_tokenizer"), "model.loading"),
+            "DPOConfig": "settings.config",
+            "DPOTrainer": "trainer",
+            "PairCollator": "batch.collator",
+            "load_pairs": "data.files",
+        },
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -30,6 +31,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' (did you mean ...?)' with the nearest known word, or '' when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is not here may be a name on the hub: 'name' or 'owner/name'."""
+    return not (path.startswith((".", "~", "/")) or path.count("/") > 1 or Path(path).is_absolute())
 
 
 def first_line(error: BaseException) -> str:

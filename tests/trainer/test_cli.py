@@ -1,5 +1,6 @@
 """dpo-train: a whole run from files, and one clear line with exit code 2 for everything a user can get wrong."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_trainer import ConfigError, DPOConfig
+from dpo_trainer import ConfigError
 from dpo_trainer.cli.main import main
-from dpo_trainer.cli.settings import RUN_KEYS, SWITCHES, check_setting, hints, read_settings
-from dpo_trainer.settings.config import settings_table
-from dpo_trainer.settings.table import GROUPS
+from dpo_trainer.cli.settings import SWITCHES, check_setting, hints, read_settings
+from dpo_trainer.settings.fields import DPOFields, RunSettings
+from dpo_trainer.settings.rows import settings_table
+from dpo_trainer.settings.table import HELP
 
 SETTINGS = {
     "per_device_train_batch_size": 4,
@@ -287,14 +289,14 @@ def test_values_of_another_type_are_refused(key: str, value: Any) -> None:
         check_setting(key, value, hints())
 
 
-def test_help_shows_the_settings_that_people_set_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = settings_table().values()
+def test_help_shows_the_settings_that_people_set_in_sections(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     settings = shown.partition("\nSwitches:\n")[0]
-    assert set(re.findall(r"^  --(\w+) ", settings, re.MULTILINE)) == {row.name for row in rows if row.common}
-    for title in (GROUPS[row.group] for row in rows if row.common):
+    assert re.findall(r"^  --(\w+) ", settings, re.MULTILINE) == [name for names in HELP.values() for name in names]
+    for title in HELP:
         assert f"\n{title}:\n" in shown
+    assert 10 <= len(HELP["Start here"]) <= 14
     for word in ("dpo-train inspect [CONFIG.yaml]", "dpo-train compare RUN RUN", "--model ./my-model", *SWITCHES):
         assert word in shown
     assert "them. [1.0]" in shown
@@ -311,5 +313,7 @@ def test_help_all_shows_every_setting_those_of_transformers_last(capsys: pytest.
     for row in own:
         assert f"  --{row.name} " in ours
         assert row.help.split()[0] in ours
-    assert {row.name for row in own} >= {*RUN_KEYS, *DPOConfig.__annotations__} - {"_VALID_DICT_FIELDS"}
+    assert {row.name for row in own} >= {
+        field.name for part in (RunSettings, DPOFields) for field in dataclasses.fields(part)
+    }
     assert max(map(len, shown.splitlines())) <= 120

@@ -1,7 +1,10 @@
 """The layers ("rooms") of dpo_trainer: modules import only lower layers, without cycles, and no file exceeds 400 lines."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -27,6 +30,30 @@ ROOMS = (
     "loss_trainer",
     "trainer",
     "cli",
+)
+#: Modules that import no torch and nothing else that takes long, so that the command line answers at once.
+LIGHT = (
+    "errors",
+    "model.places",
+    *(f"settings.{name}" for name in ("aliases", "checks", "diagnoses", "fields", "inherited", "objective", "reading")),
+    *(f"settings.{name}" for name in ("pace", "rows", "table", "trl")),
+    *(f"run_folder.{name}" for name in ("checkpoints", "lock", "metrics", "output_dir", "records")),
+    "watch.signals",
+    *(f"report.{name}" for name in ("charts", "compare", "page", "verdict")),
+    *(f"cli.{name}" for name in ("doctor", "early", "help", "init", "main", "packages", "settings")),
+)
+HEAVY = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "matplotlib",
+    "pandas",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "jinja2",
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -76,6 +103,39 @@ def test_no_imports_go_round_in_a_circle() -> None:
 def test_imports_are_seen_wherever_they_stand() -> None:
     source = "def f():\n    from ..watch import samples\nif TYPE_CHECKING:\n    import dpo_trainer.trainer\n"
     assert set(imports("model.split", source)) == {"watch.samples", "trainer"}
+
+
+def test_what_the_command_line_needs_at_first_imports_no_torch() -> None:
+    code = f"""
+import importlib, sys
+import dpo_trainer
+for name in {LIGHT!r}:
+    importlib.import_module("dpo_trainer." + name)
+print(*sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == []
+    assert set(LIGHT) <= set(MODULES)
+    assert {name for name in MODULES if name.startswith("settings.")} - {*LIGHT, "settings.__init__"} == {
+        "settings.config",
+        "settings.fit",
+    }
+
+
+def test_large_pages_are_asked_for_before_torch_is_imported() -> None:
+    code = "import os, sys, dpo_trainer; print(os.environ['THP_MEM_ALLOC_ENABLE'], 'torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("THP_MEM_ALLOC_ENABLE", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["1", "False"]
+
+
+def test_the_package_s_names_are_all_there() -> None:
+    for name in dpo_trainer.__all__:
+        assert getattr(dpo_trainer, name).__name__ == name
+    assert set(dpo_trainer.__all__) <= set(dir(dpo_trainer))
+    assert dpo_trainer.settings.config.DPOConfig is dpo_trainer.DPOConfig
 
 
 def test_the_picture_in_the_docs_names_every_room_and_file() -> None:

@@ -23,7 +23,7 @@ from dpo_trainer import ConfigError, DataError, DPOConfig, DPOTrainer, ModelErro
 from dpo_trainer.cli.build import build_trainer as build_for_cli
 from dpo_trainer.settings import objective as of_settings
 from dpo_trainer.settings import trl as facts
-from dpo_trainer.settings.config import settings_table
+from dpo_trainer.settings.rows import settings_table
 from dpo_trainer.settings.table import Setting
 from dpo_trainer.trainer import _loss_of
 

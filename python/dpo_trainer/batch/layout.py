@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import LAYOUTS as LAYOUTS
 from . import attention
-
-LAYOUTS = ("auto", "padded", "prefix_shared")
 
 #: Cost of the attention calls for one more sequence, in tokens. In a model of 135 million parameters, 2.0 to 3.9 tokens were
 #: measured in batches of 8 and 16 pairs of 36 tokens, where nothing else differed. Larger models have a lower cost.

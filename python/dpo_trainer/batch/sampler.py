@@ -11,12 +11,11 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
+from . import STRATEGIES as STRATEGIES
 
 #: Number of steps within which pairs are sorted by length. It is large enough to find pairs of similar length, and small
 #: enough that every epoch groups different pairs.
 POOL = 50
-
-STRATEGIES = ("random", "group_by_length", "sequential")
 
 Batches = list[list[int]]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,19 +18,12 @@ from ..pair_trainer import check_val_split
 from ..settings.config import DPOConfig
 from ..settings.trl import hush
 from ..trainer import DPOTrainer
+from .packages import line_of_error
 from .settings import RUN_KEYS, lora_config
 
 logger = logging.getLogger("dpo_trainer")
 
 AnyTrainer = TypeVar("AnyTrainer", bound=DPOTrainer)
-
-
-def set_up_logging(*, quiet: bool) -> None:
-    """Let our own lines through to standard error, and of the libraries only errors."""
-    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("accelerate", "datasets", "httpx", "huggingface_hub", "matplotlib", "torch"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of libraries, to their developers; ours go through logging
 
 
 def build_trainer(
@@ -98,6 +89,8 @@ def _named(settings: dict[str, Any]) -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         if isinstance(error, UsageError) or getattr(error, "strerror", None):
             raise  # `main` has a line for these
+        if isinstance(error, ImportError):
+            raise ConfigError(line_of_error(error)) from error
         text = first_line(error)
         for key, value in settings.items():
             if isinstance(value, str) and re.match(rf"'?{re.escape(value)}\b", text, re.IGNORECASE):

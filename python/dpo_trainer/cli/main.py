@@ -1,4 +1,8 @@
-"""`dpo-train`: a preference file and a model in, an aligned model and a report out."""
+"""`dpo-train`: a preference file and a model in, an aligned model and a report out.
+
+Modules that import torch, transformers, datasets, matplotlib or pandas are imported where they are used: help, mistakes
+and tables are then there at once.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-
 from ..errors import ConfigError, UsageError
-from ..report.compare import OUTPUT, compare
-from ..run_folder.lock import run_lock
-from ..run_folder.output_dir import check_output, check_place, clear_run, data_digests, record_run
 from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, json_line
-from ..trainer import DPOTrainer
 from ..watch import signals as guard
-from ..watch.callbacks import SaveAtTheEnd
-from .build import build_trainer, set_up_logging
-from .inspect import Inspector, render
-from .settings import COMPARE, COMPARE_ABOUT, REQUIRED, help_parser, read_settings
+from . import packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,36 +26,83 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 2 after one line about what is wrong; 130 after Ctrl-C. SIGTERM raises SystemExit with the code 143.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or "--help" in arguments or "-h" in arguments or "--help-all" in arguments:
-        if arguments[:1] == ["compare"]:
-            print(f"usage: {COMPARE}\n\n{COMPARE_ABOUT}")
-            return 0
-        print(help_parser(everything="--help-all" in arguments).format_help(), end="")
-        return 0
     try:
         with guard.listening(lambda signum: guard.end(signum, "stopped before training; nothing was lost")):
-            if arguments[0] == "compare":
-                compare_runs(arguments[1:])
-            elif arguments[0] == "inspect":
-                inspect_run(arguments[1:])
-            else:
-                run(arguments)
+            return _command(arguments)
     except UsageError as error:
         return _complain(" ".join(str(error).split()))
+    except ImportError as error:
+        if (error.name or "").startswith(("dpo_kernels", "dpo_trainer")):
+            raise
+        return _complain(packages.line_of_error(error))
     except OSError as error:
         if error.strerror is None:
             raise
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     except KeyboardInterrupt:
         return 130
+
+
+def _command(arguments: list[str]) -> int:
+    """Run the command that the words name; returns the exit code. Raises UsageError."""
+    first = arguments[0] if arguments else ""
+    if first == "doctor" and "--help" not in arguments and "-h" not in arguments:
+        from .doctor import doctor
+
+        return doctor(arguments[1:])
+    if first != "--version":
+        packages.check_trainer(but=("matplotlib",) if first == "compare" else ())  # its table needs no charts
+    from . import help as words  # imports what check_trainer has looked for
+
+    if not arguments:
+        print(words.START, file=sys.stderr)
+        return 2
+    if "--version" in arguments:
+        print(words.versions())
+        return 0
+    if first == "help" or not {"--help", "-h", "--help-all"}.isdisjoint(arguments):
+        if first in words.COMMANDS:
+            print(words.about(first))
+        else:
+            print(words.help_parser(everything="--help-all" in arguments).format_help(), end="")
+        return 0
+    words.check_command(first)
+    if first == "compare":
+        compare_runs(arguments[1:])
+    elif first == "inspect":
+        inspect_run(arguments[1:])
+    elif first == "init":
+        from .init import init
+
+        print(init(*_output_of(arguments[1:])))
+    else:
+        run(arguments[1:] if first == "train" and not Path(first).exists() else arguments)
     return 0
 
 
 def _complain(text: str) -> int:
     """Print the line, in red on a terminal; returns the exit code."""
     line = f"dpo-train: {text}"
-    Console(stderr=True).print(line, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True).print(line, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
+    else:
+        print(line, file=sys.stderr)
     return 2
+
+
+def _output_of(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The words without `--output FILE`, and the file. Raises ConfigError where its name is missing."""
+    rest = list(arguments)
+    if "--output" not in rest:
+        return rest, None
+    place = rest.index("--output")
+    if place + 1 == len(rest):
+        raise ConfigError("--output: a value is missing")
+    output = rest.pop(place + 1)
+    rest.pop(place)
+    return rest, Path(output).expanduser()
 
 
 def compare_runs(arguments: Sequence[str]) -> None:
@@ -69,17 +111,19 @@ def compare_runs(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: an unknown word, or a folder without a run.
     """
-    folders, output = list(arguments), Path(OUTPUT)
-    if "--output" in folders:
-        place = folders.index("--output")
-        if place + 1 == len(folders):
-            raise ConfigError("--output: a value is missing")
-        output = Path(folders.pop(place + 1)).expanduser()
-        folders.pop(place)
+    from ..report.compare import OUTPUT, read_runs, table, write_page
+    from .help import COMPARE
+
+    folders, output = _output_of(arguments)
+    output = output or Path(OUTPUT)
     for word in folders:
         if word.startswith("-"):
             raise ConfigError(f"compare: unknown option '{word}'; usage: {COMPARE}")
-    print(compare(folders, output))
+    if not folders:
+        raise ConfigError(f"compare: no runs given; usage: {COMPARE}")
+    runs = read_runs(folders)
+    print(table(runs), flush=True)
+    write_page(runs, output)
     print(f"\n{output}")
 
 
@@ -89,8 +133,14 @@ def inspect_run(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: as `run`.
     """
-    settings, switches = read_settings(arguments, required=REQUIRED[:-1])
+    from .early import REQUIRED, set_up_logging, settings_of, tell_loading
+
+    settings, switches = settings_of(arguments, REQUIRED[:-1])
     stream = sys.stdout
+    tell_loading(switches)
+    from .build import build_trainer
+    from .inspect import Inspector, render
+
     with tempfile.TemporaryDirectory() as nowhere, contextlib.redirect_stdout(sys.stderr):
         set_up_logging(quiet="--quiet" in switches)
         # transformers makes the output folder before anything is known
@@ -104,7 +154,11 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: in one line, before anything is written.
     """
-    settings, switches = read_settings(arguments)
+    from ..run_folder.lock import run_lock
+    from ..run_folder.output_dir import check_output, check_place, clear_run, data_digests, record_run
+    from .early import set_up_logging, settings_of, tell_loading
+
+    settings, switches = settings_of(arguments)
     output_dir = Path(str(settings["output_dir"])).expanduser()
     check_place(output_dir)
     json_lines = JsonLines(sys.stdout)
@@ -117,6 +171,11 @@ def run(arguments: Sequence[str]) -> None:
         digests = data_digests(settings)
         resume, overwrite = "--resume" in switches, "--overwrite" in switches
         resumes = check_output(output_dir, settings, digests, resume=resume, overwrite=overwrite)
+        tell_loading(switches)
+        from ..trainer import DPOTrainer
+        from ..watch.callbacks import SaveAtTheEnd
+        from .build import build_trainer
+
         trainer = build_trainer(DPOTrainer, settings, switches, resumes=resumes)
         trainer.callback_handler.callbacks.insert(0, SaveAtTheEnd(trainer))
         if "--json" in switches:

@@ -1,4 +1,4 @@
-"""The settings of `dpo-train`: from a YAML file and the command line into the types of the table, and the help.
+"""The settings of `dpo-train`: from a YAML file and the command line into the types of the table.
 
 pydantic fits values to types. The words are read here, because no parser at hand does what is wanted of them.
 HfArgumentParser knows no nested keys, and no type such as `str | list[str] | None`. tyro reads no YAML. jsonargparse reads
@@ -8,45 +8,30 @@ mend that, and to translate its errors, takes as many lines as `_fit` and the lo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import enum
-import functools
-import json
 import re
-import shutil
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..data import FORMATS
 from ..errors import ConfigError, did_you_mean, first_line
-from ..settings.config import RunSettings, settings_table
-from ..settings.table import GROUPS
+from ..settings.aliases import ALIASES, objective_of, setting_of
+from ..settings.fields import RunSettings
+from ..settings.rows import settings_table
+from ..watch.signals import is_first
 
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
-INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
-COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
-COMPARE_ABOUT = """\
-Prints the last figures of 2 to 8 runs, each the output_dir of one. Writes a page with their curves and the settings that
-differ: comparison.html in the working directory, unless --output names another file."""
-ABOUT = """\
-Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML file
-and from the command line, which wins. Nested settings are written with dots, lists as '[a, b]'. Defaults stand in
-brackets. Example:
-
-  dpo-train --model ./my-model --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6"""
-MORE = "All settings of transformers.TrainingArguments may be given. --help-all lists them, and the rest of ours."
 
 #: Keys of a run besides the fields of DPOConfig, and their help.
 RUN_KEYS = {field.name: field.metadata["help"] for field in dataclasses.fields(RunSettings)}
-#: Settings that may be paths, and how shtab is told to complete one (`shtab.FILE`).
-_PATHS = ("model", "ref_model", "train_data", "eval_data", "output_dir", "ref_cache_dir")
-_FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {
     "--resume": "Go on from the last checkpoint in output_dir, also with other settings or other data than before.",
@@ -55,21 +40,79 @@ SWITCHES = {
     "--json": "Print one JSON object a line on standard output for every log, diagnosis, sample and the summary.",
     "--help": "Show the settings that most runs need.",
     "--help-all": "Show every setting, also those inherited from transformers.TrainingArguments.",
+    "--version": "Show the versions of dpo-kernels, torch, transformers and Python.",
 }
 
 
 def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) -> tuple[dict[str, Any], set[str]]:
     """Merge the YAML file and the command line into checked settings; also returns the switches given.
 
+    Names of other tools become ours; a line on standard error says so, unless --quiet or --json is given.
+
     Raises:
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, an unreadable file.
     """
-    settings: dict[str, Any] = {}
-    switches: set[str] = set()
     rest = list(arguments)
-    if rest and not rest[0].startswith("-"):
-        settings = read_yaml(rest.pop(0))
+    file = Given("", read_yaml(rest.pop(0)) if rest and not rest[0].startswith("-") else ())
     known = hints()
+    words, switches = _read_words(rest, known)
+    line = Given("--", words)
+    settings: dict[str, Any] = {}
+    for given in (file, line):
+        for key, value in given.ours(known):
+            _set(settings, key, value)
+    settings = {key: check_setting(key, value, known) for key, value in settings.items()}
+    for key in required:
+        if settings.get(key) is None:
+            raise ConfigError(f"{key}: not given; {RUN_KEYS[key][0].lower()}{RUN_KEYS[key][1:]}")
+    if switches.isdisjoint({"--quiet", "--json"}) and is_first():
+        for text in (*file.told, *line.told):
+            print(text, file=sys.stderr)
+    return settings, switches
+
+
+class Given:
+    """Settings as one place gives them, the file or the command line.
+
+    Attributes:
+        told: a line for each name of another tool's.
+    """
+
+    def __init__(self, mark: str, items: Iterable[tuple[str, Any]]) -> None:
+        self.mark, self.items = mark, list(items)
+        self.told: list[str] = []
+
+    def ours(self, known: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """The settings by our names. Raises ConfigError where two names mean one setting."""
+        given: dict[str, str] = {}
+        for key, value in self.items:
+            setting = setting_of(key, value, known)
+            if setting is None:
+                self.told.append(f"{self.mark}{key} is not needed")
+                continue
+            if setting != key:
+                self.told.append(f"{self.mark}{key} is read as {setting}")
+            if given.setdefault(setting, key) != key:
+                raise ConfigError(
+                    f"{self.mark}{given[setting]} and {self.mark}{key} are the same setting; give one of them"
+                )
+            if setting == "loss_type":
+                value = self._objectives(value)
+            yield setting, value
+
+    def _objectives(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._objectives(entry) for entry in value]
+        if not isinstance(value, str) or (ours := objective_of(value)) == value:
+            return value
+        self.told.append(f"loss_type {value} is read as {ours}")
+        return ours
+
+
+def _read_words(rest: list[str], known: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], set[str]]:
+    """(key, value) of each setting on the command line, and the switches. Raises ConfigError for words of another form."""
+    found: list[tuple[str, Any]] = []
+    switches: set[str] = set()
     while rest:
         word = rest.pop(0)
         if word in SWITCHES:
@@ -79,10 +122,11 @@ def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) 
             raise ConfigError(f"'{word}': expected --key value; a list is one word, '[a, b]' (usage: {USAGE})")
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
+        hint = known.get(ALIASES.get(key, key))
         if not equals:
             if rest and not re.match(r"--[a-zA-Z]", rest[0]):
                 text = rest.pop(0)
-            elif bool in (known.get(key), *typing.get_args(known.get(key))):
+            elif hint is None or bool in (hint, *typing.get_args(hint)):
                 text = "true"
             else:
                 raise ConfigError(f"--{key}: a value is missing")
@@ -90,21 +134,20 @@ def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) 
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        _set(settings, key, value)
-    settings = {key: check_setting(key, value, known) for key, value in settings.items()}
-    for key in required:
-        if settings.get(key) is None:
-            raise ConfigError(f"{key}: not given; {RUN_KEYS[key][0].lower()}{RUN_KEYS[key][1:]}")
-    return settings, switches
+        found.append((key, value))
+    return found, switches
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The top-level mapping of a YAML file. Raises ConfigError naming file and line."""
+def read_yaml(path: str) -> list[tuple[str, Any]]:
+    """(key, value) of the top-level mapping of a YAML file. Raises ConfigError naming file and line."""
+    if (ending := Path(path).suffix) in FORMATS and ending != ".json":
+        raise ConfigError(f"{path}: holds data, not settings; give it as --train_data {path}")
+    if Path(path).expanduser().is_dir():
+        raise ConfigError(f"{path}: is a folder; expected a YAML file (dpo-train compare takes folders of runs)")
     try:
         value = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        hint = did_you_mean(path, ("inspect", "compare"))
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}){hint}") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text") from error
     except yaml.YAMLError as error:
@@ -113,10 +156,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
     if not isinstance(value, dict | None):
         raise ConfigError(f"{path}: expected 'key: value' lines, found {type(value).__name__}")
-    settings: dict[str, Any] = {}
-    for key, item in (value or {}).items():
-        _set(settings, str(key), item)
-    return settings
+    return [(str(key), item) for key, item in (value or {}).items()]
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -147,8 +187,6 @@ def check_setting(key: str, value: Any, hints: dict[str, Any]) -> Any:
 
 def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     """(value in the hinted type, whether it fits). A single item stands for a list of one."""
-    from pydantic import ConfigDict, ValidationError, create_model
-
     if isinstance(value, bytes | set):
         return value, False  # of YAML's own types; pydantic would make texts and lists of them
     if isinstance(value, dict) and dict in {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}:
@@ -158,14 +196,25 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     if isinstance(value, str) and {int, float} & {hint, *typing.get_args(hint)}:
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-5 as text
+    if not isinstance(value, list) and type(value) in (hint, *typing.get_args(hint)):
+        return value, True
+    from pydantic import ConfigDict, ValidationError, create_model  # takes as long as all else here
+
     config = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True, extra="forbid")
     model: Any = create_model("Setting", __config__=config, value=(hint, ...))
     for candidate in (value, [value]):
         with contextlib.suppress(ValidationError):
             fitted = model(value=candidate).value
             if _booleans(fitted) == _booleans(candidate):  # pydantic takes true for 1, and 1 for true
-                return fitted, True
+                return _plain(fitted), True
     return value, False
+
+
+def _plain(value: Any) -> Any:
+    """The texts of enumerations; the table's are copies of transformers' own."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _booleans(value: Any) -> list[bool]:
@@ -205,10 +254,8 @@ def _describe(hint: Any) -> str:
 
 def lora_config(values: dict[str, Any]) -> Any:
     """peft's LoraConfig from the `lora` mapping. Raises ConfigError for keys and values it does not take."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError("lora: needs the package 'peft', which is not installed") from error
+    from peft import LoraConfig
+
     types_of = typing.get_type_hints(LoraConfig)
     hints = {f"lora.{item.name}": types_of[item.name] for item in dataclasses.fields(LoraConfig) if item.init}
     fitted = {key: check_setting(f"lora.{key}", value, hints) for key, value in values.items()}
@@ -216,31 +263,3 @@ def lora_config(values: dict[str, Any]) -> Any:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **fitted})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora: {first_line(error)}") from error
-
-
-def help_parser(*, everything: bool = True) -> argparse.ArgumentParser:
-    """A parser of every setting in its group, or of the common ones. It writes the help, and shtab makes completions of it."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
-    parser = argparse.ArgumentParser(
-        "dpo-train",
-        usage=f"{USAGE}\n       {INSPECT}\n       {COMPARE}",
-        description=ABOUT,
-        epilog=None if everything else MORE,
-        add_help=False,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=width),
-    )
-    config = parser.add_argument("config", nargs="?", help=argparse.SUPPRESS)
-    config.complete = _FILE  # type: ignore[attr-defined]
-    for key, title in {**GROUPS, "": "Other settings of transformers.TrainingArguments"}.items():
-        group = parser.add_argument_group(title)
-        for row in settings_table().values():
-            if row.group == key and (everything or row.common):
-                default = "" if row.default is None else f" [{json.dumps(row.default, default=str)}]"
-                said = f"{row.help}{default}".replace("%", "%%")
-                option = group.add_argument(f"--{row.name}", metavar="", help=said, choices=tuple(row.choices) or None)
-                if row.name in _PATHS:
-                    option.complete = _FILE  # type: ignore[attr-defined]
-    switches = parser.add_argument_group("Switches")
-    for word, text in SWITCHES.items():
-        switches.add_argument(word, action="store_true", help=text)
-    return parser

@@ -9,15 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from . import FILTERS as FILTERS
 from .tokens import TOKENS
 
-#: Why a pair may be left out, by the name that `filters` takes.
-FILTERS = {
-    "identical": "with chosen equal to rejected",
-    "empty": "with an empty completion",
-    "truncated": "with nothing of a completion left after truncation",
-    "duplicates": "that repeat an earlier one",
-}
 #: Why a pair with images is left out whatever `filters` says: the model would not find its image tokens.
 CUT_IMAGES = "whose images max_length or max_prompt_length would cut"
 #: The column of a digest of a pair's tokens and images.

@@ -14,13 +14,12 @@ import pandas
 import pyarrow.parquet
 from torch.utils.data import IterableDataset
 
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, is_hub_name
+from . import FORMATS as FORMATS
 from .images import beside_file, for_table
 from .known import AS_THEY_ARE, Located, Reading, Told
 from .messages import as_written
 from .rows import COLUMNS, IMAGES, NUMBERS, Pair, check_columns, json_type, parse_rows
-
-FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
 #: Datasets whose rows were all checked, with their fingerprints at that time, since `set_transform` changes one in place; and
 #: how they were read.
@@ -181,8 +180,7 @@ def _saved(path: Path) -> Any:
 def _from_hub(name: str, *, streaming: bool) -> Any:
     """A data set on the hub, by "owner/name" or "owner/name:split"; without a split, its only one."""
     hub_name, _, split = name.partition(":")
-    local = Path(hub_name)
-    if local.is_absolute() or hub_name.startswith((".", "~")) or hub_name.count("/") > 1 or local.suffix in FORMATS:
+    if not is_hub_name(hub_name) or Path(hub_name).suffix in FORMATS:
         raise DataError(f"{name}: no such file")
     try:
         dataset: Any = datasets.load_dataset(hub_name, split=split or None, streaming=streaming)

@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError, did_you_mean, first_line
 from .causal import check_class
+from .places import source_of
 from .split import unwrap_adapter
 from .vision import auto_class, load_processor, takes_images
 
@@ -43,7 +44,7 @@ def load_model(path: str | Path, **kwargs: Any) -> Any:
     if (base := _base_of(path)) is not None:
         return _load_adapter(path, base, **kwargs)
     gguf = Path(path).suffix == ".gguf"
-    kind = AutoModelForCausalLM if gguf else auto_class(_source(path)[0], kwargs)
+    kind = AutoModelForCausalLM if gguf else auto_class(source_of(path)[0], kwargs)
     # transformers' bar of the dequantising cannot be turned off.
     with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():
         model = _read(kind, path, "cannot be loaded", **kwargs)
@@ -106,7 +107,7 @@ def load_processing_class(path: str | Path, *, vision: bool, **kwargs: Any) -> A
     Raises:
         ModelError: there is neither a processor nor a tokenizer.
     """
-    processor = load_processor(_source(path)[0], **kwargs) if vision else None
+    processor = load_processor(source_of(path)[0], **kwargs) if vision else None
     return processor if processor is not None else load_tokenizer(path, **kwargs)
 
 
@@ -132,7 +133,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
         )
     if isinstance(model, (str, Path)):
         if tokenizer is None:  # loaded before the model, because an error shows sooner
-            vision = auto_class(_source(model)[0], init) is AutoModelForImageTextToText
+            vision = auto_class(source_of(model)[0], init) is AutoModelForImageTextToText
             tokenizer = load_processing_class(model, vision=vision, **of_tokenizer)
         model = load_model(model, **init)
     if isinstance(ref_model, (str, Path)):
@@ -152,7 +153,7 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
 
 def _base_of(path: str | Path) -> str | None:
     """The base model that a peft adapter's config names; None if the path holds no adapter."""
-    folder, extra = _source(path)
+    folder, extra = source_of(path)
     try:
         found = None if extra else find_adapter_config_file(folder)
     except OSError:
@@ -242,25 +243,8 @@ def _check_names(path: str | Path, model: Any, weights: Mapping[str, Any]) -> No
 
 def _read(kind: Any, path: str | Path, failure: str, **kwargs: Any) -> Any:
     """Call `kind.from_pretrained` with a path or name. If it fails, raise a ModelError that contains `failure`."""
-    folder, extra = _source(path)
+    folder, extra = source_of(path)
     try:
         return kind.from_pretrained(folder, **{**extra, **kwargs})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model '{path}': {failure} ({first_line(error)})") from error
-
-
-def _source(path: str | Path) -> tuple[str, dict[str, str]]:
-    """The arguments of `from_pretrained` for a folder, a .gguf file or a hub name. Raises ModelError for other paths."""
-    local = Path(path).expanduser()
-    if local.suffix == ".gguf":
-        if not local.is_file():
-            raise ModelError(f"model '{path}': no such file")
-        return str(local.parent), {"gguf_file": local.name}
-    if local.is_dir():
-        if not any((local / name).exists() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
-            raise ModelError(f"model '{path}': the folder holds no model (no config.json)")
-        return str(local), {}
-    # A hub name is 'name' or 'owner/name' and is not the path of an existing file.
-    if local.exists() or local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
-        raise ModelError(f"model '{path}': {'not a folder or .gguf file' if local.exists() else 'no such folder'}")
-    return str(path), {}

@@ -10,7 +10,7 @@ from ..errors import OutputError
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records, throughput, training_records
 from ..run_folder.output_dir import SETTINGS
 from ..run_folder.records import METRICS, SUMMARY, read_object, read_records, write_aside
-from ..settings.config import RunSettings
+from ..settings.fields import RunSettings
 from .charts import CHARTS, COLOURS, Curve, draw, points_of
 from .page import LABELS, figure, template
 
@@ -51,17 +51,39 @@ class RunFolder:
         return points_of(self.records.get(source, []), metric)
 
 
-def compare(folders: Sequence[str], output: Path) -> str:
-    """Write the page; returns the table for the terminal.
+def read_runs(folders: Sequence[str]) -> list[RunFolder]:
+    """The runs in these folders, with short names that tell them apart.
 
     Raises:
         OutputError: fewer than two runs, more than there are colours for, or a folder that holds none.
     """
     if not 2 <= len(folders) <= COLOURS:
         raise OutputError(f"compare: give 2 to {COLOURS} folders of runs, got {len(folders)}")
-    runs = [RunFolder(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
-    import pandas
+    return [RunFolder(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
 
+
+def _rows(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """The last figures of the runs, by label; those that no run has are left out."""
+    rows = {}
+    for label, source, metric in _ROWS:
+        found = [run.points(source, metric) for run in runs]
+        if any(found):
+            rows[label] = [figure(points[-1][1] if points else None, metric) for points in found]
+    return rows
+
+
+def table(runs: Sequence[RunFolder]) -> str:
+    """The last figures of the runs as text for a terminal: a column a run."""
+    lines = [["", *(run.name for run in runs)], *([label, *values] for label, values in _rows(runs).items())]
+    first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([label.ljust(first), *(value.rjust(width) for value, width in zip(values, widths, strict=True))])
+        for label, *values in lines
+    )
+
+
+def write_page(runs: Sequence[RunFolder], output: Path) -> None:
+    """Write the page that overlays the runs' curves and lists the settings that differ. Raises OutputError."""
     charts = []
     for chart in CHARTS:
         metric = chart.lines[0].metric
@@ -70,20 +92,13 @@ def compare(folders: Sequence[str], output: Path) -> str:
         held_out = ", held out" if any(run.points("eval", metric) for run in runs) else ""
         if svg := draw(chart, _curves(runs, metric)):
             charts.append({"title": chart.title + held_out, "svg": svg, "healthy": None})
-    rows = {}
-    for label, source, metric in _ROWS:
-        found = [run.points(source, metric) for run in runs]
-        if any(found):
-            rows[label] = [figure(points[-1][1] if points else None, metric) for points in found]
     names = sorted({key for run in runs for key in run.settings if key != "output_dir"})
     different = [key for key in names if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
     settings = {key: [run.settings.get(key, "default") for run in runs] for key in different}
     page = template("comparison.html.j2").render(
-        names=[run.name for run in runs], charts=charts, rows=rows, settings=settings
+        names=[run.name for run in runs], charts=charts, rows=_rows(runs), settings=settings
     )
     write_aside(output, page)
-    names = [run.name for run in runs]
-    return pandas.DataFrame(rows, names).T.to_string() if rows else "  ".join(names)
 
 
 def _names(folders: Sequence[str]) -> list[str]:

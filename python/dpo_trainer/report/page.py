@@ -7,15 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..run import Run
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records, training_records
 from ..run_folder.records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, read_records, write_aside
-from ..run_folder.summary import summarize
-from ..watch.evaluated import EvaluatedPairs
 from .charts import CHARTS, curves_of, draw, draw_margins
 from .verdict import by_cause, judge
+
+if TYPE_CHECKING:  # they import torch, and `dpo-train compare` uses this module without
+    from ..run import Run
+    from ..watch.evaluated import EvaluatedPairs
 
 #: Labels of an evaluation's metrics, on all pages.
 LABELS = {
@@ -34,6 +35,8 @@ _SAMPLES_SHOWN = 6
 
 def write_report(run: Run, *, finished: bool) -> Path | None:
     """Write `summary.json` (once the run is finished) and, if asked for, `report.html`; returns the report's path."""
+    from ..run_folder.summary import summarize
+
     folder = run.args.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(run, finished=finished)

@@ -1,4 +1,7 @@
-"""Checkpoints that are written atomically, with the digests of their files and the state that transformers does not keep."""
+"""Checkpoints that are written atomically, with the digests of their files and the state that transformers does not keep.
+
+Imports torch where it reads or writes tensors, so that a command line can look at a folder without.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import wait_for_everyone
-from safetensors import safe_open
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-
 from ..errors import OutputError, first_line
 from .records import sha256, writing
 
@@ -29,6 +26,8 @@ logger = logging.getLogger("dpo_trainer")
 ASIDE = "checkpoint.part"
 #: The digests of a checkpoint's files, as `sha256sum` writes and checks them, after a line with the digest of the rest.
 DIGESTS = "SHA256SUMS"
+#: The file of transformers' own state.
+TRAINER_STATE_NAME = "trainer_state.json"
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
@@ -45,6 +44,8 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
     Raises:
         OutputError: the disk does not take it. Nothing of it is left, and other checkpoints are as they were.
     """
+    from accelerate.utils import wait_for_everyone
+
     aside, target = run_dir / ASIDE / name, run_dir / name
     whole = checkpoints(run_dir)
     last = f"the last checkpoint is {whole[-1].name}" if whole else "there is no checkpoint"
@@ -164,10 +165,14 @@ def _unreadable(folder: Path) -> str | None:
 def _read_through(path: Path) -> None:
     """Raise some error where a file of a known kind cannot be read."""
     if path.name == TRAINER_STATE_NAME:
+        from transformers import TrainerState
+
         TrainerState.load_from_json(str(path))
     elif path.suffix == ".json":
         json.loads(path.read_bytes())
     elif path.suffix == ".safetensors":
+        from safetensors import safe_open
+
         with safe_open(path, "pt"):
             pass
     elif path.suffix in (".pt", ".pth", ".bin"):  # torch.save writes zip files, whose members have checksums
@@ -181,10 +186,14 @@ def _read_through(path: Path) -> None:
 
 def save_state(folder: Path, rank: int, state: dict[str, Any]) -> None:
     """Write a process's state, nested dicts of tensors and numbers, into a checkpoint."""
+    import torch
+
     torch.save(state, folder / f"dpo_state_{rank}.pt")
 
 
 def load_state(folder: Path, rank: int) -> dict[str, Any]:
     """A process's state from a checkpoint; empty from a checkpoint that has none, such as one of another trainer."""
+    import torch
+
     path = folder / f"dpo_state_{rank}.pt"
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}

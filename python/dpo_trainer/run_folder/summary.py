@@ -17,7 +17,8 @@ from dpo_kernels.objectives import Pairs, mix
 from ..model.split import unwrap_adapter
 from ..run import Run
 from ..settings import objective
-from ..settings.config import DPOConfig, settings_table
+from ..settings.config import DPOConfig
+from ..settings.rows import settings_table
 from .metrics import evaluation_records, throughput, training_records
 from .records import METRICS, read_records
 

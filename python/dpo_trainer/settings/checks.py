@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_kernels.linear.planner import parse_budget
-
 from ..errors import ConfigError
 
 
@@ -32,12 +30,18 @@ def check_together(config: Any) -> None:
             raise ConfigError(f"optim_args: expected name=value, separated by commas, got '{config.optim_args}'")
     if config.win_rate_scorer is not None and not config.sample_prompts:
         raise ConfigError("win_rate_scorer: there is nothing to score; set sample_prompts, e.g. to 32")
+    if isinstance(config.grad_filter, str) and config.grad_filter != "auto":
+        raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{config.grad_filter}'")
+
+
+def check_budget(config: Any) -> None:
+    """Raise ConfigError for a memory budget that the kernels cannot read."""
+    from dpo_kernels.linear.planner import parse_budget
+
     try:
         parse_budget(config.memory_budget, 1, 1)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"memory_budget: {error}") from error
-    if isinstance(config.grad_filter, str) and config.grad_filter != "auto":
-        raise ConfigError(f"grad_filter: must be 'auto', None or a probability, got '{config.grad_filter}'")
 
 
 def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:

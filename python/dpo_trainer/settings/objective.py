@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_kernels import objectives
-from dpo_kernels.objectives import OBJECTIVES
+from dpo_kernels.names import OBJECTIVES
 
 from ..errors import ConfigError
+from .aliases import objective_of
 from .table import check_choice
 
 #: The kernels' names of the divergences, by TRL's.
@@ -21,6 +21,8 @@ DIVERGENCES = {
 
 def build(config: Any) -> list[Any]:
     """The objectives of a DPOConfig as callables; those with state are made anew."""
+    from dpo_kernels import objectives
+
     return objectives.build(_texts(config))
 
 
@@ -28,7 +30,8 @@ def _texts(config: Any) -> list[Any]:
     """The entries of `loss_type`; each takes from the settings beside it what its own parentheses do not say."""
     kind = DIVERGENCES[config.f_divergence_type]
     found: list[Any] = []
-    for entry in objectives.as_list(config.loss_type):
+    kinds = config.loss_type
+    for entry in [kinds] if isinstance(kinds, str) or callable(kinds) else kinds:
         if not isinstance(entry, str):
             found.append(entry)
             continue
@@ -45,16 +48,26 @@ def _texts(config: Any) -> list[Any]:
     return found
 
 
-def check(config: Any) -> None:
-    """Raise ConfigError for a DPOConfig whose objective cannot be built, or does not fit its other settings."""
+def check_names(config: Any) -> None:
+    """Raise ConfigError for an unknown objective, or weights that are not as many. Imports no torch."""
     names = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
     if not names:
         raise ConfigError("loss_type: at least one objective is needed")
     for name in names:
         # "simpo(gamma=1)" names simpo, with a hyper-parameter of its own.
-        check_choice("loss_type", name.partition("(")[0].strip(), OBJECTIVES, "objective")
+        word = name.partition("(")[0].strip()
+        if word not in OBJECTIVES and (ours := objective_of(word)) != word:
+            raise ConfigError(f"loss_type: '{word}' is called '{ours}'")
+        check_choice("loss_type", word, OBJECTIVES, "objective")
     if config.loss_weights is not None and len(config.loss_weights) != len(names):
         raise ConfigError(f"loss_weights: {len(config.loss_weights)} weights for {len(names)} objectives in loss_type")
+
+
+def check(config: Any) -> None:
+    """Raise ConfigError for a DPOConfig whose objective cannot be built, or does not fit its other settings."""
+    from dpo_kernels import objectives
+
+    check_names(config)
     try:
         objectives.build(config.loss_type)
     except ValueError as error:

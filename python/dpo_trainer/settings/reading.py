@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..data.known import Reading
 from ..data.rows import RESERVED
 from ..errors import ConfigError
 from .table import POSITIVE, setting
@@ -46,6 +45,8 @@ class ReadingSettings:
 
     def check_reading(self, as_mapping: Callable[[str, Any], dict[str, Any] | None]) -> None:
         """Make mappings of those that are JSON text. Raises ConfigError for what cannot be meant."""
+        from ..data.known import Reading  # imports torch
+
         for name in ("columns", "weight_from", "chat_template_kwargs"):
             setattr(self, name, as_mapping(name, getattr(self, name)))
         Reading(self.columns, self.weight_from)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
@@ -23,6 +22,30 @@ GROUPS = {
     "kernels": "The kernels",
     "watch": "What is watched",
 }
+#: What `--help` shows, in sections of its own.
+HELP = {
+    "Start here": (
+        "model",
+        "train_data",
+        "eval_data",
+        "val_split",
+        "output_dir",
+        "lora",
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+        "bf16",
+    ),
+    "Data": ("columns", "weight_from", "max_prompt_length", "truncation_mode", "filters", "streaming"),
+    "Objective": ("beta", "loss_type", "loss_weights", "label_smoothing"),
+    "Reference": ("ref_model", "precompute_ref_log_probs", "sync_ref_model"),
+    "Memory": ("gradient_checkpointing", "max_tokens", "memory_budget", "model_init_kwargs"),
+    "Watching": ("eval_steps", "save_steps", "logging_steps", "report_to", "sample_prompts", "diagnostics", "stop_on"),
+}
+SHOWN = frozenset(name for names in HELP.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -60,7 +83,6 @@ class Setting:
         group: a key of GROUPS, or "" for the others of TrainingArguments.
         choices: the texts that it may be, or that its items may be.
         called: what a choice is called in an error.
-        common: whether `--help` shows it.
         name, hint, default, help: of the dataclass field, put in by `settings_table`; a row may bring a help of its own.
     """
 
@@ -68,14 +90,12 @@ class Setting:
     group: str = ""
     choices: Iterable[str] = ()
     called: str = ""
-    common: bool = False
     name: str = ""
     hint: Any = None
     default: Any = None
     help: str = ""
 
 
-_common = partial(Setting, common=True)
 #: Settings of TrainingArguments, which takes most values without a look: what they must be, and how `--help` shows some.
 INHERITED = {
     **dict.fromkeys(
@@ -84,10 +104,13 @@ INHERITED = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Setting(rule=DECAY)),
     **dict.fromkeys(("seed", "data_seed"), Setting(rule=SEED)),
     "per_device_eval_batch_size": Setting(rule=at_least(1)),
-    "per_device_train_batch_size": _common(at_least(1), "optimizer", help="Pairs in a batch, on each device."),
-    "gradient_accumulation_steps": _common(at_least(1), "optimizer", help="Batches that make an optimizer step."),
-    "max_steps": _common(None, "optimizer", help="Optimizer steps of the run. -1: as many as num_train_epochs has."),
-    "bf16": _common(None, "optimizer", help="Compute in bfloat16. The weights keep their type, float32 unless set."),
+    "per_device_train_batch_size": Setting(at_least(1), "optimizer", help="Pairs in a batch, on each device."),
+    "gradient_accumulation_steps": Setting(at_least(1), "optimizer", help="Batches that make an optimizer step."),
+    "max_steps": Setting(None, "optimizer", help="Optimizer steps of the run. -1: as many as num_train_epochs has."),
+    "bf16": Setting(None, "optimizer", help="Compute in bfloat16. The weights keep their type, float32 unless set."),
+    "gradient_checkpointing": Setting(
+        None, "model", help="Compute activations again in the backward: less memory, and a third more time."
+    ),
 }
 
 

@@ -16,7 +16,8 @@ from ..data.prepare import PreparedStream, by_name
 from ..data.rows import REFERENCE, SIDES, has_reference
 from ..data.tokens import scored_counts
 from ..run import Run
-from ..run_folder.records import EVENTS, SUMMARY, Journal
+from ..run_folder.journal import Journal
+from ..run_folder.records import EVENTS, SUMMARY
 from ..run_folder.summary import initial_loss
 from ..settings.checks import as_mapping
 from ..settings.diagnoses import DIAGNOSES, Limits

@@ -29,7 +29,8 @@ from ..errors import ConfigError, first_line
 from ..model.split import evaluating
 from ..progress import Phase, line_of
 from ..run import Run
-from ..run_folder.records import SAMPLES, Journal
+from ..run_folder.journal import Journal
+from ..run_folder.records import SAMPLES
 from .diagnostics import spread
 
 logger = logging.getLogger("dpo_trainer")

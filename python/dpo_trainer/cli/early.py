@@ -1,0 +1,59 @@
+"""What is checked before torch and transformers are loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data import FORMATS
+from ..errors import DataError, is_hub_name
+from ..model.places import source_of
+from ..settings.rows import check_given
+from ..watch.signals import is_first
+from .packages import check_packages
+from .settings import REQUIRED, read_settings
+
+
+def settings_of(arguments: Sequence[str], required: Sequence[str] = REQUIRED) -> tuple[dict[str, Any], set[str]]:
+    """The settings and switches of a run, with all checks that need no torch.
+
+    Raises:
+        UsageError: in one line.
+    """
+    settings, switches = read_settings(arguments, required)
+    check_given(settings)
+    check_paths(settings)
+    check_packages(settings)
+    return settings, switches
+
+
+def check_paths(settings: Mapping[str, Any]) -> None:
+    """Raise UsageError for models and data that are not there; names on the hub are for whoever loads them."""
+    for key in ("train_data", "eval_data"):
+        path = settings.get(key)
+        if path is None or Path(path).expanduser().exists():
+            continue
+        name = path.partition(":")[0]
+        if not is_hub_name(name) or Path(name).suffix in FORMATS:
+            raise DataError(f"{path}: no such file")
+    for key in ("model", "ref_model"):
+        if settings.get(key) is not None:
+            source_of(settings[key])
+
+
+def tell_loading(switches: set[str]) -> None:
+    """Say on standard error that torch and transformers are loaded now, unless they are there or nobody wants to know."""
+    if switches.isdisjoint({"--quiet", "--json"}) and is_first() and "transformers" not in sys.modules:
+        print("loading torch and transformers", file=sys.stderr, flush=True)
+
+
+def set_up_logging(*, quiet: bool) -> None:
+    """Let our own lines through to standard error, and of the libraries only errors."""
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("accelerate", "datasets", "httpx", "huggingface_hub", "matplotlib", "torch"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # of libraries, to their developers; ours go through logging

@@ -1,0 +1,136 @@
+"""`dpo-train init`: a YAML file with comments for a case, to be filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ConfigError, OutputError, did_you_mean
+
+START = """\
+# {title}
+#
+#   dpo-train inspect {file}   # shows the data, and the memory and time that the run would take
+#   {launch}
+#
+# The command line wins over this file, e.g. --beta 0.05. dpo-train --help explains every setting.
+
+# The model: a folder or a name on the hub (owner/name). It should have been fine-tuned on instructions (SFT) before.
+model: ./my-model
+# Pairs: a line of JSON each, {{"prompt": ..., "chosen": ..., "rejected": ...}}, as text or as chat messages.
+train_data: train.jsonl
+# A tenth of the pairs is held out: they show whether the model learns more than the training pairs. In its place,
+# eval_data: eval.jsonl names a file of held-out pairs.
+val_split: 0.1
+# A new folder, for the model, checkpoints and report.html.
+output_dir: runs/{name}
+"""
+OBJECTIVE = """\
+
+# How strongly the model is pulled towards its reference, which is the model as it starts. 0.1 suits most runs.
+beta: 0.1
+# The objective; sigmoid is DPO.
+loss_type: sigmoid
+"""
+END = """\
+
+# Passes over the pairs. More than one to three memorises them.
+num_train_epochs: 1
+# Longer pairs are cut to this number of tokens.
+max_length: 1024
+seed: 42
+"""
+ACCELERATE = """\
+
+# accelerate launch --num_processes 8 --module dpo_trainer.cli starts the same run.
+"""
+WHOLE = """\
+
+# Whole models want small learning rates, 5e-7 to 5e-6.
+learning_rate: 1.0e-6
+lr_scheduler_type: cosine
+# Share of the run in which the learning rate rises.
+warmup_steps: 0.1
+"""
+ADAPTER = """\
+
+# Trains small matrices beside these layers, not the whole model. The reference is the model without them.
+lora:
+  r: 16
+  lora_alpha: 32
+  target_modules: all-linear
+# Adapters want larger learning rates than whole models, 1e-5 to 1e-4.
+learning_rate: 2.0e-5
+lr_scheduler_type: cosine
+# Share of the run in which the learning rate rises.
+warmup_steps: 0.1
+"""
+ON_GPU = """\
+
+# 16-bit arithmetic on float32 weights. Remove it on a GPU without bfloat16.
+bf16: true
+# A step has batch x accumulation x devices pairs. If memory is short, halve the one and double the other.
+per_device_train_batch_size: 8
+gradient_accumulation_steps: {accumulation}
+# Computes activations again in the backward: less memory, and a third more time.
+gradient_checkpointing: {checkpointing}
+"""
+ON_CPU = """\
+
+# Trains on the CPU, even if there is a GPU.
+use_cpu: true
+# Pairs in a step. A few steps are enough to see that everything works; remove max_steps to train on all pairs.
+per_device_train_batch_size: 4
+max_steps: 50
+"""
+#: Cases by name: title, command, and what the file holds.
+CASES = {
+    "full": (
+        "DPO of a whole model on one GPU.",
+        "dpo-train {file}",
+        WHOLE + OBJECTIVE + ON_GPU.format(accumulation=4, checkpointing="false") + END,
+    ),
+    "lora": (
+        "DPO of a LoRA adapter on one GPU: the least memory.",
+        "dpo-train {file}",
+        ADAPTER + OBJECTIVE + ON_GPU.format(accumulation=4, checkpointing="false") + END,
+    ),
+    "small-cpu": (
+        "DPO of a small model (up to some hundred million parameters) on a CPU: to try things out.",
+        "dpo-train {file}",
+        WHOLE + OBJECTIVE + ON_CPU + END.replace("1024", "512"),
+    ),
+    "multi-gpu": (
+        "DPO of a whole model on several GPUs of one machine, each with a copy of the model.",
+        "torchrun --nproc-per-node 8 -m dpo_trainer.cli {file}   # 8 GPUs",
+        ACCELERATE + WHOLE + OBJECTIVE + ON_GPU.format(accumulation=1, checkpointing="true") + END,
+    ),
+}
+
+
+def init(words: Sequence[str], output: Path | None) -> str:
+    """Write the file of a case; returns what to do next.
+
+    Args:
+        words: the case, "full" if there is none.
+        output: the file; CASE.yaml if it is None.
+
+    Raises:
+        ConfigError: an unknown case.
+        OutputError: the file exists.
+    """
+    case = words[0] if words else "full"
+    if len(words) > 1 or case not in CASES:
+        wrong = words[1] if len(words) > 1 else case
+        raise ConfigError(f"init: unknown case '{wrong}'{did_you_mean(wrong, CASES)}; known are {', '.join(CASES)}")
+    path = output or Path(f"{case}.yaml")
+    title, launch, rest = CASES[case]
+    launch = launch.format(file=path)
+    text = START.format(title=title, file=path, launch=launch, name=case) + rest
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OutputError(f"init: {path} exists; choose another name with --output") from error
+    return f"{path}: set model, train_data and output_dir there; then\n  {launch}"
