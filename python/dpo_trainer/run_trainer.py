@@ -23,8 +23,9 @@ from .reference_trainer import ReferenceTrainer
 from .report import page as report
 from .report.model_card import write_card
 from .run_folder.checkpoints import discard_half, load_state, save_state, sound_checkpoint, written_aside
+from .run_folder.journal import Journal
 from .run_folder.lock import run_lock
-from .run_folder.records import Journal, writing
+from .run_folder.records import writing
 from .settings.trl import tell_differences
 from .watch.callbacks import LogAtTheEnd, ProgressLine, ReportFile
 from .watch.diagnostics import Diagnostics

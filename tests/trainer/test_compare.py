@@ -35,7 +35,9 @@ def test_two_runs_on_one_page_and_in_one_table(runs: Path, tmp_path: Path, capsy
     records = [json.loads(line) for line in (runs / "fast" / "metrics.jsonl").read_text().splitlines()]
     last = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
     (held_out,) = [row for row in rows if row.startswith("held-out loss")]
-    assert held_out.split()[-1] == f"{last:.4f}"
+    assert f" {last:.4f} ± " in held_out
+    assert held_out.endswith(" *"), "the better one, by more than the errors"
+    assert "learning_rate" in shown
     page = output.read_text()
     assert "http" not in page.replace("http://www.w3.org", "")
     assert page.count("<svg") >= 5
@@ -99,7 +101,9 @@ def test_hardest_and_most_improved_pairs_are_those_of_the_evaluation(tmp_path: P
     gains = sorted(
         (after - before, index) for index, (before, after) in enumerate(zip(found.before, found.after, strict=True))
     )
-    assert [example.chosen for example in found.hardest] == [pairs[index]["chosen"].strip() for _, index in gains[:4]]
+    hard = sorted((margin, index) for index, margin in enumerate(found.after) if margin < 0)
+    assert [example.after for example in found.hardest] == [margin for margin, _ in hard[:4]]
+    assert [example.chosen for example in found.hardest] == [pairs[index]["chosen"].strip() for _, index in hard[:4]]
     assert [example.rejected for example in found.improved] == [
         pairs[index]["rejected"].strip() for _, index in gains[::-1][:4]
     ]

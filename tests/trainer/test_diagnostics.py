@@ -85,7 +85,7 @@ def test_a_learning_rate_that_is_too_low(train: Any) -> None:
     event = found["learning_rate_low"]
     assert event["step"] >= 8
     assert "it starts at 0.6931" in event["seen"]
-    assert "Raise the learning rate" in event["remedy"]
+    assert "Set learning_rate: 1e-08, ten times this run's" in event["remedy"]
 
 
 def test_updates_lost_to_rounding(train: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.report.charts import CHARTS, Curve, curves_of, draw
+from dpo_trainer.report.charts import CHARTS
+from dpo_trainer.report.drawing import Curve, curves_of, draw
 from dpo_trainer.report.page import render_report
 from dpo_trainer.run_folder.records import read_records
 from dpo_trainer.watch.callbacks import ProgressLine

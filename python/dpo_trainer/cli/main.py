@@ -13,7 +13,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from ..errors import ConfigError, UsageError
-from ..report.compare import OUTPUT, compare
+from ..report.compare import compare
 from ..run_folder.lock import run_lock
 from ..run_folder.output_dir import check_output, check_place, clear_run, data_digests, record_run
 from ..run_folder.records import EVENTS, METRICS, SAMPLES, SUMMARY, json_line
@@ -69,7 +69,7 @@ def compare_runs(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: an unknown word, or a folder without a run.
     """
-    folders, output = list(arguments), Path(OUTPUT)
+    folders, output = list(arguments), None
     if "--output" in folders:
         place = folders.index("--output")
         if place + 1 == len(folders):
@@ -79,8 +79,7 @@ def compare_runs(arguments: Sequence[str]) -> None:
     for word in folders:
         if word.startswith("-"):
             raise ConfigError(f"compare: unknown option '{word}'; usage: {COMPARE}")
-    print(compare(folders, output))
-    print(f"\n{output}")
+    print(f"\npage: {compare(folders, output)}")
 
 
 def inspect_run(arguments: Sequence[str]) -> None:

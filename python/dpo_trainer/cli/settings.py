@@ -32,8 +32,9 @@ USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
 COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
 COMPARE_ABOUT = """\
-Prints the last figures of 2 to 8 runs, each the output_dir of one. Writes a page with their curves and the settings that
-differ: comparison.html in the working directory, unless --output names another file."""
+Prints the last figures of 2 to 8 runs, each the output_dir of one, and the settings and data that differ. A star marks a
+best that is better by more than two standard errors. Writes a page with their curves: comparison.html in the first
+run's folder, unless --output names another file."""
 ABOUT = """\
 Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML file
 and from the command line, which wins. Nested settings are written with dots, lists as '[a, b]'. Defaults stand in

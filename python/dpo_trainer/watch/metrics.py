@@ -51,8 +51,8 @@ class MetricWindow:
         del self._batches[len(self._batches) - batches :]
         del self._auxiliary[max(len(self._auxiliary) - batches, 0) :]
 
-    def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> DPOOutput | None:
-        """All batches as one, on the CPU; None before the first.
+    def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> tuple[DPOOutput, Tensor] | None:
+        """All batches as one, and the weights [P] of its pairs, on the CPU; None before the first.
 
         Of several processes every first batch comes first, then every second one: the order in which an evaluation
         divides its rows.
@@ -62,8 +62,10 @@ class MetricWindow:
         """
         if not self._batches:
             return None
-        mine = send_to_device([output.fields() for output, _, _ in self._batches], "cpu")
-        return DPOOutput(**join([fields for turn in zip(*gather([mine]), strict=True) for fields in turn]))
+        mine = send_to_device([{**output.fields(), "weights": weights} for output, weights, _ in self._batches], "cpu")
+        fields = join([fields for turn in zip(*gather([mine]), strict=True) for fields in turn])
+        weights = fields.pop("weights")
+        return DPOOutput(**fields), weights
 
     def state(self) -> dict[str, Any]:
         """Everything added so far, as tensors and numbers, for a checkpoint."""

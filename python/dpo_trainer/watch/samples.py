@@ -28,7 +28,8 @@ from ..data.rows import images_of
 from ..errors import ConfigError, first_line
 from ..model.split import evaluating
 from ..run import Run
-from ..run_folder.records import SAMPLES, Journal
+from ..run_folder.journal import Journal
+from ..run_folder.records import SAMPLES
 from .diagnostics import spread
 
 logger = logging.getLogger("dpo_trainer")
