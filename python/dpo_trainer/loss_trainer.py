@@ -19,7 +19,7 @@ from .model.adapter_kinds import allocation_state, take_allocation_state
 from .model.auxiliary import AuxiliaryLoss
 from .model.split import Batch, call_through
 from .run_trainer import RunTrainer, SpoiltUpdate
-from .watch.evaluated import Evaluations, look_at
+from .watch.evaluated import ERRORS, Evaluations, look_at
 from .watch.metrics import TINY, MetricWindow, memory_mib
 from .watch.metrics import names as metric_names
 
@@ -234,7 +234,7 @@ class LossTrainer(RunTrainer):
                 self._statistics(self.reference is not None and not given),
                 reference=given or self.reference is not None,
             )
-            own += [*(self.samples.metric_names if self.samples is not None else ()), *SPEEDS]
+            own += [*ERRORS, *(self.samples.metric_names if self.samples is not None else ()), *SPEEDS]
             found += [f"{key}_{name}" if key else name for name in own]
         return found
 

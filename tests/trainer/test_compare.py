@@ -1,14 +1,19 @@
 """`dpo-train compare`, and what the report shows of single pairs and of diagnoses."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import dpo_trainer
 from dpo_trainer.cli.main import main
+from dpo_trainer.report.compare import compare
 from dpo_trainer.run_folder.records import json_line
 from dpo_trainer.watch.evaluated import look_at
 
@@ -81,6 +86,60 @@ def test_settings_of_dpo_train_and_the_whole_run_s_throughput_are_compared(
     page = (tmp_path / "both.html").read_text()
     assert ">lora<" in page
     assert ">model<" not in page, "which is the same in both"
+
+
+def test_the_page_is_in_the_first_run_s_folder(runs: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    folders = [str(shutil.copytree(runs / name, tmp_path / name)) for name in ("slow", "fast")]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["compare", *folders]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(tmp_path / "slow" / "comparison.html"))
+    assert (tmp_path / "slow" / "comparison.html").exists()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_difference_within_errors_has_no_star(runs: Path, tmp_path: Path) -> None:
+    folders = [str(shutil.copytree(runs / "slow", tmp_path / name)) for name in ("a", "b")]
+    path = tmp_path / "b" / "metrics.jsonl"
+    path.write_text(re.sub(r'"eval_loss": 0\.(\d)', r'"eval_loss": 0.5', path.read_text()))
+    told: list[str] = []
+    compare(folders, tell=told.append)
+    assert "held-out loss" in told[0]
+    assert re.search(r"^held-out loss .* \*$", told[0], re.MULTILINE), "far apart"
+    path.write_text(re.sub(r'"eval_loss_se": [\d.]+', '"eval_loss_se": 0.2', path.read_text()))
+    compare(folders, tell=told.append)
+    assert "*" not in told[1]
+
+
+def test_data_that_differ_are_told_and_nothing_is_best(runs: Path, tmp_path: Path) -> None:
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("slow", "fast")]
+    for folder, digest in zip(folders, ("a" * 64, "b" * 64), strict=True):
+        settings = {"eval_data": "eval.jsonl", "data_sha256": {"eval_data 'eval.jsonl'": digest}}
+        (folder / "settings.json").write_text(json.dumps(settings))
+    told: list[str] = []
+    compare([str(folder) for folder in folders], tell=told.append)
+    assert re.search(r"eval_data +eval.jsonl \(SHA-256 aaaaaaaaaaaa\) +eval.jsonl \(SHA-256 bbbbbbbbbbbb\)", told[0])
+    assert "The runs were evaluated on different data" in told[0]
+    assert "*" not in told[0]
+
+
+def test_the_table_needs_neither_torch_nor_matplotlib(runs: Path, tmp_path: Path) -> None:
+    """With the package's front door left out, which imports the trainer."""
+    script = f"""
+import sys, types
+package = types.ModuleType("dpo_trainer")
+package.__path__ = [{str(Path(dpo_trainer.__file__).parent)!r}]
+sys.modules["dpo_trainer"] = package
+from pathlib import Path
+from dpo_trainer.report.compare import compare
+def tell(table):
+    print(table)
+    print("loaded:", sorted({{"torch", "transformers", "pandas", "numpy", "matplotlib"}} & set(sys.modules)))
+compare([{str(runs / "slow")!r}, {str(runs / "fast")!r}], Path({str(tmp_path / "page.html")!r}), tell)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert "held-out loss" in done.stdout
+    assert done.stdout.endswith("loaded: []\n")
 
 
 def test_hardest_and_most_improved_pairs_are_those_of_the_evaluation(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ LINES = {
     "flipped-labels": "Failed: rejected answers win, so the labels look flipped",
     "learning-rate-too-high": "Failed: the learning rate is far too high",
     "learning-rate-too-low": "Failed: the learning rate is too low, so the loss is stuck where it started",
-    "updates-lost": "Failed: 16-bit weights lose the updates to rounding, so the loss is stuck where it started",
+    "updates-lost": "Failed: 16-bit weights lose the updates to rounding, so the loss is stuck",
 }
 
 

@@ -145,11 +145,11 @@ def _cards(
         rejected = " \u2192 ".join(_nats(record.get("logps/rejected")) for record in (first, last))
         cards.append(
             {
-                "label": f"log-probability of {kind} chosen answers",
+                "label": f"{kind} chosen log-probability",
                 "before": _nats(before),
                 "value": _nats(chosen),
                 "error": f"{gained['chosen'][1]:.1f}" if gained and gained["chosen"][1] >= 0.05 else "",
-                "note": f"nats an answer; rejected: {rejected}",
+                "note": f"nats; rejected: {rejected}",
             }
         )
     if last.get("win_rate") is not None:

@@ -153,7 +153,7 @@ def judge(
             kl = _number((found.final if found else summary["last"]).get("kl"))
             if event["name"] == "learning_rate_high" and not math.isnan(kl):
                 why += (
-                    f" In the end it is {kl:.2f} nats per token: the model no longer writes as it did before training."
+                    f" In the end the KL divergence is {kl:.2f} nats per token: the model no longer writes as it did."
                 )
             return Verdict("Failed", _lower(event["title"]), why, event["remedy"], event["name"])
     empty = [record for record in samples if not record["policy"].strip()]
@@ -327,7 +327,8 @@ def _more_pairs(found: Figures) -> str:
     said = said or f"{found.pairs:,} pairs are too few for any accuracy to tell"
     if lead < 0.02:
         return f"{said}. Train longer, or read twenty pairs: is the preference visible in the text?"
-    return f"{said}: at {found.accuracy:.0%} it takes about {math.ceil(round((0.5 * _ERRORS / lead) ** 2, 6)):,}. Hold out more pairs."
+    enough = math.ceil(round((0.5 * _ERRORS / lead) ** 2, 6))
+    return f"{said}: at {found.accuracy:.0%} it takes about {enough:,}. Hold out more pairs."
 
 
 def _lower(title: str) -> str:

@@ -69,7 +69,7 @@ DIAGNOSES: dict[str, Diagnosis] = {
         step="Set learning_rate: {learning_rate*0.1}, a tenth of this run's.",
     ),
     "updates_lost": Diagnosis(
-        "16-bit weights lose the updates to rounding, so the loss is stuck where it started",
+        "16-bit weights lose the updates to rounding, so the loss is stuck",
         "Load the model in float32 (the default of dpo-train) and set bf16: true, which computes in 16 bits on float32 weights; "
         "or train a LoRA adapter in float32. 16-bit weights cannot take updates of this size.",
         (*_STUCK, "stuck_rewards", "changed_share"),

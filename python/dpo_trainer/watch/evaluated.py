@@ -15,6 +15,8 @@ from ..data.tokens import TOKENS
 
 SHOWN = 4  # pairs of each kind
 LONGEST = 600  # characters of a text
+#: The standard errors that every evaluation logs.
+ERRORS = ("loss_se", "rewards/accuracies_se")
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Evaluations:
         losses, kept = output.losses.double(), self.losses.get(prefix, {})
         loss, error = mean_and_error(losses, weights)
         right = (output.chosen_rewards > output.rejected_rewards).double().mean().item()
-        found = {"loss_se": error, "rewards/accuracies_se": share_error(right, len(losses))}
+        found = dict(zip(ERRORS, (error, share_error(right, len(losses))), strict=True))
         for name, earlier in kept.items():
             if len(earlier) == len(losses):
                 change, error = mean_and_error(losses - earlier, weights)
