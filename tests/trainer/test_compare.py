@@ -111,6 +111,18 @@ def test_a_difference_within_errors_has_no_star(runs: Path, tmp_path: Path) -> N
     assert "*" not in told[1]
 
 
+def test_a_run_that_failed_is_not_the_best(runs: Path, tmp_path: Path) -> None:
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("slow", "fast")]
+    told: list[str] = []
+    compare([str(folder) for folder in folders], tell=told.append)
+    event = {"step": 1, "name": "not_finite", "title": "x", "seen": "y", "remedy": "z"}
+    (folders[1] / "events.jsonl").write_text(json_line(event))
+    compare([str(folder) for folder in folders], tell=told.append)
+    assert "*" in told[0]
+    assert "*" not in told[1]
+    assert re.search(r"^verdict .* failed$", told[1], re.MULTILINE)
+
+
 def test_data_that_differ_are_told_and_nothing_is_best(runs: Path, tmp_path: Path) -> None:
     folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("slow", "fast")]
     for folder, digest in zip(folders, ("a" * 64, "b" * 64), strict=True):

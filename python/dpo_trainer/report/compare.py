@@ -13,10 +13,11 @@ from typing import Any
 
 from ..errors import OutputError
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records, throughput, training_records
-from ..run_folder.records import METRICS, SETTINGS, SUMMARY, read_object, read_records, write_aside
+from ..run_folder.records import EVENTS, METRICS, SETTINGS, SUMMARY, read_object, read_records, write_aside
 from .charts import CHARTS
 from .drawing import COLOURS, Curve, draw, points_of
 from .figures import BETTER, LABELS, figure, template, with_error
+from .verdict import judge
 
 OUTPUT = "comparison.html"
 #: Rows of the table: label, records that they come from, metric.
@@ -34,6 +35,7 @@ class RunFolder:
     """What a run's folder says.
 
     Attributes:
+        verdict: the word of its report's verdict.
         settings: those that are not at their defaults, and the data: the runs of `dpo-train` name files and their digests.
 
     Raises:
@@ -51,6 +53,9 @@ class RunFolder:
         if seconds:
             self.records["run"] = [{"step": self.records["train"][-1]["step"], "tokens_per_second": tokens / seconds}]
         summary, given = read_object(folder / SUMMARY), read_object(folder / SETTINGS)
+        self.verdict = "not finished"
+        if summary:
+            self.verdict = judge(summary, self.records["eval"], read_records(folder / EVENTS)).word.lower()
         # The trainer's own settings, of a finished run, and those that dpo-train was given.
         self.settings: dict[str, Any] = dict(summary.get("changed_settings", {}))
         self.settings |= {key: value for key, value in given.items() if value is not None}
@@ -95,7 +100,7 @@ def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[
     rows, settings = _figures(runs, comparable=comparable), _differences(runs)
     remarks = []
     if any(cell.endswith("*") for row in rows.values() for cell in row):
-        remarks.append("* best, by more than two standard errors of the difference")
+        remarks.append("* best of the runs that did not fail, by more than two standard errors of the difference")
     if not comparable:
         remarks.append("The runs were evaluated on different data: their held-out figures cannot be compared.")
     names = [run.name for run in runs]
@@ -126,7 +131,8 @@ def _figures(runs: Sequence[RunFolder], *, comparable: bool) -> dict[str, list[s
         if all(value is None for value, _ in found):
             continue
         rows[label] = [with_error(value, error, metric) for value, error in found]
-        if metric in BETTER and source == "eval" and comparable and (best := _best(found, BETTER[metric])) is not None:
+        sound = [pair if run.verdict != "failed" else (None, math.nan) for run, pair in zip(runs, found, strict=True)]
+        if metric in BETTER and source == "eval" and comparable and (best := _best(sound, BETTER[metric])) is not None:
             rows[label][best] += " *"
     best_of = [
         min(points, key=lambda point: point[1]) if points else None
@@ -135,17 +141,17 @@ def _figures(runs: Sequence[RunFolder], *, comparable: bool) -> dict[str, list[s
     if any(best_of):
         cells = ["-" if best is None else f"{figure(best[1])} at step {best[0]}" for best in best_of]
         rows = {"held-out loss": rows["held-out loss"], "least held-out loss": cells, **rows}
-    return rows
+    return {"verdict": [run.verdict for run in runs], **rows}
 
 
 def _best(found: Sequence[tuple[float | None, float]], sign: int) -> int | None:
     """The place of the value that is better than each other one by more than two standard errors; None if there is none."""
-    if any(value is None for value, _ in found):
+    known = {place: (value, error) for place, (value, error) in enumerate(found) if value is not None}
+    if len(known) < 2:
         return None
-    best = max(range(len(found)), key=lambda place: sign * (found[place][0] or 0.0))
-    value, error = found[best]
-    others = [pair for place, pair in enumerate(found) if place != best]
-    clear = all(abs((value or 0.0) - (other or 0.0)) > 2 * math.hypot(error, its) for other, its in others)
+    best = max(known, key=lambda place: sign * known[place][0])
+    value, error = known.pop(best)
+    clear = all(abs(value - other) > 2 * math.hypot(error, its) for other, its in known.values())
     return best if clear else None
 
 

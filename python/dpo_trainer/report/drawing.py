@@ -220,8 +220,10 @@ def _axes(key: str) -> Iterator[Any]:
 def _inline(axes: Any, key: str, title: str, words: str, spots: Sequence[tuple[float, float, str, int]] = ()) -> str:
     """The drawing as SVG for a page: described in words, and with spots (x, y, text, colour) that tell their text."""
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        # Above the plot: a legend inside hides points wherever it is put.
-        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.1)
+        # Above the plot: a legend inside hides points wherever it is put. In as many columns as are wide enough.
+        longest = max(map(len, axes.get_legend_handles_labels()[1]))
+        columns = next((count for count in (3, 2) if count * (longest + 8) <= 54), 1)
+        axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.1)
     buffer, canvas = io.StringIO(), axes.figure
     canvas.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()

@@ -95,8 +95,8 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "pairs_swapped": Diagnosis(
         "Rejected answers win, so the labels look flipped",
-        "Check that the columns chosen and rejected are not swapped, in training and in evaluation data, and that both "
-        "were labelled by the same rule.",
+        "Read five rows of the training data and five of the evaluation data (dpo-train inspect). Where chosen and rejected are "
+        "swapped in both, set columns: {chosen: rejected, rejected: chosen}; where in one of them, exchange them in that file.",
         (*_STUCK, "swapped_accuracy"),
         fails=True,
         causes=("learning_rate_high",),
