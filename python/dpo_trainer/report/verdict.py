@@ -10,7 +10,7 @@ from typing import Any
 from ..settings.diagnoses import DIAGNOSES, Limits
 from .figures import figure, with_error
 
-#: An accuracy is told from guessing by this many standard errors.
+#: A difference is one from this many standard errors on.
 _ERRORS = 2.0
 
 
@@ -63,8 +63,12 @@ class Figures:
 
     @property
     def doubt(self) -> float:
-        """How far from 50 % an accuracy must be to be told from guessing."""
-        return _ERRORS * 0.5 / math.sqrt(max(self.pairs, 1))
+        """How far from 50 % an accuracy must be to be told from guessing: two standard errors, and half a pair.
+
+        With the half pair (the continuity correction) it agrees with the binomial distribution for few pairs too.
+        """
+        count = max(self.pairs, 1)
+        return _ERRORS * 0.5 / math.sqrt(count) + 0.5 / count
 
     @property
     def wins(self) -> bool:
@@ -327,7 +331,7 @@ def _more_pairs(found: Figures) -> str:
     said = said or f"{found.pairs:,} pairs are too few for any accuracy to tell"
     if lead < 0.02:
         return f"{said}. Train longer, or read twenty pairs: is the preference visible in the text?"
-    enough = math.ceil(round((0.5 * _ERRORS / lead) ** 2, 6))
+    enough = math.ceil((math.sqrt(1 + 2 * lead) - 1) ** -2)  # whose `doubt` is the lead
     return f"{said}: at {found.accuracy:.0%} it takes about {enough:,}. Hold out more pairs."
 
 
