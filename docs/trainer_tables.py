@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from dpo_trainer.settings.aliases import OBJECTIVES, SAME
@@ -29,7 +30,8 @@ def diagnoses() -> str:
     lines = ["| name | what it says | thresholds | what to do |", "|---|---|---|---|"]
     for name, diagnosis in DIAGNOSES.items():
         used = ", ".join(f"`{limit}`" for limit in diagnosis.limits) or "-"
-        lines.append(row(f"`{name}`", diagnosis.title, used, diagnosis.remedy))
+        step = re.sub(r"{.*?}, ", "", diagnosis.step)  # the run's values are not known here
+        lines.append(row(f"`{name}`", diagnosis.title, used, f"{step} {diagnosis.remedy}".strip()))
     lines += ["", "| threshold | default | |", "|---|---:|---|"]
     lines += [row(f"`{item.name}`", f"{item.default:g}", item.metadata["help"]) for item in dataclasses.fields(Limits)]
     return "\n".join(lines) + "\n"

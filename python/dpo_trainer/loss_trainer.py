@@ -19,7 +19,7 @@ from .model.adapter_kinds import allocation_state, take_allocation_state
 from .model.auxiliary import AuxiliaryLoss
 from .model.split import Batch, call_through
 from .run_trainer import RunTrainer, SpoiltUpdate
-from .watch.evaluated import look_at
+from .watch.evaluated import ERRORS, Evaluations, look_at
 from .watch.metrics import TINY, MetricWindow, memory_mib
 from .watch.metrics import names as metric_names
 
@@ -41,6 +41,7 @@ class LossTrainer(RunTrainer):
     auxiliary: AuxiliaryLoss | None
     _window: dict[str, MetricWindow]
     _grad_norm_max: Tensor | None
+    _evaluations = Evaluations()
     #: Tokens trained on so far, prompts counted for both sides.
     _num_tokens = 0.0
 
@@ -214,12 +215,18 @@ class LossTrainer(RunTrainer):
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         dataset = getattr(args[0] if args else kwargs["dataloader"], "dataset", None)
-        if self.args.write_report and (output := self._window["eval"].joined(self._gather)) is not None:
-            pairs = look_at(output, dataset, tokenizer_of(self.processing_class))
-            if pairs is not None:
-                self.evaluated[prefix] = pairs
+        joined = self._window["eval"].joined(self._gather)
         means = self._drain("eval")
         means.pop("tokens", None)
+        if joined is not None:
+            output, weights = joined
+            means |= self._evaluations.compare(
+                prefix, output, weights, begun=self.state.global_step > 0, keep=self.is_in_train
+            )
+            if self.args.write_report:
+                pairs = look_at(output, dataset, tokenizer_of(self.processing_class))
+                if pairs is not None:
+                    self.evaluated[prefix] = pairs
         if self.samples is not None and prefix.startswith("eval"):
             means |= self.samples.evaluate(prefix, dataset)
         cast(dict[str, float], result.metrics).update({f"{prefix}_{name}": value for name, value in means.items()})
@@ -240,7 +247,7 @@ class LossTrainer(RunTrainer):
                 self._statistics(self.reference is not None and not given),
                 reference=given or self.reference is not None,
             )
-            own += [*(self.samples.metric_names if self.samples is not None else ()), *SPEEDS]
+            own += [*ERRORS, *(self.samples.metric_names if self.samples is not None else ()), *SPEEDS]
             found += [f"{key}_{name}" if key else name for name in own]
         return found
 
@@ -259,6 +266,7 @@ class LossTrainer(RunTrainer):
             "window": self._window["train"].state(),
             "grad_norm_max": None if norm is None else norm.cpu(),
             "num_tokens": self._num_tokens,
+            "evaluations": self._evaluations.losses,
             "objectives": running,
             "ranks": allocation_state(self.policy.model),
         }
@@ -266,6 +274,7 @@ class LossTrainer(RunTrainer):
     def _take_state(self, state: dict[str, Any]) -> None:
         self._window["train"] = MetricWindow.of(state.get("window", {}), self.args.device)
         self._num_tokens = state.get("num_tokens", 0.0)
+        self._evaluations = Evaluations(state.get("evaluations"))
         norm = state.get("grad_norm_max")
         self._grad_norm_max = None if norm is None else norm.to(self.args.device)
         for index, values in state.get("objectives", {}).items():

@@ -1,14 +1,19 @@
 """`dpo-train compare`, and what the report shows of single pairs and of diagnoses."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import dpo_trainer
 from dpo_trainer.cli.main import main
+from dpo_trainer.report.compare import compare
 from dpo_trainer.run_folder.records import json_line
 from dpo_trainer.watch.evaluated import look_at
 
@@ -35,7 +40,9 @@ def test_two_runs_on_one_page_and_in_one_table(runs: Path, tmp_path: Path, capsy
     records = [json.loads(line) for line in (runs / "fast" / "metrics.jsonl").read_text().splitlines()]
     last = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
     (held_out,) = [row for row in rows if row.startswith("held-out loss")]
-    assert held_out.split()[-1] == f"{last:.4f}"
+    assert f" {last:.4f} ± " in held_out
+    assert held_out.endswith(" *"), "the better one, by more than the errors"
+    assert "learning_rate" in shown
     page = output.read_text()
     assert "http" not in page.replace("http://www.w3.org", "")
     assert page.count("<svg") >= 5
@@ -81,6 +88,72 @@ def test_settings_of_dpo_train_and_the_whole_run_s_throughput_are_compared(
     assert ">model<" not in page, "which is the same in both"
 
 
+def test_the_page_is_in_the_first_run_s_folder(runs: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    folders = [str(shutil.copytree(runs / name, tmp_path / name)) for name in ("slow", "fast")]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["compare", *folders]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(tmp_path / "slow" / "comparison.html"))
+    assert (tmp_path / "slow" / "comparison.html").exists()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_difference_within_errors_has_no_star(runs: Path, tmp_path: Path) -> None:
+    folders = [str(shutil.copytree(runs / "slow", tmp_path / name)) for name in ("a", "b")]
+    path = tmp_path / "b" / "metrics.jsonl"
+    path.write_text(re.sub(r'"eval_loss": 0\.(\d)', r'"eval_loss": 0.5', path.read_text()))
+    told: list[str] = []
+    compare(folders, tell=told.append)
+    assert "held-out loss" in told[0]
+    assert re.search(r"^held-out loss .* \*$", told[0], re.MULTILINE), "far apart"
+    path.write_text(re.sub(r'"eval_loss_se": [\d.]+', '"eval_loss_se": 0.2', path.read_text()))
+    compare(folders, tell=told.append)
+    assert "*" not in told[1]
+
+
+def test_a_run_that_failed_is_not_the_best(runs: Path, tmp_path: Path) -> None:
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("slow", "fast")]
+    told: list[str] = []
+    compare([str(folder) for folder in folders], tell=told.append)
+    event = {"step": 1, "name": "not_finite", "title": "x", "seen": "y", "remedy": "z"}
+    (folders[1] / "events.jsonl").write_text(json_line(event))
+    compare([str(folder) for folder in folders], tell=told.append)
+    assert "*" in told[0]
+    assert "*" not in told[1]
+    assert re.search(r"^verdict .* failed$", told[1], re.MULTILINE)
+
+
+def test_data_that_differ_are_told_and_nothing_is_best(runs: Path, tmp_path: Path) -> None:
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("slow", "fast")]
+    for folder, digest in zip(folders, ("a" * 64, "b" * 64), strict=True):
+        settings = {"eval_data": "eval.jsonl", "data_sha256": {"eval_data 'eval.jsonl'": digest}}
+        (folder / "settings.json").write_text(json.dumps(settings))
+    told: list[str] = []
+    compare([str(folder) for folder in folders], tell=told.append)
+    assert re.search(r"eval_data +eval.jsonl \(SHA-256 aaaaaaaaaaaa\) +eval.jsonl \(SHA-256 bbbbbbbbbbbb\)", told[0])
+    assert "The runs were evaluated on different data" in told[0]
+    assert "*" not in told[0]
+
+
+def test_the_table_needs_neither_torch_nor_matplotlib(runs: Path, tmp_path: Path) -> None:
+    """With the package's front door left out, which imports the trainer."""
+    script = f"""
+import sys, types
+package = types.ModuleType("dpo_trainer")
+package.__path__ = [{str(Path(dpo_trainer.__file__).parent)!r}]
+sys.modules["dpo_trainer"] = package
+from pathlib import Path
+from dpo_trainer.report.compare import compare
+def tell(table):
+    print(table)
+    print("loaded:", sorted({{"torch", "transformers", "pandas", "numpy", "matplotlib"}} & set(sys.modules)))
+compare([{str(runs / "slow")!r}, {str(runs / "fast")!r}], Path({str(tmp_path / "page.html")!r}), tell)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert "held-out loss" in done.stdout
+    assert done.stdout.endswith("loaded: []\n")
+
+
 def test_hardest_and_most_improved_pairs_are_those_of_the_evaluation(tmp_path: Path) -> None:
     pairs = build_pairs(10, seed=1)
     trainer = build_trainer(tmp_path / "run", eval_dataset=pairs, learning_rate=1e-3, max_steps=6, write_report=True)
@@ -99,7 +172,9 @@ def test_hardest_and_most_improved_pairs_are_those_of_the_evaluation(tmp_path: P
     gains = sorted(
         (after - before, index) for index, (before, after) in enumerate(zip(found.before, found.after, strict=True))
     )
-    assert [example.chosen for example in found.hardest] == [pairs[index]["chosen"].strip() for _, index in gains[:4]]
+    hard = sorted((margin, index) for index, margin in enumerate(found.after) if margin < 0)
+    assert [example.after for example in found.hardest] == [margin for margin, _ in hard[:4]]
+    assert [example.chosen for example in found.hardest] == [pairs[index]["chosen"].strip() for _, index in hard[:4]]
     assert [example.rejected for example in found.improved] == [
         pairs[index]["rejected"].strip() for _, index in gains[::-1][:4]
     ]

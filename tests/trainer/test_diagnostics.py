@@ -15,7 +15,7 @@ from dpo_trainer import ConfigError, DPOConfig, DPOTrainer
 from dpo_trainer.batch.collator import PairCollator
 from dpo_trainer.run_folder.records import read_records
 from dpo_trainer.settings.diagnoses import DIAGNOSES, Limits
-from dpo_trainer.watch.diagnoses import History, _grad_spike, _kl_exploding, _overfitting
+from dpo_trainer.watch.diagnoses import History, _grad_spike, _kl_exploding, _learning_rate_high, _overfitting
 from dpo_trainer.watch.diagnostics import examine, probed
 
 from .tiny import build_model, build_pairs, build_tokenizer
@@ -85,7 +85,7 @@ def test_a_learning_rate_that_is_too_low(train: Any) -> None:
     event = found["learning_rate_low"]
     assert event["step"] >= 8
     assert "it starts at 0.6931" in event["seen"]
-    assert "Raise the learning rate" in event["remedy"]
+    assert "Set learning_rate: 1e-08, ten times this run's" in event["remedy"]
 
 
 def test_updates_lost_to_rounding(train: Any) -> None:
@@ -343,6 +343,49 @@ def test_spikes_need_a_usual_to_be_told_from() -> None:
     assert not list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 4 + [{"grad_norm_max": 99.0}])))
     assert list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 5 + [{"grad_norm_max": 99.0}])))
     assert not list(_grad_spike(run_of([{"grad_norm_max": 1.0}] * 5 + [{"grad_norm_max": float("inf")}])))
+
+
+def test_what_was_not_learnt_is_not_memorised() -> None:
+    evals = [{"step": step, "loss": loss} for step, loss in ((0, 0.69), (10, 0.65), (20, 0.9))]
+    assert list(_overfitting(run_of([{"loss": 0.6, "rewards/accuracies": 0.9}] * 5, evals)))
+    assert not list(_overfitting(run_of([{"loss": 0.6, "rewards/accuracies": 0.48}] * 5, evals)))
+
+
+def test_a_rise_within_its_error_is_not_overfitting() -> None:
+    train = [{"loss": 0.2, "rewards/accuracies": 0.95}] * 5
+    evals = [{"step": 0, "loss": 0.5}, {"step": 10, "loss": 0.62, "loss_since_best_se": 0.08}]
+    assert not list(_overfitting(run_of(train, evals)))
+    assert list(_overfitting(run_of(train, [evals[0], {**evals[1], "loss_since_best_se": 0.02}])))
+
+
+def test_a_training_loss_that_rises_means_a_learning_rate_that_is_too_high() -> None:
+    found = dict(_learning_rate_high(run_of([{"loss": 0.69}] * 50 + [{"loss": 1.2}] * 5)))
+    assert "has risen to 1.2000" in found["learning_rate_high"]
+    assert not list(_learning_rate_high(run_of([{"loss": 0.69}] * 50 + [{"loss": 0.9}] * 5)))
+
+
+def test_without_a_kl_the_chosen_answers_tell_a_learning_rate_that_is_too_high() -> None:
+    assert list(_learning_rate_high(run_of([{"loss": 0.6, "logratios/chosen": -1.5}] * 5)))
+    assert not list(_learning_rate_high(run_of([{"loss": 0.6, "logratios/chosen": -0.5}] * 5)))
+
+
+def test_advice_has_values_of_the_run() -> None:
+    advice = DIAGNOSES["learning_rate_high"].advice({"learning_rate": 2e-5})
+    assert advice.startswith("Set learning_rate: 2e-06, a tenth of this run's. ")
+    assert DIAGNOSES["learning_rate_high"].advice({}) == DIAGNOSES["learning_rate_high"].remedy
+    assert "beta: 0.2" in DIAGNOSES["kl_exploding"].advice({"learning_rate": 1e-6, "beta": 0.1})
+
+
+def test_empty_answers_are_counted_and_named(train: Any) -> None:
+    rows = build_pairs(24)
+    rows[5]["chosen"], rows[9]["rejected"] = "", "  "
+    found = train(train_dataset=rows, max_steps=1, filters=[], diagnostics={"length_ratio": None})
+    seen = found["empty_answers"]["seen"]
+    assert (
+        f"2 of 24 pairs of the training data have one; the first is the chosen answer to '{rows[5]['prompt']}'" == seen
+    )
+    found = train(train_dataset=rows, max_steps=1, diagnostics={"length_ratio": None})
+    assert found["empty_answers"]["seen"] == "2 pairs of train_dataset were left out with one"
 
 
 # --- weights of 0 ----------------------------------------------------------------------------------------------------

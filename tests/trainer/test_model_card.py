@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from dpo_kernels.objectives import OBJECTIVES
 from dpo_trainer import DPOTrainer
+
+from .tiny import build_pairs
 
 Make = Callable[..., DPOTrainer]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -94,6 +97,46 @@ def test_a_push_takes_the_card_along(make_trainer: Make, tmp_path: Path, monkeyp
     assert metadata["datasets"] == "me/pairs"
     assert "mine" in metadata["tags"]
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_front_matter_is_what_a_hub_takes(make_trainer: Make, tmp_path: Path) -> None:
+    base = tmp_path / "models--someone--tiny/snapshots/abc"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- x\n---\n# Tiny\n", encoding="utf-8")
+    trainer = make_trainer(max_steps=1)
+    trainer.model.config._name_or_path = str(base)
+    trainer.train()
+    (tmp_path / "run" / "settings.json").write_text(json.dumps({"train_data": "someone/pairs:train"}))
+    trainer.save_model()
+    data = ModelCard.load(tmp_path / "run" / "README.md").data
+    assert (data.base_model, data.license, data.datasets) == ("someone/tiny", "apache-2.0", ["someone/pairs"])
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_damaged_card_of_the_base_gives_no_licence(make_trainer: Make, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: [unclosed\n---\n", encoding="utf-8")
+    trainer = make_trainer(max_steps=1)
+    trainer.model.config._name_or_path = str(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    assert "license" not in parts(tmp_path / "run" / "README.md")[0]
+
+
+def test_settings_that_nobody_set_are_not_in_the_card(make_trainer: Make, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=1, eval_dataset=build_pairs(4), eval_strategy="steps")
+    trainer.train()
+    trainer.save_model()
+    _, text = parts(tmp_path / "run" / "README.md")
+    assert "eval_strategy" in text
+    assert "do_eval" not in text, "which follows from eval_strategy"
+    assert "eval_steps" not in text, "which transformers takes from logging_steps"
+    # dpo-train evaluates by default; its folder tells what it was given.
+    (tmp_path / "run" / "settings.json").write_text(json.dumps({"model": "m", "max_steps": 1}))
+    trainer.save_model()
+    settings = parts(tmp_path / "run" / "README.md")[1].partition("## Settings")[2].partition("##")[0]
+    assert settings.split() == ["*", "`max_steps`:", "`1`"]
 
 
 def test_settings_of_the_card_are_those_of_the_summary(make_trainer: Make, tmp_path: Path) -> None:

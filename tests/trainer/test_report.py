@@ -1,6 +1,7 @@
 """report.html and summary.json: one self-contained page that says what happened, whatever happened."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.report.charts import CHARTS, Curve, curves_of, draw
+from dpo_trainer.report.charts import CHARTS
+from dpo_trainer.report.drawing import Curve, curves_of, draw
 from dpo_trainer.report.page import render_report
 from dpo_trainer.run_folder.records import read_records
 from dpo_trainer.watch.callbacks import ProgressLine
@@ -151,6 +153,88 @@ def test_tiny_values_are_written_in_full_at_each_tick() -> None:
     ticks = re.findall(r">([^<>]*)</text>", drawing)
     assert "1e\N{MINUS SIGN}08" in ticks
     assert not any(tick.strip().startswith(("1e\N{MINUS SIGN}8", "1e-8", "\N{MULTIPLICATION SIGN}")) for tick in ticks)
+
+
+def ticks_of(drawing: str) -> list[str]:
+    return re.findall(r">([^<>]*)</text>", drawing)
+
+
+def test_a_run_with_one_log_has_whole_steps_and_ticks_that_differ() -> None:
+    drawing = draw(CHARTS[0], [Curve([(1, math.log(2))], "training", 1)])
+    assert drawing is not None
+    ticks = [text for text in ticks_of(drawing) if re.fullmatch(r"[\d.]+", text)]
+    assert {"0", "1"} <= set(ticks), "the steps"
+    assert len(set(ticks)) == len(ticks)
+
+
+def test_rounding_does_not_look_like_movement() -> None:
+    drawing = draw(CHARTS[0], [Curve([(step, 0.6931 + 1e-6 * (step % 2)) for step in range(9)], "training", 1)])
+    assert drawing is not None
+    values = [float(text) for text in ticks_of(drawing) if re.fullmatch(r"0\.\d+", text)]
+    assert max(values) - min(values) > 0.005
+
+
+def test_charts_tell_their_values_under_the_mouse_and_in_words() -> None:
+    curve = Curve([(0, 0.6931), (10, 0.5), (20, 0.55)], "held out", 2, errors={10: 0.02, 20: 0.03})
+    drawing = draw(CHARTS[0], [curve])
+    assert drawing is not None
+    assert "<title>held out, step 10: 0.5000 ± 0.0200</title>" in drawing
+    assert drawing.count("<circle") == 3
+    words = re.search(r'aria-describedby="loss-words"><desc id="loss-words">(.*?)</desc>', drawing)
+    assert words is not None
+    said = "held out: 0.6931 at step 0, 0.5500 ± 0.0300 at step 20; lowest 0.5000 at step 10, highest 0.6931 at step 0."
+    assert said in words[1]
+
+
+def test_a_long_curve_tells_its_first_last_and_extreme_values() -> None:
+    points = [(step, 1.0 / (1 + step)) for step in range(1, 1000)]
+    points[500] = (501, 3.0)
+    drawing = draw(CHARTS[0], [Curve(points, "training", 1)])
+    assert drawing is not None
+    assert drawing.count("<circle") <= 62
+    for step in ("1:", "501: 3.0000", "999:"):
+        assert f"training, step {step}" in drawing
+
+
+def test_the_tiles_hold_both_ends_and_the_errors(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    tiles = page.partition('aria-label="Main figures">')[2].partition("</section>")[0]
+    summary = json.loads((run / "summary.json").read_text())
+    last = summary["eval_last"]
+    assert f'<span class="value">{last["loss"]:.4f}</span><span class="error"> &plusmn; {last["loss_se"]:.4f}' in tiles
+    assert '<div class="began">0.6931</div>' in tiles
+    assert "of 6 pairs" in tiles
+    for end in ("eval_first", "eval_last"):
+        assert f"{summary[end]['logps/chosen']:.1f}".replace("-", "\N{MINUS SIGN}") in tiles
+
+
+def test_charts_stand_under_their_questions(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    places = [page.index(f"<h2>{question}</h2>") for question in ("Did it learn?", "Is it drifting?", "Health")]
+    assert places == sorted(places)
+    assert places[0] < page.index('aria-label="Accuracy"') < places[1] < page.index('aria-label="Entropy"') < places[2]
+
+
+def test_empty_answers_of_the_policy_are_counted(run: Path) -> None:
+    records = [record for record in read_records(run / "samples.jsonl") if "policy" in record and record["step"] == 6]
+    empty = [{**record, "policy": " \n"} for record in records]
+    page = render_report(
+        json.loads((run / "summary.json").read_text()), read_records(run / "metrics.jsonl"), name="run", samples=empty
+    )
+    assert "3 of these 3 answers are empty." in page
+    assert "Failed: the model answers with nothing" in page
+
+
+def test_what_did_not_hold_to_the_end_is_folded(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    events = [
+        {"step": 2, "name": name, "title": f"Title of {name}", "seen": "seen", "remedy": "remedy"}
+        for name in ("grad_spike", "kl_exploding")
+    ]
+    page = render_report(summary, read_records(run / "metrics.jsonl"), name="run", events=events)
+    folded = page.partition("1 diagnosis did not hold to the end:")[2].partition("</details>")[0]
+    assert "Title of kl_exploding" in folded
+    assert "Title of grad_spike" not in folded
 
 
 def test_missing_and_nan_values_leave_gaps(run: Path) -> None:

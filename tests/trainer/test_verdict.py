@@ -1,5 +1,6 @@
 """The report's first sentence: what became of a run, judged by runs whose end is known."""
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.report.verdict import by_cause, judge
+from dpo_trainer.report.verdict import by_cause, grouped, judge
 
 from .tiny import build_pairs
 
@@ -33,22 +34,22 @@ def run(make_trainer: Make, **settings: Any) -> str:
 def test_a_healthy_run(make_trainer: Make) -> None:
     said = run(make_trainer)
     assert "Worked: chosen answers win on pairs that were held out" in said
-    assert "of 40 pairs" in said
+    assert "of 40 held-out pairs" in said
 
 
 def test_a_learning_rate_far_too_high_on_wrong_labels(make_trainer: Make) -> None:
     said = run(make_trainer, train_dataset=FLIPPED, eval_dataset=FLIPPED, learning_rate=0.1, max_steps=60)
     assert "Failed: the learning rate is far too high" in said
-    assert "Lower it tenfold or more" in said
+    assert "Set learning_rate: 0.01, a tenth of this run" in said
 
 
 def test_wrong_labels(make_trainer: Make) -> None:
-    assert "Failed: rejected answers win: accuracy is well under 50 %" in run(make_trainer, train_dataset=FLIPPED)
+    assert "Failed: rejected answers win, so the labels look flipped" in run(make_trainer, train_dataset=FLIPPED)
 
 
 def test_a_learning_rate_far_too_low(make_trainer: Make) -> None:
     said = run(make_trainer, learning_rate=1e-7)
-    assert "Failed: the loss is stuck where it started and the rewards do not move" in said
+    assert "Failed: the learning rate is too low, so the loss is stuck where it started" in said
 
 
 def test_nothing_held_out(make_trainer: Make) -> None:
@@ -126,3 +127,139 @@ def test_causes_stand_before_their_consequences() -> None:
     names = ["grad_spike", "displacement", "of a later version", "kl_exploding", "learning_rate_high"]
     found = [item["name"] for item in by_cause([event(name) for name in names])]
     assert found == ["learning_rate_high", "kl_exploding", "displacement", "grad_spike", "of a later version"]
+
+
+# --- the first line, by figures -----------------------------------------------------------------------------------------
+
+
+def first_line(records: list[dict[str, Any]], events: tuple[str, ...] = (), **changed: Any) -> str:
+    verdict = judge(summary(**changed), records, list(map(event, events)))
+    assert verdict.remedy, "every verdict says what to do next"
+    return f"{verdict.word}: {verdict.what}"
+
+
+def pairs_of(count: int) -> dict[str, Any]:
+    return {"pairs": {"train_dataset": 1000, "eval_dataset": count}}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "count", "line"),
+    [
+        (0.6, 10, "Unclear: the evaluation tells no difference from guessing"),
+        (0.9, 10, "Worked: chosen answers win on pairs that were held out"),
+        (1.0, 5, "Unclear: the evaluation tells no difference from guessing"),
+        (0.6, 100, "Unclear: the evaluation tells no difference from guessing"),
+        (0.61, 100, "Worked: chosen answers win on pairs that were held out"),
+        (0.6, 400, "Worked: chosen answers win on pairs that were held out"),
+        (0.4, 400, "Failed: rejected answers win on pairs that were held out"),
+    ],
+)
+def test_the_number_of_pairs_decides_what_an_accuracy_tells(accuracy: float, count: int, line: str) -> None:
+    assert first_line(evaluated(accuracy, 0.65), **pairs_of(count)) == line
+
+
+def test_too_few_pairs_are_told_how_many_it_takes() -> None:
+    verdict = judge(summary(**pairs_of(10)), evaluated(0.6, 0.65), [])
+    assert "only an accuracy above 87% tells: at 60% it takes about 110" in verdict.remedy
+
+
+BEST = [
+    {"step": 0, "loss": 0.6931},
+    {"step": 20, "loss": 0.5, "loss_se": 0.04, "rewards/accuracies": 0.8},
+    {"step": 40, "loss": 0.56, "loss_se": 0.05, "rewards/accuracies": 0.78},
+]
+RISE = {"loss_since_best": 0.06, "loss_since_best_se": 0.01}
+
+
+def test_a_best_evaluation_that_was_clearly_better_is_named() -> None:
+    records = [*BEST[:2], {**BEST[2], **RISE}]
+    assert first_line(records) == "Worked: chosen answers win, and step 20 was better"
+    assert "max_steps: 20" in judge(summary(), records, []).remedy
+    kept = summary(checkpoints=["checkpoint-20", "checkpoint-40"])
+    assert judge(kept, records, []).remedy.startswith("Use checkpoint-20,")
+    # The weights of that step were loaded in the end.
+    assert first_line(records, best_step=20) == "Worked: chosen answers win on pairs that were held out"
+
+
+def test_a_best_evaluation_within_errors_is_not() -> None:
+    plain = "Worked: chosen answers win on pairs that were held out"
+    assert first_line(BEST) == plain, "0.06 apart, with errors of 0.04 and 0.05"
+    assert first_line([*BEST[:2], {**BEST[2], **RISE, "loss_since_best_se": 0.04}]) == plain
+
+
+def test_a_run_that_lost_what_it_had_learnt_failed() -> None:
+    records = [*BEST[:2], {"step": 40, "loss": 0.9, "rewards/accuracies": 0.52, **RISE}]
+    assert first_line(records) == "Failed: the model was better at step 20 than at the end"
+
+
+def test_a_run_that_made_the_model_worse_from_the_start_failed() -> None:
+    records = [BEST[0], {"step": 40, "loss": 0.8, "rewards/accuracies": 0.5, **RISE}]
+    given = {"settings": {"learning_rate": 2e-5}}
+    assert first_line(records, **given) == "Failed: training made the model worse on pairs that were held out"
+    assert "learning_rate: 2e-06" in judge(summary(**given), records, []).remedy
+
+
+def test_a_model_that_hardly_moved_is_not_praised_for_the_direction() -> None:
+    records = [BEST[0], {"step": 40, "loss": 0.6930, "rewards/accuracies": 0.81}]
+    verdict = judge(summary(steps=40, settings={"learning_rate": 1e-8}), records, [event("learning_rate_low")])
+    assert verdict.word == "Failed"
+    assert "A win counts however small it is" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("pairs_swapped", {"rewards/accuracies": 0.52, "loss": 0.6925}),
+        ("pairs_random", {"rewards/accuracies": 0.56, "loss": 0.6}),
+        ("learning_rate_low", {"rewards/accuracies": 0.56, "loss": 0.6}),
+        ("learning_rate_high", {"rewards/accuracies": 0.56, "loss": 0.6, "kl": 0.1}),
+    ],
+)
+def test_a_diagnosis_that_the_last_figures_contradict_decides_nothing(name: str, last: dict[str, Any]) -> None:
+    assert first_line([BEST[0], {"step": 50, **last}], (name,), steps=50).startswith("Unclear")
+
+
+def test_a_model_that_answers_with_nothing_did_not_work() -> None:
+    empty = [{"policy": " "}] * 6 + [{"policy": "text"}] * 2
+    verdict = judge(summary(), evaluated(0.7), [], empty)
+    assert (verdict.word, verdict.what) == ("Failed", "the model answers with nothing")
+    assert judge(summary(), evaluated(0.7), [], empty[4:]).word == "Worked"
+
+
+def test_a_run_that_never_evaluated_is_told_how() -> None:
+    given = {"first": {"loss": 0.69}, "last": {"loss": 0.5}}
+    assert first_line([], **given) == "Unclear: the run was not evaluated after its first step"
+    assert first_line([], **given, pairs={"train_dataset": 5}) == "Unclear: nothing was held out"
+
+
+def test_consequences_stand_under_their_cause() -> None:
+    found = grouped(list(map(event, ["displacement", "kl_exploding", "lengths_differ", "learning_rate_high"])))
+    assert [(cause["name"], [item["name"] for item in follow]) for cause, follow in found] == [
+        ("learning_rate_high", ["kl_exploding", "displacement"]),
+        ("lengths_differ", []),
+    ]
+
+
+# --- the five runs of docs/reports ----------------------------------------------------------------------------------------
+
+LINES = {
+    "healthy": "Worked: chosen answers win on pairs that were held out",
+    "flipped-labels": "Failed: rejected answers win, so the labels look flipped",
+    "learning-rate-too-high": "Failed: the learning rate is far too high",
+    "learning-rate-too-low": "Failed: the learning rate is too low, so the loss is stuck where it started",
+    "updates-lost": "Failed: 16-bit weights lose the updates to rounding, so the loss is stuck",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LINES)
+def test_the_first_line_of_a_run_whose_end_is_known(name: str, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("reports", Path(__file__).parents[2] / "docs/reports/make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert set(make.WRONG) == set(LINES)
+    make.train(name, tmp_path)
+    page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+    assert page.partition('aria-label="Verdict">')[2].partition("<h2>")[2].partition("</h2>")[0] == LINES[name]

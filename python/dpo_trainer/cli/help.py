@@ -37,8 +37,9 @@ It is called CASE.yaml, unless --output names another file. A file that exists i
     "compare": (
         COMPARE,
         """\
-Prints the last figures of 2 to 8 runs, each the output_dir of one. Writes a page with their curves and the settings that
-differ: comparison.html in the working directory, unless --output names another file.""",
+Prints the last figures of 2 to 8 runs, each the output_dir of one, and the settings and data that differ. A star marks a
+best that is better by more than two standard errors. Writes a page with their curves: comparison.html in the first
+run's folder, unless --output names another file.""",
     ),
     "doctor": (
         DOCTOR,

@@ -7,6 +7,7 @@ and tables are then there at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -111,20 +112,16 @@ def compare_runs(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: an unknown word, or a folder without a run.
     """
-    from ..report.compare import OUTPUT, read_runs, table, write_page
+    from ..report.compare import compare
     from .help import COMPARE
 
     folders, output = _output_of(arguments)
-    output = output or Path(OUTPUT)
     for word in folders:
         if word.startswith("-"):
             raise ConfigError(f"compare: unknown option '{word}'; usage: {COMPARE}")
     if not folders:
         raise ConfigError(f"compare: no runs given; usage: {COMPARE}")
-    runs = read_runs(folders)
-    print(table(runs), flush=True)
-    write_page(runs, output)
-    print(f"\n{output}")
+    print(f"\npage: {compare(folders, output, functools.partial(print, flush=True))}")
 
 
 def inspect_run(arguments: Sequence[str]) -> None:

@@ -1,18 +1,23 @@
-"""`dpo-train compare RUN RUN ...`: several runs over one another, on one page and in a table."""
+"""`dpo-train compare RUN RUN ...`: several runs over one another, in a table and on one page.
+
+Imports no torch and, before the table is told, no matplotlib: the command answers at once.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records, throughput, training_records
-from ..run_folder.output_dir import SETTINGS
-from ..run_folder.records import METRICS, SUMMARY, read_object, read_records, write_aside
-from ..settings.fields import RunSettings
-from .charts import CHARTS, COLOURS, Curve, draw, points_of
-from .page import LABELS, figure, template
+from ..run_folder.records import EVENTS, METRICS, SETTINGS, SUMMARY, read_object, read_records, write_aside
+from .charts import CHARTS
+from .drawing import COLOURS, Curve, draw, points_of
+from .figures import BETTER, LABELS, figure, template, with_error
+from .verdict import judge
 
 OUTPUT = "comparison.html"
 #: Rows of the table: label, records that they come from, metric.
@@ -22,10 +27,16 @@ _ROWS = (
     ("tokens/s", "run", "tokens_per_second"),
     ("steps", "train", "step"),
 )
+#: What differs between any two runs, and says nothing.
+_OF_THE_FOLDER = ("output_dir", "data_sha256", "logging_dir", "run_name")
 
 
 class RunFolder:
     """What a run's folder says.
+
+    Attributes:
+        verdict: the word of its report's verdict.
+        settings: those that are not at their defaults, and the data: the runs of `dpo-train` name files and their digests.
 
     Raises:
         OutputError: the folder holds no run.
@@ -41,49 +52,61 @@ class RunFolder:
         tokens, seconds = throughput(self.records["train"])
         if seconds:
             self.records["run"] = [{"step": self.records["train"][-1]["step"], "tokens_per_second": tokens / seconds}]
-        # The trainer's own settings, of a finished run, and those that dpo-train has besides.
-        self.settings = dict(read_object(folder / SUMMARY).get("changed_settings", {}))
-        given = read_object(folder / SETTINGS)
-        self.settings |= {name: given[name] for name in RunSettings.__annotations__ if given.get(name) is not None}
+        summary, given = read_object(folder / SUMMARY), read_object(folder / SETTINGS)
+        self.verdict = "not finished"
+        if summary:
+            self.verdict = judge(summary, self.records["eval"], read_records(folder / EVENTS)).word.lower()
+        # The trainer's own settings, of a finished run, and those that dpo-train was given.
+        self.settings: dict[str, Any] = dict(summary.get("changed_settings", {}))
+        self.settings |= {key: value for key, value in given.items() if value is not None}
+        for line in summary.get("data", []):
+            dataset, _, contents = str(line).partition(": ")
+            self.settings[dataset] = contents
+        for words, digest in (given.get("data_sha256") or {}).items():
+            key, _, path = words.partition(" ")
+            self.settings[key] = f"{path.strip(chr(39))} (SHA-256 {digest[:12]})"
+
+    @property
+    def evaluated_on(self) -> list[str]:
+        """What is known of its evaluation data, without their path."""
+        digest = str(self.settings.get("eval_data", "")).rpartition("(SHA-256 ")[2]
+        return [digest, *(str(value) for key, value in self.settings.items() if key.startswith("eval_dataset"))]
 
     def points(self, source: str, metric: str) -> list[tuple[float, float]]:
         """(step, value) of a metric in the records of training ("train"), of evaluations ("eval") or of the whole ("run")."""
         return points_of(self.records.get(source, []), metric)
 
+    def last(self, source: str, metric: str) -> tuple[float | None, float]:
+        """The metric's last value, None if there is none, and its standard error, NaN if that is not known."""
+        found = [record for record in self.records.get(source, []) if record.get(metric) is not None]
+        error = found[-1].get(f"{metric}_se") if found else None
+        return found[-1][metric] if found else None, math.nan if error is None else error
 
-def read_runs(folders: Sequence[str]) -> list[RunFolder]:
-    """The runs in these folders, with short names that tell them apart.
+
+def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[str], Any] = print) -> Path:
+    """Tell the table, then write the page; returns the page's path.
+
+    Args:
+        output: the page; if not given, `comparison.html` in the first run's folder.
+        tell: what is called with the table.
 
     Raises:
         OutputError: fewer than two runs, more than there are colours for, or a folder that holds none.
     """
     if not 2 <= len(folders) <= COLOURS:
         raise OutputError(f"compare: give 2 to {COLOURS} folders of runs, got {len(folders)}")
-    return [RunFolder(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
+    runs = [RunFolder(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
+    comparable = all(run.evaluated_on == runs[0].evaluated_on for run in runs)
+    rows, settings = _figures(runs, comparable=comparable), _differences(runs)
+    remarks = []
+    if any(cell.endswith("*") for row in rows.values() for cell in row):
+        remarks.append("* best of the runs that did not fail, by more than two standard errors of the difference")
+    if not comparable:
+        remarks.append("The runs were evaluated on different data: their held-out figures cannot be compared.")
+    names = [run.name for run in runs]
+    table = _lines({"": names, **rows}) + ["", *remarks] * bool(remarks)
+    tell("\n".join([*table, *(["", "settings that differ", *_lines(settings)] if settings else [])]))
 
-
-def _rows(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
-    """The last figures of the runs, by label; those that no run has are left out."""
-    rows = {}
-    for label, source, metric in _ROWS:
-        found = [run.points(source, metric) for run in runs]
-        if any(found):
-            rows[label] = [figure(points[-1][1] if points else None, metric) for points in found]
-    return rows
-
-
-def table(runs: Sequence[RunFolder]) -> str:
-    """The last figures of the runs as text for a terminal: a column a run."""
-    lines = [["", *(run.name for run in runs)], *([label, *values] for label, values in _rows(runs).items())]
-    first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([label.ljust(first), *(value.rjust(width) for value, width in zip(values, widths, strict=True))])
-        for label, *values in lines
-    )
-
-
-def write_page(runs: Sequence[RunFolder], output: Path) -> None:
-    """Write the page that overlays the runs' curves and lists the settings that differ. Raises OutputError."""
     charts = []
     for chart in CHARTS:
         metric = chart.lines[0].metric
@@ -92,13 +115,61 @@ def write_page(runs: Sequence[RunFolder], output: Path) -> None:
         held_out = ", held out" if any(run.points("eval", metric) for run in runs) else ""
         if svg := draw(chart, _curves(runs, metric)):
             charts.append({"title": chart.title + held_out, "svg": svg, "healthy": None})
-    names = sorted({key for run in runs for key in run.settings if key != "output_dir"})
-    different = [key for key in names if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
-    settings = {key: [run.settings.get(key, "default") for run in runs] for key in different}
     page = template("comparison.html.j2").render(
-        names=[run.name for run in runs], charts=charts, rows=_rows(runs), settings=settings
+        names=names, charts={"Curves": charts}, rows=rows, settings=settings, remarks=remarks
     )
+    output = output or Path(folders[0]).expanduser() / OUTPUT
     write_aside(output, page)
+    return output
+
+
+def _figures(runs: Sequence[RunFolder], *, comparable: bool) -> dict[str, list[str]]:
+    """The table's cells by the row's label, with a star at a best that is one beyond errors."""
+    rows = {}
+    for label, source, metric in _ROWS:
+        found = [run.last(source, metric) for run in runs]
+        if all(value is None for value, _ in found):
+            continue
+        rows[label] = [with_error(value, error, metric) for value, error in found]
+        sound = [pair if run.verdict != "failed" else (None, math.nan) for run, pair in zip(runs, found, strict=True)]
+        if metric in BETTER and source == "eval" and comparable and (best := _best(sound, BETTER[metric])) is not None:
+            rows[label][best] += " *"
+    best_of = [
+        min(points, key=lambda point: point[1]) if points else None
+        for points in (r.points("eval", "loss") for r in runs)
+    ]
+    if any(best_of):
+        cells = ["-" if best is None else f"{figure(best[1])} at step {best[0]}" for best in best_of]
+        rows = {"held-out loss": rows["held-out loss"], "least held-out loss": cells, **rows}
+    return {"verdict": [run.verdict for run in runs], **rows}
+
+
+def _best(found: Sequence[tuple[float | None, float]], sign: int) -> int | None:
+    """The place of the value that is better than each other one by more than two standard errors; None if there is none."""
+    known = {place: (value, error) for place, (value, error) in enumerate(found) if value is not None}
+    if len(known) < 2:
+        return None
+    best = max(known, key=lambda place: sign * known[place][0])
+    value, error = known.pop(best)
+    clear = all(abs(value - other) > 2 * math.hypot(error, its) for other, its in known.values())
+    return best if clear else None
+
+
+def _differences(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """The settings and data that are not the same in all runs."""
+    names = sorted({key for run in runs for key in run.settings if key not in _OF_THE_FOLDER})
+    different = [key for key in names if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
+    return {key: [str(run.settings.get(key, "default")) for run in runs] for key in different}
+
+
+def _lines(rows: dict[str, list[str]]) -> list[str]:
+    """The rows as lines of aligned columns."""
+    table = [[label, *cells] for label, cells in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in table
+    ]
 
 
 def _names(folders: Sequence[str]) -> list[str]:

@@ -6,13 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from ..run import Run
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records
-from ..run_folder.records import EVENTS, METRICS, read_records, write_aside
+from ..run_folder.records import EVENTS, METRICS, SETTINGS, read_object, read_records, write_aside
 from ..run_folder.summary import summarize
 from ..settings import objective
-from .page import LABELS, template
+from .figures import LABELS, template
 
+#: What the hub's front matter says of a licence.
+_LICENSE = ("license", "license_name", "license_link")
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")
 
 
@@ -32,20 +36,23 @@ def render_card(run: Run, given: dict[str, Any]) -> str:
 
     summary = summarize(run, finished=True)
     adapter = hasattr(run.policy.model, "peft_config")
+    vision = isinstance(run.processing_class, ProcessorMixin)
     config = getattr(run.policy.model, "config", None)
     origin = str(given.get("finetuned_from") or getattr(config, "_name_or_path", None) or "")
-    # A model hub may know a name or owner/name that is no folder of this machine.
-    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", origin) and not Path(origin).exists()
-    base = origin or summary["architecture"]
+    hub_name = _hub_name(origin)
+    base = hub_name or origin or summary["architecture"]
     name = given.get("model_name") or run.args.run_folder.resolve().name
+    base_card = _base_card(origin, hub_name)
+    data = _hub_name(str(read_object(run.args.run_folder / SETTINGS).get("train_data") or "").partition(":")[0])
     metadata = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": origin if on_hub else None,
+        "pipeline_tag": "image-text-to-text" if vision else "text-generation",
+        "base_model": hub_name,
+        "base_model_relation": ("adapter" if adapter else "finetune") if hub_name else None,
         "model_name": name,
         "language": given.get("language"),
-        "license": given.get("license"),
-        "datasets": given.get("dataset_tags") or given.get("dataset"),
+        **{key: given.get(key) or base_card.get(key) for key in _LICENSE},
+        "datasets": given.get("dataset_tags") or given.get("dataset") or ([data] if data else None),
         "tags": list(dict.fromkeys([*TAGS, *_as_list(given.get("tags")), *_as_list(given.get("tasks"))])),
     }
     folder = run.args.run_folder
@@ -57,6 +64,9 @@ def render_card(run: Run, given: dict[str, Any]) -> str:
         name=name,
         base=Path(base).name if Path(base).is_absolute() else base,
         adapter=adapter,
+        auto_class="AutoModelForImageTextToText" if vision else "AutoModelForCausalLM",
+        auto_reader="AutoProcessor" if vision else "AutoTokenizer",
+        reader="processor" if vision else "tokenizer",
         summary=summary,
         objectives=[(item.info, weight) for item, weight in zip(built, weights, strict=True)],
         beta=run.args.beta,
@@ -64,6 +74,35 @@ def render_card(run: Run, given: dict[str, Any]) -> str:
         labels=LABELS,
         events=read_records(folder / EVENTS),
     )
+
+
+def _hub_name(name: str) -> str | None:
+    """The name under which a model hub may know a model or a dataset: "owner/name", or "name"; None for anything else.
+
+    Of a folder, that is the name by which the hub's cache calls it.
+    """
+    if cached := re.search(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+)/snapshots/", name):
+        return f"{cached[1]}/{cached[2]}"
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None
+
+
+def _base_card(origin: str, hub_name: str | None) -> dict[str, Any]:
+    """The metadata of the card of the model that was trained, from its folder or the hub's cache; nothing is fetched."""
+    import yaml
+    from huggingface_hub import try_to_load_from_cache
+
+    card = Path(origin) / "README.md"
+    if not card.is_file():
+        cached = try_to_load_from_cache(hub_name, "README.md") if hub_name else None
+        if not isinstance(cached, str):
+            return {}
+        card = Path(cached)
+    head = re.match(r"---\r?\n(.*?)\r?\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        found = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _as_list(value: Any) -> list[str]:

@@ -7,36 +7,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..run import Run
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records, training_records
 from ..run_folder.records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, read_records, write_aside
-from .charts import CHARTS, curves_of, draw, draw_margins
-from .verdict import by_cause, judge
+from ..run_folder.summary import summarize
+from ..watch.evaluated import EvaluatedPairs
+from .charts import CHARTS, GROUPS
+from .drawing import curves_of, draw, draw_margins
+from .figures import LABELS, duration, figure, template, with_error
+from .verdict import Figures, by_cause, figures_of, grouped, holds, judge
 
-if TYPE_CHECKING:  # they import torch, and `dpo-train compare` uses this module without
-    from ..run import Run
-    from ..watch.evaluated import EvaluatedPairs
-
-#: Labels of an evaluation's metrics, on all pages.
-LABELS = {
-    "loss": "loss",
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "reward margin",
-    "rewards/chosen": "chosen reward",
-    "rewards/rejected": "rejected reward",
-    "kl": "KL from the reference",
-    "entropy": "entropy",
-    "win_rate": "win rate",
-}
 #: Samples of each evaluation dataset that the page shows.
 _SAMPLES_SHOWN = 6
 
 
 def write_report(run: Run, *, finished: bool) -> Path | None:
     """Write `summary.json` (once the run is finished) and, if asked for, `report.html`; returns the report's path."""
-    from ..run_folder.summary import summarize
-
     folder = run.args.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(run, finished=finished)
@@ -82,14 +70,29 @@ def render_report(
         log2 = math.isclose(start, math.log(2))
         loss = replace(loss, level=start, level_label="log 2" if log2 else f"start ({start:.4g})")
     drawn = [(chart, draw(chart, curves_of(chart, train, evals))) for chart in (loss, *others)]
+    answers = _last_samples(samples)
+    verdict = judge(summary, evals, events, next(iter(answers.values()), []))
+    found = figures_of(summary, evals)
+    held = [event for event in events if holds(event, summary, found)]
+    diagnoses = [(event, follow) for event, follow in grouped(held) if event.get("name") != verdict.cause]
     return template("report.html.j2").render(
         name=name,
         summary=summary,
         model=Path(summary["model"]).name if Path(summary["model"]).is_absolute() else summary["model"],
-        verdict=judge(summary, evals, events),
-        cards=_cards(summary, evals),
-        charts=[{"title": chart.title, "healthy": chart.healthy, "svg": svg} for chart, svg in drawn if svg],
-        events=by_cause(events),
+        took=duration(summary["seconds"]),
+        verdict=verdict,
+        consequences=next((follow for event, follow in grouped(held) if event.get("name") == verdict.cause), []),
+        diagnoses=diagnoses,
+        past=[event for event in by_cause(events) if event not in held],
+        cards=_cards(summary, found, evals, next(iter((evaluated or {}).values()), None)),
+        charts={
+            group: [
+                {"title": chart.title, "healthy": chart.healthy, "svg": svg}
+                for chart, svg in drawn
+                if svg and chart.group == group
+            ]
+            for group in GROUPS
+        },
         pairs=[
             (prefix, pairs, draw_margins(f"margins{number}", pairs.before, pairs.after))
             for number, (prefix, pairs) in enumerate((evaluated or {}).items())
@@ -97,23 +100,9 @@ def render_report(
         evaluations=evaluations,
         held_out="Evaluated" if summary.get("trained_on") else "Held-out",
         labels={name: label for name, label in LABELS.items() if any(name in row for row in evals)},
-        samples=_last_samples(samples),
+        samples=answers,
+        samples_shown=_SAMPLES_SHOWN,
     )
-
-
-def template(name: str) -> Any:
-    """One of this package's page templates."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("dpo_trainer.report", "templates"),
-        autoescape=not name.endswith(".md.j2"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["figure"] = figure
-    return environment.get_template(name)
 
 
 def _last_samples(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -121,50 +110,52 @@ def _last_samples(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
     answers = [record for record in samples if "policy" in record]
     last = {record["evaluation"]: record["step"] for record in answers}
     return {
-        prefix: [record for record in answers if (record["evaluation"], record["step"]) == (prefix, step)][
-            :_SAMPLES_SHOWN
-        ]
+        prefix: [record for record in answers if (record["evaluation"], record["step"]) == (prefix, step)]
         for prefix, step in last.items()
     }
 
 
-def _cards(summary: dict[str, Any], evals: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The figures a reader looks for first: held out if there is such data, else of training."""
-    kind = ("evaluation" if summary.get("trained_on") else "held-out") if evals else "training"
-    first, last = (evals[0], evals[-1]) if evals else (summary["first"], summary["last"])
+def _cards(
+    summary: dict[str, Any], found: Figures | None, evals: list[dict[str, Any]], pairs: EvaluatedPairs | None
+) -> list[dict[str, str]]:
+    """The figures a reader looks for first, before and after training: held out if there is such data, else of training."""
+    if found is not None:
+        kind, of = ("evaluation" if found.known else "held-out"), f"of {found.pairs:,} pairs"
+        first, last = found.first, found.final
+    elif evals:
+        kind, of, first, last = "held-out", "before training", {}, evals[-1]
+    else:
+        kind, of, first, last = "training", "of the last log", summary["first"], summary["last"]
+    start = {"loss": summary["initial_loss"], "kl": 0.0 if found is not None else None, **first}
     cards = []
-    for metric, unit in (("loss", ""), ("rewards/accuracies", "guessing is 50 %"), ("kl", "nats per completion token")):
-        if last.get(metric) is not None:
-            began = metric != "kl" and first != last and first.get(metric) is not None
-            note = f"from {figure(first[metric], metric)}" if began else unit
-            cards.append({"label": f"{kind} {LABELS[metric]}", "value": figure(last[metric], metric), "note": note})
+
+    def card(label: str, before: Any, after: Any, error: float | None, note: str, metric: str = "") -> None:
+        value, _, uncertain = with_error(after, error, metric).partition(" \u00b1 ")
+        cards.append(
+            {"label": label, "before": figure(before, metric), "value": value, "error": uncertain, "note": note}
+        )
+
+    for metric, unit in (("loss", of), ("rewards/accuracies", f"{of}; guessing is 50 %"), ("kl", "nats per token")):
+        if (value := last.get(metric)) is not None:
+            value = round(value, 4)  # of a KL divergence, rounding is what is left
+            card(f"{kind} {LABELS[metric]}", start.get(metric), value, last.get(f"{metric}_se"), unit, metric)
+    if (chosen := last.get("logps/chosen")) is not None:
+        gained = pairs.gained if pairs is not None and found is not None and last is evals[-1] else {}
+        before = first.get("logps/chosen", chosen - gained["chosen"][0] if gained else None)
+        rejected = " \u2192 ".join(_nats(record.get("logps/rejected")) for record in (first, last))
+        cards.append(
+            {
+                "label": f"{kind} chosen log-probability",
+                "before": _nats(before),
+                "value": _nats(chosen),
+                "error": f"{gained['chosen'][1]:.1f}" if gained and gained["chosen"][1] >= 0.05 else "",
+                "note": f"nats; rejected: {rejected}",
+            }
+        )
     if last.get("win_rate") is not None:
-        error = last.get("win_rate_se")
-        note = "answers the scorer prefers" + (f", ± {error:.1%}" if error is not None else "")
-        cards.append({"label": LABELS["win_rate"], "value": figure(last["win_rate"], "win_rate"), "note": note})
-    if speed := summary["tokens_per_second"]:
-        note = f"{summary['tokens']:,} tokens in {duration(summary['seconds'])}"
-        cards.append({"label": "tokens per second", "value": figure(speed, "tokens_per_second"), "note": note})
+        card("win rate", None, last["win_rate"], last.get("win_rate_se"), "answers the scorer prefers", "win_rate")
     return cards
 
 
-def figure(value: Any, metric: str = "") -> str:
-    """A value as all pages show it: a share as a percentage, a count in full, other numbers to four places or digits."""
-    if value is None:
-        return "-"
-    if metric.endswith(("accuracies", "win_rate")):
-        return f"{value:.1%}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int) or metric == "tokens_per_second":
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """A time in the two largest units that it has."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}".replace("-", "\N{MINUS SIGN}")

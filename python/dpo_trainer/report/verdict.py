@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..settings.diagnoses import DIAGNOSES, Limits
+from .figures import figure, with_error
+
+#: A difference is one from this many standard errors on.
+_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -18,57 +22,253 @@ class Verdict:
         word: "Worked", "Failed" or "Unclear".
         what: goes on after the word, for instance "the learning rate is far too high".
         why: the figures.
-        remedy: what to do next; "" where nothing is to be done.
+        remedy: what to do next.
+        cause: the name of the diagnosis that it comes from; "" where it comes from the figures.
     """
 
     word: str
     what: str
     why: str
-    remedy: str = ""
+    remedy: str
+    cause: str = ""
 
 
-def judge(summary: dict[str, Any], evals: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> Verdict:
+@dataclass(frozen=True)
+class Figures:
+    """The figures that a verdict rests on. NaN where one is not known.
+
+    Attributes:
+        first, final: the records of the first evaluation, and of the one of the weights that the run ended with.
+        best: the record of the least loss.
+        pairs: pairs of the evaluation; `known` of them are training pairs.
+        start: the loss before training.
+    """
+
+    first: dict[str, Any]
+    final: dict[str, Any]
+    best: dict[str, Any]
+    pairs: int
+    known: int
+    start: float
+    tolerance: float
+
+    @property
+    def accuracy(self) -> float:
+        """The final accuracy, in which training pairs count as lost."""
+        return _number(self.final.get("rewards/accuracies")) - self.known / max(self.pairs, 1)
+
+    @property
+    def loss(self) -> float:
+        return _number(self.final.get("loss"))
+
+    @property
+    def doubt(self) -> float:
+        """How far from 50 % an accuracy must be to be told from guessing: two standard errors, and half a pair.
+
+        With the half pair (the continuity correction) it agrees with the binomial distribution for few pairs too.
+        """
+        count = max(self.pairs, 1)
+        return _ERRORS * 0.5 / math.sqrt(count) + 0.5 / count
+
+    @property
+    def wins(self) -> bool:
+        return self.accuracy > 0.5 + self.doubt
+
+    @property
+    def fell(self) -> bool:
+        """Whether the loss fell, beyond its standard error where that is known."""
+        since, error = _number(self.final.get("loss_since_first")), _number(self.final.get("loss_since_first_se"))
+        if math.isnan(since):
+            since, error = self.loss - self.start, _number(self.final.get("loss_se"))
+        least = self.tolerance * abs(self.start)
+        return since < -max(least, 0.0 if math.isnan(error) else _ERRORS * error)
+
+    @property
+    def was_better(self) -> bool:
+        """Whether the best evaluation was earlier, and better beyond the standard error of the difference."""
+        if not self.best or self.best["step"] >= self.final["step"]:
+            return False
+        rise, error = _number(self.final.get("loss_since_best")), _number(self.final.get("loss_since_best_se"))
+        if math.isnan(rise):  # not compared pair by pair
+            rise = self.loss - _number(self.best["loss"])
+            error = math.hypot(_number(self.final.get("loss_se")), _number(self.best.get("loss_se")))
+        return rise > _ERRORS * error
+
+    def say(self) -> str:
+        """The figures in two sentences."""
+        held_out = "evaluation" if self.known else "held-out"
+        went = "" if math.isnan(self.start) else f" ({figure(self.start)} before training)"
+        said = [f"The {held_out} loss is {with_error(self.loss, self.final.get('loss_se'))}{went}."]
+        if (accuracy := self.final.get("rewards/accuracies")) is not None:
+            share = with_error(accuracy, self.final.get("rewards/accuracies_se"), "rewards/accuracies")
+            said.insert(0, f"The chosen answer wins in {share} of {self.pairs:,} {held_out} pairs; guessing is 50 %.")
+            if self.wins and not self.fell and abs(self.loss - self.start) < self.tolerance * abs(self.start):
+                said.append("A win counts however small it is, and these are next to nothing.")
+        if self.known:
+            said.insert(0, f"{self.known:,} of the {self.pairs:,} evaluation pairs were trained on.")
+        return " ".join(said)
+
+
+def figures_of(summary: dict[str, Any], evals: Sequence[dict[str, Any]]) -> Figures | None:
+    """The figures of a run's evaluation; None if there is none after the first step."""
+    last_step = summary.get("best_step") or math.inf  # the weights of an earlier evaluation were loaded in the end
+    judged = [record for record in evals if 0 < record.get("step", 0) <= last_step]
+    if not judged:
+        return None
+    first = evals[0] if evals[0].get("step", 0) == 0 else {}
+    known = [record for record in evals if record.get("loss") is not None]
+    name = next((name for name in summary["pairs"] if name.startswith("eval_dataset")), "")
+    start = summary["initial_loss"] if summary["initial_loss"] is not None else first.get("loss")
+    return Figures(
+        first,
+        judged[-1],
+        min(known, key=lambda record: record["loss"], default={}),
+        summary["pairs"].get(name, 0),
+        summary.get("trained_on", {}).get(name, 0),
+        _number(start),
+        Limits.of(summary["changed_settings"].get("diagnostics")).stuck_tolerance,
+    )
+
+
+def judge(
+    summary: dict[str, Any],
+    evals: Sequence[dict[str, Any]],
+    events: Sequence[dict[str, Any]],
+    samples: Sequence[dict[str, Any]] = (),
+) -> Verdict:
     """The verdict on a run.
 
     Args:
         summary: what `run_folder.summary.summarize` returns.
         evals: the records of its first evaluation dataset, without their prefix.
         events: what the diagnostics said.
+        samples: what the policy wrote at the last evaluation.
     """
-    last = evals[-1] if evals and evals[-1].get("step", 0) > 0 else {}
-    pairs = next((count for name, count in summary["pairs"].items() if name.startswith("eval_dataset")), 0)
-    known = sum(summary.get("trained_on", {}).values())
-    accuracy, loss, start = last.get("rewards/accuracies"), last.get("loss"), summary["initial_loss"]
-    error = math.sqrt(accuracy * (1 - accuracy) / pairs) if accuracy is not None and pairs else math.nan
-    limits = Limits.of(summary["changed_settings"].get("diagnostics"))
-    fell = start is None or (loss or start) < start - limits.stuck_tolerance * abs(start)
-    wins = accuracy is not None and accuracy - 2 * error > 0.5 and fell
-    far = (last or summary["last"]).get("kl", 0) > limits.kl_level
+    found = figures_of(summary, evals)
     for event in by_cause(events):
         diagnosis = DIAGNOSES.get(event.get("name", ""))
-        # What held early need not hold at the end: an evaluation that is won answers all causes of a stuck loss.
-        over = wins and event.get("name") != "not_finite" and not (event.get("name") == "learning_rate_high" and far)
-        if diagnosis is not None and diagnosis.fails and not over:
-            return Verdict("Failed", _lower(event["title"]), event["seen"], event["remedy"])
-    if accuracy is None:
+        if diagnosis is not None and diagnosis.fails and holds(event, summary, found):
+            why = f"{found.say()} " if found else ""
+            training = _number(summary["last"].get("rewards/accuracies"))
+            if event["name"] == "pairs_swapped" and found and training > 0.5:
+                why += f"In training the chosen one wins in {training:.0%}: the two were labelled by opposite rules."
+            else:
+                why += f"At step {event['step']:,}: {event['seen']}."
+            kl = _number((found.final if found else summary["last"]).get("kl"))
+            if event["name"] == "learning_rate_high" and not math.isnan(kl):
+                why += (
+                    f" In the end the KL divergence is {kl:.2f} nats per token: the model no longer writes as it did."
+                )
+            return Verdict("Failed", _lower(event["title"]), why, event["remedy"], event["name"])
+    empty = [record for record in samples if not record["policy"].strip()]
+    if len(empty) > len(samples) / 2:
         return Verdict(
-            "Unclear",
-            "nothing was held out",
-            "The figures are of training pairs.",
-            "Give eval_data, pairs to judge by.",
+            "Failed",
+            "the model answers with nothing",
+            f"{len(empty)} of {len(samples)} sampled answers are empty." + (f" {found.say()}" if found else ""),
+            f"{_learning_rate(summary, 0.1)}Look at the answers in the data: do they end at once?",
         )
-    figures = f"The chosen answer wins in {accuracy:.1%} ± {error:.1%} of {pairs:,} pairs, and the loss is {loss:.4f}"
-    figures += f"; it starts at {start:.4f}." if start is not None else "."
-    if known:
-        why = f"{known:,} of the {pairs:,} evaluation pairs were trained on. {figures}"
+    return _of_figures(summary, found, bool(samples))
+
+
+def _of_figures(summary: dict[str, Any], found: Figures | None, sampled: bool) -> Verdict:
+    if found is None:
+        return _not_evaluated(summary)
+    why, better = found.say(), _better(summary, found) if found.was_better else ""
+    if found.wins and found.fell:
+        if better:
+            why += f" {_best_of(found)}"
+            return Verdict("Worked", f"chosen answers win, and step {found.best['step']:,} was better", why, better)
+        look = (
+            "Read what the model writes, below." if sampled else "Set sample_prompts: 16 to read what the model writes."
+        )
+        return Verdict("Worked", "chosen answers win on pairs that were held out", why, look)
+    if found.known and found.accuracy + found.known / found.pairs > 0.5 + found.doubt:
         return Verdict(
             "Unclear", "the evaluation is not held out", why, "Give eval_data pairs that are not in train_data."
         )
-    if not wins:
+    if better:
+        if found.best["step"] == 0:
+            return Verdict(
+                "Failed",
+                "training made the model worse on pairs that were held out",
+                why,
+                f"{_learning_rate(summary, 0.1)}Check that both files were labelled by the same rule.",
+            )
+        word = "Unclear" if found.wins else "Failed"
         return Verdict(
-            "Unclear", "the evaluation tells no difference from chance", figures, "Evaluate more pairs or train longer."
+            word,
+            f"the model was better at step {found.best['step']:,} than at the end",
+            f"{why} {_best_of(found)}",
+            better,
         )
-    return Verdict("Worked", "chosen answers win on pairs that were held out", figures)
+    if found.accuracy < 0.5 - found.doubt and summary["initial_loss"] is not None:
+        return Verdict(
+            "Failed",
+            "rejected answers win on pairs that were held out",
+            why,
+            DIAGNOSES["pairs_swapped"].remedy,
+        )
+    if found.wins:
+        return Verdict(
+            "Unclear",
+            "chosen answers win more often, but the loss did not fall",
+            why,
+            f"{_learning_rate(summary, 0.3)}The model is too sure of the pairs that it gets wrong; a larger beta helps as well.",
+        )
+    if not found.fell and abs(found.loss - found.start) < found.tolerance * abs(found.start):
+        return Verdict(
+            "Unclear",
+            "the model has hardly moved",
+            why,
+            f"{_learning_rate(summary, 10)}Or take more steps: this run took {summary['steps']:,}.",
+        )
+    return Verdict("Unclear", "the evaluation tells no difference from guessing", why, _more_pairs(found))
+
+
+def _not_evaluated(summary: dict[str, Any]) -> Verdict:
+    first, last = summary["first"].get("loss"), summary["last"].get("loss")
+    why = "The figures are of training pairs, which a model can learn by heart."
+    if first is not None and last is not None:
+        why = f"The training loss went from {figure(first)} to {figure(last)}. {why}"
+    given = any(name.startswith("eval_dataset") for name in summary["pairs"])
+    if not given:
+        return Verdict("Unclear", "nothing was held out", why, "Give eval_data, pairs that are not in train_data.")
+    if not summary.get("finished", True):
+        return Verdict("Unclear", "no evaluation after the first step yet", why, "Wait for the next evaluation.")
+    return Verdict(
+        "Unclear",
+        "the run was not evaluated after its first step",
+        why,
+        "Set eval_strategy: steps, eval_steps: 0.25 and eval_on_start: true.",
+    )
+
+
+def holds(event: dict[str, Any], summary: dict[str, Any], found: Figures | None) -> bool:
+    """Whether a diagnosis that was told once agrees with the figures at the end."""
+    name = event.get("name", "")
+    if name not in DIAGNOSES or name == "not_finite":
+        return True
+    last = found.final if found else summary["last"]
+    limits = Limits.of(summary["changed_settings"].get("diagnostics"))
+    start = summary["initial_loss"] if found is None else found.start
+    loss = _number(last.get("loss"))
+    fell = found.fell if found else loss < _number(start) * (1 - limits.stuck_tolerance)
+    wins = found is not None and found.wins and fell
+    if name == "learning_rate_high":
+        return _number(last.get("kl")) > limits.kl_level or not fell
+    if name == "kl_exploding":
+        return not _number(last.get("kl")) < limits.kl_level / 5
+    if name == "displacement":
+        return not _number(last.get("logratios/chosen")) > -limits.displacement
+    if name == "pairs_swapped":
+        accuracy = found.accuracy + found.doubt if found else _number(last.get("rewards/accuracies"))
+        return not accuracy > 0.5
+    if DIAGNOSES[name].stuck:
+        return not (fell or wins)
+    if name == "overfitting":
+        return found is None or found.was_better or not wins
+    return not (DIAGNOSES[name].fails and wins)
 
 
 def by_cause(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,5 +277,67 @@ def by_cause(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(events, key=lambda event: order.get(event.get("name", ""), len(order)))
 
 
+def grouped(events: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each event that follows from no other one, and the events that follow from it."""
+    ordered = by_cause(events)
+    names = {event.get("name", "") for event in ordered}
+    roots: dict[str, str] = {}
+    for event in ordered:
+        name = event.get("name", "")
+        causes = DIAGNOSES[name].causes if name in DIAGNOSES else ()
+        cause = next((cause for cause in causes if cause in names), None)
+        roots[name] = roots.get(cause, cause) if cause is not None else name
+    return [
+        (
+            event,
+            [
+                other
+                for other in ordered
+                if other is not event and roots[other.get("name", "")] == event.get("name", "")
+            ],
+        )
+        for event in ordered
+        if roots[event.get("name", "")] == event.get("name", "")
+    ]
+
+
+def _best_of(found: Figures) -> str:
+    rise, error = found.final.get("loss_since_best"), found.final.get("loss_since_best_se")
+    said = f"At step {found.best['step']:,} it was {figure(found.best['loss'])}"
+    return (
+        f"{said}, and it has risen by {with_error(rise, error)} since, pair by pair."
+        if rise is not None
+        else f"{said}."
+    )
+
+
+def _better(summary: dict[str, Any], found: Figures) -> str:
+    """How to get the model of the best evaluation."""
+    step = found.best["step"]
+    if (name := f"checkpoint-{step}") in summary.get("checkpoints", ()):
+        return f"Use {name}, which is in the run's folder, or set load_best_model_at_end: true."
+    return f"Set load_best_model_at_end: true, which keeps the best checkpoint, or max_steps: {step}."
+
+
+def _learning_rate(summary: dict[str, Any], factor: float) -> str:
+    rate = summary.get("settings", {}).get("learning_rate")
+    return f"Set learning_rate: {rate * factor:.4g} (this run's was {rate:g}). " if rate else ""
+
+
+def _more_pairs(found: Figures) -> str:
+    lead = abs(found.accuracy - 0.5)
+    least = 0.5 + found.doubt
+    said = f"With {found.pairs:,} pairs, only an accuracy above {least:.0%} tells" if least < 1 else ""
+    said = said or f"{found.pairs:,} pairs are too few for any accuracy to tell"
+    if lead < 0.02:
+        return f"{said}. Train longer, or read twenty pairs: is the preference visible in the text?"
+    enough = math.ceil((math.sqrt(1 + 2 * lead) - 1) ** -2)  # whose `doubt` is the lead
+    return f"{said}: at {found.accuracy:.0%} it takes about {enough:,}. Hold out more pairs."
+
+
 def _lower(title: str) -> str:
     return title[:1].lower() + title[1:]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -51,7 +51,7 @@ def without_ties(record: Record) -> Record:
     tied = {
         name
         for name in record
-        if name.endswith("rewards/accuracies")
-        and record.get(name.replace("accuracies", "chosen")) == record.get(name.replace("accuracies", "rejected")) == 0
+        if (stem := name.removesuffix("_se")).endswith("rewards/accuracies")
+        and record.get(stem.replace("accuracies", "chosen")) == record.get(stem.replace("accuracies", "rejected")) == 0
     }
     return {name: value for name, value in record.items() if name not in tied}

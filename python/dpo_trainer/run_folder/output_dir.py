@@ -12,11 +12,9 @@ from typing import Any
 
 from ..errors import ConfigError, OutputError
 from .checkpoints import checkpoints, discard_half
-from .records import EVENTS, METRICS, REPORT, SAMPLES, SUMMARY, read_object, sha256, write_aside
+from .records import EVENTS, METRICS, REPORT, SAMPLES, SETTINGS, SUMMARY, read_object, sha256, write_aside
 
-#: The settings of the run that a folder holds, by which the same command is known again.
-SETTINGS = "settings.json"
-#: Its entry with the digests of the data files.
+#: The entry of SETTINGS with the digests of the data files.
 DIGESTS = "data_sha256"
 
 

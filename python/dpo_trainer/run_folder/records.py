@@ -17,6 +17,8 @@ EVENTS = "events.jsonl"
 SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
+#: The settings of the run that a folder holds, by which the same command is known again.
+SETTINGS = "settings.json"
 #: Texts that every record of a file has.
 _TEXTS = {EVENTS: ("name", "title", "seen", "remedy"), SAMPLES: ("evaluation", "prompt")}
 

@@ -19,11 +19,12 @@ from ..run import Run
 from ..settings import objective
 from ..settings.config import DPOConfig
 from ..settings.rows import settings_table
+from .checkpoints import checkpoints
 from .metrics import evaluation_records, throughput, training_records
-from .records import METRICS, read_records
+from .records import METRICS, SETTINGS, read_object, read_records
 
 #: Settings that transformers works out from others.
-_DERIVED = ("disable_tqdm", "dataloader_pin_memory", "eval_steps", "local_rank", "hub_token", "accelerator_config")
+_DERIVED = ("disable_tqdm", "dataloader_pin_memory", "do_eval", "eval_steps", "local_rank", "accelerator_config")
 
 
 def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
@@ -46,6 +47,9 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
         "steps": run.state.global_step,
         "initial_loss": initial_loss(run.args),
         "planned_steps": run.state.max_steps,
+        # Of the weights that the run ended with, where they are not the last step's.
+        "best_step": run.state.best_global_step if finished and run.args.load_best_model_at_end else None,
+        "checkpoints": [folder.name for folder in checkpoints(run.args.run_folder)],
         "epochs": run.state.epoch,
         "seconds": round(seconds, 3),
         "tokens": int(tokens),
@@ -95,13 +99,18 @@ def _peak_memory_mib() -> float | None:
 
 
 def changed_settings(args: DPOConfig) -> dict[str, Any]:
-    """The settings that are not at their defaults, as JSON values; not those that transformers works out from others."""
+    """The settings that are not at their defaults, as JSON values; not those that transformers works out from others.
+
+    In a folder of `dpo-train`, which records what it was given, those that it was not given are left out.
+    """
+    given = read_object(args.run_folder / SETTINGS)
     changed = {}
     for name, row in settings_table().items():
         value = getattr(args, name, row.default)
         value = getattr(value, "value", value)
         nothing = value in (None, [], {}, False) and row.default in (None, "none", "", [], {}, False)
-        if value != row.default and not nothing and name not in _DERIVED:
+        set_by_someone = name in given if given else name not in _DERIVED
+        if value != row.default and not nothing and set_by_someone and name != "hub_token":
             changed[name] = value
     return json.loads(json.dumps(changed, default=str))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,24 @@ class Diagnosis:
     limits: tuple[str, ...] = ()
     #: Whether a run in which it holds to the end has failed.
     fails: bool = False
+    #: Whether it says that the loss did not fall, so that a loss which has fallen in the end answers it.
+    stuck: bool = False
+    #: The diagnoses that it may be a consequence of.
+    causes: tuple[str, ...] = ()
+    #: The next step in settings: `{name}` is the run's value of a setting, `{name*10}` a multiple of it.
+    step: str = ""
+
+    def advice(self, settings: Mapping[str, Any]) -> str:
+        """What to do, with values that follow from the run's settings; the remedy alone where they do not tell."""
+
+        def value(found: re.Match[str]) -> str:
+            return f"{float(settings[found[1]]) * float(found[2] or 1):.4g}"
+
+        try:
+            step = re.sub(r"{(\w+)(?:\*([\d.]+))?}", value, self.step)
+        except (KeyError, TypeError, ValueError):
+            step = ""
+        return f"{step} {self.remedy}".strip()
 
 
 #: When a loss counts as stuck.
@@ -37,30 +56,34 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "learning_rate_high": Diagnosis(
         "The learning rate is far too high",
-        "Lower it tenfold or more (5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA) and begin again: the first steps "
-        "have already taken the model far from its reference.",
-        ("early_steps", "early_share", "kl_level"),
+        "Begin again from the model before training. Usual values are 5e-7 to 5e-6 for whole models and 1e-5 to 1e-4 with LoRA.",
+        ("early_steps", "early_share", "kl_level", "loss_rise"),
         fails=True,
+        step="Set learning_rate: {learning_rate*0.1}, a tenth of this run's.",
     ),
     "not_finite": Diagnosis(
         "The loss or the gradient is not a number",
-        "Lower the learning rate; use bf16 instead of fp16; check the data's weights and reference columns for "
-        "infinities.",
+        "Use bf16 instead of fp16; check the data's weights and reference columns for infinities.",
         fails=True,
+        causes=("learning_rate_high",),
+        step="Set learning_rate: {learning_rate*0.1}, a tenth of this run's.",
     ),
     "updates_lost": Diagnosis(
-        "The loss is stuck where it started because updates are lost to rounding",
-        "16-bit weights cannot take updates of this size. Load the model in float32 (the default) and set bf16: true for "
-        "16-bit arithmetic on float32 weights, or train a LoRA adapter in float32.",
+        "16-bit weights lose the updates to rounding, so the loss is stuck",
+        "Load the model in float32 (the default of dpo-train) and set bf16: true, which computes in 16 bits on float32 weights; "
+        "or train a LoRA adapter in float32. 16-bit weights cannot take updates of this size.",
         (*_STUCK, "stuck_rewards", "changed_share"),
         fails=True,
+        stuck=True,
     ),
     "learning_rate_low": Diagnosis(
-        "The loss is stuck where it started and the rewards do not move",
-        "Raise the learning rate tenfold (5e-7 to 5e-6 for whole models, 1e-5 to 1e-4 with LoRA), and check that the "
-        "parameters you mean to train require gradients.",
+        "The learning rate is too low, so the loss is stuck where it started",
+        "Usual values are 5e-7 to 5e-6 for whole models and 1e-5 to 1e-4 with LoRA. Check that the parameters you mean to train "
+        "require gradients.",
         (*_STUCK, "stuck_rewards"),
         fails=True,
+        stuck=True,
+        step="Set learning_rate: {learning_rate*10}, ten times this run's.",
     ),
     "pairs_equal": Diagnosis(
         "Chosen and rejected answers are the same to the model",
@@ -68,26 +91,36 @@ DIAGNOSES: dict[str, Diagnosis] = {
         "or a collator that puts one text on both sides.",
         _STUCK,
         fails=True,
+        stuck=True,
     ),
     "pairs_swapped": Diagnosis(
-        "Rejected answers win: accuracy is well under 50 %",
-        "Check that the columns chosen and rejected are not swapped, in training and in evaluation data, and that both "
-        "were labelled by the same rule.",
+        "Rejected answers win, so the labels look flipped",
+        "Read five rows of the training data and five of the evaluation data (dpo-train inspect). Where chosen and rejected are "
+        "swapped in both, set columns: {chosen: rejected, rejected: chosen}; where in one of them, exchange them in that file.",
         (*_STUCK, "swapped_accuracy"),
         fails=True,
+        causes=("learning_rate_high",),
     ),
     "pairs_random": Diagnosis(
         "The rewards move, but chosen answers win no more often than by chance",
         "Read twenty pairs: is the preference visible in the text, and the same kind of preference throughout? Filter "
-        "unclear pairs, give weights, or set label_smoothing. A learning rate that is far too high looks the same.",
+        "unclear pairs, give weights, or set label_smoothing.",
         (*_STUCK, "random_accuracy"),
         fails=True,
+        stuck=True,
+        causes=("learning_rate_high",),
     ),
     "weak_reference": Diagnosis(
         "The reference is weak on these pairs",
         "Fine-tune on the chosen answers first (SFT), and use the chat template the model was trained with: DPO moves "
         "probability between answers the model can already give. If its accuracy is low, check for swapped columns.",
         ("chosen_likelihood", "reference_accuracy"),
+        causes=("pairs_swapped",),
+    ),
+    "empty_answers": Diagnosis(
+        "Some answers are empty",
+        "Look at these rows: is a column missing, or does a template or a truncation leave nothing? The filter empty leaves out "
+        "pairs with a blank answer.",
     ),
     "uneven_preferences": Diagnosis(
         "A few pairs outweigh the rest",
@@ -103,14 +136,17 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "kl_exploding": Diagnosis(
         "The policy is running away from the reference",
-        "Lower the learning rate, raise beta, or stop at an earlier checkpoint.",
+        "An earlier checkpoint is closer to the reference.",
         ("kl_level", "kl_growth"),
+        causes=("learning_rate_high", "not_finite", "pairs_swapped"),
+        step="Set learning_rate: {learning_rate*0.3}, a third of this run's, or beta: {beta*2}, twice this run's.",
     ),
     "overfitting": Diagnosis(
         "The model memorises the training pairs",
-        "Stop here or go back to the best checkpoint; fewer epochs, a lower learning rate, a larger beta, more pairs, "
-        "or label_smoothing.",
-        ("eval_rise", "accuracy_gap", "memorised_accuracy", "displacement"),
+        "Set load_best_model_at_end: true, or take fewer steps (max_steps, num_train_epochs). More pairs, a larger beta and "
+        "label_smoothing help too.",
+        ("eval_rise", "accuracy_gap", "memorised_accuracy", "displacement", "random_accuracy"),
+        causes=("learning_rate_high", "pairs_random"),
     ),
     "displacement": Diagnosis(
         "Likelihood displacement: chosen and rejected answers both become less likely",
@@ -118,12 +154,14 @@ DIAGNOSES: dict[str, Diagnosis] = {
         "(loss_type: rpo or dpop, or [sigmoid, sft]), lower the learning rate, or filter pairs whose answers are "
         "nearly alike.",
         ("displacement",),
+        causes=("learning_rate_high", "kl_exploding", "overfitting"),
     ),
     "grad_spike": Diagnosis(
         "A gradient far above the usual",
         "A lone spike points to odd pairs at this step: very long, garbled or extreme ones. Repeated ones: lower the "
         "learning rate, lengthen the warm-up, keep max_grad_norm at 1.",
         ("grad_spike",),
+        causes=("learning_rate_high", "kl_exploding"),
     ),
 }
 
@@ -160,6 +198,9 @@ class Limits:
         10, "steps after the warm-up in which a KL above `kl_level` means a learning rate far too high"
     )
     early_share: float = _limit(0.1, "the same as a share of the run, where that is more")
+    loss_rise: float = _limit(
+        0.5, "rise of the recent training loss over the first loss, as a share of that, which means the same"
+    )
     kl_level: float = _limit(1.0, "nats per token")
     kl_growth: float = _limit(4.0, "recent KL over that of the windows before, from a fifth of kl_level on")
     chosen_likelihood: float = _floor(-4.0, "mean log-prob per chosen token under the reference, in nats", ANY)

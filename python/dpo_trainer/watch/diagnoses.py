@@ -32,6 +32,8 @@ class Facts:
     margins: tuple[float, ...] = ()
     #: The names of datasets in which every pair weighs 0.
     weightless: tuple[str, ...] = ()
+    #: What is known of empty answers, a phrase for each dataset.
+    empty: tuple[str, ...] = ()
 
 
 @dataclass
@@ -45,7 +47,8 @@ class History:
     facts: Facts = field(default_factory=Facts)
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    eval_pairs: int = 0
+    #: Pairs of each evaluation dataset, by the prefix of its metrics.
+    eval_pairs: dict[str, int] = field(default_factory=dict)
     #: Share of the 16-bit weights that updates changed; NaN where the weights have 32 bits.
     changed: float = math.nan
 
@@ -93,6 +96,8 @@ def before_training(history: History) -> Iterator[Found]:
     if facts.weightless:
         seen = f"every pair of {' and '.join(facts.weightless)} has weight 0, so the loss there is 0 and says nothing"
         yield "weights_zero", seen
+    if facts.empty:
+        yield "empty_answers", "; ".join(facts.empty)
     if (total := sum(facts.weights)) > 0:
         effective = total**2 / sum(weight**2 for weight in facts.weights)
         if effective < limits.weight_share * len(facts.weights):
@@ -161,27 +166,34 @@ def _swapped_evaluation(history: History) -> Iterator[Found]:
         last = records[-1]
         accuracy = number(last.get("rewards/accuracies"))
         moved = number(last.get("rewards/margins_std")) > 0  # before that, all pairs are ties
-        if moved and accuracy < min(history.limits.swapped_accuracy, 0.5 - doubt(history.eval_pairs)):
-            seen = f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of the pairs"
+        pairs = history.eval_pairs.get(name, 0)
+        if moved and accuracy < min(history.limits.swapped_accuracy, 0.5 - doubt(pairs)):
+            seen = f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of {pairs:,} pairs"
             yield "pairs_swapped", seen
 
 
 def _overfitting(history: History) -> Iterator[Found]:
+    """Training goes on getting better and the evaluation does not."""
     limits, accuracy, train = history.limits, history.recent("rewards/accuracies"), history.recent("loss")
+    if accuracy <= limits.random_accuracy:
+        return  # what is not learnt is not memorised
     for name, records in history.evals.items():
         (least, best), last = min((number(record["loss"]), record["step"]) for record in records), records[-1]
-        rise = number(last["loss"]) - least
-        if train < least and rise > limits.eval_rise * abs(history.start_loss):
+        rise, held_out = number(last["loss"]) - least, number(last.get("rewards/accuracies"))
+        margin = doubt(history.eval_pairs.get(name, 0))
+        if held_out < 0.5 - margin:
+            continue  # labelled by another rule
+        known = 2 * last.get("loss_since_best_se", 0.0)
+        if train < least and rise > max(limits.eval_rise * abs(history.start_loss), known):
             yield (
                 "overfitting",
                 f"the loss on {name} rose from {least:.4f} at step {best} to {least + rise:.4f}; in training it is {train:.4f}",
             )
-        held_out = number(last.get("rewards/accuracies"))
         moved = number(last.get("rewards/margins_std")) > 0
-        if moved and accuracy - held_out > max(limits.accuracy_gap, doubt(history.eval_pairs)):
+        if moved and accuracy - held_out > max(limits.accuracy_gap, margin):
             yield "overfitting", f"accuracy is {accuracy:.0%} in training and {held_out:.0%} on {name}"
     falling = history.falling("logratios/chosen")
-    if accuracy >= limits.memorised_accuracy and falling < -limits.displacement:
+    if not history.evals and accuracy >= limits.memorised_accuracy and falling < -limits.displacement:
         seen = f"training accuracy is {accuracy:.0%} while chosen answers lose {-falling:.2f} nats per token"
         yield "overfitting", seen
 
@@ -196,14 +208,22 @@ def _displacement(history: History) -> Iterator[Found]:
 
 
 def _learning_rate_high(history: History) -> Iterator[Found]:
-    limits, last = history.limits, history.train[-1] if history.train else {}
+    """The first steps take the model far from its reference, or training makes the training loss worse."""
+    limits, last, loss = history.limits, history.train[-1] if history.train else {}, history.recent("loss")
+    if loss > history.start_loss + limits.loss_rise * abs(history.start_loss):
+        seen = f"the training loss has risen to {loss:.4f}, and it starts at {history.start_loss:.4f}"
+        yield "learning_rate_high", seen
     since = last.get("step", 0) - history.warmup_steps
     early = since <= max(limits.early_steps, limits.early_share * history.planned_steps)
     if early and number(last.get("kl")) > limits.kl_level:
         yield (
             "learning_rate_high",
-            f"at step {last['step']} the KL divergence is {last['kl']:.2f} nats per token already",
+            f"the KL divergence is {last['kl']:.2f} nats per token already",
         )
+    # Log-probabilities that were computed beforehand tell no KL.
+    elif early and last.get("kl") is None and number(last.get("logratios/chosen")) < -limits.kl_level:
+        lost = -last["logratios/chosen"]
+        yield "learning_rate_high", f"chosen answers have lost {lost:.2f} nats per token already"
 
 
 def _kl_exploding(history: History) -> Iterator[Found]:

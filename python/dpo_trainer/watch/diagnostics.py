@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from pyarrow.compute import list_value_length
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.account import FILTERS
 from ..data.prepare import PreparedStream, by_name
+from ..data.processor import tokenizer_of
 from ..data.rows import REFERENCE, SIDES, has_reference
 from ..data.tokens import scored_counts
 from ..run import Run
@@ -22,6 +25,7 @@ from ..run_folder.summary import initial_loss
 from ..settings.checks import as_mapping
 from ..settings.diagnoses import DIAGNOSES, Limits
 from .diagnoses import CHECKS, FEWEST, Facts, Found, History, before_training, number
+from .evaluated import shortened
 
 logger = logging.getLogger("dpo_trainer")
 
@@ -35,8 +39,14 @@ def examine(run: Run, limits: Limits) -> Facts:
         name: list(data["weight"]) for name, data in named.items() if "weight" in getattr(data, "column_names", ())
     }
     weightless = tuple(name for name, values in weights.items() if not any(values))
+    tokenizer = tokenizer_of(run.processing_class)
+    left_out = [(account.name, account.reasons[FILTERS["empty"]]) for account in run.accounts]
+    empty = (
+        *(phrase for name, data in named.items() if (phrase := empty_answers(name, data, tokenizer))),
+        *(f"{count:,} pairs of {name} were left out with one" for name, count in left_out if count),
+    )
     if isinstance(dataset, PreparedStream):
-        return Facts(weightless=weightless)  # nothing is known before it flows
+        return Facts(weightless=weightless, empty=empty)  # nothing is known before it flows
     sample = dataset.select(spread(len(dataset), 2048))
     probe = dataset.select(probed(dataset["length"], limits))
     if has_reference(dataset):
@@ -48,6 +58,7 @@ def examine(run: Run, limits: Limits) -> Facts:
         lengths=tuple(statistics.fmean(map(len, sample[f"{side}_ids"])) for side in SIDES),
         weights=tuple(weights.get("the training data", ())),
         weightless=weightless,
+        empty=empty,
         **reference_facts(probe, logps),
     )
 
@@ -68,6 +79,26 @@ def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, A
         "accuracy": (lead.sign() / 2 + 0.5).mean().item(),  # a tie is half right
         "margins": tuple((chosen - rejected).tolist()),
     }
+
+
+def empty_answers(name: str, dataset: Any, tokenizer: Any) -> str:
+    """Which pairs of a tokenised dataset have an answer without any text, in words; "" if none has."""
+    if "chosen_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return ""
+    found = []
+    for side in SIDES:
+        # White space of more tokens than these is no answer that anybody left empty.
+        column = dataset.select_columns(f"{side}_ids").with_format("arrow")[:].column(0)
+        rows = [row for row, count in enumerate(list_value_length(column).to_pylist()) if count <= 4]
+        texts = tokenizer.batch_decode(dataset[rows][f"{side}_ids"], skip_special_tokens=True)
+        found += [(row, side) for row, text in zip(rows, texts, strict=True) if not text.strip()]
+    if not found:
+        return ""
+    row, side = min(found)
+    pairs = len({row for row, _ in found})
+    prompt = tokenizer.decode(dataset[row]["prompt_ids"], skip_special_tokens=True).strip()
+    shown = shortened(" ".join(prompt.split()), 60, "...")
+    return f"{pairs:,} of {len(dataset):,} pairs of {name} have one; the first is the {side} answer to '{shown}'"
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -142,7 +173,10 @@ class Diagnostics(TrainerCallback):
         limits = Limits.of(as_mapping("diagnostics", config.diagnostics))
         start = number(initial_loss(config))
         self.history = History(limits, start, args.get_warmup_steps(state.max_steps), state.max_steps)
-        self.history.eval_pairs = sum(account.kept for account in self.run.accounts if account.name.startswith("eval"))
+        self.history.eval_pairs = {
+            account.name.replace("eval_dataset", "eval").replace(" ", "_"): account.kept
+            for account in self.run.accounts
+        }
         self.weights = ChangedWeights(self.run.policy.model)
         self.stopped_by = None
         # All processes read them, since a diagnosis may stop the run and all must agree on what was told.
@@ -181,7 +215,7 @@ class Diagnostics(TrainerCallback):
         for name, seen in found:
             if any(event["name"] == name for event in self.events):
                 continue
-            title, remedy = DIAGNOSES[name].title, DIAGNOSES[name].remedy
+            title, remedy = DIAGNOSES[name].title, DIAGNOSES[name].advice(self.run.args.to_dict())
             event = {"step": state.global_step, "name": name, "title": title, "seen": seen, "remedy": remedy}
             self.events.append(event)
             stop = name in self.run.args.stop_on

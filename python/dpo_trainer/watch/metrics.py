@@ -51,19 +51,24 @@ class MetricWindow:
         del self._batches[len(self._batches) - batches :]
         del self._auxiliary[max(len(self._auxiliary) - batches, 0) :]
 
-    def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> DPOOutput | None:
-        """All batches as one, on the CPU; None before the first batch.
+    def joined(self, gather: Callable[[list[Any]], list[Any]] = list) -> tuple[DPOOutput, Tensor] | None:
+        """Concatenate all batches on the CPU.
 
         With several processes, the first batch of every process comes first, then the second batch of every process, and
         so on. This is the order in which an evaluation divides its rows.
 
         Args:
             gather: collects a list of picklable objects from all processes.
+
+        Returns:
+            the batches as one output, and the weights [P] of its pairs; None before the first batch.
         """
         if not self._batches:
             return None
-        mine = send_to_device([output.fields() for output, _, _ in self._batches], "cpu")
-        return DPOOutput(**join([fields for turn in zip(*gather([mine]), strict=True) for fields in turn]))
+        mine = send_to_device([{**output.fields(), "weights": weights} for output, weights, _ in self._batches], "cpu")
+        fields = join([fields for turn in zip(*gather([mine]), strict=True) for fields in turn])
+        weights = fields.pop("weights")
+        return DPOOutput(**fields), weights
 
     def state(self) -> dict[str, Any]:
         """Everything that was added, as tensors and numbers, for a checkpoint."""
