@@ -211,7 +211,7 @@ def weight_grad_kernel(
 def bias_grad_kernel(
     dz,  # [N, pitch]
     order,  # [V] int32, or None
-    lists, counts,  # as weight_grad_kernel's
+    lists, counts,  # as in weight_grad_kernel
     out,  # [V] float32
     rows, vocab, blocks, block_rows,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
