@@ -139,7 +139,13 @@ class RunTrainer(ReferenceTrainer):
             self._training_seconds()  # the clock starts here
             self._saved_at = -1
             self._take_state({})
-            return super().train(checkpoint, *args, **kwargs)
+            wanted = self.args.eval_on_start
+            if wanted is None:
+                self.args.eval_on_start = checkpoint is None and self.args.eval_strategy != "no"
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            finally:
+                self.args.eval_on_start = wanted
 
     def _sound_checkpoint(self, folder: Path, wanted: str | bool) -> str:
         """The checkpoint to go on from. One process reads the files, and all of them agree."""

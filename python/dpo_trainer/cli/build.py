@@ -32,7 +32,7 @@ def build_trainer(
     """The trainer that the settings ask for, its model loaded and its data read and tokenised.
 
     Args:
-        resumes: whether it goes on from a checkpoint in output_dir; an evaluation at the start is left out then.
+        resumes: whether it goes on from a checkpoint in output_dir.
 
     Raises:
         UsageError: a setting, the model or the data cannot be used.
@@ -48,7 +48,6 @@ def build_trainer(
         check_val_split(given=held_out, stream=bool(settings.get("streaming")), what="eval_data")
     if held_out or settings.get("val_split") is not None:
         fields.setdefault("eval_strategy", "steps")
-        fields.setdefault("eval_on_start", not resumes)
     # Not given: not what logging_steps says either, which is transformers' rule.
     paced = fields.get("eval_strategy") == "steps" and fields.get("eval_steps") is None
     if paced:

@@ -233,14 +233,19 @@ def _not_evaluated(summary: dict[str, Any]) -> Verdict:
         why = f"The training loss went from {figure(first)} to {figure(last)}. {why}"
     given = any(name.startswith("eval_dataset") for name in summary["pairs"])
     if not given:
-        return Verdict("Unclear", "nothing was held out", why, "Give eval_data, pairs that are not in train_data.")
+        return Verdict(
+            "Unclear",
+            "nothing was held out",
+            why,
+            "Give eval_data, pairs that are not in train_data, or set val_split: 0.1.",
+        )
     if not summary.get("finished", True):
         return Verdict("Unclear", "no evaluation after the first step yet", why, "Wait for the next evaluation.")
     return Verdict(
         "Unclear",
         "the run was not evaluated after its first step",
         why,
-        "Set eval_strategy: steps, eval_steps: 0.25 and eval_on_start: true.",
+        "Set eval_strategy: steps.",
     )
 
 

@@ -24,7 +24,15 @@ from .metrics import evaluation_records, throughput, training_records
 from .records import METRICS, SETTINGS, read_object, read_records
 
 #: Settings that transformers works out from others.
-_DERIVED = ("disable_tqdm", "dataloader_pin_memory", "do_eval", "eval_steps", "local_rank", "accelerator_config")
+_DERIVED = (
+    "disable_tqdm",
+    "dataloader_pin_memory",
+    "do_eval",
+    "eval_on_start",
+    "eval_steps",
+    "local_rank",
+    "accelerator_config",
+)
 
 
 def summarize(run: Run, *, finished: bool) -> dict[str, Any]:

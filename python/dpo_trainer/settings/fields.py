@@ -47,9 +47,12 @@ class DPOFields(ReadingSettings):
     )
     eval_steps: float | None = _watch(
         None,
-        "Steps between two evaluations; below 1, a fraction of the run. None: a twentieth of the run, or so many that "
-        "evaluations take about a quarter of the training time.",
+        "Steps between two evaluations; below 1, a fraction of the run. None: a twentieth of the run, or longer, so that "
+        "evaluations take at most about a quarter of the training time.",
         POSITIVE,
+    )
+    eval_on_start: bool | None = _watch(
+        None, "Evaluate before the first step. None: in a new run whose eval_strategy is not 'no'."
     )
     save_steps: float | None = _watch(
         None,

@@ -43,6 +43,11 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
         "None saves a tenth of the run apart, 500 steps at most: a short run can be resumed too.",
         False,
     ),
+    "eval_on_start": (
+        False,
+        "None evaluates before training, in a new run that evaluates: the last evaluation is compared with it.",
+        False,
+    ),
     "logging_first_step": (False, "The loss of the first step must be log 2: a quick check of the reference.", False),
     "logging_nan_inf_filter": (True, "A loss that is not a number should be seen.", False),
     "remove_unused_columns": (True, "Neither value has an effect: tokenising keeps the columns that it needs.", False),
