@@ -340,8 +340,8 @@ def bandwidth_table(calls: dict[str, Any]) -> list[str]:
             rows.append([work.path, _milliseconds(seconds[work.key]), f"{share:.0%}"])
     if not bandwidth or not rows:
         return []
-    heading = f"**Share of the memory's bandwidth: bfloat16 logits {PREDICTED_SHAPE}, our quicker backend**"
-    said = f"The card was seen to move {bandwidth / 1e12:.2f} TB/s."
+    heading = f"**Share of the memory's bandwidth: bfloat16 logits {PREDICTED_SHAPE}, the faster backend**"
+    said = f"The card's measured bandwidth is {bandwidth / 1e12:.2f} TB/s."
     return [heading, "", *_table(["path", "time", "share of that bandwidth"], rows), said, ""]
 
 

@@ -658,7 +658,7 @@ def table(rows: Iterable[Figures]) -> str:
 
 
 def _inspect_numbered(job: tuple[int, int]) -> Figures | str:
-    """Worker: a kernel is named by its place in the registry, since what compiles it does not travel between processes.
+    """Worker: a kernel is named by its place in the registry, because what compiles it does not travel between processes.
 
     The error's text where it does not compile, so that the others' figures are not lost.
     """

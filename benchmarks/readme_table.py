@@ -249,7 +249,12 @@ def page(results: Path = RESULTS) -> str:
     if folder is None:
         return ""
     found = read(folder)
-    lines = ["# Performance", ""]
+    lines = [
+        "# Performance",
+        "",
+        "This page says how fast dpo_kernels and its trainer are, and how much memory they take, compared with other methods.",
+        "",
+    ]
     rows = [
         report.answer(f"{one['question']} (CPU)", one["rows"]) for one in found.values() if report.has_peer(one["rows"])
     ]
@@ -268,7 +273,7 @@ def page(results: Path = RESULTS) -> str:
     for file in (file for file in shown if file in drawings(results)):
         stem = file.removesuffix(".svg")
         title = _title(found[stem]) + ", CPU" if stem in found else _gpu_name(gpus[stem], stem)
-        lines += [f"![{title}](charts/{file})", ""]
+        lines += [f"**{title}**", "", f"![{title}](charts/{file})", ""]
     lines += [f"## {BEHIND}", "", f"{_behind(results)}.", ""]
     lines += [f"* {sentence}" for _, everything in _places(results) for sentence in below_one(everything)]
     lines.append("")
@@ -298,8 +303,8 @@ def _gpu_part(name: str, calls: dict[str, Any], results: Path) -> list[str]:
     table = gpu_summary.stage(calls, "correctness").get("table", {})
     wrong = [f"{backend} {len(row['failed'])} of {row['cases']}" for backend, row in table.items() if row.get("failed")]
     if wrong:
-        lines += [f"Test cases that were wrong in this session: {report.listed(wrong)}. [gpu.md](gpu.md) says what was mended "
-                  "since. The gradients of the tables below were all compared with float64.", ""]  # fmt: skip
+        lines += [f"Test cases that were wrong in this measurement: {report.listed(wrong)}. [On a GPU](gpu.md) says what was "
+                  "fixed. The gradients of the tables below were all compared with float64.", ""]  # fmt: skip
     lines += gpu_summary.bandwidth_table(calls)
     for heading, (_, rows) in gpu_summary.compared_tables(calls).items():
         if report.has_peer(rows):

@@ -53,7 +53,7 @@ REASONS = (
         "gpu_logits_path",
         "[8x512x49152]-*",
         "At this size the GPU waits for the host, and our calls took the host longer than the peer's. A default call of the CUDA "
-        "backend has had fewer launches since, which no card has measured yet.",
+        "backend now has fewer launches, which no card has measured yet.",
     ),
     Reason(
         "gpu_linear_path",

@@ -23,7 +23,8 @@ def test_what_is_filled_from_the_results_shows_them(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_a_page_opens_with_the_verdict_and_its_tables_have_six_columns_at_most(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert text.splitlines()[2] == "| question | result against the best peer | verdict |"
+    first = 4 if path == readme_table.PAGE else 2  # the documentation's page says first what it is for
+    assert text.splitlines()[first] == "| question | result against the best peer | verdict |"
     assert max(line.count("|") - 1 for line in text.splitlines() if line.startswith("|")) <= 6
     for word in (
         "times ours",

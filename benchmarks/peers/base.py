@@ -15,7 +15,7 @@ PEERS_EXTRA = "pip install -e .[peers]"
 
 
 def not_installed(module: str | None) -> str | None:
-    """None if the module is there (or None), else the reason and the pip line that mends it."""
+    """None if the module is there (or None), else the reason and the pip line that installs it."""
     if module is None or importlib.util.find_spec(module) is not None:
         return None
     return f"{module} is not installed ({PEERS_EXTRA})"
@@ -48,7 +48,7 @@ class Peer(ABC):
 
     @classmethod
     def why_missing(cls) -> str | None:
-        """None if the peer can run here, else the reason and the pip line that mends it."""
+        """None if the peer can run here, else the reason and the pip line that installs it."""
         return not_installed(cls.needs)
 
     @abstractmethod

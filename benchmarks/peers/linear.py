@@ -39,7 +39,7 @@ class LinearPeer(ABC):
 
     @classmethod
     def why_missing(cls) -> str | None:
-        """None if the peer can run here, else the reason and what mends it."""
+        """None if the peer can run here, else the reason and what fixes it."""
         return not_installed(cls.needs)
 
     @abstractmethod
