@@ -53,7 +53,7 @@ def of_trl() -> dict[str, Any]:
 
 
 def ours_of(name: str, value: Any) -> Any:
-    """Our default beside TRL's, in the same form."""
+    """Our default, in the form of TRL's."""
     ours = defaults(DPOConfig)[name]
     return [ours] if isinstance(value, list) and isinstance(ours, str) else ours
 
@@ -113,7 +113,7 @@ def suite() -> str:
     counted = found["tests"] - len(found["skipped"])
     lines = [
         f"{len(found['passed'])} of {counted} tests pass (TRL {found['suite']}'s tests, TRL {found['trl']} installed). "
-        f"{len(found['skipped'])} more are skipped where they ran, since they need packages or a GPU; {found['apart']} tests "
+        f"{len(found['skipped'])} more are skipped where they ran, because they need packages or a GPU; {found['apart']} tests "
         "of vision-language models are counted apart. These fail:",
         "",
         "| test | why |",
@@ -137,9 +137,9 @@ def kind_of(found: dict[str, Any]) -> tuple[str, str]:
     if found["layout"] == "padded":
         said = " ".join(found["said"])
         why = "its code takes no such batch" if "it refuses" in said else "a sequence in a shared row has other answers"
-        reasons.append(f"batches are padded, since {why}")
+        reasons.append(f"batches are padded, because {why}")
     elif found["layout"] == "shared rows":
-        reasons.append("prompts are shared under a mask, since its attention is not sdpa's")
+        reasons.append("prompts are shared under a mask, because its attention is not sdpa's")
     return ("slower", "; ".join(reasons)) if reasons else ("supported", FULL)
 
 
@@ -148,7 +148,7 @@ def groups_of(entries: Iterable[tuple[str, tuple[str, str]]], title: str) -> lis
     groups: dict[tuple[str, str], list[str]] = {}
     for name, group in entries:
         groups.setdefault(group, []).append(name)
-    lines = [f"| | why | {title} |", "|---|---|---|"]
+    lines = [f"| result | why | {title} |", "|---|---|---|"]
     for what, why in sorted(groups, key=lambda group: (ORDER.index(group[0]), -len(groups[group]))):
         lines.append(row(what, why, ", ".join(f"`{name}`" for name in groups[what, why])))
     return lines
@@ -159,7 +159,7 @@ def architectures() -> str:
     whole = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
     lines = [
         f"{len(whole['architectures'])} architectures of transformers {whole['transformers']}, by their model types. "
-        f"{len(whole['not_tried'])} more could not be made small enough to try, most of them since they need images or sound.",
+        f"{len(whole['not_tried'])} more could not be made small enough to try, most of them because they need images or sound.",
         "",
         *groups_of(((name, kind_of(found)) for name, found in whole["architectures"].items()), "architectures"),
     ]
@@ -180,7 +180,7 @@ def adapters() -> str:
     whole = json.loads(ADAPTERS.read_text(encoding="utf-8"))
     absent = ", ".join(f"`{name}` ({package})" for name, package in whole["not_tried"].items())
     lines = [
-        f"{len(whole['kinds'])} kinds of peft {whole['peft']}. Not tried, since a package was missing: {absent}.",
+        f"{len(whole['kinds'])} kinds of peft {whole['peft']}. Not tried, because a package was missing: {absent}.",
         "",
         *groups_of(((name, kind_of_adapter(found)) for name, found in whole["kinds"].items()), "kinds"),
     ]

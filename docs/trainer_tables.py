@@ -32,7 +32,7 @@ def diagnoses() -> str:
         used = ", ".join(f"`{limit}`" for limit in diagnosis.limits) or "-"
         step = re.sub(r"{.*?}, ", "", diagnosis.step)  # the run's values are not known here
         lines.append(row(f"`{name}`", diagnosis.title, used, f"{step} {diagnosis.remedy}".strip()))
-    lines += ["", "| threshold | default | |", "|---|---:|---|"]
+    lines += ["", "| threshold | default | what it means |", "|---|---:|---|"]
     lines += [row(f"`{item.name}`", f"{item.default:g}", item.metadata["help"]) for item in dataclasses.fields(Limits)]
     return "\n".join(lines) + "\n"
 
@@ -49,12 +49,12 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "Every setting of `dpo-train`: a line of its YAML file (`beta: 0.1`), or words on its command line (`--beta 0.1`).",
-        "All but the first group are fields of `DPOConfig`. `dpo-train --help` shows the settings in bold.",
+        "This page lists every setting of `dpo-train`, for a YAML file (`beta: 0.1`) or the command line (`--beta 0.1`).",
+        "All groups except the first are fields of `DPOConfig`. `dpo-train --help` shows the settings in bold.",
         "`dpo-train --help-all` also lists the other settings of `transformers.TrainingArguments`, which may be given as well.",
     ]
     for group, title in GROUPS.items():
-        lines += ["", f"## {title}", "", "| setting | default | |", "|---|---|---|"]
+        lines += ["", f"## {title}", "", "| setting | default | what it does |", "|---|---|---|"]
         for item in settings_table().values():
             if item.group == group:
                 name = f"**`{item.name}`**" if item.name in SHOWN else f"`{item.name}`"
@@ -64,15 +64,15 @@ def settings() -> str:
         "",
         "## Names of other tools",
         "",
-        "The command takes these names for the settings beside them, and a line says so. To other names of TRL's scripts, the",
-        "alignment handbook, axolotl, LLaMA-Factory and ms-swift it answers what to set.",
+        "The command accepts the names on the right for the setting on the left, and prints a line about it. For other names",
+        "of TRL's scripts, the alignment handbook, Axolotl, LLaMA-Factory and ms-swift, it prints what to set instead.",
         "",
         "| setting | other names |",
         "|---|---|",
     ]
     lines += [row(f"`{name}`", ", ".join(f"`{other}`" for other in others)) for name, others in SAME.items()]
     words = ", ".join(f"`{word}` (`{ours}`)" for word, ours in OBJECTIVES.items())
-    lines += ["", f"In `loss_type` it takes these words for objectives: {words}."]
+    lines += ["", f"`loss_type` also accepts these names of objectives: {words}."]
     return "\n".join(lines) + "\n"
 
 
