@@ -1,4 +1,4 @@
-"""`python -m dpo_kernels`: versions, devices, libraries, which backend serves what, and why the others do not.
+"""`python -m dpo_kernels`: versions, devices, libraries, which backend is used for what, and why the other backends are not.
 
 `check` runs the operator table on this machine, `bench` times loss and gradient beside eager PyTorch.
 """
@@ -24,7 +24,7 @@ class UsageError(ValueError):
 
 
 def report() -> None:
-    """Print versions, devices, backends, libraries, compilers, caches and variables, and what mends what is missing."""
+    """Print versions, devices, backends, libraries, compilers, caches and variables, and how to fix what is missing."""
     warnings.simplefilter("ignore", RuntimeWarning)  # the table below gives the same reasons
     print(
         f"dpo-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
@@ -36,7 +36,7 @@ def report() -> None:
         "compilers": doctor.compilers(),
         "cache of libraries": [str(cache_folder())],
         "environment": doctor.variables() or ["no variable that matters is set"],
-        "to mend": [f"{what}: {mend}" for what, mend in doctor.troubles()] or ["nothing"],
+        "to fix": [f"{what}: {fix}" for what, fix in doctor.troubles()] or ["nothing"],
     }
     for title, lines in sections.items():
         print("\n".join([f"\n{title}", *(f"  {line}" for line in lines)]))
@@ -71,7 +71,7 @@ def _known(backend: str, who: str = "") -> str:
 
 
 def check(backend: str | None, device_name: str | None, cases: tuple[selfcheck.Case, ...] = selfcheck.TABLE) -> int:
-    """Run the operator table on every backend that serves the device, or on one; 1 if a case is wrong, else 0."""
+    """Run the operator table on every backend for the device, or on one; 1 if a case is wrong, else 0."""
     device = device_of(device_name)
     if backend is None:
         names = list(backends.candidates(device.type))
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m dpo_kernels",
-        description="Without a command: versions, devices, libraries, which backend serves what, and why the others do not.",
+        description="Without a command: versions, devices, libraries, which backend is used, and why the others are not.",
     )
     commands = parser.add_subparsers(dest="command", metavar="{doctor,check,bench}")
     commands.add_parser("doctor", help="the same as without a command")
@@ -111,7 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
         "0 all right, 1 a case is wrong, 2 the backend or device does not exist. On a GPU the first run compiles every "
         "kernel variant, which takes minutes.",
     )
-    checking.add_argument("--backend", help=f"one of {', '.join(backends.NAMES)}; default: all that serve the device")
+    checking.add_argument(
+        "--backend", help=f"one of {', '.join(backends.NAMES)}; default: all that can be used for the device"
+    )
     timing = commands.add_parser(
         "bench",
         help="time loss and gradient on this machine beside eager PyTorch",

@@ -63,9 +63,9 @@ def devices() -> list[str]:
 
 
 def served() -> Iterator[str]:
-    """For each device type, which backend serves it, and why the others do not."""
+    """For each device type, which backend is used, and why the other backends are not."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        yield f"{device} tensors are served by: {backends.resolve(device, torch.float32)}"
+        yield f"backend used for {device} tensors: {backends.resolve(device, torch.float32)}"
         for name in backends.NAMES:
             reason = backends.why_not(name, device)
             note = "available" if reason is None else f"not available: {reason}"
@@ -121,13 +121,13 @@ def variables() -> list[str]:
 
 
 def troubles() -> list[tuple[str, str]]:
-    """(what is missing, what mends it) of what makes calls slower. Nothing of it keeps a run from starting."""
+    """(what is missing, how to fix it) of what makes calls slower. Nothing of it keeps a run from starting."""
     found = []
     if (reason := backends.why_not("cpu", "cpu")) is not None:
-        found.append((f"the CPU kernels do not serve ({reason})", "install a C++ compiler, such as g++"))
+        found.append((f"the CPU kernels are not used ({reason})", "install a C++ compiler, such as g++"))
     if torch.cuda.is_available() and backends.default("cuda") == "eager":
         reason = backends.why_not("triton", "cuda")
-        found.append((f"eager PyTorch serves CUDA tensors ({reason})", "pip install triton"))
+        found.append((f"eager PyTorch is used for CUDA tensors ({reason})", "pip install triton"))
     if not torch.cuda.is_available() and _build.devices_in_sight() is not None:
         found.append(
             (

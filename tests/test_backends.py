@@ -68,7 +68,7 @@ def test_use_backend_is_undone_also_after_an_error():
 def test_a_backend_that_cannot_serve_says_why():
     z, y = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long)
     if not torch.cuda.is_available():
-        with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda' cannot serve cpu tensors: "):
+        with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda' cannot be used for cpu tensors: "):
             dpo_loss(z, y, ref_logits=z)
 
 
@@ -207,7 +207,7 @@ def test_report_names_every_backend_and_its_reason(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "dpo_kernels"], capture_output=True, text=True, cwd=tmp_path, check=True
     )
-    assert "cpu tensors are served by: cpu" in done.stdout
+    assert "backend used for cpu tensors: cpu" in done.stdout
     for name in backends.NAMES:
         assert f"\n  {name} " in done.stdout
 

@@ -16,7 +16,7 @@ CASES = selfcheck.TABLE[:4]
 
 def test_without_a_command_it_reports(capsys):
     assert command.main([]) == 0
-    assert "cpu tensors are served by: " in capsys.readouterr().out
+    assert "backend used for cpu tensors: " in capsys.readouterr().out
 
 
 def test_check_counts_the_cases_of_every_backend_that_serves(capsys):
@@ -48,7 +48,7 @@ check = command.check
     ("arguments", "said"),
     [
         (["check", "--backend", "tpu"], "unknown backend 'tpu'; known: eager, cpu, triton, cuda"),
-        (["check", "--backend", "cuda", "--device", "cpu"], "backend 'cuda' cannot serve cpu tensors: "),
+        (["check", "--backend", "cuda", "--device", "cpu"], "backend 'cuda' cannot be used for cpu tensors: "),
         (["check", "--device", "99"], "there is no cuda:99: this torch sees "),
         (["check", "--device", "mps"], "no kernels for mps devices"),
         (["check", "--device", "elsewhere"], "unknown device 'elsewhere'"),

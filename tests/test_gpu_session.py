@@ -175,9 +175,9 @@ def test_a_depth_session_watches_sweeps_and_trains(in_process, tools, tmp_path):
     # A stage that runs again, in a later folder, replaces only its own result.
     again = {"took": 9, "limit": 9, "result": {"not run": "no counters"}}
     (other / "results.json").write_text(json.dumps({"calls": {"depth": {"ncu": again}}}))
-    gpu_session.merge([out, other], tmp_path / "mended")
-    mended = json.loads((tmp_path / "mended" / "results.json").read_text())["calls"]["depth"]
-    assert mended == {**json.loads(json.dumps(stages)), "ncu": again}
+    gpu_session.merge([out, other], tmp_path / "joined")
+    joined = json.loads((tmp_path / "joined" / "results.json").read_text())["calls"]["depth"]
+    assert joined == {**json.loads(json.dumps(stages)), "ncu": again}
 
 
 def test_stages_can_be_run_by_name(in_process, tmp_path):

@@ -84,7 +84,7 @@ def load(name: str, device_type: str) -> ModuleType:
     """The backend's module. Raises BackendUnavailable, with the reason, if it cannot serve this device type."""
     found = _attempt(name, device_type)
     if isinstance(found, str):
-        raise BackendUnavailable(f"backend {name!r} cannot serve {device_type} tensors: {found}")
+        raise BackendUnavailable(f"backend {name!r} cannot be used for {device_type} tensors: {found}")
     return found
 
 

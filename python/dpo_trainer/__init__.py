@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dpo_kernels._lazy import names_of
 
-# Read by torch when it first allocates: large tensors on a CPU then get 2 MB pages, since a step maps gigabytes anew and pays
+# Read by torch when it first allocates: large tensors on a CPU then get 2 MB pages, because a step maps gigabytes anew and pays
 # for every page of it. Set it to 0 to keep small ones.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

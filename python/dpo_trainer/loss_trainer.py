@@ -180,7 +180,7 @@ class LossTrainer(RunTrainer):
         return self._window[mode].drain(self._gather)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep the window's largest gradient norm, since the log shows only the last step's. Does not synchronise devices."""
+        """Keep the window's largest gradient norm, because the log shows only the last step's. Does not synchronise devices."""
         norm = super()._get_grad_norm(*args, **kwargs)
         if norm is not None:
             seen = torch.as_tensor(norm).detach()

@@ -77,7 +77,7 @@ class DPOTrainer(LossTrainer):
             the trial.
         compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. `predict` and
             compute_metrics see rewards `[rows, 2]` (chosen, rejected).
-        preprocess_logits_for_metrics: refused, since there are no logits.
+        preprocess_logits_for_metrics: refused, because there are no logits.
 
     Raises:
         ConfigError, DataError, ModelError: ValueErrors of one line that say what is wrong and where.
@@ -336,7 +336,7 @@ class DPOTrainer(LossTrainer):
     def _check_layout(self) -> None:
         """Choose the layout by the longest pair and another.
 
-        The longest, since a model may attend within a window or switch its position encoding from some length on.
+        The longest, because a model may attend within a window or switch its position encoding from some length on.
         """
         collator = self.data_collator
         if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self.datasets():

@@ -121,7 +121,7 @@ def test_a_name_that_the_template_does_not_know_is_told(
     assert caplog.messages.count(line) == 1, "training and evaluation data have the same template"
     caplog.clear()
     make_trainer(train_dataset=build_pairs(3), chat_template_kwargs={"enable_thinking": False})
-    assert "chat_template_kwargs: not used, since rows are text" in caplog.messages
+    assert "chat_template_kwargs: not used, because rows are text" in caplog.messages
 
 
 def test_what_the_template_leaves_out_is_told(caplog: pytest.LogCaptureFixture) -> None:

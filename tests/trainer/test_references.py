@@ -219,7 +219,7 @@ def test_a_shard_that_is_not_right_is_refused_in_one_line_and_computed_again(
     assert "\n" not in lines[0]
     forwards.clear()
     make_trainer(model=make_model(), precompute_ref_log_probs=True)
-    assert forwards == [], "the shard has been mended"
+    assert forwards == [], "the shard has been computed again"
 
 
 def test_processes_share_the_shards_out(own_cache: Path, small_shards: None) -> None:

@@ -413,7 +413,7 @@ def test_the_hub_gets_the_name_of_the_data(make_trainer: Any, monkeypatch: pytes
 def test_keywords_for_a_loaded_model_are_told_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = build_model("llama-tied", len(build_tokenizer()))
     DPOTrainer(model, **given(tmp_path, model_init_kwargs={"dtype": "float32"}))
-    assert "model_init_kwargs: not used, since no model is given as a path" in caplog.messages
+    assert "model_init_kwargs: not used, because no model is given as a path" in caplog.messages
 
 
 REMOTE = """\

@@ -1,4 +1,4 @@
-"""`dpo-train doctor`: whether this machine can train, what it would train with, and what mends what is missing."""
+"""`dpo-train doctor`: whether this machine can train, what it would train with, and how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def doctor(words: Sequence[str]) -> int:
     if not faults:
         print("\ndpo-train can run")
         return 0
-    _show("dpo-train cannot run", [f"{what}; {mend}" for what, mend in faults])
+    _show("dpo-train cannot run", [f"{what}; {fix}" for what, fix in faults])
     return 1
 
 
@@ -65,17 +65,17 @@ def _show(title: str, lines: Sequence[str]) -> None:
 
 def _line(module: str, faults: list[tuple[str, str]]) -> str:
     """A package's line; what is wrong with it is added to `faults`."""
-    mend = "pip install dpo-kernels" if module in ("torch", "numpy") else EXTRA
+    fix = "pip install dpo-kernels" if module in ("torch", "numpy") else EXTRA
     if find_spec(module) is None:
-        faults.append((f"{module} is not installed", mend))
+        faults.append((f"{module} is not installed", fix))
         return f"{module:<14}not installed"
     version = _version(module)
     if wanted := _too_old(module, version):
-        faults.append((f"{module} {version} is too old, {wanted} is needed", mend))
+        faults.append((f"{module} {version} is too old, {wanted} is needed", fix))
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a broken installation raises
-        faults.append((f"{module} {version} cannot be imported ({first_line(error)})", f"{mend} --force-reinstall"))
+        faults.append((f"{module} {version} cannot be imported ({first_line(error)})", f"{fix} --force-reinstall"))
         return f"{module:<14}{version:<14}broken"
     return f"{module:<14}{version}"
 

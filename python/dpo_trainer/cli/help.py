@@ -44,8 +44,8 @@ run's folder, unless --output names another file.""",
     "doctor": (
         DOCTOR,
         """\
-Shows devices, backends, libraries, versions and what is missing, with the command that mends it. Exit code: 0 if a run can
-start, else 1.""",
+Shows devices, backends, libraries, versions and what is missing, with the command that installs it. Exit code: 0 if
+a run can start, else 1.""",
     ),
 }
 START = """\

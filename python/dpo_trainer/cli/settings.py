@@ -3,7 +3,7 @@
 pydantic fits values to types. The words are read here, because no parser at hand does what is wanted of them.
 HfArgumentParser knows no nested keys, and no type such as `str | list[str] | None`. tyro reads no YAML. jsonargparse reads
 both, but it takes null for every type, and no number for text, no single word for a list and no 1e3 for an integer. To
-mend that, and to translate its errors, takes as many lines as `_fit` and the loop in `read_settings`.
+work around that, and to translate its errors, takes as many lines as `_fit` and the loop in `read_settings`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .known import AS_THEY_ARE, Located, Reading, Told
 from .messages import as_written
 from .rows import COLUMNS, IMAGES, NUMBERS, Pair, check_columns, json_type, parse_rows
 
-#: Datasets whose rows were all checked, with their fingerprints at that time, since `set_transform` changes one in place; and
+#: Datasets whose rows were all checked, with their fingerprints at that time, because `set_transform` changes one in place; and
 #: how they were read.
 _CHECKED: WeakKeyDictionary[Any, tuple[str, Reading]] = WeakKeyDictionary()
 
@@ -80,7 +80,7 @@ def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) ->
 
     Args:
         located: (place, row) of every row, where the place names the row to a person. Tools, arguments of tool calls and
-            `chat_template_kwargs` should be JSON text (`as_written`), since a table would give all of them the same keys.
+            `chat_template_kwargs` should be JSON text (`as_written`), because a table would give all of them the same keys.
         name: of the file or data set, for messages.
         reading: how columns are read.
 

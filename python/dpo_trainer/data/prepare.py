@@ -279,7 +279,7 @@ def _without_bars() -> Iterator[None]:
 def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip: bool) -> dict[str, Any]:
     """Tokens, numbers and MARKS of a pair, and the images' digest where rows may have some.
 
-    Of chat messages also masks, since a table needs them in all rows or in none.
+    Of chat messages also masks, because a table needs them in all rows or in none.
 
     Args:
         strip: take the prompt from the beginning of completions that repeat it.
@@ -338,7 +338,7 @@ def _most_repeat(pairs: Sequence[Pair]) -> bool:
 
 
 def _of_repeated(name: str, which: str, strip: bool) -> str:
-    done = "it is taken away there" if strip else "it is left there, since most others do not"
+    done = "it is taken away there" if strip else "it is left there, because most others do not"
     return f"{name}: both completions of {which} begin with the prompt; {done}"
 
 
@@ -353,7 +353,7 @@ def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparat
             return [
                 "the tokenizer has no chat template: system text, prompt and answer stand in one text, a blank line apart"
             ]
-        return ["chat_template_kwargs: not used, since rows are text"] if kwargs else []
+        return ["chat_template_kwargs: not used, because rows are text"] if kwargs else []
     ids = tokenize_pair(pair, reader, **{**preparation.of_tokens, "max_length": None})
     answer = ids["chosen_ids"]
     scored = ids.get("chosen_mask", [True] * len(answer))

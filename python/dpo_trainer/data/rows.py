@@ -347,5 +347,5 @@ def _without_nothing(value: Any) -> Any:
 
 def shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many items two sequences have in common at their beginning."""
-    # By halving, since slices are compared at C speed.
+    # By halving, because slices are compared at C speed.
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda count: a[:count] != b[:count])

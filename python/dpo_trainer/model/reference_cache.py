@@ -232,7 +232,7 @@ class ReferenceCache:
             logger.info("%s: computing%s into %s", what, rest, self.folder)
         else:
             logger.info("%s: read from %s", what, self.folder)
-        wait()  # all processes look for shards before any writes one; all must call this, since each may see other files
+        wait()  # all processes look for shards before any writes one; all must call this, because each may see other files
         writable, mine = True, missing[process_index::num_processes]
         begin(sum(len(self.rows(shard)) for shard in mine))
         for shard in mine:

@@ -98,7 +98,7 @@ def _taken(path: Path, folder: Path) -> IO[str]:
 
 
 def _owner(file: IO[str]) -> dict[str, Any]:
-    """Whom a lock's text names; nobody if it is empty or damaged."""
+    """The owner that a lock's text names; nobody if it is empty or damaged."""
     file.seek(0)
     return as_object(file.read())
 

@@ -95,8 +95,8 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "pairs_swapped": Diagnosis(
         "Rejected answers win, so the labels look flipped",
-        "Read five rows of the training data and five of the evaluation data (dpo-train inspect). Where chosen and rejected are "
-        "swapped in both, set columns: {chosen: rejected, rejected: chosen}; where in one of them, exchange them in that file.",
+        "Read five rows of the training data and five of the evaluation data (dpo-train inspect). If chosen and rejected are "
+        "swapped in both, set columns: {chosen: rejected, rejected: chosen}. If only in one, exchange them in that file.",
         (*_STUCK, "swapped_accuracy"),
         fails=True,
         causes=("learning_rate_high",),
@@ -130,7 +130,7 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "lengths_differ": Diagnosis(
         "Chosen and rejected answers differ in length",
-        "The model may learn length for quality. Balance the lengths, set ld_alpha below 1, or use a length-normalised "
+        "The model may learn length instead of quality. Balance the lengths, set ld_alpha below 1, or use a length-normalised "
         "objective (loss_type: sigmoid_norm or simpo).",
         ("length_ratio",),
     ),
@@ -180,36 +180,41 @@ class Limits:
     """The thresholds. Given as None, a threshold becomes the infinity that is never passed, which turns its check off."""
 
     windows: float = _limit(5, "logged records that count as recent", COUNT)
-    probe_pairs: float = _limit(32, "training pairs that the reference is asked about before the first step", COUNT)
+    probe_pairs: float = _limit(32, "training pairs that the reference scores before the first step", COUNT)
     probe_tokens: float = _limit(
-        2048, "tokens of these pairs, above which fewer are asked about, but at least 16 pairs"
+        2048, "tokens of these pairs; above this number fewer pairs are scored, but at least 16"
     )
     stuck_steps: float = _limit(20, "steps after the warm-up before the loss may be called stuck")
     stuck_share: float = _limit(0.1, "share of the run after the warm-up before the loss may be called stuck")
-    stuck_tolerance: float = _floor(0.015, "stuck: less than this share of the first loss below it")
-    stuck_rewards: float = _floor(0.02, "rewards below this do not move")
-    changed_share: float = _floor(0.5, "of the 16-bit weights with a gradient, that an update must change")
-    random_accuracy: float = _floor(0.58, "up to this, accuracy is near 50 %")
-    swapped_accuracy: float = _floor(0.4, "below this, it is well under 50 %")
-    eval_rise: float = _limit(0.1, "rise of the evaluation loss over its least, as a share of the first loss")
-    accuracy_gap: float = _limit(0.25, "training accuracy above evaluation accuracy")
-    memorised_accuracy: float = _limit(0.99, "with chosen log-probs falling by more than `displacement`")
+    stuck_tolerance: float = _floor(
+        0.015, "the loss is stuck if it has fallen by less than this share of the first loss"
+    )
+    stuck_rewards: float = _floor(0.02, "rewards below this value count as not moving")
+    changed_share: float = _floor(0.5, "share of the 16-bit weights with a gradient that an update must change")
+    random_accuracy: float = _floor(0.58, "an accuracy up to this value counts as near 50 %")
+    swapped_accuracy: float = _floor(0.4, "an accuracy below this value counts as well under 50 %")
+    eval_rise: float = _limit(0.1, "rise of the evaluation loss over its minimum, as a share of the first loss")
+    accuracy_gap: float = _limit(0.25, "training accuracy minus evaluation accuracy")
+    memorised_accuracy: float = _limit(
+        0.99, "training accuracy of memorised pairs, if chosen log-probs also fall by more than `displacement`"
+    )
     early_steps: float = _limit(
         10, "steps after the warm-up in which a KL above `kl_level` means a learning rate far too high"
     )
-    early_share: float = _limit(0.1, "the same as a share of the run, where that is more")
+    early_share: float = _limit(0.1, "the same as a share of the run, if that is more steps")
     loss_rise: float = _limit(
-        0.5, "rise of the recent training loss over the first loss, as a share of that, which means the same"
+        0.5,
+        "rise of the recent training loss over the first loss, as a share of it, that means a learning rate far too high",
     )
-    kl_level: float = _limit(1.0, "nats per token")
-    kl_growth: float = _limit(4.0, "recent KL over that of the windows before, from a fifth of kl_level on")
+    kl_level: float = _limit(1.0, "KL in nats per token")
+    kl_growth: float = _limit(4.0, "recent KL over the KL of the windows before; counts from a fifth of `kl_level` on")
     chosen_likelihood: float = _floor(-4.0, "mean log-prob per chosen token under the reference, in nats", ANY)
     reference_accuracy: float = _floor(0.4, "share of pairs whose chosen answer is likelier per token")
     margin_spread: float = _limit(10.0, "95th percentile of the reference's |margins| over their median")
     weight_share: float = _floor(0.5, "effective number of pairs, (sum w)^2 / sum w^2, over their number")
-    displacement: float = _limit(0.1, "nats per token lost on both sides")
-    length_ratio: float = _limit(1.5, "mean completion lengths, either way round")
-    grad_spike: float = _limit(10.0, "over the median of the records before")
+    displacement: float = _limit(0.1, "fall of the log-probability on both sides, in nats per token")
+    length_ratio: float = _limit(1.5, "ratio of the mean completion lengths, in either direction")
+    grad_spike: float = _limit(10.0, "gradient norm over the median of the records before")
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Limits:

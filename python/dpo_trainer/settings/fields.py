@@ -32,7 +32,7 @@ _optimizer, _objective, _data, _model, _kernels, _watch = (
 
 @dataclass
 class DPOFields(ReadingSettings):
-    """The fields of DPOConfig besides those of `transformers.TrainingArguments`, and those whose default differs there."""
+    """The fields of DPOConfig other than those of `transformers.TrainingArguments`, and those whose default differs there."""
 
     # Defaults that differ from TrainingArguments.
     learning_rate: float = _optimizer(
@@ -63,7 +63,7 @@ class DPOFields(ReadingSettings):
     logging_first_step: bool = _watch(True, "Also log the first step, whose loss must be log 2.")
     logging_nan_inf_filter: bool = _watch(False, "Hide NaN losses from the log. Off: a NaN should be seen.")
     report_to: None | str | list[str] = _watch(  # noqa: RUF036 - in this order for HfArgumentParser
-        "none", "Trackers to write to besides the run's own files, e.g. 'tensorboard'."
+        "none", "Trackers to write to, in addition to the run's own files, e.g. 'tensorboard'."
     )
     train_sampling_strategy: str = _data(
         "group_by_length",
@@ -97,7 +97,8 @@ class DPOFields(ReadingSettings):
     discopop_tau: float = _objective(0.05, "loss_type discopop: its temperature.", FINITE_POSITIVE)
     ld_alpha: float | None = _objective(
         None,
-        "Weight, in [0, 1], of the longer answer's tokens beyond the shorter one's length (LD-DPO): below 1, length tells less.",
+        "Weight, in [0, 1], of the longer answer's tokens beyond the shorter one's length (LD-DPO). Below 1, length counts for "
+        "less.",
         SHARE,
     )
     use_weighting: bool = _objective(
@@ -231,8 +232,8 @@ class DPOFields(ReadingSettings):
     )
     sample_prompts: int = _watch(
         0,
-        "Held-out prompts that the policy answers at every evaluation, the same ones each time, beside the answers it began "
-        "with: in samples.jsonl and the report. 0: none.",
+        "Number of held-out prompts that the policy answers at every evaluation, always the same ones. samples.jsonl and the "
+        "report show these answers and those from before training. 0: none.",
         at_least(0),
     )
     sample_max_new_tokens: int = _watch(128, "Maximum number of tokens of a sampled answer.", at_least(1))
@@ -263,11 +264,11 @@ class DPOFields(ReadingSettings):
 
 @dataclass
 class RunSettings:
-    """Settings of `dpo-train` besides the fields of DPOConfig."""
+    """Settings of `dpo-train` that are not fields of DPOConfig."""
 
     model: str | None = _run(None, "The model to train: a folder, a hub name or a .gguf file.")
     ref_model: str | None = _run(
-        None, "The reference, where it is not the model as it starts: a folder, a hub name or a .gguf file."
+        None, "The reference, if it is not the model as it starts: a folder, a hub name or a .gguf file."
     )
     train_data: str | None = _run(
         None,

@@ -92,7 +92,7 @@ def init_of(config: DPOConfig, model: Any, ref_model: Any, quantization: Any) ->
             raise ConfigError("quantization_config: is given twice, also in model_init_kwargs; leave one out")
         found["quantization_config"] = quantization
     if found and not any(isinstance(part, (str, Path)) for part in (model, ref_model)):
-        logger.warning("model_init_kwargs: not used, since no model is given as a path")
+        logger.warning("model_init_kwargs: not used, because no model is given as a path")
     if config.trust_remote_code:
         found.setdefault("trust_remote_code", True)
     return found

@@ -170,7 +170,7 @@ def check_fields(config: Any, rows: Mapping[str, Setting]) -> None:
     """Raise ConfigError for the first attribute that its row excludes.
 
     Args:
-        rows: by attribute, with hints. They come from outside, since a subclass may declare a field again.
+        rows: by attribute, with hints. They come from outside, because a subclass may declare a field again.
     """
     for name, row in rows.items():
         if row.rule is None and not row.choices:

@@ -24,7 +24,7 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
     ),
     "gradient_checkpointing": (
         True,
-        "It costs a third more time, and the fused head needs little memory. Set it where memory is short.",
+        "It costs a third more time, and the fused head needs little memory. Set it if memory is short.",
         False,
     ),
     "truncation_mode": (
@@ -35,17 +35,17 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
     "train_sampling_strategy": ("random", "Pairs of similar length in a step carry little padding.", True),
     "logging_steps": (
         10,
-        "None logs a twentieth of the run apart, 10 steps at most: a short run has a curve too.",
+        "None logs every twentieth of the run, at least every 10 steps, so a short run has a curve too.",
         False,
     ),
     "save_steps": (
         500,
-        "None saves a tenth of the run apart, 500 steps at most: a short run can be resumed too.",
+        "None saves every tenth of the run, at least every 500 steps, so a short run can be resumed too.",
         False,
     ),
     "eval_on_start": (
         False,
-        "None evaluates before training, in a new run that evaluates: the last evaluation is compared with it.",
+        "None evaluates before training in a new run that evaluates, so the last evaluation can be compared with it.",
         False,
     ),
     "logging_first_step": (False, "The loss of the first step must be log 2: a quick check of the reference.", False),
@@ -55,8 +55,9 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
 #: Fields that have another meaning than in TRL, and what it is.
 OTHER_MEANING = {
     "label_smoothing": "counts in every objective that has it, also in sigmoid (conservative DPO), where TRL ignores it.",
-    "eval_steps": "None is logging_steps where that is given, else a twentieth of the run, or what takes a quarter of its time.",
-    "save_total_limit": "None keeps the two newest checkpoints where save_steps is not given, else all.",
+    "eval_steps": "None is logging_steps if that is given, else a twentieth of the run, or longer, so that evaluations take "
+    "about a quarter of the time at most.",
+    "save_total_limit": "None keeps the two newest checkpoints if save_steps is not given, else all.",
     "padding_free": "True is what batch_layout 'auto' does anyway, on any attention; refused with batch_layout 'padded'.",
     "pad_to_multiple_of": "'auto' is None.",
     "pad_token": "sets the tokenizer's pad token, without a deprecation.",
@@ -64,7 +65,7 @@ OTHER_MEANING = {
     "use_liger_kernel": "True is refused on a CPU, where Liger's kernels cannot run.",
     "precompute_ref_batch_size": "None is per_device_eval_batch_size for all data, and results are kept in ref_cache_dir.",
     "remove_unused_columns": "has no effect: tokenising keeps the columns that it needs.",
-    "max_length": "cuts such that both sides keep the same prompt; TRL cuts each side by itself.",
+    "max_length": "cuts so that both sides keep the same prompt; TRL cuts each side on its own.",
     "f_divergence_type": "does not change an entry of loss_type that names a divergence of its own.",
     "discopop_tau": "does not change an entry of loss_type that names a tau of its own.",
 }
@@ -81,7 +82,7 @@ ANSWERS = {
     "base_model_attribute_name": "is not needed; the backbone is found by itself",
     "reference_free": "is not supported; use an objective without a reference, e.g. loss_type='simpo' or 'cpo'",
     "force_use_ref_model": "is not needed; a ref_model that is given is used",
-    "ref_model_init_kwargs": "is not supported; model_init_kwargs serve both, or pass ref_model as a model",
+    "ref_model_init_kwargs": "is not supported; model_init_kwargs is used for both, or pass ref_model as a model",
     "rpo_alpha": "is not supported; set loss_type='rpo(alpha=...)'",
     "generate_during_eval": "is not supported; set sample_prompts",
     "tools": "is not supported; give the data a column 'tools'",

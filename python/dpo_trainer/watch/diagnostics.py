@@ -179,7 +179,7 @@ class Diagnostics(TrainerCallback):
         }
         self.weights = ChangedWeights(self.run.policy.model)
         self.stopped_by = None
-        # All processes read them, since a diagnosis may stop the run and all must agree on what was told.
+        # All processes read them, because a diagnosis may stop the run and all must agree on what was told.
         self.events = self.journal.keep(EVENTS, state.global_step)
         for record in state.log_history:
             self.history.take(record)
@@ -189,7 +189,7 @@ class Diagnostics(TrainerCallback):
             self.stopped_by = next((name for name in told if name in config.stop_on), None)
             control.should_training_stop = self.stopped_by is not None
         if not state.global_step:
-            # Every process looks, since a sharded model needs them all; the first one speaks.
+            # Every process looks, because a sharded model needs them all; the first one speaks.
             self.history.facts = examine(self.run, limits)
             self._tell(state, control, before_training(self.history))
 
