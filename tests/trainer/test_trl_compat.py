@@ -206,7 +206,10 @@ def test_what_is_said_of_a_field_is_said_of_one_that_exists() -> None:
         ({"padding_free": True, "batch_layout": "padded"}, "padding_free: contradicts batch_layout 'padded'"),
         ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of: expected a whole number or 'auto', got 'many'"),
         ({"f_divergence_type": "js"}, "f_divergence_type: unknown 'js'"),
-        ({"f_divergence_type": "js_divergence", "loss_type": "aot"}, "f_divergence_type: objective 'aot' cannot"),
+        (
+            {"f_divergence_type": "js_divergence", "loss_type": "aot"},
+            "f_divergence_type: objective 'aot' does not support",
+        ),
         ({"discopop_tau": 0}, "discopop_tau: must be a positive number, got 0"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches: is not supported"),
     ],

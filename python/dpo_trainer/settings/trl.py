@@ -43,11 +43,6 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
         "None saves a tenth of the run apart, 500 steps at most: a short run can be resumed too.",
         False,
     ),
-    "eval_on_start": (
-        False,
-        "None evaluates before training, in a new run that evaluates: the last evaluation is compared with it.",
-        False,
-    ),
     "logging_first_step": (False, "The loss of the first step must be log 2: a quick check of the reference.", False),
     "logging_nan_inf_filter": (True, "A loss that is not a number should be seen.", False),
     "remove_unused_columns": (True, "Neither value has an effect: tokenising keeps the columns that it needs.", False),
@@ -55,6 +50,7 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
 #: Fields that have another meaning than in TRL, and what it is.
 OTHER_MEANING = {
     "label_smoothing": "counts in every objective that has it, also in sigmoid (conservative DPO), where TRL ignores it.",
+    "eval_on_start": "None evaluates before training, in a new run that evaluates. The report compares the last one with it.",
     "eval_steps": "None is logging_steps where that is given, else a twentieth of the run, or what takes a quarter of its time.",
     "save_total_limit": "None keeps the two newest checkpoints where save_steps is not given, else all.",
     "padding_free": "True is what batch_layout 'auto' does anyway, on any attention; refused with batch_layout 'padded'.",
