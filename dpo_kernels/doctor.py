@@ -73,7 +73,7 @@ def served() -> Iterator[str]:
                 from .backends import cpu
 
                 note += f" ({cpu.instruction_set()}, {torch.get_num_threads()} threads)"
-            yield f"  {name:<7} {note}"
+            yield f"{name:<7} {note}"
 
 
 def libraries() -> list[str]:

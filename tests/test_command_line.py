@@ -14,9 +14,18 @@ from dpo_kernels.backends import eager
 CASES = selfcheck.TABLE[:4]
 
 
-def test_without_a_command_it_reports(capsys):
-    assert command.main([]) == 0
-    assert "backend used for cpu tensors: " in capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [[], ["doctor"]], ids=str)
+def test_without_a_command_it_reports(arguments, capsys):
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    for said in (
+        "backend used for cpu tensors: ",
+        "\ndevices\n  cpu ",
+        "\nlibraries\n  ",
+        "\ncompilers\n  C++ ",
+        "\nto fix\n",
+    ):
+        assert said in out
 
 
 def test_check_counts_the_cases_of_every_backend_that_serves(capsys):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_trainer.report.compare import read_runs, write_page
+from dpo_trainer.report.compare import compare
 from dpo_trainer.report.model_card import render_card
 from dpo_trainer.report.page import render_report
 from dpo_trainer.run_folder.records import read_records
@@ -109,7 +109,7 @@ def test_the_check_sees_what_is_not_escaped(page: str) -> None:
 def test_nothing_in_a_comparison_runs(run: Path, tmp_path: Path) -> None:
     for name in (EVIL_NAME, "other"):
         shutil.copytree(run, tmp_path / name)
-    write_page(read_runs([str(tmp_path / EVIL_NAME), str(tmp_path / "other")]), tmp_path / "page.html")
+    compare([str(tmp_path / EVIL_NAME), str(tmp_path / "other")], tmp_path / "page.html")
     parser = foreign((tmp_path / "page.html").read_text())
     assert parser.found == []
     assert parser.seen > 0

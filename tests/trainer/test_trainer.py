@@ -1,6 +1,7 @@
 """The trainer end to end on tiny models: starts at log 2, learns, averages rightly, resumes, equals plain PyTorch."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,7 @@ def test_every_promised_metric_is_logged(make_trainer: Make, pairs: Any) -> None
         max_steps=1,
         eval_dataset=pairs(4),
         eval_strategy="steps",
+        eval_on_start=False,
         statistics=["entropy", "kl", "accuracy", "mean_logits"],
     )
     trainer.train()
@@ -343,11 +345,33 @@ ALL_STATISTICS = ["entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass
 )
 def test_what_an_evaluation_will_log_is_known_before_the_first(settings: dict[str, Any], make_trainer: Make) -> None:
     """So that a metric_for_best_model that is not among it is refused at the start."""
-    schedule = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": False, "max_steps": 1}
     trainer = make_trainer(**{"eval_dataset": build_pairs(4, seed=1), **schedule, **settings})
     trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("eval_")}
     assert {f"eval_{name}" for name in trainer._evaluation_names()} == logged
+
+
+@pytest.mark.parametrize(("wanted", "steps"), [({}, [0, 1, 2]), ({"eval_on_start": False}, [1, 2])])
+def test_a_run_that_evaluates_does_so_before_its_first_step(
+    wanted: dict[str, Any], steps: list[int], make_trainer: Make, tmp_path: Path
+) -> None:
+    def evaluated(**more: Any) -> list[int]:
+        schedule = {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "max_steps": 2,
+        }
+        trainer = make_trainer(eval_dataset=build_pairs(4, seed=1), **schedule, **wanted)
+        trainer.train(**more)
+        assert trainer.args.eval_on_start == wanted.get("eval_on_start"), "the next run decides anew"
+        return [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+    assert evaluated() == steps
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert evaluated(resume_from_checkpoint=True) == steps, "not again where a resumed run goes on"
 
 
 def test_metrics_of_ones_own_can_choose_the_best_model(make_trainer: Make, tmp_path: Path) -> None:

@@ -182,10 +182,7 @@ def test_the_defaults_that_differ_are_those_that_are_told() -> None:
         for name, value in whole.items()
         if name in ours and (theirs.get(name, value) or None) != (tables.ours_of(name, theirs.get(name, value)) or None)
     }
-    # Falsy defaults count as equal above; eval_on_start is the one whose None means something else than False.
-    assert differ - {"pad_to_multiple_of"} == set(facts.DIFFERENT) - {"eval_on_start"}, (
-        "'auto' is None on every device but one"
-    )
+    assert differ - {"pad_to_multiple_of"} == set(facts.DIFFERENT), "'auto' is None on every device but one"
     for name, (value, why, _) in facts.DIFFERENT.items():
         assert theirs[name] == value, name
         assert why.endswith("."), name

@@ -43,11 +43,6 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
         "None saves every tenth of the run, at least every 500 steps, so a short run can be resumed too.",
         False,
     ),
-    "eval_on_start": (
-        False,
-        "None evaluates before training in a new run that evaluates, so the last evaluation can be compared with it.",
-        False,
-    ),
     "logging_first_step": (False, "The loss of the first step must be log 2: a quick check of the reference.", False),
     "logging_nan_inf_filter": (True, "A loss that is not a number should be seen.", False),
     "remove_unused_columns": (True, "Neither value has an effect: tokenising keeps the columns that it needs.", False),
@@ -55,6 +50,8 @@ DIFFERENT: dict[str, tuple[Any, str, bool]] = {
 #: Fields that have another meaning than in TRL, and what it is.
 OTHER_MEANING = {
     "label_smoothing": "counts in every objective that has it, also in sigmoid (conservative DPO), where TRL ignores it.",
+    "eval_on_start": "None evaluates before training in a new run that evaluates. The report compares the last evaluation "
+    "with it.",
     "eval_steps": "None is logging_steps if that is given, else a twentieth of the run, or longer, so that evaluations take "
     "about a quarter of the time at most.",
     "save_total_limit": "None keeps the two newest checkpoints if save_steps is not given, else all.",
