@@ -209,7 +209,7 @@ def test_report_names_every_backend_and_its_reason(tmp_path):
     )
     assert "backend used for cpu tensors: cpu" in done.stdout
     for name in backends.NAMES:
-        assert f"\n    {name} " in done.stdout
+        assert f"\n  {name} " in done.stdout
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
