@@ -42,7 +42,7 @@ def doctor(words: Sequence[str]) -> int:
     faults: list[tuple[str, str]] = []
     _show("packages that a run needs", [_line(module, faults) for module in ("torch", "numpy", *TRAINER)])
     here = {module: what for module, what in OPTIONAL.items() if find_spec(module) is not None}
-    _show("others", [f"{module:<14}{_version(module):<14}{what}" for module, what in here.items()])
+    _show("optional packages", [f"{module:<14}{_version(module):<14}{what}" for module, what in here.items()])
     _show("not installed", [f"{module:<28}{what}" for module, what in OPTIONAL.items() if module not in here])
     if not any(what.startswith("torch ") for what, _ in faults):
         from dpo_kernels import __main__ as library

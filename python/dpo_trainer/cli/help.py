@@ -62,7 +62,7 @@ and from the command line, which wins. Nested settings are written with dots, li
 brackets. Names of other tools (--lr, --epochs) are understood. Example:
 
   dpo-train --model ./my-model --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6"""
-MORE = "All settings of transformers.TrainingArguments may be given. --help-all lists them, and the rest of ours."
+MORE = "All settings of transformers.TrainingArguments may be given as well. --help-all lists every setting."
 
 #: Settings that may be paths, and how shtab is told to complete one (`shtab.FILE`).
 _PATHS = ("model", "ref_model", "train_data", "eval_data", "output_dir", "ref_cache_dir")

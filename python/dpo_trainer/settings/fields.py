@@ -122,7 +122,7 @@ class DPOFields(ReadingSettings):
     )
     truncation_mode: str = _data(
         "keep_end",
-        "'keep_end' drops the start of a too long prompt, 'keep_start' the end of the completion.",
+        "'keep_end' drops the start of a prompt that is too long, 'keep_start' the end of the completion.",
         choices=("keep_end", "keep_start"),
     )
     append_eos: bool = _data(
