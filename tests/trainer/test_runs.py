@@ -596,8 +596,9 @@ def test_a_part_of_the_data_is_held_out_and_the_same_one_when_the_run_goes_on(he
         ("--eval_data train.jsonl", "val_split: eval_data is given too; leave one of them out"),
         ("--streaming", "val_split: needs all pairs before training; not supported with a stream"),
         ("--val_split 24", "val_split: 24 leaves nothing to train on: there are 24 pairs with"),
-        ("--val_split 1.5", "val_split: a share below 1 or a whole number of pairs, got 1.5"),
-        ("--val_split 0", "val_split: must be positive, got 0"),
+        ("--val_split 1.5", "val_split: must be a share below 1 or a whole number of pairs, got 1.5"),
+        ("--val_split 0", "val_split: must be a share below 1 or a whole number of pairs, got 0"),
+        ("--val_split .inf", "val_split: must be a share below 1 or a whole number of pairs, got inf"),
     ],
 )
 def test_a_split_that_cannot_be_is_one_line(
