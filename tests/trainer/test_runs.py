@@ -682,6 +682,17 @@ def test_a_run_has_a_curve_evaluations_and_two_checkpoints_without_a_word_about_
     assert len(list((here / "b").glob("checkpoint-*"))) == 4
 
 
+def test_with_the_best_model_at_the_end_every_checkpoint_is_of_an_evaluation(tmp_path: Path, read_jsonl: Any) -> None:
+    settings = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 4, "logging_steps": None}
+    trainer = tiny.build_trainer(
+        tmp_path, eval_dataset=tiny.build_pairs(13, seed=1), max_steps=24, load_best_model_at_end=True, **settings
+    )
+    trainer.train()
+    evaluated = {record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl") if "eval_loss" in record}
+    assert {int(path.name[11:]) for path in tmp_path.glob("checkpoint-*")} <= evaluated
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-24")
+
+
 def test_a_script_that_says_how_often_is_followed(tmp_path: Path) -> None:
     args = DPOConfig(output_dir=str(tmp_path), logging_steps=7, eval_strategy="steps", save_steps=9)
     assert (args.logging_steps, args.eval_steps, args.save_steps) == (7, 7, 9)
