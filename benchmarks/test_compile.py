@@ -25,7 +25,7 @@ SIZES = {"small": ((2, 32), 4096, 64), "default": ((4, 32), 49152, 256), "full":
 
 
 class Model(nn.Module):
-    """A block and a head: enough of a model for the compiler to fuse something besides the loss."""
+    """A block and a head: enough of a model for the compiler to fuse something in addition to the loss."""
 
     def __init__(self, vocab: int, hidden: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """`python -m dpo_kernels`: versions, devices, libraries, which backend is used for what, and why the other backends are not.
 
-`check` runs the operator table on this machine, `bench` times loss and gradient beside eager PyTorch.
+`check` runs the operator table on this machine, `bench` times loss and gradient next to eager PyTorch.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     timing = commands.add_parser(
         "bench",
-        help="time loss and gradient on this machine beside eager PyTorch",
-        description="Time the loss and its gradient beside eager PyTorch, in alternation: medians, quartiles, and the "
+        help="time loss and gradient on this machine, compared with eager PyTorch",
+        description="Time the loss and its gradient and those of eager PyTorch, in alternation: medians, quartiles, and the "
         "bandwidth that was reached as a share of a copy's. Takes half a minute.",
     )
     timing.add_argument(

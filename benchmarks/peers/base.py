@@ -1,4 +1,4 @@
-"""The interface of a peer: built on a problem, it runs a forward and a backward; it says what it returns besides."""
+"""The interface of a peer: built on a problem, it runs a forward and a backward; it says what it returns in addition."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Peer(ABC):
     Attributes:
         name: for `--peers` and for files.
         title: for tables and charts.
-        statistics: what it computes besides the loss. Compare only rows that do the same work.
+        statistics: what it computes in addition to the loss. Compare only rows that do the same work.
         ours: whether it is this package.
         passes: reads and writes of a [2P, T, V] tensor that its step cannot do without.
         forward_passes: the same of its forward alone; None if that forward is another row's already.

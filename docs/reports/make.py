@@ -1,7 +1,7 @@
-"""Five runs whose end is known, and pictures of their reports: `python docs/reports/make.py [RUN ...]`.
+"""Five runs whose right verdict is known, and pictures of their reports: `python docs/reports/make.py [RUN ...]`.
 
-A small model, made and taught here, learns to prefer kind reviews to unkind ones: a few seconds a run. The runs are in
-runs/reports. Chromium takes the pictures, which stand beside this script.
+A small model, which this script makes, learns to prefer kind reviews to unkind ones: a few seconds a run. The runs are in
+runs/reports. Chromium takes the pictures, which lie next to this script.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ warmup_steps: 0.1
 """
 ADAPTER = """\
 
-# Trains small matrices beside these layers, not the whole model. The reference is the model without them.
+# Trains small matrices in addition to these layers, not the whole model. The reference is the model without them.
 lora:
   r: 16
   lora_alpha: 32

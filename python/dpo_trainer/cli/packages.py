@@ -96,7 +96,7 @@ def check_packages(settings: Mapping[str, Any]) -> None:
 
 
 def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(setting, module, package) of everything that the settings need besides the extra."""
+    """(setting, module, package) of everything that the settings need in addition to the extra."""
     trackers = settings.get("report_to") or ()
     for tracker in [trackers] if isinstance(trackers, str) else trackers:
         if tracker in TRACKERS and not (tracker == "tensorboard" and not missing("tensorboardX")):

@@ -30,7 +30,7 @@ from ..watch.signals import is_first
 
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 
-#: Keys of a run besides the fields of DPOConfig, and their help.
+#: Keys of a run that are not fields of DPOConfig, and their help.
 RUN_KEYS = {field.name: field.metadata["help"] for field in dataclasses.fields(RunSettings)}
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {

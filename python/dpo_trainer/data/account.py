@@ -18,7 +18,7 @@ CUT_IMAGES = "whose images max_length or max_prompt_length would cut"
 CONTENT = "digest"
 #: The column of a digest of a pair's prompt: its text or messages, its system text and its images.
 PROMPT = "prompt_digest"
-#: Columns beside the tokens, for the account.
+#: Columns next to the tokens, for the account.
 MARKS = ("status", CONTENT, "tokens", "repeats", "unscored")
 
 #: A row with what decides whether it is kept: status (a name of FILTERS, CUT_IMAGES, or ""), digest, number of tokens and weight.

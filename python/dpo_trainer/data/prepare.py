@@ -151,7 +151,7 @@ def prepare_dataset(
     if images.column_names and any(dataset[DIGEST]):
         dataset = datasets.concatenate_datasets(
             [dataset, images], axis=1
-        )  # beside the tokens, not copied into their cache
+        )  # next to the tokens, not copied into their cache
     elif images.column_names:
         dataset = dataset.remove_columns(DIGEST)
     weights = dataset["weight"] if "weight" in keep else itertools.repeat(None)

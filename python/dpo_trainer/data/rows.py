@@ -28,7 +28,7 @@ RESERVED = {
 }
 #: What other data sets call the prompt. Where there is one, a missing prompt is not a prompt within the conversations.
 PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "prompts")
-#: The same beside answers that are text, which may begin alike by chance ("The ...").
+#: The same for answers that are text, which may begin alike by chance ("The ...").
 PROMPTS_OF_TEXTS = (
     *("messages", "conversations", "conversation", "history", "dialogue", "dialog", "user", "human", "text", "request"),
     *("problem", "document", "article"),
@@ -134,7 +134,7 @@ def parse_row(row: Any, where: str) -> Pair:
         else:
             raise DataError(f"{where}: '{name}' must be text or a list of messages, found {json_type(value)}")
     if len(set(kinds.values())) > 1:
-        # A prompt as text beside two conversations that begin alike: the conversations say it all.
+        # A prompt as text with two conversations that begin alike: the conversations say it all.
         told_twice = kinds["chosen"] == kinds["rejected"] == "chat" and shared_prefix(row["chosen"], row["rejected"])
         if not told_twice:
             described = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
@@ -154,7 +154,7 @@ def split_row(row: Mapping[str, Any], where: str = "row") -> Pair:
     Without a prompt of its own, what chosen and rejected have in common at their beginning is the prompt: characters of
     two texts, messages of two conversations (all but the last, where they are equal). Messages, and tools that are not
     JSON text, lose the keys that hold nothing: a table gives every object the union of all keys. Arguments of tool calls
-    become objects. A `system` beside messages becomes their first one.
+    become objects. A `system` next to messages becomes their first one.
 
     Raises:
         DataError: system, tools, template arguments or numbers are not usable, the conversations part at a message that is

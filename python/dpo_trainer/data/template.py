@@ -60,7 +60,7 @@ def as_chat(pair: Pair, tokenizer: Any) -> Pair:
 
 
 def options_of(pair: Pair, run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the template is told besides the messages: the run's arguments, the row's, which win, and the tools."""
+    """What the template is told in addition to the messages: the run's arguments, the row's, which win, and the tools."""
     options = {**(run or {}), **pair.template_kwargs}
     return options if pair.tools is None else {**options, "tools": pair.tools}
 

@@ -74,7 +74,7 @@ def discard_half(run_dir: Path) -> None:
 
 
 def write_digests(folder: Path) -> None:
-    """Write the SHA-256 digests of all files in a checkpoint beside them. Raises OSError."""
+    """Write the SHA-256 digests of all files in a checkpoint, next to them. Raises OSError."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, files)

@@ -44,7 +44,7 @@ def writing(path: Path, then: str = "free some space and give the same command a
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write the text beside `path` and rename it there. Raises OutputError."""
+    """Write the text next to `path` and rename it there. Raises OutputError."""
     aside = path.with_name(path.name + ".part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def build(config: Any) -> list[Any]:
 
 
 def _texts(config: Any) -> list[Any]:
-    """The entries of `loss_type`; each takes from the settings beside it what its own parentheses do not say."""
+    """The entries of `loss_type`; each takes what its own parentheses do not say from the other settings."""
     kind = DIVERGENCES[config.f_divergence_type]
     found: list[Any] = []
     kinds = config.loss_type

@@ -1,4 +1,4 @@
-"""Answers to fixed held-out prompts at every evaluation, beside those of the model that training began from, and who wins.
+"""Answers to fixed held-out prompts at every evaluation, together with those of the model that training began from, and who wins.
 
 A falling loss says that chosen answers became likelier than rejected ones. What the model writes of itself is another
 question, and the only one that a user of the model asks.
@@ -95,7 +95,7 @@ def generate(
 ) -> list[str]:
     """One answer to each prompt, as text: greedy at temperature 0, else sampled from the whole distribution.
 
-    `beside` gives what the model reads beside its token ids [prompts, T], by name: its inputs for images.
+    `beside` gives what the model reads in addition to its token ids [prompts, T], by name: its inputs for images.
     The caller's random numbers are as they were afterwards. Every call with one seed draws the same numbers.
     """
     device = next(model.parameters()).device
