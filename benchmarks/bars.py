@@ -21,7 +21,7 @@ WIDTH, NARROW, CHARACTER, BOLD, HEAD, BAR, ROW = 830, 400, 6.9, 7.6, 8.4, 13, 21
 
 @dataclass(frozen=True)
 class Bar:
-    """One method: a value and its text for each column (None where it was not measured), and the first column's floor."""
+    """One method: a value and its text for each column (None if it was not measured), and the first column's floor."""
 
     title: str
     ours: bool
@@ -31,7 +31,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """One comparison. columns: what each column of bars shows. floor: what the floor's tick stands for, in words."""
+    """One comparison. columns: what each column of bars shows. floor: the meaning of the floor's tick, in words."""
 
     heading: str
     columns: Sequence[str]

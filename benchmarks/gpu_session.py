@@ -261,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _architecture(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d+[af]?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability without its point, such as 90")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability; give it without its point, such as 90")
     return text
 
 

@@ -31,7 +31,7 @@ def measure() -> dict[str, dict[str, float]]:
     dropped by blocks (sorted by mean logit) and by single entries. All are averages over tokens."""
     problem = LinearProblem(LinearCase("live blocks", reference="none"))
     if not problem.real:
-        raise SystemExit("needs SmolLM2 (make setup): random logits say nothing of a trained softmax")
+        raise SystemExit("needs SmolLM2 (make setup): random logits differ from a trained softmax")
     scored = problem.labels.reshape(-1) != -100
     hidden = problem.hidden.detach().reshape(-1, problem.hidden.shape[-1])[scored]
     weight, labels = problem.weight.detach(), problem.labels.reshape(-1)[scored]

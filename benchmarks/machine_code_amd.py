@@ -112,7 +112,7 @@ def main_loop(code: list[str], labels: dict[str, int]) -> list[str]:
 def _number(pattern: str, assembly: str) -> int:
     found = re.search(pattern + r":?\s*(\d+)", assembly)
     if found is None:
-        raise ValueError(f"the assembly does not say {pattern}")
+        raise ValueError(f"the assembly does not contain {pattern}")
     return int(found.group(1))
 
 

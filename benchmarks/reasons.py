@@ -1,4 +1,4 @@
-"""Why a row of ours may be slower, or need more memory, than the best peer: one registry for all benchmarks.
+"""Reasons why our rows may be slower, or need more memory, than the best peer: one registry for all benchmarks.
 
 A row is identified by the test that measures it. If our row is behind a peer and has no reason here, its result says so,
 and a test fails once the result is committed. A test also fails if a reason fits no benchmark test.

@@ -259,7 +259,7 @@ def measured(
 def test_linear_path(measured: dict[str, dict[str, Any]], linear_peer: str, replay: Callable[[Samples], None]) -> None:
     row = measured.get(linear_peer)
     if row is None:
-        pytest.skip("says nothing in this case")
+        pytest.skip("not measured in this case: the result would mean nothing")
     verdict = row["verdict"]
     if verdict.startswith(("missing", "fails")):
         (pytest.fail if row["ours"] else pytest.skip)(verdict)
