@@ -64,15 +64,15 @@ def settings() -> str:
         "",
         "## Names of other tools",
         "",
-        "The command takes these names for the settings beside them, and a line says so. To other names of TRL's scripts, the",
-        "alignment handbook, axolotl, LLaMA-Factory and ms-swift it answers what to set.",
+        "The command accepts the other names in this table for our settings, and prints a line about it. For further names from",
+        "TRL's scripts, the alignment handbook, axolotl, LLaMA-Factory and ms-swift it prints which setting to use instead.",
         "",
         "| setting | other names |",
         "|---|---|",
     ]
     lines += [row(f"`{name}`", ", ".join(f"`{other}`" for other in others)) for name, others in SAME.items()]
     words = ", ".join(f"`{word}` (`{ours}`)" for word, ours in OBJECTIVES.items())
-    lines += ["", f"In `loss_type` it takes these words for objectives: {words}."]
+    lines += ["", f"In `loss_type` it accepts these names of objectives: {words}."]
     return "\n".join(lines) + "\n"
 
 
