@@ -1,7 +1,7 @@
 """Horizontal bars as SVG text: time and memory of each method, with figures, in light and in dark.
 
-The same figures give the same file, byte for byte, and no library is needed. A chart is legible on any page, because it
-brings its own background.
+The same figures give the same file, byte for byte, and no library is needed. A chart has its own background, so it is
+legible on any page.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-#: Roles and their colours. An adaptive chart holds both themes and follows the reader's system.
+#: Colours by role. A chart without a fixed theme holds both and follows the reader's system.
 LIGHT = {"page": "#ffffff", "ink": "#1f2328", "faint": "#59636e", "ours": "#1b6ca8", "other": "#b8bec6"}
 DARK = {"page": "#0d1117", "ink": "#f0f6fc", "faint": "#9198a1", "ours": "#4493f8", "other": "#4d5560"}
 
-#: Pixels: widths of the chart, heights of a bar and of its row, and the widest character of text, bold text and headings.
+#: In pixels: widths of the chart, heights of a bar and of its row, and the widest character of text, bold text and headings.
 WIDTH, NARROW, CHARACTER, BOLD, HEAD, BAR, ROW = 830, 400, 6.9, 7.6, 8.4, 13, 21
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One method: a value and its text for each column (None where it was not measured), and the first column's floor."""
+    """One method: a value and its text for each column (None if it was not measured), and the first column's floor."""
 
     title: str
     ours: bool
@@ -31,7 +31,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """One comparison. columns: what each column of bars shows. floor: what the floor's tick stands for, in words."""
+    """One comparison. columns: what each column of bars shows. floor: the meaning of the floor's tick, in words."""
 
     heading: str
     columns: Sequence[str]
@@ -58,7 +58,7 @@ def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> s
 
 
 def _row(bar: Bar, top: float, lefts: Sequence[float], width: float, most: Sequence[float]) -> list[str]:
-    """The bars of one method, with their figures. A figure stands behind the bar and behind the floor's tick."""
+    """The bars of one method, with their figures. A figure stands to the right of its bar and of the floor's tick."""
     lines = []
     for index, (left, value) in enumerate(zip(lefts, bar.values, strict=True)):
         if value is None:
@@ -83,7 +83,7 @@ def draw(panels: Sequence[Panel], *, theme: str | None = None, narrow: bool = Fa
     """The panels one below the other as an SVG document.
 
     theme: "light", "dark", or None for a chart that follows the reader's system. narrow: for a phone; each method's name
-    stands above its bars, not to their left. title: read out by a screen reader.
+    stands above its bars, not to their left. title: for screen readers.
     """
     width = NARROW if narrow else WIDTH
     names = [len(bar.title) * (BOLD if bar.ours else CHARACTER) for panel in panels for bar in panel.bars]
@@ -98,7 +98,7 @@ def draw(panels: Sequence[Panel], *, theme: str | None = None, narrow: bool = Fa
             max((value[0] for bar in panel.bars if (value := bar.values[index]) is not None), default=0.0)
             for index in range(columns)
         ]
-        # A floor beyond the bars (a copy that another process slowed) lies inside the chart as well.
+        # A floor may be longer than all bars (if another process slowed the copy); it must lie inside the chart too.
         most[0] = max(most[0], *(bar.floor or 0.0 for bar in panel.bars))
         for line in textwrap.wrap(panel.heading, int((width - 20) / HEAD)):
             body.append(_text(10, y + 14, line, "ink head"))
@@ -122,7 +122,7 @@ def draw(panels: Sequence[Panel], *, theme: str | None = None, narrow: bool = Fa
                 body.append(_text(side + 9, y + 11, line, "faint"))
                 y += 17
         y += 14
-    # Elsewhere the blue bars are variants of ours among others, which their names say.
+    # In other charts the names say which of our variants the blue bars are.
     if any(bar.title.startswith("dpo_") for panel in panels for bar in panel.bars):
         body.append(_text(10, y + 4, "blue: with dpo_kernels, grey: without", "faint"))
         y += 16

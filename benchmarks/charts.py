@@ -1,4 +1,4 @@
-"""Draws results as SVG: bars by peer, lines over sizes, and where every method stands under the machine's roofs."""
+"""Draws results as SVG: bars of methods, lines over sizes, and a roofline of all methods."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from .report import Result
 
 _OURS, _INK, _FAINT = "#1b6ca8", "#333a42", "#e3e6ea"
-#: Lines need to be told apart: these for ours and for the others, in order.
+#: Colours of the lines in a chart, in order: for our methods and for other methods.
 _OUR_LINES, _OTHER_LINES = ("#1b6ca8", "#57a3d9"), ("#8a8f98", "#d1873d", "#7a9a5b", "#a06a9e", "#b0564f")
 
-#: What stands in a dark theme for each colour; the lines' other colours are legible on both grounds.
+#: The dark theme's replacement for each colour; the lines' other colours are legible on both backgrounds.
 _DARK = {"#ffffff": "#0d1117", _INK: "#f0f6fc", _FAINT: "#30363d", _OURS: "#4493f8"}
 
 #: What charts can show: row key -> (axis label, factor).
@@ -27,25 +27,25 @@ SCALES = {
 
 
 def _scale(key: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
-    """The unit in which these rows are drawn: seconds where they take many of them."""
+    """The unit in which these rows are drawn: seconds if they take many seconds."""
     if key == "median_s" and max((row.get(key) or 0.0) for row in rows) >= 2:
         return "time, s", 1.0
     return SCALES[key]
 
 
 def _label(key: str, value: float) -> str:
-    """A bar's figure: whole MiB (the system counts pages in batches), times to three digits, as in the tables."""
+    """The text of a bar's figure: whole MiB (the system counts pages in batches), times to three digits, as in the tables."""
     return f"{value:,.0f}" if value >= 100 or key != "median_s" else f"{value:.3g}"
 
 
 def _pyplot(salt: str) -> Any:
-    """matplotlib.pyplot, set up; None where it is not installed."""
+    """matplotlib.pyplot, configured; None if it is not installed."""
     try:
         import matplotlib
     except ImportError:
         return None
     matplotlib.use("Agg")
-    # Same figures, same file: no random ids, no date inside.
+    # The same figures must give the same file: no random ids, no date.
     matplotlib.rcParams.update({"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 11})
     matplotlib.rcParams.update({"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK})
     matplotlib.rcParams.update({"xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 11})
@@ -55,7 +55,7 @@ def _pyplot(salt: str) -> Any:
 
 
 def _save(figure: Any, path: Path, pyplot: Any) -> Path:
-    """Write the figure; its colours follow the theme of the reader's system."""
+    """Write the figure as SVG; its colours follow the theme of the reader's system."""
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
     pyplot.close(figure)
     rules = "".join(
@@ -71,7 +71,7 @@ def _save(figure: Any, path: Path, pyplot: Any) -> Path:
 
 
 def draw(result: Result, path: Path) -> Path | None:
-    """The result's chart; None where nothing was measured, or lines are to be drawn and matplotlib is not installed."""
+    """The result's chart; None if nothing was measured, or if it is a line chart and matplotlib is not installed."""
     if result.chart == "bars":
         panels = bar_panels(result)
         if not panels:
@@ -84,7 +84,7 @@ def draw(result: Result, path: Path) -> Path | None:
 
 
 def bar_panels(result: Result) -> list[bars.Panel]:
-    """A panel for each group: time, and memory where it was measured."""
+    """A panel for each group: time, and memory if it was measured."""
     shown = [key for key in SCALES if any(row.get(key) is not None for row in result.rows)]
     panels = []
     for name, rows in result.groups().items():
@@ -111,7 +111,7 @@ def bar_panels(result: Result) -> list[bars.Panel]:
 
 
 def _lines(result: Result, pyplot: Any) -> Any:
-    """A panel for each group: `y` over `x`, one line a title. Times on logarithmic axes, whose slope is the exponent."""
+    """A panel for each group: `y` over `x`, one line per title. Times have logarithmic axes: the slope is the exponent."""
     groups = {name: [row for row in rows if row.get(result.y) is not None] for name, rows in result.groups().items()}
     groups = {name: rows for name, rows in groups.items() if rows}
     if not groups:
@@ -133,7 +133,7 @@ def _lines(result: Result, pyplot: Any) -> Any:
         axis.set(xlabel=result.x_label or name.partition(":")[0], ylabel=unit)
         if logarithmic:
             axis.set(xscale="log", yscale="log")
-            # Ticks at 1, 2 and 5: one decade alone would leave an axis almost bare.
+            # Ticks at 1, 2 and 5: an axis of less than a decade would have almost no ticks otherwise.
             axis.yaxis.set_major_locator(pyplot.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_minor_locator(pyplot.NullLocator())
             axis.yaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -144,21 +144,24 @@ def _lines(result: Result, pyplot: Any) -> Any:
         axis.xaxis.set_minor_locator(pyplot.NullLocator())
         axis.grid(color=_FAINT, linewidth=0.8)
         axis.set_axisbelow(True)
-        # Below the axes, where no line can run through it.
+        # Below the axes, where no line can cross it.
         axis.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def roofline(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
-    """Every row with `flops`, `bytes` and a time, under what the machine was seen to reach; results: from JSON, by name.
+    """Roofline: a point for each row with `flops`, `bytes` and a time, below the measured speed of the machine.
 
-    Horizontal: operations per byte of the work itself, so that all methods for one work stand in one column. Vertical:
-    operations a second. The roof is what a plain copy and a plain matrix product reach; a method at the roof does only
-    the necessary work. A filtered gradient leaves products out, and may stand above the roof. The roofs are `roofs` of
-    the results: {dtype: {"copy": bytes/s, "gemm": operations/s}}.
+    Horizontal: operations per byte of the task itself, so all methods for one task stand in one column. Vertical:
+    operations per second. The roof is the measured speed of a plain copy and of a plain matrix product; a method at the
+    roof does only the necessary work. A filtered gradient leaves products out, so it may lie above the roof.
 
-    Returns None without matplotlib, without points or without both roofs.
+    Args:
+        results: results from JSON, by name. Their `roofs` are {dtype: {"copy": bytes/s, "gemm": operations/s}}.
+
+    Returns:
+        The SVG; None without matplotlib, without points, or if a roof was not measured.
     """
     points = [
         (row["case"], bool(row.get("ours")), row["flops"] / row["bytes"], row["flops"] / row["median_s"])
@@ -212,7 +215,7 @@ def roofline(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | Non
 
 
 def memory(points: Sequence[tuple[float, int]], spans: Sequence[tuple[str, float, float]], path: Path) -> Path | None:
-    """Bytes along time, (milliseconds, bytes), with (stage, begin, end) shaded; None where matplotlib is not installed."""
+    """Plot of bytes over time, (milliseconds, bytes), with (stage, begin, end) shaded; None if matplotlib is not installed."""
     pyplot = _pyplot("memory")
     if pyplot is None:
         return None

@@ -1,12 +1,12 @@
-"""Two revisions against each other, interleaved: what changed, with confidence intervals.
+"""Compares the speed of two revisions, with confidence intervals. Their calls are interleaved.
 
     python -m benchmarks.compare REF                  the working tree against a git revision
     python -m benchmarks.compare REF --to OTHER       one revision against another
 
-Each revision is checked out into a folder of its own, builds its own CPU library from its own sources, and runs in a process of
-its own that stays alive; the two take turns, call by call, so that a noisy neighbour slows both. What they share is this
-file and the virtual environment. The change is the median over rounds of the ratio within a round; its interval is the
-bootstrap's (Efron 1979), 95 %.
+Each revision has its own folder, its own CPU library built from its own sources, and its own process, which stays alive.
+The two processes take turns, call by call, so other load on the machine slows both. They share only this file and the
+virtual environment. The reported change is the median over rounds of the ratio within a round, with its 95 % bootstrap
+interval (Efron 1979).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: What is timed, by name: [2P, T, V], dtype; a hidden size where the input is no logits. SMALL is for tests.
+#: What is timed, by name: [2P, T, V], dtype, and a hidden size if the inputs are hidden states. SMALL is for tests.
 CASES: dict[str, dict[str, Any]] = {
     "logits float32": {"shape": (8, 64, 49152), "dtype": "float32"},
     "logits bfloat16": {"shape": (8, 64, 49152), "dtype": "bfloat16"},
@@ -81,7 +81,7 @@ def prepare(case: dict[str, Any]) -> Callable[[], float]:
 
 
 def serve() -> None:
-    """Read a case a line, or an empty line for one more call of it; answer with seconds."""
+    """Read one case per line, or an empty line for one more call of the last case; print the seconds of each call."""
     import dpo_kernels
 
     print(json.dumps(str(Path(dpo_kernels.__file__).parent)), flush=True)
@@ -89,7 +89,7 @@ def serve() -> None:
     for line in sys.stdin:
         if line.strip():
             call = prepare(json.loads(line))
-            call()  # libraries are loaded and memory is touched here
+            call()  # the first call loads libraries and touches memory
         assert call is not None
         print(json.dumps(call()), flush=True)
 
@@ -105,10 +105,10 @@ class Revision:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "python")]),
-            # The tree's own library, compiled from the tree's own sources on first use.
+            # The library is compiled from the tree's own sources at first use.
             "DPO_KERNELS_CACHE": str(cache),
         }
-        # Not as a script: its folder would come first on the path, and the standard library has a `profile` too.
+        # Not run as a script: its folder would come first on the path, and its profile.py would hide the standard library's.
         start = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__serve__')"
         command = [sys.executable, "-c", start]
         self._process = subprocess.Popen(
@@ -127,7 +127,7 @@ class Revision:
         return json.loads(line)
 
     def call(self, case: dict[str, Any] | None = None) -> float:
-        """Seconds of one call; the case is built first if given."""
+        """Seconds of one call. If a case is given, it is built first."""
         assert self._process.stdin is not None
         self._process.stdin.write((json.dumps(case) if case else "") + "\n")
         self._process.stdin.flush()
@@ -150,7 +150,7 @@ def interval(ratios: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple
 def compare(
     before: Revision, after: Revision, cases: dict[str, dict[str, Any]], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """By case: seconds of both sides, and the ratio after / before with its interval."""
+    """For each case: seconds of both sides, and the ratio after / before with its interval."""
     found = {}
     for name, case in cases.items():
         seconds: dict[Revision, list[float]] = {before: [], after: []}
@@ -173,7 +173,7 @@ def compare(
 
 
 def checked_out(revision: str, folder: Path) -> Path:
-    """The revision's files in a folder of their own, as a detached worktree. Raises SystemExit for an unknown one."""
+    """Check the revision out into a folder of its own (a detached worktree). Raises SystemExit if git does not know it."""
     done = subprocess.run(
         ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(folder), revision],
         capture_output=True,
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("revision", help="the git revision to compare with")
     parser.add_argument("--to", help="the other revision; default: the working tree")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--small", action="store_true", help="a tiny case: is the comparison itself sound?")
+    parser.add_argument("--small", action="store_true", help="a tiny case, to test the comparison itself")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         sides = []

@@ -1,7 +1,7 @@
 """Options of `pytest benchmarks/`, and how results reach pytest-benchmark, the terminal and `--report`.
 
-Contenders are timed together, interleaved, by a fixture; each test then replays its samples into pytest-benchmark, so
-that `--benchmark-json`, `--benchmark-compare` and the rest of that plugin work on what was measured that way.
+A fixture times all contenders together, interleaved. Each test then replays its own samples into pytest-benchmark, so
+`--benchmark-json`, `--benchmark-compare` and the plugin's other options work on these measurements.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .method import Samples
 from .peers import ABSENT, PEERS
 from .peers.linear import LINEAR_PEERS
 
-#: What --peers takes; a name may stand for a peer on the logits path, on the linear path, or on both.
+#: The names that --peers takes; a name may mean a peer on the logits path, on the linear path, or on both.
 PEER_NAMES = {**PEERS, **LINEAR_PEERS}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: These compile for many seconds: at `--sizes small` they take part only where `--peers` names them.
+#: Peers that compile for many seconds. `--sizes small` runs them only if `--peers` names them.
 COMPILED = ("compiled", "liger_compiled", "cce")
 
 #: Rounds for each of `--sizes`.
@@ -34,7 +34,7 @@ ROUNDS = {"small": 2, "default": 3, "full": 15}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asked for."""
+    """The options of the command line."""
 
     sizes: str
     peers: tuple[str, ...]
@@ -72,7 +72,7 @@ class Settings:
 
 
 class Replay:
-    """A clock that jumps by measured durations: pytest-benchmark's timer for samples taken elsewhere."""
+    """A clock that advances by measured durations: pytest-benchmark's timer for samples taken elsewhere."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -81,7 +81,7 @@ class Replay:
         return self._now
 
     def play(self, benchmark: Any, samples: Samples) -> None:
-        """Let the `benchmark` fixture time calls that last as long as the samples did."""
+        """Make the `benchmark` fixture record these samples as its own."""
         durations = iter(samples.seconds)
 
         def step() -> None:
@@ -92,13 +92,13 @@ class Replay:
 
 _REPLAY = Replay()
 _RESULTS: dict[str, report.Result] = {}
-#: The benchmark that runs now.
+#: The benchmark that is running.
 _CURRENT = [""]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dpo-kernels benchmarks")
-    help_sizes = "small: does everything run here (a minute); full: the shapes of the goals, more rounds, every variant"
+    help_sizes = "small: check that everything runs (a minute); full: shapes of the goals, more rounds, all variants"
     group.addoption("--sizes", choices=("small", "default", "full"), default="default", help=help_sizes)
     group.addoption("--peers", default="all", metavar="NAMES", help=f"all, or some of: {','.join(PEER_NAMES)}")
     group.addoption("--dtype", default="all", metavar="NAMES", help=f"all, or some of: {','.join(DTYPES)}")
@@ -110,14 +110,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # Our tables have the ratios; pytest-benchmark's own table comes back with --benchmark-verbose.
+    # Our tables show the ratios; --benchmark-verbose also prints pytest-benchmark's own table.
     config.option.benchmark_quiet = True
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Progress goes straight to the terminal, whatever pytest captures. The small size runs on one thread.
+    """Write progress straight to the terminal, whatever pytest captures, and run the small size on one thread.
 
-    On a busy machine, threads that wait for each other would take most of its minute.
+    On a busy machine, threads waiting for each other would take most of the small size's minute.
     """
     if session.config.getoption("--sizes") == "small":
         torch.set_num_threads(1)
@@ -173,19 +173,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def dtype(request: pytest.FixtureRequest) -> str:
-    """Name of the dtype in turn."""
+    """Name of the dtype that this test runs with."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
-    """[2P, T, V] in turn, from the module's SHAPES."""
+    """[2P, T, V] that this test runs with, from the module's SHAPES."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest) -> Any:
-    """The case in turn, from the module's CASES."""
+    """The case that this test runs with, from the module's CASES."""
     return request.param
 
 
@@ -195,9 +195,9 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 
 def wanted(request: pytest.FixtureRequest, test: str, parameter: str, **where: Any) -> list[Any]:
-    """The values of a test's `parameter` that `-k` has left over, in order: only those take part in a race.
+    """The values of `parameter` in the tests that `-k` selected, in order: only these contenders are timed.
 
-    where: other parameters' values that the tests must have.
+    where: values of other parameters that the tests must have.
     """
     found = []
     for item in request.session.items:
@@ -210,13 +210,13 @@ def wanted(request: pytest.FixtureRequest, test: str, parameter: str, **where: A
 
 @pytest.fixture
 def replay(benchmark: Any) -> Callable[[Samples], None]:
-    """Hands measured samples to pytest-benchmark."""
+    """A function that hands measured samples to pytest-benchmark."""
     return lambda samples: _REPLAY.play(benchmark, samples)
 
 
 @pytest.fixture(scope="session")
 def publish(request: pytest.FixtureRequest) -> Callable[[report.Result], report.Result]:
-    """Takes a result (or more rows of a known one): the terminal shows it at the end and `--report` writes it."""
+    """A function that takes a result (or more rows of a known one), for the terminal's summary and for `--report`."""
     defaults = {"--sizes": "default", "--dtype": "all", "--device": "auto", "--pairs": None, "--pairs-per-step": None}
     asked = {name: request.config.getoption(name) for name in defaults}
     options = "".join(f" {name} {value}" for name, value in asked.items() if value != defaults[name])
@@ -272,7 +272,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for result in _RESULTS.values():
         if summary := result.summary(result.rows):
             write(f"{result.name}: {summary}")
-    # At tiny shapes a loss says nothing, and so there is no reason for it.
+    # Being slower at tiny shapes means nothing, so no reason is given.
     for line in report.below_one(_compared()) if settings.sizes != "small" else ():
         write(line)
     for name, why in ABSENT.items():
@@ -289,7 +289,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
-    """The headline is the last line of all: below pytest's own summaries of warnings, skips and counts."""
+    """Print the headline as the very last line, below pytest's own summaries of warnings, skips and counts."""
     done = yield
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and (line := report.headline(_compared()).get("line")):

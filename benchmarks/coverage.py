@@ -1,10 +1,11 @@
 """Which lines the tests run: Python by coverage.py, the C++ of csrc by gcov and gcovr (make coverage).
 
-    python -m benchmarks.coverage native      csrc/cpu and csrc/common, and csrc/cuda through the emulator; one process
+    python -m benchmarks.coverage native      csrc/cpu and csrc/common, and csrc/cuda on the emulator; one process
     python -m benchmarks.coverage python      dpo_kernels and dpo_trainer; words after `--` are pytest's
 
-Each writes its part of benchmarks/results/coverage.json and keeps the other. The libraries are compiled apart, without
-optimisation. `native` runs the tests below, once for each instruction set: a line is run if it is for any of them.
+Each command writes its part of benchmarks/results/coverage.json and keeps the other part. `native` compiles its own
+libraries, without optimisation, and runs the tests below once for each instruction set: a line counts as run if any of
+them runs it.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ CPU_TESTS = (
     "test_hostile.py",
 )
 CUDA_TESTS = ("test_cuda_emulator.py", "test_hostile.py")
-#: Loads the instrumented library before the package looks for its own, whose operators' names are then taken.
+#: Loads the instrumented library first: the package then finds the operators' names registered and loads no other.
 RUN = "import sys, torch, pytest; torch.ops.load_library(sys.argv[1]); sys.exit(pytest.main(sys.argv[2:]))"
 
 
 def run(*command: str, **environment: str) -> None:
-    """Raises SystemExit where the command fails: figures of tests that failed would say nothing."""
+    """Run a command. Raises SystemExit if it fails: coverage of failed tests means nothing."""
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False)
     if done.returncode != 0:
         raise SystemExit(f"coverage: {' '.join(command[:4])} ... ended with status {done.returncode}")
 
 
 def flags(name: str) -> list[str]:
-    """The compiler's, with its notes and counts under WORK: objects are compiled in folders that do not last."""
+    """Compiler options that put notes and counts under WORK, because objects are compiled in temporary folders."""
     return ["--coverage", "-O0", "-fprofile-update=atomic", "-dumpdir", f"{WORK / name}-"]
 
 
@@ -53,7 +54,7 @@ def tests(names: tuple[str, ...]) -> list[str]:
 
 
 def native() -> dict[str, Any]:
-    """Runs the tests of the native code, and reads what they ran."""
+    """Run the tests of the native code; returns which lines they ran."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     library = WORK / "cpu.so"
@@ -67,7 +68,7 @@ def native() -> dict[str, Any]:
 
 
 def read_native() -> dict[str, Any]:
-    """What the tests have run so far. A line of a template is run if it is in any of its instances."""
+    """The lines that the tests have run so far. A line of a template counts as run if any instance runs it."""
     summary = WORK / "summary.json"
     run(sys.executable, "-m", "gcovr", "--root", str(ROOT), "--filter", "csrc/", "--merge-lines", "--json-summary", str(summary),
         "--gcov-ignore-parse-errors", "--merge-mode-functions=merge-use-line-min", str(WORK))  # fmt: skip
@@ -77,7 +78,7 @@ def read_native() -> dict[str, Any]:
 
 
 def python(arguments: list[str]) -> dict[str, Any]:
-    """Runs the tests that always run, or those named, and reads what they ran of the two packages."""
+    """Run the tests that are not slow, or those named; returns which lines of the two packages they ran."""
     summary = WORK / "python.json"
     WORK.mkdir(parents=True, exist_ok=True)
     words = arguments or ["-n", "2", "-m", "not slow"]
@@ -90,7 +91,7 @@ def python(arguments: list[str]) -> dict[str, Any]:
 
 
 def described(files: dict[str, list[int]]) -> dict[str, Any]:
-    """Lines run and lines there are: in all, by folder, by file."""
+    """(lines run, lines) in total, by folder and by file."""
     folders: dict[str, list[int]] = {}
     for name, (covered, total) in files.items():
         folder = folders.setdefault(str(Path(name).parent), [0, 0])
@@ -103,7 +104,7 @@ def described(files: dict[str, list[int]]) -> dict[str, Any]:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.coverage", description="Measure which lines the tests run.")
     parser.add_argument("part", choices=("native", "python"))
-    parser.add_argument("pytest", nargs="*", help="after --: what pytest is given, in place of all that always run")
+    parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest, instead of all fast tests")
     given = parser.parse_args(words)
     found = native() if given.part == "native" else python(given.pytest)
     held = json.loads(RESULT.read_text()) if RESULT.is_file() else {}

@@ -16,7 +16,7 @@ def reason(error: BaseException) -> str:
 
 
 def failure(call: Callable[[], object]) -> str | None:
-    """Why the call fails, or None: in a session one failure is a result, and the others are still wanted."""
+    """Why the call fails, or None. A failure is a result too: the session goes on with the next case."""
     try:
         call()
     except Exception as error:
@@ -25,7 +25,7 @@ def failure(call: Callable[[], object]) -> str | None:
 
 
 def run_table(backend: str, device: str) -> Iterator[tuple[str, str | None]]:
-    """(case, None or what is wrong) for every case of the table on one backend: the logits path, then the linear path."""
+    """Yields (case, None or what is wrong) for every case on one backend: first the logits path, then the linear path."""
     yield from _logits_table(backend, device)
     yield from _linear_table(backend, device)
 
@@ -83,7 +83,7 @@ def _linear_table(backend: str, device: str) -> Iterator[tuple[str, str | None]]
     from benchmarks.linear_problem import LinearCase
 
     for dtype in (torch.float32, torch.bfloat16):
-        # Vocabularies: whole rows of 16 bytes, and odd, whose rows must be padded.
+        # Vocabularies: one whose rows are multiples of 16 bytes, and an odd one, whose rows must be padded.
         for vocab in (2048, 1021):
             for settings in ({}, {"frozen": True}, {"reference": "precomputed"}):
                 case = LinearCase("", 2, 24, 0.5, 64, vocab, source="random", **settings)

@@ -1,9 +1,8 @@
 """Compiles the Triton kernels of a session in many processes at once, into Triton's own cache.
 
-The calls that later stages make are made here with `Launch.run` replaced by a recorder, so the launches and everything that
-Triton specialises on (dtypes, alignment, constants) are those of the real calls. Each launch is then compiled by the JIT's own
-path with a driver that only names its target. A process that compiles therefore needs no GPU, and the later launch finds its
-kernel in the cache.
+It makes the same calls as later stages, with `Launch.run` replaced by a recorder. So the recorded launches have the dtypes,
+alignment and constants of the real calls, on which Triton specialises. Triton's JIT then compiles each launch with a driver
+that only names its target. The compiling processes therefore need no GPU, and the real launch finds its kernel in the cache.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from typing import Any
 
 
 class CompileOnlyDriver:
-    """What Triton's JIT asks of a driver while it compiles."""
+    """The methods of a driver that Triton's JIT calls while it compiles."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
 
     def get_current_device(self) -> int:
-        """The device whose kernels are kept apart in a process."""
+        """The device's index: Triton keeps compiled kernels by device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """No launch follows: the default stream."""
+        """The default stream, since nothing is launched."""
         return 0
 
     def get_current_target(self) -> Any:
-        """What to compile for."""
+        """The target to compile for."""
         return self.target
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Any]]:
-    """Launches inside the block are collected, not run: outputs keep whatever their memory held."""
+    """Collect launches inside the block and do not run them: outputs stay uninitialised."""
     from dpo_kernels.backends.triton.launch import Launch
 
     found: list[Any] = []
@@ -51,7 +50,7 @@ def recorded() -> Iterator[list[Any]]:
 
 
 def specialization(launch: Any) -> tuple[Any, ...]:
-    """What decides whether two launches share a compiled kernel: finer than Triton's own key where in doubt."""
+    """Key by which two launches share a compiled kernel; finer than Triton's own key in doubtful cases."""
     found: list[Any] = [launch.kernel.__name__, repr(sorted(launch.options.items()))]
     for parameter in launch.kernel.params:
         value = launch.arguments.get(parameter.name)
@@ -67,13 +66,13 @@ def specialization(launch: Any) -> tuple[Any, ...]:
 
 
 def record(calls: Iterable[tuple[str, Callable[[], object]]]) -> tuple[list[Any], dict[str, str]]:
-    """The different launches of the named calls, and why a call could not be recorded to its end.
+    """The distinct launches of the named calls, and the error of each call that could not be recorded to its end.
 
-    Uninitialised outputs may stop a call that looks at them; what it launched until then counts.
+    A call that reads outputs may fail, since they are uninitialised; its launches before that are kept.
     """
     launches: dict[tuple[Any, ...], Any] = {}
     stopped = {}
-    with recorded() as found:  # making the calls ready launches too
+    with recorded() as found:  # preparing a call also launches kernels
         for name, call in calls:
             try:
                 call()
@@ -85,7 +84,7 @@ def record(calls: Iterable[tuple[str, Callable[[], object]]]) -> tuple[list[Any]
     return list(launches.values()), stopped
 
 
-#: Set before the processes are forked: launches hold functions and tensors, which do not travel.
+#: Set before the processes are forked: launches hold functions and tensors, which cannot be pickled.
 _launches: list[Any] = []
 _target: Any = None
 _launcher: Callable[[Any, Any], object] | None = None
@@ -107,7 +106,7 @@ def compile_launch(launch: Any, launcher: Callable[[Any, Any], object] | None = 
             launcher(kernel.src, kernel.metadata)
     finally:
         triton.knobs.compilation.listener = previous
-    return all(hits)  # no call at all: this process has compiled the same before
+    return all(hits)  # no hits at all: this process has compiled the launch before
 
 
 def _start_worker() -> None:
@@ -130,18 +129,18 @@ def compile_all(
     seconds: float,
     found_so_far: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Compile the launches side by side; what was compiled, was cached, failed, and was not reached in `seconds`.
+    """Compile the launches in parallel. Returns which were compiled, cached, failed, or not reached in `seconds`.
 
-    target: what to compile for. launcher: as `compile_launch` takes it.
+    target: what to compile for. launcher: as in `compile_launch`.
     """
     global _launches, _target, _launcher
     _launches, _target, _launcher = launches, target, launcher
     result: dict[str, Any] = {"kernels": len(launches), "compiled": 0, "cached": 0, "failed": {}, "not run": []}
     deadline, begin = time.monotonic() + seconds, time.monotonic()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker)
-    # In the order of the stages that launch them: if time runs out, the first stages have theirs.
+    # In the order of the stages that launch them: if time runs out, the first stages have their kernels.
     waiting: dict[Future, int] = {pool.submit(_work, index): index for index in range(len(launches))}
-    with contextlib.suppress(futures.TimeoutError):  # in Python 3.10 another one than the built-in
+    with contextlib.suppress(futures.TimeoutError):  # not the built-in TimeoutError in Python 3.10
         for future in as_completed(list(waiting), timeout=max(1.0, deadline - time.monotonic())):
             index = waiting.pop(future)
             name = f"{index} {launches[index].kernel.__name__}"

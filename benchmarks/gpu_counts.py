@@ -1,10 +1,10 @@
-"""What a call costs on a GPU apart from its kernels, counted without one: kernels, other launches, waits, and bytes.
+"""Counts the launches, waits for the device and bytes of a call on a GPU; no GPU is needed.
 
     python -m benchmarks.gpu_counts            print the table
     python -m benchmarks.gpu_counts --write    into results/gpu_counts.json and docs/gpu.md
 
-The tensors pretend to lie on a GPU (tests/pretend_gpu.py). Shapes are small, because counts do not depend on them.
-tests/test_gpu_counts.py holds that the committed figures are those of this tree.
+The tensors pretend to be on a GPU (tests/pretend_gpu.py). Shapes are small, because counts do not depend on them.
+tests/test_gpu_counts.py checks that the committed figures are those of this tree.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _linear(gpu: PretendGPU, *, frozen: bool = False, tokens: bool = False, **se
     return lambda: linear_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, **settings).loss
 
 
-#: The calls; each builds its tensors, and returns what is counted.
+#: The calls by name; each function builds its tensors and returns the call to count.
 CASES: dict[str, Callable[[PretendGPU], Callable[[], Tensor]]] = {
     "dpo_loss": _logits,
     "dpo_loss, reference sums given": lambda gpu: _logits(gpu, given=True),
@@ -79,7 +79,7 @@ CASES: dict[str, Callable[[PretendGPU], Callable[[], Tensor]]] = {
 }
 
 
-#: The launches of each of the CUDA library's operators (csrc/cuda/ops.cpp), which tests/test_cuda_emulator.py counts.
+#: Launches per operator of the CUDA library (csrc/cuda/ops.cpp); tests/test_cuda_emulator.py counts them.
 CUDA_LAUNCHES = {
     **{name: (name,) for name in ("token_logps", "sequence_sums", "preference_loss", "logits_grad")},
     "preference_forward": ("token_logps", "preference_loss"),
@@ -88,7 +88,7 @@ CUDA_LAUNCHES = {
 
 
 def _cuda_operators(gpu: PretendGPU) -> SimpleNamespace:
-    """The CUDA library's operators as their launches; they leave zeros."""
+    """Stand-ins for the CUDA library's operators that only count launches; their outputs are zeros."""
 
     def operator(name: str) -> Callable[..., None]:
         def run(*arguments: Any) -> None:
@@ -104,7 +104,7 @@ def _cuda_operators(gpu: PretendGPU) -> SimpleNamespace:
 
 
 def count(case: str, backend: str) -> dict[str, Any]:
-    """Forward and backward of a call: our kernels, matrix products, other launches, waits for the device."""
+    """Counts for forward and backward of a call: our kernels, matrix products, other launches, waits for the device."""
     with (
         PretendGPU() as gpu,
         use_backend(backend),

@@ -1,7 +1,7 @@
-"""What a GPU session takes along to a machine without a network: the CUDA library, compiled here, and the peers' wheels.
+"""The pack of a GPU session, for a machine without a network: the CUDA library, compiled here, and the peers' wheels.
 
-`python benchmarks/gpu_session.py --pack DIR` collects them; `--from DIR` uses them: libraries are decompressed, wheels are
-unzipped into a folder that goes on the path of every stage. Nothing else of this machine is in the folder.
+`python benchmarks/gpu_session.py --pack DIR` makes it. `--from DIR` uses it: it decompresses the libraries and unzips the
+wheels into a folder on the path of every stage. The pack holds nothing else from this machine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 from dpo_kernels import _build
 
-#: Of the whole folder; what does not fit into a modest upload does not travel.
+#: Largest size of the whole folder in bytes, so that it can be uploaded.
 LIMIT = 64 << 20
 
 DEFAULT = "default"
-#: Launch parameters of the libraries that travel (csrc/cuda/plan.h): the default, and what the sweep tries.
+#: Launch parameters of the packed libraries (csrc/cuda/plan.h): the default, and those that the sweep tries.
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (),
     ("DPO_ROW_THREADS=128",),
@@ -34,7 +34,7 @@ VARIANTS: tuple[tuple[str, ...], ...] = (
     ("DPO_GRAD_THREADS=512",),
 )
 
-#: The peers (as in pyproject.toml's extra `peers`), and what they import that a machine with torch and transformers may lack.
+#: The peers (as in pyproject.toml's extra `peers`), and their imports that a machine with torch and transformers may lack.
 WHEELS = (
     "trl==1.16.0",
     "liger-kernel==0.8.5",
@@ -44,7 +44,7 @@ WHEELS = (
     "multiprocess==0.70.19",
 )
 
-#: Where stages find the unpacked folder.
+#: The environment variable that tells stages where the unpacked folder is.
 VARIABLE = "DPO_GPU_PACK"
 
 
@@ -59,11 +59,11 @@ def _megabytes(size: int) -> str:
 def make(folder: Path, arch: str, python: str, variants: bool = True) -> list[str]:
     """Compile the libraries for one architecture ("90") and download the wheels for one Python ("3.12") into `folder`.
 
-    Returns a line for each file with its size, and the sum. Raises PackError if a wheel is not to be had or the sum is over
-    LIMIT, _build.BuildError if nvcc is missing or fails.
+    Returns a line for each file with its size, and the sum. Raises PackError if a wheel cannot be downloaded or the sum
+    exceeds LIMIT, _build.BuildError if nvcc is missing or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The manifest goes first and comes last: a folder without one is no pack, so a failure leaves none that looks whole.
+    # The manifest is deleted first and written last: after a failure the folder has none, so it does not count as a pack.
     for stale in (folder / "manifest.json", *folder.glob("cuda.*.so.xz"), *folder.glob("*.whl")):
         stale.unlink(missing_ok=True)
     libraries = {}
@@ -86,7 +86,7 @@ def make(folder: Path, arch: str, python: str, variants: bool = True) -> list[st
 
 
 def sizes(folder: Path) -> list[str]:
-    """A line for each file of the pack, largest first, and the sum. Raises PackError if the sum is over LIMIT."""
+    """A line for each file of the pack, largest first, and the sum. Raises PackError if the sum exceeds LIMIT."""
     files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: -path.stat().st_size)
     lines = [f"{_megabytes(path.stat().st_size):>10}  {path.name}" for path in files]
     total = sum(path.stat().st_size for path in files)
@@ -97,9 +97,9 @@ def sizes(folder: Path) -> list[str]:
 
 
 def unpack(folder: Path, into: Path) -> dict[str, str]:
-    """Decompress and unzip a pack, without a network; the environment variables that make stages use it.
+    """Decompress and unzip a pack, without a network. Returns the environment variables that make stages use it.
 
-    Raises PackError where `folder` holds no pack.
+    Raises PackError if `folder` holds no pack.
     """
     if not (folder / "manifest.json").is_file():
         raise PackError(f"{folder} holds no pack; python benchmarks/gpu_session.py --pack {folder} makes one")
@@ -130,13 +130,13 @@ class Pack:
         return list(self.manifest["libraries"])
 
     def why_not(self) -> str | None:
-        """None if the libraries are of this tree's sources, else what is wrong."""
+        """None if the libraries were compiled from this tree's sources, else what is wrong."""
         if self.manifest["source"] != _build.source_hash("cuda"):
             return "the packed CUDA library was compiled from other sources: make the pack again"
         return None
 
     def serves(self, capability: tuple[int, int]) -> bool:
-        """Whether the libraries' code runs on a card of this compute capability: PTX serves later ones, nothing earlier."""
+        """Whether the libraries run on a card of this compute capability: PTX serves later cards, no code serves earlier ones."""
         return 10 * capability[0] + capability[1] >= int(self.manifest["arch"].rstrip("af"))
 
     def describe(self) -> str:

@@ -1,14 +1,14 @@
-"""A quarter of an hour on a GPU, in two calls: correct, how fast against floors and peers; then a memory checker, counters, odd
-shapes.
+"""A quarter of an hour on a GPU, in two calls: `headline` checks results and times them against floors and peers; `depth`
+runs a memory checker, counters and odd shapes.
 
     python benchmarks/gpu_session.py --pack runs/pack --arch 90 --python 3.12    where nvcc and a network are: once
     python benchmarks/gpu_session.py --only headline --from runs/pack --out runs/headline    on the GPU: at most 560 s
     python benchmarks/gpu_session.py --only depth --from runs/pack --out runs/depth          on the GPU: at most 230 s
     python benchmarks/gpu_session.py --merge runs/headline runs/depth --out benchmarks/results/CARD
 
-Every stage (benchmarks/gpu_stages.py) runs in a process of its own with its limit of seconds; one that fails or hangs does not
-stop the next, and what it had found is kept. A folder of results holds at most 8 files: results.json, summary.md,
-methods.svg, log.txt, trace.json.gz, ncu.txt. Clocks, power limits and modes of the card are left as they are.
+Every stage (benchmarks/gpu_stages.py) runs in a process of its own with a limit of seconds. If a stage fails or hangs, the
+next one still runs, and its results until then are kept. A folder of results holds at most 8 files: results.json, summary.md,
+methods.svg, log.txt, trace.json.gz, ncu.txt. The card's clocks, power limits and modes are not changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BEGIN = time.monotonic()  # before the imports that take seconds: they are part of a stage's time
+BEGIN = time.monotonic()  # before the slow imports: they are part of a stage's time
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: this folder leaves the path, where its profile.py hides the standard library's
     sys.path[0] = str(ROOT)
@@ -39,8 +39,8 @@ from benchmarks.gpu_stages import MAX_FILE, STAGES, write  # noqa: E402
 from benchmarks.gpu_summary import CHART, NO_GPU, panels, roofline_seconds, summary  # noqa: E402
 from dpo_kernels._build import BuildError  # noqa: E402
 
-#: The calls: seconds in all, and the stages with their limits, in order. The sum of the limits leaves the rest of a call for
-#: starting, unpacking and writing. Time that a stage does not use is shared by the later ones.
+#: The calls: total seconds, and the stages with their limits, in order. The limits sum to less than the total, which leaves
+#: time for starting, unpacking and writing. Later stages share the time that a stage does not use.
 CALLS: dict[str, tuple[float, dict[str, float]]] = {
     "headline": (
         560,
@@ -72,9 +72,9 @@ CALLS: dict[str, tuple[float, dict[str, float]]] = {
         },
     ),
 }
-#: Of a stage's limit, what it is told it has: the rest is for starting Python and for writing what it found.
+#: The share of a stage's limit that the stage may use; the rest is for starting Python and for writing its results.
 INNER = 0.85
-#: Exit status of a stage that found no GPU: no other stage would find one.
+#: Exit status of a stage that found no GPU; the session then ends, since no other stage would find one.
 NO_DEVICE = 3
 
 
@@ -96,7 +96,7 @@ def _show(stream: Any, log: Any) -> None:
 
 
 def _stop(process: subprocess.Popen[str]) -> int:
-    """End a stage: first asked, so that it takes the tools it runs with it, then killed."""
+    """End a stage: ask first, so that it also ends the tools it runs, then kill it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -108,7 +108,7 @@ def _stop(process: subprocess.Popen[str]) -> int:
 def run_stage(
     name: str, machine: str, out: Path, limit: float, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """One stage in a process of its own, its output shown and logged as it comes; its result, or how it ended."""
+    """Run a stage in a process of its own and show and log its output as it comes. Returns its result, or how it ended."""
     result = out / f".{name}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_session", "--stage", name, "--machine", machine, "--out", str(out)]
@@ -141,7 +141,7 @@ def run_stage(
         result.unlink()
     if stopped:
         report["stopped"] = f"at its limit of {limit:.0f} s"
-    elif status != 0:  # what it had found until then is kept
+    elif status != 0:  # its results until then are kept
         report["failed"] = NO_GPU if status == NO_DEVICE else f"exit status {status}, see log.txt"
     return report
 
@@ -154,13 +154,13 @@ def session(
     scale: float = 1.0,
     run: Callable[..., dict[str, Any]] = run_stage,
 ) -> dict[str, dict[str, Any]]:
-    """Run the named calls and stages, writing results and summary after each, so that a cut session keeps what it has.
+    """Run the named calls and stages. Results and summary are written after each, so an interrupted session keeps them.
 
-    Returns call -> stage -> report. scale multiplies every limit. run: how a stage is run.
+    Returns call -> stage -> report. scale multiplies every limit. run: the function that runs a stage.
     """
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="dpo_gpu_pack_") as scratch:
-        # Kernels are checked by a stage here, not on first use; a library that is missing is not compiled inside a limit.
+        # A stage checks the kernels, so they are not checked at first use. A missing library is not compiled within a limit.
         environment = {"DPO_KERNELS_SELFCHECK": "0", "DPO_KERNELS_JIT": "0"}
         if pack is not None:
             environment |= gpu_pack.unpack(pack, Path(scratch))
@@ -188,7 +188,7 @@ def session(
 
 
 def save(out: Path, calls: dict[str, dict[str, Any]]) -> None:
-    """Write results.json, summary.md and, where peers were measured, the chart."""
+    """Write results.json, summary.md and, if peers were measured, the chart."""
     write(out / "results.json", json.dumps({"seconds": roofline_seconds(calls), "calls": calls}, indent=1) + "\n")
     if found := panels(calls):
         write(out / CHART, bars.draw(found, title="Time and memory of each method"))
@@ -196,7 +196,7 @@ def save(out: Path, calls: dict[str, dict[str, Any]]) -> None:
 
 
 def merge(folders: list[Path], out: Path) -> None:
-    """Put the stages of several folders into one results.json and summary.md, a later folder's over an earlier one's.
+    """Put the stages of several folders into one results.json and summary.md. A later folder's stage replaces an earlier one.
 
     The trace and the counters are copied.
     """
@@ -215,7 +215,7 @@ def merge(folders: list[Path], out: Path) -> None:
 
 
 def run_one(stage: str, machine_name: str, out: Path, seconds: float) -> None:
-    """One stage in this process; its result goes into a file of the folder, and so does what it has on the way."""
+    """Run one stage in this process; its result, and partial results before that, go into a file of the folder."""
     out.mkdir(parents=True, exist_ok=True)
     gpu_stages.PARTIAL = out / f".{stage}.json"
     machine = _machine(machine_name)
@@ -261,12 +261,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _architecture(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d+[af]?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability without its point, such as 90")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability; give it without its point, such as 90")
     return text
 
 
 def main() -> int:
-    """Run the command line; the exit status is 1 where a stage failed, 2 where the command could not run."""
+    """Run the command line. The exit status is 1 if a stage failed, 2 if the command could not run."""
     arguments = parser().parse_args()
     try:
         return _run(arguments)

@@ -1,7 +1,7 @@
-"""What a GPU session does, a function a stage: each gets the device boundary, a folder and its seconds, and returns JSON.
+"""The stages of a GPU session, one function each: it gets the device boundary, a folder and its seconds, and returns JSON.
 
-Nothing beyond torch, triton and this tree is taken for granted. What a stage misses (a library, a peer, a profiler, time), it
-names as not run, and does the rest. What it has found so far it keeps, row by row, so a stage that is stopped loses nothing.
+A stage needs only torch, triton and this tree. If something else is missing (a library, a peer, a profiler, time), the stage
+reports that part as not run and does the rest. It writes its results row by row, so a stage that is stopped loses none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_FILE = 16 << 20
 
 
 class CudaMachine:
-    """The device boundary: everything that only a GPU can do. Tests put a CPU stand-in here (--machine)."""
+    """The device boundary: everything that only a GPU can do. Tests replace it with a CPU stand-in (--machine)."""
 
     device = "cuda"
     backends = ("cuda", "triton", "eager")
@@ -61,7 +61,7 @@ class CudaMachine:
     trainer_steps, trainer_batch = 6, 8
 
     def prepare(self) -> None:
-        """Before anything else in a stage's process: the packed CUDA library. Raises NoDevice without a GPU."""
+        """Load the packed CUDA library, before anything else in a stage's process. Raises NoDevice without a GPU."""
         import torch
 
         if not torch.cuda.is_available():
@@ -86,7 +86,7 @@ class CudaMachine:
         return pack.variants() if pack else []
 
     def load_variant(self, name: str) -> Any:
-        """The CUDA backend's stages on a library of the pack; for a process that has loaded no other (see `prepare`)."""
+        """The CUDA backend's stages on a library of the pack, in a process that has loaded no other (see `prepare`)."""
         pack = gpu_pack.in_use()
         if pack is None:
             raise RuntimeError("no pack is in use")
@@ -94,7 +94,7 @@ class CudaMachine:
         return _stage_module("cuda", self)
 
     def compile_target(self) -> tuple[Any, Any]:
-        """What Triton compiles for here, and what makes its launchers."""
+        """Triton's target on this machine, and the class that makes its launchers."""
         import triton
 
         driver = triton.runtime.driver.active
@@ -120,7 +120,7 @@ class CudaMachine:
         return torch.cuda.mem_get_info()[0]
 
     def peak(self, work: Callable[[], object]) -> int | None:
-        """Bytes that a call holds at most, above what was held before."""
+        """Peak of the bytes that a call allocates, above what was allocated before it."""
         from benchmarks.method import peak_memory
 
         return peak_memory(work, self.device)[0]
@@ -136,12 +136,12 @@ class CudaMachine:
         prepare: Callable[[], None] = lambda: None,
         replay: bool = False,
     ) -> dict[str, Any]:
-        """Seconds of the device for each call, and of the host apart.
+        """Seconds that each call takes on the device, and seconds on the host (until the call returns, with an idle device).
 
-        Before each call `prepare` runs, then a read of more than the L2 cache holds (a write would leave dirty lines that the
-        timed kernel has to write back). The call is enqueued while that read is still under way, so launch gaps do not count
+        Before each call `prepare` runs, then a read that exceeds the L2 cache (a write would leave dirty lines, which the timed
+        kernel would have to write back). The call is enqueued while the read is still running, so launch gaps do not count
         unless the host is slower than the device. replay: capture the call in a CUDA graph and time its replay, which has no
-        gaps at all. host: until the call returns, with an idle device.
+        gaps.
         """
         import torch
 
@@ -157,7 +157,7 @@ class CudaMachine:
         if replay:
             try:
                 run = self._captured(work)
-            except RuntimeError as error:  # a call that waits for the device cannot be captured; its time has the gaps
+            except RuntimeError as error:  # a call that waits for the device is not captured: its time has gaps
                 uncaptured = reason(error)
                 self.synchronize()
         flush = torch.ones(64 << 20, dtype=torch.int32, device=self.device)
@@ -189,7 +189,7 @@ class CudaMachine:
         return graph.replay
 
     def command(self, arguments: list[str], seconds: float) -> tuple[int, str]:
-        """Exit status and output of a tool of the machine; the output is shown as it comes. 124: stopped at its limit."""
+        """Run a tool and show its output as it comes. Returns its exit status (124: stopped at its limit) and the output."""
         output: list[str] = []
         process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -210,7 +210,7 @@ class CudaMachine:
         return 124 if late and status < 0 else status, "".join(output)
 
 
-#: Process groups of the tools that this process runs now.
+#: Process groups of the tools that this process is running.
 TOOLS: set[int] = set()
 
 
@@ -220,13 +220,13 @@ def _kill_group(group: int) -> None:
 
 
 def end_with_tools() -> None:
-    """End this process and the tools it runs; they are in groups of their own, and would go on using the GPU."""
+    """End this process and the tools it runs: they are in process groups of their own, and would go on using the GPU."""
     for group in TOOLS:
         _kill_group(group)
     os._exit(143)
 
 
-#: Where a stage leaves what it has so far; a stage that is stopped keeps that.
+#: The file of a stage's results so far, which are kept if the stage is stopped.
 PARTIAL: Path | None = None
 
 
@@ -238,7 +238,7 @@ def write(path: Path, text: str) -> None:
 
 
 def keep(result: dict[str, Any]) -> None:
-    """Write a stage's result so far."""
+    """Write a stage's results so far."""
     if PARTIAL is not None:
         write(PARTIAL, json.dumps(result))
 
@@ -254,11 +254,11 @@ def count_compilations() -> list[str]:
 
 
 class NoDevice(RuntimeError):
-    """There is no GPU to measure on; the message says who says so."""
+    """There is no GPU to measure on; the message says what reported that."""
 
 
 class Deadline:
-    """The end of a stage's time."""
+    """When a stage's time ends."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -280,7 +280,7 @@ def _median(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(machine: Any, stage: str) -> list[str]:
-    """The command that runs a stage as a program of its own, for tools that watch a process."""
+    """The command that runs a stage as a separate program, for tools that watch a process."""
     spec = f"{type(machine).__module__}:{type(machine).__name__}"
     scratch = tempfile.mkdtemp(prefix="dpo_gpu_session_")
     return [sys.executable, "-m", "benchmarks.gpu_session", "--stage", stage, "--machine", spec, "--out", scratch]
@@ -304,7 +304,7 @@ def _tensors(machine: Any, tokens: int, vocab: int) -> tuple[Any, ...]:
     g = torch.Generator(machine.device).manual_seed(0)
     logits = torch.empty(1, tokens, vocab, dtype=torch.bfloat16, device=machine.device)
     ref = torch.empty_like(logits)
-    for row in range(0, tokens, 512):  # in slices: a float32 draft of the whole would not fit
+    for row in range(0, tokens, 512):  # in slices: the whole would not fit in float32
         shape = (1, min(512, tokens - row), vocab)
         logits[:, row : row + 512] = torch.randn(shape, generator=g, device=machine.device) * 2
         ref[:, row : row + 512] = logits[:, row : row + 512] + 0.1
@@ -335,7 +335,7 @@ def environment(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def compile(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Every Triton kernel that later stages launch, compiled in as many processes as there are cores (at most 16)."""
+    """Compile every Triton kernel that later stages launch, in as many processes as there are cores (at most 16)."""
     if why := machine.triton_serves():
         return {"not run": why}
     target, launcher = machine.compile_target()
@@ -350,7 +350,7 @@ def compile(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _triton_calls(machine: Any) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What the stages launch through Triton, with few rows: their number is no part of a kernel."""
+    """The calls by which stages launch Triton kernels, with few rows: a kernel does not depend on the number of rows."""
     import torch
 
     from benchmarks.linear_problem import LinearCase, LinearProblem
@@ -368,7 +368,7 @@ def _triton_calls(machine: Any) -> Iterator[tuple[str, Callable[[], object]]]:
         watched = _step("triton", logits, labels, ref, True, ("entropy", "mean_logits", "accuracy"))[0]
         yield f"step with statistics {vocab}", watched
     yield "table", lambda: list(run_table("triton", machine.device))
-    # The filtered gradient looks at what its first kernel found, which was not run: last.
+    # Last, because the filtered gradient reads the output of its first kernel, which is not run here.
     for name in ("ours", "ours_filtered"):
         for _, _, hidden, vocab in (*machine.linear_shapes, *machine.small_heads):
             for frozen in (False, True):
@@ -383,16 +383,16 @@ def _triton_calls(machine: Any) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def table(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The operator table of the backend that $DPO_TABLE names, a JSON line a case."""
+    """Print the operator table of the backend that $DPO_TABLE names, one JSON line per case."""
     for case, wrong in run_table(os.environ["DPO_TABLE"], machine.device):
         print(json.dumps({"case": case, "wrong": wrong}), flush=True)
     return {}
 
 
 def correctness(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The operator table and the linear path's gradients against float64, each backend in a process of its own.
+    """Check the operator table and the linear path's gradients against float64, each backend in a process of its own.
 
-    A fault that leaves the GPU unusable for its process then hides nothing of the other backends.
+    So a fault that makes the GPU unusable for one process does not hide the results of the other backends.
     """
     from dpo_kernels import backends
 
@@ -411,7 +411,7 @@ def correctness(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _verdicts(status: int, output: str) -> dict[str, Any]:
-    """What a process that ran `table` said."""
+    """The results that a process running `table` printed."""
     said = [json.loads(line) for line in output.splitlines() if line.startswith('{"case"')]
     row = {"cases": len(said), "failed": {one["case"]: one["wrong"] for one in said if one["wrong"]}}
     last = said[-1]["case"] if said else "none"
@@ -423,14 +423,14 @@ def _verdicts(status: int, output: str) -> dict[str, Any]:
 
 
 def tests(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """`pytest -m gpu`: streams, graphs, sizes past 32 bits."""
+    """Run `pytest -m gpu`: streams, graphs, sizes past 32 bits."""
     if importlib.util.find_spec("pytest") is None:
         return {"not run": "pytest is not installed"}
     if seconds < 20:
         return {"not run": NO_TIME}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", "tests/test_cuda_gpu.py"]
     status, output = machine.command(command, seconds)
-    # pytest calls a run of nothing but skipped tests a success.
+    # pytest counts a run in which all tests are skipped as a success.
     return {
         "passed": status == 0 and bool(re.search(r"\b[1-9]\d* passed", output)),
         "status": status,
@@ -439,7 +439,7 @@ def tests(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Every kernel of the first two backends once, with heads, tails, clusters and several blocks: what memcheck watches."""
+    """Run every kernel of the first two backends once, with heads, tails, clusters and several blocks, for memcheck."""
     import torch
 
     from dpo_kernels.stages import STATISTICS, TokenKL, Transform
@@ -464,7 +464,7 @@ def small(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def memcheck(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """compute-sanitizer's memcheck over the sample of `small`, every tensor in an allocation of its own."""
+    """Run compute-sanitizer's memcheck on `small`, with every tensor in an allocation of its own."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"not run": "compute-sanitizer is not installed"}
@@ -483,8 +483,8 @@ def _bandwidths(machine: Any, size: int) -> tuple[float, float]:
     source = torch.randn(size // 4, device=machine.device)
     target = torch.empty_like(source)
 
-    # Copies and reductions differ in how near they come to the memory's rate; the quickest one is the ceiling. A replayed
-    # copy_ goes to the copy engine, which reached two thirds of what a kernel does on an H200.
+    # Copies and reductions reach different shares of the memory's rate; the fastest is the ceiling. A replayed copy_ runs
+    # on the copy engine, which reached two thirds of a kernel's rate on an H200.
     def quickest(*jobs: Callable[[], object]) -> float:
         return min(_median(machine.measure(job, replay=replay))["median"] for job in jobs for replay in (False, True))
 
@@ -493,7 +493,7 @@ def _bandwidths(machine: Any, size: int) -> tuple[float, float]:
 
 
 def ceilings(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """What this device reaches: copy (read + write) and read bandwidth, and cuBLAS at the shapes that are used here."""
+    """Measured rates of this device: bandwidth of a copy (read + write) and of a read, and cuBLAS at the session's shapes."""
     import torch
 
     copied, read = _bandwidths(machine, min(2 << 30, machine.free_memory() // 8))
@@ -509,7 +509,7 @@ def ceilings(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
         shapes[f"dH of {pairs * length} tokens, H {hidden}, V {vocab}"] = (pairs * length, vocab, hidden)
         shapes[f"dW of {pairs * length} tokens, H {hidden}, V {vocab}"] = (vocab, pairs * length, hidden)
     for name, (m, k, n) in shapes.items():
-        # As in training: the head lies as [V, H], so the logits' product reads it transposed, and dW reads dz transposed.
+        # As in training: the head is stored as [V, H], so the logits' product reads it transposed, and dW reads dz transposed.
         a = torch.randn(m, k, device=machine.device, dtype=torch.bfloat16)
         b = torch.randn(k, n, device=machine.device, dtype=torch.bfloat16)
         a = a.t().contiguous().t() if name.startswith("dW") else a
@@ -522,7 +522,7 @@ def ceilings(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable[[], object]]:
-    """The kernels to time, by the names of the roofline's paths."""
+    """The kernels to time, by their paths' names in the roofline."""
     import torch
 
     from dpo_kernels import STATISTICS
@@ -552,7 +552,7 @@ def _jobs(stages: Any, logits: Any, labels: Any, ref: Any) -> dict[str, Callable
 
 
 def kernels(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The main kernels of cuda and triton, twice each, and nothing else: what ncu watches."""
+    """Run the main kernels of cuda and triton, twice each, and nothing else, for ncu."""
     tokens, vocab = machine.shapes[0]
     logits, ref, labels = _tensors(machine, min(tokens, 2048), vocab)
     for name in [name for name in _served(machine) if name != "eager"]:
@@ -565,7 +565,7 @@ def kernels(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 def _step(
     backend: str, logits: Any, labels: Any, ref: Any, inplace: bool = True, watched: tuple[str, ...] = ()
 ) -> tuple[Callable[[], object], Callable[[], None]]:
-    """The public loss of one pair of long sequences and its gradient; and what restores the logits that it overwrote."""
+    """(a call of the public loss and its gradient on one pair of long sequences, a function that restores the logits)."""
     import torch
 
     from dpo_kernels import dpo_loss, use_backend
@@ -592,7 +592,7 @@ STEP = "step: policy, reference, gradient"
 
 
 def _time_kernels(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
-    """Seconds of each backend's step and stages at these shapes, the step first; of eager too while there is room."""
+    """Seconds of each backend's step and stages at these shapes, the step first; eager takes part if memory suffices."""
     deadline = Deadline(seconds)
     rows: dict[str, Any] = {}
     for tokens, vocab in shapes:
@@ -627,18 +627,18 @@ def _time_backend(machine: Any, name: str, tokens: int, vocab: int, rows: dict[s
         try:
             timed = deadline.left > 0
             rows[title] = _median(machine.measure(job, replay=ours)) if timed else {"not run": NO_TIME}
-        except Exception as error:  # one kernel that fails is a result, the others are still wanted
+        except Exception as error:  # a failure is a result, and the next kernel is still timed
             rows[title] = {"failed": reason(error)}
         keep({"rows": rows})
 
 
 def timing(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The kernels at the shape that the predictions are about."""
+    """Time the kernels at the shape that the predictions are for."""
     return _time_kernels(machine, seconds, machine.shapes)
 
 
 def more_shapes(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The kernels at few rows, odd vocabularies and short rows."""
+    """Time the kernels at few rows, odd vocabularies and short rows."""
     return _time_kernels(machine, seconds, machine.more_shapes)
 
 
@@ -650,10 +650,10 @@ def _compare(
     found: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
-    """Times and peak memory of contenders, one after the other, each kept at once.
+    """Time contenders one after the other and measure their peak memory; each result is kept at once.
 
-    A contender is built when its turn comes: (name, what returns its call and the verdict on its gradient). The first is timed
-    once more at the end, which shows how far the machine drifted meanwhile.
+    contenders: (name, function that builds it and returns its call and the verdict on its gradient). Each is built when its
+    turn comes. The first is timed again at the end, which shows how far the machine's speed drifted.
     """
     first = None
     for name, build in contenders:
@@ -668,7 +668,7 @@ def _compare(
             row["extra bytes"] = machine.peak(run)
             found["rows"][name] = {**row, "gradient": gradient}
             first = first or (name, run)
-        except Exception as error:  # one that fails is a result, the others go on
+        except Exception as error:  # a failure is a result, and the next contender still runs
             found["failed"][name] = reason(error)
         save()
     if first is not None:
@@ -676,7 +676,7 @@ def _compare(
 
 
 def peers(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Loss and gradient from logits, end to end, against every peer that is installed; gradients checked on a small batch."""
+    """Time loss and gradient from logits against every installed peer; gradients are checked on a small batch."""
     import torch
 
     from benchmarks.peers import GPU_PEERS, PEERS
@@ -686,7 +686,7 @@ def peers(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     deadline = Deadline(seconds)
     tables: dict[str, Any] = {}
     everyone = {**PEERS, **GPU_PEERS}
-    # Ours first, in place before the rest; what compiles for half a minute last.
+    # Our methods first, in place before the others; methods that compile for half a minute last.
     order = sorted(everyone, key=lambda name: (name == "compiled", not everyone[name].ours, name != "ours_inplace"))
     for batch, tokens, vocab in machine.step_shapes:
         found: dict[str, Any] = {"shape": [batch, tokens, vocab], "rows": {}, "failed": {}, "not run": {}}
@@ -728,7 +728,7 @@ def peers(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _linear_tables(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
-    """Loss and gradients from hidden states and the LM head: exact, filtered, frozen head, peers, and the products alone."""
+    """Time loss and gradients from hidden states and LM head: exact, filtered, frozen head, peers, and the products alone."""
     import torch
 
     from benchmarks.linear_problem import LinearCase, LinearProblem, LinearTruth
@@ -742,7 +742,7 @@ def _linear_tables(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
         for frozen in (False, True)
         for pairs, length, hidden, vocab in shapes
     ]
-    # What compiles for half a minute comes when every table has the rest, and only for the first.
+    # Methods that compile for half a minute come after all other rows of all tables, and only for the first table.
     turns = [(case, [name for name in order if "compiled" not in name]) for case in cases]
     turns.append((cases[0], [name for name in order if "compiled" in name]))
     for case, names in turns:
@@ -782,7 +782,7 @@ def _linear_tables(machine: Any, seconds: float, shapes: Any) -> dict[str, Any]:
 
 
 def _products(problem: Any) -> Callable[[], None]:
-    """The dense products that exact gradients cannot do without, by cuBLAS, over the scored rows."""
+    """The dense products that exact gradients require, by cuBLAS, over the scored rows."""
     import torch
 
     rows = problem.hidden.detach()[problem.labels != -100]
@@ -801,17 +801,17 @@ def _products(problem: Any) -> Callable[[], None]:
 
 
 def linear(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The linear path at a wide and a narrow head with Llama 3's vocabulary."""
+    """Time the linear path at a wide and a narrow head with Llama 3's vocabulary."""
     return _linear_tables(machine, seconds, machine.linear_shapes)
 
 
 def small_heads(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The linear path at SmolLM2-135M's head, and at an odd vocabulary."""
+    """Time the linear path at SmolLM2-135M's head, and at an odd vocabulary."""
     return _linear_tables(machine, seconds, machine.small_heads)
 
 
 def head_rates(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """What the planner of the linear path assumes of this device's products, measured (benchmarks/head_rates.py)."""
+    """Measure the rates of products that the linear path's planner assumes (benchmarks/head_rates.py)."""
     from benchmarks.head_rates import SHAPES, measure
     from dpo_kernels import backends
 
@@ -828,7 +828,7 @@ def head_rates(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def latency(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Microseconds of a step of 2 pairs x 64 tokens: of the device (a graph's replay), of the host, and until all is done."""
+    """Microseconds of a step of 2 pairs x 64 tokens: on the device (a graph's replay), on the host, and from start to end."""
     import torch
 
     from benchmarks.peers.eager import textbook_loss
@@ -873,11 +873,11 @@ def latency(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     return {"shape": [4, 64, vocab], "steps": found}
 
 
-# ---- the sweep of launch parameters: every variant in a process of its own ----
+# ---- the sweep of launch parameters: each variant runs in a process of its own ----
 
 
 def variant(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Seconds of the CUDA kernels at few and at many rows, with the packed library that $DPO_VARIANT names; printed as JSON."""
+    """Print as JSON the seconds of the CUDA kernels at few and many rows, with the packed library that $DPO_VARIANT names."""
     import torch
 
     from dpo_kernels.backends import eager
@@ -907,7 +907,7 @@ def _last_object(output: str) -> dict[str, Any] | None:
 
 
 def sweep(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """The CUDA kernels with every library of the pack (other launch parameters), and the best next to the default."""
+    """Time the CUDA kernels with every library of the pack (other launch parameters); compare the best with the default."""
     names = machine.packed_variants()
     if not names:
         return {"not run": "no pack, or a pack without variants (--pack DIR builds them)"}
@@ -931,7 +931,7 @@ def sweep(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def best_variants(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kernel the quickest parameters, and how many times quicker than the default they are."""
+    """For each kernel, the fastest parameters and how many times faster they are than the default."""
     timed = [run for run in runs if "seconds" in run]
     default = next((run["seconds"] for run in timed if run["settings"] == gpu_pack.DEFAULT), {})
     best = []
@@ -945,7 +945,7 @@ def best_variants(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def trace(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """A torch.profiler trace of two DPO steps through the public function."""
+    """Write a torch.profiler trace of two DPO steps through the public function."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -978,7 +978,7 @@ def trace(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def ncu(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Nsight Compute's account of the main kernels and nothing else; it leaves the card's clocks as they are."""
+    """Run Nsight Compute on the main kernels alone, without changing the card's clocks."""
     tool = shutil.which("ncu")
     if tool is None:
         return {"not run": "ncu is not installed"}
@@ -995,7 +995,7 @@ def ncu(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def trainer(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Steps of a small random Llama under our trainer, TRL's, and TRL's with our kernels, on the same pairs."""
+    """Time steps of a small random Llama with our trainer, with TRL's, and with TRL's on our kernels, on the same pairs."""
     import torch
 
     for module in ("transformers", "accelerate", "datasets"):
@@ -1019,7 +1019,7 @@ def trainer(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
         build_tokenizer().save_pretrained(model)
         pairs = build_pairs(steps * batch)
         os.environ["DPO_TRAINER_CACHE"] = f"{scratch}/cache"
-        for name in ("ours", "trl", "trl_patched"):  # the patch stays: last
+        for name in ("ours", "trl", "trl_patched"):  # last, because the patch stays in force
             if deadline.left < 0:
                 found["not run"][name] = NO_TIME
                 continue
@@ -1052,7 +1052,7 @@ def trainer(machine: Any, out: Path, seconds: float) -> dict[str, Any]:
     return found
 
 
-#: Stages of the session by name; `table`, `small`, `kernels` and `variant` are programs that tools of other stages run.
+#: All stages by name; other stages run `table`, `small`, `kernels` and `variant` as programs of their own.
 STAGES: dict[str, Callable[[Any, Path, float], dict[str, Any]]] = {
     stage.__name__: stage
     for stage in (

@@ -1,6 +1,6 @@
-"""A GPU session's results as markdown, with what was predicted next to what was measured; and as rows of report.py.
+"""A GPU session's results as markdown, with predictions next to measurements, and as rows for report.py.
 
-The predictions were written down before any card had run these kernels: from the machine code's instructions a logit and bytes
+The predictions were written before any card had run these kernels: from the machine code's instructions per logit and bytes
 in flight (benchmarks/machine_code.py), and for the linear path from products and traffic (benchmarks/roofline.py).
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.roofline import works
 
-#: Share of the measured bandwidth (`bandwidth_of`) at [8192 x 128256] bfloat16, least and most, by card.
+#: Predicted share of the measured bandwidth (`bandwidth_of`) at [8192 x 128256] bfloat16, by card: (least, most).
 PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
     "token_logps": {"H100": (0.90, 0.97), "H200": (0.88, 0.94)},
     "token_logps with statistics": {"H100": (0.83, 0.92), "H200": (0.75, 0.85)},
@@ -20,9 +20,9 @@ PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
     "step: policy, reference, gradient": {"H100": (0.88, 0.93), "H200": (0.85, 0.90)},
 }
 PREDICTED_SHAPE = "[8192x128256]"
-#: Seconds of our exact linear path, least and most: H 4,096, V 128,256, 2,048 scored tokens, on either card.
+#: Predicted seconds of our exact linear path, (least, most), on either card: H 4,096, V 128,256, 2,048 scored tokens.
 LINEAR_PREDICTION = {"4x512x4096x128256": (14e-3, 17e-3)}
-#: What others have published, to hold our figures against.
+#: Published figures of other projects, for comparison.
 ANCHORS = (
     "quack, cross-entropy forward at V 65k to 131k: 3.0 to 3.2 TB/s on an H100",
     "Liger's CuTe per-token head with gradients at 4,096 tokens, H 4,096, V 131,072: 26.2 ms on an H100, 24.9 ms on an H200",
@@ -32,12 +32,12 @@ ANCHORS = (
 
 #: The chart's file, in the folder of the session.
 CHART = "methods.svg"
-#: How a stage is said to have failed that found no GPU.
+#: The failure that is reported for a stage that found no GPU.
 NO_GPU = "no GPU"
 
 
 def stage(calls: dict[str, Any], name: str) -> dict[str, Any]:
-    """A stage's result from whichever call has it; empty if none has."""
+    """A stage's result, from the call that has it; empty if no call has it."""
     for stages in calls.values():
         if result := stages.get(name, {}).get("result"):
             return result
@@ -45,7 +45,7 @@ def stage(calls: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def bandwidth_of(calls: dict[str, Any]) -> float | None:
-    """Bytes per second that the card was seen to move: the better of its copy and its read."""
+    """Measured memory bandwidth of the card, bytes/s: the higher one of copy and read."""
     found = stage(calls, "ceilings")
     rates = [found[key] for key in ("copy_bytes_per_second", "read_bytes_per_second") if key in found]
     return max(rates, default=None)
@@ -56,12 +56,12 @@ def _kernel_rows(calls: dict[str, Any]) -> dict[str, Any]:
 
 
 def backends_of(calls: dict[str, Any]) -> list[str]:
-    """The backends that were asked, in the session's order."""
+    """The backends that were tried, in the session's order."""
     return list(stage(calls, "environment").get("backends", {}))
 
 
 def roofline_seconds(calls: dict[str, Any]) -> dict[str, float]:
-    """The measured column of benchmarks/roofline.py: our quicker backend."""
+    """The measured column of benchmarks/roofline.py: the times of our faster backend."""
     found: dict[str, float] = {}
     for key, row in _kernel_rows(calls).items():
         backend, _, path = key.partition(": ")
@@ -179,14 +179,14 @@ def _kernels(calls: dict[str, Any]) -> list[str]:
 
 
 def _missing(rows: dict[str, Any]) -> list[str]:
-    """What rows say of themselves in the place of a time."""
+    """A line for each row that has a reason or an error instead of a time."""
     lines = [f"* {name}: not run: {row['not run']}" for name, row in rows.items() if "not run" in row]
     lines += [f"* {name}: FAILED: {row['failed']}" for name, row in rows.items() if "failed" in row]
     return [*lines, ""] if lines else []
 
 
 def _contenders(found: dict[str, Any], floor: float | None, ours: str | None) -> list[str]:
-    """A table of times, against the floor and against the quickest of ours, with memory; and what did not run or failed."""
+    """A table of times (also relative to the floor and to our fastest method) and memory; then what did not run or failed."""
     rows = found.get("rows", {})
     lines = []
     for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
@@ -207,7 +207,7 @@ def _contenders(found: dict[str, Any], floor: float | None, ours: str | None) ->
 
 
 def quickest(rows: dict[str, Any], prefix: str) -> str | None:
-    """The name of the quickest row whose name starts so."""
+    """The name of the fastest row whose name starts with this text."""
     named = [name for name in rows if name.startswith(prefix)]
     return min(named, key=lambda name: rows[name]["median"], default=None)
 
@@ -297,7 +297,7 @@ def _answers(calls: dict[str, Any]) -> list[str]:
 
 
 def summary(calls: dict[str, Any], planned: dict[str, list[str]]) -> str:
-    """The session as markdown, for someone who was not there. It opens with how we stand against the best peers.
+    """The session as markdown. It opens with the comparison with the best peers.
 
     calls: call -> stage -> report. planned: the stages of each call.
     """
@@ -332,7 +332,7 @@ def sessions(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def bandwidth_table(calls: dict[str, Any]) -> list[str]:
-    """Each path over the logits at the predicted shape: the time of our quicker backend, and its share of the bandwidth."""
+    """For each path over the logits at the predicted shape: the time of our faster backend, and its share of the bandwidth."""
     bandwidth, seconds, rows = bandwidth_of(calls), roofline_seconds(calls), []
     for work in works():
         if bandwidth and work.key in seconds and work.key.endswith(PREDICTED_SHAPE):
@@ -346,9 +346,9 @@ def bandwidth_table(calls: dict[str, Any]) -> list[str]:
 
 
 def compared_tables(calls: dict[str, Any]) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-    """The tables of methods as report.py takes rows: heading -> (benchmark, rows), the quickest method first.
+    """The tables of methods in report.py's form: heading -> (benchmark, rows), the fastest method first.
 
-    Where a method was measured twice, the slower time counts.
+    If a method was measured twice, the slower time counts.
     """
     found = {}
     for name in ("peers", "linear", "small_heads"):
@@ -402,7 +402,7 @@ def _rows(key: str, heading: str, table: dict[str, Any], calls: dict[str, Any]) 
 
 
 def panels(calls: dict[str, Any]) -> list[Any]:
-    """The tables that hold a peer, as panels of a chart (bars.py)."""
+    """The tables that contain a peer, as panels of a chart (bars.py)."""
     from benchmarks import charts, report
 
     found = []
@@ -414,7 +414,7 @@ def panels(calls: dict[str, Any]) -> list[Any]:
 
 
 def title(name: str) -> str:
-    """A method's name in words, with the backend in parentheses where it is said."""
+    """A method's name in words, with the backend in parentheses if the name has one."""
     from benchmarks.peers import GPU_PEERS, PEERS
     from benchmarks.peers.linear import LINEAR_PEERS
 
@@ -431,6 +431,6 @@ def title(name: str) -> str:
 
 
 def right_backends(calls: dict[str, Any]) -> list[str]:
-    """The backends of ours that gave the right result in every case of the session."""
+    """Our backends whose results were right in every case of the session."""
     table = stage(calls, "correctness").get("table", {})
     return [name for name, row in table.items() if name != "eager" and row.get("cases") and not row["failed"]]

@@ -1,10 +1,10 @@
-"""Whether the block filter pays on a GPU: the library's rate, the fused forward's share of it, and whole steps.
+"""Does the block filter make steps faster on a GPU? The library's rate, the fused forward's share of it, and whole steps.
 
     python -m benchmarks.head_rates [--json FILE]
 
-bfloat16, a tenth of the vocabulary likely. `fused share` is the fused forward's rate over that of the library's product alone,
-`live share` that of the gradient's blocks which are multiplied (of a real model it is another: benchmarks/live_blocks.py). Until
-a card has shown where `filtered step` is the shorter one, `grad_filter="auto"` is exact on GPUs.
+Inputs are bfloat16, and a tenth of the vocabulary is likely. `fused share` is the fused forward's rate over the rate of the
+library's product alone. `live share` is the share of the gradient's blocks that are multiplied (benchmarks/live_blocks.py
+measures it for a real model). `grad_filter="auto"` is exact on GPUs until a card has shown where `filtered step` is faster.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Median seconds by shape and name, and the two shares.
 
-    seconds_of runs a function some times and returns how long each took, the device's queue included.
+    seconds_of runs a function several times and returns the seconds of each call, the device's queue included.
     """
     fused = backends.why_not("triton", device) is None
     rows = {}
@@ -86,7 +86,7 @@ def measure(
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """One line a shape, with the library's rate."""
+    """One line per shape, with the library's rate."""
     lines = []
     for shape, times in rows.items():
         tokens, vocab, hidden_size = map(int, shape.strip("[]").split("x"))

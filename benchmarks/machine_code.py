@@ -1,39 +1,39 @@
-"""What the compiled GPU kernels look like, read from their cubins: the speed argument that a machine without a GPU can check.
+"""Reads the compiled GPU kernels' figures from their cubins, to argue about their speed on a machine without a GPU.
 
     python -m benchmarks.machine_code [--arch 80 90 100] [--only TEXT] [--json FILE]
     python -m benchmarks.machine_code --markdown          the tables of docs/gpu.md, from the committed results
     python -m benchmarks.machine_code --markdown --write  put them between the page's markers
 
-One registry of compiled kernels (`SOURCES`) drives the table, the JSON and the tests. For every kernel: registers,
-spills, shared memory, occupancy, and for its main loop (the one that streams logits without masks): instructions and
-MUFU per logit, barriers, shuffles, 128-bit loads and stores, loads issued before the first use.
+One registry of compiled kernels (`SOURCES`) drives the table, the JSON and the tests. For every kernel it reads registers,
+spills, shared memory and occupancy; for its main loop (the loop that streams logits without masks) also instructions and
+MUFU per logit, barriers, shuffles, 128-bit loads and stores, and loads issued before the first use.
 
-Each figure depends on the compiler, and torch decides which Triton a user has: benchmarks/tritons.py lists them.
+Each figure depends on the compiler, and torch decides which Triton a user has: benchmarks/tritons.py lists the versions.
 
-How the share of a card's bandwidth is predicted (`bandwidth_share`; csrc/cuda/token_logps.cuh argues with the same terms).
+How the share of a card's bandwidth is predicted (`bandwidth_share`; csrc/cuda/token_logps.cuh uses the same terms).
 Each SM has four schedulers, each with w = resident threads / 128 warps. One iteration of the main loop costs a warp
 
-    think   the latency of its loads, 700 ns, once for each batch of loads that it asks for before it uses one
-    work    max(instructions, 8 x MUFU) cycles of its scheduler: one instruction a cycle, one MUFU (4 lanes) in 8
+    think   the latency of its loads, 700 ns, once for each batch of loads that it issues before it uses one
+    work    max(instructions, 8 x MUFU) cycles of its scheduler: one instruction per cycle, one MUFU (4 lanes) per 8 cycles
 
 The w warps of a scheduler take turns at the work. How long they wait for one another depends on how they are spread in
-time, so two figures are given. t is the time of an iteration, in which each scheduler streams w iterations' bytes:
+time, so there are two figures. t is the time of an iteration, in which each scheduler streams w iterations' bytes:
 
     low     lock step: all warps wait for memory together, then all compute.     t = think + w x work
-    high    warps arrive independently of one another. A warp that becomes ready finds as many others before it as there
-            are on average with w - 1 warps in all (exact mean-value analysis; Reiser and Lavenberg, JACM 27, 1980):
+    high    warps arrive independently of one another. A warp that becomes ready finds as many warps before it as there
+            are on average with w - 1 warps in total (exact mean-value analysis; Reiser and Lavenberg, JACM 27, 1980):
             t(w) = think + work x (1 + (w - 1) x (t(w - 1) - think) / t(w - 1))
 
-In neither does a scheduler finish more than one iteration in `work` cycles. supply = bytes an SM streams in t / bytes that its
-share of the card's bandwidth brings in t. Then two ends: a row begins and ends with about 2 us in which its block has
-nothing under way (label, its logit, first tile; merge and finish), spread over the row's iterations as think; and at
-the end of the launch blocks run dry, evenly over one row's time. The memory stays busy until less than 1 / supply of
-them are left, so with `rounds` = rows / resident blocks
+In both cases a scheduler finishes at most one iteration in `work` cycles. supply = bytes that an SM streams in t / bytes that
+its share of the card's bandwidth delivers in t. Two corrections follow. First, at a row's begin and end its block loads
+nothing for about 2 us (label, its logit, first tile; merge and finish); this time is spread over the row's iterations as
+think. Second, at the end of the launch blocks run out of rows, evenly over one row's time. The memory stays busy until less
+than 1 / supply of the blocks are left. So with `rounds` = rows / resident blocks
 
     share = rounds / (rounds + 0.5 / supply^2) if supply >= 1, else supply x rounds / (rounds + 0.5)
 
-Not in it: what the memory itself loses (refresh, row misses, reads between writes). A copy loses that too, so the share
-is one of measured copy bandwidth at least as much as of the peak figures below.
+The model leaves out losses of the memory itself (refresh, row misses, reads between writes). A copy has the same losses, so
+the predicted share applies to measured copy bandwidth at least as well as to the peak figures below.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from typing import Any
 ARCHITECTURES = (80, 90, 100)
 #: {version of Triton: figures of its kernels}.
 RESULTS = Path(__file__).parent / "results" / "machine_code.json"
-#: The same of commit bab60ca, whose tiles had three dimensions.
+#: The same figures at commit bab60ca, whose tiles had three dimensions.
 BEFORE = Path(__file__).parent / "results" / "machine_code_before.json"
 
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 BEGIN, END = "<!-- machine-code:begin -->", "<!-- machine-code:end -->"
 
-#: Time from issuing a load to its data under a loaded memory system, seconds.
+#: Seconds from issuing a load until its data arrives, in a loaded memory system.
 LATENCY = 700e-9
-#: Time at the two ends of a row in which its block loads next to nothing: three dependent loads, a merge and the finish.
+#: Seconds at the two ends of a row in which its block loads almost nothing: three dependent loads, a merge and the finish.
 ROW_ENDS = 2e-6
 #: The launch that a prediction is for.
 ROWS, VOCAB = 8192, 128256
@@ -70,7 +70,7 @@ ROWS, VOCAB = 8192, 128256
 
 @dataclass(frozen=True)
 class Card:
-    """Peak figures of a card: SMs, clock in Hz, memory bandwidth in bytes/s, for which architecture's code."""
+    """Peak figures of a card: SMs, clock in Hz, memory bandwidth in bytes/s; and the architecture whose code it runs."""
 
     sms: int
     clock: float
@@ -94,7 +94,7 @@ _MAX_BLOCKS = 32
 
 @dataclass(frozen=True)
 class Binary:
-    """A cubin, the bytes of shared memory that a launch adds to the cubin's own, and the PTX where there is one."""
+    """A cubin, the bytes of shared memory that a launch adds to the cubin's own, and the PTX if there is one."""
 
     code: bytes
     dynamic_shared: int = 0
@@ -105,13 +105,13 @@ class Binary:
 class Kernel:
     """One compiled kernel of the registry.
 
-    name: what the table calls it. arch: 80, 90, 100. cubin: returns the binary, compiling it if need be.
+    name: its name in the table. arch: 80, 90, 100. cubin: returns the binary, and compiles it if necessary.
     threads: per block. logit_bytes: size of one logit. moved_bytes: read and written per logit that is read.
-    function: the kernel's symbol where the cubin holds several, else None. logits_per_iteration: of the main loop, per
-    thread; None to take it from the widths of the loop's loads (every logit loaded once). streams: False for kernels that
-    read no logits, which have no main loop to judge. multiplies: a product of matrices, judged by its tensor instructions
-    and asynchronous copies. narrow: judge the loop for rows that 128-bit loads cannot read. tensors: of logits that are
-    read, 2 where the reference's row is read as well as the policy's.
+    function: the kernel's symbol if the cubin holds several kernels, else None. logits_per_iteration: of the main loop, per
+    thread; None to compute it from the widths of the loop's loads (every logit is loaded once). streams: False for kernels
+    that read no logits and so have no main loop to judge. multiplies: a product of matrices, judged by its tensor
+    instructions and asynchronous copies. narrow: judge the loop for rows that 128-bit loads cannot read. tensors: number of
+    logit tensors that are read: 2 if the reference's row is read as well as the policy's.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a cubin shows; loop_* and per-logit figures are of the main loop, None for kernels that stream nothing."""
+    """The figures of a cubin. loop_* and per-logit figures are those of the main loop; None for kernels that stream nothing."""
 
     name: str
     arch: int
@@ -163,7 +163,7 @@ class Figures:
 
 
 def tool(name: str) -> str:
-    """Path of nvdisasm or cuobjdump: the ones Triton ships."""
+    """Path of nvdisasm or cuobjdump as shipped with Triton."""
     import triton.backends.nvidia
 
     return str(Path(triton.backends.nvidia.__file__).parent / "bin" / name)
@@ -184,7 +184,7 @@ class Listing:
     labels: dict[str, int]
 
     def loops(self) -> Iterator[list[str]]:
-        """The body of every loop, from its label to its backward branch, that holds no smaller loop."""
+        """The bodies of the innermost loops, each from its label to its backward branch."""
         spans = []
         for end, instruction in enumerate(self.code):
             target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction)
@@ -232,7 +232,7 @@ def _width(instruction: str) -> int:
 
 @dataclass(frozen=True)
 class Loop:
-    """What one iteration of a main loop holds, per thread; bytes_asked: by loads issued before the first use of one."""
+    """Figures of one iteration of a main loop, per thread; bytes_asked: by loads issued before the first use of a load."""
 
     instructions: int
     mufu: int
@@ -245,9 +245,9 @@ def _is_load(instruction: str) -> bool:
 
 
 def main_loop(listing: Listing, narrow: bool = False) -> list[str]:
-    """The loop that streams logits: the one that reads most bytes from global memory without a predicate on the load.
+    """The loop that streams logits: the loop that reads most bytes from global memory without a predicate on the load.
 
-    A kernel may hold one for aligned rows and another for all rows; `narrow` asks for the latter, without 128-bit loads.
+    A kernel may hold one loop for aligned rows and another for all rows; `narrow` selects the loop without 128-bit loads.
     """
 
     def unguarded_bytes(loop: list[str]) -> tuple[int, int, int, int]:
@@ -266,7 +266,7 @@ def _registers_of(instruction: str) -> Iterator[str]:
 
 
 def loads_before_use(loop: list[str]) -> tuple[int, int]:
-    """(loads, bytes per thread) asked for before the first instruction that waits for one of them."""
+    """(loads, bytes per thread) issued before the first instruction that waits for one of them."""
     pending: set[int] = set()
     count = asked = 0
     for instruction in loop:
@@ -288,7 +288,7 @@ def loads_before_use(loop: list[str]) -> tuple[int, int]:
 
 
 def occupancy(registers: int, threads: int, shared: int, arch: int) -> int:
-    """Resident threads per SM. Registers are handed out 256 at a time to each warp, shared memory with 1 KB a block."""
+    """Resident threads per SM. Each warp gets registers in units of 256; each block takes 1 KB more shared memory."""
     warps = -(-threads // 32)
     per_warp = -(-registers * 32 // 256) * 256
     blocks = min(
@@ -339,12 +339,12 @@ def bandwidth_share(
 
 
 def _doubles(code: list[str]) -> int:
-    """Arithmetic in float64, each instruction counted once."""
+    """Number of float64 instructions, each counted once."""
     return sum(opcode(i).split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for i in code)
 
 
 def doubles_by_all(ptx: str) -> int | None:
-    """Arithmetic in float64 before only a program's first warp goes on (device.first_warp); None where all warps do."""
+    """Float64 instructions before the point where only a program's first warp continues (device.first_warp); None without one."""
     ptx = re.sub(r"^\s*\.loc\b.*\n", "", ptx, flags=re.MULTILINE)
     turn = re.search(r"// begin inline asm\s+mov\.u32\s+%r\d+, %tid\.x;\s+// end inline asm", ptx)
     arithmetic = r"^\s+(?:add|sub|mul|fma|div|neg|setp)\.\S*f64\b"
@@ -358,7 +358,7 @@ def doubles_by_all(ptx: str) -> int | None:
 
 
 def inspect(kernel: Kernel) -> Figures:
-    """Compile a kernel of the registry, if need be, and read its figures."""
+    """Compile a kernel of the registry if necessary, and read its figures."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         binary = kernel.cubin()
         file.write(binary.code)
@@ -401,7 +401,7 @@ def inspect(kernel: Kernel) -> Figures:
     slots = len(loop) / logits
     mufu = operations.count("MUFU") / logits
     waiting, asked = loads_before_use(loop)
-    # In unaligned rows neighbouring loads share words, which are under way once.
+    # In unaligned rows neighbouring loads share words, which are transferred once.
     asked = min(asked, logits * kernel.logit_bytes)
     measured = Loop(len(loop), operations.count("MUFU"), logits, asked)
     return Figures(
@@ -449,7 +449,7 @@ class TritonCubin:
 
 
 def triton_kernels(arch: int) -> Iterator[Kernel]:
-    """The Triton backend's kernels, built from the launches that a real call would make, on tensors without data."""
+    """The Triton backend's kernels, from the launches that real calls make, on tensors without data."""
     import torch
 
     from dpo_kernels.backends.triton.launch import LANES
@@ -491,7 +491,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
         out = empty(8, 1024, vocab, dtype=dtype)
         token_kl = TokenKL(logits, *[small] * 6) if kl else None
         launch = logits_grad_launch(logits, labels, *[small] * 4, transform, out, token_kl)
-        # Per logit that is read: with a KL there are two for each that is written.
+        # Bytes per logit that is read: with a KL, two logits are read for each that is written.
         moved = (3 if kl else 4) * dtype.itemsize // 2
         return streaming(f"triton logits_grad {names[dtype]} {name}".strip(), launch, dtype.itemsize, moved)
 
@@ -512,7 +512,7 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
     yield backward("both KL", torch.bfloat16, kl=True)
     yield backward("both KL", torch.float32, kl=True)
     if arch == 90:
-        # What differs from the above in a conversion or a few operations a logit is inspected for one architecture.
+        # Variants that differ from those above by a conversion or a few operations per logit are inspected for one architecture.
         yield forward("alone", torch.float16)
         yield forward("alone, softcap", torch.bfloat16, transform=capped)
         yield forward("reference, all statistics, log_sum_sq", torch.bfloat16, *STATISTICS)
@@ -596,7 +596,7 @@ def _fused_kernels(arch: int) -> Iterator[Kernel]:
 
 
 def cuda_kernels(arch: int) -> Iterator[Kernel]:
-    """The CUDA library's kernels; none where nvcc is missing."""
+    """The CUDA library's kernels; none if nvcc is missing."""
     from dpo_kernels import _build
 
     try:
@@ -609,7 +609,7 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
 
 
 def yardstick(arch: int) -> Iterator[Kernel]:
-    """What the same inspection says of the usual form of such a kernel; not ours, and nothing is asked of it."""
+    """The usual form of such a kernel, for comparison; it is not ours, and no requirement applies to it."""
     import torch
 
     from benchmarks.usual_form import lse_kernel
@@ -622,7 +622,7 @@ def yardstick(arch: int) -> Iterator[Kernel]:
     yield Kernel("yardstick lse bf16", arch, TritonCubin(launch, arch), LANES, logits_per_iteration=8)
 
 
-#: The registry: each source yields the kernels it has for an architecture.
+#: The registry: each source yields its kernels for an architecture.
 SOURCES: list[Callable[[int], Iterable[Kernel]]] = [triton_kernels, cuda_kernels, yardstick]
 
 
@@ -658,9 +658,9 @@ def table(rows: Iterable[Figures]) -> str:
 
 
 def _inspect_numbered(job: tuple[int, int]) -> Figures | str:
-    """Worker: a kernel is named by its place in the registry, because what compiles it does not travel between processes.
+    """Worker: the kernel is given by its index in the registry, since its compile function cannot be pickled.
 
-    The error's text where it does not compile, so that the others' figures are not lost.
+    Returns the error's text if it does not compile, so that the figures of other kernels are not lost.
     """
     arch, index = job
     kernel = kernels([arch])[index]
@@ -671,19 +671,19 @@ def _inspect_numbered(job: tuple[int, int]) -> Figures | str:
 
 
 def read_json(path: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
-    """The figures of a file, by version of Triton."""
+    """The figures in a file, by version of Triton."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: Path, rows: Iterable[Figures]) -> None:
-    """Write the figures, in the place of what the file says of the same kernels and Triton; its other rows stay."""
+    """Write the figures into the file. They replace rows of the same kernels and Triton; other rows stay."""
     import triton
 
     report = read_json(path)
     found = {(row["name"], row["arch"]): row for row in report.get(triton.__version__, [])}
     found.update({(row.name, row.arch): asdict(row) for row in rows})
     report[triton.__version__] = [found[key] for key in sorted(found)]
-    # A line for each kernel: short enough to read, and a change shows which.
+    # A line for each kernel, so that a diff shows which kernel changed.
     versions = (
         f"{json.dumps(version)}: [\n" + ",\n".join(map(json.dumps, report[version])) + "\n]"
         for version in sorted(report)
@@ -703,7 +703,7 @@ def _cell(rows: dict[tuple[str, int], dict[str, Any]], key: tuple[str, int], shu
 
 
 def markdown() -> str:
-    """The tables of docs/gpu.md: issue slots a logit before and after by Triton and architecture, and predicted shares."""
+    """The tables of docs/gpu.md: issue slots per logit before and after, by Triton and architecture, and predicted shares."""
 
     def streaming(path: Path) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
         return {
@@ -764,7 +764,7 @@ def markdown() -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with what stands between its markers made anew."""
+    """The page with the text between its markers regenerated."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

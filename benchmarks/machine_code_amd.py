@@ -1,11 +1,11 @@
-"""What Triton makes of the kernels for AMD's GPUs, read from their assembly; neither a GPU nor ROCm is needed.
+"""Reads the figures of Triton's kernels for AMD's GPUs from their assembly; neither a GPU nor ROCm is needed.
 
     python -m benchmarks.machine_code_amd [--arch gfx942 gfx950] [--only TEXT ...] [--json FILE]
 
 The kernels are those of benchmarks/machine_code.py's registry, in the form without NVIDIA assembly that
-DPO_KERNELS_TRITON_TARGET=hip selects; this program sets the variable. For every kernel: registers, spills, scratch and
-LDS memory, occupancy, and for its main loop (the one that streams logits without masks) instructions per logit, barriers,
-LDS accesses, 16-byte loads and stores. An instruction serves 64 lanes, and a SIMD issues it in four cycles of 16 lanes.
+DPO_KERNELS_TRITON_TARGET=hip selects; this program sets the variable. For every kernel it reads registers, spills, scratch
+and LDS memory and occupancy; for its main loop (the loop that streams logits without masks) also instructions per logit,
+barriers, LDS accesses, 16-byte loads and stores. An instruction serves 64 lanes; a SIMD issues it in four cycles of 16 lanes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from typing import Any
 ARCHITECTURES = ("gfx942", "gfx950")
 WAVEFRONT = 64
 
-#: Bytes per lane that a memory instruction's last word stands for.
+#: Bytes per lane, by the last word of a memory instruction's name.
 _WIDTHS = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the assembly of one kernel shows. *_loop and per-logit figures are None for kernels that stream nothing.
+    """The figures of one kernel's assembly. *_loop and per-logit figures are None for kernels that stream nothing.
 
-    inline_assembly: pieces of assembly that the kernel's source brings. Written for NVIDIA, they must be none: LLVM reports
-    those it cannot translate as text on stderr and hands back a kernel without them. spills: of vector registers, to memory;
-    a scalar register's go to a lane of a vector register. copies: threads that hold the same logits, 1 unless a block has
-    more threads than its tiles have lanes.
+    inline_assembly: number of assembly pieces in the kernel's source. It must be 0, because they are written for NVIDIA:
+    LLVM only prints a message on stderr for a piece that it cannot translate, and returns a kernel without it. spills: of
+    vector registers, to memory (scalar registers spill to a lane of a vector register). copies: threads that hold the same
+    logits; 1 unless a block has more threads than its tiles have lanes.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block takes at a time: logits per lane, bytes of one, lanes of a tile, and the block's threads."""
+    """The tile of a block: logits per lane, bytes of one logit, lanes of the tile, and the block's threads."""
 
     logits: int
     logit_bytes: int
@@ -94,7 +94,7 @@ def _accesses(loop: list[str], kind: str) -> list[int]:
 
 
 def main_loop(code: list[str], labels: dict[str, int]) -> list[str]:
-    """The innermost loop that reads most bytes from global memory, of those that fork for no mask (s_and_saveexec)."""
+    """Of the innermost loops without a branch for a mask (s_and_saveexec), the one that reads most bytes of global memory."""
     spans = []
     for end, instruction in enumerate(code):
         target = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", instruction)
@@ -112,15 +112,15 @@ def main_loop(code: list[str], labels: dict[str, int]) -> list[str]:
 def _number(pattern: str, assembly: str) -> int:
     found = re.search(pattern + r":?\s*(\d+)", assembly)
     if found is None:
-        raise ValueError(f"the assembly does not say {pattern}")
+        raise ValueError(f"the assembly does not contain {pattern}")
     return int(found.group(1))
 
 
 def read(name: str, arch: str, ttir: str, assembly: str, tile: Tile | None) -> Figures:
     """The figures of one kernel from Triton's IR and from its assembly.
 
-    tile: of an iteration of the source's loop; None for a kernel that streams no logits. LLVM may unroll that loop, which
-    its loads show.
+    tile: the tile of an iteration of the source's loop; None for a kernel that streams no logits. LLVM may unroll that
+    loop; its loads show by how much.
     """
     code, labels = listing(assembly)
     figures: dict[str, Any] = {
@@ -158,7 +158,7 @@ def read(name: str, arch: str, ttir: str, assembly: str, tile: Tile | None) -> F
 
 
 def kernels() -> Iterator[Any]:
-    """The registry's Triton kernels, as machine_code.Kernel; their arguments depend on no architecture."""
+    """The registry's Triton kernels, as machine_code.Kernel; their arguments are the same for all architectures."""
     from .machine_code import triton_kernels
 
     return triton_kernels(90)
@@ -181,7 +181,7 @@ def inspect(kernel: Any, arch: str) -> Figures:
 
 
 def _inspect_numbered(job: tuple[str, int]) -> Figures | str:
-    """Worker: a kernel is named by its place in the registry. The error's text where it does not compile."""
+    """Worker: the kernel is given by its index in the registry. Returns the error's text if it does not compile."""
     arch, index = job
     kernel = list(kernels())[index]
     try:

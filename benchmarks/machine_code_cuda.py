@@ -1,8 +1,8 @@
-"""The CUDA library's rows of the machine-code registry: which kernels, compiled how, and what a thread of them handles.
+"""The CUDA library's rows of the machine-code registry: the kernels, and how they are compiled.
 
-    python -m benchmarks.machine_code_cuda     rewrites the committed figures, which tests/test_cuda_machine_code.py holds
+    python -m benchmarks.machine_code_cuda     rewrites the committed figures, which tests/test_cuda_machine_code.py checks
 
-One call of nvcc per source and architecture gives all rows (no GPU is needed); a row is found in its cubin by its symbol.
+One call of nvcc per source and architecture compiles all rows (no GPU is needed); the symbol finds a row in its cubin.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRAD_THREADS = 256
 _NAMES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-# name, policy, reference, entropy, mean, squares, softcap. Logits of a main-loop iteration follow from its loads.
+# name, policy, reference, entropy, mean, squares, softcap. The loop's loads give the logits of an iteration.
 FORWARD = (
     ("alone", "bf16", None, False, False, False, False),
     ("entropy", "bf16", None, True, False, False, False),
@@ -44,7 +44,7 @@ FORWARD = (
     ("reference, all statistics", "fp32", "fp32", True, True, False, False),
 )
 
-#: The same kernels' loops for rows that begin at any element, which find most of their loads in L1.
+#: The same kernels' loops for rows that begin at any element; most of their loads hit L1.
 SHIFTED = (
     ("alone", None, False, False, False, False),
     ("entropy+accuracy+mean", None, True, True, False, False),
@@ -77,7 +77,7 @@ def _traits(policy: str, reference: str | None, *flags: bool) -> tuple[str, str]
     return source, _symbol("token_logps", "Traits", "TokenLogpsParams", policy, reference, *flags)
 
 
-# name, dtype, reference, softcap, forward KL. A row's traffic: two reads and a write of a logit with a reference.
+# name, dtype, reference, softcap, forward KL. Traffic per logit with a reference: two reads and a write.
 BACKWARD = (
     ("", "bf16", None, False, False),
     ("softcap", "bf16", None, True, False),
@@ -153,7 +153,7 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
         )  # fmt: skip
     for name, dtype, reference, *flags in BACKWARD:
         size = _SIZES[dtype]
-        # Per logit that is read: with a reference there are two for each that is written.
+        # Bytes per logit that is read: with a reference, two logits are read for each that is written.
         moved = 2 * size if reference is None else 3 * size // 2
         yield Kernel(
             f"cuda logits_grad {dtype} {name}".strip(), arch, _Cubin("logits_grad.cu", arch), GRAD_THREADS, size,
@@ -170,7 +170,7 @@ def cuda_kernels(arch: int) -> Iterator[Kernel]:
 
 
 def nvcc_release() -> str | None:
-    """Release of the CUDA compiler ("13.0"), or None where there is none."""
+    """Release of the CUDA compiler ("13.0"), or None if there is none."""
     try:
         nvcc = _build.nvcc_compiler()
     except _build.BuildError:

@@ -1,8 +1,8 @@
 """How things are timed: interleaved rounds, cold inputs, peak memory and floors measured in the same run.
 
-Everything that is compared runs inside one loop, one after the other, and the starting place rotates, so that a noisy
-neighbour or a hot processor slows all of them alike. Ratios are taken round by round and their median is reported: the
-common noise cancels. Absolute times on a shared machine mean nothing.
+All contenders run in one loop, one after the other, and the starting place rotates. So other load or a hot processor slows
+all of them alike. Ratios are taken within each round and their median is reported, so common noise cancels. Absolute times
+on a shared machine mean nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Contender:
 
 @dataclass
 class Samples:
-    """What was measured of one contender; seconds, one entry per round, in order."""
+    """The measurements of one contender; seconds: one entry per round, in order."""
 
     seconds: list[float] = field(default_factory=list)
     first_call: float = 0.0
@@ -51,7 +51,7 @@ class Samples:
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, over the median."""
+        """Half the distance between the quartiles, divided by the median."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -63,7 +63,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        # 256 MiB is more than any L2; writing it evicts what the last contender left there.
+        # 256 MiB is more than any L2; writing it evicts the last contender's data.
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
 
     def time(self, call: Callable[[], object]) -> float:
@@ -85,7 +85,7 @@ class Clock:
         return seconds
 
 
-#: Takes a line about each method as soon as it is known; conftest.py puts pytest's terminal here.
+#: Functions that show a line about each method as soon as it is known; conftest.py adds pytest's terminal.
 announce: list[Callable[[str], None]] = []
 
 
@@ -100,8 +100,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Time all contenders in the same loop; round k starts with contender k.
 
-    The first call of each is timed apart (compilers run there) unless all have been `called` before, then come `warmup`
-    rounds, then `rounds` timed ones and one more run each for the peak memory.
+    The first call of each contender is timed apart, because compilers run in it; there is none if all were `called` before.
+    Then follow `warmup` rounds, `rounds` timed rounds, and one more run of each for its peak memory.
     """
     clock = Clock(device)
     found = {contender.name: Samples() for contender in contenders}
@@ -114,10 +114,10 @@ def interleave(
         found[contender.name].first_call = time.perf_counter() - begin
         if found[contender.name].first_call > 1:
             tell(f"{contender.name}: first call {found[contender.name].first_call:.3g} s")
-    # A collection inside a timed region would be charged to whoever runs then.
+    # A garbage collection inside a timed region would count for the contender that is running.
     gc.collect()
     gc.disable()
-    # What lives now is not searched again: peak_memory collects before each call, which takes long among many objects.
+    # The objects alive now are exempt from collection: peak_memory collects before each call, slow with many objects.
     gc.freeze()
     try:
         for index in range(warmup + rounds):
@@ -151,7 +151,7 @@ def ratio(slow: Samples, fast: Samples) -> float:
 
 
 class Best(NamedTuple):
-    """The quickest peer against ours: how many times longer it takes (median of the rounds), its name, least and most."""
+    """The fastest peer against ours: its name, and how many times longer it takes (median, least and most of the rounds)."""
 
     ratio: float
     peer: str
@@ -159,12 +159,12 @@ class Best(NamedTuple):
     high: float
 
     def row(self, title: str) -> dict[str, Any]:
-        """What a result's row says of it, with the peer's title."""
+        """The comparison as keys of a result's row; title: the peer's."""
         return {"vs_best": self.ratio, "best_peer": title, "vs_range": [self.low, self.high]}
 
 
 def best_ratio(samples: Mapping[str, Samples], ours: str, peers: Iterable[str]) -> Best | None:
-    """The quickest of the peers that were measured, against `ours`; None if none was."""
+    """The fastest of the measured peers, against `ours`; None if no peer was measured."""
     found = {peer: ratios(samples[peer], samples[ours]) for peer in peers if peer in samples}
     if not found:
         return None
@@ -180,10 +180,10 @@ def _status_kib(key: str) -> int:
 
 
 def peak_resident() -> int:
-    """Bytes that this process held at most.
+    """Peak of this process's resident memory in bytes.
 
-    From VmHWM, which starts anew with the program. `ru_maxrss` does not: a child inherits the peak of the process that
-    started it, so every trainer started from a test that had held more would seem to need the same.
+    Read from VmHWM, which starts from zero in a new program. `ru_maxrss` does not: a child inherits the peak of its parent,
+    so all trainers that a large test process starts would show that process's peak.
     """
     try:
         return _status_kib("VmHWM") * 1024
@@ -192,19 +192,19 @@ def peak_resident() -> int:
 
 
 def _trim() -> None:
-    """Give freed heap pages back to the system: memory that malloc kept would hide what a call allocates."""
+    """Give freed heap pages back to the system: a call that reuses memory kept by malloc would seem to allocate nothing."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
-        # Not glibc: its mapped blocks, which are all large ones, are still seen.
+        # Without glibc only mapped blocks are seen; all large blocks are mapped.
         return
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[int | None, int]:
-    """(bytes above what was held before the call, minor page faults). None where the system cannot tell.
+    """(peak bytes above what was held before the call, minor page faults). None if the system cannot tell.
 
-    On a CPU the kernel's own high-water mark of resident memory (VmHWM), reset before the call; on a GPU the caching
-    allocator's statistics.
+    On a CPU the peak is the kernel's high-water mark of resident memory (VmHWM), reset before the call. On a GPU it comes
+    from the caching allocator's statistics.
     """
     gc.collect()
     if device == "cuda":
@@ -229,17 +229,17 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[int | 
     return extra, faults
 
 
-#: The contenders that measure the machine itself; `floor_contenders` makes them, `Floors.of` reads them.
+#: Names of the contenders that measure the machine itself; `floor_contenders` makes them, `Floors.of` reads them.
 FLOOR_NAMES = ("memory copy", "memory read", "memory write")
 
 
 def floor_contenders(source: Tensor, scratch: Tensor) -> list[Contender]:
-    """Copy, read and write of memory as large as `source`; they take part in the rounds like everyone else.
+    """Copy, read and write of memory as large as `source`; they take part in the rounds like all contenders.
 
-    `scratch` has been written before: the floors hold no page faults.
+    `scratch` was written before, so the floors contain no page faults.
     """
     plain, target = source.detach(), scratch.detach()
-    # Eight bytes at a time, whatever the dtype: the read must wait for memory, not for arithmetic.
+    # Read eight bytes at a time, whatever the dtype: the read must wait for memory, not for arithmetic.
     words = plain.reshape(-1).view(torch.int64) if plain.nbytes % 8 == 0 else plain.reshape(-1).view(torch.int16)
     names = dict(zip(FLOOR_NAMES, (lambda: target.copy_(plain), words.sum, lambda: target.fill_(1.0)), strict=True))
     return [Contender(name, call) for name, call in names.items()]
@@ -247,7 +247,7 @@ def floor_contenders(source: Tensor, scratch: Tensor) -> list[Contender]:
 
 @dataclass(frozen=True)
 class Floors:
-    """What the machine can do, bytes or operations per second, measured among the contenders."""
+    """Speeds of the machine, bytes or operations per second, measured among the contenders."""
 
     copy: float
     read: float
@@ -269,7 +269,7 @@ def passes_over_copy(samples: Mapping[str, Samples], name: str, passes: int) -> 
 
 
 def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
-    """Operations per second of a square matrix product, the best of five."""
+    """Operations per second of a square matrix product: the best of five runs."""
     if device == "cuda":
         size *= 8
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

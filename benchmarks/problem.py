@@ -1,4 +1,4 @@
-"""The inputs that all contenders of the logits path get, and the float64 truth that their gradients are checked against."""
+"""The inputs of all contenders of the logits path, and the float64 truth for checking their gradients."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class LogitsProblem:
     """Policy logits, reference logits and labels of P pairs, in rotating copies that together exceed the cache.
 
     Args:
-        rotating_bytes: what the copies take together, at least; four times the largest cache if not given. Several
-            problems that take turns may share it.
+        rotating_bytes: least size of all copies together; four times the largest cache if not given. Several
+            problems that take turns may divide it among them.
 
     Attributes:
-        logits: [2P, T, V], the copy in use; a leaf that requires grad.
-        ref_logits: [2P, T, V], the copy in use.
-        labels: [2P, T] int64; every token is scored, so that all of them owe the same memory traffic.
+        logits: [2P, T, V], the current copy; a leaf that requires grad.
+        ref_logits: [2P, T, V], the current copy.
+        labels: [2P, T] int64; every token is scored, so that all contenders need the same memory traffic.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class LogitsProblem:
         return self._ref[self._slot]
 
     def next(self) -> None:
-        """Restore the logits that a contender may have overwritten, and move on to the copy touched longest ago."""
+        """Restore the logits, which a contender may have overwritten, and switch to the least recently used copy."""
         with torch.no_grad():
             self.logits.copy_(self._pristine)
         self._slot = (self._slot + 1) % len(self._logits)
 
 
 def step(problem: LogitsProblem, *, reference: bool = True, **keywords: Any) -> Tensor:
-    """Our loss and its gradient over the logits, with any keywords of `dpo_loss`: what the smaller questions vary."""
+    """Our loss and its gradient, written over the logits; keywords: as in `dpo_loss`."""
     out = dpo_loss(
         problem.logits,
         problem.labels,
@@ -92,10 +92,10 @@ def step(problem: LogitsProblem, *, reference: bool = True, **keywords: Any) -> 
 
 @dataclass(frozen=True)
 class GradientError:
-    """Distance of a gradient from the truth: relative norms, the worst sequence's.
+    """Distance of a gradient from the truth: relative norms of the worst sequence.
 
-    The label's entries and all the others have norms of their own: at a vocabulary of 49,152 a gradient whose other
-    entries are all zero is off by a percent only, taken whole.
+    Label entries and all other entries have separate norms: at a vocabulary of 49,152, a gradient with zeros in all other
+    entries would be off by only a percent as a whole.
     """
 
     label: float
@@ -109,8 +109,8 @@ class GradientError:
 class Truth:
     """Loss and gradient of a problem in float64, one sequence at a time.
 
-    The formula is that of `dpo_kernels.reference`, differentiated by autograd; tests/test_benchmarks.py holds the two
-    equal. Only what the gradient needs is computed, because a float64 pass over 50 million logits takes seconds.
+    The formula is that of `dpo_kernels.reference`, differentiated by autograd; tests/test_benchmarks.py checks that the two
+    are equal. Only what the gradient needs is computed, because a float64 pass over 50 million logits takes seconds.
     """
 
     def __init__(self, problem: LogitsProblem) -> None:
@@ -123,7 +123,7 @@ class Truth:
             z = logits[s].double().requires_grad_()
             total = self._logps(z, labels[s]).sum()
             sums[s], ref_sums[s] = total.detach(), self._logps(ref[s].double(), labels[s]).sum()
-            # The gradient of the sequence's sum; the loss's is this times dL/dS, which needs all sums first.
+            # The gradient of the sequence's sum S; the loss's gradient is this times dL/dS, which needs all sums first.
             self.gradient[s] = torch.autograd.grad(total, z)[0]
         sums.requires_grad_()
         lengths = torch.full_like(ref_sums, labels.shape[1])
@@ -154,10 +154,9 @@ class Truth:
 
 
 def error_budget(dtype: torch.dtype) -> float:
-    """How far a right gradient may be from the truth: one unit of the output's rounding, and 1e-4 for arithmetic.
+    """Largest allowed error of a gradient: one unit of the output's rounding, plus 1e-4 for arithmetic.
 
-    Eager PyTorch loses a quarter of it in bfloat16 and a tenth in float32 (the sums of log-probabilities are rounded,
-    and beta carries that into every entry); the faults that matter, a zeroed row, a factor, a shifted label, are
-    percents.
+    Eager PyTorch uses a quarter of it in bfloat16 and a tenth in float32: the sums of log-probabilities are rounded, and
+    through beta that reaches every entry. Real faults (a zeroed row, a factor, a shifted label) cause errors of percents.
     """
     return torch.finfo(dtype).eps + 1e-4

@@ -1,12 +1,12 @@
-"""Profiles one stage, or a whole loss: a trace with the stages' own names, memory along time, and what to type next.
+"""Profiles one stage or a whole loss: a trace with the stages' names, memory over time, and commands of other profilers.
 
     python -m benchmarks.profile logits_grad --shape 8,128,49152 --dtype bfloat16 --trace out.json
     python -m benchmarks.profile linear_dpo_loss --shape 4,128,49152 --hidden 576 --memory memory.svg
 
-KERNEL is token_logps, preference_loss, logits_grad, or dpo_loss or linear_dpo_loss for forward and backward together. The
-trace opens in chrome://tracing or Perfetto and holds a range (record_function, and NVTX on a GPU) for each stage under its
-name in the source. `--memory` draws what torch's allocator held, the stages shaded. The command lines of the tools that
-look deeper follow.
+KERNEL is token_logps, preference_loss or logits_grad, or dpo_loss or linear_dpo_loss for forward and backward together. The
+trace opens in chrome://tracing or Perfetto and has a range (record_function, and NVTX on a GPU) for each stage, with the
+stage's name in the source. `--memory` draws the memory that torch's allocator held, with the stages shaded. At the end it
+prints commands of profilers that show more detail.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .problem import BETA, LogitsProblem, step
 
 #: Stage -> reads and writes of a [2P, T, V] tensor.
 STAGES = {"token_logps": 2, "preference_loss": 0, "logits_grad": 2}
-#: A whole call, where the backend does it in one piece.
+#: Whole calls, for backends that have them as one function.
 WHOLE = ("preference_forward", "preference_backward")
-#: The linear path's own: range -> function of `dpo_kernels.filtered`.
+#: Ranges of the linear path: range -> function of `dpo_kernels.filtered`.
 FILTERED = {"filter": "keep", "filtered_grad_hidden": "grad_hidden", "filtered_grad_weight": "grad_weight"}
 KERNELS = {**STAGES, "dpo_loss": 4, "linear_dpo_loss": 0}
 
@@ -55,7 +55,7 @@ def _with_range(name: str, function: Callable[..., Any], device: str) -> Callabl
 
 @contextmanager
 def stage_ranges(stages: ModuleType, device: str) -> Iterator[None]:
-    """Every call of a backend's stage runs inside a range of the stage's name."""
+    """Make every call of a backend's stage run inside a range with the stage's name."""
     with ExitStack() as patches:
         own = [name for name in (*STAGES, *WHOLE) if hasattr(stages, name)]
         places = [*((stages, name, name) for name in own), *((filtered, at, name) for name, at in FILTERED.items())]
@@ -68,7 +68,7 @@ def stage_ranges(stages: ModuleType, device: str) -> Iterator[None]:
 def make_call(
     kernel: str, problem: LogitsProblem, stages: ModuleType, statistics: tuple[str, ...]
 ) -> Callable[[], Any]:
-    """A call of the kernel alone, on inputs that the stages before it have made."""
+    """A call of the kernel alone, on inputs from the stages before it."""
     logits, ref, labels = problem.logits.detach(), problem.ref_logits, problem.labels
 
     def token_logps() -> Any:
@@ -84,12 +84,12 @@ def make_call(
     if kernel == "preference_loss":
         pairs = torch.full((labels.shape[0] // 2,), 0.1, dtype=logps.dtype, device=logps.device)
         return lambda: stages.preference_loss(logps, ref_logps, ones, None, None, pairs, 0 * pairs, False)
-    # Into the reference's memory, which is not needed any more: the logits stay what they were.
+    # The gradient goes into the reference's memory, which is no longer needed, so the logits are not overwritten.
     return lambda: stages.logits_grad(logits, labels, *small, 0.05 * ones, Transform(), ref)
 
 
 def make_linear_call(arguments: argparse.Namespace, statistics: tuple[str, ...]) -> Callable[[], Any]:
-    """Loss and gradients from hidden states and head, half of each sequence prompt."""
+    """Loss and gradients from hidden states and head; half of each sequence is prompt."""
     batch, tokens, vocab = arguments.shape
     case = LinearCase("", batch // 2, tokens, hidden_size=arguments.hidden, vocab=vocab, source="random")
     problem = LinearProblem(case, arguments.device, DTYPES[arguments.dtype])
@@ -107,7 +107,7 @@ Span = tuple[str, float, float]
 
 
 def memory_timeline(trace: Path) -> tuple[list[tuple[float, int]], list[Span]]:
-    """((milliseconds, bytes that torch's allocator held more than at the start) ..., (stage, begin, end) ...) of a trace."""
+    """From a trace: [(milliseconds, bytes held by torch's allocator above the start) ...], [(stage, begin, end) ...]."""
     events = json.loads(trace.read_text())["traceEvents"]
     spans = [e for e in events if e.get("cat") in ("user_annotation", "gpu_user_annotation") and "dur" in e]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
@@ -120,7 +120,7 @@ def memory_timeline(trace: Path) -> tuple[list[tuple[float, int]], list[Span]]:
 
 
 def write_memory(trace: Path, target: Path) -> None:
-    """The timeline as JSON, or as a picture, by the target's suffix."""
+    """Write the timeline as JSON or as a picture, by the target's suffix."""
     points, spans = memory_timeline(trace)
     if target.suffix == ".json":
         target.write_text(json.dumps({"ms_and_bytes": points, "stages": spans}) + "\n")
@@ -129,7 +129,7 @@ def write_memory(trace: Path, target: Path) -> None:
 
 
 def deeper(arguments: argparse.Namespace) -> list[str]:
-    """Command lines of the profilers that see inside a kernel."""
+    """Commands of profilers that look inside a kernel."""
     again = f"{sys.executable} -m benchmarks.profile {arguments.kernel} --shape {','.join(map(str, arguments.shape))}"
     again += f" --dtype {arguments.dtype} --device {arguments.device} --calls 3"
     if arguments.kernel == "linear_dpo_loss":

@@ -1,10 +1,10 @@
 """Writes the README's figures, docs/performance.md and docs/charts from benchmarks/results, so that none is typed by hand.
 
-python -m benchmarks.readme_table            print what the README should say
+python -m benchmarks.readme_table            print the README's block
 python -m benchmarks.readme_table --write    put it between the README's markers, and write the page and the charts
-python -m benchmarks.readme_table --check    exit 1 if the README, the page or a chart shows something else
+python -m benchmarks.readme_table --check    exit 1 if the README, the page or a chart differs from the results
 
-Both show the machine that was measured last and every GPU session; the page names the other machines in a table each.
+README and page show the machine that was measured last and every GPU session; the page has a table for each other machine.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .report import RESULTS, SLOWER, TIME, Column, answer_table, below_one, comp
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE, CHARTS = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "charts"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-#: The page's section on losses, as the README links to it.
+#: Heading of the page's section on lost comparisons; the README links to it.
 BEHIND = "Where dpo_kernels is behind"
 
-#: The questions of the README, by benchmark: in words, and the row of ours that answers. The row is of the first case.
+#: The questions of the README, by benchmark: in words, and our row that answers them, from the first case.
 QUESTIONS = {
     "logits_path": ("Loss and gradient from logits", "ours_inplace"),
     "linear_path": ("Loss and gradients from hidden states and LM head", "ours"),
@@ -42,12 +42,12 @@ GPU_COLUMNS = [
 
 
 def _memory(row: dict[str, Any]) -> tuple[str, float | None]:
-    """What a row's memory is called, and its bytes."""
+    """(what the row's memory figure is called, its bytes)."""
     return ("peak memory", row["peak_bytes"]) if "peak_bytes" in row else ("extra memory", row.get("extra_bytes"))
 
 
 def _row(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any] | None:
-    """The row of a method that was compared with a peer."""
+    """The method's row, if it was compared with a peer."""
     return next((row for row in rows if row.get("peer") == peer and row.get("vs_best")), None)
 
 
@@ -60,9 +60,9 @@ def _larger(folder: Path | None, name: str) -> list[dict[str, Any]]:
 def _answer(
     question: str, ours: dict[str, Any], rows: Sequence[dict[str, Any]], where: str, other: dict[str, Any] | None
 ) -> report.Answer:
-    """A row of the README's table: one method of ours against the quickest peer, and against the one that needs least memory.
+    """A row of the README's table: our method against the fastest peer, and against the peer that needs least memory.
 
-    where, other: another shape in words, and the same method's row there.
+    where, other: another shape in words, and the same method's row at that shape.
     """
     said = f"{ours['vs_best']:.2f} times the speed of {ours['best_peer']}"
     verdict = _compare(ours["vs_best"], "faster", "slower", "as fast")
@@ -75,7 +75,7 @@ def _answer(
     others = [held for row in rows if not row["ours"] and row.get("median_s") and (held := _memory(row)[1]) is not None]
     if mine is not None and others:
         said += f"; {mine / 2**20:,.0f} MiB of {kind} (the least of a peer: {min(others) / 2**20:,.0f} MiB)"
-        # The system counts pages in batches: less than a MiB says nothing.
+        # The system counts pages in batches, so differences of less than a MiB mean nothing.
         ratio = max(min(others), 2**20) / max(mine, 2**20)
         verdict += f", {_compare(ratio, 'less memory', 'more memory', 'about as much memory')}"
     return question, said, verdict
@@ -86,7 +86,7 @@ def _compare(ratio: float, better: str, worse: str, same: str) -> str:
 
 
 def _first_case(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a benchmark's first case, without peers that are missing there."""
+    """The rows of a benchmark's first case, without peers that are missing or fail in it."""
     rows = [row for row in found["rows"] if row["case"] == found["rows"][0]["case"]]
     return [row for row in rows if not row.get("verdict", "").startswith(("missing", "fails"))]
 
@@ -97,12 +97,12 @@ def _gpu_name(calls: dict[str, Any], folder: str) -> str:
 
 
 def _gpu_answer(calls: dict[str, Any], folder: str) -> Iterator[report.Answer]:
-    """The step from logits at the session's first shape, by the quickest backend that was right in every case."""
+    """The step from logits at the session's first shape, by the fastest backend that was right in every case."""
     names = {f"ours_inplace ({backend})" for backend in gpu_summary.right_backends(calls)}
     tables = [rows for name, rows in gpu_summary.compared_tables(calls).values() if name == "gpu_logits_path"]
     mine = [[row for row in rows if row["name"] in names and "vs_best" in row] for rows in tables]
     if mine and mine[0]:
-        ours = mine[0][0]  # rows begin with the quickest
+        ours = mine[0][0]  # the fastest row comes first
         smaller = next((row for rows in mine[1:] for row in rows if row["name"] == ours["name"]), None)
         question = f"{QUESTIONS['logits_path'][0]}, {_gpu_name(calls, folder)}"
         yield _answer(question, ours, tables[0], "at a smaller shape", smaller)
@@ -135,7 +135,7 @@ def _answers(results: Path) -> list[report.Answer]:
 
 
 def _places(results: Path) -> Iterator[tuple[str, list[report.Compared]]]:
-    """Each machine in a word, and everything that was compared on it."""
+    """For each machine, its short name and everything that was compared on it."""
     if folder := latest(results):
         yield "the CPU", compared((name, found.get("rows", ())) for name, found in read(folder).items())
     for name, calls in gpu_summary.sessions(results).items():
@@ -143,7 +143,7 @@ def _places(results: Path) -> Iterator[tuple[str, list[report.Compared]]]:
 
 
 def _behind(results: Path) -> str:
-    """In how many comparisons we lose on each machine, and how far at worst, in one sentence."""
+    """One sentence: the number of comparisons that we lose on each machine, and the worst ratio."""
     parts = []
     for place, everything in _places(results):
         if everything:
@@ -154,7 +154,7 @@ def _behind(results: Path) -> str:
 
 
 def _measured(results: Path) -> str:
-    """On what, when and with which versions, in one sentence."""
+    """One sentence: the machines, dates and versions of the measurements."""
     folder = latest(results)
     parts = []
     if folder:
@@ -168,7 +168,7 @@ def _measured(results: Path) -> str:
 
 
 def render(results: Path = RESULTS) -> str:
-    """What stands between the README's markers, without them: at most 14 lines."""
+    """The text between the README's markers, without the markers: at most 14 lines."""
     folder = latest(results)
     if folder is None:
         return ""
@@ -209,7 +209,7 @@ def peers(folder: Path) -> list[bars.Panel]:
 
 
 def alternative(panels: Sequence[bars.Panel]) -> str:
-    """A chart's figures in words: each panel's methods of ours, and the quickest other one."""
+    """A chart's figures in words: for each panel, our methods and the fastest other method."""
     parts = []
     for panel in panels:
         other = next((bar for bar in panel.bars if not bar.ours), None)
@@ -225,7 +225,7 @@ def alternative(panels: Sequence[bars.Panel]) -> str:
 
 
 def drawings(results: Path = RESULTS) -> dict[str, str]:
-    """The charts of README and page, by file name, as SVG."""
+    """The charts of README and page as SVG, by file name."""
     found = {}
     if folder := latest(results):
         panels = peers(folder)
@@ -244,7 +244,7 @@ def drawings(results: Path = RESULTS) -> dict[str, str]:
 
 
 def page(results: Path = RESULTS) -> str:
-    """docs/performance.md; its links work in the repository and on the site, whose root is docs/."""
+    """The text of docs/performance.md. Its links work in the repository and on the site, whose root is docs/."""
     folder = latest(results)
     if folder is None:
         return ""
@@ -316,7 +316,7 @@ def _gpu_part(name: str, calls: dict[str, Any], results: Path) -> list[str]:
 
 
 def _others(results: Path, shown: Path) -> list[str]:
-    """A table for each other folder of results, those of larger shapes included."""
+    """A table for each other folder of results, including those at larger shapes."""
     lines = []
     for path in sorted({*results.glob("*/*.json"), *results.glob("full/*/*.json")}):
         folder = path.parent
@@ -338,7 +338,7 @@ def _others(results: Path, shown: Path) -> list[str]:
 
 
 def with_block(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
-    """A page's text with the block between its markers. Raises ValueError where a marker is missing."""
+    """The page's text with the block between its markers. Raises ValueError if a marker is missing or occurs twice."""
     begin, end = markers
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"the page must hold {begin} and {end} once each")
@@ -348,7 +348,7 @@ def with_block(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -
 
 
 def wanted(results: Path = RESULTS) -> dict[Path, str]:
-    """Every file that is filled from the results, with the text that it should hold."""
+    """Every file that is filled from the results, with the text that it should contain."""
     found = {README: with_block(README.read_text(encoding="utf-8"), render(results)), PAGE: page(results)}
     return found | {CHARTS / name: text for name, text in drawings(results).items()}
 
@@ -358,7 +358,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help="write README.md, docs/performance.md and docs/charts")
-    action.add_argument("--check", action="store_true", help="exit 1 if one of them shows something else")
+    action.add_argument("--check", action="store_true", help="exit 1 if one of them differs from the results")
     arguments = parser.parse_args()
     if not arguments.write and not arguments.check:
         print(render())

@@ -1,7 +1,7 @@
-"""Why a row of ours may be slower, or need more memory, than the best peer: one registry for all benchmarks.
+"""Reasons why our rows may be slower, or need more memory, than the best peer: one registry for all benchmarks.
 
-A row is named by the test that measures it. A loss without a reason here is printed as such, and fails a test once
-its result is committed; a reason that fits no test fails one as well.
+A row is identified by the test that measures it. If our row is behind a peer and has no reason here, its result says so,
+and a test fails once the result is committed. A test also fails if a reason fits no benchmark test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reason:
-    """text: why rows of the benchmark may lose whose test fits the pattern, in which * stands for anything."""
+    """text: why rows of the benchmark may lose if their test's name fits the pattern, in which * matches anything."""
 
     benchmark: str
     pattern: str

@@ -1,9 +1,9 @@
-"""Turns results into terminal tables, JSON and markdown pages; one list of columns drives all of them.
+"""Turns results into terminal tables, JSON and markdown pages; one list of columns defines all of them.
 
     python -m benchmarks.report FOLDER...    write the pages and charts of these results again, and measure nothing
 
-`pytest benchmarks/ --report DIR` leaves in DIR/<machine>: three files for each question (JSON, a page, a chart), a roofline
-of all, and README.md, which opens with a table of all questions and links to the pages. The project's README and
+`pytest benchmarks/ --report DIR` writes into DIR/<machine>: three files for each question (JSON, a page, a chart), one
+roofline, and README.md, which opens with a table of all questions and links to the pages. The project's README and
 docs/performance.md are filled from the same JSON (readme_table.py).
 """
 
@@ -34,7 +34,7 @@ def _bytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
-#: How a value of each kind is written.
+#: How a value is written, by kind of column.
 FORMATS: dict[str, Callable[[Any], str]] = {
     "text": str,
     "time": _time,
@@ -68,7 +68,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: the key in the rows, what stands above it, and how its values are written."""
+    """One column of a table: the key in the rows, the heading, and the kind (how values are written)."""
 
     key: str
     heading: str
@@ -81,14 +81,14 @@ class Column:
 
 #: Columns that most tables share.
 TIME, SPREAD = Column("median_s", "time", "time"), Column("spread", "spread", "percent")
-#: The floors of the two paths, in words: they follow "floor:" in charts; tables' headings say the same.
+#: The floors of the two paths, in words: they follow "floor:" in charts. The tables' headings agree with them.
 TRAFFIC = "the time of the necessary memory traffic alone"
 TIMES_FLOOR = Column("times_floor", "time / floor (memory traffic alone)", "ratio")
 PRODUCTS = "the time of all matrix products alone"
 TIMES_PRODUCTS = Column("times_floor", "time / floor (matrix products alone)", "ratio")
 EXTRA = Column("extra_bytes", "extra memory", "bytes")
 VS_BEST, BEST_PEER = Column("vs_best", "faster than the best peer by", "ratio"), Column("best_peer", "best peer")
-#: In rows of others: how many times longer they take than the method of ours that does the same work.
+#: In a peer's row: how many times longer it takes than our method that does the same work.
 SLOWER = Column("ours_faster", "time / dpo_kernels", "ratio")
 
 
@@ -103,7 +103,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def no_summary(rows: list[dict[str, Any]]) -> str:
-    """For a result that has nothing to say in one sentence."""
+    """The summary of a result that has none."""
     return ""
 
 
@@ -112,23 +112,23 @@ class Result:
     """The answer of one benchmark file.
 
     Attributes:
-        name: of the benchmark; names its files.
-        question: in one sentence.
+        name: the benchmark's name; its files have the same name.
+        question: one sentence.
         columns, rows: the table, of at most six columns; rows hold plain JSON values, seconds and bytes.
-            Keys with a meaning here: `select` (the `-k` expression that runs the row alone, with the peer that it is
-            compared with), `vs_best` and `best_peer` (how many times longer the best right peer takes for the same
-            work, and who that is), `explanation` (why, where that is below 1; see reasons.py), `flops` and `bytes` (what
-            the work cannot do without: a place on the roofline).
-        details: a second table's columns, at most six as well: for the page, and for the terminal with `-v`.
-        floor: what `floor_s` of the rows stands for, in words that follow "floor:".
+            Keys with a meaning here: `select` (the `-k` expression that runs only the row and the peer that it is
+            compared with), `best_peer` and `vs_best` (the fastest peer whose gradient is right, and how many times longer
+            it takes for the same work), `explanation` (why `vs_best` is below 1, if it is; see reasons.py), `flops` and
+            `bytes` (what the work requires: its place on the roofline).
+        details: columns of a second table, also at most six, for the page, and for the terminal with `-v`.
+        floor: the meaning of `floor_s` in the rows, in words that follow "floor:".
         group: the row key whose change starts a new table.
         notes: sentences below the table, made from measured values only.
-        summary: the answer in a sentence, from the rows of all cases.
-        chart: "bars" (one bar per row and group) or "lines" (`x` against `y`, one line per title).
-        x_label: of a line chart; the group's name if empty.
+        summary: makes the answer, one sentence, from the rows of all cases.
+        chart: "bars" (one bar per row and group) or "lines" (`y` over `x`, one line per title).
+        x_label: label of a line chart's horizontal axis; the group's name if empty.
         y: the row key of a line chart's vertical axis, one of charts.SCALES.
-        extra: more of the JSON file; `bars` are goals and whether they were met (see goal()), `roofs` are what the machine
-            was seen to reach, by dtype (see charts.py).
+        extra: more keys of the JSON file; `bars` are goals and whether they were met (see goal()), `roofs` are the measured
+            speeds of the machine, by dtype (see charts.py).
     """
 
     name: str
@@ -147,7 +147,7 @@ class Result:
 
     @property
     def file(self) -> str:
-        """The benchmark's file, as pytest takes it."""
+        """Path of the benchmark's file, for pytest."""
         return f"benchmarks/test_{self.name}.py"
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
@@ -158,7 +158,7 @@ class Result:
         return found
 
     def sentences(self) -> list[str]:
-        """Everything that stands below the tables: notes, then goals."""
+        """All lines below the tables: notes, then goals."""
         return [*self.notes, *map(goal, self.extra.get("bars", ()))]
 
     def as_json(self, machine: dict[str, Any]) -> dict[str, Any]:
@@ -174,13 +174,13 @@ class Result:
 
 
 def cells(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> tuple[list[Column], list[list[str]]]:
-    """The columns that hold anything in these rows, and their cells."""
+    """The columns that are not empty in these rows, and their cells."""
     used = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     return used, [[column.write(row) for column in used] for row in rows]
 
 
 def text_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Aligned lines for a terminal: the first column to the left, the others to the right."""
+    """Aligned lines for a terminal: the first column is left-aligned, all others are right-aligned."""
     used, body = cells(columns, rows)
     lines = [[column.heading for column in used], *body]
     widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
@@ -196,7 +196,7 @@ def text_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> lis
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The same as a markdown table; ours in bold."""
+    """The table as markdown; our methods in bold."""
     used, body = cells(columns, rows)
     ruler = "|" + "|".join(" :--- " if i == 0 else " ---: " for i in range(len(used))) + "|"
     for row, line in zip(rows, body, strict=True):
@@ -209,22 +209,22 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) ->
     ]
 
 
-#: What is compared with the best peer: benchmark and row.
+#: A row that is compared with the best peer: (benchmark, row).
 Compared = tuple[str, dict[str, Any]]
 
 
 def compared(rows_by_benchmark: Iterable[tuple[str, Iterable[dict[str, Any]]]]) -> list[Compared]:
-    """Every row of ours that had a peer."""
+    """Each of our rows that had a peer."""
     return [(name, row) for name, rows in rows_by_benchmark for row in rows if row.get("vs_best") is not None]
 
 
 def has_peer(rows: Iterable[dict[str, Any]]) -> bool:
-    """Whether anything was compared with a peer."""
+    """Whether any row was compared with a peer."""
     return any(row.get("vs_best") is not None for row in rows)
 
 
 def _said(row: dict[str, Any], low: float, high: float) -> str:
-    """A ratio to the best peer, or its range, in words: of times, or of memory where no time was measured."""
+    """A ratio to the best peer, or its range, in words: of times, or of memory if no time was measured."""
     if "median_s" in row:
         return f"{_range(low, high)} times the speed of {row['best_peer']}"
     return f"{_range(1 / high, 1 / low)} times the memory of {row['best_peer']}"
@@ -242,7 +242,7 @@ def _range(low: float, high: float) -> str:
 
 
 def headline(rows: Sequence[Compared]) -> dict[str, Any]:
-    """Our weakest row against the best peer, over all rows of all results; empty where nothing was compared."""
+    """Our weakest row against the best peer, over all rows of all results; empty if nothing was compared."""
     if not rows:
         return {}
     name, row = min(rows, key=lambda found: found[1]["vs_best"])
@@ -260,7 +260,7 @@ def headline(rows: Sequence[Compared]) -> dict[str, Any]:
 
 
 def below_one(rows: Sequence[Compared]) -> list[str]:
-    """A sentence for each case in which methods of ours lose to the best peer, with its reason or the lack of one."""
+    """A sentence for each case in which our methods lose to the best peer, with the reason if one is known."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for name, row in rows:
         if row["vs_best"] < 1:
@@ -273,7 +273,7 @@ def below_one(rows: Sequence[Compared]) -> list[str]:
 
 
 def _words(name: str) -> str:
-    """A benchmark's name as prose."""
+    """A benchmark's name in words."""
     return name.replace("_", " ").replace("gpu", "GPU")
 
 
@@ -282,12 +282,12 @@ def _ends(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return min(ratios), max(ratios)
 
 
-#: A row of the table that opens a page: question, result against the best peer, verdict.
+#: A row of a page's first table: question, result against the best peer, verdict.
 Answer = tuple[str, str, str]
 
 
 def answer(question: str, rows: Sequence[dict[str, Any]]) -> Answer:
-    """A benchmark's row of that table: how its rows stand against the best peers."""
+    """A benchmark's row of a page's first table: how its rows compare with the best peers."""
     mine = [row for row in rows if row.get("vs_best") is not None]
     if not mine:
         return question, "not compared with a peer", "-"
@@ -305,20 +305,20 @@ def answer(question: str, rows: Sequence[dict[str, Any]]) -> Answer:
 
 
 def answer_table(answers: Iterable[Answer]) -> list[str]:
-    """The table as markdown."""
+    """A page's first table as markdown."""
     lines = ["| question | result against the best peer | verdict |", "| :--- | :--- | :--- |"]
     return [*lines, *(f"| {' | '.join(one)} |" for one in answers)]
 
 
 def place(machine: dict[str, Any]) -> str:
-    """On what something was measured, in a few words."""
+    """The machine of a measurement, in a few words."""
     return (
         machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}, {machine['instruction_set']}"
     )
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """On what, with what and when something was measured."""
+    """Machine, versions and date of a measurement."""
     return (
         f"{place(machine)}; backend {machine['backend']}, "
         f"torch {machine['torch']}, dpo-kernels {machine['dpo_kernels']}, {machine['date']}"
@@ -326,7 +326,7 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def markdown(result: Result, machine: dict[str, Any], chart: str | None = None) -> str:
-    """The result as a page; chart: its picture's file name."""
+    """The result as a page; chart: file name of its picture."""
     lines = [f"# {result.question}", "", *answer_table([answer(result.question, result.rows)]), ""]
     if summary := result.summary(result.rows):
         lines += [summary, ""]
@@ -343,26 +343,26 @@ def markdown(result: Result, machine: dict[str, Any], chart: str | None = None) 
 
 
 def _short(question: str) -> str:
-    """What a question is about: its words before the colon."""
+    """The topic of a question: its words before the colon."""
     return question.partition(":")[0]
 
 
 def goal(bar: dict[str, Any]) -> str:
-    """A goal in words: `what`, `measured`, `bar`, whether it is `met`, and the `ceiling` above which nothing can be."""
+    """A goal in words: `what`, `measured`, `bar`, whether it is `met`, and the `ceiling`, the largest possible value."""
     bound = "at least" if (bar["measured"] >= bar["bar"]) == bar["met"] else "at most"
     ceiling = f"; more than {bar['ceiling']:.2f} is impossible" if bar.get("ceiling") is not None else ""
     said = f"measured {bar['measured']:.2f}, {'met' if bar['met'] else 'MISSED'}{ceiling}"
     return f"Goal: {bar['what']}, {bound} {bar['bar']:g}: {said}."
 
 
-#: Results with the machine that each was measured on.
+#: Pairs of a result and the machine it was measured on.
 Measured = Sequence[tuple[Result, dict[str, Any]]]
 
 
 def write(results: Measured, folder: Path) -> None:
-    """Write `<name>.json`, `.md` and `.svg` of each (a line chart needs matplotlib), then README.md of the folder."""
+    """Write `<name>.json`, `.md` and `.svg` of each result (a line chart needs matplotlib), then README.md of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    # All figures are safe before the first picture is drawn.
+    # All figures are saved before the first picture is drawn, which may fail.
     for result, machine in results:
         (folder / f"{result.name}.json").write_text(json.dumps(result.as_json(machine), indent=1) + "\n")
     for result, machine in results:
@@ -380,7 +380,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def restored(found: dict[str, Any]) -> Result:
-    """A result as its benchmark made it, from its JSON: with today's columns and words, and the figures of then."""
+    """A result read from its JSON: measured figures as saved, with the benchmark's current columns and words."""
     make = importlib.import_module(f"benchmarks.test_{found['benchmark']}").RESULT
     known = {"benchmark", "question", "summary", "machine", "rows", "notes"}
     extra = {key: value for key, value in found.items() if key not in known}
@@ -388,7 +388,7 @@ def restored(found: dict[str, Any]) -> Result:
 
 
 def write_index(folder: Path) -> None:
-    """README.md of a machine's folder, and its roofline, from all the JSON files there, those of earlier runs included."""
+    """Write README.md and the roofline of a machine's folder from all its JSON files, including those of earlier runs."""
     results = read(folder)
     everything = compared((name, found["rows"]) for name, found in results.items())
     machine = next(iter(results.values()))["machine"]

@@ -1,10 +1,10 @@
-"""What a path must cost on a GPU before any kernel is written: bytes, flops and the floor time they imply.
+"""The least cost of each path on a GPU, whatever the kernel: bytes, flops, and the floor time that follows from them.
 
     python -m benchmarks.roofline [--measured results.json] [--json FILE]
 
-The floor is max(bytes / bandwidth, flops / matmul rate). Bytes count each input once and each output once; small
-per-token vectors (a few float64 per row) are left out, they are below 0.1 % of any row here. A GPU run fills the measured
-column (`benchmarks/gpu_session.py` writes the file); until then it says "not measured".
+The floor is max(bytes / bandwidth, flops / matmul rate). Bytes count each input once and each output once. Small per-token
+vectors (a few float64 per row) are left out: they are below 0.1 % of any row here. A GPU session fills the measured column
+(`benchmarks/gpu_session.py` writes the file); until then it says "not measured".
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a card has been seen to reach: memory in bytes/s, bfloat16 matrix products in flop/s."""
+    """Speeds of a card: memory in bytes/s, bfloat16 matrix products in flop/s."""
 
     bandwidth: float
     matmul: float
 
 
-#: H100: its data sheet's bandwidth and a measured matmul rate. H200: measured copy bandwidth, the same compute chip.
+#: H100: bandwidth of the data sheet, measured matmul rate. H200: measured copy bandwidth, and the H100's matmul rate, because
+#: the compute chip is the same.
 CEILINGS = {"H100": Ceiling(3.35e12, 798e12), "H200": Ceiling(4.3e12, 798e12)}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One path at one shape: what it must move and multiply."""
+    """One path at one shape: the bytes that it must move and the flops of its products."""
 
     path: str
     tokens: int
@@ -42,23 +43,23 @@ class Work:
 
     @property
     def key(self) -> str:
-        """Names the row in a results file."""
+        """Name of the row in a results file."""
         hidden = "" if self.hidden is None else f"x{self.hidden}"
         return f"{self.path} [{self.tokens}x{self.vocab}{hidden}]"
 
     def floor(self, ceiling: Ceiling) -> float:
-        """Seconds below which the path cannot go."""
+        """Least possible time of the path in seconds."""
         return max(self.bytes / ceiling.bandwidth, self.flops / ceiling.matmul)
 
 
-#: Bytes per logit, in units of one logit's size: reads of the policy and of the reference, writes of the gradient.
+#: Traffic per logit, in units of a logit's size: reads of the policy and of the reference, writes of the gradient.
 LOGITS_PATHS = {
     "token_logps": 1,
     "token_logps with statistics": 1,
     "token_logps with reference": 2,
     "token_logps with reference and kl": 2,
     "forward of a call with reference": 2,
-    "single-launch forward with reference": 2,  # of results before the loss had a launch of its own
+    "single-launch forward with reference": 2,  # in results from before the loss had a launch of its own
     "logits_grad": 2,
     "logits_grad with kl": 3,
     "step: policy, reference, gradient": 4,
@@ -67,13 +68,13 @@ LOGITS_PATHS = {
 #: Live share of the blocks of a real softmax at eps = 2^-10 (benchmarks/live_blocks.py).
 LIVE_SHARE = json.loads((Path(__file__).parent / "results" / "live_blocks.json").read_text())["2^-10"]["mean logit"]
 
-#: Matrix products in units of N H V flops, and logits traffic in bytes per 16-bit logit when chunks do not stay in L2.
-#: exact: policy projection, dH, dW (6) and the reference's projection (2); the policy's logits are written, read for the
-#: statistics, read and written for the gradient and read by two products (12), the reference's written and read (4).
+#: Matrix products in units of N H V flops, and logits traffic in bytes per 16-bit logit if chunks do not stay in L2.
+#: exact: policy projection, dH, dW (6) and the reference's projection (2). The policy's logits are written, read for the
+#: statistics, read and written for the gradient, and read by two products (12); the reference's are written and read (4).
 LINEAR_PATHS = {
     "linear exact": (8.0, 16),
     # Two projections, and the live share of the gradient's blocks at 2^-10 (results/live_blocks.json). The policy's logits are
-    # stored and read once (4), dz is written and read twice where it is live, the reference's logits are stored too (2).
+    # stored and read once (4), live blocks of dz are written and read twice, the reference's logits are stored too (2).
     "linear filtered": (4 + 4 * LIVE_SHARE, 6 + 6 * LIVE_SHARE),
     "linear frozen head": (6.0, 14),
     "linear log-probs only": (2.0, 4),
@@ -87,7 +88,7 @@ def works(dtype_bytes: int = 2) -> Iterator[Work]:
     """Every row of the table."""
     for tokens, vocab in LOGITS_SHAPES:
         for path, units in LOGITS_PATHS.items():
-            # Five operations a logit are no matter for a matmul unit: flops of matrix products only.
+            # Only flops of matrix products count: the five operations per logit do not run on the matmul units.
             yield Work(path, tokens, vocab, None, dtype_bytes, units * dtype_bytes * tokens * vocab, 0)
     for tokens, vocab, hidden in LINEAR_SHAPES:
         for path, (products, traffic) in LINEAR_PATHS.items():
@@ -99,7 +100,7 @@ def works(dtype_bytes: int = 2) -> Iterator[Work]:
 
 
 def table(rows: list[Work], measured: dict[str, float]) -> str:
-    """The rows as markdown; measured maps Work.key to seconds."""
+    """The rows as markdown. measured: seconds by Work.key."""
     names = list(CEILINGS)
     lines = [
         "| path | tokens x vocabulary (x hidden) | bytes | flops |"

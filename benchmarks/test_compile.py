@@ -1,4 +1,4 @@
-"""Does the loss sit well inside torch.compile: without graph breaks, without recompiling, and is the step as fast?"""
+"""Does the loss work inside torch.compile without graph breaks and without recompiling, and is the step as fast?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = {"small": ((2, 32), 4096, 64), "default": ((4, 32), 49152, 256), "full":
 
 
 class Model(nn.Module):
-    """A block and a head: enough of a model for the compiler to fuse something in addition to the loss."""
+    """A block and a head: enough of a model for the compiler to fuse more than the loss."""
 
     def __init__(self, vocab: int, hidden: int) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ def linear_path(model: Model, tokens: Tensor, labels: Tensor, ref_logps: Tensor)
     return linear_dpo_loss(model.hidden(tokens), model.head.weight, labels, ref_logps=ref_logps, beta=BETA).loss
 
 
-#: No name holds that of another benchmark, so that `-k` with one picks its tests alone.
+#: No name contains another benchmark's name, so that `-k` with a benchmark's name selects its tests alone.
 LOSSES = {"textbook": textbook, "whole": logits_path, "hidden": linear_path}
 TITLES = {"textbook": "eager textbook", "whole": "dpo_loss", "hidden": "linear_dpo_loss, reference precomputed"}
 
 ALL = [f"{loss}-{how}" for loss in LOSSES for how in ("plain", "compiled")]
-#: The small size asks whether the graphs are whole.
+#: The small size only tests for graph breaks.
 NAMES = {"small": ["textbook-plain", "whole-compiled", "hidden-compiled"], "default": ALL, "full": ALL}
 
 COLUMNS = [
@@ -77,7 +77,7 @@ DETAILS = [
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Breaks and ratios of the compiled rows of ours."""
+    """Graph breaks and ratios of our compiled rows."""
     mine = [row for row in rows if row["ours"] and row.get("breaks") is not None]
     if not mine:
         return ""
@@ -126,8 +126,8 @@ def samples(
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         plain = LOSSES[loss_name]
-        # fullgraph=True refuses any graph break by raising.
-        # The small size asks for graph breaks alone, so it spares the time of the compiler behind the graph.
+        # fullgraph=True raises at any graph break.
+        # The small size only tests for graph breaks, so it skips code generation.
         backend = "aot_eager" if settings.sizes == "small" else "inductor"
         call = torch.compile(plain, fullgraph=True, backend=backend) if how == "compiled" else plain
         here = inputs(length, loss_name)

@@ -1,6 +1,6 @@
-"""What does a small call cost apart from its kernels? Loss and gradient at sizes where the host's work shows.
+"""What does a small call cost apart from its kernels? Loss and gradient at sizes where the host's work matters.
 
-A call takes microseconds, so a round times many of them; times are per call, with the caches warm.
+A call takes microseconds, so a round times many calls; times are per call, with warm caches.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .peers.eager import dpo_from_sums
 from .problem import BETA
 from .report import BEST_PEER, SPREAD, TIME, VS_BEST, Column, Result
 
-#: Pairs, tokens of a sequence, vocabulary; and how many calls a round times.
+#: (pairs, tokens of a sequence, vocabulary, calls per round), by name.
 SIZES = {"2x16x1000": (2, 16, 1000, 50), "packed-2x16x1000": (2, 16, 1000, 50), "2x64x32000": (2, 64, 32000, 2)}
 CHOSEN = {"small": ["2x16x1000"], "default": list(SIZES), "full": list(SIZES)}
 STATISTICS = ("entropy", "kl", "accuracy")
-#: (title, whether it finds the statistics as well).
+#: (title, whether it also computes the statistics).
 CONTENDERS = {
     "eager": ("eager PyTorch", False),
     "compiled": ("eager PyTorch, compiled", False),
@@ -37,7 +37,7 @@ CONTENDERS = {
     "eager_stats": ("eager PyTorch, with statistics", True),
     "ours_stats": ("dpo_loss, with statistics", True),
 }
-#: The small size leaves the compiler out.
+#: The small size leaves out torch.compile.
 NAMES = {
     "small": [name for name in CONTENDERS if name != "compiled"], "default": list(CONTENDERS), "full": list(CONTENDERS),
 }  # fmt: skip
@@ -52,7 +52,7 @@ COLUMNS = [
 
 
 class Small:
-    """Tensors of a size, and every contender's step on them."""
+    """Tensors of one size, and every contender's step on them."""
 
     def __init__(self, pairs: int, tokens: int, vocab: int, *, packed: bool, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -94,7 +94,7 @@ class Small:
         return dpo_loss(self.logits, self.labels, beta=BETA, **words).loss
 
     def native(self) -> Tensor:
-        """The gradient by the CPU library's two calls, with nothing around them."""
+        """The gradient by the CPU library's two calls alone."""
         stages: Any = backends.load("cpu", "cpu")
         logits, ref, labels = self.logits.detach(), self.ref_logits, self.labels
         if self.cu_seqlens is not None:

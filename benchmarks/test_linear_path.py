@@ -28,7 +28,7 @@ def _cases(pairs: int, length: int) -> list[LinearCase]:
 
 CASES = {
     "small": [LinearCase("2 pairs x 32 tokens, half prompt", 2, 32, hidden_size=64, vocab=4096, source="random")],
-    # An eighth of the tokens of full: ten peers at seconds a step would take a quarter of an hour.
+    # An eighth of the tokens of full: otherwise ten peers, at seconds per step, would take a quarter of an hour.
     "default": _cases(1, 128)[:1],
     "full": [
         *_cases(4, 256),
@@ -39,7 +39,7 @@ CASES = {
         ),
     ],
 }
-#: Steps take seconds: fewer rounds than elsewhere.
+#: Fewer rounds than in other benchmarks, because a step takes seconds.
 ROUNDS = {"small": 3, "default": 2, "full": 5}
 FLOOR = "the products alone"
 
@@ -60,14 +60,15 @@ DETAILS = [
     Column("weight_error", "error of dW", "error"),
 ]
 
-#: What a CPU must reach in float32 on the first case of full: against the best peer; multiple of the products; MiB.
+#: Goals for a CPU in float32 on the first case of full: times as fast as the best peer (exact, filtered); time over that of the
+#: products; MiB of extra memory; times as fast with a frozen head as with a trainable one.
 EXACT_BAR, FILTERED_BAR, FLOOR_BAR, MEMORY_BAR, FROZEN_BAR = 2.2, 3.5, 1.15, 64, 1.3
-#: Policy and reference projected once each: the part of that case's products that no filter spares.
+#: Policy and reference are projected once each: the products of that case that no filter leaves out.
 FORWARD_PRODUCTS = 2
 
 
 def _products(problem: LinearProblem) -> Contender:
-    """The case's dense products over its scored tokens, 256 at a time, in buffers that exist already, by our quickest kernels."""
+    """The case's dense products over its scored tokens, 256 at a time, by our fastest kernels, into existing buffers."""
     case = problem.case
     rows = problem.hidden.detach()[problem.labels != -100].contiguous()
     head = problem.weight.detach()
@@ -90,7 +91,7 @@ def _products(problem: LinearProblem) -> Contender:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """For the first case: the best peer's time over ours, and ours over that of the products alone."""
+    """For the first case: the best peer's time over ours, and our time over that of the products alone."""
     here = {row["peer"]: row for row in rows if row["case"] == rows[0]["case"] and row.get("vs_best")}
     if "ours" not in here:
         return ""
@@ -134,7 +135,7 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
         if case.reference == "precomputed" and name.startswith("liger"):
             continue  # takes no precomputed reference
         if kind.filtered and not problem.real:
-            continue  # random hidden states make the softmax flat and say nothing about a filter
+            continue  # random hidden states make the softmax flat, which tells nothing about a filter
         select = f"test_linear_path[{case.key}-{name}]"
         row: dict[str, Any] = {"case": heading, "key": case.key, "peer": name, "title": kind.title, "ours": kind.ours}
         row |= {"dtype": dtype, "select": select}
@@ -148,7 +149,7 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
             peer = kind(problem)
             seconds = method.Clock(settings.device).time(lambda peer=peer, kept=kept: kept.append(peer.step()))
         except Exception as error:
-            # Another version of a peer than the one known here: said by name, and the others go on.
+            # This version of the peer may differ from the one known here: its row says so, and the other peers go on.
             row["verdict"] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
             continue
         method.tell(f"{name}: first call {1e3 * seconds:.3g} ms")
@@ -161,7 +162,7 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
         peers[name], first_call[name] = peer, seconds
     del truth
     contenders = [_products(problem), *(Contender(name, peer.step) for name, peer in peers.items())]
-    # The check was everyone's first call, and compilers ran there.
+    # Each contender's first call, in which compilers run, was the check.
     contenders[0].run()
     samples = method.interleave(contenders, ROUNDS[settings.sizes], warmup=0, device=settings.device, called=True)
     gradients = sum(leaf.nbytes for leaf in problem.leaves)
@@ -200,10 +201,10 @@ def race(case: LinearCase, settings: Settings, names: list[str]) -> Result:
 
 
 def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:
-    """The goals and what was measured, in the size's first case and its twin with a frozen head.
+    """The goals and the measured values, for the size's first case and the same case with a frozen head.
 
-    Speed against a peer has a ceiling, too: nothing exact is quicker than the products alone, and no filter spares the
-    forward its products, the policy's and the reference's.
+    Speed against a peer also has a ceiling: an exact method cannot be faster than the products alone, and a filtered method
+    cannot leave out the forward's products, which are the policy's and the reference's.
     """
     measured = {(row["key"], row["peer"]): row for row in rows if row.get("median_s") and row["dtype"] == "float32"}
     if sizes != "full":
@@ -219,7 +220,7 @@ def bars(rows: list[dict[str, Any]], sizes: str) -> list[dict[str, Any]]:
             found.append({"what": what, "bar": bar, "measured": value, "met": met, "ceiling": ceiling})
 
     def peers_distance(row: dict[str, Any]) -> float | None:
-        """How many times the products alone the best peer takes."""
+        """The best peer's time over that of the products alone."""
         peers = (other for other in measured.values() if other["title"] == row.get("best_peer"))
         return next((other["times_floor"] for other in peers if other["key"] == first.key), None)
 
@@ -258,7 +259,7 @@ def measured(
 def test_linear_path(measured: dict[str, dict[str, Any]], linear_peer: str, replay: Callable[[Samples], None]) -> None:
     row = measured.get(linear_peer)
     if row is None:
-        pytest.skip("says nothing in this case")
+        pytest.skip("not measured in this case: the result would mean nothing")
     verdict = row["verdict"]
     if verdict.startswith(("missing", "fails")):
         (pytest.fail if row["ours"] else pytest.skip)(verdict)

@@ -18,14 +18,14 @@ from .peers import PEERS, Peer
 from .problem import GradientError, LogitsProblem, Truth, error_budget
 from .report import BEST_PEER, EXTRA, SLOWER, SPREAD, TIME, TIMES_FLOOR, TRAFFIC, VS_BEST, Column, Result, listed
 
-#: [2P, T, V], all tokens scored. The default has SmolLM2's vocabulary, full adds Llama 3's; both exceed any cache.
+#: [2P, T, V], all tokens scored. The default has SmolLM2's vocabulary; full adds Llama 3's. Both exceed any cache.
 SHAPES = {
     "small": [(4, 32, 8192)],
     "default": [(4, 64, 49152)],
     "full": [(8, 128, 49152), (8, 128, 128256)],
 }
 
-#: What a CPU must reach in float32, in place: (row of ours, peer that does the same work, bar, aim).
+#: Goals for a CPU in float32, in place: (our row, peer that does the same work, bar, aim).
 BARS = (
     ("ours_inplace", "eager", 5.0, 7.0),
     ("ours_inplace", "compiled", 3.0, 4.0),
@@ -33,7 +33,7 @@ BARS = (
 )
 FLOOR_BAR, FLOOR_AIM = 2.0, 1.5
 
-#: Arithmetic on a logit, an exponential counted as one: three operations to add it to a log-sum-exp, in policy and in
+#: Operations per logit, an exponential counted as one: three to add it to a log-sum-exp, in the policy and in the
 #: reference, and three for its gradient.
 FLOPS_PER_LOGIT = 9
 
@@ -56,7 +56,7 @@ DETAILS = [
 
 
 def counterpart(name: str, present: Collection[str]) -> str | None:
-    """Our method that does the same work as a peer, statistics included, over the logits where that is present."""
+    """Our method that does the same work as a peer, statistics included; the in-place method if it is present."""
     same = [ours for ours in PEERS if PEERS[ours].ours and PEERS[ours].statistics == PEERS[name].statistics]
     return next((ours for ours in reversed(same) if ours in present), None)
 
@@ -120,9 +120,9 @@ def run(
     steppers: list[str],
     forwarders: list[str],
 ) -> Race:
-    """Check every peer's gradient, then time those that passed, interleaved with the floors.
+    """Check every peer's gradient, then time the peers that passed, interleaved with the floors.
 
-    steppers, forwarders: whose step and whose forward to time.
+    steppers, forwarders: names of the peers whose step or forward is timed.
     """
     problem = LogitsProblem(shape, dtype, settings.device)
     truth = Truth(problem)
@@ -138,12 +138,12 @@ def run(
         gradient: list[torch.Tensor] = []
         try:
             peer = PEERS[name](problem)
-            # Compilers run here; what a first call costs is part of the answer.
+            # Compilers run in the first call, whose time is part of the result.
             clock = method.Clock(settings.device)
             first_call[name] = clock.time(lambda peer=peer, keep=gradient: keep.append(peer.step()))
             method.tell(f"{name}: first call {1e3 * first_call[name]:.3g} ms")
         except Exception as error:
-            # Another version of a peer than the one known here: said by name, and the others go on.
+            # This version of the peer may differ from the one known here: its row says so, and the other peers go on.
             if PEERS[name].ours:
                 raise
             missing[name] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
@@ -248,7 +248,7 @@ def table(race: Race, shape: tuple[int, int, int], dtype: str, steppers: list[st
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The goals of BARS and what was measured, on the default shape in float32."""
+    """The goals of BARS and the measured values, on the default shape in float32."""
     step = {
         r["peer"]: r for r in rows if r["part"] == "step" and r["dtype"] == "float32" and r["shape"] == [8, 128, 49152]
     }

@@ -17,21 +17,21 @@ from .peers.linear import LINEAR_PEERS
 from .problem import LogitsProblem
 from .report import BEST_PEER, EXTRA, Column, Result
 
-#: Scored tokens; vocabulary; hidden size of the linear path, whose inputs are no logits.
+#: Scored tokens; vocabulary; hidden size, for the linear path.
 SIZES = {
     "small": ((32, 64), 4096, 64),
     "default": ((64, 256), 49152, 256),
     "full": ((128, 256, 512, 1024), 49152, 576),
 }
-#: By the tests' names, which do not hold those of the paths' own benchmarks: `-k` with one picks its tests alone.
+#: No name contains that of the paths' own benchmarks, so that `-k` with a benchmark's name selects its tests alone.
 WHAT = {"whole": "logits to their gradient", "hidden": "hidden states and head to their gradients"}
-#: Nobody who compiles at each size: the first call's memory would be the compiler's.
+#: Peers that compile at each size are left out: the memory of their first call would be the compiler's.
 RUNNERS = {
     "whole": ("eager", "trl_old", "ours", "ours_inplace"),
     "hidden": ("eager", "trl_compact", "liger", "torch_lce", "ours"),
 }
 KNOWN: dict[str, Any] = {"whole": PEERS, "hidden": LINEAR_PEERS}
-#: Ratios of less than this say nothing: the system counts resident pages in batches.
+#: Sizes below this mean nothing in a ratio: the system counts resident pages in batches.
 LEAST = 1 << 20
 
 COLUMNS = [
@@ -45,7 +45,7 @@ COLUMNS = [
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """What the largest size needs, by path and method."""
+    """Extra memory at the largest size, by path and method."""
     parts = []
     for what in WHAT.values():
         here = [row for row in rows if row["case"] == what and row["extra_bytes"] is not None]
@@ -77,7 +77,7 @@ def measure(path: str, name: str, tokens: int, settings: Settings) -> int | None
     else:
         case = LinearCase("", 1, tokens // 2, 0.0, hidden_size=hidden, vocab=vocab, source="random")
         step = LINEAR_PEERS[name](LinearProblem(case, settings.device, dtype)).step
-    step()  # libraries keep what their first call allocates
+    step()  # libraries keep memory that their first call allocates
     return method.peak_memory(step, settings.device)[0]
 
 
@@ -85,10 +85,10 @@ def measure(path: str, name: str, tokens: int, settings: Settings) -> int | None
 def rows(
     settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
 ) -> dict[str, list[dict[str, Any]]]:
-    """By contender, one row a size."""
+    """By contender, one row per size."""
     result = RESULT()
     found: dict[str, list[dict[str, Any]]] = {}
-    # As in method.interleave: what lives now is not searched again before each measurement.
+    # As in method.interleave: the objects alive now are exempt from the collection before each measurement.
     gc.collect()
     gc.freeze()
     for path in WHAT:

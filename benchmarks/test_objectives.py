@@ -1,4 +1,4 @@
-"""What does each objective of the registry cost, relative to the default that lives inside the kernels?"""
+"""What does each objective of the registry cost, relative to the default, which the kernels compute themselves?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .method import Contender, Samples
 from .problem import LogitsProblem, step
 from .report import SPREAD, TIME, TIMES_FLOOR, TRAFFIC, Column, Result
 
-#: A quarter of the logits path's default: the passes over the logits are the same, the rest is [P] vectors.
+#: A quarter of the logits path's default size: the passes over the logits are the same, the rest is [P] vectors.
 SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 16, 49152)], "full": [(8, 64, 49152)]}
 
 COLUMNS = [
@@ -32,7 +32,7 @@ COLUMNS = [
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How far the objectives are from the default's cost, by what they read."""
+    """The objectives' costs relative to the default's, by what they read."""
     found = {}
     for row in rows:
         found.setdefault(row["reads"], []).append((row["vs_sigmoid"], row["title"]))
@@ -60,21 +60,21 @@ def samples(
     dtype = settings.dtypes[0]
     problem = LogitsProblem(shape, DTYPES[dtype], settings.device)
 
-    # What the others are compared with takes part in any case.
+    # The baseline of the comparison always takes part.
     names = list(dict.fromkeys(["sigmoid", *wanted(request, "test_objectives", "name", shape=shape)]))
 
     def contender(name: str) -> Contender:
-        # A reference-free objective is given no reference, as a user would: it reads one tensor less.
+        # A reference-free objective gets no reference, as from a user: it reads one tensor less.
         info = OBJECTIVES[name]
         smoothing = 0.0 if info.smoothing_range is None or info.smoothing_range.holds(0.0, 0.0) else 0.1
-        # An objective with a running mean is made once, so that it can keep it.
+        # An objective with a running mean is made once, so that it keeps the mean.
         loss_type = objective(name) if info.observe else name
         keywords = {"loss_type": loss_type, "label_smoothing": smoothing, "reference": info.needs_reference}
         return Contender(name, lambda: step(problem, **keywords), problem.next)
 
     floors = method.floor_contenders(problem.ref_logits, problem.ref_logits.clone())
     with warnings.catch_warnings():
-        # Some objectives warn that the benchmark's beta is far from their usual one; it costs nothing.
+        # Some objectives warn that the benchmark's beta is far from their usual one, which does not affect the time.
         warnings.simplefilter("ignore")
         found = method.interleave([*floors, *map(contender, names)], settings.rounds, device=settings.device)
     rows = [

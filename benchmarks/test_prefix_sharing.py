@@ -1,4 +1,4 @@
-"""What does it save to run a pair's prompt once, with both answers behind it, through a real backbone?"""
+"""What does it save to run a pair's prompt only once, followed by both answers, through a real backbone?"""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .linear_problem import NO_MODEL, model_folder, tiny_model
 from .method import Contender, Samples
 from .report import SPREAD, TIME, Column, Result, counted, listed
 
-#: (pairs, tokens of prompt + answer), by size; the prompt is this percentage of them.
+#: By size: (pairs, tokens of prompt + answer); and the prompt's percentage of these tokens.
 SIZES = {"small": (1, 32), "default": (1, 64), "full": (4, 256)}
 SHARES = {"small": (50,), "default": (50,), "full": (25, 50, 75)}
-#: Both as the trainer takes them: shared rows are attended to by sequence.
+#: Both layouts as in the trainer: attention over shared rows runs by sequence.
 LAYOUTS = {"padded": "each side with its own prompt", "shared": "prompt once a pair"}
 NAMES = {sizes: [f"{layout}-{share}" for share in shares for layout in LAYOUTS] for sizes, shares in SHARES.items()}
-#: Sharing alone, where prompts are half of the tokens.
+#: The goal for sharing alone, with prompts as half of the tokens.
 BAR = 1.2
-#: The same sums in another order: two layouts' hidden states may differ by this share of the largest.
+#: Hidden states of the two layouts may differ by this share of the largest, since their sums have another order.
 TOLERANCE = 1e-4
 
 COLUMNS = [
@@ -37,7 +37,7 @@ COLUMNS = [
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """What sharing brings, by the prompt's share."""
+    """The speed-up from sharing, by the prompt's share."""
     gains = [f"{row['vs_best']:.2f} times as fast where prompts are {row['share']} % of the tokens"
              for row in rows if row.get("vs_best")]  # fmt: skip
     return f"Running a prompt once for both answers makes the backbone {listed(gains)}." if gains else ""
@@ -100,7 +100,7 @@ def samples(
         facts[name] = {"tokens": batch["input_ids"].numel()}
         contenders.append(Contender(name, step))
     rounds = 2 if settings.sizes != "full" else 7
-    contenders[0].run()  # libraries start up
+    contenders[0].run()  # libraries initialise
     found = method.interleave(contenders, rounds, warmup=0, device=settings.device, called=True)
     result = RESULT()
     for name in names:

@@ -1,6 +1,6 @@
 """What do the linear path's matrix products cost, by the native CPU kernels and by torch's library?
 
-Three products of a step, by their name here: `Z` (the logits, rows W^T), `dH` (dZ W) and `dW` (dZ^T rows, into float32).
+A step has three products: `Z` (the logits, rows W^T), `dH` (dZ W) and `dW` (dZ^T rows, into float32).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ProductCase(NamedTuple):
         return f"{self.dtype}-{self.tokens}"
 
 
-#: In 16-bit formats the library takes seconds for dH where the CPU has no instruction for them.
+#: torch's library takes seconds for dH in a 16-bit format for which the CPU has no instruction.
 CASES = {
     "small": [ProductCase("float32", 8)],
     "default": [ProductCase("float32", 32), ProductCase("float32", 128), ProductCase("bfloat16", 16)],
@@ -65,7 +65,7 @@ COLUMNS = [
 
 
 class Operands:
-    """Matrices of a size, laid out as the linear path has them."""
+    """Matrices of one size, in the linear path's memory layout."""
 
     def __init__(self, dtype: torch.dtype, tokens: int, vocab: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,7 @@ class Operands:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The range of our ratios, by dtype."""
+    """The range of our speed-ups, by dtype."""
     by_dtype: dict[str, list[float]] = {}
     for row in rows:
         if row.get("vs_best"):

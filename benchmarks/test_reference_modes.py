@@ -1,4 +1,4 @@
-"""What does each way of getting the reference cost: whole logits, hidden states and head, sums computed before, or none?"""
+"""What does each form of the reference cost: whole logits, hidden states and head, precomputed sums, or no reference?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .peers.linear import LINEAR_PEERS, LinearPeer
 from .problem import BETA
 from .report import EXTRA, SPREAD, TIME, Column, Result
 
-#: (pairs, tokens), half of them prompt; vocabulary; hidden size.
+#: (pairs, tokens, half of which are prompt); vocabulary; hidden size.
 SIZES = {"small": ((1, 32), 4096, 64), "default": ((1, 32), 49152, 576), "full": ((4, 256), 49152, 576)}
 
 MODES = {
@@ -43,7 +43,7 @@ COLUMNS = [
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """What the ways cost, over no reference at all."""
+    """Time of each form of the reference over the time without a reference."""
     costs = [
         f"{row['over_none']:.2f} ({MODES[row['mode']]})"
         for row in rows
@@ -66,7 +66,7 @@ RESULT = partial(
 
 
 class EagerLogits(LinearPeer):
-    """Both models' logits as tensors, then the textbook: what LinearPeer "eager" does, for all positions."""
+    """Both models' logits as tensors, then the textbook formula: as LinearPeer "eager", but for all positions."""
 
     name, title = "eager_logits", "eager PyTorch"
 
@@ -96,7 +96,7 @@ class OursLogits(LinearPeer):
 
 
 def peer(name: str, problem: LinearProblem) -> LinearPeer:
-    """The contender `runner-mode` on a problem of that mode."""
+    """The contender `runner-mode`, on a problem of its mode."""
     runner, mode = name.split("-")
     if mode == "whole":
         return (OursLogits if runner == "ours" else EagerLogits)(problem)

@@ -19,7 +19,7 @@ from .peers.linear import LINEAR_PEERS
 from .problem import LogitsProblem
 from .report import SPREAD, TIME, Column, Result
 
-#: One grid per axis, whose first entry is held: (rows 2P, tokens each), vocabulary, hidden size.
+#: One grid per axis: (rows 2P, tokens per row), vocabulary, hidden size.
 AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
     "small": {
         "tokens": [(4, tokens, 8192) for tokens in (8, 16, 32)],
@@ -43,7 +43,7 @@ WHAT = {
     "hidden": "hidden size: hidden states and head to gradients",
 }
 
-#: Compiled peers are left out: they would compile anew at every size. The second is for the axis `hidden`.
+#: Compiled peers are left out: they would compile again at every size. The second tuple is for the axis `hidden`.
 RUNNERS = {"tokens": ("eager", "ours_inplace"), "vocabulary": ("eager", "ours_inplace"), "hidden": ("eager", "ours")}
 
 COLUMNS = [
@@ -64,7 +64,7 @@ def exponent(x: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def exponents(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """(axis, method) -> the power of the size that the time grows with."""
+    """(axis, method) -> exponent of the time's growth with the size."""
     found = {}
     for axis, case in WHAT.items():
         for title in dict.fromkeys(row["title"] for row in rows if row["case"] == case):
@@ -95,12 +95,12 @@ def contenders(axis: str, settings: Settings, runners: Sequence[str]) -> tuple[l
     for point in grid:
         if axis == "hidden":
             tokens, vocab, size = point
-            # One pair, all tokens scored.
+            # One pair; all tokens are scored.
             case = LinearCase("", 1, tokens, 0.0, hidden_size=size, vocab=vocab, source="random")
             problem = LinearProblem(case, settings.device, dtype)
             found += [Contender(f"{name} {size}", LINEAR_PEERS[name](problem).step) for name in runners]
         else:
-            # The problems take turns, so together they need to exceed the cache, not each.
+            # The problems take turns, so it suffices that all of them together exceed the cache.
             logits = LogitsProblem(point, dtype, settings.device, rotating_bytes=4 * cache_bytes() // len(grid))
             size = point[0] * point[1] if axis == "tokens" else point[2]
             found += [Contender(f"{name} {size}", PEERS[name](logits).step, logits.next) for name in runners]
@@ -112,7 +112,7 @@ def contenders(axis: str, settings: Settings, runners: Sequence[str]) -> tuple[l
 def samples(
     axis: str, settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
 ) -> dict[str, list[Samples]]:
-    """By runner, one entry a size."""
+    """By runner, one entry per size."""
     runners = wanted(request, "test_scaling", "runner", axis=axis)
     titles = {name: (LINEAR_PEERS if axis == "hidden" else PEERS)[_name(axis, name)] for name in runners}
     sizes, racers = contenders(axis, settings, [_name(axis, name) for name in runners])
@@ -150,5 +150,5 @@ def axis(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("runner", ["eager", "ours"])
 def test_scaling(samples: dict[str, list[Samples]], runner: str, replay: Callable[[Samples], None]) -> None:
-    # pytest-benchmark is shown the largest size.
+    # pytest-benchmark gets the largest size.
     replay(samples[runner][-1])

@@ -1,4 +1,4 @@
-"""How long until the first gradient: imports, first call, later calls, each in a fresh process, with caches cold or warm?"""
+"""How long does it take until the first gradient? Imports, first call and later calls in new processes, caches cold or warm."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .linear_problem import ROOT
 from .method import Samples
 from .report import FORMATS, Column, Result
 
-#: [2P, T, V]: small, because what is asked is what a call costs before it works.
+#: [2P, T, V]: small, because the question is what a call costs before its computation.
 SHAPE = {"small": (2, 8, 4096), "default": (4, 32, 49152), "full": (4, 32, 49152)}
 ROUNDS = {"small": 1, "default": 1, "full": 5}
 
-#: Statements that leave `step`, a function of the problem; TRITON compiles ahead of time and needs no GPU.
+#: Statements that define `step`, by contender. Triton's entry compiles ahead of time and needs no GPU.
 STEPS = {
     "eager": "from benchmarks.peers import PEERS; step = PEERS['eager'](problem).step",
     "compiled": "from benchmarks.peers import PEERS; step = PEERS['compiled'](problem).step",
@@ -39,7 +39,7 @@ TITLES = {
     "ours": "dpo_kernels, in place",
     "triton": "dpo_kernels, Triton kernels compiled for sm_90",
 }
-#: Below full the slow ones are left out, each a quarter of a minute.
+#: The default leaves out contenders that take a quarter of a minute each.
 QUICK = ("eager", "compiled_cold", "ours")
 NAMES = {"small": ("eager", "ours"), "default": QUICK, "full": tuple(TITLES)}
 SCRIPT = """
@@ -98,7 +98,7 @@ RESULT = partial(
 
 
 def run(name: str, settings: Settings, cache: Path) -> dict[str, float]:
-    """Seconds of one fresh process. Raises CalledProcessError."""
+    """Seconds that one new process reports. Raises CalledProcessError."""
     make = STEPS.get(name.partition("_")[0], "")
     script = (
         TRITON_SCRIPT
@@ -117,7 +117,7 @@ def run(name: str, settings: Settings, cache: Path) -> dict[str, float]:
 def measured(
     settings: Settings, publish: Callable[[Result], Result], request: pytest.FixtureRequest
 ) -> dict[str, list[dict[str, float]]]:
-    """By contender, one entry a round; every round has caches of its own."""
+    """By contender, one entry per round; every round has its own caches."""
     names = wanted(request, "test_startup", "name")
     if importlib.util.find_spec("triton") is None:
         names = [name for name in names if name != "triton"]

@@ -1,4 +1,4 @@
-"""What does it cost to ask for each statistic, and for all of them, in the pass that computes the loss anyway?"""
+"""What does each statistic cost, and what do all of them cost, in the pass that computes the loss?"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .method import Contender, Samples
 from .problem import LogitsProblem, step
 from .report import SPREAD, TIME, TIMES_FLOOR, TRAFFIC, Column, Result
 
-#: Half of the logits path's default: a cost relative to none needs no more.
+#: Half of the logits path's default size, which suffices for a cost relative to no statistics.
 SHAPES = {"small": [(4, 32, 8192)], "default": [(8, 64, 49152)], "full": [(8, 128, 49152)]}
 
-#: What is asked for, by its name in the table.
+#: The requested statistics, by their name in the table.
 REQUESTS: dict[str, tuple[str, ...]] = {"none": (), **{name: (name,) for name in STATISTICS}, "all": STATISTICS}
 
-#: Tests' names that differ from the statistic's: `-k logits` picks the logits path alone.
+#: Test names that differ from the statistic's name, so that `-k logits` selects the logits path alone.
 IDS = {"mean_logits": "mean"}
 
 COLUMNS = [
@@ -35,7 +35,7 @@ COLUMNS = [
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """What all of them cost, in each dtype."""
+    """The cost of all statistics together, in each dtype."""
     costs = [f"{100 * (row['vs_none'] - 1):+.0f} % in {row['dtype']}" for row in rows if row["title"] == "all"]
     return f"All statistics together change the time of loss and gradient by {', '.join(costs)}." if costs else ""
 
@@ -59,7 +59,7 @@ def samples(
     request: pytest.FixtureRequest,
 ) -> dict[str, Samples]:
     problem = LogitsProblem(shape, DTYPES[dtype], settings.device)
-    # What the others are compared with takes part in any case.
+    # The baseline of the comparison always takes part.
     titles = ["none", *wanted(request, "test_statistics", "request_", shape=shape, dtype=dtype)]
     asked_for = {title: asked for title, asked in REQUESTS.items() if title in titles}
     contenders = [

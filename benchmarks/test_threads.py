@@ -18,12 +18,12 @@ from .problem import LogitsProblem
 from .report import SPREAD, TIME, Column, Result, listed
 
 SHAPE = {"small": (4, 32, 8192), "default": (8, 32, 49152), "full": (8, 128, 49152)}
-#: Compiled peers are left out: they would compile anew for every number of threads.
+#: Compiled peers are left out: they would compile again for every number of threads.
 RUNNERS = ("eager", "ours_inplace")
 
 
 def thread_counts() -> list[int]:
-    """1, 2, 4 ... up to the cores there are."""
+    """1, 2, 4 ... up to the number of cores."""
     cores = os.cpu_count() or 1
     return [*(n for n in (2**k for k in range(12)) if n < cores), cores]
 
@@ -40,7 +40,7 @@ COLUMNS = [
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """What all cores bring over one."""
+    """The speed-up of all cores over one."""
     most = max(row["x"] for row in rows)
     gains = [f"{row['speedup']:.2f} ({row['title']})" for row in rows if row["x"] == most and row.get("speedup")]
     return f"{most} threads are {listed(gains)} times as fast as one." if gains and most > 1 else ""

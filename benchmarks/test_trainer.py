@@ -1,9 +1,9 @@
-"""Which trainer gets more real tokens through a training step, and what memory does it take?
+"""Which trainer processes most tokens per second, padding not counted, and how much memory does it need?
 
-SmolLM2-135M learns a few steps from the same pairs, in the same order, with the same optimizer, in each trainer; every
-run is a process of its own, one after the other, in rounds. Tokens are counted from the tokenised pairs, padding left
-out, and must be the same for all; so must the loss curves, up to rounding. Among them is TRL's own trainer after
-`apply_to_trl()`, one line in its user's script.
+Each trainer trains SmolLM2-135M for a few steps on the same pairs, in the same order, with the same optimizer. Every run is
+a process of its own; runs follow one another, in rounds. Tokens are counted from the tokenised pairs, without padding. They
+must be the same for all trainers, and so must the loss curves, up to rounding. One of the trainers is TRL's own after
+`apply_to_trl()`, which is one line in its user's script.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .method import Best, Samples
 from .peers.base import PEERS_EXTRA
 from .report import SPREAD, TIMES_PRODUCTS, Column, Result, counted
 
-#: (rounds, steps of each, the first of which is not timed).
+#: (rounds, steps of each round, of which the first is not timed).
 ROUNDS = {"small": (1, 2), "default": (1, 2), "full": (3, 4)}
 MAX_LENGTH = 256
 
@@ -41,14 +41,14 @@ TITLES = {
     "trl": "TRL 1.16",
 }
 BASELINE = "trl"
-#: These answer the question; the other variants take minutes more.
+#: These trainers answer the question; the other variants take minutes more.
 MAIN = ("ours", "trl_patched", BASELINE)
 TRAINERS = {"small": ("ours", BASELINE), "default": MAIN, "full": tuple(TITLES)}
-#: Pairs of a step, unless --pairs-per-step says.
+#: Pairs of a step, unless --pairs-per-step is given.
 BATCH = {"small": 2, "default": 4, "full": 8}
-#: At least so many times TRL's tokens a second, for our trainer and for TRL's on our kernels; at most this share of its memory.
+#: Goals relative to TRL: tokens per second of our trainer, and of TRL's on our kernels (at least); our memory (at most).
 SPEED_BAR, PATCH_BAR, MEMORY_BAR = 2.5, 1.5, 0.75
-#: The curves are means of the same float32 numbers, rounded in another order; a missed token or pair moves them by more.
+#: The curves are means of the same float32 numbers, summed in another order; a missed token or pair changes them by more.
 LOSS_TOLERANCE = 1e-3
 
 COLUMNS = [
@@ -70,7 +70,7 @@ DETAILS = [
 
 
 def run(name: str, model: Path, pairs: Path, batch: int, steps: int) -> dict[str, Any] | str:
-    """What `benchmarks.trainer_run` prints about one run, or the last line of its error."""
+    """The JSON that `benchmarks.trainer_run` prints about one run, or the last line of its error."""
     command = [sys.executable, "-m", "benchmarks.trainer_run", name, "--pairs", str(pairs), "--model", str(model)]
     command += ["--steps", str(steps), "--batch", str(batch), "--max-length", str(MAX_LENGTH)]
     done = subprocess.run(
@@ -89,7 +89,7 @@ def deviation(found: dict[str, Any], baseline: dict[str, Any]) -> float:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Our defaults against TRL's."""
+    """Our trainer against TRL's, both with their defaults."""
     known = {row["peer"]: row for row in rows if row.get("vs_best")}
     if (ours := known.get("ours")) is None:
         return ""
@@ -117,7 +117,7 @@ RESULT = partial(
 
 
 def table(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], heading: str) -> Result:
-    """One row a trainer; runs: name -> one entry a round."""
+    """One row per trainer; runs: name -> one entry per round."""
     result = RESULT()
     rates = {
         name: [sum(one["tokens"][1:]) / sum(one["step_s"]) for one in rounds] for name, rounds in runs.items() if rounds
@@ -161,13 +161,13 @@ def table(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], headin
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The goals and what was reached."""
+    """The goals and the measured values."""
     measured = {row["peer"]: row for row in rows if row.get("vs_best")}
     found = []
     for name, bar in (("ours", SPEED_BAR), ("trl_patched", PATCH_BAR)):
         if name in measured:
             speed, what = measured[name]["vs_best"], f"{TITLES[name]}, times TRL's tokens a second"
-            # TRL's own distance from the floor: what a trainer that did nothing else would reach.
+            # The ceiling is TRL's time over the floor: the ratio of a trainer that does nothing else.
             ceiling = measured[name]["vs_best"] * measured[name]["times_floor"] if name == "ours" else None
             found.append({"what": what, "bar": bar, "measured": speed, "met": speed >= bar, "ceiling": ceiling})
     if "ours" in measured:

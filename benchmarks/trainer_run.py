@@ -1,9 +1,9 @@
-"""One trainer, a few steps on real pairs, in a process of its own, so that its peak of memory is its own.
+"""Runs one trainer for a few steps on real pairs, in a process of its own, so that the peak of memory is the trainer's.
 
     python -m benchmarks.trainer_run ours --pairs pairs.jsonl --model FOLDER --steps 4 --batch 8 --max-length 256
 
 Prints one JSON object: seconds from the end of each step to the end of the next, losses, tokens of each step, bytes.
-`benchmarks/test_trainer.py` starts one such process after the other and compares what they print.
+`benchmarks/test_trainer.py` starts these processes one after the other and compares their output.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 
 from .method import peak_resident
 
-#: What every trainer is told, under names that all of them know.
+#: Settings of every trainer, under names that all of them accept.
 LEARNING_RATE = 1e-5
 
 
 def pick(path: Path, tokenizer: Any, count: int, max_length: int) -> list[dict[str, Any]]:
-    """The file's first `count` pairs whose prompt leaves room for an answer; both trainers would drop the others.
+    """The file's first `count` pairs whose prompt leaves room for an answer; both trainers would drop other pairs.
 
     Raises:
         ValueError: the file holds fewer.
@@ -46,7 +46,7 @@ def pick(path: Path, tokenizer: Any, count: int, max_length: int) -> list[dict[s
 
 
 def token_counts(dataset: Any, batch: int, max_length: int) -> list[int]:
-    """Real tokens of each step: prompts and completions of both sides, cut at max_length, padding not counted."""
+    """Tokens of each step without padding: prompts and completions of both sides, truncated at max_length."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     prompts, *sides = (dataset[name] for name in names)
     pairs = [
@@ -74,16 +74,16 @@ def common_arguments(scratch: str, steps: int, batch: int, max_length: int, devi
 
 
 def build_ours(model: Path, rows: list[dict[str, Any]], common: dict[str, Any], **own: Any) -> Any:
-    """Our trainer, with its defaults but for `common` and `own`."""
+    """Our trainer with its defaults, except for `common` and `own`."""
     from dpo_trainer import DPOConfig, DPOTrainer
 
-    # TRL leaves no pair out, whatever it holds.
+    # No filters, since TRL leaves out no pair.
     arguments = DPOConfig(**common, filters=[], **own, log_level="error")
     return DPOTrainer(str(model), args=arguments, train_dataset=rows)
 
 
 def build_trl(model: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> Any:
-    """TRL's trainer, in float32 and without checkpointing as ours."""
+    """TRL's trainer, in float32 and without gradient checkpointing, like ours."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
@@ -98,7 +98,7 @@ def build_trl(model: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -
 
 
 def build_trl_patched(model: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> Any:
-    """The same with our kernels in place of its fused LM head, as in a script that begins with this line."""
+    """TRL's trainer with our kernels in place of its fused LM head, as in a script that begins with `apply_to_trl()`."""
     from dpo_kernels.integrations.trl import apply_to_trl
 
     apply_to_trl()
@@ -106,12 +106,12 @@ def build_trl_patched(model: Path, rows: list[dict[str, Any]], common: dict[str,
 
 
 def floor(trainer: Any, batch: int) -> float:
-    """Seconds of a step's matrix products and attention by themselves: what no trainer of the whole model against a frozen
-    copy avoids.
+    """Seconds of a step's matrix products and attention alone: the least time of any trainer that trains the whole model
+    against a frozen copy.
 
-    Every linear layer four times (policy, reference, gradients of input and weight), the backbone's over every token that is
-    read once, shared prompts included, the head's over scored tokens; attention over every sequence. For the mean step's
-    number of tokens, with buffers that are used again at once, so the caches are as warm as can be.
+    Every linear layer has four products (policy, reference, gradients of input and weight). The backbone's layers run over
+    every token once, shared prompts included, the head over scored tokens, attention over every sequence. The number of
+    tokens is the mean step's. Buffers are reused at once, so the caches are as warm as possible.
     """
     import torch
 
@@ -120,7 +120,7 @@ def floor(trainer: Any, batch: int) -> float:
         [len(ids) for ids in dataset[name]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
     steps = len(dataset) / batch
-    # A completion's last token is predicted and not read.
+    # A completion's last token is predicted, not read.
     tokens = round((sum(prompts) + sum(chosen) + sum(rejected) - 2 * len(dataset)) / steps)
     scored = round((sum(chosen) + sum(rejected)) / steps)
     backbone, head = trainer.policy.backbone, trainer.policy.head
@@ -161,7 +161,7 @@ def _products(rows: int, outputs: int, inputs: int) -> float:
 
 
 def _attention(prompt: int, chosen: int, rejected: int, heads: int, shared: int, width: int) -> float:
-    """Seconds of one layer's attention for a pair, policy and reference: prompt + chosen, then rejected behind the prompt."""
+    """Seconds of one layer's attention for a pair, policy and reference: prompt + chosen, then rejected after the prompt."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -187,7 +187,7 @@ def _attention(prompt: int, chosen: int, rejected: int, heads: int, shared: int,
     return _median(once)
 
 
-#: name -> what builds the trainer, from the model's folder, the rows and the arguments that all share.
+#: name -> function that builds the trainer from the model's folder, the rows and the settings that all share.
 CONTENDERS: dict[str, Callable[..., Any]] = {
     "ours": build_ours,
     "ours_padded": lambda *a: build_ours(*a, batch_layout="padded"),
@@ -200,10 +200,10 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
 
 
 def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
-    """Build the trainer, train, and say what was measured."""
+    """Build the trainer, train, and return the measurements."""
     if arguments.contender != "trl":
-        # First, as in dpo-train: only before torch's first tensor can they choose how large ones are allocated. TRL's own run
-        # has nothing of ours in it.
+        # Imported first, as in dpo-train: how large tensors are allocated can only be chosen before torch's first tensor.
+        # TRL's own run imports nothing of ours.
         importlib.import_module(
             "dpo_kernels.integrations.trl" if arguments.contender == "trl_patched" else "dpo_trainer"
         )
@@ -228,7 +228,7 @@ def run(arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
         "contender": arguments.contender,
         "start_s": built - begin,
         "first_step_s": watch.ends[0] - built,
-        # Optimizer, logging and loading of the next batch included: end to end.
+        # End to end: with optimizer, logging and loading of the next batch.
         "step_s": [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "tokens": token_counts(trainer.train_dataset, arguments.batch, arguments.max_length),
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     arguments = parser.parse_args()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    # What trainers print is no part of the answer: only the last line goes to the real stdout.
+    # The trainers' own output is kept off the real stdout, which gets only the last line.
     with (
         tempfile.TemporaryDirectory() as scratch,
         open(os.devnull, "w") as nowhere,

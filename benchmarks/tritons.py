@@ -1,13 +1,13 @@
-"""The Tritons that the kernels are held to: what a supported torch brings, each in a folder of its own next to the newest.
+"""The versions of Triton that the kernels are tested with: those that supported torch versions bring, and the newest.
 
-    python -m benchmarks.tritons install [VERSION ...]   put them into the environment (.venv/triton-VERSION); all if none
-    python -m benchmarks.tritons install oldest          what `make test` needs
-    python -m benchmarks.tritons figures [VERSION ...]   rewrite benchmarks/results/machine_code.json for these; all if none
+    python -m benchmarks.tritons install [VERSION ...]   install these into .venv/triton-VERSION; all if none is given
+    python -m benchmarks.tritons install oldest          the one that `make test` needs
+    python -m benchmarks.tritons figures [VERSION ...]   rewrite benchmarks/results/machine_code.json; all if none is given
 
 torch decides which Triton a user has, and so which compiler translates our kernels: torch 2.10 and 2.11 bring 3.6.0,
-torch 2.12 brings 3.7.0. Each version must give the machine code that the speed argument rests on. `OLDER` is the one
+torch 2.12 brings 3.7.0. Each version must produce the machine code on which the speed argument rests. `OLDER` is the only
 list: the Makefile installs from it, the tests compile with it, and pyproject's `dev` extra asks for its first entry or
-newer. The newest Triton is the one installed in the environment itself.
+newer. The newest Triton is installed in the environment itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: Older than the installed one, oldest first. The oldest is compiled in every run of the tests, the others in the slow ones.
+#: Versions older than the installed one, oldest first. All test runs compile with the oldest, slow tests with all.
 OLDER = ("3.6.0", "3.7.1", "3.8.0")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +36,9 @@ def installed() -> str:
 
 
 def environment(version: str | None = None, **extra: str) -> dict[str, str]:
-    """Environment variables of a process that runs from this tree with Triton `version`; None for the installed one.
+    """Environment variables of a process that runs from this tree with Triton `version` (None: the installed one).
 
-    FileNotFoundError if that version was not installed.
+    Raises FileNotFoundError if that version is not installed.
     """
     path = [str(ROOT), str(ROOT / "python")]
     if version is not None and version != installed():
@@ -52,7 +52,7 @@ def environment(version: str | None = None, **extra: str) -> dict[str, str]:
 
 
 def install(version: str) -> None:
-    """Install one Triton into its folder. It is found there through PYTHONPATH, before the environment's own."""
+    """Install one Triton into its folder. PYTHONPATH finds it there, before the environment's own."""
     if (folder(version) / "triton").is_dir():
         return
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder(version))]

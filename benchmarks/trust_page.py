@@ -1,6 +1,6 @@
 """Fills docs/trust.md with the figures of benchmarks/results/*.json, so that none is typed by hand.
 
-python -m benchmarks.trust_page            print what the page should say
+python -m benchmarks.trust_page            print the page's table
 python -m benchmarks.trust_page --write    put it between the page's markers
 """
 
@@ -62,7 +62,7 @@ PARTS = {"properties": _properties, "planted_faults": _planted_faults, "runs": _
 
 
 def render(results: Path = RESULTS) -> str:
-    """The table of what was tried and found; a part without results is left out."""
+    """The table of checks and their results; a check without results is left out."""
     rows = [("what was tried", "result"), ("---", "---")]
     for name, part in PARTS.items():
         path = results / f"{name}.json"

@@ -1,6 +1,6 @@
-"""The yardstick: a row's log-sum-exp as Triton kernels are usually written, to show what the machine-code table tells apart.
+"""A row's log-sum-exp as Triton kernels are usually written, for comparison in the machine-code table.
 
-A 1-D block, reduced over all threads in every iteration: shuffles and barriers in the loop, about twice the instructions.
+It reduces a 1-D block over all threads in every iteration: shuffles and barriers in the loop, about twice the instructions.
 """
 
 import triton

@@ -1,8 +1,9 @@
 """Writes the tables of docs/compatibility.md: `python docs/compatibility_tables.py`.
 
-The settings come from TRL's class and ours (TRL must be installed), TRL's tests from benchmarks/results/trl_suite.json, which
-`tests/trl_suite.py` writes, and the architectures from benchmarks/results/architectures.json, which
-tests/trainer/test_architectures.py writes. Each table stands between two markers of its name.
+The settings come from TRL's class and ours (TRL must be installed). The results of TRL's tests come from
+benchmarks/results/trl_suite.json, which `tests/trl_suite.py` writes; those of the architectures come from
+benchmarks/results/architectures.json, which tests/trainer/test_architectures.py writes. Each table is between two markers
+with its name.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "compatibility.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 SUITE, ARCHITECTURES, ADAPTERS = (RESULTS / f"{name}.json" for name in ("trl_suite", "architectures", "adapters"))
-#: What may become of a model or an adapter, the best first.
+#: How a model or an adapter can run here, the best outcome first.
 ORDER = ("supported", "slower", "refused")
 AHEAD, FULL = "a later token changes the logits before it", "prompts are shared, and the head is fused"
 
 
 def defaults(kind: Any) -> dict[str, Any]:
-    """The defaults of a dataclass that may be set, by field."""
+    """Default values of a dataclass's init fields, by field."""
     return {
         item.name: getattr(value, "value", value)
         for item in dataclasses.fields(kind)
@@ -39,7 +40,7 @@ def defaults(kind: Any) -> dict[str, Any]:
 
 
 def of_trl() -> dict[str, Any]:
-    """The defaults of TRL's DPOConfig: of the fields that it declares or changes, and of those that differ from ours."""
+    """Defaults of TRL's DPOConfig, for fields that it declares or changes, and fields whose default differs from ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl import DPOConfig as Theirs
@@ -59,7 +60,7 @@ def ours_of(name: str, value: Any) -> Any:
 
 
 def status(name: str, value: Any) -> str:
-    """What becomes of TRL's field here."""
+    """What TRL's field does here."""
     if name not in defaults(DPOConfig):
         return f"told: {ANSWERS[name]}"
     if name in OTHER_MEANING:
@@ -68,7 +69,7 @@ def status(name: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A default as it would be written."""
+    """A default as a user would write it."""
     return f"`{json.dumps(value, default=str)}`"
 
 
@@ -89,7 +90,7 @@ def differing() -> str:
 
 
 def fields() -> str:
-    """The table of the fields of TRL's DPOConfig."""
+    """The table of fields of TRL's DPOConfig."""
     lines = ["| field | TRL's default | here |", "|---|---|---|"]
     lines += [row(f"`{name}`", shown(value), status(name, value)) for name, value in of_trl().items()]
     return "\n".join(lines) + "\n"
@@ -108,7 +109,7 @@ def older() -> str:
 
 
 def suite() -> str:
-    """What became of TRL's tests."""
+    """The results of TRL's tests."""
     found = json.loads(SUITE.read_text(encoding="utf-8"))
     counted = found["tests"] - len(found["skipped"])
     lines = [
@@ -127,7 +128,7 @@ def suite() -> str:
 
 
 def kind_of(found: dict[str, Any]) -> tuple[str, str]:
-    """(what becomes of an architecture, why), from what the trainer said of it."""
+    """(how an architecture runs, why), from the trainer's messages about it."""
     if refused := found.get("refused"):
         why = AHEAD if "looks ahead" in refused else refused.partition(": ")[2]
         return "refused", why.replace(found["class"], "it", 1).partition(";")[0]
@@ -144,7 +145,7 @@ def kind_of(found: dict[str, Any]) -> tuple[str, str]:
 
 
 def groups_of(entries: Iterable[tuple[str, tuple[str, str]]], title: str) -> list[str]:
-    """A table with a row for each (what becomes of them, why), of entries (name, (what, why))."""
+    """A table with a row for each outcome and reason, from entries (name, (outcome, reason))."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, group in entries:
         groups.setdefault(group, []).append(name)
@@ -155,7 +156,7 @@ def groups_of(entries: Iterable[tuple[str, tuple[str, str]]], title: str) -> lis
 
 
 def architectures() -> str:
-    """What becomes of every architecture of transformers that can be made tiny."""
+    """How each architecture of transformers that can be made tiny runs."""
     whole = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
     lines = [
         f"{len(whole['architectures'])} architectures of transformers {whole['transformers']}, by their model types. "
@@ -167,7 +168,7 @@ def architectures() -> str:
 
 
 def kind_of_adapter(found: dict[str, str]) -> tuple[str, str]:
-    """(what becomes of a kind of adapter, why)."""
+    """(how a kind of adapter runs, why)."""
     if refused := found.get("refused"):
         return "refused", AHEAD if "looks ahead" in refused else refused
     if why := found["why"]:
@@ -176,7 +177,7 @@ def kind_of_adapter(found: dict[str, str]) -> tuple[str, str]:
 
 
 def adapters() -> str:
-    """What becomes of every kind of adapter."""
+    """How each kind of adapter runs."""
     whole = json.loads(ADAPTERS.read_text(encoding="utf-8"))
     absent = ", ".join(f"`{name}` ({package})" for name, package in whole["not_tried"].items())
     lines = [
@@ -198,7 +199,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(page: str) -> str:
-    """The page with every table between its markers."""
+    """The page with each table between its markers."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, rest = page.split(begin)

@@ -1,6 +1,6 @@
 """Writes the measured errors of docs/numerics.md: `python docs/numerics_tables.py`.
 
-The figures are those of benchmarks/results: the rows with a gradient of each machine's logits_path.json, and of each GPU's
+The figures come from benchmarks/results: the rows with a gradient in each machine's logits_path.json and in each GPU's
 results.json.
 """
 
@@ -22,7 +22,7 @@ def table(heading: str, rows: list[tuple[str, float, str]]) -> list[str]:
 
 
 def of_cpu(path: Path) -> list[str]:
-    """The tables of one machine, a table for each case."""
+    """The tables of one machine, one for each case."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     cases: dict[str, list[tuple[str, float, str]]] = {}
     for row in found["rows"]:
@@ -35,7 +35,7 @@ def of_cpu(path: Path) -> list[str]:
 
 
 def of_gpu(path: Path) -> list[str]:
-    """The tables of a card: its largest case from logits, and from hidden states."""
+    """The tables of a card: its largest case from logits and its largest case from hidden states."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     lines = []
     for name, call in (("logits", "peers"), ("hidden states", "linear")):

@@ -1,7 +1,7 @@
 """Writes docs/objectives.md and its plots from the registry: `python docs/objectives.py`.
 
-The plots are plain SVG written here, so that a page can be checked against the code byte for byte with no plotting
-library (and its version) in between.
+This script writes the plots as plain SVG without a plotting library, whose version could change the output. So the page can
+be compared with the code byte for byte.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPAN, POINTS, REFERENCE = 6.0, 121, -4.0
 
 @dataclass(frozen=True)
 class Curves:
-    """An objective along the axis: the loss and its derivatives by log pi(chosen) and log pi(rejected)."""
+    """An objective along the axis: the loss and its derivatives with respect to log pi(chosen) and log pi(rejected)."""
 
     x: list[float]
     loss: list[float]
@@ -39,7 +39,7 @@ class Curves:
 
 
 def curves(info: ObjectiveInfo, label_smoothing: float) -> Curves:
-    """Evaluate one objective pair by pair (a batch of one each), running means standing at 0."""
+    """Evaluate one objective pair by pair (each in a batch of one), with running means at 0."""
     made = objective(info.name)
     if isinstance(made, RunningObjective):
         made.eval()
@@ -107,7 +107,7 @@ def _panel(name: str, title: str, lines: list[tuple[list[float], str, bool]], x:
 
 
 def smoothings(info: ObjectiveInfo) -> list[float]:
-    """What is drawn: the plain objective, and dashed a smoothed one where it has label smoothing."""
+    """The curves to draw: the plain objective, and, dashed, the smoothed objective if it supports label smoothing."""
     if info.smoothing_range is None:
         return [0.0]
     return [0.0 if info.smoothing_range.holds(0, 0) else 1e-3, 0.1]
@@ -247,7 +247,7 @@ def _section(info: ObjectiveInfo) -> str:
 
 
 def render() -> dict[str, str]:
-    """Every generated file's text, by its path under docs/."""
+    """The text of every generated file, by its path under docs/."""
     rows = list(OBJECTIVES.values())
     head = "| name | when to use it | needs | label smoothing | own parameters | typical beta |"
     table = "\n".join([head, "|---" * 6 + "|", *map(_row, rows)])
@@ -265,7 +265,7 @@ def render() -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the files, and remove plots of objectives that are gone."""
+    """Write the files, and delete plots of objectives that no longer exist."""
     files = render()
     (FOLDER / "objectives").mkdir(exist_ok=True)
     for old in (FOLDER / "objectives").glob("*.svg"):

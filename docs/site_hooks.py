@@ -1,7 +1,7 @@
-"""Hooks of MkDocs: pages that are files outside of docs/, and links to files that the site does not have.
+"""Hooks of MkDocs: pages from files outside of docs/, and links to files that the site does not have.
 
-In the repository a page links to sources by a relative path. The site has no sources: with `repo_url` in mkdocs.yml such a
-link goes there, and without it the link becomes its text and the path.
+In the repository a page links to sources by a relative path, but the site has no sources. With `repo_url` in mkdocs.yml such
+a link leads to the repository; without it the link is replaced by its text and the path.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Pages of the site by their files in the repository.
+#: Pages of the site, by their file in the repository.
 PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "examples/sentiment/README.md": "examples/sentiment.md",
     "examples/piqa/README.md": "examples/piqa.md",
-    # Links to these go to the page that takes their place.
+    # Links to these files go to the page that replaces them.
     "README.md": "index.md",
     "examples/sentiment": "examples/sentiment.md",
     "examples/piqa": "examples/piqa.md",
@@ -38,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """The page with its links to files of the repository rewritten for the site."""
+    """The page, with links to files of the repository rewritten for the site."""
     here = page.file.src_uri
     source = next((path for path, target in PAGES.items() if target == here and here != "index.md"), f"docs/{here}")
 
@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/HEAD/{wanted})"
         return f"`{wanted}`" if text.strip("`").rstrip("/") in wanted else f"{text} (`{wanted}`)"
 
-    # In a table GitHub wants | escaped also within code; here the escape would be shown.
+    # In tables GitHub requires | to be escaped within code too; the site would show the escape.
     tables = re.sub(
         r"(?m)^\|.*$", lambda row: re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), row[0]), markdown
     )

@@ -1,6 +1,6 @@
-"""Writes the trainer's tables from its own: `python docs/trainer_tables.py`.
+"""Writes tables of the docs from the trainer's code: `python docs/trainer_tables.py`.
 
-The diagnoses and their thresholds go into docs/trainer.md, between two markers. The settings are docs/settings.md.
+The diagnoses and their thresholds go into docs/trainer.md, between two markers. The settings go into docs/settings.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def diagnoses() -> str:
     lines = ["| name | what it says | thresholds | what to do |", "|---|---|---|---|"]
     for name, diagnosis in DIAGNOSES.items():
         used = ", ".join(f"`{limit}`" for limit in diagnosis.limits) or "-"
-        step = re.sub(r"{.*?}, ", "", diagnosis.step)  # the run's values are not known here
+        step = re.sub(r"{.*?}, ", "", diagnosis.step)  # the values of a run are unknown here
         lines.append(row(f"`{name}`", diagnosis.title, used, f"{step} {diagnosis.remedy}".strip()))
     lines += ["", "| threshold | default | what it means |", "|---|---:|---|"]
     lines += [row(f"`{item.name}`", f"{item.default:g}", item.metadata["help"]) for item in dataclasses.fields(Limits)]
@@ -45,7 +45,7 @@ def filled(page: str) -> str:
 
 
 def settings() -> str:
-    """The page of settings: a table a group. Those that most runs need are in bold."""
+    """The page of settings: one table per group. Settings that most runs need are in bold."""
     lines = [
         "# Settings",
         "",

@@ -31,7 +31,7 @@ __all__ = [
     "use_backend",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not TYPE_CHECKING:  # with __getattr__ defined, a type checker would accept any name
     __getattr__, __dir__ = names_of(
         __name__,
         {

@@ -1,6 +1,6 @@
-"""`python -m dpo_kernels`: versions, devices, libraries, which backend is used for what, and why the other backends are not.
+"""`python -m dpo_kernels`: versions, devices, libraries, and which backends are available, with the reason if not.
 
-`check` runs the operator table on this machine, `bench` times loss and gradient next to eager PyTorch.
+`check` runs the operator table on this machine; `bench` compares the time of loss and gradient with eager PyTorch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .doctor import VARIABLES as VARIABLES
 
 
 class UsageError(ValueError):
-    """The command cannot run as it was given; the message is one line that says why."""
+    """The command cannot run as given; the message says why in one line."""
 
 
 def report() -> None:
@@ -63,7 +63,7 @@ def device_of(text: str | None) -> torch.device:
 
 
 def _known(backend: str, who: str = "") -> str:
-    """The name itself. Raises UsageError, whose message begins with `who`, for an unknown one."""
+    """The name itself. Raises UsageError if it is unknown; the message begins with `who`."""
     try:
         return backends.check_name(backend)
     except ValueError as reason:
@@ -71,7 +71,7 @@ def _known(backend: str, who: str = "") -> str:
 
 
 def check(backend: str | None, device_name: str | None, cases: tuple[selfcheck.Case, ...] = selfcheck.TABLE) -> int:
-    """Run the operator table on every backend for the device, or on one; 1 if a case is wrong, else 0."""
+    """Run the operator table on the given backend, or on all for the device. Returns 1 if a case is wrong, else 0."""
     device = device_of(device_name)
     if backend is None:
         names = list(backends.candidates(device.type))
@@ -97,10 +97,10 @@ def check(backend: str | None, device_name: str | None, cases: tuple[selfcheck.C
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m dpo_kernels",
-        description="Without a command: versions, devices, libraries, which backend is used, and why the others are not.",
+        description="Without a command: versions, devices, libraries, and which backends are available, with the reason if not.",
     )
     commands = parser.add_subparsers(dest="command", metavar="{doctor,check,bench}")
     commands.add_parser("doctor", help="the same as without a command")
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         "check",
         help="compare this machine's backends with the float64 definition, case by case",
         description="Run the operator table on this machine and print how many cases each backend gets right. Exit status: "
-        "0 all right, 1 a case is wrong, 2 the backend or device does not exist. On a GPU the first run compiles every "
+        "0 all cases right, 1 a case wrong, 2 no such backend or device. On a GPU the first run compiles every "
         "kernel variant, which takes minutes.",
     )
     checking.add_argument(
@@ -116,9 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     timing = commands.add_parser(
         "bench",
-        help="time loss and gradient on this machine, compared with eager PyTorch",
-        description="Time the loss and its gradient and those of eager PyTorch, in alternation: medians, quartiles, and the "
-        "bandwidth that was reached as a share of a copy's. Takes half a minute.",
+        help="compare the time of loss and gradient on this machine with eager PyTorch",
+        description="Time the loss and its gradient, alternating with eager PyTorch: medians, quartiles, and the "
+        "bandwidth reached, as a share of a copy's. Takes half a minute.",
     )
     timing.add_argument(
         "--shape", help="TOKENSxVOCAB or SEQUENCESxTOKENSxVOCAB; default: 8192x128256 on a GPU, else 512x32768"

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when first used (PEP 562), so that importing a package does not import torch."""
+"""Imports a package's names at their first use (PEP 562), so that importing the package does not import torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ def names_of(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], An
     """`__getattr__` and `__dir__` of a package.
 
     Args:
-        package: its name.
-        homes: by public name, the module that defines it, relative to the package. Modules of the package are found as well.
+        package: the package's name.
+        homes: public name -> module that defines it, relative to the package. Modules of the package need no entry.
+
+    Returns:
+        The two functions.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What `python -m dpo_kernels` and `dpo-train doctor` show of this machine: devices, backends, libraries, compilers, caches."""
+"""What `python -m dpo_kernels` and `dpo-train doctor` show about this machine: devices, backends, libraries, compilers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from . import _build, backends
 
-#: Variables that decide what runs; docs/environment.md explains them.
+#: This package's environment variables that decide what runs; docs/environment.md explains them.
 VARIABLES = (
     "DPO_KERNELS_BACKEND",
     "DPO_KERNELS_SELFCHECK",
@@ -22,7 +22,7 @@ VARIABLES = (
     "DPO_KERNELS_ISA",
     "DPO_KERNELS_CACHE",
 )
-#: Those of others.
+#: Environment variables of other programs that also matter.
 OTHER_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_HOME",
@@ -63,7 +63,7 @@ def devices() -> list[str]:
 
 
 def served() -> Iterator[str]:
-    """For each device type, which backend is used, and why the other backends are not."""
+    """For each device type: the backend that is used, and which backends are available, with the reason if not."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         yield f"backend used for {device} tensors: {backends.resolve(device, torch.float32)}"
         for name in backends.NAMES:
@@ -77,7 +77,7 @@ def served() -> Iterator[str]:
 
 
 def libraries() -> list[str]:
-    """The compiled libraries that these sources would load, with the architectures that they hold."""
+    """The compiled libraries that these sources would load, with the architectures that they contain."""
     found = []
     for folder in (_build.PACKAGE, _build.cache_folder()):
         for name in ("cpu", "cuda"):
@@ -116,7 +116,7 @@ def _compiler(kind: str, find: Callable[[], str]) -> str:
 
 
 def variables() -> list[str]:
-    """The variables that are set."""
+    """The environment variables above that are set, as NAME=VALUE."""
     return [f"{name}={os.environ[name]}" for name in (*VARIABLES, *OTHER_VARIABLES) if name in os.environ]
 
 
@@ -131,7 +131,7 @@ def troubles() -> list[tuple[str, str]]:
     if not torch.cuda.is_available() and _build.devices_in_sight() is not None:
         found.append(
             (
-                "there is an NVIDIA GPU, and this torch does not see it",
+                "there is an NVIDIA GPU, but this torch does not see it",
                 "install a build of torch for CUDA, and check nvidia-smi",
             )
         )

@@ -1,4 +1,4 @@
-"""Names that settings may have as values, in a module that imports no torch; tests compare them with the code."""
+"""Names that are legal values of settings, in a module that does not import torch; tests compare them with the code."""
 
 #: `backends.NAMES`.
 BACKENDS = ("eager", "cpu", "triton", "cuda")

@@ -1,4 +1,4 @@
-"""What the examples share around a training run: the control, standard errors, machine facts, table, files."""
+"""Shared parts of the examples around a training run: the control, standard errors, machine facts, table, files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import transformers
 
 Row = dict[str, Any]
 
-# What a README shows of a results file: title, key in the summary, format. Keys that an example lacks are left out.
+# The rows that a README shows of a results file: title, key in the summary, format. Keys that an example lacks are left out.
 FIGURES = (
     ("held-out loss (starts at log 2 = 0.6931)", "held_out_loss", ".4f"),
     ("held-out accuracy", "held_out_accuracy", ".1%"),
@@ -39,7 +39,7 @@ FIGURES = (
     ("seconds in all, a run", "seconds", ".0f"),
     ("tokens per second", "tokens_per_second", ",.0f"),
 )
-# Seeds of the control, each trained twice: few enough to wait for.
+# Number of the control's seeds, each trained twice; small, so that the wait is short.
 SEEDS = 3
 RESULTS_START, RESULTS_END = "<!-- results.json -->", "<!-- end of results.json -->"
 
@@ -50,13 +50,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def flip_labels(rows: Sequence[Row], seed: int, *, other_half: bool = False) -> list[Row]:
-    """Swap chosen and rejected in exactly half of the rows, drawn by lot: labels that say nothing about preference.
+    """Swap chosen and rejected in a random half of the rows, so that labels carry no information about preference.
 
-    Half, not each with probability 1/2: all pairs point the same way, so a surplus of unswapped ones, which coins
-    leave, would still be a signal.
+    Exactly half, instead of each row with probability 1/2: all pairs prefer the same quality, so a surplus of unswapped
+    rows, which independent draws leave, would still be a signal.
 
     Args:
-        other_half: swap those that the same seed leaves alone otherwise.
+        other_half: swap exactly the rows that the same seed does not swap otherwise.
     """
     drawn = set(random.Random(seed).sample(range(len(rows)), len(rows) // 2))
     swapped = set(range(len(rows))) - drawn if other_half else drawn
@@ -73,10 +73,10 @@ def mean_and_error(
 
     Args:
         values: one number per observation.
-        clusters: what each observation belongs to. Pairs that share a prompt are not independent: deviations from the
-            mean are first added up within a cluster (the sandwich estimator of a mean, with C / (C - 1)).
-        crossed: what else it belongs to. The variances of both clusterings add up, less that of their intersections (Cameron,
-            Gelbach and Miller 2011, equation 2.11).
+        clusters: the cluster of each observation. Pairs that share a prompt are not independent, so deviations from the
+            mean are first summed within a cluster (the sandwich estimator of a mean, with C / (C - 1)).
+        crossed: the cluster of each observation in a second clustering. The variance is the sum of both clusterings'
+            variances minus that of their intersections (Cameron, Gelbach and Miller 2011, equation 2.11).
     """
     array = np.asarray(values, dtype=np.float64)
     clusters = range(len(array)) if clusters is None else clusters
@@ -84,7 +84,7 @@ def mean_and_error(
     if crossed is not None:
         parts = variance, _variance_of_mean(array, crossed)
         both = _variance_of_mean(array, list(zip(clusters, crossed, strict=True)))
-        # The difference of estimates can come out too small; the mean is no surer than either clustering makes it.
+        # This difference of estimates can be too small; the error is at least that of each clustering.
         variance = max(sum(parts) - both, *parts)
     return float(array.mean()), math.sqrt(variance)
 
@@ -100,7 +100,7 @@ def _variance_of_mean(array: np.ndarray, clusters: Sequence[Hashable]) -> float:
 
 
 class Observed(NamedTuple):
-    """Numbers whose mean is a figure, and what each of them belongs to."""
+    """The numbers whose mean is a figure, and the cluster of each."""
 
     values: Sequence[float]
     prompts: Sequence[Hashable]
@@ -110,19 +110,19 @@ def held_out(rewards: np.ndarray, prompts: Sequence[Hashable]) -> dict[str, Obse
     """DPO's loss and accuracy on held-out pairs.
 
     Args:
-        rewards: `[pairs, 2]`, implicit rewards of the chosen and of the rejected side.
+        rewards: `[pairs, 2]`, implicit rewards of the chosen and the rejected side.
         prompts: one per pair.
     """
     margins = (rewards[:, 0] - rewards[:, 1]).astype(np.float64)
     return {
         "held_out_loss": Observed(np.logaddexp(0.0, -margins), prompts),
-        # A tie is half right: a model that has not moved scores 50 %, not 0.
+        # A tie counts as half right, so an untrained model scores 50 %, not 0.
         "held_out_accuracy": Observed((margins > 0) + 0.5 * (margins == 0), prompts),
     }
 
 
 def figures(observed: Mapping[str, Observed]) -> dict[str, float]:
-    """Each one's mean under its name, and the standard error, clustered by prompt, as name_error."""
+    """For each name, its mean under `name`, and the standard error, clustered by prompt, under `name_error`."""
     found = {}
     for name, (values, prompts) in observed.items():
         found[name], found[f"{name}_error"] = mean_and_error(values, prompts)
@@ -130,15 +130,15 @@ def figures(observed: Mapping[str, Observed]) -> dict[str, float]:
 
 
 def over_runs(runs: Sequence[Mapping[str, Any]], observed: Sequence[Mapping[str, Observed]]) -> dict[str, Any]:
-    """Summaries of runs of the control as one: means, with standard errors over prompts and over seeds.
+    """One summary of the control's runs: means, with standard errors over prompts and over seeds.
 
-    What training happens to push one held-out pair by, it pushes all of them by: an error over the prompts of one run does
-    not contain that, the spread between seeds does. The runs of a seed swap opposite halves of the labels, so that what one
-    pushes up the other pushes down, and little but what training does under any labels is left in their mean.
+    A run's training may shift all held-out pairs in the same direction by chance. The error over one run's prompts does not
+    contain this shift; the spread between seeds does. The two runs of a seed swap opposite halves of the labels, so their
+    shifts are opposite, and their mean mostly keeps what training does whatever the labels are.
 
     Args:
-        runs: their summaries.
-        observed: of each run, what its figures are means of.
+        runs: the runs' summaries.
+        observed: for each run, the observations whose means are its figures.
 
     Returns:
         The first run's summary, with means in place of the figures, `seeds` in place of `seed`, and every run's own figures
@@ -167,7 +167,7 @@ def learnt_nothing(control: Mapping[str, Any]) -> bool:
 
 
 class Rewards:
-    """A `compute_metrics` for the trainer that keeps every pair's rewards, for standard errors to be computed from."""
+    """A `compute_metrics` for the trainer that keeps every pair's rewards, from which standard errors are computed."""
 
     def __init__(self) -> None:
         self.values = np.empty((0, 2))
@@ -183,11 +183,11 @@ class Rewards:
 def read_options(
     description: str, *, steps: int, learning_rate: float, folder: Path, has_control: bool = True
 ) -> argparse.Namespace:
-    """The command line that the examples share; `output_dir` is filled in, the control's apart from the real run's."""
+    """Parse the examples' common command line. `output_dir` gets a default, which differs for the control."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="at its peak (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs' order, samples and flips (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="for the pairs' order, samples and flips (%(default)s)")
     parser.set_defaults(flip=False, other_half=False, seeds=None)
     if has_control:
         parser.add_argument(
@@ -210,12 +210,12 @@ def read_options(
     return options
 
 
-#: What an example does: train and measure, write summary.json and return the same summary, and what its figures are means of.
+#: An example: trains, measures and writes summary.json; returns that summary and the observations whose means are its figures.
 Run = Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, Observed]]]
 
 
 def run_control(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the control twice a seed, each in a folder of its own in `output_dir`; what `over_runs` makes of it."""
+    """Run the control twice per seed, each run in a folder of its own in `output_dir`. Returns the result of `over_runs`."""
     runs, observed = [], []
     for seed in range(options.seed, options.seed + options.seeds):
         for other_half in (False, True):
@@ -225,14 +225,14 @@ def run_control(run: Run, options: argparse.Namespace) -> dict[str, Any]:
             summary, values = run(argparse.Namespace(**{**vars(options), **own}))
             runs.append({**summary, "other_half": other_half})
             observed.append(values)
-            gc.collect()  # a trainer holds itself; the next one's models shall not stand beside its
+            gc.collect()  # a trainer is in a reference cycle; its models must be freed before the next run's are made
     summary = over_runs(runs, observed)
     write_json(options.output_dir / "summary.json", summary)
     return summary
 
 
 def run_example(run: Run, options: argparse.Namespace, *, name: str, results: Path) -> dict[str, Any]:
-    """Run it, or its control, quietly; the summary, which `--save-results` also puts into `results` under its name."""
+    """Run the example, or its control, quietly. Returns the summary; `--save-results` also stores it in `results`."""
     keep_quiet()
     summary = run_control(run, options) if options.flip else run(options)[0]
     if options.save_results:
@@ -241,7 +241,7 @@ def run_example(run: Run, options: argparse.Namespace, *, name: str, results: Pa
 
 
 def keep_quiet() -> None:
-    """Leave the terminal to the run's own lines."""
+    """Silence other libraries, so that only the run's own lines appear."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -251,7 +251,7 @@ def keep_quiet() -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Date, machine and versions: what a figure needs beside it to mean something."""
+    """Date, machine and versions, without which a figure means little."""
     return {
         "date": date.today().isoformat(),
         "machine": {
@@ -279,7 +279,7 @@ def _cpu_name() -> str:
 
 
 def rounded(values: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
-    """A copy with floats rounded, at any depth; NaN becomes None, which JSON has a word for."""
+    """A copy with floats rounded, at any depth; NaN and infinities become None, because JSON has neither."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -294,7 +294,7 @@ def rounded(values: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -302,7 +302,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def save_result(path: Path, name: str, summary: Mapping[str, Any]) -> None:
-    """Put a run's summary under its name into a results file, and its figures into the README beside it."""
+    """Put a run's summary under its name into a results file, and its figures into the README next to that file."""
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results[name] = {key: value for key, value in summary.items() if key != "training"}
     write_json(path, results)
@@ -310,14 +310,14 @@ def save_result(path: Path, name: str, summary: Mapping[str, Any]) -> None:
 
 
 def put_between_marks(page: Path, table: str) -> None:
-    """Replace what stands between a page's two marks, so that no figure on it is typed."""
+    """Replace the text between a page's two marks, so that no figure on it is typed by hand."""
     before, start, rest = page.read_text(encoding="utf-8").partition(RESULTS_START)
     _, end, after = rest.partition(RESULTS_END)
     page.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown table of the runs in a results file, one column each, and where they were made."""
+    """Markdown table of the runs in a results file, one column each, and the machines they were made on."""
     lines = [f"| | {' | '.join(results)} |", "|---|" + "---:|" * len(results)]
     for title, key, form in FIGURES:
         if all(run.get(key) is not None for run in results.values()):
@@ -338,7 +338,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _seeds(run: Mapping[str, Any]) -> str:
-    """Which seeds a result is of, and what its ± is over; of several runs, also what each came to."""
+    """In words: the seeds of a result and the meaning of its ±; for several runs, also the figures of each."""
     runs = run.get("runs", [run])
     if len(runs) == 1:
         return f"seed {runs[0]['seed']}, ± over prompts"
@@ -354,13 +354,13 @@ def _seeds(run: Mapping[str, Any]) -> str:
 
 
 def control_note(summary: Mapping[str, Any]) -> str:
-    """What the control's figures say, in a line for the terminal."""
+    """The control's result in one line for the terminal."""
     verdict = "is" if learnt_nothing(summary) else "is NOT"
     return f"{_seeds(summary)}. Accuracy {verdict} 50 % within two standard errors."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: first column to the left, the others to the right."""
+    """A table for the terminal: the first column is left-aligned, all others are right-aligned."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [

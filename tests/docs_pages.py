@@ -1,4 +1,4 @@
-"""The pages that people read: their code blocks, links and anchors."""
+"""README and documentation pages: their code blocks, links and anchors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: README and pages of the project, the documentation, and the examples.
+#: README and other pages of the project, the documentation, and the examples.
 PAGES = [
     path
     for pattern in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/**/README.md")
@@ -24,7 +24,7 @@ def name_of(page: Path) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where it stands, its language ("" without one) and its text."""
+    """A fenced block: its place, its language ("" without one) and its text."""
 
     page: str
     line: int
@@ -36,7 +36,7 @@ class Block:
 
 
 def parts(page: str, text: str) -> Iterator[Block | tuple[int, str]]:
-    """The fenced blocks of a page, and (number, line) of the lines outside of them."""
+    """The fenced blocks of a page, and (number, line) of all lines outside of fenced blocks."""
     lines = enumerate(text.splitlines(), 1)
     for number, line in lines:
         opening = FENCE.match(line)
@@ -58,12 +58,12 @@ def blocks(page: Path) -> list[Block]:
 
 
 def prose(page: Path) -> list[tuple[int, str]]:
-    """(number, line) of the lines that no fence holds."""
+    """(number, line) of all lines outside of fenced blocks."""
     return [part for part in parts(name_of(page), page.read_text(encoding="utf-8")) if not isinstance(part, Block)]
 
 
 def indented_code(lines: list[tuple[int, str]]) -> list[int]:
-    """Lines that begin a code block by indentation. Such a block has no language, so nobody can tell what it is."""
+    """Lines that begin a code block by indentation. Such a block has no language, so it cannot be checked."""
     found, in_list, before = [], False, ""
     for number, line in lines:
         indent = len(line) - len(line.lstrip())

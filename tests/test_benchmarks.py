@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: truth, wrong peers, interleaving, memory; and they run from end to end."""
+"""The benchmarks measure what they claim to measure (truth, wrong peers, interleaving, memory), and run from end to end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_truth_is_the_reference(problem: LogitsProblem, truth: Truth) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "compiled"])
 def test_peers_are_right_except_for_sums_in_sixteen_bits(name: str, dtype: torch.dtype) -> None:
-    # Long sequences: rounding each log-probability to 16 bits only shows in sums of many.
+    # Sequences are long, because rounding each log-probability to 16 bits is only visible in a sum of many.
     problem = LogitsProblem((2, 128, 501), dtype)
     truth = Truth(problem)
     problem.next()
@@ -160,7 +160,7 @@ def test_restored_logits_are_what_they_were() -> None:
         if problem.logits.data_ptr() == first:
             break
     assert torch.equal(problem.logits.detach(), before)
-    # The copies in turn exceed the cache, so that nobody finds his inputs there.
+    # All copies together exceed the cache, so no contender finds its inputs there.
     assert len(addresses) * 2 * problem.nbytes >= 4 * machine.cache_bytes()
 
 
@@ -180,13 +180,13 @@ def test_preparation_is_not_timed() -> None:
 
 
 def test_ratio_is_taken_within_rounds() -> None:
-    # A noisy neighbour slowed the second round of both tenfold: the ratio does not move.
+    # Other load slowed the second round of both by a factor of ten: the ratio stays the same.
     assert method.ratio(Samples([2.0, 20.0, 2.0]), Samples([1.0, 10.0, 1.0])) == 2.0
 
 
 def test_peak_memory_sees_what_is_allocated_and_freed_inside() -> None:
     kept = [torch.ones(1 << 16) for _ in range(1024)]
-    del kept  # 256 MiB that malloc keeps and could hand out again
+    del kept  # malloc keeps these 256 MiB and could reuse them
     extra, faults = method.peak_memory(lambda: torch.ones(16 << 20).sum().item())
     assert extra is not None
     # The system counts resident pages in batches per thread.
@@ -195,7 +195,7 @@ def test_peak_memory_sees_what_is_allocated_and_freed_inside() -> None:
 
 
 def test_the_peak_of_a_process_is_its_own() -> None:
-    # The parent holds 256 MiB more than a child that does next to nothing beside the same imports.
+    # The parent holds 256 MiB more than a child that has the same imports and does almost nothing else.
     held = torch.ones(64 << 20)
     script = "from benchmarks.method import peak_resident; print(peak_resident())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -242,7 +242,7 @@ def test_the_first_table_says_who_won() -> None:
         "faster (slower: filtered)",
     )
     assert report.answer("q", [lost])[2] == "slower in 1 of 1 row"
-    # Without a time the ratio is of memory: half the ratio is twice the memory.
+    # A row without a time has a ratio of memory: half the ratio is twice the memory.
     del lost["median_s"]
     assert report.answer("q", [lost])[1:] == ("2.00 times the memory of eager PyTorch", "more memory in 1 of 1 row")
 
@@ -254,7 +254,7 @@ def test_rounds_that_disagree_are_no_loss() -> None:
 
 
 def _collect(*options: str) -> dict[str, list[str]]:
-    """Benchmark -> its tests."""
+    """benchmark -> its tests."""
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -268,7 +268,7 @@ def _collect(*options: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def collected() -> dict[str, dict[str, list[str]]]:
-    """Size -> benchmark -> its tests."""
+    """size -> benchmark -> its tests."""
     return {sizes: _collect("--sizes", sizes) for sizes in ("small", "default", "full")}
 
 
@@ -286,7 +286,7 @@ def test_every_question_has_its_place_on_the_pages(collected: dict[str, dict[str
     assert set(report.ORDER) == set(collected["default"])
 
 
-#: The words that docs/benchmarks.md offers for `-k`, and the benchmark that each picks.
+#: The words for `-k` in docs/benchmarks.md, and the benchmark that each selects.
 WORDS = {
     "logits": "logits_path", "linear": "linear_path", "trainer": "trainer", "memory": "memory", "products": "products",
     "objectives": "objectives", "statistics": "statistics", "reference": "reference_modes", "prefix": "prefix_sharing",
@@ -313,7 +313,7 @@ def test_pytest_agrees_on_what_a_word_picks() -> None:
 def test_small_is_small(collected: dict[str, dict[str, list[str]]]) -> None:
     small = collected["small"]
     assert sum(map(len, small.values())) < 120
-    # Compilers take many seconds; test_compile asks for the graph alone.
+    # Compilers take many seconds; test_compile only tests for graph breaks.
     compiled = re.compile(r"compiled|-cce\]")
     assert [test for name, tests in small.items() if name != "compile" for test in tests if compiled.search(test)] == []
     shapes = {part for tests in small.values() for test in tests for part in re.findall(r"\d+(?:x\d+)+", test)}
@@ -325,7 +325,7 @@ def test_small_is_small(collected: dict[str, dict[str, list[str]]]) -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("extra", [None, 0, 1 << 30])
 def test_every_result_can_be_drawn(chart: str, scale: float, extra: int | None, tmp_path: Path) -> None:
-    # Floors far under and far over the bars, memory unknown, none and much: a machine under load measures all of these.
+    # Floors far below and far above the bars; memory unknown, zero and large: a machine under load can measure all of these.
     pytest.importorskip("matplotlib")
     rows = [
         {"case": "float32 [4, 32, 8192], loss and gradient", "title": f"method {name}", "ours": name == "b", "x": size}
@@ -377,7 +377,7 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
         [*command, *options, "-q", "-p", "no:cacheprovider"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # A line for each method as it goes, and the headline is the last line of all.
+    # Each method has a progress line, and the headline is the very last line.
     before, _, after = done.stdout.partition("= Summary =")
     for line in ("logits_path: eager: first call", "logits_path: ours_inplace: ", "statistics: entropy: "):
         assert f"  {line}" in before
@@ -389,7 +389,7 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     assert set(by_peer) == {"eager", "ours_inplace"}
     assert by_peer["ours_inplace"]["vs_best"] == by_peer["ours_inplace"]["vs_eager"] > 0
     assert by_peer["eager"]["ours_faster"] == by_peer["ours_inplace"]["vs_eager"]
-    # Its own command runs the row and the peer that it is compared with, and nothing else.
+    # A row's own command runs only the row and the peer that it is compared with.
     expression = by_peer["ours_inplace"]["select"]
     assert f"-k '{expression}'" in by_peer["ours_inplace"]["command"]
     listed = subprocess.run(
@@ -405,7 +405,7 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
     assert result["machine"]["name"] == folder.name
     names = {path.name for path in folder.iterdir()}
     assert {f"{name}.{kind}" for name in ("logits_path", "statistics") for kind in ("json", "md", "svg")} <= names
-    # The folder's first page answers each question and draws the roofline of both.
+    # The folder's first page answers each question and shows the roofline of both.
     assert {"README.md", "roofline.svg"} <= names
     index = (folder / "README.md").read_text()
     for name in ("logits_path", "statistics"):
@@ -414,7 +414,7 @@ def test_benchmarks_run_from_end_to_end(tmp_path: Path) -> None:
         assert f": {found['summary']}" in index
         assert f"]({name}.md) | " in index
     assert index.splitlines()[2] == "| question | result against the best peer | verdict |"
-    # The pages can be made again from the JSON alone.
+    # The pages can be written again from the JSON alone.
     pages = {path: path.read_text() for path in folder.glob("*.md")}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.report", str(folder)], capture_output=True, text=True, cwd=ROOT
@@ -432,7 +432,7 @@ def test_the_interval_holds_the_change_and_narrows_with_agreement() -> None:
 
 
 class _Clockwork:
-    """Stands where a Revision stands; every call takes as long as it is told to."""
+    """Replaces a Revision; every call reports the given time."""
 
     def __init__(self, order: list[str], name: str, seconds: float) -> None:
         self.order, self.name, self.seconds = order, name, seconds
@@ -458,7 +458,7 @@ def test_a_revision_runs_the_sources_of_its_own_tree(tmp_path: Path) -> None:
         assert side.call() > 0
     finally:
         side.close()
-    # A tree without the package falls back on the installed one, which would compare a revision with itself.
+    # A tree without the package would import the installed one, so a revision would be compared with itself.
     with pytest.raises(RuntimeError, match="was imported from"):
         compare.Revision("empty", tmp_path, tmp_path)
 
@@ -490,7 +490,7 @@ def test_profile_of_the_linear_path_shows_memory_and_the_filter(tmp_path: Path) 
     linear = {"filter", "filtered_grad_hidden", "filtered_grad_weight"}
     assert {name for name, *_ in found["stages"]} == {"token_logps", "preference_loss"} | linear
     held = [count for _, count in found["ms_and_bytes"]]
-    # At least a chunk's logits (16 scored tokens in one pair) at some time; all is given back in the end.
+    # The peak is at least a chunk's logits (16 scored tokens in one pair); at the end all memory is freed.
     assert max(held) >= 16 * 4096 * 4
     assert held[-1] == 0
 
@@ -508,5 +508,5 @@ def test_markdown_and_terminal_hold_the_same_cells() -> None:
     text, marked = report.text_table(columns, rows), report.markdown_table(columns, rows)
     assert [line.split() for line in text[2:]] == [["x", "1.50x"], ["y", "-"]]
     assert marked[2:] == ["| x | 1.50x |", "| y | - |"]
-    # Ours stand out.
+    # Our rows are in bold.
     assert report.markdown_table(columns, [rows[0] | {"ours": True}])[2:] == ["| **x** | 1.50x |"]

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, and the site has a page for everything."""
+"""README and docs: each link has a target, and the site has all pages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def links(page: Path) -> list[tuple[int, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What `page.md#...` may name: the headings, as GitHub and MkDocs write them, and ids that a page gives itself."""
+    """The valid anchors of a page: its headings, as GitHub and MkDocs convert them, and ids written in the page."""
     found = set()
     for _, line in prose(page):
         if heading := re.match(r"#{1,6} (.*?)(?: \{#([\w-]+)\})?$", line):
@@ -83,7 +83,7 @@ def test_the_check_of_links_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def nav() -> set[str]:
-    """The pages in the navigation of the site."""
+    """The pages in the site's navigation."""
 
     def leaves(item: object) -> list[str]:
         if isinstance(item, dict):

@@ -1,4 +1,4 @@
-"""The examples' data and helpers: what is committed is what the script makes, and what is measured is what is said."""
+"""The examples' data and helpers: the scripts produce the committed data, and measured figures are what they claim to be."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORDS = "the movie was a good bad very long story about two friends and their ol
 
 
 def load(path: Path, name: str) -> ModuleType:
-    """Import an example's file, as running it would, under a name of its own: two examples have a run.py."""
+    """Import an example's file, as if it were run, under a name of its own, because two examples have a run.py."""
     for folder in (str(EXAMPLES), str(path.parent)):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -145,7 +145,7 @@ def test_copies_within_a_cluster_add_no_certainty():
 
 
 def test_an_error_over_two_clusterings_holds_both():
-    """A table of prompts and seeds whose effects add up: the variance of its mean is that of both means together."""
+    """In a table of additive prompt and seed effects, the mean's variance is the sum of both effects' variances."""
     draw = np.random.default_rng(0)
     by_prompt, by_seed = 0.1 * draw.standard_normal(30), 0.2 * draw.standard_normal(6)
     values = (by_prompt[:, None] + by_seed).ravel()
@@ -158,7 +158,7 @@ def test_an_error_over_two_clusterings_holds_both():
 
 
 def test_errors_over_two_clusterings_are_right_two_times_in_three():
-    """Drawn anew a thousand times, the mean lies within one error of the truth as often as such an error promises."""
+    """In a thousand draws, the mean lies within one standard error of the truth as often as it should."""
     draw = np.random.default_rng(1)
     prompts, seeds = np.repeat(np.arange(25), 8).tolist(), np.tile(np.arange(8), 25).tolist()
     inside = 0
@@ -202,7 +202,7 @@ def test_results_are_kept_apart_by_name_and_shown_in_the_readme(tmp_path):
 
 
 def control_of(accuracies):
-    """The control of runs whose 20 held-out pairs on ten prompts were right so often: {(seed, other_half): right of 20}."""
+    """The control's summary of runs with 20 held-out pairs on ten prompts; accuracies: {(seed, other_half): right of 20}."""
     runs, observed = [], []
     for (seed, other_half), right in accuracies.items():
         pairs = {"held_out_accuracy": measure.Observed(np.arange(20) % 20 < right, [pair % 10 for pair in range(20)])}
@@ -221,7 +221,7 @@ def test_a_control_is_the_mean_over_its_runs_with_the_error_over_prompts_and_see
     assert control["steps"] == 60
     assert [run["held_out_accuracy"] for run in control["runs"]] == [0.35, 0.65, 0.8, 0.3, 0.25, 0.65]
     assert [(run["seed"], run["other_half"]) for run in control["runs"]][:3] == [(0, False), (0, True), (1, False)]
-    # At least the spread of the seeds' own means: 0.5, 0.55, 0.45.
+    # At least the spread of the seeds' means: 0.5, 0.55, 0.45.
     assert control["held_out_accuracy_error"] >= 0.05 / math.sqrt(3) - 1e-4
     assert measure.learnt_nothing(control)
 
@@ -258,7 +258,7 @@ def test_in_the_committed_results_preferences_are_learnt_and_flipped_labels_teac
     assert control["steps"] == run["steps"]
     assert control["learning_rate"] == run["learning_rate"]
     assert measure.learnt_nothing(control)
-    # The figures are the runs', not another table's.
+    # The figures come from these runs, not from another table.
     assert {run["seed"] for run in control["runs"]} == set(control["seeds"])
     accuracies = [run["held_out_accuracy"] for run in control["runs"]]
     assert control["held_out_accuracy"] == pytest.approx(np.mean(accuracies), abs=2e-4)
@@ -314,7 +314,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
-    """A Llama of two layers over a few words, saved like the converted model."""
+    """A Llama of two layers with a vocabulary of a few words, saved like the converted model."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -332,7 +332,7 @@ def tiny_folder(tmp_path_factory):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.3,  # large, so that the random model has opinions
+        initializer_range=0.3,  # large, so that the random model prefers some tokens
         pad_token_id=0,
         eos_token_id=0,
         bos_token_id=None,
@@ -371,7 +371,7 @@ def test_the_model_is_written_as_a_folder_once_and_nothing_else_is_removed(tiny_
 
 @pytest.mark.slow
 def test_make_model_writes_a_chat_model_and_prints_two_lines_of_ours(tmp_path):
-    """No library's bar or warning stands in the output."""
+    """The output has no progress bar or warning of a library."""
     makefile = (EXAMPLES.parent / "Makefile").read_text(encoding="utf-8")
     command = makefile.partition("\nmodel: ")[2].partition("\n\t$(PY) ")[2].partition("\n")[0].split()
     assert command == ["-m", "examples.smollm2", "runs/smollm2"]
@@ -490,7 +490,7 @@ PROMISED = {
 
 def test_the_sentiment_run_leaves_what_it_promises(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "model_folder", lambda: tiny_folder)
-    # A rate at which two steps of the tiny model show in the KL's four digits.
+    # A learning rate at which two steps of the tiny model change the KL's four digits.
     steps = ["--steps", "2", "--learning-rate", "3e-3"]
     monkeypatch.setattr(sys, "argv", ["run.py", *steps, "--output-dir", str(tmp_path)])
     sentiment.main()
@@ -504,7 +504,7 @@ def test_the_sentiment_run_leaves_what_it_promises(tiny_folder, tmp_path, monkey
     shown, said = capsys.readouterr()
     assert "held-out accuracy" in shown
     assert str(tmp_path / "report.html") in shown
-    assert "%|" not in said  # the bars of other libraries
+    assert "%|" not in said  # progress bars of other libraries
     assert "Warning" not in said
 
 
@@ -528,7 +528,7 @@ def test_the_control_runs_twice_a_seed_and_saves_all_of_them(tiny_folder, tmp_pa
     assert control["held_out_loss"] == pytest.approx(
         np.mean([run["held_out_loss"] for run in control["runs"]]), abs=1e-4
     )
-    assert len({run["held_out_loss"] for run in control["runs"]}) == 4  # seed and half reach the run
+    assert len({run["held_out_loss"] for run in control["runs"]}) == 4  # the run uses its seed and its half
     for run in ("seed-4-half", "seed-4-other-half", "seed-5-half", "seed-5-other-half"):
         left = {path.name for path in (folder / run).iterdir()}
         assert {"report.html", "metrics.jsonl", "summary.json"} <= left
@@ -567,7 +567,7 @@ FILTERED = json.loads((EXAMPLES / "sentiment" / "filtered_gradient.json").read_t
 
 
 def test_the_filtered_gradient_trains_the_same_model() -> None:
-    """Held-out loss within 1 % of the exact run of the same dtype, and no step's training loss far from its twin's."""
+    """Held-out loss is within 1 % of the exact run of the same dtype, and each step's training loss is near that run's."""
     runs = FILTERED["runs"]
     assert FILTERED["steps"] == 60
     for filtered, exact in (("float32, eps 2^-16", "float32, exact"), ("bfloat16, auto", "bfloat16, exact")):

@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results, and of nothing else."""
+"""All figures in the README come from the committed results."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_links_of_the_performance_page_stay_in_docs() -> None:
 def test_every_committed_loss_against_a_peer_has_its_reason(path: Path) -> None:
     rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
     lost = [row for _, row in report.compared([(path.stem, rows)]) if row["vs_best"] < 1]
-    # The reason may have been found after the measurement: the registry counts, not the file.
+    # The registry's reason counts, not that in the file, because a reason may be found after the measurement.
     unexplained = [row["select"] for row in lost if not reasons.explain(path.stem, row)]
     assert unexplained == [], "say why in benchmarks/reasons.py"
 
@@ -155,7 +155,7 @@ def test_every_figure_of_the_readme_comes_from_the_json(results: Path) -> None:
         "behind the best peer in 1 of 2 comparisons on the CPU (at worst 0.75 times the speed of TRL)",
     ):
         assert shown in block
-    # One machine, the one measured last; its first case. The rest is a link away.
+    # Only the first case of the machine that was measured last; links lead to the other results.
     for hidden in ("Another CPU", "another case's peer", "Gone", "a note"):
         assert hidden not in block
 

@@ -1,4 +1,4 @@
-"""The interface of a peer: built on a problem, it runs a forward and a backward; it says what it returns in addition."""
+"""The interface of a peer: it is built on a problem, runs forward and backward, and names the statistics it computes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Peer(ABC):
     Attributes:
         name: for `--peers` and for files.
         title: for tables and charts.
-        statistics: what it computes in addition to the loss. Compare only rows that do the same work.
+        statistics: what it computes besides the loss. Only rows that do the same work are compared.
         ours: whether it is this package.
-        passes: reads and writes of a [2P, T, V] tensor that its step cannot do without.
-        forward_passes: the same of its forward alone; None if that forward is another row's already.
-        needs: the module that it comes from; None where torch is enough.
+        passes: reads and writes of a [2P, T, V] tensor that its step requires.
+        forward_passes: the same for its forward alone; None if another row has the same forward.
+        needs: the module that it comes from; None if torch is enough.
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class Peer(ABC):
     def backward(self, loss: Tensor) -> Tensor:
         """The gradient of the logits, [2P, T, V].
 
-        `autograd.grad`, not `.backward()`: in training the logits are no leaf, so nobody accumulates into a `.grad`.
+        Uses `autograd.grad`, not `.backward()`: in training the logits are not a leaf, so no `.grad` is accumulated.
         """
         return torch.autograd.grad(loss, self.problem.logits)[0]
 
@@ -67,6 +67,6 @@ class Peer(ABC):
         return self.backward(self.forward())
 
     def forward_only(self) -> Tensor:
-        """What an evaluation loop runs: the forward without a graph."""
+        """The forward without a graph, as in an evaluation loop."""
         with torch.no_grad():
             return self.forward()

@@ -1,4 +1,4 @@
-"""torch.compile of the textbook: what a careful user has without any library."""
+"""torch.compile of the textbook form: what a careful user can do without a library."""
 
 from __future__ import annotations
 

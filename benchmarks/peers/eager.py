@@ -1,4 +1,4 @@
-"""The textbook: log-softmax in float32, gather, sum, log-sigmoid; what most tutorials and small trainers do."""
+"""The textbook form, as in most tutorials and small trainers: log-softmax in float32, gather, sum, log-sigmoid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def dpo_from_sums(sums: Tensor, ref_sums: Tensor) -> Tensor:
 
 
 def textbook_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    """The whole loss; the reference gets no gradient."""
+    """The whole loss; the reference receives no gradient."""
     with torch.no_grad():
         ref_sums = sequence_logps(ref_logits, labels)
     return dpo_from_sums(sequence_logps(logits, labels), ref_sums)

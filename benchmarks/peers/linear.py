@@ -1,4 +1,4 @@
-"""Everyone who computes DPO from hidden states and the LM head, behind one small interface; a new peer is one class."""
+"""Methods that compute DPO from hidden states and LM head, behind one small interface; a new peer is one class."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LinearPeer(ABC):
     Attributes:
         name, title: for files and for tables.
         ours: whether it is this package.
-        needs: the module that it comes from; None where torch is enough.
-        filtered: whether its gradient leaves entries out on purpose.
+        needs: the module that it comes from; None if torch is enough.
+        filtered: whether its gradient leaves out entries on purpose.
     """
 
     name: ClassVar[str]
@@ -52,7 +52,7 @@ class LinearPeer(ABC):
 
 
 class _FromTokens(LinearPeer):
-    """Peers that give log-probabilities per token; sums, reference and loss are the textbook's."""
+    """Peers that compute log-probabilities per token; sums, reference and loss are the textbook's."""
 
     @abstractmethod
     def sums(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Compiled(Eager):
 
 
 class TRL(_FromTokens):
-    """As its fused head calls it where there is no Triton device: every position, prompts included."""
+    """TRL's function as its fused head calls it on machines without a Triton device: on every position, prompts included."""
 
     name = "trl"
     title = "TRL 1.16 ChunkedLogProbFunction"
@@ -120,7 +120,7 @@ class TRL(_FromTokens):
 
 
 class TRLCompact(TRL):
-    """The same function on the scored positions only, as TRL calls it on GPUs."""
+    """TRL's function on the scored positions only, as TRL calls it on GPUs."""
 
     name = "trl_compact"
     title = "TRL 1.16, scored tokens only"
@@ -157,7 +157,7 @@ class LigerCompiled(Liger):
 
 
 class LigerScaledCrossEntropy(_FromTokens):
-    """Liger's per-token head, given the scored positions: its own kernels on an H100 or H200, chunks of 512 tokens elsewhere."""
+    """Liger's per-token head on the scored positions: its own kernels on an H100 or H200, chunks of 512 tokens elsewhere."""
 
     name = "liger_scaled_ce"
     title = "Liger LigerFusedLinearScaledCrossEntropyFunction"
@@ -187,9 +187,9 @@ class LigerScaledCrossEntropy(_FromTokens):
 
 
 class TorchLinearCrossEntropy(_FromTokens):
-    """PyTorch's own function, given the scored positions, in chunks of 512 tokens.
+    """PyTorch's own function on the scored positions, in chunks of 512 tokens.
 
-    The chunk is explicit: what "auto" picks took minutes for its first call on a CPU.
+    The chunk size is explicit: with "auto" the first call on a CPU took minutes.
     """
 
     name = "torch_lce"
@@ -214,7 +214,7 @@ class TorchLinearCrossEntropy(_FromTokens):
 
 
 class TorchLinearCrossEntropyWhole(TorchLinearCrossEntropy):
-    """The same without options: the whole logits at once."""
+    """PyTorch's own function without options: the whole logits at once."""
 
     name = "torch_lce_whole"
     title = "F.linear_cross_entropy, unchunked"

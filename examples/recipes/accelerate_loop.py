@@ -1,4 +1,4 @@
-"""DPO with Accelerate (any number of processes, mixed precision), the reference's log-probabilities computed beforehand.
+"""DPO with Accelerate (any number of processes, mixed precision) and precomputed log-probabilities of the reference.
 
 accelerate launch examples/recipes/accelerate_loop.py MODEL PAIRS.jsonl
 """
@@ -17,7 +17,7 @@ accelerator = Accelerator()
 tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
 pairs = load_pairs(data, tokenizer)
 model.to(accelerator.device).eval()
-for pair in pairs:  # before training, the policy is the reference: no second model in memory
+for pair in pairs:  # before training, the policy is the reference, so no second model is needed
     batch = {key: value.to(accelerator.device) for key, value in collate([pair]).items()}
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -25,7 +25,7 @@ for pair in pairs:  # before training, the policy is the reference: no second mo
 
 
 def collate_with_reference(pairs):
-    """`collate`, and the reference's sums [2P], chosen first."""
+    """The batch of `collate`, and the reference's sums [2P], chosen first."""
     return {**collate(pairs), "ref_logps": torch.stack([pair["ref_logps"] for pair in pairs], dim=1).flatten()}
 
 

@@ -1,4 +1,4 @@
-"""Reads preference pairs for the recipes: JSON lines {"prompt", "chosen", "rejected"} to batches of token ids and labels."""
+"""Reads preference pairs for the recipes: from JSON lines {"prompt", "chosen", "rejected"} to batches of ids and labels."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from dpo_kernels import shift_labels
 
 
 def load_pairs(path, tokenizer, max_length=512):
-    """A list of {"chosen", "rejected"}: (token ids, prompt length)."""
+    """A list of {"chosen": (token ids, prompt length), "rejected": (token ids, prompt length)}."""
     pairs = []
     for row in map(json.loads, Path(path).read_text().splitlines()):
         prompt = tokenizer(row["prompt"])["input_ids"]

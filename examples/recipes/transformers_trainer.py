@@ -14,7 +14,7 @@ from dpo_kernels import DPOLoss
 
 
 class PreferenceTrainer(Trainer):
-    """A Trainer whose batches are pairs, and whose loss compares with a frozen copy of the model."""
+    """A Trainer whose batches are pairs, and whose reference is a frozen copy of the model."""
 
     def __init__(self, *arguments, loss_fn, **keywords):
         super().__init__(*arguments, **keywords)
@@ -22,7 +22,7 @@ class PreferenceTrainer(Trainer):
         self.loss_fn = loss_fn
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
-        """The pair loss; the logits' memory takes their gradient."""
+        """The pair loss; the gradient is written over the logits."""
         labels = inputs.pop("labels")
         with torch.no_grad():
             ref_logits = self.reference(**inputs).logits

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on these kernels: one line, and everything else stays as it is.
+"""TRL's DPOTrainer on these kernels: one added line, everything else unchanged.
 
 pip install "trl>=1.15"
 python examples/recipes/trl_trainer.py MODEL PAIRS.jsonl OUTPUT_DIR

@@ -1,9 +1,9 @@
-"""Does a filtered gradient train the same model? The demo four times over: exact and filtered, float32 and bfloat16.
+"""Does a filtered gradient train the same model? Runs the demo four times: exact and filtered, float32 and bfloat16.
 
     python examples/sentiment/filtered_gradient.py --save-results    # four trainings of about three minutes each
 
 Writes filtered_gradient.json (losses of every step, held-out figures, dropped mass), and from it the plot and the table
-in docs/linear.md; without --save-results it only prints. `--page` makes plot and table anew from the JSON.
+in docs/linear.md; without --save-results it only prints. `--page` redraws plot and table from the JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULTS = HERE / "filtered_gradient.json"
 PAGE = HERE.parent.parent / "docs" / "linear.md"
 PLOT = PAGE.with_name("filtered_gradient.svg")
 
-# What differs between the runs. bf16: autocast on float32 weights; its "auto" is 2^-16.
+# The settings that differ between the runs. bf16: autocast on float32 weights; its "auto" is 2^-16.
 RUNS: dict[str, dict[str, Any]] = {
     "float32, exact": {"grad_filter": None},
     "float32, eps 2^-16": {"grad_filter": 2.0**-16},
@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One training on the demo's pairs; the loss of every step, and the held-out loss and accuracy after the last."""
+    """Train on the demo's pairs. Returns the loss of every step, and held-out loss and accuracy after the last step."""
     folder = smollm2.model_folder()
     rewards = measure.Rewards()
     held_out = measure.read_rows(HERE / "held_out.jsonl")
@@ -69,7 +69,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """The loss curves, and below them how far the filtered ones are from the exact ones of their dtype."""
+    """The loss curves, and below them the distance of each filtered curve from the exact curve of its dtype."""
     import matplotlib
 
     matplotlib.rcParams.update({"svg.hashsalt": "filtered_gradient", "svg.fonttype": "none", "font.size": 9})
@@ -98,7 +98,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown table of the runs, and where they were made."""
+    """Markdown table of the runs, and the machine they were made on."""
     lines = ["| gradient | held-out loss | held-out accuracy | dropped mass |", "|---|---:|---:|---:|"]
     for name, result in results["runs"].items():
         loss, accuracy = result["held_out_loss"], result["held_out_accuracy"]

@@ -2,10 +2,10 @@
 
     python examples/sentiment/make_pairs.py
 
-This is the controlled-sentiment experiment of the DPO paper (Rafailov et al., 2023, section 5.1) on a model that fits
-two CPU cores: the pairs are on-policy (the model wrote both sides) and the judge is exact, so that what is learnt can
-be measured on fresh samples. Sampling takes about five minutes on two cores. The text depends on the machine's float32
-rounding, which is why the files are committed.
+This is the controlled-sentiment experiment of the DPO paper (Rafailov et al., 2023, section 5.1) with a model that is small
+enough for two CPU cores. The pairs are on-policy (the model wrote both sides) and the judge is exact, so the effect of
+training can be measured on fresh samples. Sampling takes about five minutes on two cores. The files are committed because
+the text depends on the machine's float32 rounding.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEED = 0
 
 
 def split_prompts(prompts: list[str]) -> dict[str, list[str]]:
-    """Put whole prompts aside for measuring, chosen by lot."""
+    """Hold out randomly chosen prompts, with all their pairs, for measuring."""
     shuffled = random.Random(SEED).sample(prompts, len(prompts))
     return {"held_out": shuffled[:HELD_OUT_PROMPTS], "train": shuffled[HELD_OUT_PROMPTS:]}
 
@@ -73,7 +73,7 @@ def main() -> None:
                     for chosen, rejected, gap in pair_up(own, gap=GAP, limit=PAIRS_PER_PROMPT)
                 ]
             print(f"{split}: {first + len(batch)} prompts, {len(rows)} pairs", flush=True)
-        # A pair counts as much as VADER is sure of it; the mean weight is 1, so the learning rate keeps its meaning.
+        # A pair's weight is proportional to VADER's difference; the mean weight is 1, so the learning rate keeps its meaning.
         mean = sum(row["gap"] for row in rows) / len(rows)
         for row in rows:
             row["weight"] = round(row["gap"] / mean, 4)

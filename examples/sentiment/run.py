@@ -1,10 +1,10 @@
-"""The main job: make SmolLM2-135M-Instruct write more cheerfully, and measure it on prompts it was not trained on.
+"""Trains SmolLM2-135M-Instruct to write more cheerfully, and measures it on prompts that training never sees.
 
     python examples/sentiment/run.py           # about four minutes on two CPU cores
-    python examples/sentiment/run.py --flip    # the control: labels that say nothing, three seeds twice each
+    python examples/sentiment/run.py --flip    # the control: random labels, three seeds, two runs each
 
-Leaves the aligned model, report.html, metrics.jsonl and summary.json in runs/sentiment; the control leaves the
-same, but no model, in a folder a run in runs/sentiment-control, and beside them a summary.json of all.
+It writes the aligned model, report.html, metrics.jsonl and summary.json into runs/sentiment. The control writes the same,
+without the model, into one folder per run in runs/sentiment-control, and a summary.json of all runs next to them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SAMPLES_PER_PROMPT = 8  # fresh continuations of every held-out prompt, before a
 
 
 def settings(folder: Path, options: argparse.Namespace, **others: Any) -> DPOConfig:
-    """What the demo trains with; `others` are further fields of DPOConfig, or other values."""
+    """The demo's settings; `others` adds or replaces fields of DPOConfig."""
     fields = {
         "output_dir": str(folder),
         "max_steps": options.steps,
@@ -47,9 +47,9 @@ def settings(folder: Path, options: argparse.Namespace, **others: Any) -> DPOCon
         "learning_rate": options.learning_rate,
         "warmup_steps": max(options.steps // 10, 1),
         "beta": 0.1,
-        # The continuations were cut at a length, they did not end; a model trained to end there would learn just that.
+        # The continuations were cut at a fixed length. With an end token, the model would learn to stop at that length.
         "append_eos": False,
-        # Every pair counts, also one whose sides a tokenizer cannot tell apart: it is right half of the time.
+        # Every pair counts, even if both sides have the same tokens: such a pair is right half of the time.
         "filters": [],
         "seed": options.seed,
         "logging_steps": 4,
@@ -60,14 +60,14 @@ def settings(folder: Path, options: argparse.Namespace, **others: Any) -> DPOCon
 
 
 def pairs_only(rows: list[measure.Row]) -> list[measure.Row]:
-    """Rows without their weights: held-out pairs all count the same."""
+    """Rows without their weights, since all held-out pairs count the same."""
     return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
 
 
 def fresh_samples(
     model: Any, tokenizer: Any, prompts: list[str], seed: int
 ) -> tuple[torch.Tensor, list[str], list[float]]:
-    """Continuations as token ids, as text, and VADER's scores of them; `SAMPLES_PER_PROMPT` a prompt."""
+    """Sample `SAMPLES_PER_PROMPT` continuations per prompt. Returns them as token ids and as text, and their VADER scores."""
     model.eval()
     tokens = smollm2.sample(
         model, tokenizer, prompts, count=SAMPLES_PER_PROMPT, tokens=TOKENS, temperature=TEMPERATURE, seed=seed
@@ -85,7 +85,7 @@ def divergence(trainer: DPOTrainer, tokenizer: Any, prompts: list[str], samples:
     the KL between the two samplers, with far less spread than the usual difference of log-probabilities.
     """
     found = []
-    # Two samples of one prompt stand as a pair; which is called chosen is of no consequence for the KL.
+    # Two samples of one prompt form a pair; which of them is called chosen does not affect the KL.
     for start in range(0, len(samples), 2 * PAIRS_PER_BATCH):
         pairs = [
             {
@@ -109,7 +109,7 @@ def divergence(trainer: DPOTrainer, tokenizer: Any, prompts: list[str], samples:
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, measure.Observed]]:
-    """Sample, train, measure, sample again; returns the figures, which summary.json holds too, and what they are means of."""
+    """Sample, train, measure, sample again. Returns the figures, as in summary.json, and the observations of their means."""
     folder = options.output_dir
     started = time.perf_counter()
 

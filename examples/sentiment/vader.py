@@ -1,4 +1,4 @@
-"""The judge of the sentiment example: VADER, a lexicon of words that people rated, ranks continuations of a prompt."""
+"""The judge of the sentiment example: VADER, a lexicon of words rated by people, ranks continuations of a prompt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def _analyzer() -> SentimentIntensityAnalyzer:
 
 
 def score(text: str) -> float:
-    """Sentiment of a text: VADER's compound score in [-1, 1]; 0 where no word is rated (Hutto & Gilbert, 2014)."""
+    """Sentiment of a text: VADER's compound score in [-1, 1]; 0 if no word is rated (Hutto & Gilbert, 2014)."""
     return _analyzer().polarity_scores(text)["compound"]
 
 
 def usable(text: str) -> bool:
-    """Whether a continuation goes on after the prompt as plain text: a space first, printable ASCII and newlines after.
+    """Whether a continuation is plain text that can follow the prompt: a space, then printable ASCII and newlines.
 
-    Text cut inside a multi-byte character would not survive the way through a file.
+    Text that is cut inside a multi-byte character would change when written to a file.
     """
     return text.startswith(" ") and all(" " <= letter <= "~" or letter == "\n" for letter in text)
 
@@ -29,15 +29,15 @@ def usable(text: str) -> bool:
 def pair_up(texts: Iterable[str], *, gap: float, limit: int) -> list[tuple[str, str, float]]:
     """Pair the best text with the worst, the second best with the second worst, and so on.
 
-    Every text is used at most once, so that the pairs of a prompt share nothing but the prompt.
+    Every text is used at most once, so pairs of a prompt share only the prompt.
 
     Args:
         texts: continuations of one prompt; duplicates and unusable ones are dropped.
-        gap: least difference in score of a pair.
-        limit: most pairs to return; the clearest are kept.
+        gap: least difference of the two scores of a pair.
+        limit: largest number of pairs; those with the largest differences are kept.
 
     Returns:
-        ``(chosen, rejected, difference)``, the clearest pair first. Ties in score are broken by the text itself.
+        ``(chosen, rejected, difference)``, the largest difference first. Ties in score are broken by the text itself.
     """
     ranked = sorted((score(text), text) for text in set(texts) if usable(text))
     pairs = []

@@ -1,4 +1,4 @@
-"""Names of other tools: accepted where they mean one of our settings, else answered with what to set."""
+"""Other tools' names for settings: accepted if they mean one of our settings, else answered with what to set."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from dpo_trainer.settings.rows import settings_table
 KNOWN = settings_table()
 BASE = {"model": "m", "train_data": "t.jsonl", "output_dir": "o"}
 
-#: Names in configurations for DPO of other tools, those that are not ours as well.
+#: Names in other tools' DPO configurations, whether or not we have the same setting.
 AXOLOTL = """base_model model_type tokenizer_type load_in_8bit load_in_4bit strict dpo_beta rl datasets dataset_prepared_path
 val_set_size output_dir adapter lora_model_dir sequence_len sample_packing pad_to_sequence_len lora_r lora_alpha lora_dropout
 lora_target_modules lora_target_linear lora_fan_in_fan_out wandb_project wandb_entity wandb_watch wandb_name wandb_log_model
@@ -72,7 +72,7 @@ def test_every_name_has_one_home() -> None:
     assert not {*ALIASES, *ANSWERS} & {*KNOWN}
     assert not {*ALIASES} & {*ANSWERS}
     assert not {*ANSWERS} & {*trl.ANSWERS}
-    for name in {*ALIASES} & {*trl.ANSWERS}:  # DPOConfig answers what the command takes
+    for name in {*ALIASES} & {*trl.ANSWERS}:  # DPOConfig has an answer for names that the command accepts
         assert ALIASES[name] in trl.ANSWERS[name]
     assert all(name in KNOWN for name, _ in VALUES)
 

@@ -1,4 +1,4 @@
-"""dpo-train: a whole run from files, and one clear line with exit code 2 for everything a user can get wrong."""
+"""dpo-train: a whole run from files; every mistake of a user is answered with one clear line and exit code 2."""
 
 import dataclasses
 import json
@@ -26,9 +26,9 @@ SETTINGS = {
     "max_steps": 4,
     "logging_steps": 1,
     "save_steps": 2,
-    "learning_rate": "1e-3",  # as YAML reads 1e-3: text
+    "learning_rate": "1e-3",  # text, because YAML reads 1e-3 as text
     "use_cpu": True,
-    "write_report": False,  # drawing takes longer than training here
+    "write_report": False,  # here drawing would take longer than training
 }
 
 
@@ -76,7 +76,7 @@ def test_a_run_leaves_model_metrics_summary_and_report(here: Path, read_jsonl: A
 def test_the_walk_in_the_readme_works_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
 ) -> None:
-    """From one's own file to a trained model and a report, in the four lines that a newcomer reads."""
+    """From a user's own file to a trained model and a report, with the four lines that a newcomer reads."""
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     walk = readme.partition("## The trainer")[2].partition("\n\n    ")[2].partition("\n\n")[0]
     install, write, train, look = (line.strip() for line in walk.splitlines())
@@ -152,7 +152,7 @@ def test_lora_saves_an_adapter(here: Path) -> None:
 
 def test_resume_after_an_interruption_gives_the_uninterrupted_run(here: Path, read_jsonl: Any) -> None:
     assert main(["config.yaml", "--output_dir", "whole", "--quiet"]) == 0
-    # As a kill after step 3 leaves it: the checkpoint of step 2, metrics up to step 3, no summary.
+    # The state after a kill at step 3: the checkpoint of step 2, metrics up to step 3, no summary.
     assert main(["config.yaml", "--quiet"]) == 0
     run = here / "run"
     for name in ("summary.json", "model.safetensors", "config.json"):

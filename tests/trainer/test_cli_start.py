@@ -1,4 +1,4 @@
-"""What dpo-train answers before torch is loaded: help, versions, mistakes, comparisons, init, doctor, missing packages."""
+"""dpo-train's answers before torch is loaded: help, versions, mistakes, comparisons, init, doctor, missing packages."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from dpo_trainer.cli.settings import read_settings
 from dpo_trainer.settings.inherited import training_arguments
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "matplotlib", "pandas", "numpy", "pyarrow")
-#: Runs the command, and says what it returned and which heavy packages it imported. Modules named in HIDDEN are not found.
+#: Runs the command; prints its exit code and the heavy packages that it imported. Modules named in HIDDEN are not found.
 CODE = """
 import os, sys
 for name in os.environ.get("HIDDEN", "").split():
@@ -35,7 +35,7 @@ print(code, *sorted(name for name in {heavy} if sys.modules.get(name)), file=sys
 
 
 def command(*words: str, hidden: str = "", cwd: Path | None = None) -> tuple[int, list[str], list[str], str]:
-    """(exit code, heavy packages that were imported, lines on standard error, standard output) of dpo-train in a process."""
+    """Run dpo-train in a process: (exit code, imported heavy packages, lines on standard error, standard output)."""
     code = CODE.replace("{heavy}", repr(HEAVY))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HIDDEN": hidden}
     done = subprocess.run(
@@ -127,7 +127,7 @@ def test_a_comparison_s_table_comes_before_its_page(here: Path) -> None:
     "words", [["--help-all"], ["config.yaml", "--beta", "high"], ["compare", "a", "nowhere"]], ids=str
 )
 def test_an_answer_takes_less_than_half_a_second(here: Path, words: list[str]) -> None:
-    """Of processor time, which does not depend on what else runs here; the least of three."""
+    """The limit is processor time, which does not depend on other load; the least of three runs counts."""
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -335,7 +335,7 @@ def test_the_settings_of_transformers_are_read_from_its_source_as_they_are() -> 
     from transformers import TrainingArguments
 
     def shape(hint: Any) -> Any:
-        """A type with its enumerations as their members, and other classes as their names."""
+        """A type, with enumerations replaced by their members and other classes by their names."""
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             return {member.name: member.value for member in hint}
         if args := typing.get_args(hint):

@@ -1,4 +1,4 @@
-"""`dpo-train compare`, and what the report shows of single pairs and of diagnoses."""
+"""`dpo-train compare`, and the report's parts about single pairs and diagnoses."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from .tiny import build_pairs, build_trainer
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two finished runs, "slow" and "fast", which the tests only read."""
+    """A folder with two finished runs, "slow" and "fast"; the tests only read it."""
     folder = tmp_path_factory.mktemp("runs")
     for name, rate in (("slow", 1e-4), ("fast", 1e-3)):
         evaluation = {"eval_dataset": build_pairs(10, seed=1), "eval_strategy": "steps", "eval_steps": 3}
@@ -136,7 +136,7 @@ def test_data_that_differ_are_told_and_nothing_is_best(runs: Path, tmp_path: Pat
 
 
 def test_the_table_needs_neither_torch_nor_matplotlib(runs: Path, tmp_path: Path) -> None:
-    """With the package's front door left out, which imports the trainer."""
+    """The package's __init__ is skipped, because it imports the trainer."""
     script = f"""
 import sys, types
 package = types.ModuleType("dpo_trainer")
@@ -160,7 +160,7 @@ def test_hardest_and_most_improved_pairs_are_those_of_the_evaluation(tmp_path: P
     trainer.train()
     trainer.evaluate()
     found = trainer.evaluated["eval"]
-    # One by one, each margin of the policy is what an evaluation of that pair alone gives.
+    # Each margin of the policy is equal to the margin from an evaluation of that pair alone.
     for index in (0, 7):
         batch = trainer._prepare_inputs(trainer.data_collator([trainer.eval_dataset[index]]))
         with torch.no_grad():

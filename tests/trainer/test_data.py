@@ -27,7 +27,7 @@ ROW = {"prompt": "review:", "chosen": " great", "rejected": " awful"}
 
 # --- the boundary --------------------------------------------------------------------------------------------------
 
-# Where tokens straddle: prompts ending in a space, completions without one, merges inside a word, an empty prompt.
+# Tokens that cross the boundary: prompts ending in a space, completions without one, merges inside a word, an empty prompt.
 BOUNDARIES = [
     ("review:", " great", " awful"),
     ("review: ", "great", "awful"),
@@ -133,7 +133,7 @@ def test_an_open_assistant_turn_is_continued(tokenizer: Any) -> None:
 
 
 def test_a_generation_prompt_that_answers_lack_is_shortened(tokenizer: Any) -> None:
-    """As templates do that open with an empty thinking block: the common part is the prompt."""
+    """As in templates that begin with an empty thinking block: the common part is the prompt."""
     template = tokenizer.chat_template
     tokenizer.chat_template = template.replace(
         "<|start|>assistant\n{% endif %}", "<|start|>assistant\n[think]{% endif %}"
@@ -202,7 +202,7 @@ def test_bos_survives_a_cut_prompt() -> None:
 
 
 def test_whole_texts_share_their_beginning_as_the_prompt(tokenizers: dict[str, Any]) -> None:
-    """Also where the texts part inside a token: "good" and "goodness" are one token each."""
+    """Also if the texts first differ inside a token: "good" and "goodness" are one token each."""
     tokenizer = tokenizers["bos"]
     for chosen, rejected, prompt in (
         ("the film: good", "the film: bad", "the film:"),
@@ -251,7 +251,7 @@ MULTI_TURN = ("the answer", "the film", "fine", "the review")
     ids=["no prompt", "prompt and whole conversations", "prompt as text"],
 )
 def test_whole_conversations_equal_prompt_and_answers(row: dict[str, Any], tokenizer: Any) -> None:
-    """With a system prompt and several turns: the messages in common are the prompt, the last ones the answers."""
+    """With a system prompt and several turns, the common messages are the prompt and the last messages are the answers."""
     answers = {
         side: [{"role": "assistant", "content": word}] for side, word in (("chosen", "good"), ("rejected", "bad"))
     }
@@ -288,7 +288,7 @@ TOOL_TEMPLATE = (
 
 @pytest.mark.parametrize("source", ["list", "jsonl", "stream", "text in parquet"])
 def test_tools_reach_the_template_as_they_were_written(source: str, tokenizers: dict[str, Any], tmp_path: Path) -> None:
-    """Two rows whose tools have different keys and types: a table must not fill in what a tool does not have."""
+    """Two rows whose tools have different keys and types: the table must not add missing keys to a tool."""
     tokenizer = copy.deepcopy(tokenizers["plain"])
     tokenizer.chat_template = TOOL_TEMPLATE
     rows = [{**CHAT, "tools": [tool], "rejected": [CALL]} for tool in TOOLS]
@@ -317,7 +317,7 @@ def prepare(dataset: Any, tokenizer: Any, **settings: Any) -> Any:
     return prepare_dataset(dataset, tokenizer, Preparation(**settings), name="train_dataset")
 
 
-#: One row for every filter, by its name, and some that are kept.
+#: One row for every filter, by the filter's name, and some rows that are kept.
 REASONS: dict[str, list[dict[str, Any]]] = {
     "": [ROW, {**ROW, "prompt": "the film:"}, {**ROW, "chosen": " fine"}],
     "identical": [{**ROW, "rejected": ROW["chosen"]}],
@@ -374,7 +374,7 @@ def test_an_account_with_several_reasons_reads_as_a_sentence(tokenizer: Any) -> 
 
 
 def test_pairs_kept_without_filters_train(make_trainer: Any) -> None:
-    """Equal sides, nothing to score and repeated pairs have a loss of log 2 or a gradient like any other."""
+    """Pairs with equal sides or nothing to score have a loss of log 2; repeated pairs have a gradient like any pair."""
     trainer = make_trainer(train_dataset=FILTERED, filters=[], max_length=12, truncation_mode="keep_start", max_steps=3)
     trainer.train()
     assert all(record["loss"] == record["loss"] for record in trainer.state.log_history if "loss" in record)
@@ -505,7 +505,7 @@ def test_chat_rows_survive_parquet(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_other_programs_files_are_read(tmp_path: Path) -> None:
-    """A byte-order mark, blank lines, columns in another order and columns of no concern."""
+    """A byte-order mark, blank lines, columns in another order and unused columns."""
     row = {"id": 7, "rejected": " awful", "chosen": " great", "prompt": "review:"}
     (tmp_path / "a.jsonl").write_text(
         "\ufeff" + json.dumps(row) + "\n\n" + json.dumps({**row, "id": "x"}), encoding="utf-8"
@@ -532,7 +532,7 @@ def test_streams_bring_the_rows_of_their_files(tmp_path: Path, pairs: Callable[.
 
 
 def test_a_stream_of_pairs_trains_and_resumes_as_itself(make_trainer: Any, make_model: Any, tmp_path: Path) -> None:
-    """The pass over 27 rows ends between two steps; what is left joins the next pass."""
+    """The pass over 27 rows does not end with a full step; the remaining rows join the next pass."""
     settings = {
         "train_dataset": datasets.Dataset.from_list(build_pairs(27)).to_iterable_dataset(),
         "max_tokens": 100,
@@ -624,7 +624,7 @@ def test_library_errors_are_value_errors_that_name_the_row(tokenizer: Any) -> No
 
 
 def rows_of_prompts(prompts: int, each: int) -> list[dict[str, Any]]:
-    """Different pairs, so many for each of so many prompts, the prompts in turn."""
+    """Different pairs: a number of pairs for each of a number of prompts, with the prompts in turn."""
     return [
         {"prompt": f"review {prompt}:", "chosen": f" good {number}", "rejected": f" bad {number}"}
         for number in range(each)
@@ -633,7 +633,7 @@ def rows_of_prompts(prompts: int, each: int) -> list[dict[str, Any]]:
 
 
 def divided(rows: list[dict[str, Any]], size: float, seed: int = 0) -> tuple[list[Any], list[Any]]:
-    """The rows to train on, and those held out."""
+    """(training rows, held-out rows)."""
     dataset, account = prepare_dataset(rows, build_tokenizer(), Preparation(), name="rows")
     assert account.kept == len(rows)
     places = hold_out(dataset, size, seed)
@@ -642,7 +642,7 @@ def divided(rows: list[dict[str, Any]], size: float, seed: int = 0) -> tuple[lis
 
 
 def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as two conversations that begin alike."""
+    """The row as two conversations with the same beginning."""
     asked = {"role": "user", "content": row["prompt"]}
     return {side: [asked, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
 

@@ -1,4 +1,4 @@
-"""Each diagnosis is provoked by real training of a tiny model, and a healthy run stays silent."""
+"""Real training of a tiny model triggers each diagnosis, and a healthy run triggers none."""
 
 import random
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SIDES = ("chosen", "rejected")
 
 @cache
 def _taught(sides: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Weights of a tiny model after a little supervised training on answers of these sides."""
+    """Weights of a tiny model after a short supervised training on the answers of these sides."""
     tokenizer = build_tokenizer()
     model = build_model("llama-tied", len(tokenizer))
     texts = [row["prompt"] + row[side] + "<|end|>" for row in build_pairs(48, seed=9) for side in sides]
@@ -48,7 +48,7 @@ def taught_model(sides: tuple[str, ...] = SIDES) -> Any:
 
 @pytest.fixture
 def train(make_trainer: Make, tmp_path: Path) -> Callable[..., dict[str, dict[str, Any]]]:
-    """Train as told, on a model that knows the language; returns what was diagnosed, by name."""
+    """Train with the given settings, on a model that knows the language; returns the diagnoses by name."""
 
     def train(**settings: Any) -> dict[str, dict[str, Any]]:
         settings = {"model": taught_model(), "per_device_train_batch_size": 8, "max_steps": 16, **settings}
@@ -63,7 +63,7 @@ SOON = {"stuck_steps": 8, "windows": 5}
 
 
 def shuffled(rows: list[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Which answer is preferred decided by a coin."""
+    """Pairs whose preferred answer is random."""
     coin = random.Random(seed)
     return [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if coin.random() < 0.5 else row for row in rows
@@ -89,9 +89,9 @@ def test_a_learning_rate_that_is_too_low(train: Any) -> None:
 
 
 def test_updates_lost_to_rounding(train: Any) -> None:
-    """16-bit weights without float32 masters: the same learning rate moves float32 weights."""
+    """16-bit weights without float32 masters lose updates; the same learning rate does change float32 weights."""
     found = train(model=taught_model().bfloat16(), learning_rate=1e-5, diagnostics=SOON)
-    # How the taught model ranks its pairs in bfloat16 depends on the CPU's rounding, so it may be a weak reference as well.
+    # The trained model's ranking of pairs in bfloat16 depends on the CPU's rounding, so it may also count as a weak reference.
     assert set(found) - {"weak_reference"} == {"updates_lost"}
     share = float(found["updates_lost"]["seen"].split("an update changes ")[1].split("%")[0])
     assert 0 <= share < 20
@@ -106,7 +106,7 @@ def test_preferences_decided_by_a_coin(train: Any) -> None:
         train_dataset=shuffled(build_pairs(256)), max_steps=32, learning_rate=1e-3, diagnostics={**SOON, "windows": 10}
     )
     assert "pairs_random" in found
-    # Chasing coins at this rate also unlearns both answers, which is said apart.
+    # Training on random preferences at this rate also lowers both answers' probabilities, which has its own diagnosis.
     assert set(found) <= {"pairs_random", "displacement"}
 
 
@@ -179,7 +179,7 @@ def test_margins_of_the_reference_with_a_heavy_tail(train: Any) -> None:
 
 
 def test_likelihood_displacement(train: Any) -> None:
-    """Answers that share all but their last word: pushing one down takes the other along."""
+    """The answers differ only in their last word, so lowering the rejected one also lowers the chosen one."""
     rows = [{**row, "chosen": " good great fine", "rejected": " good great good"} for row in build_pairs(128)]
     assert "displacement" in train(train_dataset=rows, learning_rate=1e-2, max_steps=24, diagnostics={"kl_level": None})
 
@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_a_number(train: Any) -> None:
 
 def test_the_sample_is_as_large_as_its_tokens_allow_and_lies_evenly_over_the_rows() -> None:
     limits = Limits(probe_pairs=32, probe_tokens=2048)
-    assert probed([32] * 320, limits) == list(range(0, 320, 10))  # 32 x 2 x 32 tokens: just as many
+    assert probed([32] * 320, limits) == list(range(0, 320, 10))  # 32 x 2 x 32 tokens: exactly the limit
     assert probed([40] * 100, limits) == [index * 100 // 25 for index in range(25)]
     assert len(probed([2000] * 320, limits)) == 16  # enough for every check
     assert probed([2000] * 9, limits) == list(range(9))
@@ -276,7 +276,7 @@ def test_stop_on_stops_with_a_checkpoint_and_speaks_once(make_trainer: Make, tmp
     assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").exists()
     assert len(said) == 1
     assert said[0].endswith("Stopping, as stop_on asks.")
-    # The same again goes on: it has been said.
+    # The same command continues the run, because the diagnosis was already reported.
     resumed = make_trainer(model=taught_model(), train_dataset=build_pairs(128), **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 40
@@ -328,7 +328,7 @@ def test_a_kl_that_grows_fivefold_is_a_trend_and_one_that_creeps_is_none() -> No
     assert list(_kl_exploding(run_of([{"kl": 0.06}] * 5 + [{"kl": 0.3}] * 5)))
     assert not list(_kl_exploding(run_of([{"kl": 0.2}] * 5 + [{"kl": 0.3}] * 5)))
     assert not list(_kl_exploding(run_of([{"kl": 0.001}] * 5 + [{"kl": 0.05}] * 5)))
-    assert not list(_kl_exploding(run_of([{"loss": 0.6}] * 20)))  # precomputed references: no KL is known
+    assert not list(_kl_exploding(run_of([{"loss": 0.6}] * 20)))  # with precomputed references the KL is unknown
 
 
 def test_a_held_out_loss_that_turns_up_while_training_falls_is_overfitting() -> None:

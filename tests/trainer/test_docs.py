@@ -1,4 +1,4 @@
-"""The docs say what the code does: tables of diagnoses, settings and errors are made from it, and settings they name exist."""
+"""The docs match the code: it generates the tables of diagnoses, settings and errors, and all settings in them exist."""
 
 import dataclasses
 import re
@@ -31,7 +31,7 @@ def test_every_threshold_belongs_to_a_diagnosis_and_says_what_it_means() -> None
     assert all(item.metadata["help"] for item in dataclasses.fields(Limits))
 
 
-#: Pages that show settings with a value, such as `beta: 0.1`, and how many at least.
+#: Pages that show settings with a value, such as `beta: 0.1`, and the least number of such settings.
 SHOWING = {"trainer": 5, "data": 4, "models": 4, "command-line": 1, "watch": 1, "troubleshooting": 10}
 
 

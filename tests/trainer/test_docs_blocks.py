@@ -1,8 +1,8 @@
 """Every code block of README, docs and examples does what it says.
 
-The blocks of a page run one after the other in one folder, as a reader would paste them: Python as it stands, in a namespace
-of its own; `dpo-train` on a tiny model that has the name that the text uses; YAML through the trainer's reader; JSON rows
-through its loader. What cannot run here is checked as far as possible, or stands in UNCHECKED with the reason.
+The blocks of a page run one after the other in one folder, as a reader would paste them. Python runs unchanged, in a namespace
+of its own; `dpo-train` runs on a tiny model with the name that the page uses; the trainer's reader reads YAML, and its loader
+JSON rows. Blocks that cannot run here are checked as far as possible, or are in UNCHECKED with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dpo_trainer.cli.settings import read_settings
 from .tiny import build_pairs
 from docs_pages import PAGES, ROOT, Block, blocks, indented_code, name_of, prose
 
-#: Languages that nothing runs.
+#: Languages of blocks that are not run.
 NOT_CODE = {"text": "a drawing, a formula or an output", "bibtex": "an entry for a bibliography"}
 #: First words of commands that are not run, and why.
 UNCHECKED = {
@@ -42,7 +42,7 @@ UNCHECKED = {
 }
 #: Commands that bash runs, in the page's folder.
 BASH = {"cat", "echo", "mkdir", "cd", "head", "export"}
-#: Words before a command that start it elsewhere; the module that they start is checked, and test_launchers runs two.
+#: Launchers: words before a command that start it in other processes. The started module is checked; test_launchers runs two.
 LAUNCHERS = {"torchrun", "accelerate", "srun"}
 #: Verbs of dpo-train that train nothing.
 VERBS = {"inspect", "compare", "init", "doctor"}
@@ -54,7 +54,7 @@ EXTRAS = re.findall(
 
 
 def commands(text: str) -> Iterator[str]:
-    """The commands of a shell block: lines, joined where one continues, with the text that is handed to them (`<<END`)."""
+    """The commands of a shell block: lines, with continuation lines joined, and the text of their here-documents (`<<END`)."""
     lines = iter(text.splitlines())
     for line in lines:
         while line.endswith("\\"):
@@ -77,7 +77,7 @@ def check_launch(words: list[str]) -> list[str]:
 
 
 def check_pip(words: list[str]) -> None:
-    """`pip install` asks for extras that exist, and for names that are names."""
+    """`pip install` names extras that exist and valid package names."""
     assert words[:1] == ["install"]
     for word in words[1:]:
         if word.startswith("-"):
@@ -92,7 +92,7 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_flags(words: list[str], sources: list[Path]) -> None:
-    """Every option of a command is one that its sources name."""
+    """Every option of a command occurs in its sources."""
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     for word in words:
         flag = word.partition("=")[0]
@@ -100,7 +100,7 @@ def check_flags(words: list[str], sources: list[Path]) -> None:
 
 
 def run_python(words: list[str]) -> None:
-    """`python FILE` or `python -m MODULE`: it exists and takes these options. `python -m dpo_kernels` runs."""
+    """`python FILE` or `python -m MODULE` exists and accepts these options. `python -m dpo_kernels` is run."""
     if words == ["-m", "dpo_kernels"]:
         assert show_backends([]) == 0
     elif words[0] == "-m":
@@ -119,7 +119,7 @@ def run_python(words: list[str]) -> None:
 
 
 def check_pytest(words: list[str]) -> None:
-    """The files are there, and the options are pytest's or those of the benchmarks."""
+    """The files exist, and the options are those of pytest or of the benchmarks."""
     taken = {"-m", "-k", "-n", "--sizes", "--report", "--peers", "--dtype", "--device", "--pairs"}
     check_flags([word for word in words if word not in ("-q", "-x", "-v")], [ROOT / "benchmarks/conftest.py"])
     values = {place + 1 for place, word in enumerate(words) if word in taken}
@@ -132,7 +132,7 @@ def run_command(command: str, page: str) -> None:
     """Run one command of a shell block, or check it."""
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words.pop(0)  # a variable for the command
+        words.pop(0)  # an environment variable for the command
     if not words or re.match(r"\w+=\$\(", command):
         return
     first, rest = words[0].rpartition("/")[2], words[1:]
@@ -160,7 +160,7 @@ def run_command(command: str, page: str) -> None:
 
 
 def rows_of(text: str) -> Iterator[object]:
-    """The JSON values of a block, one a line or over several lines."""
+    """The JSON values of a block; each is on one line or on several lines."""
     while text := text.lstrip():
         row, end = json.JSONDecoder().raw_decode(text)
         yield row
@@ -172,7 +172,7 @@ def run_block(block: Block) -> None:
     if block.language == "python":
         exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
     elif block.language in ("bash", "shell", "sh"):
-        text = re.sub(r"<[a-z ]+>", "FILLED_IN", block.text)  # what the reader puts in, such as <this repository>
+        text = re.sub(r"<[a-z ]+>", "FILLED_IN", block.text)  # placeholders, such as <this repository>
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
         for command in commands(text):
             run_command(command, block.page)
@@ -192,7 +192,7 @@ def run_block(block: Block) -> None:
 
 
 def set_up(folder: Path, text: str, model: Path) -> None:
-    """What the reader has already: the models and data files that the page names and does not make itself."""
+    """Make the files that a reader already has: the models and data that the page names and does not make."""
     made = set(re.findall(r"output_dir(?: |: |=)['\"]?([\w./-]+)", text))
     for name in re.findall(
         r"(?:--model[ =]|\bmodel: |(?:DPOTrainer|from_pretrained|load_model)\(\s*['\"])([\w./-]+)", text
@@ -214,7 +214,7 @@ def test_every_block_does_what_it_says(
     set_up(tmp_path, page.read_text(encoding="utf-8"), model_folder)
     request.addfinalizer(trl._undo_last)  # for blocks that patch TRL
     for block in blocks(page):
-        print(f"\n--- the block at {block}")  # which one failed, in what pytest shows
+        print(f"\n--- the block at {block}")  # pytest's output then shows which block failed
         run_block(block)
 
 
@@ -263,7 +263,7 @@ def test_a_block_that_is_wrong_is_noticed(
 def test_the_launchers_of_the_page_train_on_two_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
 ) -> None:
-    """torchrun and Accelerate start what docs/command-line.md says, on two CPU processes."""
+    """torchrun and Accelerate run the commands of docs/command-line.md on two CPU processes."""
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "command-line.md"
     set_up(tmp_path, page.read_text(encoding="utf-8"), model_folder)
@@ -290,7 +290,7 @@ def test_the_launchers_of_the_page_train_on_two_processes(
 
 
 def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each cell in turn, in one namespace; it is kept without outputs."""
+    """The notebook's cells run in order in one namespace; the notebook is stored without outputs."""
     notebook = json.loads((ROOT / "examples" / "dpo_in_ten_minutes.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["outputs"] for cell in cells] == [[]] * len(cells)

@@ -1,4 +1,4 @@
-"""Everything that a user can get wrong: one clear line that names file, row and field, exit code 2, nothing changed."""
+"""For every mistake of a user: one clear line that names file, row and field, exit code 2, and no change on disk."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from dpo_trainer.cli.main import main
 
 from .tiny import build_model, build_tokenizer
 
-#: A good row of each kind, and the same with changes (`...` takes a key away), as a line of a file.
+#: Good rows of each kind; the functions return such a row with changes (`...` removes a key), as a line of a file.
 ROW = {"prompt": "review:", "chosen": " great", "rejected": " awful"}
 CHAT = {
     "prompt": [{"role": "user", "content": "the film"}],
@@ -31,9 +31,9 @@ def changed(row: dict[str, Any] = ROW, **changes: Any) -> str:
 GOOD, TALK = changed(), changed(CHAT)
 USER = {"role": "user", "content": "the film"}
 
-#: (file name, content, what the line must say after the file's name). Each is given as training data.
+#: (file name, content, text that must follow the file's name in the line). Each file is given as training data.
 DATA: list[tuple[str, str | bytes, str]] = [
-    # not what the ending says
+    # content that contradicts the file's ending
     ("a.jsonl", f'{GOOD}\n\n{{"prompt": \n', ":3: not JSON"),
     ("a.jsonl", "{prompt: a}\n", ":1: not JSON: Expecting property name enclosed in double quotes at column 2"),
     ("a.jsonl", b"\xff\xfe\n", ":1: not UTF-8 text (byte 0 of the line)"),
@@ -148,7 +148,7 @@ DATA: list[tuple[str, str | bytes, str]] = [
     ),
 ]
 
-#: (arguments after the config, what the line must say)
+#: (arguments after the config, text that the line must contain)
 MISTAKES = [
     # names and types
     ("--learning_rte 1e-5", "unknown setting 'learning_rte' (did you mean 'learning_rate'?)"),
@@ -287,7 +287,7 @@ MISTAKES = [
     ),
 ]
 
-#: (content of config.yaml, what the line must say)
+#: (content of config.yaml, text that the line must contain)
 CONFIGS: list[tuple[str | bytes, str]] = [
     ("beta: 1\nmodel: [", "config.yaml:2: not YAML"),
     ("model: a\n  beta: 1\n", "config.yaml:2: not YAML"),
@@ -301,7 +301,7 @@ CONFIGS: list[tuple[str | bytes, str]] = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """Models that do not go with their tokenizer, their reference or long data, by their names in the table."""
+    """Models that do not fit their tokenizer, their reference or long data, by their names in the table."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), build_tokenizer()
     for name, kind, vocabulary in (
         ("other", "llama-tied", len(tokenizer) + 64),
@@ -359,7 +359,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def complaint(folder: Path, capsys: pytest.CaptureFixture[str], arguments: str) -> str:
-    """What the command says, once it is clear that it is one line and that nothing was changed."""
+    """Run the command, check that it prints one line and changes nothing on disk, and return the line."""
     before = tree(folder)
     code = main(["config.yaml", *arguments.split()])
     shown = capsys.readouterr().err.strip().splitlines()

@@ -1,4 +1,4 @@
-"""The card of a trained model: metadata that hubs read, the figures of the run, and written wherever the model is."""
+"""The card of a trained model has metadata that hubs read and the run's figures, and is saved with the model."""
 
 import json
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def test_settings_that_nobody_set_are_not_in_the_card(make_trainer: Make, tmp_pa
     assert "eval_strategy" in text
     assert "do_eval" not in text, "which follows from eval_strategy"
     assert "eval_steps" not in text, "which transformers takes from logging_steps"
-    # dpo-train evaluates by default; its folder tells what it was given.
+    # dpo-train evaluates by default; its folder records the settings it was given.
     (tmp_path / "run" / "settings.json").write_text(json.dumps({"model": "m", "max_steps": 1}))
     trainer.save_model()
     settings = parts(tmp_path / "run" / "README.md")[1].partition("## Settings")[2].partition("##")[0]

@@ -1,4 +1,4 @@
-"""report.html and summary.json: one self-contained page that says what happened, whatever happened."""
+"""report.html and summary.json: one self-contained page that describes the run, however it went."""
 
 import json
 import math
@@ -52,7 +52,7 @@ class Checker(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one finished run, which the tests only read."""
+    """The folder of one finished run; the tests only read it."""
     folder = tmp_path_factory.mktemp("report") / "run"
     evaluation = {"eval_dataset": build_pairs(6, seed=1), "eval_strategy": "steps", "eval_steps": 3}
     samples = {
@@ -94,7 +94,7 @@ def test_the_page_shows_every_curve_with_its_caption(run: Path) -> None:
         "train_dataset: 24 of 24",
     ):
         assert text in page
-    assert page.count("<svg") == len(CHARTS) + 1  # and the margins of the held-out pairs
+    assert page.count("<svg") == len(CHARTS) + 1  # the additional chart shows the margins of the held-out pairs
 
 
 def test_colours_come_from_the_page_in_light_and_dark(run: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_summary_agrees_with_the_metrics(run: Path, read_jsonl: Any) -> None
 
 
 def test_a_model_that_has_not_moved_has_no_accuracy(run: Path) -> None:
-    """Ties are no mistakes: neither the curve nor a card may start at 0 %."""
+    """Ties are not mistakes: neither the curve nor a card may start at 0 %."""
     summary = json.loads((run / "summary.json").read_text())
     assert "rewards/accuracies" not in summary["eval_first"]
     assert "rewards/accuracies" in summary["eval_last"]
@@ -301,7 +301,7 @@ def test_samples_stand_beside_the_answers_before_training(run: Path) -> None:
 
 
 def test_an_objective_without_a_reference_has_no_line_at_its_start(make_trainer: Make, tmp_path: Path) -> None:
-    """Where its loss begins depends on the model."""
+    """The initial loss of such an objective depends on the model."""
     make_trainer(loss_type="simpo", beta=2.0, max_steps=2, write_report=True).train()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["initial_loss"] is None
     assert "start (" not in (tmp_path / "run" / "report.html").read_text()

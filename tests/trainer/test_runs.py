@@ -1,4 +1,4 @@
-"""No run is lost: what a killed, damaged, doubled, interrupted or spoilt run leaves, and what the same command makes of it."""
+"""The same command continues a run that was killed, damaged, started twice or interrupted, or whose weights are not finite."""
 
 import copy
 import getpass
@@ -74,7 +74,7 @@ def test_a_run_killed_before_its_final_save_takes_no_step_more(here: Path) -> No
 
 
 def test_a_summary_is_there_only_when_the_model_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends in the middle of its final save is not taken for a finished one."""
+    """A run that ends during its final save does not count as finished."""
     from dpo_trainer import run_trainer
 
     def fail(*_: Any) -> None:
@@ -99,7 +99,7 @@ def test_a_run_stopped_by_a_diagnosis_and_killed_stays_stopped(here: Path) -> No
     (run / "summary.json").unlink()
     assert main(["config.yaml", "--quiet", *stop]) == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == stopped_at
-    # Asked to go on, a finished run does.
+    # A finished run continues if the command asks for it.
     assert main(["config.yaml", "--quiet", *stop, "--resume"]) == 0
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
@@ -123,7 +123,7 @@ def test_damaged_records_do_not_stop_a_resume(here: Path, name: str) -> None:
 
 
 def pause(folder: str) -> None:
-    """Wait in the middle of a step until somebody makes the file `go`."""
+    """Wait in the middle of a step until the file `go` exists."""
 
     def wait(*_: Any, **__: Any) -> None:
         Path(folder, "waiting").touch()
@@ -177,7 +177,7 @@ def test_a_lock_of_another_host_or_damaged_says_how_to_go_on(
     line = capsys.readouterr().err
     assert "a run on another host used it and did not end well, or still does (process 7 of ann on elsewhere" in line
     assert "if it has ended, remove 'run/run.lock'" in line.replace(f"{here}/", "")
-    lock.write_text(left)  # of nobody who could be asked
+    lock.write_text(left)  # a lock whose process cannot be checked
     assert main(["config.yaml", "--quiet"]) == (2 if "pid" in left else 0)
 
 
@@ -186,7 +186,7 @@ def test_a_lock_of_another_host_or_damaged_says_how_to_go_on(
 
 @pytest.fixture
 def two_checkpoints(here: Path) -> Path:
-    """A run's folder with checkpoint-2 and checkpoint-4, stopped there."""
+    """The folder of a run that stopped with checkpoint-2 and checkpoint-4."""
     assert main(["config.yaml", "--quiet", "--max_steps", "4", "--save_total_limit", "9"]) == 0
     return here / "run"
 
@@ -198,7 +198,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def harms(path: Path, every: int) -> Iterator[tuple[str, bytes]]:
-    """What may happen to a file: one bit flipped in every so-many-th byte, cut short, or gone to zeros."""
+    """(name, content) of damaged versions of a file: one flipped bit, at every `every`-th byte; truncated; all zeros."""
     content = path.read_bytes()
     for place in sorted({*range(0, len(content), every), len(content) - 1}):
         yield f"byte {place}", content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :]
@@ -208,7 +208,7 @@ def harms(path: Path, every: int) -> Iterator[tuple[str, bytes]]:
 
 
 def try_harms(run: Path, caplog: pytest.LogCaptureFixture, most: int) -> tuple[int, int]:
-    """(harms tried, answered): a line that names the file, and the checkpoint before it."""
+    """(damages tried, damages answered): with a line that names the file, and the use of the checkpoint before it."""
     tried = answered = 0
     for path in sorted((run / "checkpoint-4").iterdir()):
         content = path.read_bytes()
@@ -419,7 +419,7 @@ def poison(trainer: Any, place: int | slice = slice(5, 9)) -> None:
 
 
 def spoil_at(step: int) -> TrainerCallback:
-    """Let the data meet weights that are not finite, as a run does whose weights overflow, from a step on."""
+    """From a step on, make weights that the data use not finite, as in a run whose weights overflow."""
 
     class Spoil(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -432,7 +432,7 @@ def spoil_at(step: int) -> TrainerCallback:
 def test_not_finite_stops_before_the_update_that_would_spoil_the_weights(tmp_path: Path) -> None:
     settings = {"max_steps": 6, "stop_on": ["not_finite"], "save_strategy": "steps", "save_steps": 1}
     trainer = tiny.build_trainer(tmp_path / "run", **settings)
-    poison(trainer, tiny.build_tokenizer().encode(" good")[0])  # one of six words in every second answer
+    poison(trainer, tiny.build_tokenizer().encode(" good")[0])  # one of six words; every second answer contains it
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     assert trainer.diagnostics.stopped_by == "not_finite"
@@ -460,7 +460,7 @@ def test_the_run_that_stops_before_an_update_has_the_steps_before_it(
     for name, value in good.model.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[name]), name
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 3
-    # The checkpoint of the last good step goes on as if the step had not been tried.
+    # The run continues from the checkpoint of the last good step, as if the bad step had not happened.
     (tmp_path / "run/summary.json").unlink()
     whole = tiny.build_trainer(tmp_path / "whole", max_steps=6, lr_scheduler_type="constant", **settings)
     whole.train()
@@ -492,7 +492,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_told(
 
 # --- a full disk ---------------------------------------------------------------------------------------------------
 
-Full = tuple[str, int, int]  # from this call of this place on, no file may grow beyond so many bytes
+Full = tuple[str, int, int]  # (place, call, limit): from this call at this place on, no file may exceed `limit` bytes
 FULL: list[Full] = [
     *(("saving the model", call, limit) for call in (0, 1, 2) for limit in (0, 50_000)),
     *(("saving with torch", call, limit) for call in (0, 4, 5, 6) for limit in (0, 700)),
@@ -511,7 +511,7 @@ def fill_at(place: str, call: int, limit: int) -> None:
 
 
 def try_full_disk(here: Path, full: Full, whole: Path) -> None:
-    """One line that names a file, checkpoints that are sound, and the same command goes on once there is space."""
+    """The command prints one line that names a file, checkpoints stay intact, and with space the same command continues."""
     code, said = forked.run(here, "--quiet", prepare=partial(fill_at, *full))
     assert code == 2, (full, said)
     (line,) = said.splitlines()
@@ -671,10 +671,10 @@ def test_a_run_has_a_curve_evaluations_and_two_checkpoints_without_a_word_about_
     assert main(["config.yaml", *words]) == 0
     records = read_jsonl(here / "run/metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, *range(2, 41, 2)]
-    # 80 pairs are trained on; an evaluation of 6 counts as 2.
+    # 80 training pairs; an evaluation of 6 pairs counts as 2.
     assert [r["step"] for r in records if "eval_loss" in r] == list(range(0, 41, 4))
     assert sorted(path.name for path in (here / "run").glob("checkpoint-*")) == ["checkpoint-36", "checkpoint-40"]
-    # What is given wins, also where transformers derives one from the other.
+    # A given setting wins, even if transformers derives it from another.
     assert main(["config.yaml", *words, "--logging_steps", "20", "--save_steps", "0.25", "--output_dir", "b"]) == 0
     records = read_jsonl(here / "b/metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 20, 40]

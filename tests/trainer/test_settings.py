@@ -1,4 +1,4 @@
-"""The settings that make large models fit, each with the fused head: LoRA, checkpointing, autocast, torch.compile, quantised."""
+"""Settings that save memory or time, each with the fused head: LoRA, checkpointing, autocast, torch.compile, quantisation."""
 
 import json
 import logging
@@ -24,15 +24,15 @@ from .tiny import build_pairs
 
 Make = Callable[..., DPOTrainer]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-#: Traced, which is where a graph could break, but not compiled to C++. A trace takes 10 s whatever the model's size, so
-#: most combinations are marked slow.
+#: The model is traced, since tracing is where a graph could break, but not compiled to C++. A trace takes 10 s whatever the
+#: model's size, so most combinations are marked slow.
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 
 
 def step(trainer: DPOTrainer) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of a run's first step; transformers switches some settings on when it trains."""
+    """Loss and gradients of a run's first step. Trains, because transformers applies some settings only then."""
     found: dict[str, torch.Tensor] = {}
 
     class Keep(TrainerCallback):
@@ -88,12 +88,12 @@ def test_the_same_gradients_with_the_fused_head(
 
 
 def test_checkpointing_runs_the_backbone_again_and_the_head_once(make_trainer: Make, make_model: Any) -> None:
-    """What is saved is the backbone's; recomputing logits as well would cost what the fused head spares."""
+    """Only the backbone is recomputed: recomputing logits too would cost the memory and time that the fused head saves."""
     counts = {"layer": 0, "head": 0}
     trainer = make_trainer(model=make_model("llama-untied"), **CHECKPOINTED, loss_type="simpo", max_steps=1)
     trainer.policy.backbone.layers[0].mlp.register_forward_pre_hook(lambda *_: counts.update(layer=counts["layer"] + 1))
     trainer.policy.head.register_forward_pre_hook(lambda *_: counts.update(head=counts["head"] + 1))
-    trainer.remove_callback(trainer.diagnostics)  # which looks at the data first
+    trainer.remove_callback(trainer.diagnostics)  # it would run the model on the data first
     trainer.train()
     assert counts == {"layer": 2, "head": 1}
 
@@ -103,7 +103,7 @@ def test_compiling_compiles_the_backbone_and_trains(make_trainer: Make) -> None:
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()
     trainer = make_trainer(max_steps=2, **COMPILED, loss_type="simpo", train_dataset=build_pairs(4))
-    trainer.remove_callback(trainer.diagnostics)  # which looks at other shapes first
+    trainer.remove_callback(trainer.diagnostics)  # it would run other shapes first
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert frames["ok"] > 0
@@ -111,7 +111,7 @@ def test_compiling_compiles_the_backbone_and_trains(make_trainer: Make) -> None:
 
 
 def test_fp16_on_a_cpu_is_either_trained_or_refused_in_a_line(make_trainer: Make, make_model: Any) -> None:
-    """float16 needs loss scaling, which needs an accelerator; where there is none, bf16 is the word."""
+    """float16 needs loss scaling, which needs an accelerator; without one, the error suggests bf16."""
     if torch.cuda.is_available():
         trainer = make_trainer(model=make_model(), fp16=True, use_cpu=False, max_steps=2)
         trainer.train()
@@ -125,7 +125,7 @@ def test_fp16_on_a_cpu_is_either_trained_or_refused_in_a_line(make_trainer: Make
 
 
 class QuantisedLinear(nn.Linear):
-    """As bitsandbytes makes one: weights of 8 bits and a scale, and a forward of its own, under nn.Linear's name."""
+    """Like a layer of bitsandbytes: 8-bit weights with a scale, and its own forward, in a subclass of nn.Linear."""
 
     def __init__(self, plain: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -197,7 +197,7 @@ def test_all_of_them_from_a_file(
     Path("config.yaml").write_text(yaml.safe_dump(settings))
     assert main(["config.yaml", "--quiet"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    # Precomputed sums come from another batch; autocast rounds by batch.
+    # Precomputed sums come from another batch, and rounding under autocast depends on the batch.
     assert summary["first"]["loss"] == pytest.approx(0.6931472, abs=5e-3)
     assert summary["last"]["loss"] < summary["first"]["loss"]
     assert summary["trainable_parameters"] < summary["parameters"]

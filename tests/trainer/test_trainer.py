@@ -1,4 +1,4 @@
-"""The trainer end to end on tiny models: starts at log 2, learns, averages rightly, resumes, equals plain PyTorch."""
+"""The trainer end to end on tiny models: starts at log 2, learns, averages correctly, resumes, equals plain PyTorch."""
 
 import math
 import shutil
@@ -86,7 +86,7 @@ def test_training_learns_a_preference_that_holds_on_unseen_pairs(adapter: Any, m
 
 
 def test_flipped_labels_are_learnt_the_other_way(make_trainer: Make, pairs: Any) -> None:
-    """The control: what rises above is the data's doing, not the trainer's."""
+    """The control: the rise in the test above comes from the data, not from the trainer."""
     flipped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(64)]
     trainer = make_trainer(train_dataset=flipped, eval_dataset=pairs(40, seed=1), max_steps=12)
     trainer.train()
@@ -94,7 +94,7 @@ def test_flipped_labels_are_learnt_the_other_way(make_trainer: Make, pairs: Any)
 
 
 def textbook_loss(trainer: DPOTrainer, beta: float) -> torch.Tensor:
-    """Equation 7 of the DPO paper from the model's whole logits, with no code of ours beside the plain batch."""
+    """Equation 7 of the DPO paper from the model's whole logits; only the batch comes from our code."""
     sums, batch = [], step_batch(trainer, layout="padded")
     for model in (trainer.model, trainer.reference.split.model):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -118,11 +118,11 @@ def test_loss_and_every_gradient_equal_plain_pytorch(
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    # The models' norms compute in float32 even here, and round differently where the batch has another shape.
+    # The models' norms compute in float32 even here, and their rounding depends on the batch's shape.
     assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
     assert abs(expected.item() - LOG2) > 1e-3, "a case where policy equals reference would test little"
     for name, parameter in trainer.model.named_parameters():
-        # Kernels sum exponentials in float32 whatever the input; a parameter's error stays below 1e-5 of its norm.
+        # Kernels sum exponentials in float32 for every dtype; a parameter's error stays below 1e-5 of its norm.
         error = (parameter.grad - wanted[name]).norm() / wanted[name].norm()
         assert error < 1e-5, (name, error)
 
@@ -138,7 +138,7 @@ def test_two_models_with_different_logit_scales_are_compared_as_they_are(make_tr
 
 
 def test_accumulated_micro_batches_equal_one_batch(make_trainer: Make, make_model: Any, pairs: Any) -> None:
-    """With weights, and 3 + 3 + 2 pairs a step: a mean of means would give the last two too much."""
+    """With weights and 3 + 3 + 2 pairs per step: a mean of means would give the last two pairs too much weight."""
     rows = [{**row, "weight": 0.2 + index % 5} for index, row in enumerate(pairs(8))]
     curves = []
     for size, accumulation in ((8, 1), (3, 3)):
@@ -159,7 +159,7 @@ def test_accumulated_micro_batches_equal_one_batch(make_trainer: Make, make_mode
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(make_trainer: Make, make_model: Any, pairs: Any) -> None:
-    """11 pairs by 4: the last batch is short, and its pairs must not count more."""
+    """11 pairs in batches of 4: the last batch is shorter, and its pairs must not count more."""
     held_out = [{**row, "weight": 1.0 + index % 3} for index, row in enumerate(pairs(11, seed=3))]
     results = []
     for size in (1, 4, 11):
@@ -175,7 +175,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(make_trainer: Make, make_m
 
 
 def test_a_logged_window_is_the_mean_over_its_pairs(make_trainer: Make, make_model: Any, pairs: Any) -> None:
-    """Ten pairs by four with a zero learning rate: the window of three steps is one evaluation of all ten."""
+    """Ten pairs in batches of four, learning rate zero: a log window of three steps equals an evaluation of all ten pairs."""
     rows = pairs(10)
     settings = {"ref_model": make_model(seed=5), "train_dataset": rows, "learning_rate": 0.0}
     trainer = make_trainer(**settings, eval_dataset=rows, logging_steps=3, logging_first_step=False, num_train_epochs=1)
@@ -344,7 +344,7 @@ ALL_STATISTICS = ["entropy", "kl", "accuracy", "mean_logits", "grad_dropped_mass
     ids=lambda settings: ",".join(settings) or "default",
 )
 def test_what_an_evaluation_will_log_is_known_before_the_first(settings: dict[str, Any], make_trainer: Make) -> None:
-    """So that a metric_for_best_model that is not among it is refused at the start."""
+    """So a metric_for_best_model that is not in the table is refused at the start."""
     schedule = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": False, "max_steps": 1}
     trainer = make_trainer(**{"eval_dataset": build_pairs(4, seed=1), **schedule, **settings})
     trainer.train()
@@ -503,7 +503,7 @@ def test_a_model_can_be_given_as_a_path(make_trainer: Make, model_folder: Path) 
 
 
 def test_objectives_with_settings_of_their_own_and_running_means_reach_the_loss(tmp_path):
-    """The text form is built once per trainer, so that an objective's running mean lives as long as the run."""
+    """An objective given as text is built once per trainer, so that its running mean lasts for the whole run."""
     config = DPOConfig(output_dir=str(tmp_path), loss_type=["sigmoid(beta=0.5)", "bco_running"], report_to="none")
     assert initial_loss(config) > 0
     for wrong, words in (("simpo(gama=1)", "gama"), ("sigmoid(", "sigmoid"), ("nope(x=1)", "unknown objective 'nope'")):
@@ -523,7 +523,7 @@ def test_what_came_before_a_run_is_not_in_its_log(make_trainer: Make) -> None:
     for before in (False, True):
         torch.manual_seed(0)
         trainer = make_trainer(max_steps=1)
-        if before:  # as a user who tries a batch by hand
+        if before:  # like a user who tries a batch by hand
             batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
             trainer.compute_loss(trainer.model.train(), batch)
         trainer.train()

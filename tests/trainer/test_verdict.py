@@ -1,4 +1,4 @@
-"""The report's first sentence: what became of a run, judged by runs whose end is known."""
+"""The report's first sentence, the verdict: tested on runs whose outcome is known."""
 
 import importlib.util
 import logging
@@ -105,7 +105,7 @@ def event(name: str) -> dict[str, Any]:
         (0.7, 0.6, [], "Worked"),
         (0.58, 0.68, [], "Unclear"),  # within two standard errors of chance
         (0.7, 0.693, [], "Unclear"),  # the loss did not fall
-        (0.7, 0.6, ["pairs_random"], "Worked"),  # it held early, not at the end
+        (0.7, 0.6, ["pairs_random"], "Worked"),  # a diagnosis that was true early, but not at the end
         (0.55, 0.69, ["pairs_random"], "Failed"),
         (0.7, 0.6, ["displacement", "kl_exploding"], "Worked"),
         (0.7, 0.6, ["not_finite"], "Failed"),
@@ -204,7 +204,7 @@ def test_a_best_evaluation_that_was_clearly_better_is_named() -> None:
     assert "max_steps: 20" in judge(summary(), records, []).remedy
     kept = summary(checkpoints=["checkpoint-20", "checkpoint-40"])
     assert judge(kept, records, []).remedy.startswith("Use checkpoint-20,")
-    # The weights of that step were loaded in the end.
+    # The weights of that step were loaded at the end.
     assert first_line(records, best_step=20) == "Worked: chosen answers win on pairs that were held out"
 
 
