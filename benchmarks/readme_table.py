@@ -64,7 +64,7 @@ def _answer(
 
     where, other: another shape in words, and the same method's row at that shape.
     """
-    said = f"{ours['vs_best']:.2f} times the speed of {ours['best_peer']}"
+    said = f"{ours['title']}: {ours['vs_best']:.2f} times the speed of {ours['best_peer']}"
     verdict = _compare(ours["vs_best"], "faster", "slower", "as fast")
     if other:
         peer = "" if other["best_peer"] == ours["best_peer"] else f" that of {other['best_peer']}"
@@ -164,7 +164,10 @@ def _measured(results: Path) -> str:
         about = gpu_summary.stage(calls, "environment")
         versions = f"torch {about.get('torch')}, Triton {about.get('triton', 'not installed')}"
         parts.append(f"{_gpu_name(calls, name)} ({versions})")
-    return f"Measured on {report.listed(parts)}. Within a table all methods took turns in one run."
+    return (
+        f"Measured on {report.listed(parts)}. Within a table all methods took turns in one run. A ratio is the "
+        "median of the ratios within each round, so it can differ a little from the quotient of two median times."
+    )
 
 
 def render(results: Path = RESULTS) -> str:

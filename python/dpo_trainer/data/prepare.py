@@ -353,7 +353,13 @@ def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparat
             return [
                 "the tokenizer has no chat template: system text, prompt and answer stand in one text, a blank line apart"
             ]
-        return ["chat_template_kwargs: not used, because rows are text"] if kwargs else []
+        if kwargs:
+            return ["chat_template_kwargs: not used, because rows are text"]
+        if getattr(processing_class, "chat_template", None):
+            return [
+                "rows are text, so the tokenizer's chat template is not used; for a chat model, write chat messages"
+            ]
+        return []
     ids = tokenize_pair(pair, reader, **{**preparation.of_tokens, "max_length": None})
     answer = ids["chosen_ids"]
     scored = ids.get("chosen_mask", [True] * len(answer))

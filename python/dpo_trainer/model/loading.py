@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -96,6 +98,27 @@ def set_pad_token(tokenizer: Any, token: str | None) -> None:
     inner.pad_token = token
 
 
+def check_in_reach(path: str | Path) -> None:
+    """Raise ModelError for a hub name that no cache holds while the hub cannot be reached.
+
+    The libraries would try again for minutes before they say so.
+    """
+    name, _ = source_of(path)
+    if Path(name).is_dir():
+        return
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return  # the hub answers, or the name is none: from_pretrained says more
+    except Exception as error:
+        raise ModelError(
+            f"model '{path}': cannot be loaded: no such folder, not in the cache, and the hub cannot be reached "
+            f"({first_line(error)}); give a folder"
+        ) from error
+
+
 def load_processing_class(path: str | Path, *, vision: bool, **kwargs: Any) -> Any:
     """Load the processor of a vision-language model, or else the tokenizer.
 
@@ -126,6 +149,9 @@ def load_parts(model: Any, ref_model: Any, tokenizer: Any, init: Mapping[str, An
     Raises:
         ModelError: a part cannot be loaded, or the parts do not fit together.
     """
+    for path in (model, ref_model):
+        if isinstance(path, (str, Path)):
+            check_in_reach(path)
     of_tokenizer = {name: init[name] for name in ("revision", "trust_remote_code") if name in init}
     if isinstance(tokenizer, (str, Path)):
         raise ModelError(

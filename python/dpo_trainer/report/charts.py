@@ -91,7 +91,8 @@ CHARTS = (
         "logps",
         "Log-probabilities",
         DRIFTING,
-        "Summed over a completion. A widening gap is the aim; both falling quickly is likelihood displacement.",
+        "Summed over a completion. Chosen should gain on rejected, wherever the two begin. Both falling quickly is likelihood "
+        "displacement: the model unlearns good answers too.",
         (Line("logps/chosen", "chosen", "train", 3), Line("logps/rejected", "rejected", "train", 4)),
     ),
     Chart(

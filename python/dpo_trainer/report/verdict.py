@@ -13,6 +13,9 @@ from .figures import figure, with_error
 #: A difference is one from this many standard errors on.
 _ERRORS = 2.0
 
+#: A run of fewer steps says nothing about its learning rate.
+FEW_STEPS = 10
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -258,12 +261,11 @@ def _of_figures(summary: dict[str, Any], found: Figures | None, sampled: bool) -
             "Read twenty pairs: is the preference visible in the text? Check that both files were labelled by the same rule.",
         )
     if not found.fell and abs(found.loss - found.start) < found.tolerance * abs(found.start):
-        return Verdict(
-            "Unclear",
-            "the model has hardly moved",
-            why,
-            f"{_learning_rate(summary, 10)}Or take more steps: this run took {summary['steps']:,}.",
-        )
+        if summary["steps"] < FEW_STEPS:
+            remedy = f"Take more steps first: this run took {summary['steps']:,}. Give more pairs, or set num_train_epochs: 3."
+        else:
+            remedy = f"{_learning_rate(summary, 10)}Or take more steps: this run took {summary['steps']:,}."
+        return Verdict("Unclear", "the model has hardly moved", why, remedy)
     return Verdict("Unclear", "the evaluation tells no difference from guessing", why, _more_pairs(found))
 
 
@@ -370,7 +372,9 @@ def _better(summary: dict[str, Any], found: Figures) -> str:
 
 def _learning_rate(summary: dict[str, Any], factor: float) -> str:
     rate = summary.get("settings", {}).get("learning_rate")
-    return f"Set learning_rate: {rate * factor:.4g} (this run's was {rate:g}). " if rate else ""
+    if not rate or not summary.get("finished", True):
+        return ""  # an unfinished run may still move
+    return f"Set learning_rate: {rate * factor:.4g} (this run's was {rate:g}). "
 
 
 def _more_pairs(found: Figures) -> str:
