@@ -214,8 +214,8 @@ class DPOTrainer(LossTrainer):
                     self._beside_adapter = trainable_in(self.policy, example, adapter=False)
                 if names := unsaved(self.model, self._beside_adapter):
                     logger.warning(
-                        "model: '%s' (%d in all) trains in addition to the adapter, and peft saves it neither in checkpoints nor at "
-                        "the end; name its module in modules_to_save",
+                        "model: '%s' (%d in all) trains in addition to the adapter, and peft saves it neither in checkpoints nor "
+                        "at the end; name its module in modules_to_save",
                         names[0],
                         len(names),
                     )
