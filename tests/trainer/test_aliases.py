@@ -166,6 +166,7 @@ def test_the_command_line_wins_over_the_file_whatever_the_name(here: Path) -> No
         ("--adapter lora", "adapter: 'lora' is trained where lora is set (--lora.r 16)"),
         ("--rpo_alpha 1", "rpo_alpha: is not supported; set loss_type='rpo(alpha=...)'"),
         ("--group_by_length false", "group_by_length: is called train_sampling_strategy"),
+        ("--warmup_ratio 5", "warmup_ratio: must lie in [0, 1), got 5; warmup_steps takes a number of steps"),
         ("--loss_type kto", "loss_type: 'kto' is not supported; unpaired rows are read as pairs"),
         ("--loss_type WPO", "loss_type: 'WPO' is sigmoid with use_weighting: true"),
         ("--loss_type [dpo,cdpo]", "loss_type: 'cdpo' is sigmoid with label_smoothing"),
@@ -186,6 +187,37 @@ def test_a_value_that_asks_for_nothing_is_left_out(here: Path, capsys: pytest.Ca
     settings, _ = read_settings(["c.yaml"])
     assert settings == BASE
     assert "load_in_4bit is not needed" in capsys.readouterr().err
+
+
+def test_a_mapping_and_a_name_of_one_of_its_keys_are_merged_in_any_order(here: Path) -> None:
+    write(torch_dtype="bfloat16", model_init_kwargs={"attn_implementation": "eager"})
+    assert read_settings(["c.yaml"])[0]["model_init_kwargs"] == {"dtype": "bfloat16", "attn_implementation": "eager"}
+    settings, _ = read_settings(["c.yaml", "--lora.r", "8", "--lora", "{lora_alpha: 3}"])
+    assert settings["lora"] == {"r": 8, "lora_alpha": 3}
+
+
+def test_what_turns_an_adapter_off_contradicts_what_asks_for_one(here: Path) -> None:
+    for off in ({"lora": None}, {"use_peft": False}):
+        for asks in ({"lora_rank": 8}, {"lora.r": 8}, *([{"lora": {"r": 8}}] if "lora" not in off else [])):
+            for both in ({**off, **asks}, {**asks, **off}):
+                write()
+                with Path("c.yaml").open("a") as file:
+                    file.write(yaml.safe_dump(both, sort_keys=False))
+                with pytest.raises(ConfigError, match=f"{next(iter(asks))} contradicts {next(iter(off))}: "):
+                    read_settings(["c.yaml"])
+
+
+def test_the_command_line_turns_an_adapter_of_the_file_on_and_off(here: Path) -> None:
+    write(lora={"r": 8})
+    for words in ("--use_peft false", "--lora null"):
+        assert "lora" not in read_settings(["c.yaml", *words.split()])[0]
+    write(lora=None)
+    assert read_settings(["c.yaml", "--lora_rank", "4"])[0]["lora"] == {"r": 4}
+
+
+def test_empty_and_false_names_of_another_tool_s_file_ask_for_no_adapter_and_no_quantisation(here: Path) -> None:
+    write(lora_r=None, lora_alpha=None, use_dora=False, lora_fan_in_fan_out=False, load_in_8bit=False, torch_dtype=None)
+    assert read_settings(["c.yaml"])[0] == BASE
 
 
 @pytest.mark.parametrize(

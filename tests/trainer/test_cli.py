@@ -119,6 +119,22 @@ def test_a_list_in_several_words_is_told_how_to_be_written(here: Path, capsys: p
     assert "'empty': expected --key value; a list is one word, '[a, b]'" in capsys.readouterr().err
 
 
+def test_a_single_word_stands_for_a_list_of_one(here: Path) -> None:
+    settings, _ = read_settings(
+        ["config.yaml", "--filters", "identical", "--stop_on", "kl_exploding", "--loss_weights", "2"]
+    )
+    assert (settings["filters"], settings["stop_on"], settings["loss_weights"]) == (
+        ["identical"],
+        ["kl_exploding"],
+        [2],
+    )
+
+
+def test_keys_of_lora_by_another_name_are_answered(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config.yaml", "--lora", "{lora_rank: 8}"]) == 2
+    assert "lora.lora_rank: is called lora.r" in capsys.readouterr().err
+
+
 def test_help_of_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help"]) == 0
     shown = capsys.readouterr().out

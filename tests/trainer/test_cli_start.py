@@ -96,6 +96,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: Callable[..., A
         ("compare a b --sort", 2, "unknown option '--sort'"),
         ("init lroa", 2, "unknown case 'lroa' (did you mean 'lora'?)"),
         ("init lora", 0, "lora.yaml"),
+        ("init lora full", 2, "init: takes one case and --output FILE, got 'lora full'"),
+        ("init lora --output=mine.yaml", 0, "mine.yaml"),
         ("inspct config.yaml", 2, "'inspct': no such command or file (did you mean 'inspect'?)"),
         ("trian config.yaml", 2, "'trian': no such command or file (did you mean 'train'?)"),
         ("Compare a b", 2, "(did you mean 'compare'?)"),
@@ -192,6 +194,11 @@ def test_init_writes_a_file_that_is_read_without_a_complaint(
     assert ("lora" in settings) == (case == "lora")
     assert ("use_cpu" in settings) == (case == "small-cpu")
     assert ("torchrun" in text and "-m dpo_trainer.cli new/mine.yaml" in text) == (case == "multi-gpu")
+
+
+def test_the_commands_in_a_file_of_init_can_be_pasted(here: Path) -> None:
+    assert "dpo-train 'my runs/a.yaml'" in init([], Path("my runs/a.yaml"))
+    assert "dpo-train inspect 'my runs/a.yaml' " in Path("my runs/a.yaml").read_text()
 
 
 def test_init_overwrites_nothing(here: Path) -> None:

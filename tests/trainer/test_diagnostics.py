@@ -369,6 +369,20 @@ def test_without_a_kl_the_chosen_answers_tell_a_learning_rate_that_is_too_high()
     assert not list(_learning_rate_high(run_of([{"loss": 0.6, "logratios/chosen": -0.5}] * 5)))
 
 
+def test_a_reference_that_differs_from_the_first_step_on_is_no_learning_rate() -> None:
+    for metric, value in (("kl", 3.0), ("logratios/chosen", -3.0)):
+        first = {"step": 1, "loss": 0.9, metric: value}
+        for last, found in ((value, False), (1.5 * value, True)):
+            history = run_of([first, {"step": 2, "loss": 0.9, metric: last}])
+            history.train[0]["step"] = 1
+            assert bool(list(_learning_rate_high(history))) == found, metric
+            assert bool(list(_kl_exploding(history))) == (found and metric == "kl")
+
+
+def test_no_multiple_of_a_learning_rate_of_0_is_a_remedy() -> None:
+    assert DIAGNOSES["learning_rate_low"].advice({"learning_rate": 0.0}) == DIAGNOSES["learning_rate_low"].remedy
+
+
 def test_advice_has_values_of_the_run() -> None:
     advice = DIAGNOSES["learning_rate_high"].advice({"learning_rate": 2e-5})
     assert advice.startswith("Set learning_rate: 2e-06, a tenth of this run's. ")

@@ -596,8 +596,9 @@ def test_a_part_of_the_data_is_held_out_and_the_same_one_when_the_run_goes_on(he
         ("--eval_data train.jsonl", "val_split: eval_data is given too; leave one of them out"),
         ("--streaming", "val_split: needs all pairs before training; not supported with a stream"),
         ("--val_split 24", "val_split: 24 leaves nothing to train on: there are 24 pairs with"),
-        ("--val_split 1.5", "val_split: a share below 1 or a whole number of pairs, got 1.5"),
-        ("--val_split 0", "val_split: must be positive, got 0"),
+        ("--val_split 1.5", "val_split: must be a share below 1 or a whole number of pairs, got 1.5"),
+        ("--val_split 0", "val_split: must be a share below 1 or a whole number of pairs, got 0"),
+        ("--val_split .inf", "val_split: must be a share below 1 or a whole number of pairs, got inf"),
     ],
 )
 def test_a_split_that_cannot_be_is_one_line(
@@ -679,6 +680,17 @@ def test_a_run_has_a_curve_evaluations_and_two_checkpoints_without_a_word_about_
     assert [r["step"] for r in records if "loss" in r] == [1, 20, 40]
     assert [r["step"] for r in records if "eval_loss" in r] == list(range(0, 41, 4))
     assert len(list((here / "b").glob("checkpoint-*"))) == 4
+
+
+def test_with_the_best_model_at_the_end_every_checkpoint_is_of_an_evaluation(tmp_path: Path, read_jsonl: Any) -> None:
+    settings = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 4, "logging_steps": None}
+    trainer = tiny.build_trainer(
+        tmp_path, eval_dataset=tiny.build_pairs(13, seed=1), max_steps=24, load_best_model_at_end=True, **settings
+    )
+    trainer.train()
+    evaluated = {record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl") if "eval_loss" in record}
+    assert {int(path.name[11:]) for path in tmp_path.glob("checkpoint-*")} <= evaluated
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-24")
 
 
 def test_a_script_that_says_how_often_is_followed(tmp_path: Path) -> None:

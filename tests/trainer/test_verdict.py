@@ -138,6 +138,33 @@ def first_line(records: list[dict[str, Any]], events: tuple[str, ...] = (), **ch
     return f"{verdict.word}: {verdict.what}"
 
 
+def test_an_evaluation_whose_pairs_all_weigh_nothing_did_not_work() -> None:
+    assert first_line(evaluated(1.0, 0.0), ("weights_zero",)) == "Unclear: title of weights_zero"
+    assert first_line(evaluated(1.0, 0.0), ("weights_zero",), last={"loss": 0.0}).startswith("Failed: ")
+
+
+def test_a_model_whose_chosen_answers_won_before_training_is_not_praised_for_it() -> None:
+    line = "Unclear: chosen answers won as often before training"
+    before = {"step": 0, "loss": 5.0, "rewards/accuracies": 0.7}
+    given = {"initial_loss": None}
+    assert first_line([before, {"step": 50, "loss": 4.0, "rewards/accuracies": 0.72}], **given) == line
+    assert first_line([before, {"step": 50, "loss": 4.0, "rewards/accuracies": 0.9}], **given).startswith("Worked: ")
+
+
+def test_a_best_model_that_is_no_better_than_the_first_is_not_told_to_train_more() -> None:
+    records = [{"step": 0, "loss": 0.6931}, {"step": 5, "loss": 0.698, "rewards/accuracies": 0.45}]
+    records.append({"step": 50, "loss": 1.2, "rewards/accuracies": 0.45})
+    assert first_line(records, best_step=5, steps=50).startswith("Unclear: no evaluation was clearly better")
+    assert "learning_rate" not in judge(summary(best_step=5, steps=50), records, []).remedy
+
+
+def test_a_run_that_was_stopped_says_so() -> None:
+    stopped = {"steps": 50, "planned_steps": 1000, "finished": True}
+    assert judge(summary(**stopped), evaluated(0.7), []).why.startswith("The run ended at step 50 of 1,000. ")
+    given = summary(**stopped, first={})
+    assert judge(given, [], []).what == "the run ended at step 50 of 1,000, before it was evaluated"
+
+
 def pairs_of(count: int) -> dict[str, Any]:
     return {"pairs": {"train_dataset": 1000, "eval_dataset": count}}
 

@@ -75,7 +75,11 @@ def _line(module: str, faults: list[tuple[str, str]]) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a broken installation raises
-        faults.append((f"{module} {version} cannot be imported ({first_line(error)})", f"{fix} --force-reinstall"))
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        again = f"--force-reinstall --no-deps {_DISTRIBUTIONS.get(module, module)}"
+        faults.append(
+            (f"{module} {version} cannot be imported ({first_line(error)})", f"pip install {absent or again}")
+        )
         return f"{module:<14}{version:<14}broken"
     return f"{module:<14}{version}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import FORMATS
-from ..errors import DataError, is_hub_name
+from ..errors import ConfigError, DataError, is_hub_name
 from ..model.places import source_of
 from ..settings.rows import check_given
 from ..watch.signals import is_first
@@ -26,9 +26,27 @@ def settings_of(arguments: Sequence[str], required: Sequence[str] = REQUIRED) ->
     """
     settings, switches = read_settings(arguments, required)
     check_given(settings)
+    check_evaluation(settings)
     check_paths(settings)
     check_packages(settings)
     return settings, switches
+
+
+def check_evaluation(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings that need evaluations of a run that has none."""
+    held_out = settings.get("eval_data") is not None or settings.get("val_split") is not None
+    evaluates = settings.get("eval_strategy", "steps" if held_out else "no")
+    if not held_out:
+        for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end", "sample_prompts"):
+            if settings.get(name) in ("steps", "epoch", True) or (name == "sample_prompts" and settings.get(name)):
+                raise ConfigError(f"{name}: there are no held-out pairs; give eval_data, or set val_split: 0.1")
+    elif settings.get("load_best_model_at_end") and settings.get("save_strategy") != "best":
+        if evaluates == "no":
+            raise ConfigError("load_best_model_at_end: eval_strategy is 'no', so no evaluation tells which is best")
+        if settings.get("save_strategy", "steps") != evaluates:
+            raise ConfigError(
+                f"load_best_model_at_end: evaluations need checkpoints of the same steps; set save_strategy: {evaluates}"
+            )
 
 
 def check_paths(settings: Mapping[str, Any]) -> None:

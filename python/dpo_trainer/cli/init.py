@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,17 +121,19 @@ def init(words: Sequence[str], output: Path | None) -> str:
         OutputError: the file exists.
     """
     case = words[0] if words else "full"
-    if len(words) > 1 or case not in CASES:
-        wrong = words[1] if len(words) > 1 else case
-        raise ConfigError(f"init: unknown case '{wrong}'{did_you_mean(wrong, CASES)}; known are {', '.join(CASES)}")
+    if case not in CASES:
+        raise ConfigError(f"init: unknown case '{case}'{did_you_mean(case, CASES)}; known are {', '.join(CASES)}")
+    if len(words) > 1:
+        raise ConfigError(f"init: takes one case and --output FILE, got '{' '.join(words)}'")
     path = output or Path(f"{case}.yaml")
     title, launch, rest = CASES[case]
-    launch = launch.format(file=path)
-    text = START.format(title=title, file=path, launch=launch, name=case) + rest
+    file = shlex.quote(str(path))
+    launch = launch.format(file=file)
+    text = START.format(title=title, file=file, launch=launch, name=case) + rest
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
     except FileExistsError as error:
-        raise OutputError(f"init: {path} exists; choose another name with --output") from error
+        raise OutputError(f"init: {error.filename} exists; choose another name with --output") from error
     return f"{path}: set model, train_data and output_dir there; then\n  {launch}"

@@ -95,7 +95,7 @@ def _complain(text: str) -> int:
 
 def _output_of(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The words without `--output FILE`, and the file. Raises ConfigError where its name is missing."""
-    rest = list(arguments)
+    rest = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--output=") else [word])]
     if "--output" not in rest:
         return rest, None
     place = rest.index("--output")

@@ -79,7 +79,7 @@ def line_of_error(error: ImportError) -> str:
     if "pip install" in text:
         return text
     wanted = [package for word, package in _ASKED_FOR.items() if word in str(error).lower()]
-    return f"{text}; pip install {' '.join(wanted)}" if wanted else text
+    return f"{text}; " + (f"pip install {' '.join(wanted)}" if wanted else "dpo-train doctor looks at every package")
 
 
 def check_trainer(*, but: Sequence[str] = ()) -> None:

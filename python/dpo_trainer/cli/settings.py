@@ -59,9 +59,12 @@ def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) 
     line = Given("--", words)
     settings: dict[str, Any] = {}
     for given in (file, line):
-        for key, value in given.ours(known):
+        # A mapping before what is added to it: in YAML the order means nothing.
+        for key, value in sorted(given.ours(known), key=lambda item: item[0].count(".")):
             _set(settings, key, value)
     settings = {key: check_setting(key, value, known) for key, value in settings.items()}
+    if settings.get("lora") is None:
+        settings.pop("lora", None)
     for key in required:
         if settings.get(key) is None:
             raise ConfigError(f"{key}: not given; {RUN_KEYS[key][0].lower()}{RUN_KEYS[key][1:]}")
@@ -83,9 +86,17 @@ class Given:
         self.told: list[str] = []
 
     def ours(self, known: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """The settings by our names. Raises ConfigError where two names mean one setting."""
+        """The settings by our names.
+
+        Raises:
+            ConfigError: two names mean one setting, or a mapping is null and one of its keys has a value.
+        """
         given: dict[str, str] = {}
+        nulls: dict[str, str] = {}
         for key, value in self.items:
+            if key in ("use_peft", "use_lora") and value is False:
+                nulls["lora"] = f"{key}: false"
+                yield "lora", None
             setting = setting_of(key, value, known)
             if setting is None:
                 self.told.append(f"{self.mark}{key} is not needed")
@@ -96,9 +107,15 @@ class Given:
                 raise ConfigError(
                     f"{self.mark}{given[setting]} and {self.mark}{key} are the same setting; give one of them"
                 )
+            if value is None:
+                nulls[setting] = f"{key}: null"
             if setting == "loss_type":
                 value = self._objectives(value)
             yield setting, value
+        for setting, key in given.items():
+            null = nulls.get(setting.partition(".")[0])
+            if null is not None and null != f"{key}: null":
+                raise ConfigError(f"{self.mark}{key} contradicts {self.mark}{null}; give one of them")
 
     def _objectives(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -163,7 +180,7 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     place = settings
     for parent in parents:
-        inner = place.setdefault(parent, {})
+        inner = place[parent] = {} if place.get(parent) is None else place[parent]
         if not isinstance(inner, dict):
             raise ConfigError(f"--{key}: '{parent}' is already set to {inner!r}")
         place = inner
@@ -196,7 +213,7 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
     if isinstance(value, str) and {int, float} & {hint, *typing.get_args(hint)}:
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-5 as text
-    if not isinstance(value, list) and type(value) in (hint, *typing.get_args(hint)):
+    if not isinstance(value, list) and type(value) in _choices(hint):
         return value, True
     from pydantic import ConfigDict, ValidationError, create_model  # takes as long as all else here
 
@@ -208,6 +225,11 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
             if _booleans(fitted) == _booleans(candidate):  # pydantic takes true for 1, and 1 for true
                 return _plain(fitted), True
     return value, False
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, else the type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _plain(value: Any) -> Any:
@@ -258,6 +280,9 @@ def lora_config(values: dict[str, Any]) -> Any:
 
     types_of = typing.get_type_hints(LoraConfig)
     hints = {f"lora.{item.name}": types_of[item.name] for item in dataclasses.fields(LoraConfig) if item.init}
+    for key in values:
+        if f"lora.{key}" not in hints and (called := ALIASES.get(key, "")).startswith("lora."):
+            raise ConfigError(f"lora.{key}: is called {called}")
     fitted = {key: check_setting(f"lora.{key}", value, hints) for key, value in values.items()}
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **fitted})

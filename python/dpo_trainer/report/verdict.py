@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..settings.diagnoses import DIAGNOSES, Limits
@@ -73,6 +73,12 @@ class Figures:
     @property
     def wins(self) -> bool:
         return self.accuracy > 0.5 + self.doubt
+
+    @property
+    def won_before(self) -> bool:
+        """Whether chosen answers won before training, and not clearly less often: without a reference a model may begin so."""
+        before = _number(self.first.get("rewards/accuracies"))
+        return before > 0.5 + self.doubt and _number(self.final.get("rewards/accuracies")) - before <= self.doubt
 
     @property
     def fell(self) -> bool:
@@ -145,6 +151,25 @@ def judge(
         samples: what the policy wrote at the last evaluation.
     """
     found = figures_of(summary, evals)
+    verdict = _of_events(summary, found, events, samples) or _of_figures(summary, found, bool(samples))
+    if found and (ended := _ended_early(summary)):
+        return replace(verdict, why=f"The run {ended}. {verdict.why}")
+    return verdict
+
+
+def _ended_early(summary: dict[str, Any]) -> str:
+    """When the run ended, where that was before its last step: a diagnosis of `stop_on` or a callback stopped it."""
+    steps, planned = summary.get("steps", 0), summary.get("planned_steps", 0)
+    return f"ended at step {steps:,} of {planned:,}" if steps < planned and summary.get("finished", True) else ""
+
+
+def _of_events(
+    summary: dict[str, Any],
+    found: Figures | None,
+    events: Sequence[dict[str, Any]],
+    samples: Sequence[dict[str, Any]],
+) -> Verdict | None:
+    """The verdict of the first diagnosis of a failure that the figures do not contradict, or of empty answers."""
     for event in by_cause(events):
         diagnosis = DIAGNOSES.get(event.get("name", ""))
         if diagnosis is not None and diagnosis.fails and holds(event, summary, found):
@@ -159,7 +184,9 @@ def judge(
                 why += (
                     f" In the end the KL divergence is {kl:.2f} nats per token: the model no longer writes as it did."
                 )
-            return Verdict("Failed", _lower(event["title"]), why, event["remedy"], event["name"])
+            # Weights of 0 may be those of the evaluation alone.
+            word = "Unclear" if event["name"] == "weights_zero" and summary["last"].get("loss") else "Failed"
+            return Verdict(word, _lower(event["title"]), why, event["remedy"], event["name"])
     empty = [record for record in samples if not record["policy"].strip()]
     if len(empty) > len(samples) / 2:
         return Verdict(
@@ -168,13 +195,20 @@ def judge(
             f"{len(empty)} of {len(samples)} sampled answers are empty." + (f" {found.say()}" if found else ""),
             f"{_learning_rate(summary, 0.1)}Look at the answers in the data: do they end at once?",
         )
-    return _of_figures(summary, found, bool(samples))
+    return None
 
 
 def _of_figures(summary: dict[str, Any], found: Figures | None, sampled: bool) -> Verdict:
     if found is None:
         return _not_evaluated(summary)
     why, better = found.say(), _better(summary, found) if found.was_better else ""
+    if found.wins and found.fell and found.won_before:
+        return Verdict(
+            "Unclear",
+            "chosen answers won as often before training",
+            f"{why} Before training it won in {figure(found.first['rewards/accuracies'], 'rewards/accuracies')}.",
+            _more_pairs(found),
+        )
     if found.wins and found.fell:
         if better:
             why += f" {_best_of(found)}"
@@ -216,6 +250,13 @@ def _of_figures(summary: dict[str, Any], found: Figures | None, sampled: bool) -
             why,
             f"{_learning_rate(summary, 0.3)}The model is too sure of the pairs that it gets wrong; a larger beta helps as well.",
         )
+    if not found.fell and (summary.get("best_step") or math.inf) < summary.get("steps", 0):
+        return Verdict(
+            "Unclear",
+            "no evaluation was clearly better than the model before training",
+            f"{why} These are the weights of step {summary['best_step']:,}; later ones were worse.",
+            "Read twenty pairs: is the preference visible in the text? Check that both files were labelled by the same rule.",
+        )
     if not found.fell and abs(found.loss - found.start) < found.tolerance * abs(found.start):
         return Verdict(
             "Unclear",
@@ -241,6 +282,9 @@ def _not_evaluated(summary: dict[str, Any]) -> Verdict:
         )
     if not summary.get("finished", True):
         return Verdict("Unclear", "no evaluation after the first step yet", why, "Wait for the next evaluation.")
+    if (ended := _ended_early(summary)) and summary.get("settings", {}).get("eval_strategy") != "no":
+        what = f"the run {ended}, before it was evaluated"
+        return Verdict("Unclear", what, why, "Diagnoses that stop a run (stop_on) stand below.")
     return Verdict(
         "Unclear",
         "the run was not evaluated after its first step",
@@ -252,7 +296,7 @@ def _not_evaluated(summary: dict[str, Any]) -> Verdict:
 def holds(event: dict[str, Any], summary: dict[str, Any], found: Figures | None) -> bool:
     """Whether a diagnosis that was told once agrees with the figures at the end."""
     name = event.get("name", "")
-    if name not in DIAGNOSES or name == "not_finite":
+    if name not in DIAGNOSES or name in ("not_finite", "weights_zero"):
         return True
     last = found.final if found else summary["last"]
     limits = Limits.of(summary["changed_settings"].get("diagnostics"))
@@ -332,8 +376,9 @@ def _learning_rate(summary: dict[str, Any], factor: float) -> str:
 def _more_pairs(found: Figures) -> str:
     lead = abs(found.accuracy - 0.5)
     least = 0.5 + found.doubt
-    said = f"With {found.pairs:,} pairs, only an accuracy above {least:.0%} tells" if least < 1 else ""
-    said = said or f"{found.pairs:,} pairs are too few for any accuracy to tell"
+    pairs = f"{found.pairs:,} pair{'s' * (found.pairs != 1)}"
+    said = f"With {pairs}, only an accuracy above {least:.0%} tells" if least < 1 else ""
+    said = said or f"{pairs} {'are' if found.pairs != 1 else 'is'} too few for any accuracy to tell"
     if lead < 0.02:
         return f"{said}. Train longer, or read twenty pairs: is the preference visible in the text?"
     enough = math.ceil((math.sqrt(1 + 2 * lead) - 1) ** -2)  # whose `doubt` is the lead

@@ -181,7 +181,7 @@ ANSWERS = {
     "sample_packing": "is not needed; short pairs share a row already (batch_layout)",
     "packing": "is not needed; short pairs share a row already (batch_layout)",
     "pad_to_sequence_len": "is not needed; batches carry little padding (batch_layout)",
-    "group_by_length": "is called train_sampling_strategy, and group_by_length is its default",
+    "group_by_length": "is called train_sampling_strategy: group_by_length, its default, or random",
     "evals_per_epoch": "is not a setting; eval_steps below 1 is a fraction of the run",
     "saves_per_epoch": "is not a setting; save_steps below 1 is a fraction of the run",
     "early_stopping_patience": "is not supported; set stop_on: [overfitting], or load_best_model_at_end",
@@ -258,9 +258,14 @@ def setting_of(name: str, value: Any, known: Iterable[str]) -> str | None:
     if name in known:
         return name
     if name in ALIASES:
-        if ALIASES[name] == "val_split" and value == 0:
+        setting = ALIASES[name]
+        if setting == "val_split" and value == 0:
             return None  # 0 holds out nothing
-        return ALIASES[name]
+        if "." in setting and (value is None or value is False):
+            return None  # the default of what the key belongs to; set, it would ask for an adapter or for quantisation
+        if name == "warmup_ratio" and isinstance(value, int | float) and value >= 1:
+            raise ConfigError(f"warmup_ratio: must lie in [0, 1), got {value}; warmup_steps takes a number of steps")
+        return setting
     if answer := ANSWERS.get(name) or trl.ANSWERS.get(name):
         # Without group_by_length other tools do not group, and we do.
         if value is None or (value is False and name != "group_by_length"):

@@ -35,7 +35,10 @@ class Diagnosis:
         """What to do, with values that follow from the run's settings; the remedy alone where they do not tell."""
 
         def value(found: re.Match[str]) -> str:
-            return f"{float(settings[found[1]]) * float(found[2] or 1):.4g}"
+            number = float(settings[found[1]]) * float(found[2] or 1)
+            if not number:  # no multiple of 0 is a remedy
+                raise ValueError
+            return f"{number:.4g}"
 
         try:
             step = re.sub(r"{(\w+)(?:\*([\d.]+))?}", value, self.step)

@@ -15,8 +15,8 @@ from .table import (
     ANY,
     FINITE_NOT_NEGATIVE,
     FINITE_POSITIVE,
+    INTERVAL,
     NOT_NEGATIVE,
-    POSITIVE,
     POSITIVE_SHARE,
     PROBABILITY,
     SHARE,
@@ -49,7 +49,7 @@ class DPOFields(ReadingSettings):
         None,
         "Steps between two evaluations; below 1, a fraction of the run. None: a twentieth of the run, or longer, so that "
         "evaluations take at most about a quarter of the training time.",
-        POSITIVE,
+        INTERVAL,
     )
     eval_on_start: bool | None = _watch(
         None, "Evaluate before the first step. None: in a new run whose eval_strategy is not 'no'."
@@ -58,7 +58,7 @@ class DPOFields(ReadingSettings):
         None,
         "Steps between two checkpoints; below 1, a fraction of the run. None: a tenth of the run, 500 at most, and the two "
         "newest are kept unless save_total_limit says otherwise.",
-        POSITIVE,
+        INTERVAL,
     )
     logging_first_step: bool = _watch(True, "Also log the first step, whose loss must be log 2.")
     logging_nan_inf_filter: bool = _watch(False, "Hide NaN losses from the log. Off: a NaN should be seen.")

@@ -34,7 +34,7 @@ def without_pace(config: Any) -> Iterator[None]:
     # With load_best_model_at_end every checkpoint must be of an evaluation's step.
     other = next((value for value in (config.save_steps, config.eval_steps) if value is not None), 1)
     for name in missing:
-        setattr(config, name, other)
+        setattr(config, name, 1 if name == "logging_steps" else other)
     yield
     for name in missing:
         setattr(config, name, None)
@@ -57,6 +57,11 @@ def eval_steps(steps: int, trained: float, evaluated: int, sampled: int) -> int:
     cost = EVALUATED_PAIR * (evaluated + SAMPLED_ANSWER * sampled)
     points = max(2, min(POINTS, int(EVALUATION_SHARE * trained / max(cost, 1))))
     return math.ceil(steps / points)
+
+
+def dividing(wanted: int, multiple: int) -> int:
+    """The largest divisor of `multiple` up to `wanted`: checkpoints so many steps apart are then of evaluated steps."""
+    return next(steps for steps in range(min(wanted, multiple), 0, -1) if multiple % steps == 0)
 
 
 def save_steps(steps: int, evaluations: int | None) -> int:

@@ -1,5 +1,6 @@
 """Settings that say how rows are read and what of them is scored: names of columns, weights from scores, the chat template."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any
 
 from ..data.rows import RESERVED
 from ..errors import ConfigError
-from .table import POSITIVE, setting
+from .table import Range, setting
 
 _data = partial(setting, group="data")
 
@@ -40,7 +41,10 @@ class ReadingSettings:
         None,
         "Hold out a part of train_data and evaluate on it: below 1 a share of its pairs, from 1 a number of them. Pairs with "
         "the same prompt stay together; the seed (data_seed) chooses the prompts.",
-        POSITIVE,
+        Range(
+            "must be a share below 1 or a whole number of pairs",
+            lambda size: 0 < size < 1 or (1 <= size < math.inf and size % 1 == 0),
+        ),
     )
 
     def check_reading(self, as_mapping: Callable[[str, Any], dict[str, Any] | None]) -> None:
@@ -50,8 +54,6 @@ class ReadingSettings:
         for name in ("columns", "weight_from", "chat_template_kwargs"):
             setattr(self, name, as_mapping(name, getattr(self, name)))
         Reading(self.columns, self.weight_from)  # type: ignore[arg-type]
-        if self.val_split is not None and self.val_split >= 1 and self.val_split != int(self.val_split):
-            raise ConfigError(f"val_split: a share below 1 or a whole number of pairs, got {self.val_split}")
         for name in self.chat_template_kwargs or ():
             if name in RESERVED:
                 raise ConfigError(f"chat_template_kwargs: cannot hold '{name}', which the trainer sets")

@@ -66,6 +66,9 @@ SHARE = Range("must lie in [0, 1]", lambda value: 0 <= value <= 1)
 POSITIVE_SHARE = Range("must lie in (0, 1]", lambda value: 0 < value <= 1)
 DECAY = Range("must lie in [0, 1)", lambda value: 0 <= value < 1)
 COUNT = Range("must be a whole number from 1", lambda value: value >= 1 and value % 1 == 0)
+INTERVAL = Range(
+    "must be a number of steps, or a share of the run below 1", lambda value: 0 < value < 1 or value % 1 == 0 < value
+)
 SEED = Range("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
 
 

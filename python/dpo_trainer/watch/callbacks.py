@@ -28,13 +28,15 @@ class Pace(TrainerCallback):
         settings, steps = self.run.args, state.max_steps
         if settings.logging_steps is None:
             state.logging_steps = pace.logging_steps(steps)
+        together = settings.load_best_model_at_end and settings.eval_strategy == settings.save_strategy == "steps"
         if settings.eval_steps is None:
             evaluated = sum(map(len, by_name(self.run.eval_dataset).values()))
             sampled = settings.sample_prompts * len(by_name(self.run.eval_dataset))
             trained = steps * self._pairs_per_step(other["train_dataloader"])
             state.eval_steps = pace.eval_steps(steps, trained, evaluated, sampled)
+            if together and settings.save_steps is not None:
+                state.eval_steps = pace.dividing(state.eval_steps, int(state.save_steps))
         if settings.save_steps is None:
-            together = settings.load_best_model_at_end and settings.eval_strategy == IntervalStrategy.STEPS
             state.save_steps = pace.save_steps(steps, state.eval_steps if together else None)
 
     def _pairs_per_step(self, loader: Any) -> float:

@@ -74,6 +74,12 @@ class History:
         values = [number(record.get(metric)) for record in self.train[max(stop - count, 0) : max(stop, 0)]]
         return statistics.fmean(values) if len(values) == count else math.nan
 
+    def before(self, metric: str) -> float:
+        """The metric of the first step, which is computed before its update; 0 where that was not logged."""
+        first = self.train[0] if self.train else {}
+        found = number(first.get(metric)) if first.get("step") == 1 else math.nan
+        return 0.0 if math.isnan(found) else found
+
     def falling(self, metric: str) -> float:
         """The recent mean where it is below the mean before, else NaN."""
         now = self.recent(metric)
@@ -215,14 +221,17 @@ def _learning_rate_high(history: History) -> Iterator[Found]:
         yield "learning_rate_high", seen
     since = last.get("step", 0) - history.warmup_steps
     early = since <= max(limits.early_steps, limits.early_share * history.planned_steps)
-    if early and number(last.get("kl")) > limits.kl_level:
+    if early and number(last.get("kl")) - history.before("kl") > limits.kl_level:
         yield (
             "learning_rate_high",
             f"the KL divergence is {last['kl']:.2f} nats per token already",
         )
     # Log-probabilities that were computed beforehand tell no KL.
-    elif early and last.get("kl") is None and number(last.get("logratios/chosen")) < -limits.kl_level:
-        lost = -last["logratios/chosen"]
+    elif (
+        early
+        and last.get("kl") is None
+        and (lost := history.before("logratios/chosen") - number(last.get("logratios/chosen"))) > limits.kl_level
+    ):
         yield "learning_rate_high", f"chosen answers have lost {lost:.2f} nats per token already"
 
 
@@ -230,7 +239,7 @@ def _kl_exploding(history: History) -> Iterator[Found]:
     limits = history.limits
     last = number(history.train[-1].get("kl")) if history.train else math.nan
     now, before = history.recent("kl"), history.recent("kl", back=1)
-    if last > limits.kl_level:
+    if last - history.before("kl") > limits.kl_level:
         yield "kl_exploding", f"the KL divergence is {last:.2f} nats per token"
     elif now > limits.kl_level / 5 and now > limits.kl_growth * before:
         yield "kl_exploding", f"the KL divergence grew from {before:.3f} to {now:.3f} nats per token in a few records"
