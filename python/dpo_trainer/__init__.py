@@ -1,12 +1,12 @@
-"""A thin trainer for Direct Preference Optimization: `transformers.Trainer` with the fused loss of `dpo_kernels`."""
+"""A trainer for Direct Preference Optimization: `transformers.Trainer` with the fused loss of `dpo_kernels`."""
 
 import os
 from typing import TYPE_CHECKING
 
 from dpo_kernels._lazy import names_of
 
-# Read by torch when it first allocates: large tensors on a CPU then get 2 MB pages, because a step maps gigabytes anew and pays
-# for every page of it. Set it to 0 to keep small ones.
+# torch reads this variable at its first allocation. It gives large tensors on a CPU pages of 2 MB: every step maps gigabytes
+# of memory, which costs time for each page. Set it to 0 to keep small pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ __all__ = [
     "load_tokenizer",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     __getattr__, __dir__ = names_of(
         __name__,
         {

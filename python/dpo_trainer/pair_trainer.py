@@ -1,4 +1,4 @@
-"""`transformers.Trainer` over preference pairs: tokenised datasets and streams, and which process gets which batches."""
+"""The part of `DPOTrainer` that handles data: tokenised datasets and streams, and the batches of each process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.getLogger("dpo_trainer")
 
 
 class PairTrainer(Trainer):
-    """The data's side of `DPOTrainer`; it knows no loss.
+    """A trainer with datasets of preference pairs. It has no loss.
 
     Attributes:
-        accounts: of every dataset, what was read and what was left out.
+        accounts: for every dataset, what was read and what was left out.
     """
 
     args: DPOConfig
@@ -56,7 +56,7 @@ class PairTrainer(Trainer):
         return dataset
 
     def _tokenize_all(self, train: Any, evaluation: Any, args: DPOConfig, tokenizer: Any) -> tuple[Any, Any]:
-        """Both datasets tokenised; several for evaluation by their names; with `val_split`, a part of the first as the second."""
+        """Tokenise both datasets. A dict of evaluation datasets stays a dict. `val_split` takes a part of the training data."""
         if args.val_split is not None:
             check_val_split(given=evaluation is not None, stream=is_stream(train), what="an eval_dataset")
         self.accounts = []
@@ -77,14 +77,14 @@ class PairTrainer(Trainer):
             kept = f"{account.kept:,}"
             if account.trained_on:
                 logger.warning(
-                    "%s: %s of %s pairs are training pairs too, so its figures are not of held-out pairs",
+                    "%s: %s of %s pairs are training pairs too, so its figures are not held-out figures",
                     account.name,
                     f"{account.trained_on:,}",
                     kept,
                 )
             if account.prompts_trained_on:
                 logger.info(
-                    "%s: %s of %s pairs have a prompt of the training pairs, with other answers",
+                    "%s: %s of %s pairs have the prompt of a training pair, with other answers",
                     account.name,
                     f"{account.prompts_trained_on:,}",
                     kept,
@@ -92,7 +92,7 @@ class PairTrainer(Trainer):
         return train, evaluation
 
     def _split(self, train: Any, args: DPOConfig) -> tuple[Any, Any]:
-        """The pairs to train on, and those that `val_split` holds out; both have accounts."""
+        """The pairs to train on, and the pairs that `val_split` holds out. Updates and adds their accounts."""
         seed = args.data_seed if args.data_seed is not None else args.seed
         held_out = hold_out(train, cast(float, args.val_split), seed)
         places = set(held_out)
@@ -116,10 +116,10 @@ class PairTrainer(Trainer):
                 f"stream ({name})"
             )
         if name == "train_dataset" and args.max_steps <= 0:
-            raise ConfigError("max_steps: must be given with a stream of pairs, which does not tell its length")
+            raise ConfigError("max_steps: must be given with a stream of pairs, since its length is not known")
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of `PairBatchSampler`, which divides them among processes itself."""
+        """A loader with the batches of `PairBatchSampler`, which divides them among processes."""
         args, dataset = self.args, cast(Any, self.train_dataset)
         if dataset is None:
             raise DataError("train_dataset: none given, nothing to train on")
@@ -132,7 +132,7 @@ class PairTrainer(Trainer):
             num_processes=self.accelerator.num_processes // self.get_tp_size(),
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
-        share = self.accelerator.process_index // self.get_tp_size()  # tensor-parallel neighbours have the same pairs
+        share = self.accelerator.process_index // self.get_tp_size()  # tensor-parallel processes have the same pairs
         if isinstance(dataset, PreparedStream):
             stream = PairStream(dataset.rows, batching, process_index=share)
             return self._loader(stream, batch_size=None, num_workers=min(args.dataloader_num_workers, 1))
@@ -141,11 +141,11 @@ class PairTrainer(Trainer):
         return self._loader(dataset, batch_sampler=sampler)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        # transformers would order evaluations as it orders training; predictions belong to rows, in the rows' order.
+        # transformers would use the order of training. Predictions must be in the order of the rows.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """Of an evaluation, as transformers makes it; on several processes divided such that no pair is evaluated twice."""
+        """The loader of an evaluation: that of transformers, but with several processes no pair is evaluated twice."""
         processes = self.accelerator.num_processes
         if processes == 1:
             return super()._get_dataloader(dataset, *args, **kwargs)
@@ -169,26 +169,32 @@ class PairTrainer(Trainer):
         )
 
     def _gather(self, objects: list[Any]) -> list[Any]:
-        """All processes' objects, in the order of the processes."""
+        """The objects of all processes, in the order of the processes."""
         return gather_object(objects) if self.accelerator.num_processes > 1 else objects
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
-        """All processes' rows, which need not be as many on each."""
+        """The rows of all processes, whose numbers of rows may differ."""
         return torch.cat(self._gather([rows.cpu()])).to(rows.device)
 
     def datasets(self) -> list[Any]:
-        """All datasets that there are; of a stream, its first pairs."""
+        """The training and evaluation datasets. A stream is represented by its first pairs."""
         return looked_at(self.train_dataset, self.eval_dataset)
 
 
 def looked_at(train_dataset: Any, eval_dataset: Any) -> list[Any]:
-    """The datasets that there are; of a stream, its first pairs. Evaluation datasets may be several, by name."""
+    """The datasets that are not None. A stream is represented by its first pairs. `eval_dataset` may be a dict."""
     found = [dataset for dataset in (train_dataset, *by_name(eval_dataset).values()) if dataset is not None]
     return [dataset.sample if isinstance(dataset, PreparedStream) else dataset for dataset in found]
 
 
 def check_val_split(*, given: bool, stream: bool, what: str) -> None:
-    """Raise ConfigError where `val_split` cannot be followed: `what`, the evaluation data, is given, or pairs are a stream."""
+    """Raise ConfigError if `val_split` is not possible, because evaluation data are given or the pairs are a stream.
+
+    Args:
+        given: whether evaluation data are given.
+        stream: whether the pairs are a stream.
+        what: name of the evaluation data in the message.
+    """
     if given:
         raise ConfigError(f"val_split: {what} is given too; leave one of them out")
     if stream:

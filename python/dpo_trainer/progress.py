@@ -1,4 +1,4 @@
-"""How far a long phase is: on a terminal a line that is rewritten, elsewhere a line a minute."""
+"""Progress of a long phase: on a terminal a line that is rewritten, elsewhere one line a minute."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
-#: Seconds between two lines in a log, and between two states of a terminal's line.
+#: Seconds between two lines in a log, and between two updates of a terminal's line.
 IN_A_LOG, ON_A_TERMINAL = 60.0, 0.2
 
-#: Empties the terminal's line.
+#: Control codes that clear the terminal's line.
 _CLEAR = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
 
 
 class Line:
-    """Where progress is shown.
+    """The output for progress.
 
     Args:
         stream: standard error if not given.
-        live: whether the last line can be rewritten; if not given, whether the stream is a terminal.
+        live: whether the last line can be rewritten; if not given, it can if the stream is a terminal.
     """
 
     def __init__(self, stream: IO[str] | None = None, live: bool | None = None) -> None:
@@ -37,11 +37,11 @@ class Line:
 
     @property
     def pause(self) -> float:
-        """Seconds between two states."""
+        """Seconds between two updates."""
         return ON_A_TERMINAL if self.live else IN_A_LOG
 
     def show(self, text: str) -> None:
-        """Put the text in the live line's place, as many whole figures of it as the terminal is wide; in a log, print it."""
+        """Replace the live line by the text, without the last figures if the terminal is too narrow. In a log, print it."""
         if not self.live:
             self.print(text)
             return
@@ -51,28 +51,28 @@ class Line:
         self.console.print(Text(text), no_wrap=True, overflow="ellipsis", end="")
 
     def print(self, text: str) -> None:
-        """Put the text in the live line's place, for good."""
+        """Replace the live line by the text. Later texts do not replace it."""
         self.clear()
         self.console.print(Text(text), soft_wrap=True)
 
     def clear(self) -> None:
-        """Empty the live line."""
+        """Clear the live line."""
         if self.live:
             self.console.control(_CLEAR)
 
 
 def line_of(args: Any) -> Line | None:
-    """Where a run with these TrainingArguments shows progress: the first process, unless `disable_tqdm` is set."""
+    """The `Line` of a run with these TrainingArguments. None if `disable_tqdm` is set, and in all but the first process."""
     return None if args.disable_tqdm or args.process_index else Line()
 
 
 class Phase:
-    """A phase of which so much is done.
+    """A long phase and its progress.
 
     Args:
-        line: None shows nothing.
-        what: what is done, for instance "evaluating".
-        total: how much there is to do; None: not known.
+        line: shows the progress. None shows nothing.
+        what: name of the phase, for instance "evaluating".
+        total: the count at the end. None if it is not known.
         of: what is counted, for instance "pairs".
     """
 
@@ -82,18 +82,18 @@ class Phase:
         self.began = self.told = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Add `count` to what is done."""
         self.reach(self.done + count)
 
     def reach(self, done: int) -> None:
-        """So many are done in all."""
+        """Set what is done in all."""
         self.done = done
         if self.line is not None and time.monotonic() - self.told >= self.line.pause:
             self.told = time.monotonic()
             self.line.show(self.describe())
 
     def describe(self) -> str:
-        """What is done, how much of it, and the time left."""
+        """The phase's name, the count that is done, and the remaining time."""
         seconds = time.monotonic() - self.began
         if self.total is None:
             return f"{self.what}: {self.done:,} {self.of}  in {clock(seconds)}"
@@ -108,13 +108,13 @@ class Phase:
             self.line.clear()
 
 
-#: What `count` counts; shared with the processes that a phase forks.
+#: The number that `count` increases. It is shared with the processes that a phase forks.
 _counter: Any = None
 
 
 @contextlib.contextmanager
 def counted(phase: Phase) -> Iterator[None]:
-    """Show a phase whose work is done in another library's loop, perhaps in forked processes: the work calls `count`."""
+    """Show a phase whose loop is in another library, perhaps in forked processes. The code in the loop calls `count`."""
     global _counter
     _counter = counter = RawValue("q", 0)
     ended = threading.Event()
@@ -135,7 +135,7 @@ def counted(phase: Phase) -> Iterator[None]:
 
 
 def count() -> None:
-    """One more is done. Without a lock: two processes may count one together, which a progress line bears."""
+    """Count one more. There is no lock, so two processes may together count only one, which does not matter here."""
     if _counter is not None:
         _counter.value += 1
 

@@ -1,4 +1,4 @@
-"""The run's side of `DPOTrainer`: its folder, checkpoints and resuming, what ends it, and what watches it."""
+"""The part of `DPOTrainer` that handles the run: its folder, checkpoints, resuming, callbacks and early end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SpoiltUpdate(Exception):
 
 
 class RunTrainer(ReferenceTrainer):
-    """A trainer with a folder for its run, and observers; it knows no loss.
+    """A trainer with a folder for its run, and callbacks that observe it. It has no loss.
 
     Attributes:
         evaluated: single pairs of the last evaluations, by the prefix of their metrics, for the report.
@@ -52,7 +52,7 @@ class RunTrainer(ReferenceTrainer):
     evaluated: dict[str, EvaluatedPairs]
     journal: Journal
     samples: Samples | None
-    #: Why the model cannot be trained; `train` raises it.
+    #: Why the model cannot be trained, or None. `train` raises a ModelError with this text.
     obstacle_to_training: str | None = None
     _started_at = _paused_for = 0.0
     #: The step of this run's last checkpoint.
@@ -61,7 +61,7 @@ class RunTrainer(ReferenceTrainer):
     _aside: Path | None = None
 
     def _watch(self, scorer: Scorer | None) -> None:
-        """Add the observers, in the order in which they are called."""
+        """Add the callbacks that observe the run, in the order in which they are called."""
         self.evaluated, self.journal = {}, Journal(self)
         self.samples = self._make_samples(scorer)
         self.diagnostics, self.signals = Diagnostics(self, self.journal), EndAfterStep(self)
@@ -92,20 +92,20 @@ class RunTrainer(ReferenceTrainer):
         if self.eval_dataset is None:
             raise ConfigError("sample_prompts: there is no evaluation dataset to take prompts from")
         if self.args.eval_strategy == "no" and not self.args.eval_on_start:
-            logger.warning("sample_prompts: the run evaluates nothing, so it samples nothing; set eval_strategy")
+            logger.warning("sample_prompts: the run has no evaluations, so it samples no answers; set eval_strategy")
         return Samples(self, self.journal, scorer)
 
     @contextlib.contextmanager
     def pause(self) -> Any:
-        """Keep evaluations and checkpoints out of tokens_per_second."""
+        """A context for evaluations and checkpoints, whose duration does not count in tokens_per_second."""
         start, before = time.perf_counter(), self._paused_for
         try:
             yield
-        finally:  # set, not added to: pauses nest when there are several evaluation datasets
+        finally:  # the outer pause sets the total: with several evaluation datasets, pauses are nested
             self._paused_for = before + time.perf_counter() - start
 
     def _training_seconds(self) -> float:
-        """Seconds of training since the last call, pauses left out."""
+        """Seconds of training since the last call, without pauses."""
         seconds = time.perf_counter() - self._started_at - self._paused_for
         self._started_at, self._paused_for = time.perf_counter(), 0.0
         return seconds
@@ -113,15 +113,23 @@ class RunTrainer(ReferenceTrainer):
     # --- from the first step to the last ---------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or resume; see `transformers.Trainer.train`.
+        """Train, or resume a run.
 
-        SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint: SystemExit with code 143, KeyboardInterrupt.
+        SIGTERM and Ctrl-C end the run after the current step with a checkpoint. They raise SystemExit with code 143, or
+        KeyboardInterrupt.
 
         Args:
-            resume_from_checkpoint: True: the newest checkpoint in `output_dir` that is sound; or a checkpoint's path.
+            resume_from_checkpoint: the path of a checkpoint, or True for the newest undamaged checkpoint in `output_dir`.
+            args: as in `transformers.Trainer.train`.
+            kwargs: as in `transformers.Trainer.train`.
+
+        Returns:
+            the `TrainOutput` of `transformers.Trainer.train`.
 
         Raises:
-            OutputError: no checkpoint can be used, another run holds `output_dir`, or the disk takes no more.
+            DataError: there is no training data.
+            ModelError: the model cannot be trained.
+            OutputError: no checkpoint can be used, another run uses `output_dir`, or a file cannot be written.
         """
         if self.train_dataset is None:
             raise DataError("train_dataset: none given, nothing to train on")
@@ -148,12 +156,12 @@ class RunTrainer(ReferenceTrainer):
                 self.args.eval_on_start = wanted
 
     def _sound_checkpoint(self, folder: Path, wanted: str | bool) -> str:
-        """The checkpoint to go on from. One process reads the files, and all of them agree."""
+        """The checkpoint to resume from. The main process checks the files, and all processes get its answer."""
         found, refused = "", ""
         if self.is_world_process_zero():
             try:
                 found = str(sound_checkpoint(folder, None if wanted is True else str(wanted)))
-                logger.info("going on from %s", found)
+                logger.info("resuming from %s", found)
             except OutputError as error:
                 refused = str(error)
         if self.accelerator.num_processes > 1:
@@ -163,7 +171,7 @@ class RunTrainer(ReferenceTrainer):
         return found
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers would take a step in any case: after a stop before the first one, and where the last one is done.
+        # transformers would take a step even if the run was stopped before its first step, or its last step is done.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
@@ -173,7 +181,7 @@ class RunTrainer(ReferenceTrainer):
                 self._stop_before_update(str(found), **kwargs)
 
     def _stop_before_update(self, seen: str, model: nn.Module, trial: Any = None, **_: Any) -> None:
-        """End the run as it stood after the last step: no weight has met the gradient."""
+        """End the run in its state after the last step. The gradient was not applied to any weight."""
         model.zero_grad()
         self.diagnostics.stop_before_update(self.state, self.control, seen)
         if self.control.should_save and self._saved_at != self.state.global_step:
@@ -187,22 +195,51 @@ class RunTrainer(ReferenceTrainer):
         return super()._finalize_training(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate on the evaluation dataset, or on another one in the same raw form."""
+        """Evaluate on the evaluation dataset, or on another dataset.
+
+        Args:
+            eval_dataset: rows in the form of the constructor's `eval_dataset`. None: the constructor's.
+            args: as in `transformers.Trainer.evaluate`.
+            kwargs: as in `transformers.Trainer.evaluate`.
+
+        Returns:
+            the metrics by name, with the prefix "eval_".
+
+        Raises:
+            DataError: the rows cannot be used.
+        """
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._ready(eval_dataset, "eval_dataset")
         with self.pause():
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Rewards of every pair, `predictions [rows, 2]` (chosen, rejected), and metrics with the prefix "test"."""
+        """Compute the rewards and metrics of a dataset.
+
+        Args:
+            test_dataset: rows in the form of the constructor's `eval_dataset`.
+            args: as in `transformers.Trainer.predict`.
+            kwargs: as in `transformers.Trainer.predict`.
+
+        Returns:
+            a `PredictionOutput` with the rewards `predictions` [rows, 2] (chosen, rejected), and metrics with the prefix
+                "test_".
+
+        Raises:
+            DataError: the rows cannot be used.
+        """
         return super().predict(self._ready(test_dataset, "test_dataset"), *args, **kwargs)
 
     # --- files -----------------------------------------------------------------------------------------------------
 
     def write_report(self, *, finished: bool) -> Path | None:
-        """Write `summary.json` (once finished) and `report.html` into `output_dir`; returns the report's path.
+        """Write `report.html` into `output_dir`.
 
-        One process writes; the others have nothing to report.
+        Args:
+            finished: whether the run is finished. Then `summary.json` is written too.
+
+        Returns:
+            the report's path; None in all processes but the main process, and with `write_report=False`.
         """
         if not self.is_world_process_zero():
             return None
@@ -210,23 +247,31 @@ class RunTrainer(ReferenceTrainer):
             return report.write_report(self, finished=finished)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and, unless it is for a checkpoint, its card. Raises OutputError where the disk is full."""
+        """Save the model and its card.
+
+        Args:
+            output_dir: the folder; `args.output_dir` if not given.
+            _internal_call: whether transformers saves a checkpoint, which gets no card.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
         folder = Path(output_dir) if output_dir else self.args.run_folder
         if self.is_world_process_zero() and (spoilt := _not_finite(self.policy.model)) is not None:
-            logger.warning("%s: holds weights that are not finite, first in '%s'", folder.name, spoilt)
+            logger.warning("%s: contains weights that are not finite, first in '%s'", folder.name, spoilt)
         with all_ranks(self.policy.model) if _internal_call else writing(folder):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
-            write_card(self, folder, {})  # peft writes one of its own
+            write_card(self, folder, {})  # replaces the card that peft writes
             for name in active_names(self.policy.model):
                 if name != "default":
                     logger.info("the adapter '%s' is saved in %s, where peft keeps it", name, folder / name)
 
     def _save_base(self, folder: Path, *, anew: bool) -> None:
-        """Keep the model that a new adapter belongs to: an older adapter is merged into it, so it stands nowhere else.
+        """Save the base model of a new adapter. An older adapter was merged into it, so no other folder has it.
 
         Args:
-            anew: also where there is one, which may be an earlier run's, or half of one after a kill.
+            anew: also save it if the folder has a model, which may be an earlier run's or incomplete.
         """
         model: Any = self.policy.model
         if anew or not (folder / "config.json").exists():
@@ -237,9 +282,12 @@ class RunTrainer(ReferenceTrainer):
         model.peft_config[model.active_adapter].base_model_name_or_path = str(folder.resolve())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` into `output_dir`; takes what `transformers.Trainer.create_model_card` takes.
+        """Write the model card `README.md` into `output_dir`.
 
-        `dataset_name` is TRL's name of `dataset`; `push_to_hub` hands it on.
+        Args:
+            args: as in `transformers.Trainer.create_model_card`.
+            kwargs: as in `transformers.Trainer.create_model_card`. `dataset_name` is TRL's name for `dataset`, and
+                `push_to_hub` passes it on.
         """
         if self.is_world_process_zero():
             if "dataset_name" in kwargs:
@@ -286,7 +334,7 @@ class RunTrainer(ReferenceTrainer):
             super()._load_best_model()
 
     def _load_weights(self, model: Any, folder: str) -> bool:
-        """Load what transformers would not load rightly; whether there was something of that kind."""
+        """Load weights that transformers would load wrongly. Returns whether there were such weights."""
         return not self._sharded and (load_translated(model, folder) or load_adapters(model, folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -297,15 +345,15 @@ class RunTrainer(ReferenceTrainer):
                 self.moving.load(Path(checkpoint))
 
     def _own_state(self) -> dict[str, Any]:
-        """What a resumed run needs to log and to train on as if it had not stopped, beyond what transformers keeps."""
+        """State that transformers does not save, with which a resumed run trains and logs as if it had not stopped."""
         raise NotImplementedError
 
     def _take_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `_own_state` gave, or begin where that is empty."""
+        """Restore the result of `_own_state`. An empty state starts a new run."""
         raise NotImplementedError
 
 
 def _not_finite(model: nn.Module) -> str | None:
-    """The first parameter with a NaN or an infinity; of a sharded one, this process's shard is looked at."""
+    """Name of the first parameter with a NaN or an infinity, or None. Of sharded parameters, only this process's shard."""
     shards = ((name, getattr(value, "_local_tensor", value)) for name, value in model.named_parameters())
     return next((name for name, value in shards if not value.is_meta and not value.isfinite().all()), None)

@@ -48,39 +48,45 @@ class DPOTrainer(LossTrainer):
     """Trains a causal language model on preference pairs with Direct Preference Optimization (arXiv:2305.18290).
 
     Batches, checkpoints, resuming, schedules, trackers and distribution are those of `transformers.Trainer`.
-    This class adds the data, the reference, the loss, metrics that weigh every pair the same, and the run's files in
-    `output_dir`: `metrics.jsonl`, `events.jsonl`, `samples.jsonl`, `summary.json`, `report.html`, the card `README.md`.
+    This class adds the data, the reference, the loss, metrics in which every pair has the same weight, and the run's files
+    in `output_dir`: `metrics.jsonl`, `events.jsonl`, `samples.jsonl`, `summary.json`, `report.html`, the card `README.md`.
 
     Args:
-        model: a causal language model or a vision-language model, a peft model, or a path for `load_model`, also of an adapter.
-        ref_model: the reference: a model or a path. None: the model as it is given. That is a frozen copy, or nothing at all
-            with `precompute_ref_log_probs=True`. With `peft_config` it is the model with the adapter switched off. Of a
-            model that brings a trained adapter, the adapter is copied. An objective that needs no reference gets none,
-            unless one is given: then for the KL in the log.
-        args: a DPOConfig; defaults with output_dir "dpo_output" if not given.
-        train_dataset: a `datasets.Dataset` or a list of rows with `prompt`, `chosen`, `rejected` (text or chat
-            messages; without `prompt`, chosen and rejected are whole and begin alike), optional `system`, `tools` and
-            `chat_template_kwargs` (for the chat template), optional `images` or `image`, optional `weight` (confidence:
-            losses are weighted means), optional `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities under
-            the reference); or of a known layout (docs/data.md); or, with `max_steps`, a stream of them: a
-            `datasets.IterableDataset`, or one of torch.
-        eval_dataset: the same, or a dict of several; no stream.
-        processing_class: the tokenizer, or the processor of a vision-language model; loaded from the model's folder if
-            not given.
-        data_collator: a PairCollator of your own making.
-        quantization_config: for a model that is given as a path: from_pretrained's, e.g. a BitsAndBytesConfig.
-        peft_config: a peft config; the model is wrapped in an adapter of this kind. See the setting `adapter` for a model
-            that brings one.
-        scorer: judges answers, (prompts, completions) -> a number each, higher is better: logs the win rate of the
-            policy's answers to `sample_prompts` held-out prompts. Instead of `win_rate_scorer`, which names one.
-        model_init: makes the model, instead of `model`, at every call of `train`: for `hyperparameter_search`. It may take
-            the trial.
-        compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. `predict` and
-            compute_metrics see rewards `[rows, 2]` (chosen, rejected).
-        preprocess_logits_for_metrics: refused, because there are no logits.
+        model: a causal language model, a vision-language model, a peft model, or the path of a model or an adapter for
+            `load_model`.
+        ref_model: the reference: a model or a path. None: the model before training, as a frozen copy. With
+            `peft_config`, it is the model without the adapter instead of a copy. If the model already has a trained
+            adapter, the adapter is copied. With `precompute_ref_log_probs=True`, no reference stays in memory. An
+            objective that needs no reference has none, unless one is given, which is used for the KL in the log.
+        args: a DPOConfig; the defaults with output_dir "dpo_output" if not given.
+        data_collator: a PairCollator with other options.
+        train_dataset: a `datasets.Dataset` or a list of rows. A row has `prompt`, `chosen` and `rejected`: texts or chat
+            messages. Without `prompt`, the common beginning of chosen and rejected is the prompt. Optional columns are
+            `system`, `tools` and `chat_template_kwargs` (for the chat template), `images` or `image`, `weight`
+            (confidence: losses are weighted means), `ref_chosen_logps` and `ref_rejected_logps` (summed log-probabilities
+            under the reference, in nats). Rows may have another known layout (docs/data.md). With `max_steps`, the data
+            may be a stream of rows: a `datasets.IterableDataset` or torch's `IterableDataset`.
+        eval_dataset: rows as in `train_dataset`, or a dict of several datasets. A stream is read as a whole.
+        processing_class: the tokenizer, or the processor of a vision-language model. If not given, it is loaded from the
+            model's folder.
+        compute_metrics: as in `transformers.Trainer`. It gets rewards [rows, 2] (chosen, rejected), as `predict` returns.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: as in `transformers.Trainer`.
+        quantization_config: from_pretrained's argument for a model that is given as a path, e.g. a BitsAndBytesConfig.
+        peft_config: a peft config. The model gets a new adapter of this kind. The setting `adapter` is for a model that
+            already has an adapter.
+        optimizer_cls_and_kwargs: as in `transformers.Trainer`.
+        scorer: a function (prompts, completions) -> one number for each completion; higher is better. The log then has
+            the win rate of the policy's answers to `sample_prompts` held-out prompts. It replaces the setting
+            `win_rate_scorer`, which names such a function.
+        model_init: a function that makes the model at every call of `train`, instead of `model`, for
+            `hyperparameter_search`. It may take the trial as an argument.
+        preprocess_logits_for_metrics: must be None, since there are no logits.
 
     Raises:
-        ConfigError, DataError, ModelError: ValueErrors of one line that say what is wrong and where.
+        ConfigError: a setting or an argument is wrong.
+        DataError: the data cannot be used. The message names the row.
+        ModelError: a model or tokenizer cannot be loaded or trained.
     """
 
     def __init__(
@@ -112,11 +118,11 @@ class DPOTrainer(LossTrainer):
             raise ConfigError(
                 "preprocess_logits_for_metrics: there are no logits to preprocess; compute_metrics gets rewards [rows, 2]"
             )
-        if train_dataset is None and eval_dataset is None:  # without data nothing about the model can be checked
+        if train_dataset is None and eval_dataset is None:  # without data, the model cannot be checked
             raise DataError(
                 "train_dataset: none given, nothing to train on; to evaluate or predict alone, give an eval_dataset"
             )
-        set_seed(args.seed)  # for what model_init, or the loading of a model, draws
+        set_seed(args.seed)  # for random weights in model_init or when a model is loaded
         if model_init is not None:
             check_model_init(args, model)
             model = self._made(model_init)
@@ -165,25 +171,25 @@ class DPOTrainer(LossTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.args: DPOConfig
-        # Makes transformers hand the accumulated batch's size to training_step in every version.
+        # With this, every version of transformers passes the accumulated batch's size to training_step.
         self.model_accepts_loss_kwargs = True
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._grad_norm_max: Tensor | None = None
         self.model_init = cast(Any, model_init)
         self._given_reference = (
             reference if model_init is not None else None
-        )  # else nobody may hold it longer than needed
+        )  # otherwise it must not stay in memory longer than needed
         self._take_model(reference)
         self._watch(scorer)
         if AllocateRanks.wanted(self.model):
             self.add_callback(AllocateRanks())
-        if compute_metrics is None and eval_dataset is not None:  # compute_metrics has names of its own
+        if compute_metrics is None and eval_dataset is not None:  # compute_metrics may add other names
             check_best_metric(args, self._evaluation_names())
         if args.precompute_ref_log_probs:
             self._precompute_all()
 
     def _dressed(self, model: Any, args: DPOConfig, *, loaded: bool) -> Any:
-        """The model with the adapter and without the dropout that the run asks for."""
+        """Attach the run's adapter to the model, and turn its dropout off if the settings say so."""
         set_seed(args.seed)  # for a new adapter's weights
         self.attached = attach(model, self._peft_config, args.adapter, loaded=loaded)
         model = self.attached.model
@@ -194,9 +200,9 @@ class DPOTrainer(LossTrainer):
         return model
 
     def _take_model(self, ref_model: Any) -> None:
-        """Make of `self.model` the policy and what depends on it: the reference, the layout and the way of the loss."""
+        """Make `self.model` the policy, and set what depends on it: reference, layout, loss path and auxiliary loss."""
         args = self.args
-        # Made once for a model: some objectives keep a running mean between steps.
+        # Built once for each model, because some objectives keep a running mean between steps.
         self._objectives = objective.build(args)
         self.policy = SplitModel(self.model)  # type: ignore[arg-type]
         self._beside_adapter = []
@@ -215,8 +221,8 @@ class DPOTrainer(LossTrainer):
                     self._beside_adapter = trainable_in(self.policy, example, adapter=False)
                 if names := unsaved(self.model, self._beside_adapter):
                     logger.warning(
-                        "model: '%s' (%d in all) trains in addition to the adapter, and peft saves it neither in checkpoints "
-                        "nor at the end; name its module in modules_to_save",
+                        "model: '%s' (%d in all) trains in addition to the adapter, but peft does not save it; name its "
+                        "module in modules_to_save",
                         names[0],
                         len(names),
                     )
@@ -225,14 +231,14 @@ class DPOTrainer(LossTrainer):
         self.moving = self._make_moving()
         self._check_layout()
         if args.torch_compile and self.policy.backbone is not None:
-            # After the trials above: each would be compiled by itself, without gradient, and never be used again.
+            # After the trials above, which would each be compiled separately for a single use without gradient.
             self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
         given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
         for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
             if used and (given or args.precompute_ref_log_probs):
                 raise ConfigError(
-                    f"{setting}: needs the reference model in every step; log-probabilities computed beforehand are plain sums"
+                    f"{setting}: needs the reference model in every step, not only precomputed log-probabilities"
                 )
         if args.kl_coef > 0 and self.reference is None:
             raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
@@ -241,14 +247,14 @@ class DPOTrainer(LossTrainer):
 
     @staticmethod
     def _made(model_init: Callable[..., Any], trial: Any = None) -> Any:
-        """What `model_init` makes. Raises ConfigError where it makes nothing."""
+        """The model that `model_init` returns. Raises ConfigError if it returns None."""
         model = model_init(trial) if number_of_arguments(model_init) else model_init()
         if model is None:
-            raise ConfigError("model_init: gave no model; it must return one")
+            raise ConfigError("model_init: returned None; it must return a model")
         return model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new model for a call of `train`, which transformers makes before it calls `_hp_search_setup`."""
+        """Make a new model for a call of `train`. transformers calls this before `_hp_search_setup`."""
         return self._dressed(self._made(cast(Any, self.model_init), trial), self.args, loaded=False)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -267,22 +273,33 @@ class DPOTrainer(LossTrainer):
     def hyperparameter_search(
         self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As `transformers.Trainer.hyperparameter_search`; what is sought is the least evaluation loss, unless given.
+        """Search hyper-parameters as `transformers.Trainer.hyperparameter_search` does.
 
-        transformers would take the sum of all metrics.
+        Args:
+            hp_space: as in `transformers.Trainer.hyperparameter_search`.
+            compute_objective: the quantity that is minimised, computed from an evaluation's metrics. If not given, it is
+                the evaluation loss; transformers would use the sum of all metrics.
+            args: as in `transformers.Trainer.hyperparameter_search`.
+            kwargs: as in `transformers.Trainer.hyperparameter_search`.
+
+        Returns:
+            the best run, as in `transformers.Trainer.hyperparameter_search`.
+
+        Raises:
+            ConfigError: a searched setting is read only when the trainer is made.
         """
         return super().hyperparameter_search(hp_space, compute_objective or _loss_of, *args, **kwargs)
 
-    # --- what code that was written for TRL reads --------------------------------------------------------------------
+    # --- attributes for code that was written for TRL ----------------------------------------------------------------
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference's model, or None where it is no model of its own."""
+        """The reference's model, or None if the reference is not a separate model."""
         return self.reference.split.model if isinstance(self.reference, FrozenReference) else None
 
     @property
     def beta(self) -> float:
-        """The setting of this name."""
+        """The setting `beta`."""
         return self.args.beta
 
     @property
@@ -291,9 +308,9 @@ class DPOTrainer(LossTrainer):
         return [self.args.loss_type] if isinstance(self.args.loss_type, str) else list(self.args.loss_type)
 
     def _example_batch(self) -> Batch | None:
-        """Two short pairs, padded, on which to check the model's split, or None without data or anything to score.
+        """A padded batch of two short pairs for checks of the model, or None without a pair to score.
 
-        The first has images, if some pair has.
+        The first pair has images, if any pair has.
         """
         dataset = next(filter(has_images, self.datasets()), None)
         pictured = [] if dataset is None else [place for place, digest in enumerate(dataset[DIGEST]) if digest]
@@ -311,17 +328,17 @@ class DPOTrainer(LossTrainer):
         padded = replace(collator, layout="padded") if isinstance(collator, PairCollator) else collator
         batch = padded(rows)
         if missing := next((name for name in ("input_ids", "labels", "cu_seqlens") if name not in batch), None):
-            raise ConfigError(
-                f"data_collator: its batches have no '{missing}'; leave it out, or make it of a PairCollator"
-            )
+            raise ConfigError(f"data_collator: its batches have no '{missing}'; leave it out, or pass a PairCollator")
         return self._prepare_inputs(batch)
 
     def _scored_rows(
         self, orders: Callable[[Any], Iterable[Iterable[int]]], dataset: Any = None
     ) -> list[dict[str, Any]]:
-        """The first pair of each order (made from lengths) that has tokens to score on both sides and was not taken before.
+        """For each order of rows, the first new pair that has tokens to score on both sides.
 
-        Of the first dataset, unless another one is given.
+        Args:
+            orders: takes the pairs' lengths and returns orders of row indices.
+            dataset: the first dataset if not given.
         """
         if not self.datasets():
             return []
@@ -335,9 +352,9 @@ class DPOTrainer(LossTrainer):
         return list(found.values())
 
     def _check_layout(self) -> None:
-        """Choose the layout by the longest pair and another.
+        """Choose the layout with two pairs, one of which is the longest.
 
-        The longest, because a model may attend within a window or switch its position encoding from some length on.
+        The longest pair shows whether the model attends within a window or changes its position encoding at some length.
         """
         collator = self.data_collator
         if not isinstance(collator, PairCollator) or collator.layout == "padded" or not self.datasets():
@@ -355,6 +372,6 @@ class DPOTrainer(LossTrainer):
 
 
 def _loss_of(metrics: dict[str, float]) -> float:
-    """The loss of an evaluation; the mean of several ones'."""
+    """The evaluation loss. With several evaluation datasets, the mean of their losses."""
     losses = [value for name, value in metrics.items() if re.fullmatch(r"eval_(\w+_)?loss", name)]
     return sum(losses) / len(losses)

@@ -163,7 +163,7 @@ def test_the_command_line_wins_over_the_file_whatever_the_name(here: Path) -> No
             "set model_init_kwargs: {quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4",
         ),
         ("--precision bf16", "precision: is not a setting; set bf16: true"),
-        ("--adapter lora", "adapter: 'lora' is trained where lora is set (--lora.r 16)"),
+        ("--adapter lora", "adapter: 'lora' is trained if lora is set (--lora.r 16)"),
         ("--rpo_alpha 1", "rpo_alpha: is not supported; set loss_type='rpo(alpha=...)'"),
         ("--group_by_length false", "group_by_length: is called train_sampling_strategy"),
         ("--warmup_ratio 5", "warmup_ratio: must lie in [0, 1), got 5; warmup_steps takes a number of steps"),

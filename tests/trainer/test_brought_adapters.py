@@ -273,7 +273,7 @@ def test_weights_that_peft_does_not_save_are_told(make_trainer: Make, make_model
     model.get_base_model().gpt_neox.final_layer_norm.weight.requires_grad_(True)
     make_trainer(model=model)
     assert (
-        "gpt_neox.final_layer_norm.weight' (1 in all) trains in addition to the adapter, and peft saves it neither"
+        "gpt_neox.final_layer_norm.weight' (1 in all) trains in addition to the adapter, but peft does not save it"
         in caplog.text
     )
 

@@ -129,7 +129,7 @@ def test_what_the_template_leaves_out_is_told(caplog: pytest.LogCaptureFixture) 
         return prepare_dataset([row], with_template(template), Preparation(), name="x")[1].remarks
 
     thought = {**message("assistant", "good"), "reasoning_content": "fine"}
-    line = "the chat template does not use what rows say as {}; the model will not see it"
+    line = "the chat template does not use the rows' {}; the model will not see it"
     tools = [{"type": "function", "function": {"name": "look"}}]
     assert said(CHAT_TEMPLATE, CALLS) == [line.format("tool_calls")]
     assert said(CHAT_TEMPLATE, {**chat(thought), "tools": tools}) == [line.format("reasoning_content, tools")]
@@ -382,9 +382,9 @@ def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:
     untemplated.save_pretrained(tmp_path / "folder")
     for path, said in (
         ("none.jinja", "cannot be read"),
-        ("bad.jinja", "is no Jinja template"),
-        ("empty.jinja", "holds no chat template"),
-        ("folder", "holds no chat template"),
+        ("bad.jinja", "is not a Jinja template"),
+        ("empty.jinja", "contains no chat template"),
+        ("folder", "contains no chat template"),
     ):
         with pytest.raises(ConfigError, match=rf"chat_template_path: '.*{path}' {said}"):
             with_chat_template(tokenizer, str(tmp_path / path))

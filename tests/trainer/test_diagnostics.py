@@ -160,7 +160,7 @@ def test_a_reference_that_never_saw_such_text(train: Any) -> None:
 
 def test_a_reference_that_prefers_rejected_answers(train: Any) -> None:
     found = train(model=taught_model(("rejected",)), max_steps=1, diagnostics={"chosen_likelihood": None})
-    assert "is the likelier one, per token, in only" in found["weak_reference"]["seen"]
+    assert "is likelier per token than the rejected one in only" in found["weak_reference"]["seen"]
 
 
 def test_weights_that_leave_few_pairs(train: Any) -> None:
@@ -275,8 +275,8 @@ def test_stop_on_stops_with_a_checkpoint_and_speaks_once(make_trainer: Make, tmp
     assert trainer.diagnostics.stopped_by == "learning_rate_low"
     assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").exists()
     assert len(said) == 1
-    assert said[0].endswith("Stopping, as stop_on asks.")
-    # The same command continues the run, because the diagnosis was already reported.
+    assert said[0].endswith("Stopping, because stop_on contains it.")
+    # The same again goes on: it has been said.
     resumed = make_trainer(model=taught_model(), train_dataset=build_pairs(128), **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 40

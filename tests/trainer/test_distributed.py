@@ -162,7 +162,7 @@ def test_a_signal_ends_two_processes_after_the_same_step(tmp_path: Path, model_f
     said = run.communicate(timeout=120)[1]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert said.count("stopped; the same command") == 1, said[-3000:]
-    assert f"goes on from run/{checkpoint.name}" in said
+    assert f"resumes from run/{checkpoint.name}" in said
     assert fault(checkpoint) is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
     assert not (tmp_path / "run/run.lock").exists()

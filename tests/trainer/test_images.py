@@ -286,7 +286,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"chosen": [{"role": "assistant", "content": [PLACE, TEXT]}], "images": [IMAGE]},
         "'chosen' has a place for an image; images belong in the prompt",
     ),
-    ({"prompt": [{"role": "system", "content": "x"}], "images": [IMAGE]}, "'prompt' has no message of the user's"),
+    ({"prompt": [{"role": "system", "content": "x"}], "images": [IMAGE]}, "'prompt' has no user message"),
     (
         {
             "prompt": [{"role": "user", "content": [{**PLACE, "index": 1}, {**PLACE, "index": 0}]}],
@@ -298,7 +298,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"images": [b"no image"]}, "an image cannot be read (cannot identify image file"),
     ({"images": [{"bytes": None, "path": None}]}, "an image cannot be stored ("),
     ({"images": [17]}, "an image cannot be stored (expected a path, bytes or a PIL image, found int)"),
-    ({"images": [None]}, "'images' holds nothing (null) in the place of an image"),
+    ({"images": [None]}, "'images' contains null instead of an image"),
     ({"images": [IMAGE], "image": IMAGE}, "has both 'images' and 'image'; use one of them"),
     (
         {"prompt": [{"role": "user", "content": [{"type": "video"}]}], "images": [IMAGE]},
@@ -306,7 +306,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
-        "holds its image in 'image'; images belong in the column 'images'",
+        "has its image in 'image'; images belong in the column 'images'",
     ),
     (
         {"prompt": "<image> a", "chosen": "b", "rejected": "c", "images": []},

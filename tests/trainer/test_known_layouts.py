@@ -255,9 +255,9 @@ SPACED = {"chosen": " good", "rejected": " bad"}
 def test_rows_of_mixed_layouts_are_refused_with_their_place(tokenizer: Any, tmp_path: Path) -> None:
     orca, plain = LAYOUTS["read as Orca rows"][0][0], {"prompt": "the film", **SPACED}
     for rows, said in (
-        ([orca, plain], r"row 2: no column 'system', where earlier rows are Orca rows"),
+        ([orca, plain], r"row 2: no column 'system', but earlier rows are Orca rows"),
         ([plain, orca], r"row 2: no column 'prompt'"),
-        ([orca, {**orca, "prompt": "x"}], r"row 2: a column 'prompt', where earlier rows are Orca rows"),
+        ([orca, {**orca, "prompt": "x"}], r"row 2: a column 'prompt', but earlier rows are Orca rows"),
         ([{**plain, "system": "x"}, plain], r"row 2: no column 'system'"),
         ([CHATS[1], {**CHATS[1], "system": "x"}], r"row 2: a column 'system', which earlier rows do not have"),
     ):
@@ -275,17 +275,17 @@ def test_rows_of_mixed_layouts_are_refused_with_their_place(tokenizer: Any, tmp_
     [
         (
             {**CHATS[1], "prompt": [{"role": "user", "content": [{"type": "image", "image": "a"}]}]},
-            "part 1 of message 1 of 'prompt' holds its image in 'image'; images belong in the column 'images'",
+            "part 1 of message 1 of 'prompt' has its image in 'image'; images belong in the column 'images'",
         ),
         (
             {**CHATS[1], "chosen": [sharegpt("alien", "x")]},
-            "message 1 of 'chosen' is from 'alien', which is no known role",
+            "message 1 of 'chosen' is from 'alien', which is not a known role",
         ),
         (
             {**CHATS[1], "prompt": str(CHATS[1]["prompt"])},
             "'prompt' holds messages as Python prints them; write them as JSON",
         ),
-        ({**CHATS[0], "system": "long"}, "'system' is one system text and the first message another"),
+        ({**CHATS[0], "system": "long"}, "'system' and the first message are different system texts"),
         ({**CHATS[0], "system": 3}, "'system' must be text, found a number"),
         (
             {"question": "x", **SPACED},
@@ -293,12 +293,12 @@ def test_rows_of_mixed_layouts_are_refused_with_their_place(tokenizer: Any, tmp_
         ),
         (
             {"messages": CHATS[1]["prompt"], "chosen": "The good", "rejected": "The bad"},
-            "no column 'prompt', and 'messages' may be it; name it by the setting columns",
+            "no column 'prompt', and 'messages' may be the prompt; name it in the setting columns",
         ),
         (
             {"messages": CHATS[1]["prompt"], "chosen": [answer("good")], "rejected": [answer("bad")]},
-            "no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one; where another column is the "
-            "prompt, name it by the setting columns, as in columns: {prompt: messages}",
+            "no 'prompt', and 'chosen' and 'rejected' share no beginning that could be one; if another column is the "
+            "prompt, name it in the setting columns, as in columns: {prompt: messages}",
         ),
         (
             {"conversations": [user("x"), answer("y")], "chosen": answer("good"), "rejected": answer("bad")},
@@ -312,7 +312,7 @@ def test_rows_of_mixed_layouts_are_refused_with_their_place(tokenizer: Any, tmp_
         ({"instruction": 3, **SPACED}, "'instruction' must be text, found a number"),
         ({"input": "x", "preferred_output": [], "non_preferred_output": []}, "'input' must be an object with messages"),
         ({**CHATS[1], "chat_template_kwargs": "[1]"}, "'chat_template_kwargs' must be an object or its JSON text"),
-        ({**CHATS[1], "chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs' cannot hold 'tokenize'"),
+        ({**CHATS[1], "chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs' cannot contain 'tokenize'"),
     ],
     ids=str,
 )
@@ -447,7 +447,10 @@ def test_a_question_becomes_the_prompt_by_name(tokenizer: Any) -> None:
         ({"weight_from": {"margin": "a", "scale": 0}}, "weight_from: scale must be positive; got 0"),
         ({"weight_from": {"margin": "a", "power": "x"}}, "weight_from: 'power' must be a number, got 'x'"),
         ({"weight_from": {"margin": "a"}, "columns": {"weight": "b"}}, "weight_from: columns names a 'weight' too"),
-        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: cannot hold 'tools', which the trainer sets"),
+        (
+            {"chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs: cannot contain 'tools', which the trainer sets",
+        ),
         ({"chat_template_kwargs": 3}, "chat_template_kwargs: expected a mapping, got 3"),
     ],
     ids=str,
@@ -468,7 +471,7 @@ def test_a_column_of_ours_that_is_read_in_place_of_the_named_one_is_told(
     columns = {"prompt": "questoin"}
     for form, data in forms(build_pairs(2), tmp_path, columns=columns):
         tokens(data, tokenizer, columns=columns)
-        assert caplog.text.count("columns: no column 'questoin'; its own 'prompt' is read") == 1, form
+        assert caplog.text.count("columns: no column 'questoin'; its column 'prompt' is used") == 1, form
         assert "not used" not in caplog.text, form
         caplog.clear()
 
@@ -542,7 +545,9 @@ def test_scores_become_weights_on_request(
         row["weight"] for row in tokens(gaps, tokenizer, weight_from={"margin": "margin", **shape})
     ] == pytest.approx(made)
     tokens(rows, tokenizer)
-    assert "not used: score_chosen, score_rejected (the setting weight_from makes weights of scores)" in caplog.text
+    assert (
+        "not used: score_chosen, score_rejected (the setting weight_from computes weights from scores)" in caplog.text
+    )
 
 
 def test_scores_that_favour_no_chosen_answer_are_refused(tokenizer: Any) -> None:
@@ -579,7 +584,7 @@ def test_unpaired_rows_are_paired_where_a_prompt_has_both(
             assert tokens(data, tokenizer) == tokens(by_hand, tokenizer), form
             assert "4 of 6 rows are paired; 2 are left over" in caplog.text
         caplog.clear()
-    with pytest.raises(DataError, match=r"no prompt has an answer with label true and one with label false"):
+    with pytest.raises(DataError, match=r"no prompt has both an answer with label true and one with label false"):
         tokens(rows[1:4], tokenizer)
     with pytest.raises(DataError, match=r"row 1: 'label' must be true or false, found 'good'"):
         tokens([{**rows[0], "label": "good"}], tokenizer)
@@ -596,9 +601,7 @@ def test_completions_that_repeat_the_prompt_are_read_without_it(
     for form, data in forms(rows, tmp_path):
         assert tokens(data, tokenizer) == tokens(plain, tokenizer), form
     make_trainer(train_dataset=rows)
-    assert (
-        "train_dataset: both completions of 5 of 5 pairs begin with the prompt; it is taken away there" in caplog.text
-    )
+    assert "train_dataset: both completions of 5 of 5 pairs begin with the prompt; it is removed there" in caplog.text
 
 
 def test_a_few_completions_that_begin_as_the_prompt_does_are_left_and_told(
@@ -606,7 +609,7 @@ def test_a_few_completions_that_begin_as_the_prompt_does_are_left_and_told(
 ) -> None:
     rows = [*build_pairs(5), {"prompt": "good", "chosen": "goodness", "rejected": "good film"}]
     trainer = make_trainer(train_dataset=rows)
-    assert "both completions of 1 of 6 pairs begin with the prompt; it is left there" in caplog.text
+    assert "both completions of 1 of 6 pairs begin with the prompt; it is kept there" in caplog.text
     row = trainer.train_dataset[5]
     assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) == "goodgoodness<|end|>"
 

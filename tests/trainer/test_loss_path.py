@@ -165,7 +165,7 @@ def test_a_reference_of_another_vocabulary_width_is_a_clear_error(make_trainer: 
     """Policy and reference may share a tokenizer but have padded embeddings of different sizes, which the loss refuses."""
     wide = make_model("llama-untied", seed=1)
     wide.resize_token_embeddings(wide.config.vocab_size + 8)
-    with pytest.raises(ModelError, match="ref_model: has a vocabulary of 314 tokens, the model one of 306"):
+    with pytest.raises(ModelError, match="ref_model: has a vocabulary of 314 tokens, but the model has 306"):
         make_trainer(model=make_model("llama-untied"), ref_model=wide)
 
 

@@ -41,7 +41,11 @@ DATA: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", "", ": no rows"),
     ("a.jsonl", "\n\n", ": no rows"),
     ("a.json", "[]", ": no rows"),
-    ("a.json", f"{GOOD}\n{GOOD}", ":2: not JSON: Extra data at column 1; for one object a line use the ending .jsonl"),
+    (
+        "a.json",
+        f"{GOOD}\n{GOOD}",
+        ":2: not JSON: Extra data at column 1; if every line is one object, use the ending .jsonl",
+    ),
     ("a.json", GOOD, ": expected a list of objects, found an object"),
     ("a.json", f'[{GOOD},\n{{"prompt" 1}}]', ":2: not JSON"),
     (
@@ -108,7 +112,7 @@ DATA: list[tuple[str, str | bytes, str]] = [
         changed(chosen=CHAT["chosen"]),
         ":1: text and chat are mixed (prompt is text, chosen is chat, rejected is",
     ),
-    ("a.jsonl", f"{GOOD}\n{TALK}\n", ":2: chat messages, where earlier rows are text; use one of them for all rows"),
+    ("a.jsonl", f"{GOOD}\n{TALK}\n", ":2: chat messages, but earlier rows are text; use one of them for all rows"),
     ("a.jsonl", changed(CHAT, prompt=[]), ":1: empty prompt in 'prompt' (no messages)"),
     ("a.jsonl", changed(CHAT, rejected=[]), ":1: empty completion in 'rejected' (no messages)"),
     (
@@ -125,7 +129,7 @@ DATA: list[tuple[str, str | bytes, str]] = [
     (
         "a.jsonl",
         changed(CHAT, chosen=[USER]),
-        ":1: the first message of 'chosen' after the prompt is of 'user', not the",
+        ":1: the first message of 'chosen' after the prompt is of 'user', not of the assistant",
     ),
     ("a.jsonl", f"{TALK}\n{changed(CHAT, prompt='x')}", ":2: text and chat are mixed (prompt is text"),
     # prompts within
@@ -133,7 +137,7 @@ DATA: list[tuple[str, str | bytes, str]] = [
     (
         "a.jsonl",
         changed(prompt=..., chosen=[USER, {"role": "user", "content": "a"}], rejected=[USER, USER]),
-        ":1: the first message of 'chosen' after the prompt is of 'user', not the assistant's",
+        ":1: the first message of 'chosen' after the prompt is of 'user', not of the assistant",
     ),
     # nothing to learn from
     (
@@ -188,7 +192,7 @@ MISTAKES = [
     ),
     ("--sample_prompts 2", "sample_prompts: there are no held-out pairs; give eval_data"),
     ("--sync_ref_model --precompute_ref_log_probs", "sync_ref_model: the reference moves during training"),
-    ("--loss_type simpo --precompute_ref_log_probs", "loss_type simpo compares with no reference"),
+    ("--loss_type simpo --precompute_ref_log_probs", "loss_type simpo uses no reference"),
     ("--resume_from_checkpoint nowhere", "resume_from_checkpoint 'nowhere': not a checkpoint"),
     ("--max_tokens many", "max_tokens: expected a whole number"),
     ("--streaming maybe", "streaming: expected true or false, got 'maybe'"),
@@ -256,11 +260,11 @@ MISTAKES = [
     ("--lora.r 0", "`r` should be a positive integer value but the value passed is 0"),
     ("--backend cuda", "backend: 'cuda' cannot be used: "),
     # places
-    ("--train_data nobody/missing", "nobody/missing: no such file, and not to be had from the hub"),
+    ("--train_data nobody/missing", "nobody/missing: no such file, and the hub does not provide it"),
     ("--train_data ./missing", "./missing: no such file"),
     ("--train_data folder", "folder: not a folder saved by datasets"),
     ("--train_data splits", "splits: holds several splits (train, test); name one, e.g. splits/train"),
-    ("--output_dir train.jsonl/run", "output_dir 'train.jsonl/run': cannot be made, '"),
+    ("--output_dir train.jsonl/run", "output_dir 'train.jsonl/run': cannot be created, '"),
     # models
     ("--model folder", "model 'folder': the folder holds no model (no config.json)"),
     ("--model_init_kwargs.dtype float99", "model_init_kwargs: unknown dtype 'float99'"),
@@ -270,7 +274,7 @@ MISTAKES = [
     ),
     (
         "--ref_model other",
-        "ref_model: has a vocabulary of 370 tokens, the model one of 306; they must share their tokenizer",
+        "ref_model: has a vocabulary of 370 tokens, but the model has 306; both must have the same tokenizer",
     ),
     ("--model small", "model: has embeddings for 286 tokens, but the data need token "),
     (

@@ -385,5 +385,5 @@ def test_one_objective_with_a_reference_brings_it_back(make_trainer: Make, make_
 
 def test_there_is_nothing_to_precompute_or_to_move_without_a_reference(tmp_path: Path) -> None:
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
-        with pytest.raises(ConfigError, match=f"{name}: loss_type simpo compares with no reference"):
+        with pytest.raises(ConfigError, match=f"{name}: loss_type simpo uses no reference"):
             DPOConfig(output_dir=str(tmp_path), loss_type="simpo", **{name: True})

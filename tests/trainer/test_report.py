@@ -222,7 +222,7 @@ def test_empty_answers_of_the_policy_are_counted(run: Path) -> None:
         json.loads((run / "summary.json").read_text()), read_records(run / "metrics.jsonl"), name="run", samples=empty
     )
     assert "3 of these 3 answers are empty." in page
-    assert "Failed: the model answers with nothing" in page
+    assert "Failed: the model&#39;s answers are empty" in page
 
 
 def test_what_did_not_hold_to_the_end_is_folded(run: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_did_not_hold_to_the_end_is_folded(run: Path) -> None:
         for name in ("grad_spike", "kl_exploding")
     ]
     page = render_report(summary, read_records(run / "metrics.jsonl"), name="run", events=events)
-    folded = page.partition("1 diagnosis did not hold to the end:")[2].partition("</details>")[0]
+    folded = page.partition("1 diagnosis that no longer held at the end:")[2].partition("</details>")[0]
     assert "Title of kl_exploding" in folded
     assert "Title of grad_spike" not in folded
 

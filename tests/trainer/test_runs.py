@@ -175,7 +175,7 @@ def test_a_lock_of_another_host_or_damaged_says_how_to_go_on(
     lock.write_text(json.dumps({"pid": 7, "user": "ann", "host": "elsewhere", "since": "2026-01-01 00:00:00"}))
     assert main(["config.yaml", "--quiet"]) == 2
     line = capsys.readouterr().err
-    assert "a run on another host used it and did not end well, or still does (process 7 of ann on elsewhere" in line
+    assert "a run on another host still uses it, or ended with an error (process 7 of ann on elsewhere" in line
     assert "if it has ended, remove 'run/run.lock'" in line.replace(f"{here}/", "")
     lock.write_text(left)  # a lock whose process cannot be checked
     assert main(["config.yaml", "--quiet"]) == (2 if "pid" in left else 0)
@@ -248,7 +248,7 @@ def test_a_run_falls_back_and_ends_as_if_nothing_had_happened(
     flip(two_checkpoints / "checkpoint-4" / name, 100)
     assert main(["config.yaml", "--resume"]) == 0
     lines = [record.getMessage() for record in caplog.records if "checkpoint-2" in record.getMessage()]
-    assert re.fullmatch(rf"run/checkpoint-4/{name}: (damaged|changed .*); going on from checkpoint-2", lines[0])
+    assert re.fullmatch(rf"run/checkpoint-4/{name}: (damaged|changed .*); resuming from checkpoint-2", lines[0])
     assert (here / "run/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
     assert steps(here / "run") == [1, 2, 3, 4, 5, 6]
     assert sound_checkpoint(two_checkpoints).name == "checkpoint-6"
@@ -313,10 +313,10 @@ def test_changed_data_are_told_and_refused_unless_asked_for(
     assert main(["config.yaml"]) == 2
     assert capsys.readouterr().err == (
         "dpo-train: output_dir 'run': train_data 'train.jsonl' changed since the run began (last checkpoint: "
-        "checkpoint-2); --resume goes on with the new contents, --overwrite starts anew\n"
+        "checkpoint-2); --resume continues with the new contents, --overwrite starts again\n"
     )
     assert main(["config.yaml", "--resume"]) == 0
-    assert "train_data 'train.jsonl' changed since the run began; going on with the new contents" in caplog.text
+    assert "train_data 'train.jsonl' changed since the run began; continuing with the new contents" in caplog.text
 
 
 def test_data_of_the_same_contents_are_the_same_data(here: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(here: Path, signum
     ended, said = run.end()
     assert ended == code
     assert "Traceback" not in said
-    assert "stopped; the same command, or train(resume_from_checkpoint=True), goes on from run/checkpoint-4" in said
+    assert "stopped; the same command, or train(resume_from_checkpoint=True), resumes from run/checkpoint-4" in said
     assert not (here / "run/summary.json").exists()
     assert not (here / "run/model.safetensors").exists()
     assert main(["config.yaml", "--quiet"]) == 0
@@ -369,7 +369,7 @@ def test_a_signal_before_the_first_step_promises_no_checkpoint(here: Path) -> No
     shutil.rmtree(here / "run", ignore_errors=True)
     code, said = forked.run(here, prepare=partial(signal_at, "writing a text", 1, signal.SIGINT))
     assert code == 130
-    assert "SIGINT: stopped before the first checkpoint; nothing to go on from was written" in said
+    assert "SIGINT: stopped before the first checkpoint, so there is nothing to resume from" in said
     assert main(["config.yaml", "--quiet"]) == 0
 
 
@@ -377,7 +377,7 @@ def test_a_signal_in_an_evaluation_ends_after_it(here: Path) -> None:
     words = ["--eval_data", "train.jsonl", "--eval_steps", "3"]
     code, said = forked.run(here, *words, prepare=partial(signal_at, "evaluating", 4, signal.SIGTERM))
     assert code == 143
-    assert "goes on from run/checkpoint-3" in said
+    assert "resumes from run/checkpoint-3" in said
     assert main(["config.yaml", "--quiet", *words]) == 0
     records = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 3, 6]
@@ -487,7 +487,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_told(
     trainer = tiny.build_trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
     poison(trainer)
     trainer.train()
-    assert "checkpoint-1: holds weights that are not finite, first in 'model.embed_tokens.weight'" in caplog.text
+    assert "checkpoint-1: contains weights that are not finite, first in 'model.embed_tokens.weight'" in caplog.text
 
 
 # --- a full disk ---------------------------------------------------------------------------------------------------
@@ -631,7 +631,7 @@ def test_pairs_and_prompts_that_are_trained_on_are_counted_apart(tmp_path: Path,
     account = trainer.accounts[1]
     assert (account.trained_on, account.prompts_trained_on) == (2, 3)
     assert "eval_dataset: 2 of 6 pairs are training pairs too" in caplog.text
-    assert "eval_dataset: 3 of 6 pairs have a prompt of the training pairs, with other answers" in caplog.text
+    assert "eval_dataset: 3 of 6 pairs have the prompt of a training pair, with other answers" in caplog.text
 
 
 # --- how often -----------------------------------------------------------------------------------------------------
@@ -717,7 +717,7 @@ def test_a_run_says_what_it_is_loading_before_it_does(here: Path) -> None:
         f"model: loading {model}",
         "train_dataset: tokenising 24 pairs",
         "eval_dataset: tokenising 24 pairs",
-        "eval_dataset: 24 of 24 pairs are training pairs too, so its figures are not of held-out pairs",
+        "eval_dataset: 24 of 24 pairs are training pairs too, so its figures are not held-out figures",
     ]
     assert said[: len(lines)] == lines
     assert [line.partition(": computing")[0] for line in said if ": computing" in line] == [

@@ -199,7 +199,10 @@ def test_what_is_said_of_a_field_is_said_of_one_that_exists() -> None:
     [
         ({"rpo_alpha": 1.0}, "rpo_alpha: is not supported; set loss_type='rpo(alpha=...)'"),
         ({"max_completion_length": 8}, "max_completion_length: is not supported; set max_length"),
-        ({"warmup_ratio": 0.1}, "warmup_ratio: is no setting of this transformers; set warmup_steps to the share"),
+        (
+            {"warmup_ratio": 0.1},
+            "warmup_ratio: is not a setting of the installed transformers; set warmup_steps to the share",
+        ),
         ({"evaluation_strategy": "steps"}, "evaluation_strategy: is called eval_strategy"),
         ({"reference_free": True}, "reference_free: is not supported; use an objective without"),
         ({"activation_offloading": True}, "activation_offloading: is not supported; set gradient_checkpointing"),
@@ -666,7 +669,7 @@ def test_a_trial_that_cannot_be_followed_is_told(params: dict[str, Any], said: s
 def test_model_init_does_not_go_with_another_model(tmp_path: Path, model_folder: Path) -> None:
     with pytest.raises(ConfigError, match="model_init: makes the model, and a model is given as well"):
         DPOTrainer(str(model_folder), **given(tmp_path), model_init=lambda: None)
-    with pytest.raises(ConfigError, match="model_init: gave no model"):
+    with pytest.raises(ConfigError, match="model_init: returned None"):
         DPOTrainer(**given(tmp_path), model_init=lambda: None)
     with pytest.raises(ConfigError, match="precompute_ref_log_probs: needs one model"):
         DPOTrainer(**given(tmp_path, precompute_ref_log_probs=True), model_init=lambda: None)

@@ -172,10 +172,10 @@ def pairs_of(count: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("accuracy", "count", "line"),
     [
-        (0.6, 10, "Unclear: the evaluation tells no difference from guessing"),
+        (0.6, 10, "Unclear: the evaluation does not differ from guessing"),
         (0.9, 10, "Worked: chosen answers win on pairs that were held out"),
-        (1.0, 5, "Unclear: the evaluation tells no difference from guessing"),
-        (0.6, 100, "Unclear: the evaluation tells no difference from guessing"),
+        (1.0, 5, "Unclear: the evaluation does not differ from guessing"),
+        (0.6, 100, "Unclear: the evaluation does not differ from guessing"),
         (0.61, 100, "Worked: chosen answers win on pairs that were held out"),
         (0.6, 400, "Worked: chosen answers win on pairs that were held out"),
         (0.4, 400, "Failed: rejected answers win on pairs that were held out"),
@@ -187,7 +187,9 @@ def test_the_number_of_pairs_decides_what_an_accuracy_tells(accuracy: float, cou
 
 def test_too_few_pairs_are_told_how_many_it_takes() -> None:
     verdict = judge(summary(**pairs_of(10)), evaluated(0.6, 0.65), [])
-    assert "only an accuracy above 87% tells: at 60% it takes about 110" in verdict.remedy
+    assert (
+        "only an accuracy above 87% differs from guessing. An accuracy of 60% needs about 110 pairs" in verdict.remedy
+    )
 
 
 BEST = [
@@ -249,7 +251,7 @@ def test_a_diagnosis_that_the_last_figures_contradict_decides_nothing(name: str,
 def test_a_model_that_answers_with_nothing_did_not_work() -> None:
     empty = [{"policy": " "}] * 6 + [{"policy": "text"}] * 2
     verdict = judge(summary(), evaluated(0.7), [], empty)
-    assert (verdict.word, verdict.what) == ("Failed", "the model answers with nothing")
+    assert (verdict.word, verdict.what) == ("Failed", "the model's answers are empty")
     assert judge(summary(), evaluated(0.7), [], empty[4:]).word == "Worked"
 
 

@@ -1,4 +1,4 @@
-"""The trainer that the settings of `dpo-train` ask for, as `run` and `inspect` need it."""
+"""Construction of the trainer from the settings of `dpo-train`, for the commands `train` and `inspect`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ AnyTrainer = TypeVar("AnyTrainer", bound=DPOTrainer)
 def build_trainer(
     kind: type[AnyTrainer], settings: dict[str, Any], switches: set[str], *, resumes: bool = False
 ) -> AnyTrainer:
-    """The trainer that the settings ask for, its model loaded and its data read and tokenised.
+    """Load the model, read and tokenise the data, and make the trainer.
 
     Args:
-        resumes: whether it goes on from a checkpoint in output_dir.
+        resumes: whether the run resumes from a checkpoint in output_dir.
 
     Raises:
         UsageError: a setting, the model or the data cannot be used.
@@ -48,7 +48,7 @@ def build_trainer(
         check_val_split(given=held_out, stream=bool(settings.get("streaming")), what="eval_data")
     if held_out or settings.get("val_split") is not None:
         fields.setdefault("eval_strategy", "steps")
-    # Not given: not what logging_steps says either, which is transformers' rule.
+    # An eval_steps that is not given must not become logging_steps, as it does in transformers.
     paced = fields.get("eval_strategy") == "steps" and fields.get("eval_steps") is None
     if paced:
         fields["eval_steps"] = fields.get("save_steps") or 1
@@ -61,7 +61,7 @@ def build_trainer(
         raise OutputError(f"resume_from_checkpoint '{given}': not a checkpoint")
     peft_config = lora_config(settings["lora"]) if settings.get("lora") is not None else None
     if settings.get("streaming") and config.max_steps <= 0:
-        raise ConfigError("max_steps: must be given with streaming, which does not tell how many pairs there are")
+        raise ConfigError("max_steps: must be given with streaming, since the number of pairs is not known")
     reading: Any = {"columns": config.columns, "weight_from": config.weight_from}
     logger.info("train_data: reading %s", settings["train_data"])
     train_data = (stream_pairs if settings.get("streaming") else load_pairs)(settings["train_data"], **reading)
@@ -82,12 +82,12 @@ def build_trainer(
 
 @contextlib.contextmanager
 def _named(settings: dict[str, Any]) -> Iterator[None]:
-    """What a library says of a setting, in one line that names it, with the nearest value that it would take."""
+    """Turn a library's error about a setting into a line with the setting's name and the nearest valid value."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         if isinstance(error, UsageError) or getattr(error, "strerror", None):
-            raise  # `main` has a line for these
+            raise  # `main` handles these
         if isinstance(error, ImportError):
             raise ConfigError(line_of_error(error)) from error
         text = first_line(error)

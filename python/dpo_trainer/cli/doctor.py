@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from ..errors import ConfigError, first_line
 from .packages import EXTRA, TRAINER
 
-#: Distributions by the names under which they are imported, where the two differ.
+#: Names of distributions, by the name of the module if that differs.
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
-#: Packages that some settings need, and what for.
+#: Optional packages, with their use.
 OPTIONAL = {
     "triton": "kernels on GPUs",
     "torchvision": "images of some vision-language models",
@@ -33,7 +33,7 @@ OPTIONAL = {
 
 
 def doctor(words: Sequence[str]) -> int:
-    """Print the report; returns the exit code: 0 if a run can start, else 1. Raises ConfigError for unknown words."""
+    """Print the report. Returns the exit code: 0 if a run can start, else 1. Raises ConfigError for arguments."""
     if words:
         raise ConfigError(f"doctor: unknown word '{words[0]}'; usage: dpo-train doctor")
     warnings.simplefilter("ignore")
@@ -64,7 +64,7 @@ def _show(title: str, lines: Sequence[str]) -> None:
 
 
 def _line(module: str, faults: list[tuple[str, str]]) -> str:
-    """A package's line; what is wrong with it is added to `faults`."""
+    """A package's line in the report. Its faults are added to `faults`."""
     fix = "pip install dpo-kernels" if module in ("torch", "numpy") else EXTRA
     if find_spec(module) is None:
         faults.append((f"{module} is not installed", fix))
@@ -92,7 +92,7 @@ def _version(module: str) -> str:
 
 
 def _too_old(module: str, version: str) -> str:
-    """The versions that dpo-kernels asks for, where the installed one is none of them; else ''."""
+    """The versions that dpo-kernels requires if the installed version is not one of them, else ""."""
     if find_spec("packaging") is None:
         return ""
     from packaging.requirements import Requirement
@@ -114,7 +114,7 @@ def _too_old(module: str, version: str) -> str:
 
 
 def _caches() -> None:
-    """The folders in which models, data and reference log-probabilities are kept."""
+    """Print the folders in which models, data and reference log-probabilities are kept."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -1,4 +1,4 @@
-"""What is checked before torch and transformers are loaded, which takes seconds."""
+"""Checks before torch and transformers are imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def settings_of(arguments: Sequence[str], required: Sequence[str] = REQUIRED) ->
     """The settings and switches of a run, with all checks that need no torch.
 
     Raises:
-        UsageError: in one line.
+        UsageError: one line about an error.
     """
     settings, switches = read_settings(arguments, required)
     check_given(settings)
@@ -50,7 +50,7 @@ def check_evaluation(settings: Mapping[str, Any]) -> None:
 
 
 def check_paths(settings: Mapping[str, Any]) -> None:
-    """Raise UsageError for models and data that are not there; names on the hub are for whoever loads them."""
+    """Raise UsageError for models and data that do not exist. Names on the hub are checked when they are loaded."""
     for key in ("train_data", "eval_data"):
         path = settings.get(key)
         if path is None or Path(path).expanduser().exists():
@@ -64,14 +64,14 @@ def check_paths(settings: Mapping[str, Any]) -> None:
 
 
 def tell_loading(switches: set[str]) -> None:
-    """Say on standard error that torch and transformers are loaded now, unless they are there or nobody wants to know."""
+    """Print that torch and transformers are being loaded, unless they already are, or --quiet or --json is given."""
     if switches.isdisjoint({"--quiet", "--json"}) and is_first() and "transformers" not in sys.modules:
         print("loading torch and transformers", file=sys.stderr, flush=True)
 
 
 def set_up_logging(*, quiet: bool) -> None:
-    """Let our own lines through to standard error, and of the libraries only errors."""
+    """Write our log lines to standard error, but only errors of libraries."""
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("accelerate", "datasets", "httpx", "huggingface_hub", "matplotlib", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of libraries, to their developers; ours go through logging
+    warnings.simplefilter("ignore")  # libraries' warnings are for developers; ours go through logging

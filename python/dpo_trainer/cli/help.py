@@ -1,4 +1,4 @@
-"""What `dpo-train` says of itself: the first lines, the help, the versions, and the answer to a mistyped command."""
+"""The help of `dpo-train`: the first lines, the help pages, the versions, and suggestions for a mistyped command."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ INSPECT = "dpo-train inspect [CONFIG.yaml] [--key value ...]"
 INIT = "dpo-train init [CASE] [--output FILE]"
 COMPARE = "dpo-train compare RUN RUN ... [--output FILE]"
 DOCTOR = "dpo-train doctor"
-#: The commands with a help of their own: usage, and what they do.
+#: The commands with their own help: usage and description.
 COMMANDS = {
     "inspect": (
         INSPECT,
         """\
-Shows what a run would train on, and the memory and time that it would take. Trains nothing and writes nothing. Takes the
+Shows the data that a run would train on, and its expected memory and time. Trains nothing and writes nothing. Takes the
 same settings as dpo-train; output_dir may be left out.""",
     ),
     "init": (
         INIT,
         """\
 Writes a YAML file with comments for a case: full (the whole model on one GPU, the default), lora, small-cpu or multi-gpu.
-It is called CASE.yaml, unless --output names another file. A file that exists is not overwritten.""",
+The file is CASE.yaml, unless --output names another file. An existing file is not overwritten.""",
     ),
     "compare": (
         COMPARE,
         """\
-Prints the last figures of 2 to 8 runs, each the output_dir of one, and the settings and data that differ. A star marks a
-best that is better by more than two standard errors. Writes a page with their curves: comparison.html in the first
-run's folder, unless --output names another file.""",
+Prints the last figures of 2 to 8 runs, and the settings and data that differ. RUN is a run's output_dir. A star marks a
+best figure that is better than the rest by more than two standard errors. Writes a page with the runs' curves:
+comparison.html in the first run's folder, unless --output names another file.""",
     ),
     "doctor": (
         DOCTOR,
@@ -52,17 +52,17 @@ START = """\
 dpo-train trains a language model on preference pairs with Direct Preference Optimization.
   dpo-train --model MODEL --train_data PAIRS.jsonl --output_dir RUN   train: a folder or hub name, a file, a new folder
   dpo-train init           write a YAML file with comments (full, lora, small-cpu, multi-gpu); then: dpo-train FILE.yaml
-  dpo-train inspect ...    show what a run would train on, its memory and time
+  dpo-train inspect ...    show a run's data, and its expected memory and time
   dpo-train doctor         show devices, backends, versions and what is missing
   dpo-train compare RUN RUN   compare runs
   dpo-train --help         the settings that most runs need (--help-all: every setting)"""
 ABOUT = """\
 Trains a language model on preference pairs with Direct Preference Optimization. Settings come from the YAML file
-and from the command line, which wins. Nested settings are written with dots, lists as '[a, b]'. Defaults stand in
-brackets. Names of other tools (--lr, --epochs) are understood. Example:
+and from the command line, which overrides the file. Nested settings are written with dots, lists as '[a, b]'. Defaults
+are in brackets. Names from other tools (--lr, --epochs) are understood. Example:
 
   dpo-train --model ./my-model --train_data pairs.jsonl --output_dir runs/first --learning_rate 5e-6"""
-MORE = "All settings of transformers.TrainingArguments may be given as well. --help-all lists every setting."
+MORE = "All settings of transformers.TrainingArguments are accepted. --help-all lists every setting."
 
 #: Settings that may be paths, and how shtab is told to complete one (`shtab.FILE`).
 _PATHS = ("model", "ref_model", "train_data", "eval_data", "output_dir", "ref_cache_dir")
@@ -70,7 +70,7 @@ _FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
 
 def versions() -> str:
-    """Versions of dpo-kernels and what it stands on, a line each. Imports none of them."""
+    """Versions of dpo-kernels, torch, transformers and Python, one per line. Imports none of these packages."""
     found = [
         f"dpo-kernels {__version__}",
         *map(_version, ("torch", "transformers")),
@@ -89,13 +89,13 @@ def _version(name: str) -> str:
 
 
 def about(command: str) -> str:
-    """The help of a command that has one of its own."""
+    """The help of a command in COMMANDS."""
     usage, text = COMMANDS[command]
     return f"usage: {usage}\n\n{text}"
 
 
 def check_command(word: str) -> None:
-    """Raise ConfigError for a word that is neither a command nor a file and is like a command."""
+    """Raise ConfigError for a word that is neither a command nor a file, but similar to a command."""
     known = (*COMMANDS, "help", "train")
     if word in known or word.startswith("-") or Path(word).exists():
         return
@@ -104,7 +104,7 @@ def check_command(word: str) -> None:
 
 
 def help_parser(*, everything: bool = True) -> argparse.ArgumentParser:
-    """A parser of every setting in its group, or of those in HELP. It writes the help, and shtab makes completions of it."""
+    """A parser of every setting in its group, or of those in HELP. It writes the help, and shtab makes completions."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
     parser = argparse.ArgumentParser(
         "dpo-train",

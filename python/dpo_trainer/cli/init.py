@@ -1,4 +1,4 @@
-"""`dpo-train init`: a YAML file with comments for a case, to be filled in."""
+"""`dpo-train init`: writes a YAML file with comments for a case, which the user completes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from ..errors import ConfigError, OutputError, did_you_mean
 START = """\
 # {title}
 #
-#   dpo-train inspect {file}   # shows the data, and the memory and time that the run would take
+#   dpo-train inspect {file}   # shows the data, and the expected memory and time of the run
 #   {launch}
 #
-# The command line wins over this file, e.g. --beta 0.05. dpo-train --help explains every setting.
+# The command line overrides this file, e.g. --beta 0.05. dpo-train --help-all explains every setting.
 
-# The model: a folder or a name on the hub (owner/name). It should have been fine-tuned on instructions (SFT) before.
+# The model: a folder or a name on the hub (owner/name). It should already be fine-tuned on instructions (SFT).
 model: ./my-model
-# Pairs: a line of JSON each, {{"prompt": ..., "chosen": ..., "rejected": ...}}, as text or as chat messages.
+# Pairs: one JSON object per line, {{"prompt": ..., "chosen": ..., "rejected": ...}}, as text or as chat messages.
 train_data: train.jsonl
-# A tenth of the pairs is held out: they show whether the model learns more than the training pairs. In its place,
-# eval_data: eval.jsonl names a file of held-out pairs.
+# A tenth of the pairs is held out, to show whether the model learns more than the training pairs. If you have a file of
+# held-out pairs, replace this line by eval_data: eval.jsonl.
 val_split: 0.1
-# A new folder, for the model, checkpoints and report.html.
+# A new folder for the model, checkpoints and report.html.
 output_dir: runs/{name}
 """
 OBJECTIVE = """\
 
-# How strongly the model is pulled towards its reference, which is the model as it starts. 0.1 suits most runs.
+# How strongly the model is kept near its reference, which is the model before training. 0.1 suits most runs.
 beta: 0.1
-# The objective; sigmoid is DPO.
+# The objective. sigmoid is DPO.
 loss_type: sigmoid
 """
 END = """\
 
-# Passes over the pairs. More than one to three memorises them.
+# Passes over the pairs. With more than one to three, the model memorises the pairs.
 num_train_epochs: 1
 # Longer pairs are cut to this number of tokens.
 max_length: 1024
@@ -47,7 +47,7 @@ ACCELERATE = """\
 """
 WHOLE = """\
 
-# Whole models want small learning rates, 5e-7 to 5e-6.
+# Whole models need small learning rates, 5e-7 to 5e-6.
 learning_rate: 1.0e-6
 lr_scheduler_type: cosine
 # Share of the run in which the learning rate rises.
@@ -55,12 +55,12 @@ warmup_steps: 0.1
 """
 ADAPTER = """\
 
-# Trains small matrices in addition to these layers, not the whole model. The reference is the model without them.
+# Trains small matrices that are added to these layers, not the whole model. The reference is the model without them.
 lora:
   r: 16
   lora_alpha: 32
   target_modules: all-linear
-# Adapters want larger learning rates than whole models, 1e-5 to 1e-4.
+# Adapters need larger learning rates than whole models, 1e-5 to 1e-4.
 learning_rate: 2.0e-5
 lr_scheduler_type: cosine
 # Share of the run in which the learning rate rises.
@@ -70,10 +70,10 @@ ON_GPU = """\
 
 # 16-bit arithmetic on float32 weights. Remove it on a GPU without bfloat16.
 bf16: true
-# A step has batch x accumulation x devices pairs. If memory is short, halve the one and double the other.
+# A step has batch x accumulation x devices pairs. If memory is short, halve the batch and double the accumulation.
 per_device_train_batch_size: 8
 gradient_accumulation_steps: {accumulation}
-# Computes activations again in the backward: less memory, and a third more time.
+# Computes activations again in the backward pass: less memory, but a third more time.
 gradient_checkpointing: {checkpointing}
 """
 ON_CPU = """\
@@ -84,7 +84,7 @@ use_cpu: true
 per_device_train_batch_size: 4
 max_steps: 50
 """
-#: Cases by name: title, command, and what the file holds.
+#: Cases by name: title, command, and the file's contents.
 CASES = {
     "full": (
         "DPO of a whole model on one GPU.",
@@ -110,14 +110,14 @@ CASES = {
 
 
 def init(words: Sequence[str], output: Path | None) -> str:
-    """Write the file of a case; returns what to do next.
+    """Write the file of a case. Returns a text about the next steps.
 
     Args:
-        words: the case, "full" if there is none.
+        words: the case; "full" if it is empty.
         output: the file; CASE.yaml if it is None.
 
     Raises:
-        ConfigError: an unknown case.
+        ConfigError: the case is unknown.
         OutputError: the file exists.
     """
     case = words[0] if words else "full"

@@ -1,4 +1,4 @@
-"""`dpo-train inspect`: what a run would see, and the memory and time that it would take. Trains nothing."""
+"""`dpo-train inspect`: shows a run's data and batches, and its expected memory and time. Trains nothing."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from ..watch.evaluated import shortened
 
 BARS = 8
 PARTS = ("prompt", "chosen", "rejected")
-LONGEST = 900  # characters of a rendered text
-BATCHES = 256  # looked at, of a longer epoch
-#: Bytes of state that an optimizer keeps for each trained parameter of b bytes, by the start of its name.
+LONGEST = 900  # length in characters beyond which a shown text is shortened
+BATCHES = 256  # number of batches that are examined in a longer epoch
+#: Size of an optimizer's state as a multiple of the trained parameters' size, by the start of the optimizer's name.
 _STATE = {"adamw_torch": 2, "adamw_apex": 2, "sgd": 0}
 
 
 class SelfReference(FrozenReference):
-    """The policy in its copy's place: as much work, without the memory."""
+    """A reference that is the policy itself instead of a copy: the same computation without the memory."""
 
     def __init__(self, policy: SplitModel) -> None:
         self.split = policy
 
 
 class Inspector(DPOTrainer):
-    """A trainer as it stands before its first step, that copies no reference and computes none beforehand."""
+    """A trainer before its first step. It makes no copy for the reference and precomputes no log-probabilities."""
 
     def _frozen_copy(self, *args: Any, **kwargs: Any) -> FrozenReference:
         return SelfReference(self.policy)
 
     def _reference_columns(self, dataset: Any, name: str) -> tuple[list[float], ...]:
-        """The log-probabilities that an earlier run kept, if one did."""
+        """The log-probabilities that an earlier run kept; empty if there are none."""
         cache = self.reference_cache(dataset)
         return (cache.complete() if cache is not None else None) or ()
 
     def inspect(self) -> dict[str, Any]:
-        """Everything that the text shows, as JSON values."""
+        """Everything that `render` shows, as JSON values."""
         batches = self._batches()
         step = self._time(batches)
         taken = step["head_of_timed_batch"]  # None on the logits path
@@ -92,7 +92,7 @@ class Inspector(DPOTrainer):
         return found
 
     def _batches(self) -> dict[str, Any]:
-        """Steps and tokens of an epoch, from the batches that training would get; `largest` has most scored tokens."""
+        """Steps and tokens of an epoch, from the batches of training. `largest` is the batch with most scored tokens."""
         args = self.args
         loader = self.get_train_dataloader()
         tokens, held, seen, largest = 0, 0, 0, None
@@ -108,7 +108,7 @@ class Inspector(DPOTrainer):
             "steps_per_epoch": per_epoch,
             "steps": steps,
             "tokens_per_step": round(tokens / max(seen, 1) * args.gradient_accumulation_steps * args.world_size),
-            # Shared prompts stand in the batch once and are counted for both sides: fewer tokens than the text has.
+            # May be below 1: a shared prompt is in the batch once, but its text counts for both sides.
             "batch_tokens_per_text_token": held / max(tokens, 1),
             "batches_seen": seen,
         }
@@ -119,7 +119,7 @@ class Inspector(DPOTrainer):
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(p.nbytes for p in trained)
         copied = 0
-        if isinstance(self.reference, SelfReference):  # a copy shares what does not train
+        if isinstance(self.reference, SelfReference):  # a copy shares parameters that do not train
             copied = gradients
         elif isinstance(self.reference, FrozenReference):
             copied = sum(p.nbytes for p in self.reference.split.model.parameters())
@@ -139,7 +139,7 @@ class Inspector(DPOTrainer):
         }
 
     def plan_of(self, batch: Batch, strategy: str) -> linear.Plan:
-        """The plan of a training batch, where a batch was seen to take this strategy."""
+        """The plan of a training batch with the given strategy, which the timed batch used."""
         head: Any = self.policy.head
         projects_reference = self.reference is not None and "ref_logps" not in batch
         with self._kernels():
@@ -157,10 +157,10 @@ class Inspector(DPOTrainer):
                 flat_softmax=strategy == "two_pass",
             )
         reason = plan.reason.partition("; ")[0]
-        return replace(plan, reason=plan.reason.replace(reason, "the strategy that the timed batch took", 1))
+        return replace(plan, reason=plan.reason.replace(reason, "the strategy of the timed batch", 1))
 
     def _time(self, batches: dict[str, Any]) -> dict[str, Any]:
-        """Forward and backward of two pairs of median length, after one of a few tokens; the weights stay as they are."""
+        """Time a forward and backward of two pairs of median length, after a short warm-up. The weights do not change."""
         dataset = self.datasets()[0]
         lengths = dataset["length"]
         middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2 :][:2]
@@ -169,8 +169,8 @@ class Inspector(DPOTrainer):
         model.train()
         for item in self._objectives:
             if isinstance(item, nn.Module):
-                item.eval()  # running means stay as they are
-        # A run with precompute_ref_log_probs computes the reference first; here 0 stands for it.
+                item.eval()  # running means do not change
+        # Zeros replace the log-probabilities that a run with precompute_ref_log_probs computes first.
         unknown = self.reference is None and objectives.needs_reference(self._objectives)
         for timed in filter(None, (self._example_batch(), batch)):
             pairs, device = (len(timed["cu_seqlens"]) - 1) // 2, timed["labels"].device
@@ -192,7 +192,7 @@ class Inspector(DPOTrainer):
 
 
 def _histogram(values: Sequence[int]) -> dict[str, Any]:
-    """Counts of whole numbers in at most BARS intervals of one width, with mean, median and extremes."""
+    """Counts of whole numbers in at most BARS intervals of the same width, with mean, median and extremes."""
     low, high = min(values), max(values)
     width = max(-(-(high - low + 1) // BARS), 1)
     counts = Counter((value - low) // width for value in values)
@@ -209,7 +209,7 @@ def _histogram(values: Sequence[int]) -> dict[str, Any]:
 
 
 def _reference_figures(dataset: Any) -> dict[str, Any]:
-    """How well the reference's log-probabilities, which the dataset has, tell the answers apart."""
+    """Accuracy and margins of the reference's log-probabilities in the dataset."""
     facts = reference_facts(dataset, [dataset[name] for name in REFERENCE])
     margins = torch.tensor(facts["margins"], dtype=torch.float64)
     return {
@@ -223,7 +223,7 @@ def _reference_figures(dataset: Any) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """What `Inspector.inspect` found, for a terminal."""
+    """The result of `Inspector.inspect` as text for a terminal."""
     lines = ["Settings that are not at their defaults"]
     lines += [f"  {name}: {value}" for name, value in found["settings"].items()]
     lines += ["", "Data", *(f"  {line}" for line in found["data"]), "", "Lengths of training pairs, in tokens"]
@@ -244,7 +244,7 @@ def render(found: dict[str, Any]) -> str:
         )
     if not found["reference"]:
         lines.append("  no log-probabilities are known; a run with precompute_ref_log_probs keeps them")
-    lines += ["", "Examples, special tokens shown"]
+    lines += ["", "Examples with special tokens"]
     for example in found["examples"]:
         weight = f", weight {example['weight']:g}" if "weight" in example else ""
         lines.append(f"  pair {example['row']}{weight}")
@@ -256,10 +256,10 @@ def render(found: dict[str, Any]) -> str:
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     def mib(value: int | None) -> str:
-        return "not known for this optimizer" if value is None else f"{value / 2**20:,.1f} MiB"
+        return "unknown for this optimizer" if value is None else f"{value / 2**20:,.1f} MiB"
 
     known = sum(plan[f"{part}_bytes"] or 0 for part in ("weights", "gradients", "optimizer", "reference"))
-    epoch = "" if plan["steps_per_epoch"] is None else f", {plan['steps_per_epoch']:,} an epoch"
+    epoch = "" if plan["steps_per_epoch"] is None else f", {plan['steps_per_epoch']:,} per epoch"
     step = plan["estimated_seconds_per_step"]
     return [
         f"Plan for {plan['model']}, {plan['trainable_parameters']:,} of {plan['parameters']:,} parameters trained",
@@ -269,10 +269,10 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         f"  reference        {mib(plan['reference_bytes'])} ({plan['reference']})",
         f"  together         {mib(known)}, and activations, which grow with the batch",
         f"  loss             {plan['loss_path']} path"
-        + (f"; of the batch with most scored tokens, {plan['head']}" if plan["head"] else ""),
+        + (f"; for the batch with most scored tokens: {plan['head']}" if plan["head"] else ""),
         f"  batches          layout {plan['layout']}; {plan['batch_tokens_per_text_token']:.2f} tokens, padding included, "
         "for each token of text",
         f"  steps            {plan['steps']:,}{epoch}; about {plan['tokens_per_step']:,} tokens each",
-        f"  time             an estimate: {step:.2f} s a step, {duration(step * plan['steps'])} in all, without evaluations; "
-        f"from one forward and backward of {plan['timed_tokens']} tokens in {plan['timed_seconds']:.2f} s",
+        f"  time             an estimate: {step:.2f} s per step, {duration(step * plan['steps'])} in all, without evaluations; "
+        f"measured: one forward and backward of {plan['timed_tokens']} tokens in {plan['timed_seconds']:.2f} s",
     ]

@@ -1,7 +1,7 @@
-"""`dpo-train`: a preference file and a model in, an aligned model and a report out.
+"""The command `dpo-train`: trains a model on a preference file, and writes the model and a report.
 
-Modules that import torch, transformers, datasets, matplotlib or pandas are imported where they are used: help, mistakes
-and tables are then there at once.
+Modules that import torch, transformers, datasets, matplotlib or pandas are imported only where they are used, so that
+help, error messages and tables appear at once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from . import packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line.
 
-    0; 2 after one line about what is wrong; 130 after Ctrl-C. SIGTERM raises SystemExit with the code 143.
+    Returns:
+        the exit code: 0; 2 after one line about an error; 130 after Ctrl-C. SIGTERM raises SystemExit with the code 143.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    """Run the command that the words name; returns the exit code. Raises UsageError."""
+    """Run the command that the arguments name. Returns the exit code. Raises UsageError."""
     first = arguments[0] if arguments else ""
     if first == "doctor" and "--help" not in arguments and "-h" not in arguments:
         from .doctor import doctor
@@ -53,7 +54,7 @@ def _command(arguments: list[str]) -> int:
         return doctor(arguments[1:])
     if first != "--version":
         packages.check_trainer(but=("matplotlib",) if first == "compare" else ())  # its table needs no charts
-    from . import help as words  # imports what check_trainer has looked for
+    from . import help as words  # imports packages that check_trainer has found
 
     if not arguments:
         print(words.START, file=sys.stderr)
@@ -82,7 +83,7 @@ def _command(arguments: list[str]) -> int:
 
 
 def _complain(text: str) -> int:
-    """Print the line, in red on a terminal; returns the exit code."""
+    """Print an error line, in red on a terminal. Returns the exit code."""
     line = f"dpo-train: {text}"
     if sys.stderr.isatty():
         from rich.console import Console
@@ -107,10 +108,10 @@ def _output_of(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def compare_runs(arguments: Sequence[str]) -> None:
-    """`dpo-train compare RUN RUN ... [--output FILE]`: print a table and write a page that overlays the runs.
+    """`dpo-train compare RUN RUN ... [--output FILE]`: print a table and write a page that overlays the runs' curves.
 
     Raises:
-        UsageError: an unknown word, or a folder without a run.
+        UsageError: there is an unknown option, or a folder without a run.
     """
     from ..report.compare import compare
     from .help import COMPARE
@@ -125,10 +126,10 @@ def compare_runs(arguments: Sequence[str]) -> None:
 
 
 def inspect_run(arguments: Sequence[str]) -> None:
-    """`dpo-train inspect CONFIG.yaml --key value ...`: print what a run would see and take; write nothing.
+    """`dpo-train inspect CONFIG.yaml --key value ...`: print a run's data and its expected memory and time. Writes nothing.
 
     Raises:
-        UsageError: as `run`.
+        UsageError: as in `run`.
     """
     from .early import REQUIRED, set_up_logging, settings_of, tell_loading
 
@@ -140,16 +141,16 @@ def inspect_run(arguments: Sequence[str]) -> None:
 
     with tempfile.TemporaryDirectory() as nowhere, contextlib.redirect_stdout(sys.stderr):
         set_up_logging(quiet="--quiet" in switches)
-        # transformers makes the output folder before anything is known
+        # a temporary output_dir, because transformers creates it
         found = build_trainer(Inspector, {**settings, "output_dir": nowhere}, switches).inspect()
     print(json.dumps(found) if "--json" in switches else render(found), file=stream)
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Read the settings, check everything that can be checked, then train.
+    """Read and check the settings, the model and the data, then train.
 
     Raises:
-        UsageError: in one line, before anything is written.
+        UsageError: one line about an error, before anything is written.
     """
     from ..run_folder.lock import run_lock
     from ..run_folder.output_dir import check_output, check_place, clear_run, data_digests, record_run
@@ -161,7 +162,7 @@ def run(arguments: Sequence[str]) -> None:
     json_lines = JsonLines(sys.stdout)
     with contextlib.ExitStack() as stack:
         if "--json" in switches:
-            # Whatever a library or a scorer prints must not stand between the objects.
+            # Output of libraries and scorers must not mix with the JSON objects.
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         stack.enter_context(run_lock(output_dir, first=guard.is_first()))
         set_up_logging(quiet="--quiet" in switches or not guard.is_first())
@@ -181,13 +182,13 @@ def run(arguments: Sequence[str]) -> None:
         tells = first and "--quiet" not in switches
         if tells:
             for account in trainer.accounts:
-                if not account.dropped and not account.streamed:  # the trainer has told about the others
+                if not account.dropped and not account.streamed:  # the trainer has logged the others
                     print(account.describe(), file=sys.stderr)
         if first:
             if overwrite:
                 clear_run(output_dir)
             record_run(output_dir, settings, digests)
-        trainer.accelerator.wait_for_everyone()  # before another process writes what this one clears
+        trainer.accelerator.wait_for_everyone()  # other processes must not write before this one has cleared the folder
         trainer.train(resume_from_checkpoint=resumes or trainer.args.resume_from_checkpoint or False)
         if first and "--json" in switches:
             json_lines(SUMMARY, json.loads((output_dir / SUMMARY).read_text(encoding="utf-8")))
@@ -198,12 +199,12 @@ def run(arguments: Sequence[str]) -> None:
             print(f"model and report.html are in {output_dir}", file=sys.stderr)
 
 
-#: `type` of the JSON lines, by the files that have the same records.
+#: Value of `type` in the JSON lines, by the file with the same records.
 JSON_TYPES = {METRICS: "log", EVENTS: "event", SAMPLES: "sample", SUMMARY: "summary"}
 
 
 class JsonLines:
-    """Prints records as lines with their type, at once; samples after the log of their evaluation, which comes later."""
+    """Prints every record at once as a line with its type, except samples: they follow the log of their evaluation."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream

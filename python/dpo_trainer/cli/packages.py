@@ -1,4 +1,4 @@
-"""Packages that a run needs and that may be missing: looked for before anything is loaded, and told with the pip command."""
+"""The check for packages that a run needs, before anything is loaded. Errors name the pip command."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import UsageError, first_line
 
 EXTRA = "pip install 'dpo-kernels[trainer]'"
-#: What the extra `trainer` in pyproject.toml installs, by the names under which it is imported.
+#: Modules of the packages that the extra `trainer` in pyproject.toml installs.
 TRAINER = ("transformers", "accelerate", "datasets", "peft", "jinja2", "matplotlib", "pydantic", "yaml", "rich")
-#: Trackers of transformers: their modules, and the packages that bring them.
+#: Trackers of transformers: their modules, and the packages that contain them.
 TRACKERS = {
     "azure_ml": ("azureml", "azureml-core"),
     "clearml": ("clearml", "clearml"),
@@ -30,7 +30,7 @@ TRACKERS = {
     "trackio": ("trackio", "trackio"),
     "wandb": ("wandb", "wandb"),
 }
-#: Optimizers of transformers by a part of their name: their modules, and the packages that bring them.
+#: Optimizers of transformers by a part of their name: their modules, and the packages that contain them.
 OPTIMIZERS = {
     "adamw_torch_4bit": ("torchao", "torchao"),
     "adamw_torch_8bit": ("torchao", "torchao"),
@@ -55,11 +55,11 @@ def missing(module: str) -> bool:
 
 
 def line_of(what: str, package: str) -> str:
-    """What is said of a package that is missing."""
+    """The error line for a missing package."""
     return f"{what}: needs the package '{package}', which is not installed; pip install {package}"
 
 
-#: Packages that libraries ask for in sentences of their own, by their words for them.
+#: Packages by the words with which libraries' error messages ask for them.
 _ASKED_FOR = {
     "torchvision": "torchvision",
     "pillow": "pillow",
@@ -69,7 +69,7 @@ _ASKED_FOR = {
 
 
 def line_of_error(error: ImportError) -> str:
-    """One line for a package that a library did not find, with the pip command."""
+    """One line with the pip command for a package that a library did not find."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         name = error.name.partition(".")[0]
         return (
@@ -83,7 +83,7 @@ def line_of_error(error: ImportError) -> str:
 
 
 def check_trainer(*, but: Sequence[str] = ()) -> None:
-    """Raise UsageError where the packages of the extra `trainer` are not all installed, but for those in `but`."""
+    """Raise UsageError if a package of the extra `trainer` is not installed. Modules in `but` are not checked."""
     if absent := [module for module in TRAINER if module not in but and missing(module)]:
         raise UsageError(f"the trainer needs packages that are not installed ({', '.join(absent)}); {EXTRA}")
 
@@ -96,7 +96,7 @@ def check_packages(settings: Mapping[str, Any]) -> None:
 
 
 def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(setting, module, package) of everything that the settings need in addition to the extra."""
+    """(setting, module, package) of every package that the settings need besides the extra `trainer`."""
     trackers = settings.get("report_to") or ()
     for tracker in [trackers] if isinstance(trackers, str) else trackers:
         if tracker in TRACKERS and not (tracker == "tensorboard" and not missing("tensorboardX")):
@@ -123,7 +123,7 @@ def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _needed_by_model(what: str, path: Path) -> Iterator[tuple[str, str, str]]:
-    """The same for a model, by its file or its config."""
+    """(setting, module, package) of every package that a model needs, by its file or its config."""
     if path.suffix == ".gguf":
         yield what, "gguf", "gguf"
     try:

@@ -30,27 +30,27 @@ from ..watch.signals import is_first
 
 USAGE = "dpo-train [CONFIG.yaml] [--key value ...] [--resume | --overwrite]"
 
-#: Keys of a run that are not fields of DPOConfig, and their help.
+#: Settings of a run that are not fields of DPOConfig, with their help.
 RUN_KEYS = {field.name: field.metadata["help"] for field in dataclasses.fields(RunSettings)}
 REQUIRED = ("model", "train_data", "output_dir")
 SWITCHES = {
-    "--resume": "Go on from the last checkpoint in output_dir, also with other settings or other data than before.",
-    "--overwrite": "Delete the run that output_dir holds.",
-    "--quiet": "Print nothing but errors.",
-    "--json": "Print one JSON object a line on standard output for every log, diagnosis, sample and the summary.",
+    "--resume": "Resume from the last checkpoint in output_dir, even if settings or data have changed.",
+    "--overwrite": "Delete the run in output_dir.",
+    "--quiet": "Print only errors.",
+    "--json": "Print every log, diagnosis, sample and the summary as a line of JSON on standard output.",
     "--help": "Show the settings that most runs need.",
-    "--help-all": "Show every setting, also those inherited from transformers.TrainingArguments.",
+    "--help-all": "Show every setting, including those of transformers.TrainingArguments.",
     "--version": "Show the versions of dpo-kernels, torch, transformers and Python.",
 }
 
 
 def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) -> tuple[dict[str, Any], set[str]]:
-    """Merge the YAML file and the command line into checked settings; also returns the switches given.
+    """Merge the YAML file and the command line into checked settings. Also returns the given switches.
 
-    Names of other tools become ours; a line on standard error says so, unless --quiet or --json is given.
+    Names from other tools are replaced by ours. A line on standard error reports each, unless --quiet or --json is given.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, an unreadable file.
+        ConfigError: a key is unknown, a required key is missing, a value has the wrong type, or the file cannot be read.
     """
     rest = list(arguments)
     file = Given("", read_yaml(rest.pop(0)) if rest and not rest[0].startswith("-") else ())
@@ -75,10 +75,10 @@ def read_settings(arguments: Sequence[str], required: Sequence[str] = REQUIRED) 
 
 
 class Given:
-    """Settings as one place gives them, the file or the command line.
+    """The settings from one source: the file or the command line.
 
     Attributes:
-        told: a line for each name of another tool's.
+        told: a line for each name that is another tool's.
     """
 
     def __init__(self, mark: str, items: Iterable[tuple[str, Any]]) -> None:
@@ -86,11 +86,7 @@ class Given:
         self.told: list[str] = []
 
     def ours(self, known: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """The settings by our names.
-
-        Raises:
-            ConfigError: two names mean one setting, or a mapping is null and one of its keys has a value.
-        """
+        """The settings by our names. Raises ConfigError if two names mean the same setting."""
         given: dict[str, str] = {}
         nulls: dict[str, str] = {}
         for key, value in self.items:
@@ -127,7 +123,7 @@ class Given:
 
 
 def _read_words(rest: list[str], known: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], set[str]]:
-    """(key, value) of each setting on the command line, and the switches. Raises ConfigError for words of another form."""
+    """(key, value) of each setting on the command line, and the switches. Raises ConfigError for other arguments."""
     found: list[tuple[str, Any]] = []
     switches: set[str] = set()
     while rest:
@@ -156,7 +152,7 @@ def _read_words(rest: list[str], known: Mapping[str, Any]) -> tuple[list[tuple[s
 
 
 def read_yaml(path: str) -> list[tuple[str, Any]]:
-    """(key, value) of the top-level mapping of a YAML file. Raises ConfigError naming file and line."""
+    """(key, value) of a YAML file's top-level mapping. Raises a ConfigError that names file and line."""
     if (ending := Path(path).suffix) in FORMATS and ending != ".json":
         raise ConfigError(f"{path}: holds data, not settings; give it as --train_data {path}")
     if Path(path).expanduser().is_dir():
@@ -188,12 +184,12 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
 
 
 def hints() -> dict[str, Any]:
-    """Type of every key that may be set."""
+    """The type of every setting, by name."""
     return {name: row.hint for name, row in settings_table().items()}
 
 
 def check_setting(key: str, value: Any, hints: dict[str, Any]) -> Any:
-    """The value in the type that the key wants. Raises ConfigError for an unknown key or a value that does not fit."""
+    """The value converted to the setting's type. Raises ConfigError for an unknown key or a value of another type."""
     if key not in hints:
         raise ConfigError(f"unknown setting '{key}'{did_you_mean(key, hints)}")
     fitted, fits = _fit(value, hints[key])
@@ -203,11 +199,11 @@ def check_setting(key: str, value: Any, hints: dict[str, Any]) -> Any:
 
 
 def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
-    """(value in the hinted type, whether it fits). A single item stands for a list of one."""
+    """(value in the hinted type, whether it fits). A single item becomes a list of one."""
     if isinstance(value, bytes | set):
-        return value, False  # of YAML's own types; pydantic would make texts and lists of them
+        return value, False  # YAML has these types, and pydantic would convert them to texts and lists
     if isinstance(value, dict) and dict in {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}:
-        return value, True  # its keys and values are for whoever takes the mapping
+        return value, True  # keys and values are checked where the mapping is used
     if value is False and any(member.value == "no" for choice in _enums(hint) for member in choice):
         value = "no"  # YAML reads no as false, and save_strategy: no is common
     if isinstance(value, str) and {int, float} & {hint, *typing.get_args(hint)}:
@@ -215,14 +211,14 @@ def _fit(value: Any, hint: Any) -> tuple[Any, bool]:
             value = float(value)  # YAML reads 1e-5 as text
     if not isinstance(value, list) and type(value) in _choices(hint):
         return value, True
-    from pydantic import ConfigDict, ValidationError, create_model  # takes as long as all else here
+    from pydantic import ConfigDict, ValidationError, create_model  # the import takes as long as everything else here
 
     config = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True, extra="forbid")
     model: Any = create_model("Setting", __config__=config, value=(hint, ...))
     for candidate in (value, [value]):
         with contextlib.suppress(ValidationError):
             fitted = model(value=candidate).value
-            if _booleans(fitted) == _booleans(candidate):  # pydantic takes true for 1, and 1 for true
+            if _booleans(fitted) == _booleans(candidate):  # pydantic converts true to 1 and 1 to true
                 return _plain(fitted), True
     return value, False
 
@@ -233,19 +229,19 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """The texts of enumerations; the table's are copies of transformers' own."""
+    """The values of enumerations as texts, because the table's enumerations are copies of transformers' own."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.value if isinstance(value, enum.Enum) else value
 
 
 def _booleans(value: Any) -> list[bool]:
-    """Of a value, or of each item of a list, whether it is a boolean."""
+    """Whether a value, or each item of a list, is a boolean."""
     return [isinstance(item, bool) for item in (value if isinstance(value, list) else [value])]
 
 
 def _enums(hint: Any) -> list[Any]:
-    """The enumerations that a value of the type may belong to."""
+    """The enumerations among the types of a hint."""
     choices = (hint, *typing.get_args(hint))
     return [choice for choice in choices if isinstance(choice, type) and issubclass(choice, enum.Enum)]
 
@@ -275,7 +271,7 @@ def _describe(hint: Any) -> str:
 
 
 def lora_config(values: dict[str, Any]) -> Any:
-    """peft's LoraConfig from the `lora` mapping. Raises ConfigError for keys and values it does not take."""
+    """peft's LoraConfig from the setting `lora`. Raises ConfigError for keys and values that it does not accept."""
     from peft import LoraConfig
 
     types_of = typing.get_type_hints(LoraConfig)

@@ -1,6 +1,6 @@
-"""From a file to the tokens of a pair."""
+"""Reading of preference data, from a file to the tokens of a pair."""
 
-# Both stand here, so that settings and the command line know them without importing torch.
+# Both constants are in this module so that settings and the command line can read them without importing torch.
 
 #: Endings of the files that can be read.
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")

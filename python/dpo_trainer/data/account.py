@@ -1,4 +1,4 @@
-"""The account of a dataset: which rows are kept, held out or dropped and why, and which evaluation pairs are training pairs."""
+"""The account of a dataset: how many rows are kept, held out or dropped, and how many evaluation pairs are trained on."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from ..errors import ConfigError
 from . import FILTERS as FILTERS
 from .tokens import TOKENS
 
-#: Why a pair with images is left out whatever `filters` says: the model would not find its image tokens.
+#: Why a pair with images is dropped, whatever `filters` says: the model would not find its image tokens.
 CUT_IMAGES = "whose images max_length or max_prompt_length would cut"
-#: The column of a digest of a pair's tokens and images.
+#: Name of the column with a digest of a pair's tokens and images.
 CONTENT = "digest"
-#: The column of a digest of a pair's prompt: its text or messages, its system text and its images.
+#: Name of the column with a digest of a pair's prompt: its text or messages, its system text and its images.
 PROMPT = "prompt_digest"
-#: Columns next to the tokens, for the account.
+#: Columns that the account needs besides the tokens.
 MARKS = ("status", CONTENT, "tokens", "repeats", "unscored")
 
-#: A row with what decides whether it is kept: status (a name of FILTERS, CUT_IMAGES, or ""), digest, number of tokens and weight.
+#: (row, status, digest, number of tokens, weight). The status is a name of FILTERS, CUT_IMAGES, or "".
 Marked = tuple[Any, str, str, int, float | None]
 
 
 @dataclass
 class Account:
-    """What became of a dataset's rows on the way to training.
+    """Counts of a dataset's rows that were kept, held out or dropped.
 
     Attributes:
-        rows: rows seen; of a stream, in its first pass so far.
-        tokens: of the pairs that were kept, prompts counted for both sides.
-        reasons: rows left out, by reason (the values of FILTERS, CUT_IMAGES, and the least weight).
-        streamed: whether more may follow.
-        remarks: what else a person should know of the data, a line each.
-        trained_on: pairs of an evaluation dataset that are training pairs too.
-        prompts_trained_on: pairs of an evaluation dataset that are no training pairs, but have a training pair's prompt.
-        held_out: pairs that `val_split` has moved to the evaluation dataset.
+        rows: rows read. For a stream, those of its first pass so far.
+        tokens: tokens of the pairs that were kept, with the prompt counted for both sides.
+        reasons: number of dropped rows by reason (the values of FILTERS, CUT_IMAGES, and the least weight).
+        streamed: whether more rows may follow.
+        remarks: more that users should know about the data, one line each.
+        trained_on: number of pairs of an evaluation dataset that are training pairs too.
+        prompts_trained_on: number of pairs of an evaluation dataset that are not training pairs, but have the prompt of a
+            training pair.
+        held_out: number of pairs that `val_split` has moved to the evaluation dataset.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Account:
         return self.rows - self.dropped - self.held_out
 
     def describe(self) -> str:
-        """One line for people: rows kept, and the reasons for the others."""
+        """One line for the log: how many rows are kept, and why the rest were dropped."""
         parts = [f"{count:,} {reason}" for reason, count in self.reasons.items() if count]
         tail = f"; dropped {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}" if parts else ""
         tail = f", {self.held_out:,} held out{tail}" if self.held_out else tail
@@ -68,7 +69,7 @@ class Account:
 
 
 def sift(marked: Iterable[Marked], account: Account, filters: Sequence[str], min_weight: float | None) -> Iterator[Any]:
-    """The rows of one pass that are kept, one after the other. What becomes of every row goes into the account."""
+    """Yield the rows of one pass that are kept, and count every row in the account."""
     seen: set[str] = set()
     for row, status, digest, tokens, weight in marked:
         reason = status if status == CUT_IMAGES else FILTERS[status] if status in filters else ""
@@ -86,10 +87,11 @@ def sift(marked: Iterable[Marked], account: Account, filters: Sequence[str], min
 
 
 def count_trained_on(evaluation: Any, train: Any) -> tuple[int, int]:
-    """Of the pairs of a tokenised evaluation dataset: how many are, token for token, pairs of a tokenised training dataset;
-    and how many of the others have a prompt of a training pair.
+    """Count the pairs of a tokenised evaluation dataset that are known from a tokenised training dataset.
 
-    0 where one of them is a stream or was tokenised elsewhere.
+    Returns:
+        the number of pairs that are, token for token, training pairs; and the number of further pairs that have the prompt
+            of a training pair. Both are 0 if one of the datasets is a stream or was tokenised elsewhere.
     """
     if any(
         not {CONTENT, PROMPT} <= set(getattr(dataset, "column_names", None) or ()) for dataset in (evaluation, train)
@@ -102,12 +104,14 @@ def count_trained_on(evaluation: Any, train: Any) -> tuple[int, int]:
 
 
 def hold_out(dataset: Any, size: float, seed: int) -> list[int]:
-    """Places, in order, of the pairs of a tokenised dataset that `val_split` holds out: all pairs of some of its prompts.
+    """Sorted indices of the pairs of a tokenised dataset that `val_split` holds out: all pairs of some of its prompts.
 
-    A prompt's rank depends on the prompt and the seed alone, so other pairs and their order change little or nothing.
+    A prompt's rank depends only on the prompt and the seed. So the choice changes little or not at all if pairs are added
+    or reordered.
 
     Args:
-        size: below 1 a share of the pairs, from 1 a number of them. The last prompt may bring more.
+        size: below 1, a share of the pairs; from 1, a number of pairs. There may be more, since the last prompt's pairs are
+            all held out.
 
     Raises:
         ConfigError: nothing would be left to train on.
@@ -129,13 +133,13 @@ def hold_out(dataset: Any, size: float, seed: int) -> list[int]:
 
 
 def _prompts(dataset: Any) -> list[str]:
-    """Something for each pair of a tokenised dataset that only pairs with the same prompt share."""
+    """A digest of the prompt for each pair of a tokenised dataset."""
     if PROMPT in dataset.column_names:
         return list(dataset[PROMPT])
     return [hashlib.blake2b(repr(list(ids)).encode(), digest_size=16).hexdigest() for ids in dataset["prompt_ids"]]
 
 
 def tokens_of(dataset: Any) -> int:
-    """The tokens of a tokenised dataset, prompts counted for both sides."""
+    """Number of tokens of a tokenised dataset, with prompts counted for both sides."""
     lengths = zip(*(map(len, dataset[column]) for column in TOKENS), strict=True)
     return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths)

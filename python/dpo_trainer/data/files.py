@@ -1,4 +1,4 @@
-"""Preference data as people have them: files, folders, hub names and streams. Every row is checked; an error names its place."""
+"""Reading of preference data from files, folders, hub names and streams. Every row is checked; errors name the row."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .known import AS_THEY_ARE, Located, Reading, Told
 from .messages import as_written
 from .rows import COLUMNS, IMAGES, NUMBERS, Pair, check_columns, json_type, parse_rows
 
-#: Datasets whose rows were all checked, with their fingerprints at that time, because `set_transform` changes one in place; and
-#: how they were read.
+#: Datasets whose rows were all checked, with the fingerprint at that time and the `Reading` that was used. The fingerprint
+#: tells a later change, since `set_transform` changes a dataset in place.
 _CHECKED: WeakKeyDictionary[Any, tuple[str, Reading]] = WeakKeyDictionary()
 
 
@@ -32,27 +32,33 @@ _CHECKED: WeakKeyDictionary[Any, tuple[str, Reading]] = WeakKeyDictionary()
 def load_pairs(
     path: str | Path, *, columns: Mapping[str, str] | None = None, weight_from: Mapping[str, Any] | None = None
 ) -> Any:
-    """Read preference data into a `datasets.Dataset` with the columns of a pair, every row checked.
+    """Read preference data into a `datasets.Dataset` and check every row.
 
-    Known layouts become our columns; a line tells which, and another what nobody reads (docs/data.md).
+    Rows of a known layout are converted (docs/data.md). The log names the layout, and the columns that are not used.
 
     Args:
         path: a .jsonl, .json (a list of objects), .parquet or .csv file, a folder made by `Dataset.save_to_disk`, or the
             name of a data set on the hub, "owner/name" or "owner/name:split".
-        columns, weight_from: the settings of DPOConfig, see `known.Reading`.
+        columns: the data's column names, by the names of a pair's columns, for instance `{"prompt": "question"}`. It is
+            the setting `columns` of DPOConfig.
+        weight_from: the columns of scores from which pair weights are computed, the setting `weight_from` of DPOConfig.
+
+    Returns:
+        a `datasets.Dataset` with the columns of a pair: chosen, rejected and, as far as the data have them, prompt, images,
+            system, tools, chat_template_kwargs, weight and the reference's log-probabilities.
 
     Raises:
-        DataError: naming the file and the line or row.
+        DataError: the data cannot be read or used. The message names the file and the line or row.
         ConfigError: `columns` or `weight_from` is wrong.
     """
     reading = Reading(columns, weight_from)
     name, dataset = _stored(path, streaming=False)
     if dataset is None and name.endswith(".parquet"):
         with _readable(Path(name)):
-            # Not by datasets' own reader, which would copy the file into a cache first.
+            # The reader of `datasets` would copy the file into a cache first.
             dataset = datasets.Dataset(pyarrow.parquet.read_table(name))
         if any(_names_files(dataset.features.get(column)) for column in IMAGES):
-            dataset = None  # read as rows, whose paths begin at the file
+            dataset = None  # read as rows: paths of images are relative to the file's folder
     if dataset is None:
         dataset = table_of(list(_rows_of(Path(name))), name, reading)
     elif len(dataset) == 0:
@@ -66,27 +72,28 @@ def load_pairs(
         images = [column for column in IMAGES if column in dataset.column_names]
         for _ in parse_rows(
             numbered(name, dataset.remove_columns(images))
-        ):  # images are opened once, when they are read
+        ):  # images are opened once, when a batch needs them
             pass
         _CHECKED[dataset] = dataset._fingerprint, reading
-    dataset.info.dataset_name = name  # messages about its rows then say where they come from
+    dataset.info.dataset_name = name  # for messages about its rows
     return dataset
 
 
 def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) -> Any:
-    """Rows, checked, as a `datasets.Dataset` with the columns of a pair.
+    """Check rows and make a `datasets.Dataset` with the columns of a pair from them.
 
-    Where rows have images, they become objects with `bytes` and `path`, and the content of all messages a list of parts.
+    If rows have images, every image becomes an object with `bytes` and `path`, and every message's content a list of parts.
 
     Args:
-        located: (place, row) of every row, where the place names the row to a person. Tools, arguments of tool calls and
-            `chat_template_kwargs` should be JSON text (`as_written`), because a table would give all of them the same keys.
+        located: (place, row) of every row. The place is the row's name in messages. Tools, arguments of tool calls and
+            `chat_template_kwargs` should be JSON text (`as_written`), since a table would give all of them the same keys.
         name: of the file or data set, for messages.
         reading: how columns are read.
 
     Raises:
-        DataError: there are none; or naming the first that is bad, or whose values have other types than those before it.
-        ConfigError: a column that `reading` names is not there.
+        DataError: there are no rows, or a row is bad or has values of another type than earlier rows. The message names
+            the first such row.
+        ConfigError: a column that `reading` names does not exist.
     """
     places: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -101,7 +108,7 @@ def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) ->
         raise DataError(f"{name}: no rows")
     if any(column in row for row in rows for column in IMAGES):
         rows = [for_table(row, where) for where, row in zip(places, rows, strict=True)]
-    mistakes = (ValueError, TypeError, OverflowError)  # pyarrow's errors are of these kinds
+    mistakes = (ValueError, TypeError, OverflowError)  # the types of pyarrow's errors
     try:
         dataset = datasets.Dataset.from_list(rows)
     except mistakes as error:
@@ -122,14 +129,15 @@ def table_of(located: Sequence[tuple[str, Any]], name: str, reading: Reading) ->
 
 
 def in_our_columns(dataset: Any, name: str, place: Callable[[int], str], reading: Reading) -> Any:
-    """A dataset of at least one row that may have other columns than ours, as a checked one; itself where it has ours.
+    """Convert and check a dataset that has other columns than ours. A dataset with our columns is returned unchanged.
 
     Args:
-        place: names a row, counted from 1, to a person.
+        dataset: of at least one row.
+        place: gives the name of a row, counted from 1, in messages.
     """
     first = dataset[0]
     if reading.leaves(first):
-        for _ in reading.rows([(name, first)], name):  # for what it tells
+        for _ in reading.rows([(name, first)], name):  # for its log lines
             pass
         return dataset
     own = table_of([(place(number), row) for number, row in enumerate(dataset, 1)], name, reading)
@@ -138,7 +146,7 @@ def in_our_columns(dataset: Any, name: str, place: Callable[[int], str], reading
 
 
 def reading_of(dataset: Any) -> Reading | None:
-    """How `load_pairs` or `table_of` has read a dataset that nothing has changed since; None for any other."""
+    """How `load_pairs` or `table_of` read a dataset; None if they did not read it or it was changed since."""
     fingerprint, reading = _CHECKED.get(dataset, ("", None))
     return reading if fingerprint == dataset._fingerprint else None
 
@@ -152,7 +160,7 @@ def _names_files(feature: Any) -> bool:
 
 
 def _stored(path: str | Path, *, streaming: bool) -> tuple[str, Any]:
-    """(name for messages, dataset) of a folder or a hub name; of a file, which then has a known ending, (name, None)."""
+    """(name for messages, dataset) of a folder or a hub name; (name, None) for a file, whose ending is then known."""
     name, path = str(path), Path(path).expanduser()
     if not path.exists():
         return name, _from_hub(name, streaming=streaming)
@@ -178,14 +186,14 @@ def _saved(path: Path) -> Any:
 
 
 def _from_hub(name: str, *, streaming: bool) -> Any:
-    """A data set on the hub, by "owner/name" or "owner/name:split"; without a split, its only one."""
+    """A data set on the hub, named "owner/name" or "owner/name:split". Without a split, it must have a single one."""
     hub_name, _, split = name.partition(":")
     if not is_hub_name(hub_name) or Path(hub_name).suffix in FORMATS:
         raise DataError(f"{name}: no such file")
     try:
         dataset: Any = datasets.load_dataset(hub_name, split=split or None, streaming=streaming)
-    except Exception as error:  # whatever the network, the hub or a data set's own reader raises
-        raise DataError(f"{name}: no such file, and not to be had from the hub ({first_line(error)})") from error
+    except Exception as error:  # of any type: the network, the hub and a data set's own reader raise their own
+        raise DataError(f"{name}: no such file, and the hub does not provide it ({first_line(error)})") from error
     if isinstance(dataset, dict):
         if len(dataset) > 1:
             first = next(iter(dataset))
@@ -198,14 +206,14 @@ def _from_hub(name: str, *, streaming: bool) -> Any:
 
 
 def _rows_of(path: Path) -> Located:
-    """(place, row) of every row of a file. Paths of images begin at the file's folder, where they lead to a file."""
+    """(place, row) of every row of a file. Image paths that exist relative to the file's folder become absolute."""
     readers = {".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else numbered(str(path), readers[path.suffix](path))
     return ((where, beside_file(row, path.parent)) for where, row in rows)
 
 
 def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """(place, row) of rows whose places are their numbers."""
+    """(place, row) of every row. The place is the name with the row's number, from 1."""
     return ((f"{name}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -217,7 +225,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if b"\\ud" in raw.lower():  # JSON can write half a character, which no tokenizer takes
+                if b"\\ud" in raw.lower():  # JSON can contain half a surrogate pair, which no tokenizer accepts
                     json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 raise DataError(f"{path}:{number}: a text holds half a character ({first_line(error)})") from error
@@ -234,7 +242,7 @@ def _json_rows(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        hint = "; for one object a line use the ending .jsonl" if error.msg == "Extra data" else ""
+        hint = "; if every line is one object, use the ending .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of objects, found {json_type(rows)}")
@@ -243,9 +251,9 @@ def _json_rows(path: Path) -> list[Any]:
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     with _readable(path):
-        # As text: what pandas makes of a column depends on all of its rows, so that a bad one would spoil good ones.
+        # As text: pandas chooses a column's type from all of its rows, so one bad row would change the good ones.
         for frame in pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=1024):
-            if not isinstance(frame.index, pandas.RangeIndex):  # pandas takes what is too much for an index
+            if not isinstance(frame.index, pandas.RangeIndex):  # pandas makes an index of surplus fields
                 raise DataError(f"{path}: rows have more fields than the header ({', '.join(frame.columns)})")
             if frame.empty:
                 check_columns(list(frame.columns), str(path))
@@ -265,7 +273,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Errors of pyarrow and pandas while they read a file, as one line."""
+    """Turn errors of pyarrow and pandas while they read a file into a DataError of one line."""
     try:
         yield
     except DataError:
@@ -278,11 +286,12 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 class RowStream(IterableDataset):
-    """Rows that are read and checked one at a time; a pass over them may be made again.
+    """Rows that are read and checked one at a time, in any number of passes.
 
     Args:
         name: of the file or data set, for messages.
-        located: makes an iterator over (place, row), where the place names the row to a person, for a pass from 0.
+        located: takes the number of a pass, from 0, and makes an iterator over (place, row). The place is the row's name
+            in messages.
         reading: how columns are read.
     """
 
@@ -291,11 +300,11 @@ class RowStream(IterableDataset):
         self._told = Told(name)
 
     def read_with(self, reading: Reading) -> RowStream:
-        """The same rows, read otherwise; itself where they are read so, or nothing is said of it."""
+        """The same rows with another `Reading`. Returns itself if it has this `Reading`, or the `Reading` is the default."""
         return self if reading.is_default or reading == self.reading else RowStream(self.name, self._located, reading)
 
     def pairs(self, number: int) -> Iterator[Pair]:
-        """What the rows become, in the pass of this number."""
+        """The pairs of the rows in the pass of this number."""
         return (pair for _, pair in self._parsed(number))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -308,15 +317,16 @@ class RowStream(IterableDataset):
 def stream_pairs(
     path: str | Path, *, columns: Mapping[str, str] | None = None, weight_from: Mapping[str, Any] | None = None
 ) -> RowStream:
-    """The pairs of `load_pairs`, read while training: for data that are too large to be read beforehand.
+    """Read the pairs of `load_pairs` during training, for data that are too large to be read before it.
 
     Args:
         path: a .jsonl, .parquet or .csv file, a folder made by `Dataset.save_to_disk`, or the name of a data set on the
             hub, "owner/name" or "owner/name:split".
-        columns, weight_from: the settings of DPOConfig, see `known.Reading`.
+        columns: the setting of DPOConfig, see `known.Reading`.
+        weight_from: the setting of DPOConfig, see `known.Reading`.
 
     Raises:
-        DataError: it does not exist or cannot be streamed. Bad rows are found when they are read.
+        DataError: the data do not exist or cannot be streamed. Errors in rows are raised when the rows are read.
         ConfigError: `columns` or `weight_from` is wrong.
     """
     reading = Reading(columns, weight_from)
@@ -324,7 +334,7 @@ def stream_pairs(
     if dataset is not None:
         return stream_of(dataset, name, reading)
     if name.endswith(".json"):
-        raise DataError(f"{name}: a .json list is read as a whole; to stream it, write one object a line as .jsonl")
+        raise DataError(f"{name}: a .json list is read as a whole; to stream it, write one object per line as .jsonl")
     return RowStream(name, lambda _: _rows_of(Path(name)), reading)
 
 

@@ -1,4 +1,4 @@
-"""Images of a row: what they may be given as, how tables hold them, and the messages that they stand in."""
+"""Images of a row: the forms that are accepted, the form in tables, and messages with images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.compute
 from ..errors import DataError, first_line
 from .rows import IMAGES, TEXTS, images_of
 
-#: The column of a tokenised dataset that says that its rows may have images: a digest of a row's images, "" without any.
+#: The column of a tokenised dataset whose rows may have images: a digest of a row's images, "" if it has none.
 DIGEST = "images_digest"
 
 
@@ -25,10 +25,15 @@ def has_images(dataset: Any) -> bool:
 
 
 def open_image(value: Any, where: str) -> Any:
-    """A PIL image, from itself, a path, encoded bytes, `datasets.Image`'s object, or an array [height, width, channels] uint8.
+    """Open an image as a PIL image.
+
+    Args:
+        value: a PIL image, a path, encoded bytes, the object of `datasets.Image`, or a uint8 array
+            [height, width, channels].
+        where: the row's name in messages.
 
     Raises:
-        DataError: it cannot be read. The message starts with `where`.
+        DataError: the image cannot be read. The message starts with `where`.
     """
     with naming(where, "an image cannot be read"):
         if isinstance(value, (str, Path, bytes, bytearray, Mapping, np.ndarray)):
@@ -39,24 +44,24 @@ def open_image(value: Any, where: str) -> Any:
 
 
 def encoded(value: Any, where: str) -> dict[str, Any]:
-    """An image as a table holds it: an object with `bytes` and `path`, as `datasets.Image` has it. Raises DataError."""
+    """An image in the form for a table: the object with `bytes` and `path` of `datasets.Image`. Raises DataError."""
     with naming(where, "an image cannot be stored"):
         if not (isinstance(value, (str, Path, bytes, bytearray, Mapping, np.ndarray)) or hasattr(value, "getexif")):
             raise ValueError(f"expected a path, bytes or a PIL image, found {type(value).__name__}")
         if hasattr(value, "getexif"):
-            value = value.copy()  # without the name of its file, which would be read in place of what was made of it
+            value = value.copy()  # drops the file name: datasets would store the file instead of the image
         return datasets.Image().encode_example(value)  # type: ignore[arg-type]
 
 
 def for_table(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A row with images as a table can hold it beside others: `images` as a list of objects, all messages in parts."""
+    """A row with images in the form for a table: `images` is a list of objects, and every message's content has parts."""
     found = {name: value for name, value in row.items() if name not in IMAGES}
     found |= {name: in_parts(row[name]) for name in TEXTS if isinstance(row.get(name), list)}
     return {**found, "images": [encoded(image, where) for image in images_of(row, where) or ()]}
 
 
 def beside_file(row: Any, folder: Path) -> Any:
-    """A row of a file, with the paths of its images that are relative to the file's folder made absolute."""
+    """A row of a file. Paths of images that exist relative to the file's folder become absolute."""
 
     def found(value: Any) -> Any:
         if isinstance(value, list):
@@ -73,7 +78,7 @@ def beside_file(row: Any, folder: Path) -> Any:
 
 
 def state_of_files(dataset: Any) -> list[tuple[str, int, int]]:
-    """(path, bytes, time of change in ns) of every image file that a dataset's rows name, so that changed files are seen."""
+    """(path, bytes, modification time in ns) of every image file that a dataset's rows name, to notice changed files."""
     found = []
     for name in IMAGES:
         if name not in dataset.column_names:
@@ -100,7 +105,7 @@ def text_of(content: Any) -> str:
 
 
 def in_parts(messages: list[Any]) -> list[Any]:
-    """Messages whose content is a list of parts."""
+    """The messages with their content as a list of parts."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
@@ -111,7 +116,7 @@ def in_parts(messages: list[Any]) -> list[Any]:
 
 @contextmanager
 def naming(where: str, what: str) -> Iterator[None]:
-    """Errors of PIL, datasets and processors, whatever they are, as one line."""
+    """Turn any error of PIL, datasets or a processor into a DataError of one line."""
     try:
         yield
     except DataError:

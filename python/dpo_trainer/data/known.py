@@ -1,4 +1,4 @@
-"""Columns under other names, and layouts of preference data that other programs write: each becomes our rows."""
+"""Conversion of columns with other names, and of layouts of preference data that other programs write, to our rows."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .rows import COLUMNS, NUMBERS, SIDES, TEXTS, check_whole_texts, json_type, 
 
 logger = logging.getLogger("dpo_trainer")
 
-#: (place, row) of every row, where the place names the row to a person.
+#: (place, row) of every row. The place is the row's name in messages.
 Located = Iterable[tuple[str, Any]]
 
 UNPAIRED = ("prompt", "completion", "label")
-#: Keys of `weight_from`: columns, and the numbers that `dpo_kernels.confidence` takes.
+#: Keys of `weight_from`: names of columns, and the parameters of `dpo_kernels.confidence` with their defaults.
 _SCORES = ("chosen", "rejected", "margin")
 _SHAPE = {"scale": 1.0, "power": 1.0, "floor": 0.0}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A known layout: the columns that tell it, and how a row of ours is made from one of its rows.
+    """A known layout: the columns by which it is recognised, and the conversion of its rows to ours.
 
     Attributes:
-        words: what is what, for a person.
-        needs: columns of every row.
+        words: the meaning of its columns, for the log.
+        needs: columns that every row has.
         without: columns that no row has.
-        reads: other columns that it takes where they are.
-        make: the columns of ours that it gives, from (row, place).
+        reads: optional columns that are used.
+        make: takes (row, place) and returns values for our columns.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Layout:
     reads: tuple[str, ...] = ()
 
     def fits(self, columns: Iterable[str]) -> bool:
-        """Whether a row of these columns is of the layout."""
+        """Whether a row with these columns has this layout."""
         return set(self.needs) <= set(columns) and not set(self.without) & set(columns)
 
 
@@ -78,13 +78,13 @@ def _conversation(column: str) -> Layout:
 
 
 def _answer(value: Any, side: str, where: str) -> Any:
-    """A completion of chat messages, of which a text is one."""
+    """A completion as chat messages. A text becomes one message of the assistant."""
     value = plain(value, side, where)
     return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
 
 
 def _question(*parts: str) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
-    """Of layouts whose prompt is a question in one or more columns, perhaps with a system text."""
+    """Make `Layout.make` for a prompt that is a question in one or more columns, perhaps with a system text."""
 
     def make(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         texts = [row.get(name) or "" for name in parts]
@@ -103,8 +103,8 @@ def _question(*parts: str) -> Callable[[Mapping[str, Any], str], dict[str, Any]]
     return make
 
 
-_CHAT = "a chat where the tokenizer has a chat template"
-#: The first that fits is taken.
+_CHAT = "a chat if the tokenizer has a chat template"
+#: Known layouts. The first one that fits is used.
 LAYOUTS = (
     Layout(
         "OpenAI rows",
@@ -148,11 +148,12 @@ LAYOUTS = (
 
 @dataclass
 class Told:
-    """What a person was told of a data set.
+    """What the log already says about a data set.
 
     Attributes:
-        layout: whether its layout was.
-        columns: that nobody reads, in the order in which they came; the first `count` were told.
+        layout: whether the layout was logged.
+        columns: the columns that are not used, in the order in which they were found.
+        count: how many of `columns` were logged.
     """
 
     name: str
@@ -161,10 +162,10 @@ class Told:
     count: int = 0
 
     def unread(self) -> None:
-        """Tell of columns that nobody reads, as far as that was not done."""
+        """Log the columns that are not used, unless they were logged before."""
         if new := list(self.columns)[self.count :]:
             scored = any("score" in name or "rating" in name or name == "margin" for name in map(str, new))
-            hint = " (the setting weight_from makes weights of scores)" if scored else ""
+            hint = " (the setting weight_from computes weights from scores)" if scored else ""
             logger.warning("%s: not used: %s%s", self.name, ", ".join(map(str, new)), hint)
         self.count = len(self.columns)
 
@@ -174,12 +175,12 @@ class Reading:
     """How the columns of a data set are read: the settings `columns` and `weight_from`.
 
     Attributes:
-        columns: their columns by our names.
-        weight_from: the columns of scores (`chosen` and `rejected`, or `margin`) from which weights are made:
+        columns: the data's column names, by our names.
+        weight_from: the columns of scores (`chosen` and `rejected`, or `margin`) from which weights are computed:
             max(2 p - 1, floor)^power with p = sigmoid(margin / scale), see `dpo_kernels.confidence`.
 
     Raises:
-        ConfigError: a name is unknown or a value no column or number.
+        ConfigError: a name is unknown, or a value is not a column name or a number as required.
     """
 
     columns: Mapping[str, str] | None = None
@@ -225,20 +226,20 @@ class Reading:
         return not self.columns and not self.weight_from
 
     def leaves(self, row: Any) -> bool:
-        """Whether a row like this one is taken as it is."""
+        """Whether rows like this one need no conversion."""
         layout = layout_of(row) if isinstance(row, Mapping) else None
         return self.is_default and (layout is None or layout.name == "rows with a system text")
 
     def rows(self, located: Located, name: str, told: Told | None = None) -> Iterator[tuple[str, Any]]:
-        """(place, row) of every row in our columns. What is recognised, and what nobody reads, is told once each.
+        """(place, row) of every row in our columns. The layout and the unused columns are logged once.
 
         Args:
             name: of the data set, for messages.
-            told: of a stream, which is read more than once: what earlier passes have told.
+            told: for a stream, which is read more than once: what earlier passes have logged.
 
         Raises:
-            ConfigError: a column that a setting names is not there.
-            DataError: a row is of another layout than the first, or unpaired rows cannot be paired.
+            ConfigError: a column that a setting names does not exist.
+            DataError: a row has another layout than the first row, or unpaired rows cannot be paired.
         """
         located = iter(located)
         streamed, told = told is not None, told or Told(name)
@@ -253,7 +254,7 @@ class Reading:
             told.layout = True
             for own, theirs in (self.columns or {}).items():
                 if theirs not in row and own in row:
-                    logger.warning("%s: columns: no column '%s'; its own '%s' is read", name, theirs, own)
+                    logger.warning("%s: columns: no column '%s'; its column '%s' is used", name, theirs, own)
             if layout is None and "prompt" not in first and isinstance(opened(first.get("chosen")), str):
                 check_whole_texts(first, where)
                 logger.warning(
@@ -281,12 +282,12 @@ class Reading:
         told.unread()
 
     def _renamed(self, row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
-        """The row with our names for the columns that the setting names, and the columns that were read for that."""
+        """The row with our names for the columns that the setting names, and the set of columns that were used."""
         found = {name: value for name, value in row.items() if name not in (self.columns or {}).values()}
         read = set()
         for name, theirs in (self.columns or {}).items():
             if theirs not in row and name in row:
-                read.add(name)  # other data, whose column has our name
+                read.add(name)  # another data set, whose column has our name
                 continue
             if theirs not in row:
                 raise ConfigError(f"columns: {where}: no column '{theirs}'; it has {_listed(row, theirs)}")
@@ -308,14 +309,14 @@ class Reading:
                     if missing
                     else f"a column '{next(n for n in layout.without if n in found)}'"
                 )
-                raise DataError(f"{where}: {what}, where earlier rows are {layout.name}")
+                raise DataError(f"{where}: {what}, but earlier rows are {layout.name}")
             read |= {*layout.needs, *layout.reads}
             found = {**found, **layout.make(found, where)}
         if self.weight_from:
             found["weight"] = self._weight_of(row, where)
             read |= {self.weight_from[name] for name in _SCORES if name in self.weight_from}
         if isinstance(opened(found.get("chosen")), str) and "system" not in found:
-            read -= {"tools", "chat_template_kwargs"}  # of chats alone
+            read -= {"tools", "chat_template_kwargs"}  # only chats use them
         told.columns.update(dict.fromkeys(name for name in row if name not in read))
         return found
 
@@ -337,21 +338,21 @@ class Reading:
     def _weight(self, chosen: list[float], rejected: list[float]) -> float:
         scale, power, floor = ((self.weight_from or {}).get(name, value) for name, value in _SHAPE.items())
         likely = preference_probability(chosen, rejected, scale=scale)
-        # Not over their mean, which a stream does not know: the loss is a weighted mean in any case.
+        # Not divided by their mean, which is unknown in a stream. The loss is a weighted mean in any case.
         return confidence_weights(likely, power=power, floor=floor, normalize=False).item()
 
 
-#: Columns as they are.
+#: Reads columns unchanged.
 AS_THEY_ARE = Reading()
 
 
 def layout_of(row: Mapping[str, Any]) -> Layout | None:
-    """The known layout of a row, if it is of one."""
+    """The known layout of a row, or None."""
     return next((layout for layout in LAYOUTS if layout.fits(row)), None)
 
 
 def _paired(located: Located, name: str) -> Iterator[tuple[str, Any]]:
-    """Pairs of answers to the same prompt, the n-th with label true and the n-th with label false, in the order of the former."""
+    """Pair the n-th answer to a prompt with label true with its n-th answer with label false, in the order of the former."""
     answers: dict[str, tuple[list[Any], list[Any]]] = {}
     count = 0
     for where, row in located:
@@ -366,8 +367,8 @@ def _paired(located: Located, name: str) -> Iterator[tuple[str, Any]]:
     )
     if not pairs:
         raise DataError(
-            f"{name}: unpaired rows ({', '.join(UNPAIRED)}), and no prompt has an answer with label true and one with label "
-            "false; DPO compares two answers to one prompt"
+            f"{name}: unpaired rows ({', '.join(UNPAIRED)}), and no prompt has both an answer with label true and one with "
+            "label false; DPO compares two answers to one prompt"
         )
     logger.warning(
         "%s: %d of %d rows are paired; %d are left over%s",
@@ -387,7 +388,7 @@ def _label(value: Any, where: str) -> bool:
 
 
 def _as_number(value: Any) -> Any:
-    """The number that a text is, in files whose cells are all text; anything else as it is."""
+    """The number in a text, for files whose cells are all text. Any other value is returned unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

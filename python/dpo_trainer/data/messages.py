@@ -1,4 +1,4 @@
-"""Messages as data sets write them, in one form: objects with `role`, `content`, which is text, and perhaps `tool_calls`."""
+"""Conversion of messages to their standard form: objects with `role`, `content` (text) and perhaps `tool_calls`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import DataError
 
-#: ShareGPT's names of the roles, in `from`.
+#: ShareGPT's names of the roles (its key `from`), with the role that templates know.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -26,27 +26,28 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-#: Those of them that also stand in `role` for templates' names. Others are names of some template.
+#: ShareGPT's names that are converted in `role` too. The rest are left as they are, since some template knows them.
 _SPEAKERS = frozenset(("human", "gpt", "chatgpt", "bing", "bard", "bot", "model", "user", "assistant", "system"))
-#: Roles whose words are no answer of the model's.
+#: Roles of messages that are not the model's answers.
 NOT_ANSWERS = frozenset({"system", "developer", "user", "tool", "function", "ipython", "environment", "observation"})
-#: What is kept as JSON text where rows become a table, which would give all objects the union of their keys.
+#: Keys whose values are stored as JSON text in a table, which would give all objects the union of their keys.
 _AS_TEXT: dict[str, Any] = {"tools": list, "arguments": Mapping, "chat_template_kwargs": Mapping}
 
 
 def plain(value: Any, name: str, where: str) -> Any:
-    """A text, or a list of messages in one form. What is neither is returned as it is.
+    """Convert messages to their standard form. Texts, and values that are not messages, are returned unchanged.
 
-    A single message stands for a list of it, and JSON text of messages for the messages. ShareGPT's `from` and `value`
-    become `role` and `content`, and roles such as `human` and `gpt` the names that templates know. Content that is a list
-    of text parts becomes their text.
+    A single message becomes a list, and JSON text of messages becomes the messages. ShareGPT's `from` and `value` become
+    `role` and `content`. Roles such as `human` and `gpt` become the names that templates know. Content that is a list of
+    text parts becomes one text.
 
     Args:
-        name: of the column, for messages to a person.
-        where: how to name the row to a person.
+        name: the column's name in error messages.
+        where: the row's name in error messages.
 
     Raises:
-        DataError: a part of the content is no text, `from` is no known role, or a text is Python's way to print messages.
+        DataError: a part of the content is not text, `from` is not a known role, or a text contains messages as Python
+            prints them.
     """
     if isinstance(value, str):
         if value.lstrip("[ \n").startswith(("{'role'", "{'from'", "{'content'", "{'value'")):
@@ -67,7 +68,7 @@ def _is_message(value: Any) -> bool:
 
 
 def opened(text: Any) -> Any:
-    """The messages that a text holds as JSON; anything else as it is."""
+    """The messages of a JSON text. Any other value is returned unchanged."""
     if isinstance(text, str) and text.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError):
             value = json.loads(text)
@@ -82,7 +83,7 @@ def _message(message: Any, which: str, where: str) -> Any:
     if message.get("role") is None and isinstance(sender := message.get("from"), str):
         if sender.lower() not in ROLES:
             raise DataError(
-                f"{where}: {which} is from '{sender}', which is no known role; known are {', '.join(ROLES)}"
+                f"{where}: {which} is from '{sender}', which is not a known role; known are {', '.join(ROLES)}"
             )
         rest = {key: item for key, item in message.items() if key not in ("from", "value", "role")}
         call = _call(message.get("value")) if sender.lower() == "function_call" else None
@@ -94,18 +95,18 @@ def _message(message: Any, which: str, where: str) -> Any:
     if not isinstance(content, list) or any(
         isinstance(part, Mapping) and part.get("type") == "image" for part in content
     ):
-        return message  # where it has images, `rows` checks its parts
+        return message  # `rows` checks the parts of a message with images
     return {**message, "content": _text_of(content, which, where)}
 
 
 def _renamed(message: Mapping[str, Any]) -> bool:
-    """Whether the role of a message is one that templates know by another name, or in small letters."""
+    """Whether templates know the role of a message by another name, or in lower case."""
     role = message.get("role")
     return isinstance(role, str) and role.lower() in _SPEAKERS and ROLES[role.lower()] != role
 
 
 def _call(text: Any) -> list[Any] | None:
-    """ShareGPT's function_call, JSON text of a name and arguments, or of several, as tool calls; None where it is none."""
+    """The tool calls of ShareGPT's function_call: JSON text of one or more objects with name and arguments. Else None."""
     with contextlib.suppress(ValueError, TypeError):
         value = json.loads(text)
         calls = value if isinstance(value, list) else [value]
@@ -115,7 +116,7 @@ def _call(text: Any) -> list[Any] | None:
 
 
 def past_turns(value: Any, where: str) -> list[Any]:
-    """The messages of a column `history`: [question, answer] of each earlier turn, or the JSON text of them."""
+    """The messages of a column `history`: a list with [question, answer] for each earlier turn, or its JSON text."""
     turns = _json_or_itself(value) or []
     if not isinstance(turns, list) or not all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(said, str) for said in turn) for turn in turns
@@ -132,14 +133,14 @@ def _json_or_itself(value: Any) -> Any:
 
 
 def _text_of(parts: list[Any], which: str, where: str) -> str:
-    """The text of content that is given in parts, one after the other."""
+    """The joined text of content that is a list of parts."""
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             raise DataError(
-                f"{where}: {which} has a part of type '{kind}' in 'content'; only text and images can be trained on, and an "
+                f"{where}: {which} has a part of type '{kind}' in 'content'; only text and images can be trained on; an "
                 'image\'s part is {"type": "image"}, with the image in the column \'images\''
             )
         texts.append(text)
@@ -147,7 +148,7 @@ def _text_of(parts: list[Any], which: str, where: str) -> str:
 
 
 def forms_of(value: Any) -> list[str]:
-    """In words, what `plain` would change about a prompt or completion."""
+    """Names of the forms in a prompt or completion that `plain` would change."""
     forms = []
     if isinstance(value, str) and isinstance(read := opened(value), list | dict):
         forms, value = ["JSON text"], read
@@ -164,8 +165,8 @@ def forms_of(value: Any) -> list[str]:
 
 
 def as_written(value: Any) -> Any:
-    """A row with tools, arguments of tool calls and `chat_template_kwargs` as JSON text, for a table or a line of it."""
-    if isinstance(value, str):  # as most are, and Mapping is slow to ask for
+    """A value in the form for a table: tools, arguments of tool calls and `chat_template_kwargs` are JSON text."""
+    if isinstance(value, str):  # most values are texts, and a test for Mapping is slow
         return value
     if isinstance(value, Mapping):
         return {

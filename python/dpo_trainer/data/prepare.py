@@ -1,4 +1,4 @@
-"""From rows to what is trained on: tokenised once and cached, without the pairs that teach nothing, and an account of those."""
+"""Preparation of rows for training: tokenise and cache them, drop pairs that teach nothing, and count the dropped ones."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .tokens import MASKS, TOKENS, tokenize_pair
 
 logger = logging.getLogger("dpo_trainer")
 
-#: Pairs of a stream that are looked at before training.
+#: Number of a stream's pairs that are examined before training.
 SAMPLE = 64
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How rows become tokens, and which are left out: the settings of DPOConfig by these names.
+    """How rows become tokens, and which rows are dropped: the settings of DPOConfig with the same names.
 
     Attributes:
         filters: names of FILTERS.
-        min_weight: leave out pairs whose `weight` is less.
-        dataset_num_proc: processes to tokenise with.
+        min_weight: pairs with a smaller `weight` are dropped.
+        dataset_num_proc: number of processes that tokenise.
     """
 
     max_length: int | None = None
@@ -71,19 +71,25 @@ class Preparation:
 def prepare_dataset(
     dataset: Any, processing_class: Any, preparation: Preparation, *, name: str, line: Line | None = None
 ) -> tuple[Any, Account]:
-    """Check and tokenise a `datasets.Dataset` (or a list of rows) of pairs, and drop what teaches nothing.
+    """Check and tokenise pairs, and drop the pairs that teach nothing.
 
-    Returns the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`, `length` (tokens of the
-    longer side), `digest` (of tokens and images), `prompt_digest` and, where given, `weight` and the
-    reference log-probabilities; and the account of what was dropped. Where there are images, it also has their column as
-    it was, and `images_digest`. The pixels that models read take many times the memory of the files, so the collator
-    makes them for each batch. `line` shows the progress, in place of a bar of `datasets`.
-    Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. Datasets that are
-    tokenised already pass through.
+    Tokens are kept in the cache of `datasets`, by the contents of data, tokenizer and settings. A tokenised dataset is
+    returned unchanged. Pixels take many times the memory of the image files, so the collator makes them for each batch.
+
+    Args:
+        dataset: a `datasets.Dataset` or a list of rows.
+        name: of the dataset, for messages.
+        line: shows the progress, instead of a progress bar of `datasets`.
+
+    Returns:
+        the dataset and the account of the dropped rows. The dataset has `prompt_ids`, `chosen_ids`, `rejected_ids`,
+            `length` (tokens of prompt and longer side), `digest` (of tokens and images), `prompt_digest` and, if given,
+            `weight` and the reference log-probabilities. With images it also has their column unchanged, and
+            `images_digest`.
 
     Raises:
-        DataError: naming the row, or saying that nothing is left.
-        ConfigError: `min_weight` without weights.
+        DataError: a row is bad, and the message names it; or no row is left.
+        ConfigError: `min_weight` is set, but the data have no weights.
     """
     reading = preparation.reading
     if isinstance(dataset, (list, tuple)):
@@ -98,7 +104,7 @@ def prepare_dataset(
         raise DataError(
             f"{name}: expected a datasets.Dataset or a list of rows, found {type(dataset).__name__}{splits}"
         )
-    if dataset.format["type"] not in (None, "custom"):  # tensors and arrays, in place of texts and lists
+    if dataset.format["type"] not in (None, "custom"):  # tensors and arrays instead of texts and lists
         dataset = dataset.with_format(None)
     source = dataset.info.dataset_name
     where = f"{name} ({source})" if source else name
@@ -108,7 +114,7 @@ def prepare_dataset(
     if is_prepared(dataset):
         if DIGEST not in dataset.column_names and any(column in dataset.column_names for column in IMAGES):
             raise DataError(
-                f"{where}: is tokenised and has images; pass rows with texts or messages, or remove the column"
+                f"{where}: is tokenised and has images; pass rows with texts or messages, or remove the images' column"
             )
         account.rows, account.tokens = len(dataset), tokens_of(dataset)
         return dataset, account
@@ -119,7 +125,7 @@ def prepare_dataset(
         except ConfigError as error:
             if known is None:
                 raise
-            raise ConfigError(f"{error}; load_pairs takes the setting too, and leaves out what nobody names") from error
+            raise ConfigError(f"{error}; load_pairs needs the setting too, or drops that column") from error
     check_columns(dataset.column_names, where)
     _check_weights(dataset.column_names, preparation, where)
     parse = split_row if reading_of(dataset) is not None else parse_row
@@ -146,12 +152,12 @@ def prepare_dataset(
             cache_file_name=_cache_file(key),
             new_fingerprint=key,
         )
-    if dataset.format["type"] == "custom":  # a transform was for the rows, not for their tokens
+    if dataset.format["type"] == "custom":  # a transform is for rows, not for tokens
         dataset = dataset.with_format(None)
     if images.column_names and any(dataset[DIGEST]):
         dataset = datasets.concatenate_datasets(
             [dataset, images], axis=1
-        )  # next to the tokens, not copied into their cache
+        )  # a column next to the tokens, not copied into their cache
     elif images.column_names:
         dataset = dataset.remove_columns(DIGEST)
     weights = dataset["weight"] if "weight" in keep else itertools.repeat(None)
@@ -173,18 +179,18 @@ def prepare_dataset(
         raise DataError(f"{where}: no pair has tokens of both completions left to score; raise max_length")
     if preparation.weight_from and "weight" in keep and not any(dataset["weight"]):
         raise DataError(
-            f"{where}: weight_from gives every pair the weight 0: no chosen answer has a higher score than the rejected one"
+            f"{where}: weight_from gives every pair the weight 0: no chosen answer has a higher score than its rejected one"
         )
     spent = [column for column in MARKS if column in dataset.column_names and column != CONTENT]
     return dataset.remove_columns(spent), account
 
 
 class PreparedStream(IterableDataset):
-    """Rows of a stream, tokenised and sifted as they are read.
+    """Rows of a stream, tokenised and filtered while they are read.
 
     Attributes:
-        sample: a dataset of the first pairs, as prepared.
-        account: of what the first pass has read so far.
+        sample: a dataset of the first pairs, tokenised.
+        account: of the rows that the first pass has read so far.
     """
 
     def __init__(self, dataset: Any, processing_class: Any, preparation: Preparation, *, name: str) -> None:
@@ -206,9 +212,9 @@ class PreparedStream(IterableDataset):
             raise DataError(f"{self._source.name}: {nothing}")
 
     def rows(self, number: int) -> Iterator[dict[str, Any]]:
-        """The pairs of a pass, counted from 0."""
+        """The pairs of one pass. Passes are counted from 0."""
         account = self.account if number == 0 else Account(self.account.name, streamed=True)
-        account.rows = account.tokens = 0  # the first pass may begin again, as it does after the sample
+        account.rows = account.tokens = 0  # the first pass may start again, as it does after the sample
         account.reasons.clear()
         return sift(
             map(self._marked, self._source.pairs(number)),
@@ -229,19 +235,19 @@ class PreparedStream(IterableDataset):
 
 
 def by_name(eval_dataset: Any) -> dict[str, Any]:
-    """The evaluation datasets that there are: several by their names, a single one by ""."""
+    """The evaluation datasets by name. The name of a single dataset is ""."""
     if isinstance(eval_dataset, dict):
         return eval_dataset
     return {} if eval_dataset is None else {"": eval_dataset}
 
 
 def is_prepared(dataset: Any) -> bool:
-    """Whether `prepare_dataset` has made the tokens of a dataset. TRL's have the same names, and no lengths."""
+    """Whether `prepare_dataset` has tokenised a dataset. TRL's columns of tokens have the same names, but no lengths."""
     return {*TOKENS, "length"} <= set(getattr(dataset, "column_names", None) or ())
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a dataset is one whose rows come one after the other."""
+    """Whether a dataset is iterable only, without access to single rows."""
     return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
 
 
@@ -266,7 +272,7 @@ def _prepare_row(
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which fill a log."""
+    """Turn off the progress bars of `datasets`, which fill a log."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -277,12 +283,12 @@ def _without_bars() -> Iterator[None]:
 
 
 def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip: bool) -> dict[str, Any]:
-    """Tokens, numbers and MARKS of a pair, and the images' digest where rows may have some.
+    """Tokens, numbers and MARKS of a pair, and the images' digest if rows may have images.
 
-    Of chat messages also masks, because a table needs them in all rows or in none.
+    Pairs of chat messages always get masks, since a table needs them in all rows or in none.
 
     Args:
-        strip: take the prompt from the beginning of completions that repeat it.
+        strip: remove the prompt from the beginning of completions that repeat it.
     """
     repeats = _repeats(pair)
     if strip and repeats:
@@ -297,7 +303,7 @@ def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip
         ids.update(zip(MASKS, masks, strict=True))
     images = {} if pair.images is None else {DIGEST: reader.digest if pair.images else ""}
     status = ""
-    # The first token of all has nothing to be predicted from.
+    # The very first token cannot be scored: no token precedes it.
     if not all(any(mask[0 if prompt else 1 :]) for mask in masks):
         status = "truncated"
     elif chosen == rejected:
@@ -317,7 +323,7 @@ def _prepared(pair: Pair, processing_class: Any, settings: dict[str, Any], strip
 
 
 def _digest(content: list[Any]) -> str:
-    """A digest of something that JSON can write."""
+    """A digest of values that can be written as JSON."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -333,17 +339,17 @@ def _repeats(pair: Pair) -> bool:
 
 
 def _most_repeat(pairs: Sequence[Pair]) -> bool:
-    """Whether completions are written with their prompts: in a few pairs it may be chance."""
+    """Whether more than half of the pairs repeat the prompt in both completions: in a few pairs it may be chance."""
     return 2 * sum(map(_repeats, pairs)) > len(pairs)
 
 
 def _of_repeated(name: str, which: str, strip: bool) -> str:
-    done = "it is taken away there" if strip else "it is left there, because most others do not"
+    done = "it is removed there" if strip else "it is kept there, since most other pairs do not repeat it"
     return f"{name}: both completions of {which} begin with the prompt; {done}"
 
 
 def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparation) -> list[str]:
-    """What is to be said of the template, from the first pairs."""
+    """Remarks on the chat template, from the first pairs."""
     if not pairs:
         return []
     pair, reader = read_by(pairs[0], processing_class)
@@ -351,7 +357,7 @@ def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparat
     if isinstance(pair.prompt, str):
         if pairs[0].system is not None:
             return [
-                "the tokenizer has no chat template: system text, prompt and answer stand in one text, a blank line apart"
+                "the tokenizer has no chat template: system text, prompt and answer form one text, separated by blank lines"
             ]
         if kwargs:
             return ["chat_template_kwargs: not used, because rows are text"]
@@ -374,10 +380,10 @@ def _is_blank(completion: str | list[Any]) -> bool:
 
 
 def _key(dataset: Any, processing_class: Any, preparation: Preparation, strip: bool) -> str:
-    """Name of the tokens: changes with the data, the tokenizer, the settings and the code that makes them."""
+    """Cache key of the tokens. It changes with the data, the tokenizer, the settings and the code that makes them."""
     tokenizer = tokenizer_of(processing_class)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # A fast tokenizer's own description; as an object it would hash differently after its first use.
+    # A fast tokenizer's description as text: the hash of the object changes after its first use.
     described = backend.to_str() if backend is not None else Hasher.hash(tokenizer)
     special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
     if tokenizer is not processing_class:
@@ -388,7 +394,7 @@ def _key(dataset: Any, processing_class: Any, preparation: Preparation, strip: b
 
 
 def _cache_file(key: str) -> str | None:
-    """Where tokens are kept; None where datasets' caching is off or its folder cannot be written."""
+    """The cache file of the tokens; None if the caching of `datasets` is off or its folder cannot be written."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_trainer"
     try:
         if not datasets.is_caching_enabled():

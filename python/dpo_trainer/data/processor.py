@@ -1,4 +1,4 @@
-"""How a processor reads a pair: where its images stand in the messages, and the tokens that it makes of them."""
+"""How a processor reads a pair: the places of images in the messages, and the tokens of texts with images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .images import in_parts, naming, open_image, text_of
 from .rows import TEXTS, Pair, shared_prefix
 from .template import as_chat
 
-#: A text that a chat template keeps if it takes content that is text.
+#: A text that appears in a chat template's output if the template accepts content that is text.
 _PROBE = "Is this text kept?"
 
 
 def image_token_of(processor: Any) -> str | None:
-    """What stands for an image in a text before the processor reads it; None where the processor has no such token."""
+    """The token in a text that the processor replaces by an image's tokens; None if the processor has no such token."""
     token = getattr(processor, "image_token", None)
     return getattr(token, "content", token) or None  # some have an AddedToken
 
@@ -31,14 +31,14 @@ def tokenizer_of(processing_class: Any) -> Any:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-# --- where they stand ----------------------------------------------------------------------------------------------
+# --- places of images ----------------------------------------------------------------------------------------------
 
 
 def read_by(pair: Pair, processing_class: Any) -> tuple[Pair, Any]:
-    """The pair with its messages in the form in which they are read, and what reads it as a tokenizer does.
+    """The pair with its messages in the form that is tokenised, and the tokenizer or `Reader` that tokenises it.
 
-    With images, messages are in parts and every image has its place, at the start of the first user's message where the
-    row names none. Without, their content is text.
+    In a pair with images, the content of messages is a list of parts with a place for every image. If the row names no
+    places, the images are put at the start of the first user message. In a pair without images, the content is text.
 
     Raises:
         DataError: images and places do not correspond, an image cannot be read, or there is no processor for it.
@@ -85,7 +85,7 @@ def _with_places(prompt: list[Any], images: int, where: str) -> list[Any]:
         return prompt
     first = next((number for number, message in enumerate(prompt) if message["role"] == "user"), None)
     if first is None:
-        raise DataError(f"{where}: 'prompt' has no message of the user's, where the images could stand")
+        raise DataError(f"{where}: 'prompt' has no user message that could contain the images")
     content = [{"type": "image"}] * images + (prompt[first].get("content") or [])
     return [*prompt[:first], {**prompt[first], "content": content}, *prompt[first + 1 :]]
 
@@ -102,21 +102,21 @@ def _in_text(messages: list[Any]) -> list[Any]:
     ]
 
 
-# --- what a processor makes of them --------------------------------------------------------------------------------
+# --- tokens of texts with images -----------------------------------------------------------------------------------
 
 
 class Reader:
-    """A processor and the images of one row, in the form of a tokenizer: a text's image tokens are as many as the images need.
+    """A processor with the images of one row, used like a tokenizer. It replaces each image token by the image's tokens.
 
     Args:
-        images: of the row, opened, in the order of their places.
-        where: how to name the row to a person.
+        images: the row's opened images, in the order of their places.
+        where: the row's name in messages.
     """
 
     def __init__(self, processor: Any, images: Sequence[Any], where: str) -> None:
         self.tokenizer, self.images, self.where = processor.tokenizer, list(images), where
         self._whole = processor
-        if images:  # prompt and both sides are read one after the other, and images are slow to process
+        if images:  # process the images once: prompt and both sides need them, and processing is slow
             self._whole = copy.copy(processor)
             self._whole.image_processor = _Once(processor.image_processor)
 
@@ -129,7 +129,7 @@ class Reader:
 
     @property
     def digest(self) -> str:
-        """A digest of the images and of how they are processed; "" without any."""
+        """A digest of the images and of how they are processed; "" without images."""
         if not self.images:
             return ""
         found = hashlib.blake2b(description_of(self._whole).encode(), digest_size=16)
@@ -139,7 +139,7 @@ class Reader:
         return found.hexdigest()
 
     def apply_chat_template(self, messages: list[Any], **options: Any) -> str:
-        """The messages as text, one image token for every image."""
+        """The messages as text with one image token for every image."""
         render = _template_of(self._whole)
         if not self.images and not takes_text(self._whole, str(self.chat_template)):
             messages = in_parts(messages)
@@ -149,27 +149,25 @@ class Reader:
         return text
 
     def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
-        """The text's `input_ids`; those of images as many as the model needs.
+        """The text's `input_ids`, with as many tokens for each image as the model needs.
 
         Raises:
-            DataError: the text has other than one image token for each image, or the processor fails.
+            DataError: the text does not have one image token for each image, or the processor fails.
         """
         self._check_places(text, "the row has")
         if not self.images:
             return self.tokenizer(text, **options)
         with naming(self.where, f"{type(self._whole).__name__} fails on the images"):
             ids = self._whole(text=[text], images=[self.images], **options)["input_ids"][0]
-            return {
-                "input_ids": [int(token) for token in ids]
-            }  # some processors give tensors whatever they are asked for
+            return {"input_ids": [int(token) for token in ids]}  # some processors always return tensors
 
     def cuts_images(self, whole: Sequence[int], kept: Sequence[int]) -> bool:
-        """Whether truncation of a prompt, from `whole` to `kept`, took image tokens or the marks around them."""
+        """Whether truncation of a prompt from `whole` to `kept` removed image tokens or special tokens next to them."""
         start = shared_prefix(whole, kept)
         return not self._around_images(whole).isdisjoint(range(start, start + len(whole) - len(kept)))
 
     def _around_images(self, ids: Sequence[int]) -> set[int]:
-        """The places of image tokens, and of the special tokens next to them."""
+        """Indices of the image tokens and of the special tokens next to them."""
         image_ids = getattr(self._whole, "image_token_ids", None)
         image_ids = image_ids or [self.tokenizer.convert_tokens_to_ids(image_token_of(self._whole))]
         special = self.tokenizer.added_tokens_decoder
@@ -190,7 +188,7 @@ class Reader:
 
 
 class _Once:
-    """An image processor that processes what it is given first, and gives the same again."""
+    """An image processor that processes its first input and returns the same result in later calls."""
 
     def __init__(self, processor: Any) -> None:
         self._processor, self._found = processor, None
@@ -198,30 +196,30 @@ class _Once:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._found is None:
             self._found = self._processor(*args, **kwargs)
-        return copy.copy(self._found)  # processors take out what the model does not need
+        return copy.copy(self._found)  # processors remove entries that the model does not need
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_processor"], name)
 
 
 def description_of(processor: Any) -> str:
-    """What decides the pixels and the tokens of an image, as text."""
+    """The settings that decide the pixels and the tokens of an image, as text."""
     image_processor = getattr(processor, "image_processor", None)
     return f"{type(processor).__name__} {image_processor and image_processor.to_json_string()}"
 
 
 def _template_of(processor: Any) -> Any:
-    """`apply_chat_template` of the processor, or of its tokenizer where that alone has a template."""
+    """`apply_chat_template` of the processor, or of its tokenizer if only the tokenizer has a template."""
     return (processor if processor.chat_template else processor.tokenizer).apply_chat_template
 
 
 @functools.lru_cache(maxsize=4)
 def takes_text(processor: Any, template: str) -> bool:
-    """Whether the processor's chat template keeps content that is text; some of vision-language models read parts alone.
+    """Whether the processor's chat template accepts content that is text. Some vision-language models accept parts only.
 
-    `template` is the template, so that another one is asked anew.
+    The argument `template` is part of the cache's key, so that a changed template is tested again.
     """
     try:
         return _PROBE in _template_of(processor)([{"role": "user", "content": _PROBE}], tokenize=False)
     except Exception:  # templates run code of their own
-        return True  # the row's own error says more
+        return True  # the error of the row itself is clearer

@@ -1,4 +1,4 @@
-"""The chat template: what it makes of prompt and answer, which of its tokens are the model's words, and which template it is."""
+"""The chat template: rendering of prompt and answer, the tokens that are scored, and the choice of the template."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .messages import NOT_ANSWERS
 from .rows import Pair, shared_prefix
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-#: What templates, which run code of their own, raise for messages that they do not take.
+#: Errors that templates, which run code of their own, raise for messages that they do not accept.
 _REFUSALS = (TemplateError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
-#: Names of a message's reasoning, which transformers gives to templates under all of them.
+#: Names of a message's reasoning. transformers passes it to templates under all of these names.
 _THOUGHTS = {"reasoning", "reasoning_content", "thinking"}
-#: Characters that are looked at to see where a text goes on after a part of it was left out.
+#: Number of characters that are compared to find where a text continues after a part of it was left out.
 _SURE = 8
 
 
@@ -32,8 +32,8 @@ class Rendered(NamedTuple):
     Attributes:
         prompt: the prompt, with the generation prompt; `full` begins with it.
         full: prompt and completion.
-        unscored: (start, end) of the parts of `full` that are words of users and tools within the completion.
-        messages: what `full` was made of.
+        unscored: (start, end) of the parts of `full` that are messages of users and tools within the completion.
+        messages: the messages of `full`.
     """
 
     prompt: str
@@ -43,9 +43,9 @@ class Rendered(NamedTuple):
 
 
 def as_chat(pair: Pair, tokenizer: Any) -> Pair:
-    """A text pair with a system text as chat messages; where there is no template, system, prompt and answers as one text.
+    """Convert a text pair with a system text to chat messages. Any other pair is returned unchanged.
 
-    Any other pair is returned as it is.
+    If the tokenizer has no chat template, the system text is joined to the prompt instead.
     """
     if pair.system is None:
         return pair
@@ -60,7 +60,7 @@ def as_chat(pair: Pair, tokenizer: Any) -> Pair:
 
 
 def options_of(pair: Pair, run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the template is told in addition to the messages: the run's arguments, the row's, which win, and the tools."""
+    """The template's arguments: those of the run, those of the row, which take precedence, and the tools."""
     options = {**(run or {}), **pair.template_kwargs}
     return options if pair.tools is None else {**options, "tools": pair.tools}
 
@@ -74,18 +74,18 @@ def render_chat(
     options: Mapping[str, Any] | None = None,
     answers_only: bool = False,
 ) -> Rendered:
-    """Prompt and completion as the template writes them.
+    """Render prompt and completion with the chat template.
 
-    Some templates render the start of an answer in two ways (an empty thinking block, say); then the common part counts
-    as the prompt, as long as it holds all of its messages.
+    Some templates render the start of an answer in two ways, for instance with and without an empty thinking block. The
+    common part then counts as the prompt, as long as it contains all of the prompt's messages.
 
     Args:
-        options: for the template, see `options_of`.
-        answers_only: find the words of users and tools within the completion.
+        options: arguments of the template, see `options_of`.
+        answers_only: find the messages of users and tools within the completion.
 
     Raises:
-        DataError: no chat template, a template that refuses these messages, or one that changes the prompt once an
-            answer follows, or an answer once a user or tool follows in a way that cannot be followed.
+        DataError: there is no chat template, or it refuses these messages. Or it changes the prompt once an answer
+            follows. Or it changes an answer once a user or tool follows, so that the answer's end cannot be found.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -96,7 +96,7 @@ def render_chat(
     begin = len(prompt)
     try:
         open_turn = answered and begin > 0 and prompt[-1]["role"] == "assistant"
-        if open_turn:  # the completion goes on with the assistant's message
+        if open_turn:  # the completion continues the assistant's message
             head, *rest = completion
             said = prompt[-1].get("content") or ""
             messages = [*prompt[:-1], {**prompt[-1], **head, "content": said + (head.get("content") or "")}, *rest]
@@ -124,7 +124,7 @@ def render_chat(
 def _others(
     render: Callable[..., str], messages: list[Any], begin: int, full: str, where: str
 ) -> list[tuple[int, int]]:
-    """(start, end) in the text of what users and tools say from message `begin` on, up to where the next answer begins."""
+    """(start, end) in the text of the messages of users and tools, from message `begin` on. Each ends at the next answer."""
     found = []
     roles = [message["role"] in NOT_ANSWERS for message in messages]
     number = begin
@@ -154,16 +154,16 @@ def _others(
 
 
 def _place(part: str, full: str, last: Mapping[str, Any]) -> int | None:
-    """Where the first messages, rendered alone, end in the text of all; None where that is not to be seen.
+    """Where the first messages, rendered alone in `part`, end in the text of all messages; None if that is unknown.
 
-    A template may leave something out of answers that others follow (their thinking): such parts are passed over, but not
-    in what the last message says and what follows that.
+    A template may leave out parts of an answer, such as its reasoning, once another message follows. Such parts of `part`
+    are skipped, but not in the content of the last message and the text after it.
     """
     content = str(last.get("content") or "").strip()
     tail = part[part.rfind(content) :] if content in part and content else part[-_SURE:]
 
     def aligned(at: int, place: int) -> int | None:
-        """The end in `full`, where `part[at:]` and `full[place:]` belong together."""
+        """The end of `part` in `full`, given that `part[at:]` corresponds to `full[place:]`."""
         same = shared_prefix(part[at:], full[place:])
         at, place = at + same, place + same
         if at == len(part):
@@ -180,9 +180,10 @@ def _place(part: str, full: str, last: Mapping[str, Any]) -> int | None:
 def scored_tokens(
     tokenizer: Any, rendered: Rendered, ids: list[int], boundary: int, options: Mapping[str, Any]
 ) -> list[bool]:
-    """Whether each token of the completion, which begins at `boundary`, is the model's word.
+    """Whether each token of the completion, which begins at `boundary`, is scored.
 
-    By the template's own marks, `{% generation %}`, where it has some in this completion; else all but `unscored`.
+    The template's marks `{% generation %}` decide it if the completion has any. Otherwise all tokens except those of
+    `unscored` are scored.
     """
     if _marks(tokenizer, options):
         made = tokenizer.apply_chat_template(
@@ -206,20 +207,23 @@ def _marks(tokenizer: Any, options: Mapping[str, Any]) -> bool:
 
 
 def template_text(tokenizer: Any, options: Mapping[str, Any]) -> str:
-    """The template that is used, of a tokenizer that may have several."""
+    """The template that is used. A tokenizer may have several."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     return tokenizer.get_chat_template(None, options.get("tools"))
 
 
-# --- which template ------------------------------------------------------------------------------------------------
+# --- choice of the template ----------------------------------------------------------------------------------------
 
 
 def with_chat_template(tokenizer: Any, path: str | None) -> Any:
-    """A copy of the tokenizer with the template in a file, or that of the tokenizer in a folder; without a path, itself.
+    """A copy of the tokenizer with another chat template. Without a path, the tokenizer itself.
+
+    Args:
+        path: a file with a template, or the folder of a tokenizer that has one.
 
     Raises:
-        ConfigError: there is none, or it is no template.
+        ConfigError: there is no template at `path`, or it is not a Jinja template.
     """
     if path is None:
         return tokenizer
@@ -235,25 +239,25 @@ def with_chat_template(tokenizer: Any, path: str | None) -> Any:
         why = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"chat_template_path: '{path}' cannot be read ({why})") from error
     if not template:
-        raise ConfigError(f"chat_template_path: '{path}' holds no chat template")
+        raise ConfigError(f"chat_template_path: '{path}' contains no chat template")
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"chat_template_path: '{path}' is no Jinja template ({first_line(error)})") from error
+        raise ConfigError(f"chat_template_path: '{path}' is not a Jinja template ({first_line(error)})") from error
     except _REFUSALS:
-        pass  # what it takes is seen when rows come
+        pass  # rows show later which messages it accepts
     return tokenizer
 
 
 def remarks(tokenizer: Any, pairs: Sequence[Pair], run: Mapping[str, Any] | None, answer: Sequence[int]) -> list[str]:
-    """What a person should know about the template.
+    """Remarks on the template for the log, one line each.
 
     Args:
-        pairs: some of chat messages.
-        run: what the template is told for all rows.
-        answer: the scored tokens of the first one's chosen answer, uncut.
+        pairs: some pairs of chat messages.
+        run: the template's arguments for all rows.
+        answer: the scored tokens of the first pair's chosen answer, not truncated.
     """
     text = template_text(tokenizer, options_of(pairs[0], run))
     words = set(re.findall(r"\w+", text))
@@ -267,7 +271,7 @@ def remarks(tokenizer: Any, pairs: Sequence[Pair], run: Mapping[str, Any] | None
     unused = sorted(written - (_THOUGHTS if _THOUGHTS & words else set()))
     unused += ["tools"] if "tools" not in words and any(pair.tools for pair in pairs) else []
     if unused:
-        said.append(f"the chat template does not use what rows say as {', '.join(unused)}; the model will not see it")
+        said.append(f"the chat template does not use the rows' {', '.join(unused)}; the model will not see it")
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [number for number in answer if tokenizer.decode([number]).strip() or number in special]
     if ends and ends[-1] not in special | set(tokenizer.all_special_ids):

@@ -1,4 +1,4 @@
-"""From a pair of texts or conversations to token ids: the prompt boundary, the chat template, truncation."""
+"""Token ids of a pair of texts or conversations: the prompt boundary, the chat template, truncation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .template import as_chat, options_of, render_chat, scored_tokens
 
 #: The columns of a tokenised pair.
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
-#: Whether each token of a completion is scored; columns of pairs of which some are not.
+#: Columns that say for each token of a completion whether it is scored. They exist if some tokens are not scored.
 MASKS = ("chosen_mask", "rejected_mask")
 
 
@@ -25,20 +25,20 @@ def tokenize_pair(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     assistant_only_loss: bool = True,
 ) -> dict[str, list[Any]]:
-    """Token ids of one pair, or of the row that holds one: `prompt_ids`, `chosen_ids`, `rejected_ids`.
+    """Token ids of one pair, or of one row: `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
-    Where some tokens of the completions are not to be scored, also `chosen_mask` and `rejected_mask`, a bool for each token.
+    If some tokens of the completions are not scored, the result also has `chosen_mask` and `rejected_mask`, one bool for
+    each token.
 
-    Prompt and completion are tokenised together, because that is how the text reads: cutting first would give
-    tokens no generation produces (" great" after a prompt that ends in a space). The prompt then owns the tokens that
-    its own tokenisation shares with *both* joined ones. Usually these are all of them; where a token straddles the
-    boundary, it belongs to the completions. Both completions of a pair so answer the same prompt, to the token.
+    Prompt and completion are joined before they are tokenised. Tokenised apart, they could give tokens that no generation
+    produces (" great" after a prompt that ends in a space). The tokens of the prompt are those that the prompt's own
+    tokenisation shares with *both* joined texts. Usually these are all of the prompt's tokens. A token that spans the
+    boundary belongs to the completions. So both completions of a pair follow exactly the same prompt tokens.
 
-    Text completions get the end-of-sequence token unless they end in it, or `append_eos` is false: then they end as
-    the tokenizer leaves them, for completions that were cut off and do not teach where to stop. Chat rows are rendered
-    by the tokenizer's chat template, which also decides how a turn ends and what becomes of `tools`. Rows without a prompt
-    are split as `split_row` says. What users and tools say within a completion of chat messages is not scored, unless
-    `assistant_only_loss` is false.
+    The end-of-sequence token is appended to a text completion that does not end with it. Set `append_eos` to false for
+    completions that were cut off, which do not teach where to stop. Chat rows are rendered by the tokenizer's chat
+    template, which also decides how a turn ends and how `tools` are written. `split_row` splits rows without a prompt. The
+    messages of users and tools in a completion are not scored, unless `assistant_only_loss` is false.
 
     Truncation to `max_length` (see `truncate`) comes last.
     """
@@ -58,8 +58,8 @@ def tokenize_pair(
             render_chat(tokenizer, start, side, pair.where, options=options, answers_only=assistant_only_loss)
             for side in completions
         ]
-        # The template writes the special tokens itself. A template may treat an answer's start specially: the shorter
-        # prompt of the two is the shared one.
+        # The template writes the special tokens itself. It may render the start of the two answers differently, so the
+        # shorter prompt of the two is the shared one.
         prompt_text = min((found.prompt for found in rendered), key=len)
         prompt = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
         sides = [tokenizer(found.full, add_special_tokens=False)["input_ids"] for found in rendered]
@@ -82,13 +82,13 @@ def tokenize_pair(
 
 
 def scored_counts(rows: Any) -> list[list[int]]:
-    """How many tokens of each row's completions are scored, of the chosen ones and of the rejected ones.
+    """Two lists with the number of scored tokens in each row: of the chosen and of the rejected completions.
 
     Args:
         rows: a dataset of tokenised pairs, or a mapping of its columns to lists.
     """
     masked = MASKS[0] in (rows.column_names if hasattr(rows, "column_names") else rows)
-    firsts = [not prompt for prompt in rows[TOKENS[0]]]  # a first token has nothing to be predicted from
+    firsts = [not prompt for prompt in rows[TOKENS[0]]]  # a first token cannot be scored: no token precedes it
     return [
         [
             sum(side[first:]) if masked else max(len(side) - first, 0)
@@ -110,10 +110,10 @@ def truncate(
 ) -> tuple[list[int], list[int], list[int]]:
     """Cut a pair so that prompt + completion has at most `max_length` tokens on either side.
 
-    The prompt is first cut to `max_prompt_length`. Then `keep_end` drops the start of the prompt, by the same amount
-    for both sides, as far as the longer completion asks for and a single token remains; `keep_start` leaves the prompt.
-    What is still too long loses the end of its completion. A leading BOS survives any cut of the prompt.
-    The two sides always keep the same prompt: log-probabilities after different prompts could not be compared.
+    The prompt is first cut to `max_prompt_length`. Mode `keep_end` then drops tokens from the start of the prompt until
+    the longer completion fits or one token of the prompt remains; `keep_start` does not. A side that is still too long
+    loses the end of its completion. A leading BOS token stays, unless `keep_end` leaves one token of the prompt. Both sides
+    always have the same prompt, because log-probabilities after different prompts cannot be compared.
     """
 
     def cut_prompt(length: int) -> list[int]:

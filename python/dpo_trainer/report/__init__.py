@@ -1,1 +1,1 @@
-"""The pages that a run leaves: report, comparison, model card."""
+"""The pages about a run: report, comparison, model card."""

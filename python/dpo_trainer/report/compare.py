@@ -1,6 +1,6 @@
-"""`dpo-train compare RUN RUN ...`: several runs over one another, in a table and on one page.
+"""`dpo-train compare RUN RUN ...`: several runs in one table and in the same charts on one page.
 
-Imports no torch and, before the table is told, no matplotlib: the command answers at once.
+Imports no torch, and matplotlib only after the table is printed, so that the command answers at once.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from .figures import BETTER, LABELS, figure, template, with_error
 from .verdict import judge
 
 OUTPUT = "comparison.html"
-#: Rows of the table: label, records that they come from, metric.
+#: Rows of the table: label, source of the records, metric.
 _ROWS = (
     *((f"held-out {label}", "eval", metric) for metric, label in LABELS.items()),
     ("training loss", "train", "loss"),
     ("tokens/s", "run", "tokens_per_second"),
     ("steps", "train", "step"),
 )
-#: What differs between any two runs, and says nothing.
+#: Settings that always differ between two runs and are not shown.
 _OF_THE_FOLDER = ("output_dir", "data_sha256", "logging_dir", "run_name")
 
 
 class RunFolder:
-    """What a run's folder says.
+    """The contents of a run's folder.
 
     Attributes:
         verdict: the word of its report's verdict.
-        settings: those that are not at their defaults, and the data: the runs of `dpo-train` name files and their digests.
+        settings: the settings that differ from their defaults, and the data. Runs of `dpo-train` name the data files and
+            their digests.
 
     Raises:
-        OutputError: the folder holds no run.
+        OutputError: the folder contains no run.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -56,7 +57,7 @@ class RunFolder:
         self.verdict = "not finished"
         if summary:
             self.verdict = judge(summary, self.records["eval"], read_records(folder / EVENTS)).word.lower()
-        # The trainer's own settings, of a finished run, and those that dpo-train was given.
+        # The trainer's settings, if the run is finished, and those that dpo-train was given.
         self.settings: dict[str, Any] = dict(summary.get("changed_settings", {}))
         self.settings |= {key: value for key, value in given.items() if value is not None}
         for line in summary.get("data", []):
@@ -68,30 +69,33 @@ class RunFolder:
 
     @property
     def evaluated_on(self) -> list[str]:
-        """What is known of its evaluation data, without their path."""
+        """What is known about the run's evaluation data, without the path."""
         digest = str(self.settings.get("eval_data", "")).rpartition("(SHA-256 ")[2]
         return [digest, *(str(value) for key, value in self.settings.items() if key.startswith("eval_dataset"))]
 
     def points(self, source: str, metric: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric in the records of training ("train"), of evaluations ("eval") or of the whole ("run")."""
+        """(step, value) of a metric in the records of training ("train"), evaluations ("eval") or the whole run ("run")."""
         return points_of(self.records.get(source, []), metric)
 
     def last(self, source: str, metric: str) -> tuple[float | None, float]:
-        """The metric's last value, None if there is none, and its standard error, NaN if that is not known."""
+        """The metric's last value, or None, and its standard error, or NaN if it is not known."""
         found = [record for record in self.records.get(source, []) if record.get(metric) is not None]
         error = found[-1].get(f"{metric}_se") if found else None
         return found[-1][metric] if found else None, math.nan if error is None else error
 
 
 def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[str], Any] = print) -> Path:
-    """Tell the table, then write the page; returns the page's path.
+    """Print the table, then write the page.
 
     Args:
-        output: the page; if not given, `comparison.html` in the first run's folder.
-        tell: what is called with the table.
+        output: the page's path; if not given, `comparison.html` in the first run's folder.
+        tell: a function that prints the table.
+
+    Returns:
+        the page's path.
 
     Raises:
-        OutputError: fewer than two runs, more than there are colours for, or a folder that holds none.
+        OutputError: there are fewer than two runs, or more runs than colours, or a folder contains no run.
     """
     if not 2 <= len(folders) <= COLOURS:
         raise OutputError(f"compare: give 2 to {COLOURS} folders of runs, got {len(folders)}")
@@ -102,7 +106,7 @@ def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[
     if any(cell.endswith("*") for row in rows.values() for cell in row):
         remarks.append("* best of the runs that did not fail, by more than two standard errors of the difference")
     if not comparable:
-        remarks.append("The runs were evaluated on different data: their held-out figures cannot be compared.")
+        remarks.append("The runs were evaluated on different data, so their held-out figures cannot be compared.")
     names = [run.name for run in runs]
     table = _lines({"": names, **rows}) + ["", *remarks] * bool(remarks)
     tell("\n".join([*table, *(["", "settings that differ", *_lines(settings)] if settings else [])]))
@@ -111,7 +115,7 @@ def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[
     for chart in CHARTS:
         metric = chart.lines[0].metric
         if any(line.metric != metric for line in chart.lines):
-            continue  # the runs' colours leave none to tell metrics apart
+            continue  # colours tell runs apart, so a chart can show one metric only
         held_out = ", held out" if any(run.points("eval", metric) for run in runs) else ""
         if svg := draw(chart, _curves(runs, metric)):
             charts.append({"title": chart.title + held_out, "svg": svg, "healthy": None})
@@ -124,7 +128,7 @@ def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[
 
 
 def _figures(runs: Sequence[RunFolder], *, comparable: bool) -> dict[str, list[str]]:
-    """The table's cells by the row's label, with a star at a best that is one beyond errors."""
+    """The table's cells by the row's label. A star marks a value that is the best beyond the standard errors."""
     rows = {}
     for label, source, metric in _ROWS:
         found = [run.last(source, metric) for run in runs]
@@ -145,7 +149,7 @@ def _figures(runs: Sequence[RunFolder], *, comparable: bool) -> dict[str, list[s
 
 
 def _best(found: Sequence[tuple[float | None, float]], sign: int) -> int | None:
-    """The place of the value that is better than each other one by more than two standard errors; None if there is none."""
+    """Index of the value that is better than every other value by more than two standard errors, or None."""
     known = {place: (value, error) for place, (value, error) in enumerate(found) if value is not None}
     if len(known) < 2:
         return None
@@ -173,7 +177,7 @@ def _lines(rows: dict[str, list[str]]) -> list[str]:
 
 
 def _names(folders: Sequence[str]) -> list[str]:
-    """Short names that tell the runs apart: the folder's own, with as many parents as it takes."""
+    """Short, unique names of the runs: the folder's name, with as many parents as needed."""
     parts = [Path(folder).expanduser().resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -183,7 +187,7 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 
 def _curves(runs: Sequence[RunFolder], metric: str) -> list[Curve]:
-    """One curve a run: held out where the run was evaluated, else of training, dashed where others are held out."""
+    """One curve for each run: held out if the run was evaluated, else of training, dashed if other curves are held out."""
     held_out = [run.points("eval", metric) for run in runs]
     found = []
     for number, (run, points) in enumerate(zip(runs, held_out, strict=True), start=1):

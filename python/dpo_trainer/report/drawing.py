@@ -1,4 +1,4 @@
-"""Charts as SVG that takes its colours from the page, tells its values under the mouse, and says in words what it shows."""
+"""Charts as SVG that takes its colours from the page, shows values on hover, and has a description for screen readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from .charts import Chart
 from .figures import figure, with_error
 
-# Colours are drawn as these stand-ins and become CSS variables, so that the page chooses light or dark.
+# Placeholder colours, which are replaced by CSS variables, so that the page chooses light or dark.
 _INK, _GRID = "#010203", "#010204"
 COLOURS = 8
 _SERIES = {number: f"#0a0b0{number}" for number in range(1, COLOURS + 1)}
@@ -41,15 +41,15 @@ _STYLE: Any = {
     **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
-#: Of a horizontal or vertical line that the curves are to be compared with.
+#: Style of a horizontal or vertical line with which the curves are compared.
 _LEVEL: Any = {"color": _INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (step, value) with a label and the number of a colour; dashed where it stands beside a solid twin.
+    """Points (step, value) with a label, the number of a colour, and whether the line is dashed.
 
-    `errors` are the standard errors of the values, by step, where they are known.
+    `errors` are the known standard errors of the values, by step.
     """
 
     points: Sequence[tuple[float, float]]
@@ -65,7 +65,7 @@ def points_of(records: Sequence[dict[str, Any]], metric: str) -> list[tuple[floa
 
 
 def curves_of(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> list[Curve]:
-    """The chart's curves from records of training steps and of evaluations; those without a point are left out."""
+    """The chart's curves from records of training steps and of evaluations. Curves without a point are left out."""
     sources = {"train": train, "eval": evals}
     found = [
         Curve(
@@ -80,7 +80,7 @@ def curves_of(chart: Chart, train: list[dict[str, Any]], evals: list[dict[str, A
 
 
 def draw(chart: Chart, curves: Sequence[Curve]) -> str | None:
-    """The chart as inline SVG that takes its colours and font from the page; None if there is nothing to draw."""
+    """The chart as inline SVG that takes its colours and font from the page. None without curves."""
     if not curves:
         return None
     from matplotlib.ticker import MaxNLocator
@@ -104,7 +104,7 @@ def draw(chart: Chart, curves: Sequence[Curve]) -> str | None:
         if chart.level is not None:
             axes.axhline(chart.level, label=chart.level_label or None, **_LEVEL)
         axes.set_xlabel("step")
-        axes.margins(x=0.02, y=0.12)  # before any limit: a limit ends autoscaling
+        axes.margins(x=0.02, y=0.12)  # before any limit is set, since a limit ends autoscaling
         if chart.percent:
             axes.set_ylim(-0.03, 1.03)
         elif chart.key in ("throughput", "memory"):
@@ -112,11 +112,11 @@ def draw(chart: Chart, curves: Sequence[Curve]) -> str | None:
         elif chart.key == "learning_rate":
             axes.set_ylim(bottom=0)
         low, high = axes.get_ylim()
-        # Rounding is no movement: an axis shows at least a fiftieth of the values.
+        # An axis spans at least a fiftieth of the greatest value, so that rounding errors do not look like changes.
         if (least := 0.02 * max(map(abs, values))) > 0 and high - low < least:
             axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
         last = max(step for curve in curves for step, _ in curve.points) or 1
-        axes.set_xlim(-0.02 * last, 1.02 * last)  # all charts of a page have the same
+        axes.set_xlim(-0.02 * last, 1.02 * last)  # the same for all charts of a page
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         _label_ticks(axes, percent=chart.percent)
@@ -128,12 +128,12 @@ def draw(chart: Chart, curves: Sequence[Curve]) -> str | None:
         return _inline(axes, chart.key, chart.title, _in_words(chart, curves), spots)
 
 
-#: Points of a curve that show their value under the mouse; more would make the page large.
+#: Number of a curve's points that show their value on hover. More would make the page large.
 _SPOTS = 60
 
 
 def _some(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """All points, or as many as show their values, evenly spaced, with the first, the last and the extreme ones."""
+    """The points that show their value: all, or `_SPOTS` evenly spaced ones and the lowest and the highest."""
     if len(points) <= _SPOTS:
         return points
     places = {round(place * (len(points) - 1) / (_SPOTS - 1)) for place in range(_SPOTS)}
@@ -142,7 +142,7 @@ def _some(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]
 
 
 def _label_ticks(axes: Any, *, percent: bool) -> None:
-    """Fix the ticks inside the y axis, labelled with as few digits as tell them apart."""
+    """Fix the ticks of the y axis and label them with as few digits as tell them apart."""
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= high]
     if percent:
@@ -150,7 +150,7 @@ def _label_ticks(axes: Any, *, percent: bool) -> None:
     elif max(map(abs, ticks), default=0.0) >= 1000:
         labels = [f"{tick:,.0f}" for tick in ticks]
     else:
-        # In full at every tick: matplotlib's own formatter would put a common factor where the legend is.
+        # Every tick shows the full number: matplotlib's formatter would put a common factor where the legend is.
         near = 1e-9 * (high - low)
         decimals = (n for n in range(7) if all(math.isclose(round(tick, n), tick, abs_tol=near) for tick in ticks))
         form = "g" if (found := next(decimals, None)) is None else f".{found}f"
@@ -163,7 +163,7 @@ def _said(value: float, chart: Chart, error: float | None = None) -> str:
 
 
 def _in_words(chart: Chart, curves: Sequence[Curve]) -> str:
-    """What the chart shows, for whoever does not see it: of every curve the first, last, least and greatest value."""
+    """A description of the chart for screen readers: the first, last, lowest and highest value of every curve."""
     said = []
     for curve in curves:
         (first, began), (last, ended) = curve.points[0], curve.points[-1]
@@ -182,13 +182,14 @@ def draw_margins(key: str, before: Sequence[float], after: Sequence[float]) -> s
     """The distributions of the pairs' margins, in nats, under the reference and under the policy, as inline SVG.
 
     Args:
-        key: unique on the page.
-        before, after: under the reference and under the policy.
+        key: a name that is unique on the page.
+        before: the margins under the reference.
+        after: the margins under the policy.
     """
     from matplotlib.ticker import MaxNLocator
 
     values = sorted([*before, *after])
-    # The middle 98 %: one extreme pair must not flatten all others into one bar; what lies outside joins the outer bins.
+    # The middle 98 %, so that one extreme pair does not put all others into one bar. Values outside join the outer bins.
     low, high = values[len(values) // 100], values[-1 - len(values) // 100]
     with _axes(key) as axes:
         for label, group, colour in (("reference", before, 5), ("policy", after, 1)):
@@ -209,7 +210,7 @@ def draw_margins(key: str, before: Sequence[float], after: Sequence[float]) -> s
 
 @contextlib.contextmanager
 def _axes(key: str) -> Iterator[Any]:
-    """Axes to draw on in this module's style."""
+    """A context with axes in this module's style."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -218,9 +219,9 @@ def _axes(key: str) -> Iterator[Any]:
 
 
 def _inline(axes: Any, key: str, title: str, words: str, spots: Sequence[tuple[float, float, str, int]] = ()) -> str:
-    """The drawing as SVG for a page: described in words, and with spots (x, y, text, colour) that tell their text."""
+    """The drawing as SVG for a page, with a description (`words`) and spots (x, y, text, colour) that show text on hover."""
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        # Above the plot: a legend inside hides points wherever it is put. In as many columns as are wide enough.
+        # Above the plot, since a legend inside hides points. As many columns as are wide enough for the labels.
         longest = max(map(len, axes.get_legend_handles_labels()[1]))
         columns = next((count for count in (3, 2) if count * (longest + 8) <= 54), 1)
         axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.1)
@@ -230,7 +231,7 @@ def _inline(axes: Any, key: str, title: str, words: str, spots: Sequence[tuple[f
     svg = svg[svg.index("<svg") :]
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
-    # Several drawings share a page: their ids must not meet.
+    # Several drawings share a page, so their ids must differ.
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", svg)
     head = f'role="img" aria-label="{html.escape(title)}" aria-describedby="{key}-words"><desc id="{key}-words">'
     head += f"{html.escape(words)}</desc>"
@@ -239,7 +240,7 @@ def _inline(axes: Any, key: str, title: str, words: str, spots: Sequence[tuple[f
 
 
 def _spots(axes: Any, spots: Sequence[tuple[float, float, str, int]]) -> str:
-    """Circles that are seen under the mouse and tell their text, which needs no script."""
+    """Circles that appear on hover and show their text. They need no script."""
     points, height = 72 / axes.figure.dpi, axes.figure.get_figheight() * 72
     drawn = []
     for x, y, text, colour in spots:

@@ -1,4 +1,4 @@
-"""How all pages show a figure: its label, its digits, and the templates that hold it. Imports no torch: `compare` needs it."""
+"""The format of figures on all pages: labels, digits and templates. Imports no torch, because `compare` uses it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = {
     "entropy": "entropy",
     "win_rate": "win rate",
 }
-#: Of the metrics whose standard error is logged: 1 where more is better, -1 where less is.
+#: The metrics whose standard error is logged: 1 if a higher value is better, -1 if a lower value is better.
 BETTER = {"loss": -1, "rewards/accuracies": 1, "win_rate": 1}
 
 
@@ -36,7 +36,7 @@ def template(name: str) -> Any:
 
 
 def figure(value: Any, metric: str = "") -> str:
-    """A value as all pages show it: a share as a percentage, a count in full, other numbers to four places or digits."""
+    """A value as text: shares as percentages, counts in full, other numbers with four decimals or three digits."""
     if value is None:
         return "-"
     if metric.endswith(("accuracies", "win_rate")):
@@ -49,7 +49,7 @@ def figure(value: Any, metric: str = "") -> str:
 
 
 def with_error(value: Any, error: float | None, metric: str = "") -> str:
-    """The value and its standard error, with as many decimals; the value alone where the error is not known, or rounds to 0."""
+    """The value and its standard error with the same decimals. Only the value if the error is unknown or rounds to 0."""
     text = figure(value, metric)
     if value is None or error is None or not math.isfinite(error):
         return text
@@ -59,7 +59,7 @@ def with_error(value: Any, error: float | None, metric: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units that it has."""
+    """A time in its two largest units, such as "2 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

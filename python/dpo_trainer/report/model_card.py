@@ -1,4 +1,4 @@
-"""README.md of a trained model: what it was trained from, on what, with which objective, and how it does held out."""
+"""README.md of a trained model: its base model, data, objective, settings and held-out figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..run_folder.summary import summarize
 from ..settings import objective
 from .figures import LABELS, template
 
-#: What the hub's front matter says of a licence.
+#: Fields of the hub's front matter about the licence.
 _LICENSE = ("license", "license_name", "license_link")
 TAGS = ("dpo", "preference-optimization", "dpo-kernels")
 
@@ -24,14 +24,14 @@ def write_card(run: Run, folder: Path, given: dict[str, Any]) -> None:
     """Write the card into the folder.
 
     Args:
-        given: what `transformers.Trainer.create_model_card` takes: language, license, tags, model_name, finetuned_from,
-            dataset and so on.
+        given: arguments of `transformers.Trainer.create_model_card`: language, license, tags, model_name,
+            finetuned_from, dataset and so on.
     """
     write_aside(folder / "README.md", render_card(run, given))
 
 
 def render_card(run: Run, given: dict[str, Any]) -> str:
-    """The card's text: metadata that model hubs read, then prose and tables in Markdown."""
+    """The card's text: metadata for model hubs, then text and tables in Markdown."""
     import yaml
 
     summary = summarize(run, finished=True)
@@ -77,9 +77,9 @@ def render_card(run: Run, given: dict[str, Any]) -> str:
 
 
 def _hub_name(name: str) -> str | None:
-    """The name under which a model hub may know a model or a dataset: "owner/name", or "name"; None for anything else.
+    """The name of a model or a dataset on a hub, "owner/name" or "name". None for anything else.
 
-    Of a folder, that is the name by which the hub's cache calls it.
+    For a folder in the hub's cache, it is the name in the folder's path.
     """
     if cached := re.search(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+)/snapshots/", name):
         return f"{cached[1]}/{cached[2]}"
@@ -87,7 +87,7 @@ def _hub_name(name: str) -> str | None:
 
 
 def _base_card(origin: str, hub_name: str | None) -> dict[str, Any]:
-    """The metadata of the card of the model that was trained, from its folder or the hub's cache; nothing is fetched."""
+    """The metadata of the base model's card, from its folder or the hub's cache. Nothing is downloaded."""
     import yaml
     from huggingface_hub import try_to_load_from_cache
 

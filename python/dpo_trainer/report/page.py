@@ -1,4 +1,4 @@
-"""report.html of a run, made from the files in its folder."""
+"""The page report.html of a run, made from the files in its folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .drawing import curves_of, draw, draw_margins
 from .figures import LABELS, duration, figure, template, with_error
 from .verdict import Figures, by_cause, figures_of, grouped, holds, judge
 
-#: Samples of each evaluation dataset that the page shows.
+#: Number of samples of each evaluation dataset that the page shows.
 _SAMPLES_SHOWN = 6
 
 
 def write_report(run: Run, *, finished: bool) -> Path | None:
-    """Write `summary.json` (once the run is finished) and, if asked for, `report.html`; returns the report's path."""
+    """Write `summary.json` if the run is finished, and `report.html` unless it is turned off. Returns the report's path."""
     folder = run.args.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(run, finished=finished)
@@ -38,7 +38,7 @@ def write_report(run: Run, *, finished: bool) -> Path | None:
             samples=read_records(folder / SAMPLES),
         )
         write_aside(folder / REPORT, page)
-    if finished:  # last: it says that nothing is left to do
+    if finished:  # written last, since it marks the run as finished
         write_aside(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return folder / REPORT if run.args.write_report else None
 
@@ -52,13 +52,13 @@ def render_report(
     evaluated: dict[str, EvaluatedPairs] | None = None,
     samples: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The report as one HTML page that needs nothing else.
+    """The report as one HTML page that needs no other files.
 
     Args:
-        summary: what `summarize` returns.
+        summary: the result of `summarize`.
         records: the records of metrics.jsonl.
         name: title of the run.
-        events: the records of events.jsonl, what the diagnostics said.
+        events: the records of events.jsonl, which are the diagnoses.
         evaluated: pairs of the last evaluations by the prefix of their metrics.
         samples: the records of samples.jsonl.
     """
@@ -118,7 +118,7 @@ def _last_samples(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
 def _cards(
     summary: dict[str, Any], found: Figures | None, evals: list[dict[str, Any]], pairs: EvaluatedPairs | None
 ) -> list[dict[str, str]]:
-    """The figures a reader looks for first, before and after training: held out if there is such data, else of training."""
+    """The main figures before and after training, for the tiles: held out if there is held-out data, else of training."""
     if found is not None:
         kind, of = ("evaluation" if found.known else "held-out"), f"of {found.pairs:,} pairs"
         first, last = found.first, found.final
@@ -137,7 +137,7 @@ def _cards(
 
     for metric, unit in (("loss", of), ("rewards/accuracies", f"{of}; guessing is 50 %"), ("kl", "nats per token")):
         if (value := last.get(metric)) is not None:
-            value = round(value, 4)  # of a KL divergence, rounding is what is left
+            value = round(value, 4)  # a KL divergence of 0 may be a tiny number from rounding
             card(f"{kind} {LABELS[metric]}", start.get(metric), value, last.get(f"{metric}_se"), unit, metric)
     if (chosen := last.get("logps/chosen")) is not None:
         gained = pairs.gained if pairs is not None and found is not None and last is evals[-1] else {}
@@ -153,7 +153,7 @@ def _cards(
             }
         )
     if last.get("win_rate") is not None:
-        card("win rate", None, last["win_rate"], last.get("win_rate_se"), "answers the scorer prefers", "win_rate")
+        card("win rate", None, last["win_rate"], last.get("win_rate_se"), "answers that the scorer prefers", "win_rate")
     return cards
 
 

@@ -1,4 +1,4 @@
-"""What became of a run, in a sentence: it worked, it failed, or its figures do not say."""
+"""The verdict on a run in one sentence: it worked, it failed, or its figures are unclear."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..settings.diagnoses import DIAGNOSES, Limits
 from .figures import figure, with_error
 
-#: A difference is one from this many standard errors on.
+#: A difference counts if it is larger than this many standard errors.
 _ERRORS = 2.0
 
 #: A run of fewer steps says nothing about its learning rate.
@@ -19,14 +19,14 @@ FEW_STEPS = 10
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reader should know first.
+    """The verdict, which the report shows first.
 
     Attributes:
         word: "Worked", "Failed" or "Unclear".
-        what: goes on after the word, for instance "the learning rate is far too high".
+        what: the reason, which follows the word, for instance "the learning rate is far too high".
         why: the figures.
         remedy: what to do next.
-        cause: the name of the diagnosis that it comes from; "" where it comes from the figures.
+        cause: the name of the diagnosis that decided the verdict; "" if the figures decided it.
     """
 
     word: str
@@ -38,13 +38,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures that a verdict rests on. NaN where one is not known.
+    """The figures behind a verdict. Unknown figures are NaN.
 
     Attributes:
-        first, final: the records of the first evaluation, and of the one of the weights that the run ended with.
-        best: the record of the least loss.
-        pairs: pairs of the evaluation; `known` of them are training pairs.
+        first: the record of the evaluation before training; empty if there is none.
+        final: the record of the evaluation of the run's final weights.
+        best: the record with the lowest loss.
+        pairs: number of pairs of the evaluation.
+        known: number of these pairs that are training pairs.
         start: the loss before training.
+        tolerance: the loss has fallen if it fell by more than this share of `start`.
     """
 
     first: dict[str, Any]
@@ -57,7 +60,7 @@ class Figures:
 
     @property
     def accuracy(self) -> float:
-        """The final accuracy, in which training pairs count as lost."""
+        """The final accuracy, with pairs that are training pairs counted as wrong."""
         return _number(self.final.get("rewards/accuracies")) - self.known / max(self.pairs, 1)
 
     @property
@@ -66,9 +69,9 @@ class Figures:
 
     @property
     def doubt(self) -> float:
-        """How far from 50 % an accuracy must be to be told from guessing: two standard errors, and half a pair.
+        """The least distance from 50 % at which an accuracy differs from guessing: two standard errors plus half a pair.
 
-        With the half pair (the continuity correction) it agrees with the binomial distribution for few pairs too.
+        The half pair (continuity correction) makes it agree with the binomial distribution for few pairs too.
         """
         count = max(self.pairs, 1)
         return _ERRORS * 0.5 / math.sqrt(count) + 0.5 / count
@@ -85,7 +88,7 @@ class Figures:
 
     @property
     def fell(self) -> bool:
-        """Whether the loss fell, beyond its standard error where that is known."""
+        """Whether the loss fell by more than the tolerance, and by more than its standard error if that is known."""
         since, error = _number(self.final.get("loss_since_first")), _number(self.final.get("loss_since_first_se"))
         if math.isnan(since):
             since, error = self.loss - self.start, _number(self.final.get("loss_se"))
@@ -94,11 +97,11 @@ class Figures:
 
     @property
     def was_better(self) -> bool:
-        """Whether the best evaluation was earlier, and better beyond the standard error of the difference."""
+        """Whether the best evaluation was an earlier one, and better by more than the error of the difference."""
         if not self.best or self.best["step"] >= self.final["step"]:
             return False
         rise, error = _number(self.final.get("loss_since_best")), _number(self.final.get("loss_since_best_se"))
-        if math.isnan(rise):  # not compared pair by pair
+        if math.isnan(rise):  # the evaluations were not compared pair by pair
             rise = self.loss - _number(self.best["loss"])
             error = math.hypot(_number(self.final.get("loss_se")), _number(self.best.get("loss_se")))
         return rise > _ERRORS * error
@@ -112,15 +115,15 @@ class Figures:
             share = with_error(accuracy, self.final.get("rewards/accuracies_se"), "rewards/accuracies")
             said.insert(0, f"The chosen answer wins in {share} of {self.pairs:,} {held_out} pairs; guessing is 50 %.")
             if self.wins and not self.fell and abs(self.loss - self.start) < self.tolerance * abs(self.start):
-                said.append("A win counts however small it is, and these are next to nothing.")
+                said.append("A win counts however small it is, and these wins are very small.")
         if self.known:
             said.insert(0, f"{self.known:,} of the {self.pairs:,} evaluation pairs were trained on.")
         return " ".join(said)
 
 
 def figures_of(summary: dict[str, Any], evals: Sequence[dict[str, Any]]) -> Figures | None:
-    """The figures of a run's evaluation; None if there is none after the first step."""
-    last_step = summary.get("best_step") or math.inf  # the weights of an earlier evaluation were loaded in the end
+    """The figures of a run's evaluation. None if no evaluation followed the first step."""
+    last_step = summary.get("best_step") or math.inf  # the run may have loaded the weights of an earlier evaluation
     judged = [record for record in evals if 0 < record.get("step", 0) <= last_step]
     if not judged:
         return None
@@ -148,10 +151,10 @@ def judge(
     """The verdict on a run.
 
     Args:
-        summary: what `run_folder.summary.summarize` returns.
-        evals: the records of its first evaluation dataset, without their prefix.
-        events: what the diagnostics said.
-        samples: what the policy wrote at the last evaluation.
+        summary: the result of `run_folder.summary.summarize`.
+        evals: the records of the run's first evaluation dataset, without the prefix of their metrics.
+        events: the records of events.jsonl, which are the diagnoses.
+        samples: the policy's answers at the last evaluation.
     """
     found = figures_of(summary, evals)
     verdict = _of_events(summary, found, events, samples) or _of_figures(summary, found, bool(samples))
@@ -179,7 +182,7 @@ def _of_events(
             why = f"{found.say()} " if found else ""
             training = _number(summary["last"].get("rewards/accuracies"))
             if event["name"] == "pairs_swapped" and found and training > 0.5:
-                why += f"In training the chosen one wins in {training:.0%}: the two were labelled by opposite rules."
+                why += f"In training the chosen answer wins in {training:.0%}: the two files were labelled by opposite rules."
             else:
                 why += f"At step {event['step']:,}: {event['seen']}."
             kl = _number((found.final if found else summary["last"]).get("kl"))
@@ -194,7 +197,7 @@ def _of_events(
     if len(empty) > len(samples) / 2:
         return Verdict(
             "Failed",
-            "the model answers with nothing",
+            "the model's answers are empty",
             f"{len(empty)} of {len(samples)} sampled answers are empty." + (f" {found.say()}" if found else ""),
             f"{_learning_rate(summary, 0.1)}Look at the answers in the data: do they end at once?",
         )
@@ -251,7 +254,7 @@ def _of_figures(summary: dict[str, Any], found: Figures | None, sampled: bool) -
             "Unclear",
             "chosen answers win more often, but the loss did not fall",
             why,
-            f"{_learning_rate(summary, 0.3)}The model is too sure of the pairs that it gets wrong; a larger beta helps as well.",
+            f"{_learning_rate(summary, 0.3)}The model is too confident on the pairs that it gets wrong; a larger beta helps too.",
         )
     if not found.fell and (summary.get("best_step") or math.inf) < summary.get("steps", 0):
         return Verdict(
@@ -296,7 +299,7 @@ def _not_evaluated(summary: dict[str, Any]) -> Verdict:
 
 
 def holds(event: dict[str, Any], summary: dict[str, Any], found: Figures | None) -> bool:
-    """Whether a diagnosis that was told once agrees with the figures at the end."""
+    """Whether a diagnosis of the run still agrees with the figures at its end."""
     name = event.get("name", "")
     if name not in DIAGNOSES or name in ("not_finite", "weights_zero"):
         return True
@@ -323,13 +326,13 @@ def holds(event: dict[str, Any], summary: dict[str, Any], found: Figures | None)
 
 
 def by_cause(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events with causes before their consequences, then by step."""
+    """Events in the order of DIAGNOSES, in which causes come before their consequences."""
     order = {name: place for place, name in enumerate(DIAGNOSES)}
     return sorted(events, key=lambda event: order.get(event.get("name", ""), len(order)))
 
 
 def grouped(events: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each event that follows from no other one, and the events that follow from it."""
+    """Every event without a cause among the events, with its consequences."""
     ordered = by_cause(events)
     names = {event.get("name", "") for event in ordered}
     roots: dict[str, str] = {}
@@ -363,7 +366,7 @@ def _best_of(found: Figures) -> str:
 
 
 def _better(summary: dict[str, Any], found: Figures) -> str:
-    """How to get the model of the best evaluation."""
+    """Advice how to get the model of the best evaluation."""
     step = found.best["step"]
     if (name := f"checkpoint-{step}") in summary.get("checkpoints", ()):
         return f"Use {name}, which is in the run's folder, or set load_best_model_at_end: true."
@@ -381,12 +384,12 @@ def _more_pairs(found: Figures) -> str:
     lead = abs(found.accuracy - 0.5)
     least = 0.5 + found.doubt
     pairs = f"{found.pairs:,} pair{'s' * (found.pairs != 1)}"
-    said = f"With {pairs}, only an accuracy above {least:.0%} tells" if least < 1 else ""
-    said = said or f"{pairs} {'are' if found.pairs != 1 else 'is'} too few for any accuracy to tell"
+    said = f"With {pairs}, only an accuracy above {least:.0%} differs from guessing" if least < 1 else ""
+    said = said or f"{pairs} {'are' if found.pairs != 1 else 'is'} too few: no accuracy would differ from guessing"
     if lead < 0.02:
         return f"{said}. Train longer, or read twenty pairs: is the preference visible in the text?"
-    enough = math.ceil((math.sqrt(1 + 2 * lead) - 1) ** -2)  # whose `doubt` is the lead
-    return f"{said}: at {found.accuracy:.0%} it takes about {enough:,}. Hold out more pairs."
+    enough = math.ceil((math.sqrt(1 + 2 * lead) - 1) ** -2)  # the number of pairs at which `doubt` equals the lead
+    return f"{said}. An accuracy of {found.accuracy:.0%} needs about {enough:,} pairs. Hold out more pairs."
 
 
 def _lower(title: str) -> str:

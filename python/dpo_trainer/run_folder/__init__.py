@@ -1,1 +1,1 @@
-"""What lies in a run's folder: records, checkpoints, the lock."""
+"""The files in a run's folder: records, checkpoints, the lock."""

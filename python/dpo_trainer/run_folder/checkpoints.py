@@ -1,6 +1,6 @@
-"""Checkpoints that are written atomically, with the digests of their files and the state that transformers does not keep.
+"""Atomic checkpoints with the digests of their files, and the trainer's state that transformers does not save.
 
-Imports torch where it reads or writes tensors, so that a command line can look at a folder without.
+Only the functions that read or write tensors import torch, so the command line can examine a folder without it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from .records import sha256, writing
 
 logger = logging.getLogger("dpo_trainer")
 
-#: Where a checkpoint is written, inside the run's folder, before it gets its name.
+#: The folder in the run's folder in which a checkpoint is written before it is renamed.
 ASIDE = "checkpoint.part"
-#: The digests of a checkpoint's files, as `sha256sum` writes and checks them, after a line with the digest of the rest.
+#: The file with the digests of a checkpoint's files. Its first line is the digest of the other lines, which have the format
+#: of `sha256sum`.
 DIGESTS = "SHA256SUMS"
 #: The file of transformers' own state.
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -34,15 +35,15 @@ TRAINER_STATE_NAME = "trainer_state.json"
 
 @contextlib.contextmanager
 def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
-    """A folder to write a checkpoint into, which is called `run_dir / name` once the block has ended well.
+    """A context with a temporary folder for a checkpoint. Without an error, it is renamed to `run_dir / name` at the end.
 
     Args:
         run_dir: the run's folder.
-        name: of the checkpoint.
-        first: whether this process creates and renames folders; the others only write into them.
+        name: the checkpoint's name.
+        first: whether this process creates and renames folders. The other processes only write files.
 
     Raises:
-        OutputError: the disk does not take it. Nothing of it is left, and other checkpoints are as they were.
+        OutputError: the checkpoint cannot be written. It is removed, and other checkpoints are unchanged.
     """
     from accelerate.utils import wait_for_everyone
 
@@ -59,7 +60,7 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
             wait_for_everyone()
             if first:
                 write_digests(aside)
-                if target.exists():  # the same step, saved before
+                if target.exists():  # an earlier checkpoint of the same step
                     shutil.rmtree(target)
                 aside.replace(target)
         finally:
@@ -69,18 +70,18 @@ def written_aside(run_dir: Path, name: str, *, first: bool) -> Iterator[Path]:
 
 
 def discard_half(run_dir: Path) -> None:
-    """Remove what a kill left of a checkpoint that was being written."""
+    """Remove the files of a checkpoint whose writing was interrupted."""
     shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
 
 
 def write_digests(folder: Path) -> None:
-    """Write the SHA-256 digests of all files in a checkpoint, next to them. Raises OSError."""
+    """Write the SHA-256 digests of all files in a checkpoint into the file DIGESTS. Raises OSError."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, files)
         lines = [f"{digest}  {path.relative_to(folder)}\n" for digest, path in zip(digests, files, strict=True)]
     text = "".join(lines)
-    # The folder gets its name after this, so this need not be renamed.
+    # The folder is renamed later, so this file need not be written under another name first.
     head = f"# {hashlib.sha256(text.encode()).hexdigest()}\n"
     (folder / DIGESTS).write_text(head + text, encoding="utf-8")
 
@@ -89,27 +90,27 @@ def write_digests(folder: Path) -> None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first, sound or not."""
+    """The run's checkpoints, oldest first, including damaged ones."""
     found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def sound_checkpoint(run_dir: Path, wanted: str | None = None) -> Path:
-    """The checkpoint to go on from; a line is logged for each newer one that is damaged.
+    """The checkpoint to resume from. If newer ones are damaged, the log names their damaged files.
 
     Args:
-        run_dir: the run's folder, whose newest sound checkpoint is taken.
-        wanted: the path of a checkpoint that is taken instead.
+        run_dir: the run's folder, whose newest undamaged checkpoint is chosen.
+        wanted: the path of a checkpoint that is chosen instead.
 
     Raises:
-        OutputError: there is none, or `wanted` is damaged. The message names the damaged files.
+        OutputError: there is no undamaged checkpoint, or `wanted` is damaged. The message names the damaged files.
     """
     faults: list[str] = []
     for folder in [Path(wanted)] if wanted is not None else reversed(checkpoints(run_dir)):
         reason = fault(folder)
         if reason is None:
             if faults:
-                logger.warning("%s; going on from %s", "; ".join(faults), folder.name)
+                logger.warning("%s; resuming from %s", "; ".join(faults), folder.name)
             return folder
         faults.append(reason)
     if wanted is not None:
@@ -120,9 +121,9 @@ def sound_checkpoint(run_dir: Path, wanted: str | None = None) -> Path:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, with the path of the file; None if it is sound.
+    """The first damage of a checkpoint, with the file's path; None if it is not damaged.
 
-    Every file that DIGESTS lists must have its digest. A checkpoint without DIGESTS is taken if its files can be read.
+    Every file that DIGESTS lists must have its digest. A checkpoint without DIGESTS is accepted if its files can be read.
     """
     sums = folder / DIGESTS
     try:
@@ -146,7 +147,7 @@ def fault(folder: Path) -> str | None:
 
 
 def _unreadable(folder: Path) -> str | None:
-    """What is wrong with a checkpoint of which no digests are known."""
+    """The first damage of a checkpoint without digests; None if its files can be read."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not (folder / TRAINER_STATE_NAME).exists():
         return f"{folder / TRAINER_STATE_NAME}: missing"
@@ -163,7 +164,7 @@ def _unreadable(folder: Path) -> str | None:
 
 
 def _read_through(path: Path) -> None:
-    """Raise some error where a file of a known kind cannot be read."""
+    """Raise an error of any type if a file of a known format cannot be read."""
     if path.name == TRAINER_STATE_NAME:
         from transformers import TrainerState
 
@@ -185,14 +186,14 @@ def _read_through(path: Path) -> None:
 
 
 def save_state(folder: Path, rank: int, state: dict[str, Any]) -> None:
-    """Write a process's state, nested dicts of tensors and numbers, into a checkpoint."""
+    """Write a process's state, which consists of nested dicts of tensors and numbers, into a checkpoint."""
     import torch
 
     torch.save(state, folder / f"dpo_state_{rank}.pt")
 
 
 def load_state(folder: Path, rank: int) -> dict[str, Any]:
-    """A process's state from a checkpoint; empty from a checkpoint that has none, such as one of another trainer."""
+    """A process's state from a checkpoint. Empty if the checkpoint has none, for instance one of another trainer."""
     import torch
 
     path = folder / f"dpo_state_{rank}.pt"

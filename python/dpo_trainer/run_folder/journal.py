@@ -1,4 +1,4 @@
-"""The journal of a run: appends records to the files in `output_dir` as they come."""
+"""The journal of a run: appends records to the files in `output_dir` during the run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .records import METRICS, json_line, read_records, write_aside, writing
 
 
 class Journal(TrainerCallback):
-    """The record files in `output_dir`, which the main process alone writes. As a callback it appends every log to METRICS.
+    """The record files in `output_dir`, which only the main process writes. The callback appends every log to METRICS.
 
-    A fresh run starts METRICS anew; a resumed one drops the lines after its checkpoint, which will be written again.
+    A new run empties METRICS. A resumed run removes the lines after its checkpoint, since it writes them again.
 
     Attributes:
-        listeners: each is called with the file's name and the record once a record is written.
+        listeners: functions that are called with the file's name and the record after each written record.
     """
 
     def __init__(self, run: Run) -> None:
@@ -27,12 +27,12 @@ class Journal(TrainerCallback):
 
     @property
     def folder(self) -> Path:
-        """The run's `output_dir` as it is now; a trainer may get other arguments for its next run."""
+        """The run's current `output_dir`. A trainer may get other arguments for its next run."""
         return self.run.args.run_folder
 
     @property
     def first(self) -> bool:
-        """Whether this process writes."""
+        """Whether this is the main process, which writes."""
         return self.run.args.process_index == 0
 
     def append(self, name: str, record: dict[str, Any]) -> None:
@@ -47,9 +47,9 @@ class Journal(TrainerCallback):
                 listener(name, record)
 
     def keep(self, name: str, step: int) -> list[dict[str, Any]]:
-        """Start a file anew for a fresh run (step 0), or drop what a resumed one will write again after `step`.
+        """Empty a file for a new run (step 0), or remove the records after `step`, which a resumed run writes again.
 
-        Returns the records that stay. Raises OutputError.
+        Returns the remaining records. Raises OutputError.
         """
         path = self.folder / name
         kept = [record for record in read_records(path) if record["step"] <= step] if step else []

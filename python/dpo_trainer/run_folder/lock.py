@@ -1,4 +1,4 @@
-"""The lock of `output_dir`: one run a folder."""
+"""The lock of `output_dir`, which allows one run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ _held: set[Path] = set()
 
 @contextlib.contextmanager
 def run_lock(folder: Path, *, first: bool = True) -> Iterator[None]:
-    """Hold the folder against other runs while the block lasts; a folder that is then empty, and was not there, is removed.
+    """A context that locks the folder against other runs. If it created the folder and the folder is empty, it removes it.
 
-    The operating system's lock on `run.lock` decides: it ends with the process that holds it, however that ends. The file
-    says who holds it, for the message. A process that holds the folder already enters at once.
+    The operating system's lock on the file `run.lock` decides. It ends with the process that holds it, whatever ends the
+    process. The file names the owner, for the error message. A process that already holds the lock enters at once.
 
     Args:
-        folder: the run's folder; made if it is not there.
-        first: whether this is the main process; the others take no lock.
+        folder: the run's folder. It is created if it does not exist.
+        first: whether this is the main process. Other processes take no lock.
 
     Raises:
-        OutputError: another run holds the folder, or its owner was on another host, where nobody can see whether it lives.
+        OutputError: another run holds the lock. Or the file names an owner on another host, of which this host cannot tell
+            whether it still runs.
     """
     path = folder.absolute() / LOCK
     if not first or path in _held:
@@ -63,13 +64,13 @@ def run_lock(folder: Path, *, first: bool = True) -> Iterator[None]:
 
 
 def _taken(path: Path, folder: Path) -> IO[str]:
-    """The lock's open file, which holds the lock and names this process."""
+    """Take the lock. Returns the open file, which holds the lock and names this process."""
     host = socket.gethostname()
     while True:
         file = path.open("a+", encoding="utf-8")  # not truncated: it may name another run
         try:
             if fcntl is not None:
-                # Not flock, which a data loader's processes would inherit and hold on after a kill.
+                # Not flock: a data loader's processes would inherit it, and keep it after this process is killed.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             owner = _described(_owner(file))
@@ -78,17 +79,19 @@ def _taken(path: Path, folder: Path) -> IO[str]:
                 f"output_dir '{folder}': a run is using it ({owner}); wait for its end or choose another folder"
             ) from error
         except OSError as error:
-            logger.warning("%s: cannot be locked (%s); see that no other run uses this folder", path, error.strerror)
-        # Opening it once more, and closing it, would end a POSIX lock.
+            logger.warning(
+                "%s: cannot be locked (%s); make sure that no other run uses this folder", path, error.strerror
+            )
+        # Use stat here: to open the file a second time and close it would release a POSIX lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        file.close()  # its owner removed it between our opening and our lock
+        file.close()  # its owner removed the file after we opened it and before we locked it
     who = _owner(file)
     if who and who.get("host") != host:
         file.close()
         raise OutputError(
-            f"output_dir '{folder}': a run on another host used it and did not end well, or still does ({_described(who)}); "
+            f"output_dir '{folder}': a run on another host still uses it, or ended with an error ({_described(who)}); "
             f"if it has ended, remove '{path}'"
         )
     file.truncate(0)
@@ -98,14 +101,14 @@ def _taken(path: Path, folder: Path) -> IO[str]:
 
 
 def _owner(file: IO[str]) -> dict[str, Any]:
-    """The owner that a lock's text names; nobody if it is empty or damaged."""
+    """The owner that a lock file names. Empty if the file is empty or damaged."""
     file.seek(0)
     return as_object(file.read())
 
 
 def _described(who: dict[str, Any]) -> str:
     if not who:
-        return "owner not known"
+        return "owner unknown"
     return f"process {who.get('pid')} of {who.get('user')} on {who.get('host')}, since {who.get('since')}"
 
 

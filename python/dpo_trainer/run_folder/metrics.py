@@ -1,4 +1,4 @@
-"""The names of metrics in log records: which records are of training steps, which of evaluations, and of which dataset."""
+"""Names of metrics in log records. They tell records of training steps from records of evaluations and their datasets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Record = dict[str, Any]
 
 
 def evaluation_prefix(record: Mapping[str, Any]) -> str | None:
-    """ "eval", or "eval_" and the dataset's name, for a record of an evaluation; None for other records."""
+    """ "eval", or "eval_" and the dataset's name, for a record of an evaluation. None for other records."""
     return next(iter(evaluation_prefixes([record])), None)
 
 
@@ -30,7 +30,7 @@ def training_records(records: Sequence[Record]) -> list[Record]:
 
 
 def evaluation_records(records: Sequence[Record], prefix: str = "eval") -> list[Record]:
-    """The records of evaluations, without the prefix of their metrics' names, the last one of each step."""
+    """The last evaluation record of each step, with the prefix removed from the metrics' names."""
     found = {}
     for record in records:
         own = without_prefix(record, prefix)
@@ -40,14 +40,14 @@ def evaluation_records(records: Sequence[Record], prefix: str = "eval") -> list[
 
 
 def throughput(records: Sequence[Record]) -> tuple[float, float]:
-    """(tokens, seconds) of all training steps in the records; evaluations and checkpoints do not count."""
+    """(tokens, seconds) of all training steps in the records, without evaluations and checkpoints."""
     timed = [record for record in records if record.get("tokens_per_second")]
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in timed)
     return sum(record.get("tokens") or 0 for record in records), seconds
 
 
 def without_ties(record: Record) -> Record:
-    """The figures without the accuracy of a model that has not moved: with rewards of 0 nothing is right or wrong."""
+    """Remove the accuracy of a model that has not changed: if all rewards are 0, every pair is a tie."""
     tied = {
         name
         for name in record

@@ -1,4 +1,4 @@
-"""Whether a run may use `output_dir`: the settings and the data's digests that a run records there, and their check."""
+"""The check whether a run may use `output_dir`, by the settings and data digests that an earlier run recorded there."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ DIGESTS = "data_sha256"
 
 
 def check_place(folder: Path) -> None:
-    """Raise OutputError where the folder cannot be made or written to."""
+    """Raise OutputError if the folder cannot be created or written to."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir '{folder}': is a file")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         obstacle = "not writable" if parent.is_dir() else "a file"
-        raise OutputError(f"output_dir '{folder}': cannot be made, '{parent}' is {obstacle}")
+        raise OutputError(f"output_dir '{folder}': cannot be created, '{parent}' is {obstacle}")
 
 
 def check_output(
     folder: Path, settings: dict[str, Any], digests: dict[str, str], *, resume: bool, overwrite: bool
 ) -> bool:
-    """Whether a run may use the folder; returns whether it goes on from a checkpoint there.
+    """Check whether a run may use the folder.
 
-    An unfinished run goes on when the same command is given again: its settings, and the digests of its data files, are
-    recorded in the folder. With other settings or other data it goes on only if asked to.
+    The same command resumes an unfinished run. The folder has a record of the run's settings and of the digests of its data
+    files. With other settings or other data, only --resume resumes it.
 
     Args:
-        digests: of `data_digests`.
+        digests: the result of `data_digests`.
+
+    Returns:
+        whether the run resumes from a checkpoint in the folder.
 
     Raises:
-        OutputError: it holds a run and neither --resume nor --overwrite was given, or there is nothing to resume.
+        OutputError: the folder contains a run and neither --resume nor --overwrite was given, or there is nothing to resume.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other")
@@ -54,7 +57,7 @@ def check_output(
         if not found:
             raise OutputError(f"output_dir '{folder}': holds no checkpoint to resume from")
         if changed:
-            logging.getLogger("dpo_trainer").warning("%s; going on with the new contents", what)
+            logging.getLogger("dpo_trainer").warning("%s; continuing with the new contents", what)
         return True
     if overwrite:
         return False
@@ -63,8 +66,8 @@ def check_output(
     if recorded == wanted:
         if found and changed:
             raise OutputError(
-                f"output_dir '{folder}': {what} (last checkpoint: {found[-1].name}); --resume goes on with the new "
-                "contents, --overwrite starts anew"
+                f"output_dir '{folder}': {what} (last checkpoint: {found[-1].name}); --resume continues with the new "
+                "contents, --overwrite starts again"
             )
         return bool(found)
     if found:
@@ -81,15 +84,15 @@ def check_output(
 
 
 def data_digests(settings: dict[str, Any]) -> dict[str, str]:
-    """The SHA-256 digests of the data files, by the words that name them: the setting and its path.
+    """The SHA-256 digests of the data files, by the name of the setting with its path.
 
-    For a stream, which may be too large to be read twice, the size is used instead. Data of the hub have no digest.
+    A stream may be too large to be read twice, so the file's size is used instead. Data from the hub have no digest.
     """
     found = {}
     for key in ("train_data", "eval_data"):
         path = Path(str(settings.get(key))).expanduser()
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        with contextlib.suppress(OSError):  # reading the data says what is wrong with them
+        with contextlib.suppress(OSError):  # the error is reported when the data are read
             parts = [
                 str(file.stat().st_size) if key == "train_data" and settings.get("streaming") else sha256(file)
                 for file in files
@@ -101,12 +104,12 @@ def data_digests(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def record_run(folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:
-    """Write down what `check_output` compares a later command with. Raises OutputError."""
+    """Write the settings and digests with which `check_output` compares a later command. Raises OutputError."""
     write_aside(folder / SETTINGS, json.dumps({**settings, DIGESTS: digests}, indent=2, default=str) + "\n")
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what a run left: checkpoints, settings, metrics, events, summary, report. Nothing else is touched."""
+    """Remove a run's checkpoints, settings, metrics, events, samples, summary and report. Other files are kept."""
     discard_half(folder)
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint, ignore_errors=True)

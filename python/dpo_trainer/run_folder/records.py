@@ -1,4 +1,4 @@
-"""The files of a run: JSON records, one a line, and texts that are written atomically. Imports no torch."""
+"""Reading and writing of a run's files: JSON records, one per line, and texts that are written atomically. No torch."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ EVENTS = "events.jsonl"
 SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
-#: The settings of the run that a folder holds, by which the same command is known again.
+#: The settings of a folder's run, by which `check_output` recognises the same command.
 SETTINGS = "settings.json"
-#: Texts that every record of a file has.
+#: Fields with texts that every record of a file has.
 _TEXTS = {EVENTS: ("name", "title", "seen", "remedy"), SAMPLES: ("evaluation", "prompt")}
 
-#: What torch.save's RuntimeErrors say of files that cannot be written.
+#: Words of the RuntimeErrors that torch.save raises if a file cannot be written.
 _OF_TORCH = ("inline_container", "file write", "iostream")
 
 
 @contextlib.contextmanager
 def writing(path: Path, then: str = "free some space and give the same command again") -> Iterator[None]:
-    """Around whatever writes `path`. Raises OutputError, one line that names it, where the disk does not take it."""
+    """A context for code that writes `path`. Raises an OutputError of one line, with the path, if writing fails."""
     try:
         yield
     except Exception as error:
-        # safetensors' error by its name, so that a command line without the trainer's packages can use this module
+        # The error of safetensors is recognised by its name, so that the command line works without the package.
         if not (isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
@@ -44,7 +44,7 @@ def writing(path: Path, then: str = "free some space and give the same command a
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write the text next to `path` and rename it there. Raises OutputError."""
+    """Write a text atomically: into a file next to `path`, which is then renamed to `path`. Raises OutputError."""
     aside = path.with_name(path.name + ".part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def write_aside(path: Path, text: str) -> None:
             aside.write_text(text, encoding="utf-8")
             aside.replace(path)
         finally:
-            aside.unlink(missing_ok=True)  # half a text on a full disk
+            aside.unlink(missing_ok=True)  # an incomplete text, if the disk is full
 
 
 def sha256(path: Path) -> str:
@@ -66,7 +66,7 @@ def sha256(path: Path) -> str:
 
 def json_line(record: dict[str, Any]) -> str:
     """The record as one line of JSON, with its newline."""
-    # JSON knows no NaN; null keeps the file readable everywhere and still shows that something happened.
+    # JSON has no NaN. null keeps the file readable everywhere and still shows that there was a value.
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -74,7 +74,7 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; none if there is no file. Damaged lines, and records that lack a field, are left out."""
+    """The records of a file, or none without a file. Damaged lines, and records that lack a field, are left out."""
     if not path.exists():
         return []
     texts = _TEXTS.get(path.name, ())
@@ -83,7 +83,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def as_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object that a text holds; empty where it is damaged or something else."""
+    """The JSON object in a text. Empty if the text is damaged or is not an object."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -92,7 +92,7 @@ def as_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none."""
+    """The JSON object in a file. Empty if there is no file or no object in it."""
     try:
         return as_object(path.read_bytes())
     except OSError:

@@ -1,4 +1,4 @@
-"""summary.json: the facts of a run in one object."""
+"""The content of summary.json: the facts of a run in one object."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .checkpoints import checkpoints
 from .metrics import evaluation_records, throughput, training_records
 from .records import METRICS, SETTINGS, read_object, read_records
 
-#: Settings that transformers works out from others.
+#: Settings that transformers computes from other settings.
 _DERIVED = (
     "disable_tqdm",
     "dataloader_pin_memory",
@@ -55,7 +55,7 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
         "steps": run.state.global_step,
         "initial_loss": initial_loss(run.args),
         "planned_steps": run.state.max_steps,
-        # Of the weights that the run ended with, where they are not the last step's.
+        # The step of the final weights, if load_best_model_at_end replaced those of the last step.
         "best_step": run.state.best_global_step if finished and run.args.load_best_model_at_end else None,
         "checkpoints": [folder.name for folder in checkpoints(run.args.run_folder)],
         "epochs": run.state.epoch,
@@ -75,7 +75,7 @@ def summarize(run: Run, *, finished: bool) -> dict[str, Any]:
 
 
 def initial_loss(args: DPOConfig) -> float | None:
-    """The objective's value where policy and reference agree (log 2 for DPO); None where it depends on the model."""
+    """The objective's value if policy and reference are equal (log 2 for DPO). None if it depends on the model."""
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     beta, smoothing = (torch.tensor(value, dtype=torch.float64) for value in (args.beta, args.label_smoothing))
     values = []
@@ -93,8 +93,8 @@ def _device(device: torch.device) -> str:
 
 
 def _peak_memory_mib() -> float | None:
-    """The most resident memory that this program has had."""
-    # Linux hands ru_maxrss on to children: a run started by a large process would be told that process's peak.
+    """The peak of this process's resident memory, in MiB."""
+    # On Linux, a child process inherits ru_maxrss: it would be the peak of a large process that started the run.
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10, 1)
@@ -107,9 +107,9 @@ def _peak_memory_mib() -> float | None:
 
 
 def changed_settings(args: DPOConfig) -> dict[str, Any]:
-    """The settings that are not at their defaults, as JSON values; not those that transformers works out from others.
+    """The settings that differ from their defaults, as JSON values, without those that transformers computes.
 
-    In a folder of `dpo-train`, which records what it was given, those that it was not given are left out.
+    `dpo-train` records the settings that it was given in its folder. Of such a run, only these settings are returned.
     """
     given = read_object(args.run_folder / SETTINGS)
     changed = {}

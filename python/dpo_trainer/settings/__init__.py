@@ -1,1 +1,1 @@
-"""Every setting of a run."""
+"""The settings of a run and their checks."""

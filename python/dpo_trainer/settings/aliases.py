@@ -1,6 +1,6 @@
-"""Names that other tools give our settings: those of TRL's scripts, the alignment handbook, axolotl, LLaMA-Factory and ms-swift.
+"""Names of our settings in other tools: TRL's scripts, the alignment handbook, axolotl, LLaMA-Factory and ms-swift.
 
-Names that TRL's DPOConfig has, and that DPOConfig here does not take, are in trl.py.
+Settings of TRL's DPOConfig that our DPOConfig does not accept are in trl.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dpo_kernels import names
 from ..errors import ConfigError
 from . import trl
 
-#: Names that mean the same as one of our settings, by that setting. `dpo-train` takes them.
+#: By our setting: names with the same meaning, which `dpo-train` accepts.
 SAME: dict[str, tuple[str, ...]] = {
     "model": (
         "model_name_or_path",
@@ -95,10 +95,10 @@ _QUANTIZED = (
 _ONE_FILE = "is not supported; give one file, folder or data set as train_data"
 _LORA = "is not needed; lora trains an adapter (--lora.r 16), and without it the whole model trains"
 _BATCH = (
-    "may mean several things; per_device_train_batch_size is the pairs of a batch on each device, and "
-    "gradient_accumulation_steps the batches of a step"
+    "may mean several things; per_device_train_batch_size is the number of pairs in a batch on each device, and "
+    "gradient_accumulation_steps the number of batches in a step"
 )
-#: Names that have no single counterpart, and what to do; each follows the name and a colon.
+#: Names without a single counterpart, with the text that follows the name and a colon in the error message.
 ANSWERS = {
     **dict.fromkeys(("batch_size", "global_batch_size", "effective_batch_size", "total_batch_size"), _BATCH),
     **dict.fromkeys(
@@ -133,7 +133,7 @@ ANSWERS = {
             "flex_attention",
         ),
         "is not needed: no attention is computed for padding. "
-        "model_init_kwargs.attn_implementation chooses another one",
+        "model_init_kwargs.attn_implementation chooses another implementation",
     ),
     **dict.fromkeys(
         ("precision", "mixed_precision"), "is not a setting; set bf16: true, or fp16: true on a GPU without bfloat16"
@@ -146,13 +146,13 @@ ANSWERS = {
     "test_datasets": "is not supported; give one file, folder or data set as eval_data",
     **dict.fromkeys(
         ("dataset_train_split", "train_split", "split", "dataset_splits"),
-        "is part of train_data: owner/name:split for the hub, a folder's name for a saved data set",
+        "is part of train_data: owner/name:split on the hub, or the folder of a saved data set",
     ),
     **dict.fromkeys(
         ("dataset_test_split", "eval_split", "test_split"),
-        "is part of eval_data: owner/name:split for the hub, a folder's name for a saved data set",
+        "is part of eval_data: owner/name:split on the hub, or the folder of a saved data set",
     ),
-    "dataset_config": "is not supported; save the data set to a folder or a file, and give that as train_data",
+    "dataset_config": "is not supported; save the data set to a folder or a file, and give its path as train_data",
     "dataset_dir": "is not supported; give the path of the file as train_data",
     "max_samples": "is not supported; cut the file, or set max_steps",
     "max_train_samples": "is not supported; cut the file, or set max_steps",
@@ -161,7 +161,7 @@ ANSWERS = {
     "system": "is not a setting; give the data a column 'system', or a system message",
     **dict.fromkeys(
         ("stage", "rl", "rlhf_type", "method"),
-        "is not needed; dpo-train trains on preference pairs, and loss_type says how",
+        "is not needed; dpo-train trains on preference pairs, and loss_type chooses the objective",
     ),
     "pref_ftx": "is not a setting; set loss_type: [sigmoid, sft] and loss_weights: [1, that number]",
     "simpo_gamma": "is part of loss_type, such as 'simpo(gamma=0.5)'",
@@ -171,22 +171,22 @@ ANSWERS = {
         ("overwrite_output_dir", "overwrite"),
         "is not a setting; give --overwrite on the command line, which deletes the old run",
     ),
-    "resume": "is not a setting; give --resume on the command line, or nothing: the same command goes on with its run",
-    "auto_resume_from_checkpoints": "is not needed; the same command goes on with its run",
-    "overwrite_cache": "is not needed; the cache knows changed data and settings",
+    "resume": "is not a setting; give --resume on the command line, or nothing: the same command resumes its run",
+    "auto_resume_from_checkpoints": "is not needed; the same command resumes its run",
+    "overwrite_cache": "is not needed; the cache notices changed data and settings",
     **dict.fromkeys(
         ("wandb_project", "wandb_name", "wandb_entity", "wandb_watch", "wandb_log_model", "use_wandb", "with_tracking"),
         "is not a setting; set report_to: wandb, and run_name or WANDB_PROJECT as you like",
     ),
     "sample_packing": "is not needed; short pairs share a row already (batch_layout)",
     "packing": "is not needed; short pairs share a row already (batch_layout)",
-    "pad_to_sequence_len": "is not needed; batches carry little padding (batch_layout)",
-    "group_by_length": "is called train_sampling_strategy: group_by_length, its default, or random",
+    "pad_to_sequence_len": "is not needed; batches have little padding (batch_layout)",
+    "group_by_length": "is called train_sampling_strategy, and group_by_length is its default",
     "evals_per_epoch": "is not a setting; eval_steps below 1 is a fraction of the run",
     "saves_per_epoch": "is not a setting; save_steps below 1 is a fraction of the run",
     "early_stopping_patience": "is not supported; set stop_on: [overfitting], or load_best_model_at_end",
     "eval_table_size": "is not supported; set sample_prompts",
-    **dict.fromkeys(("model_type", "tokenizer_type"), "is not needed; the model's folder says it"),
+    **dict.fromkeys(("model_type", "tokenizer_type"), "is not needed; the model's folder contains it"),
     "strict": "is not needed; unknown settings are always refused",
     **dict.fromkeys(
         ("dataset_prepared_path", "load_from_cache_file"), "is not needed; HF_DATASETS_CACHE moves the cache of tokens"
@@ -203,15 +203,15 @@ ANSWERS = {
     "gpus": "is not a setting; set CUDA_VISIBLE_DEVICES, and start several processes with torchrun",
     "num_gpus": "is not a setting; start several processes with torchrun",
 }
-#: Values that one of our settings has in other tools alone, and what to do.
+#: Values that only other tools accept for one of our settings, with the error message.
 VALUES = {
     (
         "adapter",
         word,
-    ): "is trained where lora is set (--lora.r 16); adapter says what becomes of one that the model brings"
+    ): "is trained if lora is set (--lora.r 16); adapter is for a model that already has an adapter"
     for word in ("lora", "qlora")
 }
-#: Words for objectives that other tools have, by our name.
+#: Names of objectives in other tools, with our name.
 OBJECTIVES = {
     "dpo": "sigmoid",
     "logistic": "sigmoid",
@@ -226,7 +226,7 @@ OBJECTIVES = {
     "dpo_norm": "sigmoid_norm",
     "nll": "sft",
 }
-#: Words for methods that are not one of our objectives alone, and what to do.
+#: Names of methods that are not one of our objectives, with the error message.
 METHODS = {
     "cdpo": "is sigmoid with label_smoothing, such as 0.1",
     "rdpo": "is not supported; sigmoid_norm normalises by length, and ld_alpha below 1 counts length less",
@@ -234,24 +234,24 @@ METHODS = {
     "wpo": "is sigmoid with use_weighting: true",
     "tr_dpo": "is sigmoid with sync_ref_model: true",
     "f_dpo": "is sigmoid with f_divergence_type",
-    "apo": "is apo_zero, or apo_down where even the chosen answers are worse than the model's own",
+    "apo": "is apo_zero, or apo_down if even the chosen answers are worse than the model's own",
     "kto": "is not supported; unpaired rows are read as pairs, and bco_pair is the nearest objective",
     "kto_pair": "is not supported; bco_pair is the nearest objective",
     **dict.fromkeys(
         ("ppo", "grpo", "rloo", "reinforce", "online_dpo"),
-        "needs answers that are generated while training; dpo-train trains on pairs that exist",
+        "needs answers that are generated during training; dpo-train trains on existing pairs",
     ),
 }
 
 
 def setting_of(name: str, value: Any, known: Iterable[str]) -> str | None:
-    """The setting that a name means: itself, where it is one of `known` or nobody knows it.
+    """The setting that a name means. A name in `known`, or a name that no tool uses, is returned unchanged.
 
-    None where the name has no single counterpart and its value asks for nothing: null or false.
+    None if the name has no single counterpart and its value turns nothing on: null or false.
 
     Raises:
-        ConfigError: other tools have the name, or the value, and we have no single setting for it. The message says what
-            to set.
+        ConfigError: the name, or its value, is another tool's and has no single counterpart here. The message says what to
+            set.
     """
     if isinstance(value, str) and (name, value) in VALUES:
         raise ConfigError(f"{name}: '{value}' {VALUES[name, value]}")
@@ -267,7 +267,7 @@ def setting_of(name: str, value: Any, known: Iterable[str]) -> str | None:
             raise ConfigError(f"warmup_ratio: must lie in [0, 1), got {value}; warmup_steps takes a number of steps")
         return setting
     if answer := ANSWERS.get(name) or trl.ANSWERS.get(name):
-        # Without group_by_length other tools do not group, and we do.
+        # group_by_length: false would turn our default off, so it is answered too.
         if value is None or (value is False and name != "group_by_length"):
             return None
         raise ConfigError(f"{name}: {answer}")
@@ -275,10 +275,10 @@ def setting_of(name: str, value: Any, known: Iterable[str]) -> str | None:
 
 
 def objective_of(text: str) -> str:
-    """An entry of loss_type with our name of the objective, where another tool's or another case stands there.
+    """An entry of loss_type with our name of the objective instead of another tool's name or another case.
 
     Raises:
-        ConfigError: it names a method that is not an objective of ours. The message says what to set.
+        ConfigError: the entry is a method that is not one of our objectives. The message says what to set.
     """
     name, bracket, rest = text.partition("(")
     word = name.strip().lower().replace("-", "_")

@@ -1,4 +1,4 @@
-"""The checks across the rows of DPOConfig: settings that are sound by themselves and contradict each other."""
+"""The checks across the rows of DPOConfig: settings that are valid alone, but contradict each other."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from ..errors import ConfigError
 
 
 def check_together(config: Any) -> None:
-    """Raise ConfigError where other settings contradict each other."""
+    """Raise ConfigError if settings contradict each other."""
     if config.sync_ref_model and config.precompute_ref_log_probs:
         raise ConfigError(
             "sync_ref_model: the reference moves during training, so its log-probabilities cannot be precomputed; "
@@ -45,7 +45,7 @@ def check_budget(config: Any) -> None:
 
 
 def as_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
-    """A mapping, or its JSON text, as transformers also takes it. Raises ConfigError for anything else."""
+    """A mapping, from itself or its JSON text, which transformers accepts too. Raises ConfigError for anything else."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = json.loads(value)

@@ -1,4 +1,4 @@
-"""DPOConfig: the settings of a run as transformers takes them, and the checks across rows."""
+"""DPOConfig: the settings of a run as TrainingArguments of transformers, and their checks."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ from .table import check_fields, read_words
 class DPOConfig(DPOFields, TrainingArguments):  # type: ignore[misc] # logging_steps and save_steps may be None here
     """Settings of a DPO run: those of `transformers.TrainingArguments` and those of `DPOFields`.
 
-    Names are TRL's where TRL has the setting. Some defaults of TrainingArguments are changed to what preference
-    training wants (see the fields); `label_smoothing` here is DPO's, `label_smoothing_factor` has no effect.
+    Settings that TRL has too have TRL's names. Some defaults of TrainingArguments are changed for preference training
+    (see the fields). `label_smoothing` is that of DPO. `label_smoothing_factor` has no effect.
 
     Raises:
-        ConfigError: a value is out of range or unknown; the message lists what is known.
+        ConfigError: a setting or value is unknown or out of range, or settings contradict each other.
     """
 
     def __new__(cls, *_: Any, **given: Any) -> "DPOConfig":
-        """Before dataclasses refuse a name that they do not know: for TRL's names, a ConfigError says what to use."""
+        """Raise a ConfigError that says what to use for TRL's unknown names, before the dataclass refuses them."""
         trl.check_known(given, (field.name for field in dataclasses.fields(cls)))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.loss_type is None:  # HfArgumentParser's default of a list
+        if self.loss_type is None:  # HfArgumentParser's default for lists
             self.loss_type = "sigmoid"
         read_words(self, settings_table())
         check_settings(self)
@@ -44,19 +44,19 @@ class DPOConfig(DPOFields, TrainingArguments):  # type: ignore[misc] # logging_s
         self.check_reading(as_mapping)
         Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers refuses 16-bit autocast on a CPU that was not asked for
+            self.use_cpu = True  # without use_cpu, transformers refuses 16-bit autocast on a CPU
         with without_pace(self):
             super().__post_init__()
         if self.device.type == "cpu" and self.fp16:
-            raise ConfigError("fp16: needs an accelerator; on a CPU it would be ignored without a word. Use bf16 there")
+            raise ConfigError("fp16: needs an accelerator; a CPU would ignore it without a message. Use bf16 there")
         if self.device.type == "cpu" and self.use_liger_kernel:
             raise ConfigError(
-                "use_liger_kernel: needs an accelerator: its Triton kernels would stay in every model of this process. The "
+                "use_liger_kernel: needs an accelerator. Its Triton kernels would change every model of this process. The "
                 "loss is fused without it"
             )
         trl.check_accelerator(self.accelerator_config)
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # nothing to copy to; PyTorch would warn at every loader
+            self.dataloader_pin_memory = False  # there is no device to copy to, and PyTorch would warn
 
     @property
     def padded_to(self) -> int | None:
@@ -70,7 +70,7 @@ class DPOConfig(DPOFields, TrainingArguments):  # type: ignore[misc] # logging_s
 
 
 def check_settings(config: DPOConfig) -> None:
-    """Raise ConfigError for a setting out of its range, or one that contradicts another."""
+    """Raise ConfigError for settings that are out of range or contradict each other."""
     trl.check_values(config)
     check_fields(config, settings_table())
     objective.check(config)

@@ -1,4 +1,4 @@
-"""What goes wrong in preference training: the name of each diagnosis, what to do about it, and the thresholds that decide it."""
+"""The diagnoses of preference training: their names, remedies and thresholds."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .table import ANY, COUNT, NOT_NEGATIVE, Range, check_choice
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A condition that is watched for: its name in a sentence, and what to do about it."""
+    """A condition that is checked during a run: a title that describes it, and the remedy."""
 
     title: str
     remedy: str
-    #: Thresholds that decide it: fields of Limits.
+    #: The thresholds that decide it, which are fields of Limits.
     limits: tuple[str, ...] = ()
-    #: Whether a run in which it holds to the end has failed.
+    #: Whether a run has failed if the diagnosis still holds at its end.
     fails: bool = False
-    #: Whether it says that the loss did not fall, so that a loss which has fallen in the end answers it.
+    #: Whether it means that the loss did not fall. It no longer holds if the loss has fallen at the end.
     stuck: bool = False
-    #: The diagnoses that it may be a consequence of.
+    #: Diagnoses that may cause it.
     causes: tuple[str, ...] = ()
-    #: The next step in settings: `{name}` is the run's value of a setting, `{name*10}` a multiple of it.
+    #: Advice on settings: `{name}` is the run's value of a setting, `{name*10}` a multiple of it.
     step: str = ""
 
     def advice(self, settings: Mapping[str, Any]) -> str:
-        """What to do, with values that follow from the run's settings; the remedy alone where they do not tell."""
+        """The advice on settings with the run's values, and the remedy. Only the remedy if a value is unknown."""
 
         def value(found: re.Match[str]) -> str:
             number = float(settings[found[1]]) * float(found[2] or 1)
@@ -47,10 +47,10 @@ class Diagnosis:
         return f"{step} {self.remedy}".strip()
 
 
-#: When a loss counts as stuck.
+#: The thresholds that decide whether the loss is stuck.
 _STUCK = ("stuck_steps", "stuck_share", "stuck_tolerance")
 
-#: Causes stand before their consequences.
+#: All diagnoses by name. Causes come before their consequences.
 DIAGNOSES: dict[str, Diagnosis] = {
     "weights_zero": Diagnosis(
         "No pair counts: all weights are 0",
@@ -59,7 +59,7 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "learning_rate_high": Diagnosis(
         "The learning rate is far too high",
-        "Begin again from the model before training. Usual values are 5e-7 to 5e-6 for whole models and 1e-5 to 1e-4 with LoRA.",
+        "Start again from the model before training. Usual values are 5e-7 to 5e-6 for whole models and 1e-5 to 1e-4 with LoRA.",
         ("early_steps", "early_share", "kl_level", "loss_rise"),
         fails=True,
         step="Set learning_rate: {learning_rate*0.1}, a tenth of this run's.",
@@ -73,8 +73,8 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "updates_lost": Diagnosis(
         "16-bit weights lose the updates to rounding, so the loss is stuck",
-        "Load the model in float32 (the default of dpo-train) and set bf16: true, which computes in 16 bits on float32 weights; "
-        "or train a LoRA adapter in float32. 16-bit weights cannot take updates of this size.",
+        "Load the model in float32 (the default of dpo-train) and set bf16: true, which computes in 16 bits with float32 "
+        "weights; or train a LoRA adapter in float32. Updates of this size are too small for 16-bit weights.",
         (*_STUCK, "stuck_rewards", "changed_share"),
         fails=True,
         stuck=True,
@@ -90,8 +90,8 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "pairs_equal": Diagnosis(
         "Chosen and rejected answers are the same to the model",
-        "Look at the batches (dpo-train inspect): a truncation that cuts both answers to the same tokens, a template "
-        "or a collator that puts one text on both sides.",
+        "Look at the batches (dpo-train inspect). Truncation may cut both answers to the same tokens, or a template or a "
+        "collator may put the same text on both sides.",
         _STUCK,
         fails=True,
         stuck=True,
@@ -99,15 +99,15 @@ DIAGNOSES: dict[str, Diagnosis] = {
     "pairs_swapped": Diagnosis(
         "Rejected answers win, so the labels look flipped",
         "Read five rows of the training data and five of the evaluation data (dpo-train inspect). If chosen and rejected are "
-        "swapped in both, set columns: {chosen: rejected, rejected: chosen}. If only in one, exchange them in that file.",
+        "swapped in both, set columns: {chosen: rejected, rejected: chosen}; if only in one file, exchange them in that file.",
         (*_STUCK, "swapped_accuracy"),
         fails=True,
         causes=("learning_rate_high",),
     ),
     "pairs_random": Diagnosis(
         "The rewards move, but chosen answers win no more often than by chance",
-        "Read twenty pairs: is the preference visible in the text, and the same kind of preference throughout? Filter "
-        "unclear pairs, give weights, or set label_smoothing.",
+        "Read twenty pairs: is the preference visible in the text, and is it the same kind of preference in all of them? "
+        "Filter unclear pairs, give weights, or set label_smoothing.",
         (*_STUCK, "random_accuracy"),
         fails=True,
         stuck=True,
@@ -115,14 +115,14 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "weak_reference": Diagnosis(
         "The reference is weak on these pairs",
-        "Fine-tune on the chosen answers first (SFT), and use the chat template the model was trained with: DPO moves "
-        "probability between answers the model can already give. If its accuracy is low, check for swapped columns.",
+        "Fine-tune on the chosen answers first (SFT), and use the chat template that the model was trained with: DPO moves "
+        "probability between answers that the model already gives. If its accuracy is low, check for swapped columns.",
         ("chosen_likelihood", "reference_accuracy"),
         causes=("pairs_swapped",),
     ),
     "empty_answers": Diagnosis(
         "Some answers are empty",
-        "Look at these rows: is a column missing, or does a template or a truncation leave nothing? The filter empty leaves out "
+        "Look at these rows: is a column missing, or does a template or truncation remove the text? The filter empty leaves out "
         "pairs with a blank answer.",
     ),
     "uneven_preferences": Diagnosis(
@@ -138,7 +138,7 @@ DIAGNOSES: dict[str, Diagnosis] = {
         ("length_ratio",),
     ),
     "kl_exploding": Diagnosis(
-        "The policy is running away from the reference",
+        "The policy moves far away from the reference",
         "An earlier checkpoint is closer to the reference.",
         ("kl_level", "kl_growth"),
         causes=("learning_rate_high", "not_finite", "pairs_swapped"),
@@ -153,15 +153,15 @@ DIAGNOSES: dict[str, Diagnosis] = {
     ),
     "displacement": Diagnosis(
         "Likelihood displacement: chosen and rejected answers both become less likely",
-        "The margin grows while good answers are unlearnt. Add the chosen answers' likelihood to the loss "
+        "The margin grows, but the model unlearns good answers. Add the chosen answers' likelihood to the loss "
         "(loss_type: rpo or dpop, or [sigmoid, sft]), lower the learning rate, or filter pairs whose answers are "
         "nearly alike.",
         ("displacement",),
         causes=("learning_rate_high", "kl_exploding", "overfitting"),
     ),
     "grad_spike": Diagnosis(
-        "A gradient far above the usual",
-        "A lone spike points to odd pairs at this step: very long, garbled or extreme ones. Repeated ones: lower the "
+        "A gradient is far larger than usual",
+        "A single spike suggests unusual pairs at this step: very long, garbled or extreme ones. If spikes repeat, lower the "
         "learning rate, lengthen the warm-up, keep max_grad_norm at 1.",
         ("grad_spike",),
         causes=("learning_rate_high", "kl_exploding"),
@@ -170,58 +170,54 @@ DIAGNOSES: dict[str, Diagnosis] = {
 
 
 def _limit(default: float, meaning: str, rule: Range = NOT_NEGATIVE, *, off: float = math.inf) -> Any:
-    """A threshold; `off` is the infinity that is never passed."""
+    """A threshold. `off` is the infinity that no value exceeds, which turns the check off."""
     return field(default=default, metadata={"help": meaning, "rule": rule, "off": off})
 
 
-#: A threshold that speaks when something is below it; the others speak above.
+#: A threshold for values that are too low. `_limit` makes thresholds for values that are too high.
 _floor = partial(_limit, off=-math.inf)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds. Given as None, a threshold becomes the infinity that is never passed, which turns its check off."""
+    """The thresholds of the diagnoses. None as a threshold turns its check off."""
 
-    windows: float = _limit(5, "logged records that count as recent", COUNT)
+    windows: float = _limit(5, "number of logged records that count as recent", COUNT)
     probe_pairs: float = _limit(32, "training pairs that the reference scores before the first step", COUNT)
     probe_tokens: float = _limit(
-        2048, "tokens of these pairs; above this number fewer pairs are scored, but at least 16"
+        2048, "tokens of these pairs; if they have more, the reference scores fewer pairs, but at least 16"
     )
-    stuck_steps: float = _limit(20, "steps after the warm-up before the loss may be called stuck")
-    stuck_share: float = _limit(0.1, "share of the run after the warm-up before the loss may be called stuck")
-    stuck_tolerance: float = _floor(
-        0.015, "the loss is stuck if it has fallen by less than this share of the first loss"
-    )
-    stuck_rewards: float = _floor(0.02, "rewards below this value count as not moving")
+    stuck_steps: float = _limit(20, "steps after the warm-up before the loss may count as stuck")
+    stuck_share: float = _limit(0.1, "share of the run after the warm-up before the loss may count as stuck")
+    stuck_tolerance: float = _floor(0.015, "the loss is stuck if it fell by less than this share of the first loss")
+    stuck_rewards: float = _floor(0.02, "rewards smaller than this count as unchanged")
     changed_share: float = _floor(0.5, "share of the 16-bit weights with a gradient that an update must change")
-    random_accuracy: float = _floor(0.58, "an accuracy up to this value counts as near 50 %")
-    swapped_accuracy: float = _floor(0.4, "an accuracy below this value counts as well under 50 %")
+    random_accuracy: float = _floor(0.58, "an accuracy up to this is near 50 %")
+    swapped_accuracy: float = _floor(0.4, "an accuracy below this is well under 50 %")
     eval_rise: float = _limit(0.1, "rise of the evaluation loss over its minimum, as a share of the first loss")
     accuracy_gap: float = _limit(0.25, "training accuracy minus evaluation accuracy")
-    memorised_accuracy: float = _limit(
-        0.99, "training accuracy of memorised pairs, if chosen log-probs also fall by more than `displacement`"
-    )
+    memorised_accuracy: float = _limit(0.99, "training accuracy, if chosen log-probs fall by more than `displacement`")
     early_steps: float = _limit(
-        10, "steps after the warm-up in which a KL above `kl_level` means a learning rate far too high"
+        10, "steps after the warm-up in which a KL above `kl_level` means that the learning rate is far too high"
     )
-    early_share: float = _limit(0.1, "the same as a share of the run, if that is more steps")
+    early_share: float = _limit(0.1, "these steps as a share of the run, if that is more")
     loss_rise: float = _limit(
         0.5,
-        "rise of the recent training loss over the first loss, as a share of it, that means a learning rate far too high",
+        "rise of the recent training loss, as a share of the first loss, at which the learning rate is far too high",
     )
-    kl_level: float = _limit(1.0, "KL in nats per token")
-    kl_growth: float = _limit(4.0, "recent KL over the KL of the windows before; counts from a fifth of `kl_level` on")
+    kl_level: float = _limit(1.0, "KL from the reference, in nats per token")
+    kl_growth: float = _limit(4.0, "recent KL divided by that of the window before, from a fifth of kl_level on")
     chosen_likelihood: float = _floor(-4.0, "mean log-prob per chosen token under the reference, in nats", ANY)
-    reference_accuracy: float = _floor(0.4, "share of pairs whose chosen answer is likelier per token")
+    reference_accuracy: float = _floor(0.4, "share of pairs whose chosen answer the reference finds likelier per token")
     margin_spread: float = _limit(10.0, "95th percentile of the reference's |margins| over their median")
-    weight_share: float = _floor(0.5, "effective number of pairs, (sum w)^2 / sum w^2, over their number")
-    displacement: float = _limit(0.1, "fall of the log-probability on both sides, in nats per token")
-    length_ratio: float = _limit(1.5, "ratio of the mean completion lengths, in either direction")
-    grad_spike: float = _limit(10.0, "gradient norm over the median of the records before")
+    weight_share: float = _floor(0.5, "effective number of pairs, (sum w)^2 / sum w^2, divided by their number")
+    displacement: float = _limit(0.1, "log-probability lost by chosen and by rejected answers, in nats per token")
+    length_ratio: float = _limit(1.5, "longer mean length of chosen or rejected answers divided by the shorter one")
+    grad_spike: float = _limit(10.0, "gradient norm divided by the median of the records before")
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Limits:
-        """The defaults with the given ones put over them. Raises ConfigError for unknown names and bad values."""
+        """The defaults, replaced by the given values. Raises ConfigError for unknown names and bad values."""
         rows = {item.name: item.metadata for item in dataclasses.fields(cls)}
         fitted: dict[str, float] = {}
         for name, value in (given or {}).items():

@@ -1,4 +1,4 @@
-"""What must fit together before a run is set up: model, reference, tokenizer, data and settings."""
+"""Checks before a run is set up: whether model, reference, tokenizer, data and settings fit together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..model.vision import takes_images
 from .checks import as_mapping
 from .config import DPOConfig
 
-#: Settings that are read when the trainer is made: those of the data, and these.
+#: Settings that are read only when the trainer is made: those of the data, and these.
 READ_ONCE = (
     *(item.name for item in fields(Preparation)),
     "pad_to_multiple_of",
@@ -35,17 +35,17 @@ READ_ONCE = (
 )
 logger = logging.getLogger("dpo_trainer")
 
-#: Models whose prompts attend to what follows within them, so that prompt and answer are not one text. By model_type.
+#: Values of model_type whose prompt tokens attend to later prompt tokens, so that prompt and answer are not one text.
 PREFIX_MODELS = ("paligemma",)
 
 
 def check_fit(
     config: DPOConfig, model: nn.Module, ref_model: nn.Module | None, tokenizer: Any, datasets: Sequence[Any]
 ) -> None:
-    """Raise ConfigError or ModelError for parts that are sound by themselves and fail together.
+    """Raise ConfigError or ModelError for parts that are valid alone but fail together.
 
     Args:
-        datasets: tokenised, the training data first.
+        datasets: tokenised datasets, the training data first.
     """
     if config.backend is not None and (reason := why_not(config.backend, config.device.type)):
         raise ConfigError(f"backend: '{config.backend}' cannot be used: {reason}")
@@ -53,7 +53,7 @@ def check_fit(
         ours, others = _vocabulary(model), _vocabulary(ref_model)
         if None not in (ours, others) and ours != others:
             raise ModelError(
-                f"ref_model: has a vocabulary of {others} tokens, the model one of {ours}; they must share their tokenizer"
+                f"ref_model: has a vocabulary of {others} tokens, but the model has {ours}; both must have the same tokenizer"
             )
     check_adapter(model, gradient_checkpointing=bool(config.gradient_checkpointing))
     if not datasets:
@@ -71,7 +71,7 @@ def check_fit(
 
 
 def check_model_init(config: DPOConfig, model: Any) -> None:
-    """Raise ConfigError for what does not go with a `model_init`."""
+    """Raise ConfigError for arguments that contradict a `model_init`."""
     if model is not None:
         raise ConfigError("model_init: makes the model, and a model is given as well; leave one of them out")
     if config.precompute_ref_log_probs:
@@ -82,12 +82,14 @@ def init_of(config: DPOConfig, model: Any, ref_model: Any, quantization: Any) ->
     """Keyword arguments of from_pretrained for the models that are given as paths.
 
     Raises:
-        ConfigError: `quantization` without a path, or given twice.
+        ConfigError: `quantization` is given without a path, or twice.
     """
     found = dict(as_mapping("model_init_kwargs", config.model_init_kwargs) or {})
     if quantization is not None:
         if not isinstance(model, (str, Path)):
-            raise ConfigError("quantization_config: is for a model that is given as a path; this one is loaded already")
+            raise ConfigError(
+                "quantization_config: is for a model that is given as a path; this model is loaded already"
+            )
         if "quantization_config" in found:
             raise ConfigError("quantization_config: is given twice, also in model_init_kwargs; leave one out")
         found["quantization_config"] = quantization
@@ -99,30 +101,30 @@ def init_of(config: DPOConfig, model: Any, ref_model: Any, quantization: Any) ->
 
 
 def check_images(config: DPOConfig, model: Any, ref_model: Any, datasets: Sequence[Any]) -> bool:
-    """Whether the data have images. Raises ModelError or ConfigError where models or settings do not go with them."""
+    """Whether the data have images. Raises ModelError or ConfigError if models or settings do not support them."""
     if not any(map(has_images, datasets)):
         return False
     for name, part in (("model", model), ("ref_model", ref_model)):
         base = unwrap_adapter(part)
         if base is not None and not takes_images(base):
-            raise ModelError(f"{name}: {type(base).__name__} reads no images, and the data have some")
+            raise ModelError(f"{name}: {type(base).__name__} reads no images, but the data have images")
         if getattr(getattr(base, "config", None), "model_type", "") in PREFIX_MODELS:
             raise ModelError(
-                f"{name}: {type(base).__name__} reads prompts otherwise than answers, which the trainer does not know"
+                f"{name}: {type(base).__name__} reads prompts differently from answers, which is not supported"
             )
     if config.batch_layout == "prefix_shared":
         raise ConfigError(
-            "batch_layout: 'prefix_shared' is not possible with images, whose positions the model counts itself; "
+            "batch_layout: 'prefix_shared' is not possible with images, because the model computes positions itself; "
             "use 'auto' or 'padded'"
         )
     return True
 
 
 def check_best_metric(config: DPOConfig, names: Sequence[str]) -> None:
-    """Raise ConfigError for a metric_for_best_model that evaluations lack; the first of them would end the run.
+    """Raise ConfigError for a metric_for_best_model that evaluations lack: the first evaluation would end the run.
 
     Args:
-        names: what the run's evaluations log, without the prefix "eval_".
+        names: the names that the run's evaluations log, without the prefix "eval_".
     """
     metric = (config.metric_for_best_model or "").removeprefix("eval_")
     if metric and config.eval_strategy != "no" and metric not in names:
@@ -138,7 +140,7 @@ def _check_positions(model: Any, longest: int) -> None:
     longest += virtual_tokens(model)
     if not isinstance(limit, int) or not 0 < limit < longest:
         return
-    # Learned positions end; some models keep a few rows more than they count.
+    # Learned positions have an end. Some models keep one or two rows more than they use.
     tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not _embeddings(model)]
     own = f" (of them {virtual} of the adapter)" if (virtual := virtual_tokens(model)) else ""
     if any(limit <= table.num_embeddings <= limit + 2 for table in tables):
@@ -158,7 +160,7 @@ def _vocabulary(model: Any) -> int | None:
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(
         size := getattr(head, "out_features", None), int
-    ):  # a quantised weight may have any shape, or be a method
+    ):  # a quantised weight may have another shape, or be a method
         return size
     weight = getattr(head, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else None

@@ -1,4 +1,4 @@
-"""The fields of `transformers.TrainingArguments`, read from the source of the installed version: to import it takes seconds."""
+"""The fields of `transformers.TrainingArguments`, read from its installed source, since an import takes seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Inherited:
-    """A field: its type, default and help. Enumerations among the types have the names and values of transformers' own."""
+    """A field: its type, default and help. Enumerations among the types have transformers' names and values."""
 
     hint: Any
     default: Any
@@ -24,7 +24,7 @@ class Inherited:
 
 
 def training_arguments() -> dict[str, Inherited]:
-    """Every field that TrainingArguments takes, by name and in its order.
+    """Every field that TrainingArguments accepts, by name and in its order.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -35,11 +35,11 @@ def training_arguments() -> dict[str, Inherited]:
     try:
         return _read(Path(found.origin).parent)
     except (OSError, SyntaxError, ValueError, KeyError, AttributeError, TypeError):
-        return _imported()  # no source at hand, or one that is written in another way than we know
+        return _imported()  # there is no source, or its form is unknown
 
 
 def _imported() -> dict[str, Inherited]:
-    """The same from the class itself."""
+    """The fields from the imported class."""
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
@@ -52,11 +52,11 @@ def _imported() -> dict[str, Inherited]:
 
 
 def _read(folder: Path) -> dict[str, Inherited]:
-    """The same from the files in transformers' folder."""
+    """The fields from the files in transformers' folder."""
     module = ast.parse((folder / "training_args.py").read_text(encoding="utf-8"))
     body = _class(module, "TrainingArguments").body
     types = _Types(folder, module)
-    # Constants of the class that defaults name. Of several the last: the ones before it are for older versions of torch.
+    # The class's constants, which some defaults name. The last one counts: earlier ones are for older versions of torch.
     constants = {
         target.id: node.value
         for statement in body
@@ -84,7 +84,7 @@ def _read(folder: Path) -> dict[str, Inherited]:
 
 
 def _help(metadata: ast.expr | None) -> str:
-    """The text "help" of a field's metadata, whose other entries may be anything."""
+    """The text "help" of a field's metadata. Other entries are ignored."""
     if metadata is None:
         return ""
     if not isinstance(metadata, ast.Dict):
@@ -96,12 +96,12 @@ def _help(metadata: ast.expr | None) -> str:
 
 
 def _evaluated(expression: ast.expr, names: Any) -> Any:
-    # The globals of eval must be a dict, its locals may be any mapping.
+    # The globals of eval must be a dict, while its locals may be any mapping.
     return eval(compile(ast.Expression(expression), "training_args.py", "eval"), {"__builtins__": {}}, names)
 
 
 def _class(module: ast.Module, name: str) -> ast.ClassDef:
-    """A class of a module. Raises ValueError where there is none."""
+    """A class of a module. Raises ValueError if there is none of this name."""
     for node in module.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node
@@ -129,7 +129,7 @@ class _Types(dict[str, Any]):
         elif any(isinstance(node, ast.ClassDef) and node.name == name for node in self.module.body):
             self[name] = _enum(_class(self.module, name))
         else:
-            self[name] = type(name, (), {})  # of another library: no YAML file can hold one
+            self[name] = type(name, (), {})  # a type of another library, of which a YAML file has no values
         return self[name]
 
 

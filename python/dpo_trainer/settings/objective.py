@@ -1,4 +1,4 @@
-"""The objective of a run: `loss_type`, with the settings that belong to some objectives only, and its checks."""
+"""The objective of a run: `loss_type`, the settings of single objectives, and their checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .aliases import objective_of
 from .table import check_choice
 
-#: The kernels' names of the divergences, by TRL's.
+#: Names of the divergences in the kernels, by TRL's names.
 DIVERGENCES = {
     "reverse_kl": "reverse_kl",
     "forward_kl": "forward_kl",
@@ -20,14 +20,14 @@ DIVERGENCES = {
 
 
 def build(config: Any) -> list[Any]:
-    """The objectives of a DPOConfig as callables; those with state are made anew."""
+    """The objectives of a DPOConfig as callables. Every call makes new ones, which matters for those with state."""
     from dpo_kernels import objectives
 
     return objectives.build(_texts(config))
 
 
 def _texts(config: Any) -> list[Any]:
-    """The entries of `loss_type`; each takes what its own parentheses do not say from the other settings."""
+    """The entries of `loss_type`, with the values of other settings for hyper-parameters that the entry does not set."""
     kind = DIVERGENCES[config.f_divergence_type]
     found: list[Any] = []
     kinds = config.loss_type
@@ -37,7 +37,7 @@ def _texts(config: Any) -> list[Any]:
             continue
         name, _, own = (part.strip() for part in entry.partition("("))
         words = [own.removesuffix(")").strip()] if own.removesuffix(")").strip() else []
-        # sft looks at the chosen answer alone: no reference, and so no divergence.
+        # sft uses only the chosen answer, without a reference, so it has no divergence.
         if kind != "reverse_kl" and name != "sft" and "divergence" not in own:
             words.append(f"divergence={kind}")
             if kind == "alpha":
@@ -49,7 +49,7 @@ def _texts(config: Any) -> list[Any]:
 
 
 def check_names(config: Any) -> None:
-    """Raise ConfigError for an unknown objective, or weights that are not as many. Imports no torch."""
+    """Raise ConfigError for an unknown objective, or a number of weights other than that of objectives. No torch."""
     names = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
     if not names:
         raise ConfigError("loss_type: at least one objective is needed")
@@ -64,7 +64,7 @@ def check_names(config: Any) -> None:
 
 
 def check(config: Any) -> None:
-    """Raise ConfigError for a DPOConfig whose objective cannot be built, or does not fit its other settings."""
+    """Raise ConfigError if the objective of a DPOConfig cannot be built or contradicts its other settings."""
     from dpo_kernels import objectives
 
     check_names(config)
@@ -82,4 +82,4 @@ def check(config: Any) -> None:
         raise ConfigError(f"label_smoothing: {error}") from error
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
         if getattr(config, name) and not objectives.needs_reference(built):
-            raise ConfigError(f"{name}: loss_type {config.loss_type} compares with no reference; leave it off")
+            raise ConfigError(f"{name}: loss_type {config.loss_type} uses no reference; leave the setting off")

@@ -1,4 +1,4 @@
-"""How often a run logs, evaluates and saves where nobody says so: it depends on the run's length and on the data's size."""
+"""How often a run logs, evaluates and saves by default, depending on the run's length and the data's size."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-#: Settings whose default, None, leaves the pace to `Pace`.
+#: Settings whose default None lets `Pace` choose the value.
 PACED = ("logging_steps", "eval_steps", "save_steps")
-#: Points of a curve in a run of any length.
+#: Number of points of a curve.
 POINTS = 20
-#: Most steps between two logs, and between two checkpoints.
+#: Largest number of steps between two logs, and between two checkpoints.
 LOG_AT_LEAST, SAVE_AT_LEAST = 10, 500
-#: Checkpoints that are kept where `save_steps` and `save_total_limit` are not given: if the newest is damaged, one is left.
+#: Number of checkpoints that are kept if `save_steps` and `save_total_limit` are not given. With two, one is left if the
+#: newest is damaged.
 KEPT = 2
-#: Time that evaluations may take, as a share of training, and the time of an evaluated pair, in trained pairs: a forward alone.
+#: Time that evaluations may take, as a share of the training time; and time of an evaluated pair, as a share of a trained
+#: pair's, since it needs the forward pass only.
 EVALUATION_SHARE, EVALUATED_PAIR = 1 / 4, 1 / 3
-#: A sampled answer, in evaluated pairs: it is written a token at a time.
+#: Time of a sampled answer, in evaluated pairs. Its tokens are generated one at a time.
 SAMPLED_ANSWER = 4
 
 
 @contextlib.contextmanager
 def without_pace(config: Any) -> Iterator[None]:
-    """Stand-ins for the settings that are None, for the checks of TrainingArguments, which wants numbers.
+    """A context in which settings of PACED that are None have a number, which the checks of TrainingArguments require.
 
-    `eval_steps` follows a given `logging_steps`, as in transformers.
+    `eval_steps` takes the value of a given `logging_steps`, as in transformers, and keeps it.
     """
     missing = [name for name in PACED if getattr(config, name) is None]
     if config.logging_steps is not None and "eval_steps" in missing:
@@ -41,18 +43,20 @@ def without_pace(config: Any) -> Iterator[None]:
 
 
 def logging_steps(steps: int) -> int:
-    """Steps between two logs of a run of so many steps: 20 logs at least, and one every 10 steps."""
+    """Steps between two logs of a run with this number of steps: a twentieth of the run, 1 at least, 10 at most."""
     return max(1, min(LOG_AT_LEAST, steps // POINTS))
 
 
 def eval_steps(steps: int, trained: float, evaluated: int, sampled: int) -> int:
-    """Steps between two evaluations: 20 of them, or as many as take a quarter of the training time, but at least 2.
+    """Steps between two evaluations of a run.
+
+    The run has 20 evaluations, or fewer so that they take at most a quarter of the training time, but at least 2.
 
     Args:
-        steps: of the run.
-        trained: pairs that all steps train on; a pair counts once an epoch.
-        evaluated: pairs of an evaluation.
-        sampled: answers that an evaluation samples.
+        steps: number of steps of the run.
+        trained: number of pairs that all steps train on. A pair counts once in each epoch.
+        evaluated: number of pairs of an evaluation.
+        sampled: number of answers that an evaluation samples.
     """
     cost = EVALUATED_PAIR * (evaluated + SAMPLED_ANSWER * sampled)
     points = max(2, min(POINTS, int(EVALUATION_SHARE * trained / max(cost, 1))))
@@ -68,7 +72,7 @@ def save_steps(steps: int, evaluations: int | None) -> int:
     """Steps between two checkpoints: a tenth of the run, 500 at most.
 
     Args:
-        evaluations: steps between two evaluations, where checkpoints must be of evaluated steps.
+        evaluations: steps between two evaluations if every checkpoint must be of an evaluated step, else None.
     """
     wanted = min(SAVE_AT_LEAST, math.ceil(steps / 10))
     return wanted if evaluations is None else evaluations * max(1, wanted // evaluations)

@@ -1,4 +1,4 @@
-"""Settings that say how rows are read and what of them is scored: names of columns, weights from scores, the chat template."""
+"""Settings of how rows are read and which tokens are scored: columns, weights from scores, the chat template."""
 
 import math
 from collections.abc import Callable
@@ -15,27 +15,28 @@ _data = partial(setting, group="data")
 
 @dataclass
 class ReadingSettings:
-    """Fields of DPOConfig."""
+    """The fields of DPOConfig about reading rows."""
 
     columns: dict[str, Any] | str | None = _data(
         None,
-        "The data's columns by our names, e.g. --columns.prompt question or columns: {prompt: question, weight: margin}.",
+        "The data's column names by our names, e.g. --columns.prompt question or columns: {prompt: question, weight: margin}.",
     )
     weight_from: dict[str, Any] | str | None = _data(
         None,
-        "Weights from scores: the columns {chosen: score_chosen, rejected: score_rejected} or {margin: column}, and scale, "
-        "power, floor: max(2 p - 1, floor)^power with p = sigmoid(margin / scale).",
+        "Compute weights from scores in columns: {chosen: score_chosen, rejected: score_rejected} or {margin: column}. With "
+        "scale, power and floor, the weight is max(2 p - 1, floor)^power with p = sigmoid(margin / scale).",
     )
     chat_template_path: str | None = _data(
-        None, "A file with the chat template, or the folder of a tokenizer that has it. None: the tokenizer's own."
+        None, "A file with a chat template, or the folder of a tokenizer with one. None: that of the model's tokenizer."
     )
     chat_template_kwargs: dict[str, Any] | str | None = _data(
-        None, "What the chat template is told, e.g. {enable_thinking: false}; a column of this name wins, row by row."
+        None,
+        "Arguments of the chat template, e.g. {enable_thinking: false}. A row's column of this name takes precedence.",
     )
     assistant_only_loss: bool = _data(
         True,
-        "Score only the assistant's words of completions with several messages, not those of users and tools. False: all that "
-        "follows the prompt.",
+        "In completions with several messages, score only the assistant's messages, not those of users and tools. False: score "
+        "everything after the prompt.",
     )
     val_split: float | None = _data(
         None,
@@ -48,7 +49,7 @@ class ReadingSettings:
     )
 
     def check_reading(self, as_mapping: Callable[[str, Any], dict[str, Any] | None]) -> None:
-        """Make mappings of those that are JSON text. Raises ConfigError for what cannot be meant."""
+        """Convert settings that are JSON text to mappings. Raises ConfigError for invalid values."""
         from ..data.known import Reading  # imports torch
 
         for name in ("columns", "weight_from", "chat_template_kwargs"):
@@ -56,4 +57,4 @@ class ReadingSettings:
         Reading(self.columns, self.weight_from)  # type: ignore[arg-type]
         for name in self.chat_template_kwargs or ():
             if name in RESERVED:
-                raise ConfigError(f"chat_template_kwargs: cannot hold '{name}', which the trainer sets")
+                raise ConfigError(f"chat_template_kwargs: cannot contain '{name}', which the trainer sets")

@@ -1,4 +1,4 @@
-"""Every setting of `dpo-train` as a row of one table, and the checks that it allows before torch is imported."""
+"""The table with a row for every setting of `dpo-train`, and the checks that need no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .table import INHERITED, Setting, check_fields, row_of
 
 @cache
 def settings_table() -> dict[str, Setting]:
-    """Every setting by name: those of the run, DPOConfig's own, then the rest of TrainingArguments (group "")."""
+    """Every setting by name: first those of the run and of DPOConfig, then the rest of TrainingArguments (group "")."""
     rows = _rows_of(RunSettings)
     for name, field in training_arguments().items():
         row = INHERITED.get(name, Setting())
@@ -33,7 +33,7 @@ def settings_table() -> dict[str, Setting]:
 
 
 def _rows_of(owner: Any) -> dict[str, Setting]:
-    """The rows of a dataclass of ours."""
+    """The rows of one of our dataclasses."""
     hints, rows = typing.get_type_hints(owner), {}
     for field in dataclasses.fields(owner):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
@@ -47,10 +47,10 @@ def _rows_of(owner: Any) -> dict[str, Setting]:
 def check_given(settings: Mapping[str, Any]) -> None:
     """Raise ConfigError for settings of a run that are out of range or contradict each other. Imports no torch.
 
-    DPOConfig checks the same, and what needs torch.
+    DPOConfig repeats these checks and adds those that need torch.
 
     Args:
-        settings: in the types of the table.
+        settings: values of the types in the table.
     """
     rows = settings_table()
     config = SimpleNamespace(**{name: row.default for name, row in rows.items()} | dict(settings))

@@ -1,4 +1,7 @@
-"""The table of settings: name, type, default, range or choices, help and group of each. Checks, command line and docs use it."""
+"""The rows of the table of settings. Checks, command line and docs use the table.
+
+A row has a setting's name, type, default, range or choices, help and group.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ GROUPS = {
     "kernels": "The kernels",
     "watch": "What is watched",
 }
-#: What `--help` shows, in sections of its own.
+#: The settings that `--help` shows, by section.
 HELP = {
     "Start here": (
         "model",
@@ -50,7 +53,7 @@ SHOWN = frozenset(name for names in HELP.values() for name in names)
 
 @dataclass(frozen=True)
 class Range:
-    """What a number must be: the rule in words, and whether a value follows it."""
+    """The condition on a number: in words, and as a function that tells whether a value meets it."""
 
     words: str
     holds: Callable[[float], bool]
@@ -73,7 +76,7 @@ SEED = Range("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
 
 
 def at_least(least: float) -> Range:
-    """The range from `least` on."""
+    """The range of numbers from `least` upwards."""
     return Range(f"must be at least {least}", lambda value: value >= least)
 
 
@@ -82,11 +85,14 @@ class Setting:
     """A row of the table.
 
     Attributes:
-        rule: what its numbers must be.
-        group: a key of GROUPS, or "" for the others of TrainingArguments.
-        choices: the texts that it may be, or that its items may be.
-        called: what a choice is called in an error.
-        name, hint, default, help: of the dataclass field, put in by `settings_table`; a row may bring a help of its own.
+        rule: the range of its numbers.
+        group: a key of GROUPS, or "" for the rest of TrainingArguments.
+        choices: the texts that are allowed for the setting, or for its items if it is a list.
+        called: the word for a choice in an error message.
+        name: of the dataclass field, as `hint` and `default` are. `settings_table` fills them in.
+        hint: type of the field.
+        default: default of the field.
+        help: help of the field, unless the row has its own.
     """
 
     rule: Range | None = None
@@ -99,7 +105,7 @@ class Setting:
     help: str = ""
 
 
-#: Settings of TrainingArguments, which takes most values without a look: what they must be, and how `--help` shows some.
+#: Rows of settings of TrainingArguments, which does not check most values: their ranges, and the help and group of some.
 INHERITED = {
     **dict.fromkeys(
         ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), Setting(rule=NOT_NEGATIVE)
@@ -112,22 +118,23 @@ INHERITED = {
     "max_steps": Setting(None, "optimizer", help="Optimizer steps of the run. -1: as many as num_train_epochs has."),
     "bf16": Setting(None, "optimizer", help="Compute in bfloat16. The weights keep their type, float32 unless set."),
     "gradient_checkpointing": Setting(
-        None, "model", help="Compute activations again in the backward: less memory, and a third more time."
+        None, "model", help="Compute activations again in the backward pass: less memory, but a third more time."
     ),
 }
 
 
 class Help(str):
-    """The help of a field, which brings its row of the table.
+    """The help text of a field, with the field's row of the table as an attribute.
 
-    `HfArgumentParser` hands everything that it finds in a field's metadata to argparse, which knows `help` and no `row`.
+    The row cannot be an entry of the field's metadata: `HfArgumentParser` passes all entries to argparse, which does not
+    accept a `row`.
     """
 
     row: Setting
 
 
 def setting(default: Any, text: str, rule: Range | None = None, **row: Any) -> Any:
-    """A dataclass field with its default, of which a list is copied for each object, and its row of the table."""
+    """A dataclass field with its default and its row of the table. A default that is a list is copied for each object."""
     metadata = {"help": Help(text)}
     metadata["help"].row = Setting(rule, **row)
     if isinstance(default, list):
@@ -136,13 +143,13 @@ def setting(default: Any, text: str, rule: Range | None = None, **row: Any) -> A
 
 
 def row_of(field: dataclasses.Field[Any], inherited: Mapping[str, Setting]) -> Setting:
-    """The row that a dataclass field brings, or else has in `inherited`; an empty one where there is none."""
+    """The row of a dataclass field: its own, else that in `inherited`, else an empty one."""
     own = getattr(field.metadata.get("help"), "row", None)
     return own or inherited.get(field.name, Setting())
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], called: str = "") -> None:
-    """Raise ConfigError, with the nearest choice and all of them, for a value that is none."""
+    """Raise ConfigError for a value that is not a choice. The message names the nearest choice and all choices."""
     if value not in (known := tuple(choices)):
         raise ConfigError(
             f"{name}: unknown {called + ' ' if called else ''}'{value}'{did_you_mean(str(value), known)}; "
@@ -151,9 +158,9 @@ def check_choice(name: str, value: Any, choices: Iterable[str], called: str = ""
 
 
 def read_words(config: Any, rows: Mapping[str, Setting]) -> None:
-    """Make numbers and None of the texts that a parser of words hands over where a setting may also be text.
+    """Convert texts to numbers and None in settings that may be text too: command-line parsers give them texts.
 
-    Of the settings that the table describes; `report_to` knows "none" itself.
+    Only settings with a group are converted, except `report_to`, for which "none" is a value.
     """
     for name, row in rows.items():
         value, kinds = getattr(config, name, None), typing.get_args(row.hint)
@@ -170,10 +177,10 @@ def read_words(config: Any, rows: Mapping[str, Setting]) -> None:
 
 
 def check_fields(config: Any, rows: Mapping[str, Setting]) -> None:
-    """Raise ConfigError for the first attribute that its row excludes.
+    """Raise ConfigError for the first attribute whose value its row does not allow.
 
     Args:
-        rows: by attribute, with hints. They come from outside, because a subclass may declare a field again.
+        rows: the rows by attribute, with hints. They are an argument because a subclass may declare a field again.
     """
     for name, row in rows.items():
         if row.rule is None and not row.choices:
@@ -195,7 +202,7 @@ def check_fields(config: Any, rows: Mapping[str, Setting]) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """A number of any type as a float; None for text and whatever else is no number."""
+    """A number of any type as a float. None for text and for other values that are not numbers."""
     try:
         return None if isinstance(value, str) else float(value)
     except (TypeError, ValueError):

@@ -1,1 +1,1 @@
-"""What is seen of a run while it goes: metrics, diagnoses, samples, progress."""
+"""Observation of a run while it trains: metrics, diagnoses, samples, progress."""

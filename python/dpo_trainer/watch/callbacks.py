@@ -1,4 +1,4 @@
-"""What a run writes and prints while it trains: the report, the model at the end, a progress line."""
+"""Callbacks that write and print during training: the report, the model at the end, a progress line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..settings import pace
 
 
 class Pace(TrainerCallback):
-    """Give a run its steps between logs, evaluations and checkpoints, where the settings leave them open (`settings.pace`)."""
+    """Sets the steps between logs, evaluations and checkpoints that the settings leave open, see `settings.pace`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -47,7 +47,7 @@ class Pace(TrainerCallback):
 
 
 class LogAtTheEnd(TrainerCallback):
-    """Log, and evaluate if the run evaluates by steps, after the last step, whatever the intervals."""
+    """Logs after the last step, whatever the interval. If the run evaluates by steps, it also evaluates then."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -57,7 +57,7 @@ class LogAtTheEnd(TrainerCallback):
 
 
 class ReportFile(TrainerCallback):
-    """Write `report.html` at checkpoints and, with `summary.json`, when training ends."""
+    """Writes `report.html` at checkpoints. When training ends, it also writes `summary.json`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -65,12 +65,12 @@ class ReportFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ended = False
-        self.run.accelerator.wait_for_everyone()  # others may still have to see whether the run had finished
+        self.run.accelerator.wait_for_everyone()  # other processes may not have read yet whether the run was finished
         if state.is_world_process_zero:
             (self.run.args.run_folder / SUMMARY).unlink(missing_ok=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step < state.max_steps:  # otherwise the end is near and writes it anyway
+        if state.global_step < state.max_steps:  # after the last step, on_train_end writes it
             self.run.write_report(finished=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -83,7 +83,7 @@ class ReportFile(TrainerCallback):
 
 
 class SaveAtTheEnd(TrainerCallback):
-    """Save the model when training ends, before `summary.json`: a folder that holds a summary holds the model."""
+    """Saves the model when training ends, before `summary.json`. So every folder with a summary has the model."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -93,18 +93,18 @@ class SaveAtTheEnd(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """One line on a terminal, rewritten as training goes on; elsewhere evaluations, the end, and a line a minute.
+    """Shows progress: on a terminal one line that is rewritten; elsewhere one line a minute. Evaluations and the end stay.
 
     Args:
         stream: where to print; standard error if not given.
-        live: rewrite the line; if not given, whether the stream is a terminal.
+        live: whether to rewrite the line; if not given, whether the stream is a terminal.
     """
 
     def __init__(self, stream: IO[str] | None = None, live: bool | None = None) -> None:
         self.out = Line(stream, live)
         self.shown: dict[str, float] = {}
         self.began, self.told, self.first_step = 0.0, 0.0, 0
-        #: The evaluation at work.
+        #: The current evaluation.
         self.evaluation: Phase | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -116,7 +116,7 @@ class ProgressLine(TrainerCallback):
             self._tell(self.line(state), live=True)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self.out.live:  # of a step that takes minutes
+        if not self.out.live:  # a step may take minutes
             self.on_step_end(args, state, control)
 
     def on_prediction_step(
@@ -159,7 +159,7 @@ class ProgressLine(TrainerCallback):
             self._tell(f"step {state.global_step:>5}  trained in {took}: {_figures(self.shown)}")
 
     def line(self, state: TrainerState) -> str:
-        """Step, share done, the last logged figures and the time left."""
+        """The step, the percentage that is done, the last logged figures and the remaining time."""
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step) if done else 0.0
         percent = 100 * state.global_step // max(state.max_steps, 1)
@@ -167,12 +167,12 @@ class ProgressLine(TrainerCallback):
         return f"step {state.global_step}/{state.max_steps} {percent:>3}%  {figures}"
 
     def _tell(self, text: str, *, live: bool = False) -> None:
-        """Print the text for good, or with `live` for as long as it is the last."""
+        """Print the text. With `live`, the next text replaces it on a terminal."""
         self.told = time.monotonic()
         (self.out.show if live else self.out.print)(text)
 
 
-#: What the lines show of a record, in this order: the metric and its format.
+#: The metrics of a record that a line shows, in this order, with their format.
 SHOWN = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "acc {:.0%}",

@@ -1,7 +1,8 @@
-"""The checks behind the diagnoses: figures of a run in, findings out. Nothing here trains, writes or prints.
+"""The checks behind the diagnoses. They take the figures of a run and return findings, without other effects.
 
 A check is a function of a run's log records, the facts known before its first step (`Facts`) and the thresholds (`Limits`).
-A diagnosis is told once a run. To add one: a row in `settings.diagnoses.DIAGNOSES`, a check in CHECKS.
+Each diagnosis is reported once per run. To add a diagnosis, add a row to `settings.diagnoses.DIAGNOSES` and a check to
+CHECKS.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from typing import Any
 from ..run_folder.metrics import evaluation_prefix, without_prefix
 from ..settings.diagnoses import Limits
 
-#: Margins from which a 95th percentile is taken at the least.
+#: Least number of margins for a 95th percentile.
 FEWEST = 16
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known before the first step. Log-probabilities in nats, of a sample of the training pairs."""
+    """Facts that are known before the first step. Log-probabilities are in nats, from a sample of the training pairs."""
 
     pairs: int = 0
-    #: Mean lengths in tokens, of chosen and of rejected answers.
+    #: Mean length in tokens of the chosen answers, and of the rejected answers.
     lengths: tuple[float, ...] = (0.0, 0.0)
     weights: tuple[float, ...] = ()
     chosen_per_token: float = math.nan
     accuracy: float = math.nan
     margins: tuple[float, ...] = ()
-    #: The names of datasets in which every pair weighs 0.
+    #: The names of datasets in which every pair has weight 0.
     weightless: tuple[str, ...] = ()
-    #: What is known of empty answers, a phrase for each dataset.
+    #: Phrases about empty answers, one for each dataset that has some.
     empty: tuple[str, ...] = ()
 
 
 @dataclass
 class History:
-    """Everything a check may look at. Records have the names of metrics.jsonl without an evaluation's prefix."""
+    """The input of a check. Records have the names of metrics.jsonl, but without an evaluation's prefix."""
 
     limits: Limits
     start_loss: float  # NaN until the first record, for objectives whose start depends on the model
@@ -47,13 +48,13 @@ class History:
     facts: Facts = field(default_factory=Facts)
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    #: Pairs of each evaluation dataset, by the prefix of its metrics.
+    #: Number of pairs of each evaluation dataset, by the prefix of its metrics.
     eval_pairs: dict[str, int] = field(default_factory=dict)
-    #: Share of the 16-bit weights that updates changed; NaN where the weights have 32 bits.
+    #: Share of the 16-bit weights that updates changed. NaN if the weights have 32 bits.
     changed: float = math.nan
 
     def take(self, record: dict[str, Any]) -> bool:
-        """Add a log record; whether it was one of training or evaluation."""
+        """Add a log record of training or evaluation. Returns whether the record was of one of these kinds."""
         if "loss" in record:
             self.train.append(record)
             if math.isnan(self.start_loss):
@@ -65,9 +66,10 @@ class History:
         return True
 
     def recent(self, metric: str, back: int = 0) -> float:
-        """Mean of the metric over the last `windows` records, or over those `back` times as far back.
+        """Mean of the metric over the last `windows` records, or over the same number of records `back` windows earlier.
 
-        NaN where there are too few or one lacks it: comparisons with NaN are false, so what is not known fires nothing.
+        NaN if there are too few records or one of them lacks the metric. Comparisons with NaN are false, so an unknown mean
+        causes no diagnosis.
         """
         count = int(self.limits.windows)
         stop = len(self.train) - back * count
@@ -81,13 +83,13 @@ class History:
         return 0.0 if math.isnan(found) else found
 
     def falling(self, metric: str) -> float:
-        """The recent mean where it is below the mean before, else NaN."""
+        """The recent mean if it is below the mean one window earlier, else NaN."""
         now = self.recent(metric)
         return now if now < self.recent(metric, back=1) else math.nan
 
 
 def number(value: float | None) -> float:
-    """The value of a record, NaN where there is none."""
+    """A value of a record as a float. NaN for None."""
     return math.nan if value is None else float(value)
 
 
@@ -126,18 +128,18 @@ def before_training(history: History) -> Iterator[Found]:
     if facts.margins and facts.accuracy < min(limits.reference_accuracy, 0.5 - doubt(len(facts.margins))):
         yield (
             "weak_reference",
-            f"under the reference the chosen answer is the likelier one, per token, in only {facts.accuracy:.0%} of "
+            f"under the reference, the chosen answer is likelier per token than the rejected one in only {facts.accuracy:.0%} of "
             f"{len(facts.margins)} pairs",
         )
 
 
 def doubt(pairs: int) -> float:
-    """Two standard errors of an accuracy of 50 % over `pairs` pairs."""
+    """Two standard errors of an accuracy of 50 % over the given number of pairs."""
     return 1 / math.sqrt(max(pairs, 1))
 
 
 def _loss_stuck(history: History) -> Iterator[Found]:
-    """The loss has not left its start; what the rewards, gradients and weights do tells the cause."""
+    """The loss is still at its start. Rewards, gradients and weights tell the cause."""
     limits = history.limits
     since = history.train[-1]["step"] - history.warmup_steps if history.train else 0
     loss, spread, accuracy = (
@@ -151,7 +153,7 @@ def _loss_stuck(history: History) -> Iterator[Found]:
         return
     seen = f"{since} steps past the warm-up the loss is {loss:.4f}, and it starts at {history.start_loss:.4f}"
     if spread <= 1e-3 * max(size, 1e-3) and (size > 1e-6 or history.recent("grad_norm") < 1e-4):
-        # Two sides with the same tokens: the gradient cancels but for rounding, which Adam still turns into steps.
+        # Both sides have the same tokens. Their gradients cancel up to rounding errors, from which Adam still makes steps.
         yield "pairs_equal", f"{seen}; over all pairs, the margin between the two answers varies by {spread:.1e}"
     elif max(spread, size) < limits.stuck_rewards:
         if history.changed < limits.changed_share:
@@ -171,7 +173,7 @@ def _swapped_evaluation(history: History) -> Iterator[Found]:
     for name, records in history.evals.items():
         last = records[-1]
         accuracy = number(last.get("rewards/accuracies"))
-        moved = number(last.get("rewards/margins_std")) > 0  # before that, all pairs are ties
+        moved = number(last.get("rewards/margins_std")) > 0  # before the first update, all pairs are ties
         pairs = history.eval_pairs.get(name, 0)
         if moved and accuracy < min(history.limits.swapped_accuracy, 0.5 - doubt(pairs)):
             seen = f"on {name} the rejected answer has the higher reward in {1 - accuracy:.0%} of {pairs:,} pairs"
@@ -179,16 +181,16 @@ def _swapped_evaluation(history: History) -> Iterator[Found]:
 
 
 def _overfitting(history: History) -> Iterator[Found]:
-    """Training goes on getting better and the evaluation does not."""
+    """The training loss still improves, but the evaluation does not."""
     limits, accuracy, train = history.limits, history.recent("rewards/accuracies"), history.recent("loss")
     if accuracy <= limits.random_accuracy:
-        return  # what is not learnt is not memorised
+        return  # pairs that are not learnt are not memorised
     for name, records in history.evals.items():
         (least, best), last = min((number(record["loss"]), record["step"]) for record in records), records[-1]
         rise, held_out = number(last["loss"]) - least, number(last.get("rewards/accuracies"))
         margin = doubt(history.eval_pairs.get(name, 0))
         if held_out < 0.5 - margin:
-            continue  # labelled by another rule
+            continue  # the evaluation pairs are labelled by another rule
         known = 2 * last.get("loss_since_best_se", 0.0)
         if train < least and rise > max(limits.eval_rise * abs(history.start_loss), known):
             yield (
@@ -256,7 +258,7 @@ def _grad_spike(history: History) -> Iterator[Found]:
 
 
 def _weightless_stream(history: History) -> Iterator[Found]:
-    """A stream's weights are not known before training. If all are 0, the first steps have no loss and no gradient."""
+    """All weights of a stream are 0. They are not known before training, but then loss and gradient are 0 at first."""
     first = history.train[0] if history.train else {}
     if not history.facts.pairs and history.start_loss > 0 and first.get("loss") == 0 and first.get("grad_norm") == 0:
         yield "weights_zero", f"up to step {first['step']} the loss is 0 and so is its gradient"

@@ -1,4 +1,4 @@
-"""Watches a run: asks the reference about a sample before training, runs the checks at every log, reports, and may stop."""
+"""Diagnostics of a run: scores a sample with the reference before training, runs checks at every log, may stop the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("dpo_trainer")
 
 
 def examine(run: Run, limits: Limits) -> Facts:
-    """Look at the training data and at what the reference makes of a sample of it, spread evenly over the rows."""
+    """Facts about the data, and about the reference's log-probabilities of a sample spread evenly over the training rows."""
     dataset: Any = run.train_dataset
     evals = by_name(run.eval_dataset).items()
     named = {"the training data": dataset} | {f"the evaluation data {key}".strip(): data for key, data in evals}
@@ -46,7 +46,7 @@ def examine(run: Run, limits: Limits) -> Facts:
         *(f"{count:,} pairs of {name} were left out with one" for name, count in left_out if count),
     )
     if isinstance(dataset, PreparedStream):
-        return Facts(weightless=weightless, empty=empty)  # nothing is known before it flows
+        return Facts(weightless=weightless, empty=empty)  # a stream's pairs are not known before training
     sample = dataset.select(spread(len(dataset), 2048))
     probe = dataset.select(probed(dataset["length"], limits))
     if has_reference(dataset):
@@ -64,11 +64,11 @@ def examine(run: Run, limits: Limits) -> Facts:
 
 
 def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """What the reference makes of the pairs, by the names of `Facts`; pairs whose log-probabilities are not finite are left out.
+    """Facts from the reference's log-probabilities, by the names of `Facts`. Pairs without finite ones are left out.
 
     Args:
         pairs: a dataset of tokenised pairs.
-        logps: of the chosen and of the rejected answers, in nats, in the dataset's order.
+        logps: log-probabilities of the chosen and of the rejected answers, in nats, in the dataset's order.
     """
     values = torch.tensor([list(side) for side in logps], dtype=torch.float64)
     known = values.isfinite().all(dim=0)
@@ -82,12 +82,12 @@ def reference_facts(pairs: Any, logps: Sequence[Sequence[float]]) -> dict[str, A
 
 
 def empty_answers(name: str, dataset: Any, tokenizer: Any) -> str:
-    """Which pairs of a tokenised dataset have an answer without any text, in words; "" if none has."""
+    """A phrase about the pairs of a tokenised dataset with an answer without text. "" if there are none."""
     if "chosen_ids" not in (getattr(dataset, "column_names", None) or ()):
         return ""
     found = []
     for side in SIDES:
-        # White space of more tokens than these is no answer that anybody left empty.
+        # An empty answer has few tokens. Longer white space was written on purpose.
         column = dataset.select_columns(f"{side}_ids").with_format("arrow")[:].column(0)
         rows = [row for row, count in enumerate(list_value_length(column).to_pylist()) if count <= 4]
         texts = tokenizer.batch_decode(dataset[rows][f"{side}_ids"], skip_special_tokens=True)
@@ -102,16 +102,16 @@ def empty_answers(name: str, dataset: Any, tokenizer: Any) -> str:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` row indices, evenly spaced; all of them where there are fewer rows."""
+    """`wanted` row indices out of `count`, evenly spaced. All indices if there are fewer rows than `wanted`."""
     wanted = min(wanted, count)
     return [index * count // wanted for index in range(wanted)]
 
 
 def probed(lengths: Sequence[int], limits: Limits) -> list[int]:
-    """The rows to ask the reference about: `probe_pairs`, or fewer where those have more than `probe_tokens` tokens.
+    """Indices of the rows that the reference scores: `probe_pairs`, or fewer if these have more than `probe_tokens` tokens.
 
     Args:
-        lengths: tokens of every row's longer side, prompt included.
+        lengths: number of tokens of every row's prompt and longer side together.
     """
     rows = spread(len(lengths), int(limits.probe_pairs))
     tokens = 2 * sum(lengths[row] for row in rows)
@@ -120,10 +120,10 @@ def probed(lengths: Sequence[int], limits: Limits) -> list[int]:
 
 
 class ChangedWeights:
-    """The share of 16-bit weights that an optimizer step changes, of those that had a gradient, on a sample."""
+    """The share of 16-bit weights with a gradient that an optimizer step changes, measured on a sample of the weights."""
 
-    SAMPLE = 4096  # weights of a parameter
-    PARAMETERS = 32  # the largest ones
+    SAMPLE = 4096  # about this many weights of a parameter
+    PARAMETERS = 32  # number of parameters, the largest first
 
     def __init__(self, model: torch.nn.Module) -> None:
         wanted = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
@@ -141,7 +141,7 @@ class ChangedWeights:
         self.before = [(p, self._sample(p), self._sample(p.grad) != 0) for p in self.parameters if p.grad is not None]
 
     def compare(self) -> None:
-        """Call after it. Waits for nothing."""
+        """Call after an optimizer step. Does not synchronise devices."""
         for parameter, old, had_gradient in self.before:
             self.changed = self.changed + ((self._sample(parameter) != old) & had_gradient).sum()
             self.total = self.total + had_gradient.sum()
@@ -149,13 +149,13 @@ class ChangedWeights:
 
     @property
     def share(self) -> float:
-        """NaN where no trained weight has 16 bits, or none had a gradient yet."""
+        """The share so far. NaN if no trained weight has 16 bits, or none had a gradient yet."""
         total = float(self.total)
         return float(self.changed) / total if total else math.nan
 
 
 class Diagnostics(TrainerCallback):
-    """Runs the checks at every log and evaluation, writes `events.jsonl`, tells, and stops the run where asked to.
+    """Runs the checks at every log and evaluation, logs diagnoses, writes `events.jsonl`, and obeys `stop_on`.
 
     Args:
         run: the run that is watched.
@@ -179,17 +179,17 @@ class Diagnostics(TrainerCallback):
         }
         self.weights = ChangedWeights(self.run.policy.model)
         self.stopped_by = None
-        # All processes read them, because a diagnosis may stop the run and all must agree on what was told.
+        # All processes read the events: a diagnosis may stop the run, so all must agree on which were reported.
         self.events = self.journal.keep(EVENTS, state.global_step)
         for record in state.log_history:
             self.history.take(record)
         if state.global_step and not (self.journal.folder / SUMMARY).exists():
-            # The run stopped here and was killed before it had finished; only that is left.
+            # A diagnosis stopped the run at this step, and it was killed before it finished. Now it only has to finish.
             told = (event["name"] for event in self.events if event["step"] == state.global_step)
             self.stopped_by = next((name for name in told if name in config.stop_on), None)
             control.should_training_stop = self.stopped_by is not None
         if not state.global_step:
-            # Every process looks, because a sharded model needs them all; the first one speaks.
+            # All processes examine the data, since a sharded model needs all of them. Only the first one logs.
             self.history.facts = examine(self.run, limits)
             self._tell(state, control, before_training(self.history))
 
@@ -200,14 +200,14 @@ class Diagnostics(TrainerCallback):
         self.weights.compare()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        # An evaluation outside of training is the caller's own.
+        # Evaluations outside of training are not part of the run.
         if logs and self.run.is_in_train and self.history.take({"step": state.global_step, **logs}):
             self.history.changed = self.weights.share
             for check in CHECKS:
                 self._tell(state, control, check(self.history))
 
     def stop_before_update(self, state: TrainerState, control: TrainerControl, seen: str) -> None:
-        """Stop the run for a gradient that is not finite, and tell of it if that has not been told."""
+        """Stop the run because a gradient is not finite. Reports the diagnosis unless it was reported before."""
         self._tell(state, control, [("not_finite", f"{seen}; its update was not made")])
         self._stop("not_finite", state, control)
 
@@ -224,7 +224,7 @@ class Diagnostics(TrainerCallback):
             self.journal.append(EVENTS, event)
             if self.journal.first:
                 said = f"step {state.global_step}: {title} ({name}): {seen}. {remedy}"
-                self.announce(said + (" Stopping, as stop_on asks." if stop else ""))
+                self.announce(said + (" Stopping, because stop_on contains it." if stop else ""))
 
     def _stop(self, name: str, state: TrainerState, control: TrainerControl) -> None:
         self.stopped_by = self.stopped_by or name

@@ -44,11 +44,11 @@ class EndAfterStep(TrainerCallback):
             logger.warning("%s: ending after the current step with a checkpoint; a second signal ends at once", name)
 
     def end(self, signum: int) -> None:
-        """Log from which checkpoint the run can go on, and end."""
+        """Log from which checkpoint the run can resume, and end it."""
         found = checkpoints(self.run.args.run_folder)
         if found:
-            end(signum, f"stopped; the same command, or train(resume_from_checkpoint=True), goes on from {found[-1]}")
-        end(signum, "stopped before the first checkpoint; nothing to go on from was written")
+            end(signum, f"stopped; the same command, or train(resume_from_checkpoint=True), resumes from {found[-1]}")
+        end(signum, "stopped before the first checkpoint, so there is nothing to resume from")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.stepping = True

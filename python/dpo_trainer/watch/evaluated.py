@@ -1,4 +1,4 @@
-"""What an evaluation says of single pairs: how their margins moved, and which ones are hardest and most improved."""
+"""Single pairs of an evaluation: their margins before and after training, the hardest and the most improved pairs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dpo_kernels import DPOOutput
 
 from ..data.tokens import TOKENS
 
-SHOWN = 4  # pairs of each kind
-LONGEST = 600  # characters of a text
+SHOWN = 4  # number of hardest pairs, and of most improved pairs
+LONGEST = 600  # length in characters beyond which a text is shortened
 #: The standard errors that every evaluation logs.
 ERRORS = ("loss_se", "rewards/accuracies_se")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One pair as a reader wants it: its texts, and its margins in nats under reference and policy."""
+    """One pair for the report: its texts, and its margins in nats under the reference (before) and the policy (after)."""
 
     prompt: str
     chosen: str
@@ -37,10 +37,10 @@ class EvaluatedPairs:
     Attributes:
         before, after: log-probability of the chosen answer minus that of the rejected one, in nats, under the reference
             and under the policy; in the dataset's order.
-        hardest: the pairs whose rejected answer the policy still prefers, by the largest margin first.
-        improved: the pairs whose margin grew most.
-        gained: log-probability that chosen and rejected answers gained over the reference: mean and standard error, in nats an
-            answer.
+        hardest: pairs whose rejected answer the policy still prefers, those that it prefers most first.
+        improved: pairs whose margin grew, those whose margin grew most first.
+        gained: by side ("chosen", "rejected"), the mean log-probability that answers gained over the reference, with its
+            standard error, in nats per answer.
     """
 
     before: list[float]
@@ -51,12 +51,12 @@ class EvaluatedPairs:
 
 
 def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs | None:
-    """Pick from an evaluation's output; None without a reference or where rows and outputs do not correspond.
+    """The pairs of an evaluation. None without a reference, or if rows and outputs do not correspond.
 
     Args:
-        output: of all pairs, in the dataset's order.
+        output: the output of all pairs, in the dataset's order.
         dataset: tokenised pairs.
-        tokenizer: to show them with.
+        tokenizer: decodes their tokens.
     """
     columns = getattr(dataset, "column_names", None) or ()
     if "chosen_ids" not in columns or len(dataset) != len(output.chosen_logps):
@@ -90,12 +90,12 @@ def look_at(output: DPOOutput, dataset: Any, tokenizer: Any) -> EvaluatedPairs |
 
 
 def shortened(text: str, longest: int, mark: str) -> str:
-    """The text, or its two ends around a mark where it has more than `longest` characters."""
+    """The text. If it has more than `longest` characters, its start and its end with `mark` between them."""
     return text if len(text) <= longest else f"{text[: longest // 2]} {mark} {text[-longest // 2 :]}"
 
 
 def mean_and_error(values: Tensor, weights: Tensor) -> tuple[float, float]:
-    """Weighted mean of independent values [P], and its standard error, which is NaN for fewer than two."""
+    """Weighted mean of independent values [P], and its standard error, which is NaN for fewer than two values."""
     values, weights = values.double(), weights.double()
     total, count = weights.sum(), len(values)
     mean = (weights * values).sum() / total
@@ -106,36 +106,36 @@ def mean_and_error(values: Tensor, weights: Tensor) -> tuple[float, float]:
 def share_error(share: float, count: int) -> float:
     """Standard error of a share of `count` pairs.
 
-    With two hits and two misses added (Agresti and Coull 1998): ten hits of ten do not make a share certain.
+    Two hits and two misses are added (Agresti and Coull 1998), so that the error is not 0 for a share of 0 or 1.
     """
     likely = (share * count + 2) / (count + 4)
     return math.sqrt(likely * (1 - likely) / (count + 4))
 
 
 class Evaluations:
-    """Compares an evaluation with the first and with the best before it, pair by pair.
+    """Compares an evaluation, pair by pair, with the first and with the best earlier one.
 
     Args:
-        losses: the state to go on from, as the attribute has it.
+        losses: the attribute `losses` of an earlier object, to continue from it.
 
     Attributes:
-        losses: by the prefix of the metrics, the losses [P] of the first and of the best evaluation.
+        losses: by the prefix of the metrics, the losses [P] of the "first" and of the "best" evaluation.
     """
 
     def __init__(self, losses: dict[str, dict[str, Tensor]] | None = None) -> None:
         self.losses = losses or {}
 
     def compare(self, prefix: str, output: DPOOutput, weights: Tensor, *, begun: bool, keep: bool) -> dict[str, float]:
-        """The standard errors of an evaluation's loss and accuracy, and how its loss differs from earlier ones'.
+        """Standard errors of an evaluation's loss and accuracy, and the differences of its loss from earlier losses.
 
-        `loss_since_first` and `loss_since_best` are differences over the same pairs, whose standard errors (`..._se`) are far
-        smaller than those of the two losses. What is not known is left out.
+        `loss_since_first` and `loss_since_best` are differences over the same pairs. Their standard errors (`..._se`) are
+        far smaller than those of the two losses. Values that are not known are left out.
 
         Args:
-            output: of all pairs.
-            weights: of the pairs [P].
-            begun: whether a step was taken, so this cannot be the first evaluation.
-            keep: whether later ones are to be compared with this.
+            output: the output of all pairs.
+            weights: the pairs' weights [P].
+            begun: whether a step was taken, so that this cannot be the first evaluation.
+            keep: whether later evaluations are compared with this one.
         """
         losses, kept = output.losses.double(), self.losses.get(prefix, {})
         loss, error = mean_and_error(losses, weights)

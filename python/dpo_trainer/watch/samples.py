@@ -1,7 +1,7 @@
-"""Answers to fixed held-out prompts at every evaluation, together with those of the model that training began from, and who wins.
+"""Answers to fixed held-out prompts at every evaluation, next to the answers before training, with a win rate.
 
-A falling loss says that chosen answers became likelier than rejected ones. What the model writes of itself is another
-question, and the only one that a user of the model asks.
+A falling loss only says that chosen answers became likelier than rejected ones. Users of the model care about the answers
+that it generates.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ Scorer = Callable[[list[str], list[str]], Sequence[float]]
 
 
 def load_scorer(name: str) -> Scorer:
-    """The callable that "module:function" names; modules in the working directory are found too.
+    """The callable that "module:function" names. The module may be in the working directory.
 
     Raises:
-        ConfigError: it is not there, or cannot be called.
+        ConfigError: it cannot be imported, or is not callable.
     """
     module, _, function = name.partition(":")
     if not module or not function:
@@ -52,7 +52,7 @@ def load_scorer(name: str) -> Scorer:
         sys.path.insert(0, "")
     try:
         scorer = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever importing the user's module raises
+    except Exception as error:  # the user's module may raise any error
         raise ConfigError(f"win_rate_scorer '{name}': cannot be imported ({first_line(error)})") from error
     if not callable(scorer):
         raise ConfigError(f"win_rate_scorer '{name}': is not callable")
@@ -60,7 +60,7 @@ def load_scorer(name: str) -> Scorer:
 
 
 def score(scorer: Scorer, prompts: list[str], completions: list[str]) -> list[float]:
-    """The scorer's numbers. Raises ConfigError, in a line, if it fails or gives something else."""
+    """The scorer's numbers. Raises a ConfigError of one line if it fails or returns something else."""
     try:
         given = [float(value) for value in scorer(prompts, completions)]
     except Exception as error:  # the user's own code
@@ -73,9 +73,9 @@ def score(scorer: Scorer, prompts: list[str], completions: list[str]) -> list[fl
 
 
 def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """(share of wins, its standard error); a tie is half a win.
+    """(share of wins, its standard error). A tie is half a win.
 
-    The standard error is that of a mean of independent values. For a single pair it is not known: NaN.
+    The standard error is that of a mean of independent values. It is NaN for a single pair.
     """
     wins = torch.tensor([(a > b) + (a == b) / 2 for a, b in zip(scores, others, strict=True)], dtype=torch.float64)
     error = wins.std().item() / math.sqrt(len(wins)) if len(wins) > 1 else math.nan
@@ -120,7 +120,7 @@ def generate(
         eos_token_id=sorted(ends - {None}) or None,
     )
     devices = [device] if device.type == "cuda" else []
-    # Shapes change with every token: a compiled backbone would be compiled again and again.
+    # Shapes change with every token, so a compiled backbone would be compiled again for each.
     with evaluating(model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         output = model.generate(input_ids=ids, attention_mask=mask, **inputs, generation_config=config)
@@ -128,20 +128,20 @@ def generate(
 
 
 class Samples(TrainerCallback):
-    """Takes the samples of a run: writes `samples.jsonl` and gives evaluations their win rate.
+    """Samples answers of a run: writes `samples.jsonl` and computes the win rate of evaluations.
 
-    The other side of the comparison is written by the reference before the first step, or by the model itself where no
-    reference is in memory; a resumed run reads it from the file.
+    The answers for comparison come from the reference before the first step, or from the model itself if no reference is in
+    memory. A resumed run reads them from the file.
 
     Args:
         run: the run.
         journal: writes the samples.
-        scorer: judges answers; None: they are only shown.
+        scorer: scores answers. None: there is no win rate.
     """
 
     def __init__(self, run: Run, journal: Journal, scorer: Scorer | None) -> None:
         self.run, self.journal, self.scorer = run, journal, scorer
-        #: Prompts, and the answers of the model that training began from, by the prefix of the evaluation's metrics.
+        #: By the prefix of the evaluation's metrics: the prompts, and their answers from before training.
         self.initial: dict[str, tuple[list[str], list[str]]] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -158,11 +158,11 @@ class Samples(TrainerCallback):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """What `evaluate` may return."""
+        """Names of the metrics that `evaluate` may return."""
         return ("score", "win_rate", "win_rate_se") if self.scorer is not None else ()
 
     def _begin(self, prefix: str, dataset: Any) -> None:
-        """Have the answers written that the policy's will be compared with; score them, to see that the scorer works."""
+        """Generate the answers with which the policy's are compared. Scores them, to find errors of the scorer early."""
         records = self._asked(prefix, dataset)
         reference = self.run.reference
         source = contextlib.nullcontext(self.run.policy.model) if reference is None else reference.whole_model()
@@ -174,7 +174,7 @@ class Samples(TrainerCallback):
             self.journal.append(SAMPLES, {**record, "reference": answer})
 
     def _asked(self, prefix: str, dataset: Any) -> list[dict[str, Any]]:
-        """A record for each sampled row, without an answer: spread evenly over the dataset, the same ones every time."""
+        """A record without an answer for each sampled row. The rows are the same every time, spread evenly over the dataset."""
         places = spread(len(dataset), self.run.args.sample_prompts)
         rows = dataset.select(places)
         decode = partial(tokenizer_of(self.run.processing_class).batch_decode, skip_special_tokens=True)
@@ -210,14 +210,14 @@ class Samples(TrainerCallback):
         return found
 
     def evaluate(self, prefix: str, dataset: Any) -> dict[str, float]:
-        """Sample and write; returns `win_rate`, `win_rate_se` (standard error) and `score` where there is a scorer."""
+        """Sample and write answers. With a scorer, returns `win_rate`, `win_rate_se` (standard error) and `score`."""
         begun = self.run.state.global_step > 0
         if prefix not in self.initial and not begun:
             self._begin(prefix, dataset)
         records = self._asked(prefix, dataset)
         known, initial = self.initial.get(prefix, ([], []))
         if known != [record["prompt"] for record in records]:
-            initial = []  # another dataset than the run's
+            initial = []  # not the run's evaluation dataset
         reference = self.run.reference
         unmoved = initial and not begun and (reference is None or reference.copied)
         answers = initial if unmoved else self._answers(dataset, contextlib.nullcontext(self.run.policy.model))
@@ -231,7 +231,7 @@ class Samples(TrainerCallback):
         return metrics
 
     def _scored(self, records: list[dict[str, Any]], initial: list[str]) -> dict[str, float]:
-        """The scores' mean and the win rate; each record gets its scores. Nothing without a scorer."""
+        """The mean score and the win rate; empty without a scorer. Adds the scores to the records."""
         if self.scorer is None:
             return {}
         against, prompts = self.run.args.win_rate_against, [record["prompt"] for record in records]
@@ -240,7 +240,7 @@ class Samples(TrainerCallback):
         others = [record["chosen"] for record in records] if against == "chosen" else initial
         if not others:
             prefix = records[0]["evaluation"]
-            logger.warning("win rate of %s: no answers of the model that training began from are known", prefix)
+            logger.warning("win rate of %s: not computed, since no answers from before training are known", prefix)
             return metrics
         other_scores = score(self.scorer, prompts, others)
         metrics["win_rate"], metrics["win_rate_se"] = win_rate(scores, other_scores)
