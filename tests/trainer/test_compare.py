@@ -135,6 +135,60 @@ def test_data_that_differ_are_told_and_nothing_is_best(runs: Path, tmp_path: Pat
     assert "*" not in told[0]
 
 
+def copies(runs: Path, tmp_path: Path) -> list[Path]:
+    return [shutil.copytree(runs / name, tmp_path / name) for name in ("slow", "fast")]
+
+
+def table_of(folders: list[Path]) -> str:
+    told: list[str] = []
+    compare([str(folder) for folder in folders], tell=told.append)
+    return told[0]
+
+
+@pytest.mark.parametrize("changed", [{"loss_type": "ipo"}, {"beta": 0.5}, {"label_smoothing": 0.3}])
+def test_losses_of_different_objectives_have_no_star(runs: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    folders = copies(runs, tmp_path)
+    path = folders[0] / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "changed_settings": {**summary["changed_settings"], **changed}}))
+    told = table_of(folders)
+    assert "The runs have different objectives: their losses cannot be compared." in told
+    assert not re.search(r"^held-out loss .* \*$", told, re.MULTILINE)
+
+
+def test_a_run_that_is_not_finished_is_compared_by_the_file_that_it_evaluates(runs: Path, tmp_path: Path) -> None:
+    folders = copies(runs, tmp_path)
+    for folder in folders:
+        settings = {"eval_data": "eval.jsonl", "data_sha256": {"eval_data 'eval.jsonl'": "a" * 64}}
+        (folder / "settings.json").write_text(json.dumps(settings))
+    (folders[0] / "summary.json").unlink()
+    told = table_of(folders)
+    assert "different data" not in told
+    assert re.search(r"^held-out loss .* \*$", told, re.MULTILINE)
+
+
+def test_a_run_whose_settings_are_not_known_says_so(runs: Path, tmp_path: Path) -> None:
+    folders = copies(runs, tmp_path)
+    (folders[0] / "summary.json").unlink()
+    told = table_of(folders)
+    assert "What some runs were evaluated on is not known" in told
+    assert re.search(r"^learning_rate +not known +0.001$", told, re.MULTILINE)
+    (folders[0] / "summary.json").write_text('{"steps": 6}')  # of another version
+    assert re.search(r"^verdict +not known ", table_of(folders), re.MULTILINE)
+
+
+def test_a_last_loss_that_is_not_finite_is_not_replaced_by_an_earlier_one(runs: Path, tmp_path: Path) -> None:
+    folders = copies(runs, tmp_path)
+    path = folders[0] / "metrics.jsonl"
+    last = re.findall(r'"eval_loss": [\d.]+', path.read_text())[-1]
+    path.write_text(path.read_text().replace(last, '"eval_loss": null'))
+    assert re.search(r"^held-out loss +- ", table_of(folders), re.MULTILINE)
+
+
+def test_the_page_may_go_into_a_folder(runs: Path, tmp_path: Path) -> None:
+    assert compare([str(runs / "slow"), str(runs / "fast")], tmp_path, str) == tmp_path / "comparison.html"
+
+
 def test_the_table_needs_neither_torch_nor_matplotlib(runs: Path, tmp_path: Path) -> None:
     """The package's __init__ is skipped, because it imports the trainer."""
     script = f"""

@@ -138,6 +138,11 @@ def first_line(records: list[dict[str, Any]], events: tuple[str, ...] = (), **ch
     return f"{verdict.word}: {verdict.what}"
 
 
+def test_of_several_evaluations_the_one_that_is_judged_is_named() -> None:
+    given = summary(pairs={"train_dataset": 9, "eval_dataset good": 100, "eval_dataset bad": 50})
+    assert "of 100 held-out pairs of eval_dataset good, the first of 2" in judge(given, evaluated(0.7), []).why
+
+
 def test_an_evaluation_whose_pairs_all_weigh_nothing_did_not_work() -> None:
     assert first_line(evaluated(1.0, 0.0), ("weights_zero",)) == "Unclear: title of weights_zero"
     assert first_line(evaluated(1.0, 0.0), ("weights_zero",), last={"loss": 0.0}).startswith("Failed: ")

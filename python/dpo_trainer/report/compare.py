@@ -5,6 +5,7 @@ Imports no torch, and matplotlib only after the table is printed, so that the co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from ..errors import OutputError
 from ..run_folder.metrics import evaluation_prefixes, evaluation_records, throughput, training_records
 from ..run_folder.records import EVENTS, METRICS, SETTINGS, SUMMARY, read_object, read_records, write_aside
+from ..settings.rows import settings_table
 from .charts import CHARTS
 from .drawing import COLOURS, Curve, draw, points_of
 from .figures import BETTER, LABELS, figure, template, with_error
@@ -36,8 +38,8 @@ class RunFolder:
 
     Attributes:
         verdict: the word of its report's verdict.
-        settings: the settings that differ from their defaults, and the data. Runs of `dpo-train` name the data files and
-            their digests.
+        known: whether its settings are; an unfinished run from Python has not written them.
+        settings: those that are not at their defaults, and the data: the runs of `dpo-train` name files and their digests.
 
     Raises:
         OutputError: the folder contains no run.
@@ -55,9 +57,12 @@ class RunFolder:
             self.records["run"] = [{"step": self.records["train"][-1]["step"], "tokens_per_second": tokens / seconds}]
         summary, given = read_object(folder / SUMMARY), read_object(folder / SETTINGS)
         self.verdict = "not finished"
+        self.known = bool(summary or given)
         if summary:
-            self.verdict = judge(summary, self.records["eval"], read_records(folder / EVENTS)).word.lower()
-        # The trainer's settings, if the run is finished, and those that dpo-train was given.
+            self.verdict = "not known"  # a summary of another version
+            with contextlib.suppress(KeyError):
+                self.verdict = judge(summary, self.records["eval"], read_records(folder / EVENTS)).word.lower()
+        # The trainer's own settings, of a finished run, and those that dpo-train was given.
         self.settings: dict[str, Any] = dict(summary.get("changed_settings", {}))
         self.settings |= {key: value for key, value in given.items() if value is not None}
         for line in summary.get("data", []):
@@ -67,19 +72,36 @@ class RunFolder:
             key, _, path = words.partition(" ")
             self.settings[key] = f"{path.strip(chr(39))} (SHA-256 {digest[:12]})"
 
-    @property
-    def evaluated_on(self) -> list[str]:
-        """What is known about the run's evaluation data, without the path."""
-        digest = str(self.settings.get("eval_data", "")).rpartition("(SHA-256 ")[2]
-        return [digest, *(str(value) for key, value in self.settings.items() if key.startswith("eval_dataset"))]
+    def evaluated_like(self, other: RunFolder) -> bool:
+        """Whether the evaluation data are the same, as far as known: of an unfinished run, not what was left out of them."""
+        kept, theirs = (
+            [str(value) for key, value in run.settings.items() if key.startswith("eval_dataset")]
+            for run in (self, other)
+        )
+        if self._source() != other._source() or not (self.known and other.known):
+            return False
+        return kept == theirs or (any(self._source()) and not (kept and theirs))
+
+    def _source(self) -> tuple[Any, ...]:
+        """What its held-out pairs are read from, without the path: a file's digest, or what `val_split` chooses them by."""
+        digests = [str(self.settings.get(key, "")).rpartition("(SHA-256 ")[2] for key in ("eval_data", "train_data")]
+        if self.settings.get("val_split") is None:
+            return (digests[0],)
+        return (digests[1], *(self.settings.get(name) for name in ("val_split", "seed", "data_seed")))
+
+    def objective(self) -> dict[str, Any]:
+        """The settings that decide what the loss is."""
+        rows = settings_table().items()
+        return {name: self.settings.get(name, row.default) for name, row in rows if row.group == "objective"}
 
     def points(self, source: str, metric: str) -> list[tuple[float, float]]:
         """(step, value) of a metric in the records of training ("train"), evaluations ("eval") or the whole run ("run")."""
         return points_of(self.records.get(source, []), metric)
 
     def last(self, source: str, metric: str) -> tuple[float | None, float]:
-        """The metric's last value, or None, and its standard error, or NaN if it is not known."""
-        found = [record for record in self.records.get(source, []) if record.get(metric) is not None]
+        """The metric's last value, None if there is none, and its standard error, NaN if that is not known."""
+        # A value that is not finite is null: it is the last one, and not known.
+        found = [record for record in self.records.get(source, []) if metric in record]
         error = found[-1].get(f"{metric}_se") if found else None
         return found[-1][metric] if found else None, math.nan if error is None else error
 
@@ -100,13 +122,20 @@ def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[
     if not 2 <= len(folders) <= COLOURS:
         raise OutputError(f"compare: give 2 to {COLOURS} folders of runs, got {len(folders)}")
     runs = [RunFolder(Path(folder).expanduser(), name) for folder, name in zip(folders, _names(folders), strict=True)]
-    comparable = all(run.evaluated_on == runs[0].evaluated_on for run in runs)
-    rows, settings = _figures(runs, comparable=comparable), _differences(runs)
+    comparable = all(run.evaluated_like(runs[0]) for run in runs)
+    one_loss = all(run.objective() == runs[0].objective() for run in runs)
+    rows, settings = _figures(runs, comparable=comparable, one_loss=one_loss), _differences(runs)
     remarks = []
     if any(cell.endswith("*") for row in rows.values() for cell in row):
         remarks.append("* best of the runs that did not fail, by more than two standard errors of the difference")
-    if not comparable:
+    if not all(run.known for run in runs):
+        remarks.append(
+            "The evaluation data of some runs are unknown, so their held-out figures may be of different data."
+        )
+    elif not comparable:
         remarks.append("The runs were evaluated on different data, so their held-out figures cannot be compared.")
+    elif not one_loss:
+        remarks.append("The runs have different objectives, so their losses cannot be compared.")
     names = [run.name for run in runs]
     table = _lines({"": names, **rows}) + ["", *remarks] * bool(remarks)
     tell("\n".join([*table, *(["", "settings that differ", *_lines(settings)] if settings else [])]))
@@ -122,13 +151,14 @@ def compare(folders: Sequence[str], output: Path | None = None, tell: Callable[[
     page = template("comparison.html.j2").render(
         names=names, charts={"Curves": charts}, rows=rows, settings=settings, remarks=remarks
     )
-    output = output or Path(folders[0]).expanduser() / OUTPUT
+    output = output or Path(folders[0]).expanduser()
+    output = output / OUTPUT if output.is_dir() else output
     write_aside(output, page)
     return output
 
 
-def _figures(runs: Sequence[RunFolder], *, comparable: bool) -> dict[str, list[str]]:
-    """The table's cells by the row's label. A star marks a value that is the best beyond the standard errors."""
+def _figures(runs: Sequence[RunFolder], *, comparable: bool, one_loss: bool) -> dict[str, list[str]]:
+    """The table's cells by the row's label, with a star at a best that is one beyond errors."""
     rows = {}
     for label, source, metric in _ROWS:
         found = [run.last(source, metric) for run in runs]
@@ -136,7 +166,13 @@ def _figures(runs: Sequence[RunFolder], *, comparable: bool) -> dict[str, list[s
             continue
         rows[label] = [with_error(value, error, metric) for value, error in found]
         sound = [pair if run.verdict != "failed" else (None, math.nan) for run, pair in zip(runs, found, strict=True)]
-        if metric in BETTER and source == "eval" and comparable and (best := _best(sound, BETTER[metric])) is not None:
+        comparable_here = comparable and (one_loss or metric != "loss")
+        if (
+            metric in BETTER
+            and source == "eval"
+            and comparable_here
+            and (best := _best(sound, BETTER[metric])) is not None
+        ):
             rows[label][best] += " *"
     best_of = [
         min(points, key=lambda point: point[1]) if points else None
@@ -163,7 +199,9 @@ def _differences(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     """The settings and data that are not the same in all runs."""
     names = sorted({key for run in runs for key in run.settings if key not in _OF_THE_FOLDER})
     different = [key for key in names if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
-    return {key: [str(run.settings.get(key, "default")) for run in runs] for key in different}
+    return {
+        key: [str(run.settings.get(key, "default" if run.known else "not known")) for run in runs] for key in different
+    }
 
 
 def _lines(rows: dict[str, list[str]]) -> list[str]:

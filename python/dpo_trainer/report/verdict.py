@@ -48,6 +48,7 @@ class Figures:
         known: number of these pairs that are training pairs.
         start: the loss before training.
         tolerance: the loss has fallen if it fell by more than this share of `start`.
+        of: the name of the evaluation in words, if there are several.
     """
 
     first: dict[str, Any]
@@ -57,6 +58,7 @@ class Figures:
     known: int
     start: float
     tolerance: float
+    of: str = ""
 
     @property
     def accuracy(self) -> float:
@@ -113,7 +115,9 @@ class Figures:
         said = [f"The {held_out} loss is {with_error(self.loss, self.final.get('loss_se'))}{went}."]
         if (accuracy := self.final.get("rewards/accuracies")) is not None:
             share = with_error(accuracy, self.final.get("rewards/accuracies_se"), "rewards/accuracies")
-            said.insert(0, f"The chosen answer wins in {share} of {self.pairs:,} {held_out} pairs; guessing is 50 %.")
+            said.insert(
+                0, f"The chosen answer wins in {share} of {self.pairs:,} {held_out} pairs{self.of}; guessing is 50 %."
+            )
             if self.wins and not self.fell and abs(self.loss - self.start) < self.tolerance * abs(self.start):
                 said.append("A win counts however small it is, and these wins are very small.")
         if self.known:
@@ -129,7 +133,8 @@ def figures_of(summary: dict[str, Any], evals: Sequence[dict[str, Any]]) -> Figu
         return None
     first = evals[0] if evals[0].get("step", 0) == 0 else {}
     known = [record for record in evals if record.get("loss") is not None]
-    name = next((name for name in summary["pairs"] if name.startswith("eval_dataset")), "")
+    names = [name for name in summary["pairs"] if name.startswith("eval_dataset")]
+    name = names[0] if names else ""
     start = summary["initial_loss"] if summary["initial_loss"] is not None else first.get("loss")
     return Figures(
         first,
@@ -139,6 +144,7 @@ def figures_of(summary: dict[str, Any], evals: Sequence[dict[str, Any]]) -> Figu
         summary.get("trained_on", {}).get(name, 0),
         _number(start),
         Limits.of(summary["changed_settings"].get("diagnostics")).stuck_tolerance,
+        f" of {name}, the first of {len(names)} evaluation datasets" if len(names) > 1 else "",
     )
 
 
