@@ -162,7 +162,9 @@ def tried(model_type: str, make_trainer: Callable[..., DPOTrainer], caplog: pyte
             found |= {
                 "layout": "by sequence" if collator.by_sequence else "shared rows" if shared else "padded",
                 "head": trainer.loss_path,
-                "said": [record.getMessage() for record in caplog.records if record.name == "dpo_trainer"],
+                "said": [
+                    r.getMessage() for r in caplog.records if r.name == "dpo_trainer" and r.levelno >= logging.WARNING
+                ],
             }
     return found
 

@@ -225,6 +225,7 @@ def test_checkpoints_give_back_every_active_adapter(
         eval_dataset=build_pairs(8, seed=1),
         eval_strategy="steps",
         eval_steps=1,
+        eval_on_start=False,  # its evaluation has no checkpoint
         **SAVED,
         **best,
     )

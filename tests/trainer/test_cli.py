@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,27 +70,6 @@ def test_a_run_leaves_model_metrics_summary_and_report(here: Path, read_jsonl: A
     assert summary["eval_last"]["loss"] < summary["eval_first"]["loss"]
     assert summary["changed_settings"]["learning_rate"] == 1e-3
     assert summary["pairs"] == {"train_dataset": 24, "eval_dataset": 6}
-
-
-def test_the_walk_in_the_readme_works_as_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
-) -> None:
-    """From a user's own file to a trained model and a report, with the four lines that a newcomer reads."""
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    walk = readme.partition("## The trainer")[2].partition("\n\n    ")[2].partition("\n\n")[0]
-    install, write, train, look = (line.strip() for line in walk.splitlines())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "path/to").mkdir(parents=True)
-    (tmp_path / "path/to/model").symlink_to(model_folder)
-    assert install == 'pip install ".[trainer]"'
-    subprocess.run(write, shell=True, check=True)
-    command, *arguments = shlex.split(train)
-    assert command == "dpo-train"
-    assert main([*arguments, "--use_cpu"]) == 0
-    verb, report = look.split()
-    assert verb == "open"
-    assert "<svg" in Path(report).read_text()
-    assert (Path(report).parent / "model.safetensors").exists()
 
 
 def test_the_command_line_wins_and_reaches_nested_keys(here: Path) -> None:

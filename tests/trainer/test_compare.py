@@ -152,7 +152,7 @@ def test_losses_of_different_objectives_have_no_star(runs: Path, tmp_path: Path,
     summary = json.loads(path.read_text())
     path.write_text(json.dumps({**summary, "changed_settings": {**summary["changed_settings"], **changed}}))
     told = table_of(folders)
-    assert "The runs have different objectives: their losses cannot be compared." in told
+    assert "The runs have different objectives, so their losses cannot be compared." in told
     assert not re.search(r"^held-out loss .* \*$", told, re.MULTILINE)
 
 

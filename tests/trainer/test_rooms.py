@@ -39,7 +39,7 @@ LIGHT = (
     *(f"settings.{name}" for name in ("pace", "rows", "table", "trl")),
     *(f"run_folder.{name}" for name in ("checkpoints", "lock", "metrics", "output_dir", "records")),
     "watch.signals",
-    *(f"report.{name}" for name in ("charts", "compare", "drawing", "figures", "verdict")),
+    *(f"report.{name}" for name in ("charts", "compare", "drawing", "evaluation", "figures", "verdict")),
     *(f"cli.{name}" for name in ("doctor", "early", "help", "init", "main", "packages", "settings")),
 )
 HEAVY = (

@@ -246,6 +246,7 @@ def test_samples_are_answers_to_the_prompt_with_its_images(
     settings = {
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "eval_on_start": False,
         "max_steps": 1,
         "sample_prompts": 4,
         "sample_max_new_tokens": 6,

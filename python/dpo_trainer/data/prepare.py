@@ -330,12 +330,9 @@ def _digest(content: list[Any]) -> str:
 def _repeats(pair: Pair) -> bool:
     """Whether both completions of a text pair begin with its prompt."""
     start = pair.prompt
-    return (
-        isinstance(start, str)
-        and bool(start.strip())
-        and pair.chosen.startswith(start)
-        and pair.rejected.startswith(start)
-    )
+    if not isinstance(start, str) or not start.strip():
+        return False
+    return bool(pair.chosen.startswith(start) and pair.rejected.startswith(start))
 
 
 def _most_repeat(pairs: Sequence[Pair]) -> bool:
@@ -361,11 +358,8 @@ def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparat
             ]
         if kwargs:
             return ["chat_template_kwargs: not used, because rows are text"]
-        if getattr(processing_class, "chat_template", None):
-            return [
-                "rows are text, so the tokenizer's chat template is not used; for a chat model, write chat messages"
-            ]
-        return []
+        unused = "rows are text, so the tokenizer's chat template is not used; for a chat model, write chat messages"
+        return [unused] if getattr(processing_class, "chat_template", None) else []
     ids = tokenize_pair(pair, reader, **{**preparation.of_tokens, "max_length": None})
     answer = ids["chosen_ids"]
     scored = ids.get("chosen_mask", [True] * len(answer))

@@ -16,8 +16,9 @@ from ..run_folder.summary import summarize
 from ..watch.evaluated import EvaluatedPairs
 from .charts import CHARTS, GROUPS
 from .drawing import curves_of, draw, draw_margins
+from .evaluation import Figures, figures_of
 from .figures import LABELS, duration, figure, template, with_error
-from .verdict import Figures, by_cause, figures_of, grouped, holds, judge
+from .verdict import by_cause, grouped, holds, judge
 
 #: Number of samples of each evaluation dataset that the page shows.
 _SAMPLES_SHOWN = 6
