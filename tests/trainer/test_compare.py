@@ -171,7 +171,7 @@ def test_a_run_whose_settings_are_not_known_says_so(runs: Path, tmp_path: Path) 
     folders = copies(runs, tmp_path)
     (folders[0] / "summary.json").unlink()
     told = table_of(folders)
-    assert "What some runs were evaluated on is not known" in told
+    assert "The evaluation data of some runs are unknown" in told
     assert re.search(r"^learning_rate +not known +0.001$", told, re.MULTILINE)
     (folders[0] / "summary.json").write_text('{"steps": 6}')  # of another version
     assert re.search(r"^verdict +not known ", table_of(folders), re.MULTILINE)

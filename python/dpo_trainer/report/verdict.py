@@ -161,7 +161,7 @@ def _of_figures(summary: dict[str, Any], found: Figures | None, sampled: bool) -
         else:
             remedy = f"{_learning_rate(summary, 10)}Or take more steps: this run took {summary['steps']:,}."
         return Verdict("Unclear", "the model has hardly moved", why, remedy)
-    return Verdict("Unclear", "the evaluation tells no difference from guessing", why, _more_pairs(found))
+    return Verdict("Unclear", "the evaluation does not differ from guessing", why, _more_pairs(found))
 
 
 def _not_evaluated(summary: dict[str, Any]) -> Verdict:
