@@ -149,9 +149,10 @@ def test_every_figure_of_the_readme_comes_from_the_json(results: Path) -> None:
         "Some CPU",
         "2026-01-01",
         "dpo_kernels: time 62.5 ms and extra memory 1 MiB; eager PyTorch: time 500 ms and extra memory 3 MiB",
-        "| dpo_kernels: 8.00 times the speed of eager PyTorch; 1 MiB of extra memory (the least of a peer: 3 MiB) | faster, less memory |",
-        "| dpo_trainer: 0.75 times the speed of TRL (at a larger shape 1.75 times); 3 MiB of peak memory (the least of a peer: 2 MiB)"
-        " | slower (faster at a larger shape), more memory |",
+        "| dpo_kernels: 8.00 times the speed of eager PyTorch; 1 MiB of extra memory (the least of a peer: 3 MiB)"
+        " | faster, less memory |",
+        "| dpo_trainer: 0.75 times the speed of TRL (at a larger shape 1.75 times); 3 MiB of peak memory"
+        " (the least of a peer: 2 MiB) | slower (faster at a larger shape), more memory |",
         "behind the best peer in 1 of 2 comparisons on the CPU (at worst 0.75 times the speed of TRL)",
     ):
         assert shown in block

@@ -173,7 +173,10 @@ MISTAKES = [
     ("--learning_rate", "--learning_rate: a value is missing"),
     ("beta 0.1", "'beta': expected --key value"),
     ("--model /nowhere/model", "model '/nowhere/model': no such folder"),
-    ("--model some-name-nobody-has", "model 'some-name-nobody-has': cannot be loaded: no such folder, not in the cache, and the hub cannot be reached"),
+    (
+        "--model some-name-nobody-has",
+        "model 'some-name-nobody-has': cannot be loaded: no such folder, not in the cache, and the hub cannot be reached",
+    ),
     ("--model train.jsonl", "model 'train.jsonl': not a folder or .gguf file"),
     ("--model missing.gguf", "model 'missing.gguf': no such file"),
     ("--ref_model ./missing", "'./missing': no such folder"),
