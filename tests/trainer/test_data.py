@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -675,3 +676,11 @@ def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
         divided(rows_of_prompts(1, 3), 0.1)
     with pytest.raises(ConfigError, match="val_split: 9 leaves nothing to train on"):
         divided(rows_of_prompts(3, 3), 9)
+
+
+def test_text_rows_beside_a_chat_template_are_told(
+    make_trainer: Any, caplog: pytest.LogCaptureFixture, pairs: Any
+) -> None:
+    caplog.set_level(logging.INFO, "dpo_trainer")
+    make_trainer(train_dataset=pairs(4))
+    assert "rows are text, so the chat template is not used" in caplog.text
