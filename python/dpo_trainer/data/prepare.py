@@ -358,9 +358,7 @@ def _remarks(pairs: Sequence[Pair], processing_class: Any, preparation: Preparat
             ]
         if kwargs:
             return ["chat_template_kwargs: not used, because rows are text"]
-        if getattr(
-            processing_class, "chat_template", None
-        ):  # no warning: text is right for a model that only continues text
+        if getattr(processing_class, "chat_template", None):  # no warning: text is right for a base model
             logger.info("rows are text, so the chat template is not used; for a chat model, write chat messages")
         return []
     ids = tokenize_pair(pair, reader, **{**preparation.of_tokens, "max_length": None})
