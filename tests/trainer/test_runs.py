@@ -567,7 +567,9 @@ def test_a_trainer_with_other_arguments_leaves_the_first_run_alone(make_trainer:
 # --- pairs that are held out ---------------------------------------------------------------------------------------
 
 
-def test_a_part_of_the_data_is_held_out_and_the_same_one_when_the_run_goes_on(here: Path, read_jsonl: Any) -> None:
+def test_a_part_of_the_data_is_held_out_and_the_same_one_when_the_run_goes_on(
+    here: Path, read_jsonl: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [json.loads(line) for line in (here / "train.jsonl").read_text().splitlines()]
     words = ["--val_split", "0.25", "--eval_steps", "2"]
     assert main(["config.yaml", *words, "--output_dir", "whole", "--quiet"]) == 0
@@ -581,6 +583,9 @@ def test_a_part_of_the_data_is_held_out_and_the_same_one_when_the_run_goes_on(he
     for name in ("summary.json", "model.safetensors"):
         (here / "run" / name).unlink()
     shutil.rmtree(here / "run/checkpoint-6")
+    for other in (["--val_split", "0.5"], ["--val_split", "0.25", "--seed", "7"]):
+        assert main(["config.yaml", *other, "--eval_steps", "2", "--resume"]) == 2
+        assert "would hold out pairs that this run was trained on" in capsys.readouterr().err
     assert main(["config.yaml", *words, "--quiet"]) == 0
     curves = [
         [(r["step"], r["eval_loss"]) for r in read_jsonl(here / name / "metrics.jsonl") if "eval_loss" in r]

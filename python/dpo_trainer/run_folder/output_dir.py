@@ -58,6 +58,11 @@ def check_output(
             raise OutputError(f"output_dir '{folder}': holds no checkpoint to resume from")
         if changed:
             logging.getLogger("dpo_trainer").warning("%s; continuing with the new contents", what)
+        split = [key for key in ("val_split", "seed", "data_seed") if recorded.get(key) != wanted.get(key)]
+        if recorded and split and (recorded.get("val_split") or wanted.get("val_split")):
+            raise OutputError(
+                f"{', '.join(split)}: would hold out pairs that this run was trained on; resume with the run's own values"
+            )
         return True
     if overwrite:
         return False
