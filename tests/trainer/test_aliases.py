@@ -14,6 +14,7 @@ from dpo_trainer.cli.main import main
 from dpo_trainer.cli.settings import SWITCHES, read_settings
 from dpo_trainer.settings import trl
 from dpo_trainer.settings.aliases import ALIASES, ANSWERS, METHODS, OBJECTIVES, SAME, VALUES, setting_of
+from dpo_trainer.settings.inherited import lora_fields
 from dpo_trainer.settings.rows import settings_table
 
 KNOWN = settings_table()
@@ -254,3 +255,7 @@ def test_in_python_the_name_is_answered(tmp_path: Path) -> None:
 
 def test_a_name_that_nobody_knows_stays() -> None:
     assert setting_of("betta", 1, KNOWN) == "betta"
+
+
+def test_the_fields_of_lora_are_read_from_pefts_source() -> None:
+    assert lora_fields() == {field.name for field in dataclasses.fields(LoraConfig)}

@@ -77,6 +77,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: Callable[..., A
         ("help", 0, "Start here:"),
         ("compare --help", 0, "usage: dpo-train compare"),
         ("config.yaml --betta 1", 2, "unknown setting 'betta' (did you mean 'beta'?)"),
+        (
+            "config.yaml --lora.target_module q",
+            2,
+            "unknown setting 'lora.target_module' (did you mean 'lora.target_modules'?)",
+        ),
         ("none.yaml", 2, "none.yaml: cannot be read"),
         ("config.yaml --beta high", 2, "beta: expected a number, got 'high'"),
         ("config.yaml --save_strategy 3 --eval_strategy [a]", 2, "eval_strategy: expected"),

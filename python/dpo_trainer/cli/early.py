@@ -12,10 +12,11 @@ from typing import Any
 from ..data import FORMATS
 from ..errors import ConfigError, DataError, is_hub_name
 from ..model.places import source_of
+from ..settings.inherited import lora_fields
 from ..settings.rows import check_given
 from ..watch.signals import is_first
 from .packages import check_packages
-from .settings import REQUIRED, read_settings
+from .settings import REQUIRED, check_lora_names, read_settings
 
 
 def settings_of(arguments: Sequence[str], required: Sequence[str] = REQUIRED) -> tuple[dict[str, Any], set[str]]:
@@ -29,6 +30,8 @@ def settings_of(arguments: Sequence[str], required: Sequence[str] = REQUIRED) ->
     check_evaluation(settings)
     check_paths(settings)
     check_packages(settings)
+    if settings.get("lora") and (known := lora_fields()):
+        check_lora_names(settings["lora"], known)
     return settings, switches
 
 

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,15 +270,24 @@ def _describe(hint: Any) -> str:
     return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
+def check_lora_names(values: Iterable[str], known: Collection[str]) -> None:
+    """Raise ConfigError for a key of `lora` that peft's LoraConfig does not have."""
+    for key in values:
+        if key not in known:
+            if (called := ALIASES.get(key, "")).startswith("lora."):
+                raise ConfigError(f"lora.{key}: is called {called}")
+            raise ConfigError(
+                f"unknown setting 'lora.{key}'{did_you_mean(f'lora.{key}', [f'lora.{k}' for k in known])}"
+            )
+
+
 def lora_config(values: dict[str, Any]) -> Any:
     """peft's LoraConfig from the setting `lora`. Raises ConfigError for keys and values that it does not accept."""
     from peft import LoraConfig
 
     types_of = typing.get_type_hints(LoraConfig)
     hints = {f"lora.{item.name}": types_of[item.name] for item in dataclasses.fields(LoraConfig) if item.init}
-    for key in values:
-        if f"lora.{key}" not in hints and (called := ALIASES.get(key, "")).startswith("lora."):
-            raise ConfigError(f"lora.{key}: is called {called}")
+    check_lora_names(values, {item.removeprefix("lora.") for item in hints})
     fitted = {key: check_setting(f"lora.{key}", value, hints) for key, value in values.items()}
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **fitted})

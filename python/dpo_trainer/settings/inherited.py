@@ -38,6 +38,22 @@ def training_arguments() -> dict[str, Inherited]:
         return _imported()  # there is no source, or its form is unknown
 
 
+def lora_fields() -> set[str]:
+    """Names of the fields of peft's LoraConfig; empty if its source has another form."""
+    found = importlib.util.find_spec("peft")
+    if found is None or found.origin is None:
+        return set()
+    folder, names = Path(found.origin).parent, set()
+    classes = (("config.py", "PeftConfigMixin"), ("config.py", "PeftConfig"), ("tuners/lora/config.py", "LoraConfig"))
+    try:
+        for file, name in classes:
+            body = _class(ast.parse((folder / file).read_text(encoding="utf-8")), name).body
+            names |= {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    return names
+
+
 def _imported() -> dict[str, Inherited]:
     """The fields from the imported class."""
     from transformers import TrainingArguments
