@@ -83,7 +83,7 @@ def test_it_tells_what_a_reader_wants_to_know_and_writes_nothing(
         "28,384 of 28,384 parameters trained",
         "reference        0.1 MiB (a frozen model)",
         "whole_pairs",
-        "steps            24, 8 an epoch",
+        "steps            24, 8 per epoch",
         "an estimate",
     ):
         assert words in shown, words

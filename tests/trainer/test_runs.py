@@ -724,7 +724,7 @@ def test_a_run_says_what_it_is_loading_before_it_does(here: Path) -> None:
         "eval_dataset: tokenising 24 pairs",
         "eval_dataset: 24 of 24 pairs are training pairs too, so its figures are not held-out figures",
     ]
-    assert said[: len(lines)] == lines
+    assert [line for line in said if not line.startswith("rows are text, ")][: len(lines)] == lines
     assert [line.partition(": computing")[0] for line in said if ": computing" in line] == [
         "reference log-probabilities of 24 train pairs"
     ]

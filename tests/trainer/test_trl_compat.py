@@ -238,7 +238,7 @@ def test_dispatched_batches_are_left_out_with_a_line(
         trainer.train()
         losses.append((trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]))
     assert losses[0] == losses[1]
-    assert [line for line in caplog.messages if line.startswith("accelerator_config.dispatch_batches: left out")]
+    assert [line for line in caplog.messages if line.startswith("accelerator_config.dispatch_batches: ignored")]
 
 
 def scores(name: str, u: torch.Tensor, alpha: float) -> torch.Tensor:
