@@ -260,3 +260,14 @@ def test_no_pairs_where_rows_and_outputs_do_not_correspond(tmp_path: Path) -> No
         output = trainer.pair_loss(batch, torch.ones(1))
     assert look_at(output, trainer.eval_dataset, trainer.processing_class) is None
     assert look_at(output, object(), trainer.processing_class) is None
+
+
+def test_runs_whose_losses_all_end_in_nan_are_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = [{"step": 0, "eval_loss": 0.69}, {"step": 1, "loss": 0.6}, {"step": 2, "eval_loss": None}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    told: list[str] = []
+    compare([str(tmp_path / "a"), str(tmp_path / "b")], tell=told.append)
+    assert "0.6900 at step 0" in told[0]

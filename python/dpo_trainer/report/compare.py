@@ -162,7 +162,7 @@ def _figures(runs: Sequence[RunFolder], *, comparable: bool, one_loss: bool) -> 
     rows = {}
     for label, source, metric in _ROWS:
         found = [run.last(source, metric) for run in runs]
-        if all(value is None for value, _ in found):
+        if not any(run.points(source, metric) for run in runs):
             continue
         rows[label] = [with_error(value, error, metric) for value, error in found]
         sound = [pair if run.verdict != "failed" else (None, math.nan) for run, pair in zip(runs, found, strict=True)]
