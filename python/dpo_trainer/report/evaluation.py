@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..settings.diagnoses import Limits
+from ..watch.diagnoses import number
 from .figures import figure, with_error
 
 #: A difference counts if it is larger than this many standard errors.
@@ -124,7 +125,3 @@ def figures_of(summary: dict[str, Any], evals: Sequence[dict[str, Any]]) -> Figu
         Limits.of(summary["changed_settings"].get("diagnostics")).stuck_tolerance,
         f" of {name}, the first of {len(names)} evaluation datasets" if len(names) > 1 else "",
     )
-
-
-def number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..settings.diagnoses import DIAGNOSES, Limits
-from .evaluation import Figures, figures_of, number
+from ..watch.diagnoses import number
+from .evaluation import Figures, figures_of
 from .figures import figure, with_error
 
 #: A run of fewer steps says nothing about its learning rate.
