@@ -1,0 +1,184 @@
+"""Replaces functions of another package in this process, and puts the originals back.
+
+An integration is a list of `Target`s. `Patch.apply` first checks every target that the installed version has: the arguments
+of the function must be known, and the replacement must give what the original gives on a small example. If one target differs,
+nothing is changed, and one RuntimeWarning says why. Else each function is replaced in the module that defines it and in every
+loaded module that has imported it by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What a function may return in an example: tensors, or a nest of tuples, lists and dicts of them.
+Example = Callable[[Callable[..., Any]], Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function of another package, and its replacement.
+
+    Attributes:
+        module: the module that defines the function.
+        name: the function's name there; "Class.method" for a method or static method of a class.
+        arguments: the argument lists that the replacement accepts, each as text: "logits, index".
+        replacement: makes the replacement from the original.
+        examples: each calls the function that it is given with small tensors and returns the results. Results of original and
+            replacement must agree to 1e-4. Also used by the tests.
+    """
+
+    module: str
+    name: str
+    arguments: tuple[str, ...]
+    replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+    examples: tuple[Example, ...]
+
+
+class Unsupported(Exception):
+    """The installed version of a package differs from what the replacements were written for."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A function that was replaced: the original, the replacement, and the class that holds it (None: modules)."""
+
+    owner: type | None
+    name: str
+    theirs: Any
+    ours: Any
+
+
+class Patch:
+    """The replacements of one package.
+
+    Args:
+        package: the package's distribution name, for messages.
+        targets: the functions. Versions may lack some of them, but must have at least one.
+    """
+
+    def __init__(self, package: str, targets: Sequence[Target]) -> None:
+        self.package, self.targets = package, tuple(targets)
+        self.places: list[_Place] = []
+
+    def apply(self) -> Callable[[], None]:
+        """Replaces the functions. A second call first undoes the previous one.
+
+        Returns:
+            A function that puts the originals back.
+
+        Raises:
+            ImportError: the package cannot be imported.
+        """
+        self.undo()
+        try:
+            places = [place for target in self.targets if (place := _place_of(target)) is not None]
+            if not places:
+                names = ", ".join(f"{target.module}.{target.name}" for target in self.targets)
+                raise Unsupported(f"it has none of the functions to replace ({names})")
+        except Unsupported as error:
+            warnings.warn(
+                f"dpo_kernels: {self.package} {self.version()} was left as it is: {error}", RuntimeWarning, stacklevel=3
+            )
+            return lambda: None
+        for place in places:
+            _exchange(place.owner, place.name, place.theirs, place.ours)
+        self.places = places
+        return self.undo
+
+    def undo(self) -> None:
+        """Puts the originals back, also in modules that were imported after `apply`."""
+        for place in self.places:
+            _exchange(place.owner, place.name, place.ours, place.theirs)
+        self.places = []
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Applies the patch inside a `with` block.
+
+        Raises:
+            ImportError: the package cannot be imported.
+        """
+        undo = self.apply()
+        try:
+            yield
+        finally:
+            undo()
+
+    def version(self) -> str:
+        """The installed version of the package, as text."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return "of unknown version"
+
+
+def _place_of(target: Target) -> _Place | None:
+    """The function of a target with its replacement; None if the installed version does not have the function."""
+    try:
+        module = importlib.import_module(target.module)
+    except ModuleNotFoundError as error:
+        top = target.module.partition(".")[0]
+        if error.name is not None and error.name != top and error.name.partition(".")[0] == top:
+            return None
+        raise
+    owner_name, _, name = target.name.rpartition(".")
+    owner = getattr(module, owner_name, None) if owner_name else module
+    # The raw attribute of a class: a static method as such, and nothing that it inherits.
+    theirs = vars(owner).get(name) if owner is not None else None
+    if theirs is None:
+        return None
+    call = theirs.__func__ if isinstance(theirs, staticmethod) else theirs
+    arguments = ", ".join(inspect.signature(call).parameters)
+    where = f"{target.module}.{target.name}"
+    if arguments not in target.arguments:
+        known = " or ".join(f"({text})" for text in target.arguments)
+        raise Unsupported(f"{where} has the arguments ({arguments}), and {known} is known")
+    ours = target.replacement(call)
+    for example in target.examples:
+        _compare(where, example, call, ours)
+    if owner_name:
+        return _Place(owner, name, theirs, staticmethod(ours) if isinstance(theirs, staticmethod) else ours)
+    return _Place(None, name, theirs, ours)
+
+
+def _compare(where: str, example: Example, theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Raise Unsupported unless both functions give the same results in the example."""
+    try:
+        wanted = example(theirs)
+    except Exception as error:
+        raise Unsupported(f"{where} failed on a small example: {error!r}") from error
+    try:
+        torch.testing.assert_close(example(ours), wanted, rtol=1e-4, atol=1e-4)
+    except AssertionError as error:
+        reason = " ".join(str(error).split())
+        raise Unsupported(f"{where} does not compute what its replacement computes ({reason})") from error
+
+
+def _exchange(owner: type | None, name: str, old: Any, new: Any) -> None:
+    """Sets `new` where `old` is: in a class, or in every loaded module under any name."""
+    if owner is not None:
+        if vars(owner).get(name) is old:
+            setattr(owner, name, new)
+        return
+    for module in list(sys.modules.values()):
+        for key, value in list(getattr(module, "__dict__", {}).items()):
+            if value is old:
+                setattr(module, key, new)
+
+
+def small_logits(rows: int = 2, tokens: int = 5, vocab: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(logits [rows, tokens, vocab], labels [rows, tokens]) of an example, the same at every call."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, tokens, vocab, generator=generator)
+    return logits, torch.randint(vocab, (rows, tokens), generator=generator)
