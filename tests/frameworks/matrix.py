@@ -47,7 +47,23 @@ class Entry:
 #: transformers and what it pins, of the time of the older frameworks.
 TRANSFORMERS_4_46 = ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
 
-ENTRIES = (Entry("trl", (), sample=True),)
+ENTRIES = (
+    Entry("trl", (), sample=True),
+    Entry("openrlhf", ("openrlhf==0.11.2", "pylatexenc==2.10"), sample=True),
+    Entry("openrlhf", ("openrlhf==0.10.4", "pylatexenc==2.10")),
+    Entry("openrlhf", ("openrlhf==0.9.10", "pylatexenc==2.10")),
+    Entry(
+        "openrlhf",
+        (
+            "openrlhf==0.8.11",
+            "transformers==4.57.1",
+            "tokenizers==0.22.1",
+            "huggingface-hub==0.36.0",
+            "datasets==4.0.0",
+            "peft==0.18.1",
+        ),
+    ),
+)
 
 
 def folder(package: str) -> Path:
