@@ -165,8 +165,8 @@ def token_logps(
     check_tensor("labels", labels, logits.shape[:-1], logits.device, "one label per row of logits")
     shape = labels.shape
     if logits.dim() != 3:
-        leading = (1, -1) if logits.dim() == 2 else (-1,)
-        logits, labels = logits.reshape(*leading, *logits.shape[-2:]), labels.reshape(*leading, shape[-1])
+        leading = 1 if logits.dim() == 2 else -1
+        logits, labels = logits.reshape(leading, *logits.shape[-2:]), labels.reshape(leading, shape[-1])
     batch = batch_of(logits, labels, None, None, ignore_index)
     found = _tokens(
         batch,

@@ -10,8 +10,8 @@ OpenRLHF's models give a log-probability for every token of a batch, from float3
 prompts and padding by 0. With the patch it announces which tokens count before it calls the model, so the logits of the other
 tokens are not read, and the gradient is written over the logits. Tested with OpenRLHF 0.8 to 0.11.
 
-Two things differ from the original functions. A label of -100 gives 0 instead of an error. And the logits are not divided in place
-when the temperature is not 1; no code of OpenRLHF reads them again.
+Two things differ from the original functions. A label of -100 gives 0 instead of an error. A temperature does not divide the
+logits in place; no code of OpenRLHF reads them afterwards.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _scored(labels: Tensor) -> tuple[Tensor, bool]:
     mask[:, -1] = False
     if labels.shape[0] == 1 and labels.shape != mask.shape:
         mask = mask[attention].unsqueeze(0)
-    if labels.shape != mask.shape:  # ring attention: each process has a part of the row, and all of its tokens are scored
+    if (
+        labels.shape != mask.shape
+    ):  # ring attention: each process has a part of the row, and all of its tokens are scored
         return labels, False
     return torch.where(mask, labels, -100), True
 
@@ -78,7 +80,13 @@ def _compute_entropy(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _concatenated_forward(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def concatenated_forward(
-        self: Any, model: Any, chosen_ids: Tensor, c_mask: Tensor, reject_ids: Tensor, r_mask: Tensor, prompt_id_lens: Any
+        self: Any,
+        model: Any,
+        chosen_ids: Tensor,
+        c_mask: Tensor,
+        reject_ids: Tensor,
+        r_mask: Tensor,
+        prompt_id_lens: Any,
     ) -> Any:
         _, attention, lengths = self.concatenated_inputs(chosen_ids, c_mask, reject_ids, r_mask, prompt_id_lens)
         attention = attention.bool()

@@ -47,22 +47,39 @@ class Entry:
 #: transformers and what it pins, of the time of the older frameworks.
 TRANSFORMERS_4_46 = ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
 
+#: What verl imports besides the environment's packages.
+VERL = (
+    "tensordict==0.10.0",
+    "pyvers==0.2.3",
+    "cloudpickle==3.1.2",
+    "orjson==3.11.4",
+    "importlib_metadata==8.7.0",
+    "zipp==3.23.0",
+    "codetiming==1.4.0",
+    "hydra-core==1.3.2",
+    "omegaconf==2.3.0",
+    "antlr4-python3-runtime==4.9.3",
+)
+TRANSFORMERS_4_57 = (
+    "transformers==4.57.1",
+    "tokenizers==0.22.1",
+    "huggingface-hub==0.36.0",
+    "datasets==4.0.0",
+    "peft==0.18.1",
+)
+
 ENTRIES = (
     Entry("trl", (), sample=True),
     Entry("openrlhf", ("openrlhf==0.11.2", "pylatexenc==2.10"), sample=True),
     Entry("openrlhf", ("openrlhf==0.10.4", "pylatexenc==2.10")),
     Entry("openrlhf", ("openrlhf==0.9.10", "pylatexenc==2.10")),
-    Entry(
-        "openrlhf",
-        (
-            "openrlhf==0.8.11",
-            "transformers==4.57.1",
-            "tokenizers==0.22.1",
-            "huggingface-hub==0.36.0",
-            "datasets==4.0.0",
-            "peft==0.18.1",
-        ),
-    ),
+    Entry("openrlhf", ("openrlhf==0.8.11", *TRANSFORMERS_4_57)),
+    Entry("verl", ("verl==0.9.1", *VERL), sample=True),
+    Entry("verl", ("verl==0.8.0", *VERL)),
+    Entry("verl", ("verl==0.7.1", *VERL)),
+    Entry("verl", ("verl==0.6.1", *VERL, *TRANSFORMERS_4_57)),
+    Entry("verl", ("verl==0.5.0", *VERL, *TRANSFORMERS_4_57)),
+    Entry("verl", ("verl==0.4.1", *VERL, *TRANSFORMERS_4_57, "setuptools==80.9.0")),
 )
 
 

@@ -2,16 +2,13 @@
 
 OpenRLHF imports deepspeed and flash-attn when it is imported. Both need a GPU and are stubs here: no function of deepspeed is
 called, because a strategy object in this file does what OpenRLHF's DeepSpeed strategy does (backward, then the optimizer's step,
-which only reads the gradients here), and flash-attn's functions that remove padding are written out below. flash-attn's cross
-entropy does not exist, so OpenRLHF takes its PyTorch branch.
+which only reads the gradients here). flash-attn's cross entropy does not exist, so OpenRLHF takes its PyTorch branch.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import metadata
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,39 +19,10 @@ from torch.utils.data import DataLoader
 
 from ..compare import Size, Step
 from ..material import gradients, model_of, pairs_of, tokenizer_of
+from . import stubs
 
-
-def _stub(name: str, **contents: Any) -> None:
-    module = ModuleType(name)
-    module.__spec__, module.__path__ = ModuleSpec(name, None, is_package=True), []
-    vars(module).update(contents)
-    sys.modules[name] = module
-
-
-def _unpad_input(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int, None]:
-    """flash-attn's function of that name: rows of real tokens, their flat positions, the bounds of the sequences."""
-    indices = mask.flatten().nonzero().flatten()
-    bounds = torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0))
-    return hidden.flatten(0, 1)[indices], indices, bounds, int(mask.sum(-1).max()), None
-
-
-def _pad_input(hidden: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """flash-attn's function of that name: the inverse of `_unpad_input`, with zeros at padding."""
-    full = hidden.new_zeros(batch * seqlen, *hidden.shape[1:])
-    return full.index_put((indices,), hidden).unflatten(0, (batch, seqlen))
-
-
-_stub("deepspeed")
-_stub("flash_attn")
-_stub(
-    "flash_attn.bert_padding",
-    index_first_axis=lambda rows, indices: rows[indices],
-    pad_input=_pad_input,
-    rearrange=lambda rows, pattern: rows.flatten(0, 1),
-    unpad_input=_unpad_input,
-)
-_stub("flash_attn.utils")
-_stub("flash_attn.utils.distributed", all_gather=None)
+stubs.stub("deepspeed")
+stubs.flash_attn()
 # The older versions move the batch to the current GPU.
 torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
 
@@ -120,7 +88,7 @@ def _actor(model: torch.nn.Module, packed: bool) -> Actor:
 
 
 def step_of(size: Size, packed: bool = False) -> Step:
-    """Args: size: see compare.py. packed: one row without padding, as --packing_samples; attention is then causal over the row."""
+    """See compare.py. With `packed` the batch is one row without padding, as with --packing_samples."""
     strategy, tokenizer = _Strategy(packed), tokenizer_of(size)
     rows = Dataset.from_list(pairs_of(size))
     dataset = RewardDataset(rows, tokenizer, 2048, strategy, is_dpo=True, num_processors=None)
