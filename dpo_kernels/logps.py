@@ -100,16 +100,17 @@ def _tokens(
     inplace_backward: bool = False,
 ) -> dict[str, Tensor]:
     """Stage 1 of a batch of logits: its rows by name, [B, T] each."""
-    # The gradient of the entropy is computed by the kernels of a divergence from a reference (ops.py).
-    terms = ("entropy",) if differentiable_entropy else ()
-    batch = checked(batch, transform, statistics, terms=terms)
+    batch = checked(batch, transform, statistics)
+    if differentiable_entropy:
+        # The kernels of a divergence from a reference compute this gradient, see ops.py.
+        batch = checked(batch, transform, (), batch.rows, terms=("kl",))
     return ops.token_logps(
         batch.rows,
         batch.labels,
         None,
         transform,
         statistics,
-        terms=terms,
+        terms=("entropy",) if differentiable_entropy else (),
         inplace_backward=inplace_backward,
         backend=batch.backend,
     )
@@ -164,9 +165,10 @@ def token_logps(
         raise ValueError(f"logits must be [..., T, V], with at least two dimensions; got {list(logits.shape)}")
     check_tensor("labels", labels, logits.shape[:-1], logits.device, "one label per row of logits")
     shape = labels.shape
-    if logits.dim() != 3:
-        leading = (1, -1) if logits.dim() == 2 else (-1,)
-        logits, labels = logits.reshape(*leading, *logits.shape[-2:]), labels.reshape(*leading, shape[-1])
+    if logits.dim() == 2:
+        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    elif logits.dim() > 3:
+        logits, labels = logits.flatten(0, -3), labels.flatten(0, -2)
     batch = batch_of(logits, labels, None, None, ignore_index)
     found = _tokens(
         batch,
