@@ -9,7 +9,15 @@ import math
 import pytest
 import torch
 
-from dpo_kernels import dpo_loss, reference, selective_log_softmax, sequence_logps, token_logps, use_backend
+from dpo_kernels import (
+    dpo_loss,
+    linear_logps,
+    reference,
+    selective_log_softmax,
+    sequence_logps,
+    token_logps,
+    use_backend,
+)
 
 from checks import check_gradient, row_errors
 
@@ -288,3 +296,60 @@ def test_errors_name_what_was_expected(name):
     logits, labels, _ = problem()
     with pytest.raises(ValueError, match=text):
         call(logits, labels)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", [None, "4KB"])
+def test_the_entropys_gradient_from_hidden_states(budget, frozen, backend):
+    g = torch.Generator().manual_seed(3)
+    hidden, weight, bias = (
+        torch.randn(2, 4, 24, generator=g),
+        torch.randn(131, 24, generator=g),
+        torch.randn(131, generator=g),
+    )
+    _, labels, upstream = problem(131)
+    grads = []
+    for exact in (False, True):
+        h, w, b = (x.double() if exact else x.clone() for x in (hidden, weight, bias))
+        leaves = [x.requires_grad_() for x in ((h,) if frozen else (h, w, b))]
+        if exact:
+            found = reference.token_statistics(
+                torch.nn.functional.linear(h, w, b), labels, logit_scale=1 / 1.3, logit_softcap=6 / 1.3
+            )
+            logps = found["logps"]
+        else:
+            with use_backend(backend):
+                logps, found = linear_logps(
+                    h,
+                    w,
+                    labels,
+                    bias=b,
+                    statistics=("entropy", "accuracy"),
+                    temperature=1.3,
+                    logit_softcap=6.0,
+                    differentiable_entropy=True,
+                    memory_budget=budget,
+                )
+            assert found["entropy"].requires_grad
+            assert not found["accuracy"].requires_grad
+        (logps * upstream[0] + found["entropy"] * upstream[1]).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
+
+
+def test_the_entropys_gradient_from_hidden_states_compiled():
+    hidden, weight = torch.randn(2, 4, 24), torch.randn(131, 24)
+    _, labels, upstream = problem(131)
+
+    def loss_of(h, w):
+        logps, found = linear_logps(h, w, labels, statistics=("entropy",), differentiable_entropy=True)
+        return (logps * upstream[0] + found["entropy"] * upstream[1]).sum()
+
+    grads = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        function(*leaves).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
