@@ -52,7 +52,11 @@ def step_of(size: Size) -> Step:
         finetuning_args=FinetuningArguments(stage="dpo", finetuning_type="full", pref_beta=0.1),
         processor=None,
         args=TrainingArguments(
-            tempfile.mkdtemp(), use_cpu=True, report_to=[], remove_unused_columns=False, per_device_train_batch_size=size.pairs
+            tempfile.mkdtemp(),
+            use_cpu=True,
+            report_to=[],
+            remove_unused_columns=False,
+            per_device_train_batch_size=size.pairs,
         ),
         tokenizer=tokenizer_of(size),
     )

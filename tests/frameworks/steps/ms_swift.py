@@ -16,16 +16,17 @@ from ..material import gradients, model_of, pairs_of, tokenizer_of
 # ms-swift imports aiohttp at the top, and uses it only to download data sets.
 sys.modules.setdefault("aiohttp", types.ModuleType("aiohttp"))
 
-try:  # 4.0 and later
-    from swift.model import get_model_processor as load
-    from swift.rlhf_trainers import DPOTrainer
-    from swift.rlhf_trainers.arguments import DPOConfig
-    from swift.template import get_template
-except ImportError:
+OLD = importlib.metadata.version("ms_swift").startswith("3.")
+if OLD:
     from swift.llm import get_model_tokenizer as load
     from swift.llm import get_template
     from swift.trainers.rlhf_arguments import DPOConfig
     from swift.trainers.rlhf_trainer import DPOTrainer
+else:
+    from swift.model import get_model_processor as load
+    from swift.rlhf_trainers import DPOTrainer
+    from swift.rlhf_trainers.arguments import DPOConfig
+    from swift.template import get_template
 
 
 def loaded(size: Size, seed: int = 0):
@@ -39,7 +40,7 @@ def loaded(size: Size, seed: int = 0):
 def step_of(size: Size) -> Step:
     """The step of the trainer: `DPOTrainer.compute_loss`, which runs policy and reference."""
     model, tokenizer = loaded(size)
-    template = get_template("dummy", tokenizer) if load.__name__ == "get_model_tokenizer" else get_template(tokenizer, template_type="dummy")
+    template = get_template("dummy", tokenizer) if OLD else get_template(tokenizer, template_type="dummy")
     template.set_mode("rlhf")
     rows = [
         {
@@ -67,7 +68,6 @@ def step_of(size: Size) -> Step:
         train_dataset=encoded,
     )
     batch = template.data_collator(encoded)
-    print({k: (v.shape if hasattr(v,'shape') else v) for k,v in batch.items()}, batch["labels"])
 
     def step() -> tuple[float, dict[str, Tensor]]:
         model.zero_grad()
