@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -127,7 +128,34 @@ MS_SWIFT = (
     ),
 )
 
-ENTRIES = (Entry("trl", (), sample=True), *LLAMAFACTORY, *MS_SWIFT)
+#: What verl imports besides the environment's packages.
+VERL = (
+    "tensordict==0.10.0",
+    "pyvers==0.2.3",
+    "cloudpickle==3.1.2",
+    "orjson==3.11.4",
+    "importlib_metadata==8.7.0",
+    "zipp==3.23.0",
+    "codetiming==1.4.0",
+    "hydra-core==1.3.2",
+    "omegaconf==2.3.0",
+    "antlr4-python3-runtime==4.9.3",
+)
+OLDER = (*TRANSFORMERS_4_57, "datasets==4.0.0", "peft==0.18.1")
+OPENRLHF_AND_VERL = (
+    Entry("openrlhf", ("openrlhf==0.11.2", "pylatexenc==2.10"), sample=True),
+    Entry("openrlhf", ("openrlhf==0.10.4", "pylatexenc==2.10")),
+    Entry("openrlhf", ("openrlhf==0.9.10", "pylatexenc==2.10")),
+    Entry("openrlhf", ("openrlhf==0.8.11", *OLDER)),
+    Entry("verl", ("verl==0.9.1", *VERL), sample=True),
+    Entry("verl", ("verl==0.8.0", *VERL)),
+    Entry("verl", ("verl==0.7.1", *VERL)),
+    Entry("verl", ("verl==0.6.1", *VERL, *OLDER)),
+    Entry("verl", ("verl==0.5.0", *VERL, *OLDER)),
+    Entry("verl", ("verl==0.4.1", *VERL, *OLDER, "setuptools==80.9.0")),
+)
+
+ENTRIES = (Entry("trl", (), sample=True), *LLAMAFACTORY, *MS_SWIFT, *OPENRLHF_AND_VERL)
 
 
 def folder(package: str) -> Path:
@@ -141,6 +169,8 @@ def install(entry: Entry) -> None:
         if not folder(package).is_dir():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder(package))]
             subprocess.run([*pip, package], check=True)
+            # Some wheels hold their tests as a top-level package, which would hide this repository's.
+            shutil.rmtree(folder(package) / "tests", ignore_errors=True)
 
 
 def environment(entry: Entry) -> dict[str, str]:
