@@ -46,7 +46,25 @@ class Entry:
 #: transformers and what it pins, of the time of the older frameworks.
 TRANSFORMERS_4_46 = ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
 
-ENTRIES = (Entry("trl", (), sample=True),)
+#: TRL builds Liger's loss; 1.12 is the last version that does.
+LIGER = (
+    Entry("liger", ("liger-kernel==0.8.5", "trl==1.12.0"), sample=True),
+    Entry(
+        "liger",
+        (
+            "liger-kernel==0.6.4",
+            "trl==0.24.0",
+            "transformers==4.57.1",
+            "tokenizers==0.22.1",
+            "huggingface-hub==0.36.0",
+            "datasets==4.0.0",
+            "accelerate==1.11.0",
+            "peft==0.17.1",
+        ),
+    ),
+)
+
+ENTRIES = (Entry("trl", (), sample=True), *LIGER)
 
 
 def folder(package: str) -> Path:
