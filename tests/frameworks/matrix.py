@@ -64,7 +64,15 @@ LIGER = (
     ),
 )
 
-ENTRIES = (Entry("trl", (), sample=True), *LIGER)
+#: torchtune's recipes import these, and its models need no others.
+TORCHTUNE_NEEDS = ("torchao==0.10.0", "omegaconf==2.4.0", "tiktoken==0.9.0", "sentencepiece==0.2.0")
+TORCHTUNE = (
+    Entry("torchtune", ("torchtune==0.6.1", *TORCHTUNE_NEEDS), sample=True),
+    Entry("torchtune", ("torchtune==0.5.0", *TORCHTUNE_NEEDS)),
+    Entry("torchtune", ("torchtune==0.4.0", *TORCHTUNE_NEEDS)),
+)
+
+ENTRIES = (Entry("trl", (), sample=True), *LIGER, *TORCHTUNE)
 
 
 def folder(package: str) -> Path:
