@@ -6,11 +6,11 @@ import dpo_kernels.integrations.torchtune
 dpo_kernels.integrations.torchtune.apply()  # before the recipe trains
 ```
 
-torchtune's recipes compute all logits, and get log-probabilities from the functions of `torchtune.rlhf`. Torchtune's functions make
-several copies of the logits; ours read them once, make none in the forward pass and one, the gradient, in the backward pass, and
-skip prompt and padding. Results are torchtune's, with two differences:
+torchtune's recipes compute all logits, and get log-probabilities from the functions of `torchtune.rlhf`, which copy the logits
+several times. Ours make no copy in the forward pass and one, the gradient, in the backward pass. Prompts and padding are not read.
+The results are torchtune's, with two differences:
 
-  - `get_batch_log_probs` returns float32 for 16-bit logits. Torchtune rounds the sums to 16 bits.
+  - `get_batch_log_probs` returns float32 for 16-bit logits. torchtune rounds the sums to 16 bits.
   - A sequence without a label has the mean 0; torchtune 0.5 and older return NaN.
 
 Also exchanged: `logits_to_logprobs` (PPO), and `batched_logits_to_logprobs` (GRPO) where torchtune has it. Recipes, models,

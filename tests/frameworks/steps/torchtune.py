@@ -91,7 +91,8 @@ def recipe_of(size: Size, folder: str) -> Any:
 
     path = Path(torchtune.__file__).parent.parent / "recipes" / "lora_dpo_single_device.py"
     spec = importlib.util.spec_from_file_location("lora_dpo_single_device", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     lora = {
