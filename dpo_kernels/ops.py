@@ -14,7 +14,6 @@ the registered operator. The backend's name is an argument, so the backward pass
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,18 @@ from . import backends
 from .backends import whole_call
 from .backends.whole_call import SEQUENCE_ROWS, Family, Weighting
 from .memory import fresh
-from .stages import KL_TERMS, TokenKL, Transform, all_rows, check_bounds, share_memory, small_dtype, spread, token_rows
+from .stages import (
+    KL_TERMS,
+    TokenKL,
+    Transform,
+    all_rows,
+    check_bounds,
+    from_uniform,
+    share_memory,
+    small_dtype,
+    spread,
+    token_rows,
+)
 
 _library = torch.library.Library("dpo_kernels", "DEF")
 _ops = torch.ops.dpo_kernels
@@ -235,7 +245,8 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     grads = dict(zip(ctx.names, grad_tokens.contiguous().unbind(0), strict=True))
     divergence: tuple[Tensor | None, ...] = (None,) * len(TokenKL._fields)
     if "entropy" in ctx.terms:
-        divergence = _from_uniform(logits, rows["entropy"], grads["entropy"])
+        vocab = logits.shape[-1]  # one row of zeros as logits of the reference
+        divergence = (logits.new_zeros(vocab), *from_uniform(rows["entropy"], vocab), -grads["entropy"], None)
     elif ctx.terms:
         by_terms = (grads[name] if name in ctx.terms else None for name in KL_TERMS)
         divergence = (ref_logits, *(rows[name] for name in TokenKL._fields[1:5]), *by_terms)
@@ -251,16 +262,6 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
         ),
         *(None,) * 9,
     )
-
-
-def _from_uniform(logits: Tensor, entropy: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The fields of the `TokenKL` that gives the gradient of the entropy, with one row [V] as logits of the reference.
-
-    The entropy is log V - KL(policy || uniform distribution), and equal logits make a uniform distribution.
-    """
-    vocab = logits.shape[-1]
-    uniform, zero = logits.new_zeros(vocab), torch.zeros_like(entropy)
-    return uniform, zero - math.log(vocab), zero, zero + math.log(vocab), math.log(vocab) - entropy, -grad, None
 
 
 def _write_logits_grad(logits: Tensor, *arguments: Any, out: Tensor) -> None:
