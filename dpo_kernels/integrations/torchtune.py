@@ -7,8 +7,8 @@ dpo_kernels.integrations.torchtune.apply()  # before the recipe trains
 ```
 
 torchtune's recipes compute all logits, and get log-probabilities from the functions of `torchtune.rlhf`, which copy the logits
-several times. Ours make no copy in the forward pass and one, the gradient, in the backward pass. Prompts and padding are not read.
-The results are torchtune's, with two differences:
+several times. Ours make no copy in the forward pass and one, the gradient, in the backward pass. They do not read prompts and
+padding. The results are torchtune's, with two differences:
 
   - `get_batch_log_probs` returns float32 for 16-bit logits. torchtune rounds the sums to 16 bits.
   - A sequence without a label has the mean 0; torchtune 0.5 and older return NaN.
@@ -44,7 +44,8 @@ def _batch_log_probs(inplace_backward: bool) -> Callable[..., Tensor]:
             logits,
             shift_labels(labels, scored, label_pad_token_id),
             ignore_index=label_pad_token_id,
-            inplace_backward=inplace_backward,
+            # full_dpo_distributed passes both halves of one tensor; autograd refuses the second if the first was overwritten.
+            inplace_backward=inplace_backward and not logits._is_view(),
         )
         return sums / scored[:, 1:].sum(-1).clamp(min=1) if return_average_logprobs else sums
 
@@ -130,8 +131,8 @@ def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
 
     Args:
         inplace_backward: lets the backward pass of `get_batch_log_probs` write the gradient into the memory of the logits, which
-            saves a tensor of their size. Code that reads the logits after `loss.backward()` then finds gradients in them;
-            torchtune's own recipes read them before.
+            saves a tensor of their size. Code that reads the logits after `loss.backward()` then finds gradients in them.
+            torchtune's own recipes read them before. A view of other logits, as in full_dpo_distributed, is never written to.
 
     Returns:
         A function that puts torchtune's functions back.
