@@ -155,7 +155,27 @@ OPENRLHF_AND_VERL = (
     Entry("verl", ("verl==0.4.1", *VERL, *OLDER, "setuptools==80.9.0")),
 )
 
-ENTRIES = (Entry("trl", (), sample=True), *LLAMAFACTORY, *MS_SWIFT, *OPENRLHF_AND_VERL)
+#: TRL builds Liger's loss; 1.12 is the last version that does.
+LIGER = (
+    Entry("liger", ("liger-kernel==0.8.5", "trl==1.12.0"), sample=True),
+    Entry(
+        "liger",
+        (
+            *("liger-kernel==0.6.4", "trl==0.24.0", *TRANSFORMERS_4_57),
+            *("datasets==4.0.0", "accelerate==1.11.0", "peft==0.17.1"),
+        ),
+    ),
+)
+
+#: torchtune's recipes import these, and its models need no others.
+TORCHTUNE_NEEDS = ("torchao==0.10.0", "omegaconf==2.4.0", "tiktoken==0.9.0", "sentencepiece==0.2.0")
+TORCHTUNE = (
+    Entry("torchtune", ("torchtune==0.6.1", *TORCHTUNE_NEEDS), sample=True),
+    Entry("torchtune", ("torchtune==0.5.0", *TORCHTUNE_NEEDS)),
+    Entry("torchtune", ("torchtune==0.4.0", *TORCHTUNE_NEEDS)),
+)
+
+ENTRIES = (Entry("trl", (), sample=True), *LLAMAFACTORY, *MS_SWIFT, *OPENRLHF_AND_VERL, *LIGER, *TORCHTUNE)
 
 
 def folder(package: str) -> Path:
