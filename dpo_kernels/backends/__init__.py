@@ -80,7 +80,7 @@ def _attempt(name: str, device_type: str) -> ModuleType | str:
     if name not in _HERE:
         return "this copy of the package does not contain it; the package from pip does"
     try:
-        module = importlib.import_module(f".{name}", __package__)
+        module = importlib.import_module(f"{__package__}.{name}")
         module.check_available(device_type)
     except BackendUnavailable as reason:
         return str(reason)
