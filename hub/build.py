@@ -22,8 +22,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import dpo_kernels
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "dpo_kernels"
+PACKAGE = Path(dpo_kernels.__file__).parent
 NAME = "dpo-kernels"
 LICENSE = "Apache-2.0"
 #: The platforms of torch: where Triton runs, and the CPU for tests and for machines without a GPU.
@@ -118,7 +120,7 @@ def put(path: Path, content: bytes | str) -> None:
 
 
 def write(folder: Path, repository: str = f"ORGANIZATION/{NAME}") -> None:
-    """Write the layout into `folder`, whose earlier contents are deleted.
+    """Write the layout into `folder`. In an earlier layout, torch-ext/ and build/ are replaced.
 
     Args:
         repository: the repository on the Hub, for build.toml and the card.
@@ -126,11 +128,11 @@ def write(folder: Path, repository: str = f"ORGANIZATION/{NAME}") -> None:
     Raises:
         FileExistsError: the folder holds something else than such a layout.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "build.toml").is_file():
-        raise FileExistsError(f"{folder} is not empty and holds no build.toml; name another folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    import dpo_kernels
-
+    layout = folder / "build.toml"
+    if folder.exists() and any(folder.iterdir()) and not (layout.is_file() and f'"{NAME}"' in layout.read_text()):
+        raise FileExistsError(f"{folder} is not empty, and no layout of this kernel is in it; name another folder")
+    for replaced in ("torch-ext", "build"):
+        shutil.rmtree(folder / replaced, ignore_errors=True)
     files, version = sources(), int(dpo_kernels.__version__.partition(".")[0])
     for name, text in files.items():
         if name != GENERATED:
@@ -142,7 +144,7 @@ def write(folder: Path, repository: str = f"ORGANIZATION/{NAME}") -> None:
         put(build / "metadata.json", metadata(backend, files, version))
     backends = ", ".join(f'"{name}"' for name in BACKENDS)
     fields = {"name": NAME, "version": version, "license": LICENSE, "backends": backends, "repository": repository}
-    put(folder / "build.toml", BUILD_TOML.format(**fields))
+    put(layout, BUILD_TOML.format(**fields))
     put(folder / "flake.nix", FLAKE)
     names = "\n".join(f"- `{name}`" for name in dpo_kernels.__all__ if not name.startswith("_"))
     card = CARD.format(**fields, names=names, release=dpo_kernels.__version__)
