@@ -5,14 +5,19 @@ run in tests/test_frameworks.py, which applies the same patch and so compares ev
 """
 
 import importlib
+import json
+import subprocess
 import sys
 import textwrap
 import warnings
 
 import pytest
 import torch
+from frameworks import matrix
 
 from dpo_kernels.integrations import llamafactory
+
+import docs_pages
 
 TRAINER_UTILS = """
 import torch
@@ -367,3 +372,52 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ImportError):
         llamafactory.apply()
+
+
+#: Runs the page's script with the kernels counted; the examples of `apply()` count too.
+RUN = """
+import runpy, sys
+from contextlib import ExitStack
+from tests.frameworks.compare import calls_counted
+sys.argv = ["train.py", "dpo.yaml"]
+with ExitStack() as stack:
+    calls = calls_counted(stack)
+    runpy.run_path("train.py", run_name="__main__")
+    print("calls", len(calls))
+"""
+
+
+@pytest.mark.slow
+def test_the_pages_script_trains(tmp_path):
+    """docs/migration/llamafactory.md's script with LLaMA-Factory's own reader of settings, data, and loop."""
+    from frameworks import compare, material
+
+    entry = next(entry for entry in matrix.ENTRIES if entry.name == "llamafactory-0.9.5")
+    assert all(matrix.folder(package).is_dir() for package in entry.packages), (
+        "python tests/frameworks/matrix.py install"
+    )
+    page = next(page for page in docs_pages.PAGES if page.name == "llamafactory.md")
+    subprocess.run(["bash", "-ec", docs_pages.blocks(page)[0].text], cwd=tmp_path, check=True)
+    size = compare.TINY
+    material.model_of(size).save_pretrained(tmp_path / "model")
+    material.tokenizer_of(size).save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([row | {"instruction": row["prompt"]} for row in material.pairs_of(size)])
+    )
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}})
+    )
+    settings = {"model_name_or_path": "model", "stage": "dpo", "finetuning_type": "full", "do_train": True}
+    settings |= {"dataset": "pairs", "dataset_dir": ".", "template": "empty", "output_dir": "out", "max_steps": 3}
+    settings |= {"per_device_train_batch_size": size.pairs, "report_to": "none", "logging_steps": 1}
+    (tmp_path / "dpo.yaml").write_text(json.dumps(settings))
+    environment = matrix.environment(entry)
+    (tmp_path / "torchaudio.py").touch()  # imported at the top of LLaMA-Factory's reader of images and sound
+    environment["PYTHONPATH"] += f":{tmp_path}"
+    command = [sys.executable, "-W", "error:dpo_kernels:RuntimeWarning", "-c", RUN]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split("calls ")[-1]) >= 2 * settings["max_steps"]  # policy and reference
+    log = [json.loads(line) for line in (tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()]
+    assert abs(log[0]["loss"] - 0.6931) < 1e-4

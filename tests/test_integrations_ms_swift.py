@@ -5,14 +5,20 @@ versions run in tests/test_frameworks.py, which applies the same patch and so co
 """
 
 import importlib
+import json
+import shlex
+import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from frameworks import matrix
 
 from dpo_kernels.integrations import ms_swift
+
+import docs_pages
 
 UTILS = """
 def selective_log_softmax(logits, index):
@@ -285,3 +291,56 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ImportError):
         ms_swift.apply()
+
+
+#: Runs ms-swift's command with the kernels counted; the examples of `apply()` count too.
+RUN = """
+import runpy, sys
+from contextlib import ExitStack
+from tests.frameworks.compare import calls_counted
+with ExitStack() as stack:
+    calls = calls_counted(stack)
+    runpy.run_module("swift.cli.rlhf", run_name="__main__")
+    print("calls", len(calls))
+"""
+
+
+@pytest.mark.slow
+def test_the_pages_command_trains(tmp_path):
+    """The plugin and the command of docs/migration/ms_swift.md, with a tiny model."""
+    from frameworks import compare, material
+
+    entry = next(entry for entry in matrix.ENTRIES if entry.name == "ms_swift-4.6.0")
+    assert all(matrix.folder(package).is_dir() for package in entry.packages), (
+        "python tests/frameworks/matrix.py install"
+    )
+    page = next(page for page in docs_pages.PAGES if page.name == "ms_swift.md")
+    plugin, _, command = docs_pages.blocks(page)[0].text.partition("END\nswift ")
+    subprocess.run(["bash", "-ec", plugin + "END\n"], cwd=tmp_path, check=True)
+    size = compare.TINY
+    material.model_of(size).save_pretrained(tmp_path / "model")
+    material.tokenizer_of(size).save_pretrained(tmp_path / "model")
+    rows = [
+        {
+            "messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}],
+            "rejected_response": row["rejected"],
+        }
+        for row in material.pairs_of(size)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verb, *words = shlex.split(command.replace("Qwen/Qwen2.5-7B-Instruct", "model"))
+    assert verb == "rlhf"
+    words += shlex.split(
+        "--model_type llama --template dummy --tuner_type full --torch_dtype float32 --output_dir out --max_steps 3 "
+        f"--per_device_train_batch_size {size.pairs} --gradient_accumulation_steps 1 --logging_steps 1 --report_to none "
+        "--check_model false --use_cpu true --split_dataset_ratio 0 --save_strategy no"
+    )
+    environment = matrix.environment(entry)
+    (tmp_path / "aiohttp.py").touch()  # imported at the top of ms-swift's loader of data sets
+    environment["PYTHONPATH"] += f":{tmp_path}"
+    arguments = [sys.executable, "-W", "error:dpo_kernels:RuntimeWarning", "-c", RUN, *words]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split("calls ")[-1]) >= 2 * 3  # policy and reference of each step
+    log = next((tmp_path / "out").rglob("logging.jsonl")).read_text().splitlines()
+    assert abs(json.loads(log[0])["loss"] - 0.6931) < 1e-4
