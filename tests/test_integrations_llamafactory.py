@@ -211,6 +211,31 @@ def test_strided_views_and_single_tokens(package):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+class Distributed(torch.Tensor):
+    """A kind of tensor that the kernels do not take."""
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_other_kinds_of_tensors_are_left_to_llamafactory(package, kind):
+    logits, labels = batch(torch.bfloat16)
+    other = logits.as_subclass(Distributed)
+    utils = package("trainer_utils")
+    flat = (logits.float().flatten(0, 1), labels.flatten())
+    wanted = (
+        utils.get_batch_logps(other, labels),
+        utils._dft_cross_entropy(*flat),
+        forward(package, kind, Model(other), labels),
+    )
+    with llamafactory.applied():
+        found = (
+            package("trainer_utils").get_batch_logps(other, labels),
+            package("trainer_utils")._dft_cross_entropy(flat[0].as_subclass(Distributed), flat[1]),
+            forward(package, kind, Model(other), labels),
+        )
+        assert type(found[0][0]) is type(found[1]) is Distributed
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_shapes_that_differ(package):
     logits, labels = batch()
     with llamafactory.applied(), pytest.raises(ValueError, match="same shape"):

@@ -211,6 +211,28 @@ def test_sequence_parallelism_is_ms_swifts_own(modules):
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-5)
 
 
+class Distributed(torch.Tensor):
+    """A kind of tensor that the kernels do not take."""
+
+
+def test_other_kinds_of_tensors_are_left_to_ms_swift(modules):
+    logits, labels = batch(torch.bfloat16)
+    other = logits.as_subclass(Distributed)
+
+    def results():
+        return (
+            *trainer_of(modules[0]).get_per_token_logps(other, labels),
+            modules[1].selective_log_softmax(other, labels.clamp(min=0)),
+            modules[1].entropy_from_logits(other),
+        )
+
+    wanted = results()
+    with ms_swift.applied():
+        found = results()
+    assert type(found[0]) is type(found[3]) is type(found[4]) is Distributed
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (7,), ()])
 def test_trls_functions_keep_shape_dtype_and_gradient(modules, dtype, shape):
