@@ -36,6 +36,7 @@ from .model.split import Batch, SplitModel
 from .pair_trainer import looked_at
 from .report.model_card import TAGS
 from .settings import objective
+from .settings.combinations import without_effect
 from .settings.config import DPOConfig, check_settings
 from .settings.fit import READ_ONCE, check_best_metric, check_fit, check_images, check_model_init, init_of
 from .watch.metrics import MetricWindow
@@ -234,12 +235,10 @@ class DPOTrainer(LossTrainer):
             # After the trials above, which would each be compiled separately for a single use without gradient.
             self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
-        given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
-        for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
-            if used and (given or args.precompute_ref_log_probs):
-                raise ConfigError(
-                    f"{setting}: needs the reference model in every step, not only precomputed log-probabilities"
-                )
+        for line in without_effect(args, self.loss_path):
+            logger.warning(line)
+        if any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE):
+            objective.check_sums_suffice(args, self._objectives)
         if args.kl_coef > 0 and self.reference is None:
             raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
         if hasattr(self.model, "add_model_tags"):
