@@ -24,7 +24,18 @@ from . import backends
 from .backends import whole_call
 from .backends.whole_call import SEQUENCE_ROWS, Family, Weighting
 from .memory import fresh
-from .stages import KL_TERMS, TokenKL, Transform, all_rows, check_bounds, share_memory, small_dtype, spread, token_rows
+from .stages import (
+    KL_TERMS,
+    TokenKL,
+    Transform,
+    all_rows,
+    check_bounds,
+    from_uniform,
+    share_memory,
+    small_dtype,
+    spread,
+    token_rows,
+)
 
 _library = torch.library.Library("dpo_kernels", "DEF")
 _ops = torch.ops.dpo_kernels
@@ -205,7 +216,8 @@ def _token_logps(logits: Tensor, labels: Tensor, ref_logits: Tensor | None, *res
     transform, (statistics, terms, _, backend) = Transform(*rest[:3]), rest[3:]
     stage = backends.load(backend, logits.device.type).token_logps
     logits, labels, ref_logits = _unit_stride(logits), labels.contiguous(), _optional(ref_logits, _unit_stride)
-    tokens = stage(logits, labels, ref_logits, transform, (*statistics, *(["kl"] if terms else [])))
+    asked = ("kl",) if set(terms) & set(KL_TERMS) else ()
+    tokens = stage(logits, labels, ref_logits, transform, (*statistics, *asked))
     if "forward_kl" not in terms:
         return tokens
     # KL(reference || policy) is the same kernel with policy and reference exchanged, so the logits are read a second time.
@@ -232,7 +244,10 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     rows = dict(zip(ctx.names, tokens.unbind(0), strict=True))
     grads = dict(zip(ctx.names, grad_tokens.contiguous().unbind(0), strict=True))
     divergence: tuple[Tensor | None, ...] = (None,) * len(TokenKL._fields)
-    if ctx.terms:
+    if "entropy" in ctx.terms:
+        vocab = logits.shape[-1]  # one row of zeros as logits of the reference
+        divergence = (logits.new_zeros(vocab), *from_uniform(rows["entropy"], vocab), -grads["entropy"], None)
+    elif ctx.terms:
         by_terms = (grads[name] if name in ctx.terms else None for name in KL_TERMS)
         divergence = (ref_logits, *(rows[name] for name in TokenKL._fields[1:5]), *by_terms)
     small = (rows["logps"], rows["max"], rows["log_sum"], grads["logps"])
@@ -254,6 +269,8 @@ def _write_logits_grad(logits: Tensor, *arguments: Any, out: Tensor) -> None:
     token_kl = None
     if divergence[0] is not None:
         ref_logits, *values = divergence
+        if ref_logits.dim() == 1:  # one row for all tokens, read in place
+            ref_logits = ref_logits.expand(logits.shape)
         token_kl = TokenKL(_unit_stride(ref_logits), *(_optional(value) for value in values))  # type: ignore[arg-type]
     stages = backends.load(backend, logits.device.type)
     stages.logits_grad(logits, *(values.contiguous() for values in small), transform, out, token_kl)
@@ -295,7 +312,10 @@ def token_logps(
     inplace_backward: bool = False,
     backend: str,
 ) -> dict[str, Tensor]:
-    """The rows of stage 1 by name, [B, T] each. "logps" and the divergences in `terms` (KL_TERMS) are differentiable."""
+    """The rows of stage 1 by name, [B, T] each. "logps" and the names in `terms` are differentiable.
+
+    `terms` is a subset of KL_TERMS, or ("entropy",) for a call without reference whose statistics have the entropy.
+    """
     tokens = token_logps_op(
         logits, labels, ref_logits, *transform, list(statistics), list(terms), inplace_backward, backend
     )

@@ -75,7 +75,7 @@ def _linear_logps_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if call.terms:
         rows = dict(zip(call.rows, found.unbind(0), strict=True))
         grads = {"kl": grad_kl, "forward_kl": grad_forward_kl}
-        divergences = KLGradients.of(rows, grads)
+        divergences = KLGradients.of(rows, grads, call.sizes.vocab)
     with no_autocast(hidden.device):
         grad_hidden, gradient = backward_tokens(call, hidden, weight, bias, found, grad_logps, divergences=divergences)
     nothing = hidden.new_empty(0)
