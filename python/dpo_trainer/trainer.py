@@ -25,7 +25,7 @@ from .errors import ConfigError, DataError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
-from .model.adapters import attach, named_adapter, obstacle_to_training, trainable_in, unsaved
+from .model.adapters import attach, keep_trainable, named_adapter, obstacle_to_training, trainable_in, unsaved
 from .model.auxiliary import auxiliary_loss
 from .model.causal import check_answers
 from .model.dropout import disable_dropout, settle
@@ -139,8 +139,10 @@ class DPOTrainer(LossTrainer):
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
         self._peft_config = peft_config
         policy = self._dressed(policy, args, loaded=isinstance(model, (str, Path)))
-        if args.disable_dropout and reference is not None:
-            disable_dropout(reference)
+        if reference is not None:
+            keep_trainable(reference)  # so that it rounds as the policy does
+            if args.disable_dropout:
+                disable_dropout(reference)
 
         tokenizer = tokenizer_of(processing_class)
         if data_collator is None:
@@ -191,6 +193,7 @@ class DPOTrainer(LossTrainer):
 
     def _dressed(self, model: Any, args: DPOConfig, *, loaded: bool) -> Any:
         """Attach the run's adapter to the model, and turn its dropout off if the settings say so."""
+        keep_trainable(model)
         set_seed(args.seed)  # for a new adapter's weights
         self.attached = attach(model, self._peft_config, args.adapter, loaded=loaded)
         model = self.attached.model

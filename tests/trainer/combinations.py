@@ -8,27 +8,30 @@ float64 forwards of one sequence at a time, and every value must show that it is
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from dpo_kernels import dpo_loss, length_desensitized_weights, use_backend
 from dpo_kernels.names import OBJECTIVES
 from dpo_kernels.objectives import OBJECTIVES as INFO
 from dpo_trainer import DPOTrainer
 from dpo_trainer.errors import ConfigError, DataError, ModelError
+from dpo_trainer.model.adapters import keep_trainable
 from dpo_trainer.settings import objective
 
-from .tiny import build_model, build_pairs, build_tokenizer, build_trainer
+from .tiny import LLAMA, build_model, build_pairs, build_tokenizer, build_trainer
 
 VOCAB = len(build_tokenizer())
 PAIRS = build_pairs(3, seed=4)
@@ -171,7 +174,7 @@ EXCEPTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, str], ...] = (
         ("prompt tuning",),
         (),
         SLOWER,
-        "loss path: logits, because PROMPT_TUNING puts 2 virtual tokens in front of every row",
+        "PeftModelForCausalLM: PROMPT_TUNING puts 2 virtual tokens in front of every row; computing the logits of all tokens",
     ),
     (
         ("LoRA on the head", "prompt tuning"),
@@ -203,13 +206,57 @@ EXCEPTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, str], ...] = (
     (("tdpo", "tdpo2"), ("precomputed", "columns"), REFUSED, f"loss_type {{0}}: {_STEP}"),
     (("ld_alpha", "kl_coef"), ("precomputed", "columns"), REFUSED, f"{{0}}: {_STEP}"),
     (
+        ("quanto int8",),
+        ("bf16",),
+        REFUSED,
+        "model: LlamaForCausalLM cannot be run on a batch of tokens (RuntimeError: expected",
+    ),
+    (
+        ("bitsandbytes int8",),
+        ("DoRA",),
+        REFUSED,
+        "model: LlamaForCausalLM cannot be run on a batch of tokens (AttributeError: ",
+    ),
+    (("bitsandbytes nf4", "bitsandbytes int8", "quanto int8"), ("LoRA, whole modules",), REFUSED, "peft_config: "),
+    (
+        ("torchao int8",),
+        ("LoRA, whole modules",),
+        REFUSED,
+        "model: LlamaForCausalLM cannot be run on a batch of tokens (NotImpl",
+    ),
+    (
         tuple(DIMENSIONS["adapter"]),
         ("sync_ref_model",),
         REFUSED,
         "sync_ref_model: moves a whole model's weights; it cannot move the reference of an adapter",
     ),
 )
+
+
+def _bitsandbytes(**bits: Any) -> Callable[[], Any]:
+    return lambda: transformers.BitsAndBytesConfig(**bits)
+
+
+def _torchao() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+#: Quantised models by the package that they need. They are tried with LoRA, since their own weights do not train.
+QUANTISED: dict[str, tuple[str, Value]] = {
+    "bitsandbytes nf4": (
+        "bitsandbytes",
+        Value(
+            {"quantised": _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")}
+        ),
+    ),
+    "bitsandbytes int8": ("bitsandbytes", Value({"quantised": _bitsandbytes(load_in_8bit=True)}, rounds=True)),
+    "quanto int8": ("optimum.quanto", Value({"quantised": lambda: transformers.QuantoConfig(weights="int8")})),
+    "torchao int8": ("torchao", Value({"quantised": _torchao})),
+}
 VALUES = {name: value for values in DIMENSIONS.values() for name, value in values.items()}
+VALUES |= {name: value for name, (_, value) in QUANTISED.items()}
 
 
 class _Kept(TrainerCallback):
@@ -231,13 +278,27 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+#: Settings of values that are not the trainer's.
+OF_THE_MODEL = ("train_dataset", "dtype", "quantised")
+
+
+@cache
+def _folder_to_quantise(seed: int) -> tempfile.TemporaryDirectory[str]:
+    """A folder with a model that is wide enough for 4-bit weights, whose blocks have 64 numbers."""
+    folder = tempfile.TemporaryDirectory()
+    torch.manual_seed(seed)
+    wide = {**LLAMA, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=True, **wide)).save_pretrained(folder.name)
+    return folder
+
+
 def settings_of(names: Iterable[str]) -> dict[str, Any]:
     """The settings of a combination, with its data and models made."""
     found: dict[str, Any] = {}
     columns: dict[str, Any] = {}
     for value in map(VALUES.__getitem__, names):
         columns |= value.settings.get("train_dataset", {})
-        found |= {name: given for name, given in value.settings.items() if name not in ("train_dataset", "dtype")}
+        found |= {name: given for name, given in value.settings.items() if name not in OF_THE_MODEL}
         if value.adapter is not None and not value.comes_with:
             found["peft_config"] = value.adapter()
     rows = [{**row, **{name: given[index] for name, given in columns.items()}} for index, row in enumerate(PAIRS)]
@@ -253,29 +314,42 @@ def settings_of(names: Iterable[str]) -> dict[str, Any]:
 def model_of(names: Iterable[str], *, seed: int = 0, dressed: bool = False) -> Any:
     """The tiny model of a combination. An adapter that the run adds itself is on it only if `dressed` is True."""
     values = [VALUES[name] for name in names]
-    model = build_model("llama-tied", VOCAB, seed)
+    config = next((value.settings["quantised"] for value in values if "quantised" in value.settings), None)
+    if config is None:
+        model = build_model("llama-tied", VOCAB, seed)
+    else:
+        folder = _folder_to_quantise(seed).name
+        model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config(), dtype=torch.float32)
     torch.manual_seed(1)
     for value in values:
         if value.adapter is not None and seed == 0 and (dressed or value.comes_with):
             model = peft.get_peft_model(model, value.adapter())
     dtype = next((value.settings["dtype"] for value in values if "dtype" in value.settings), torch.float32)
-    return model.to(dtype)
+    return model if config is not None else model.to(dtype)
+
+
+def exact(model: Any) -> Any:
+    """The model in float64, or, since that is not possible, a quantised model as it is."""
+    return model.eval() if getattr(model, "is_quantized", False) else model.double().eval()
 
 
 def expected(names: Iterable[str], trainer: DPOTrainer) -> tuple[float, dict[str, Tensor]]:
-    """The first loss and its gradients, from plain float64 forwards of one sequence at a time."""
+    """The first loss and its gradients, from plain float64 forwards of one sequence at a time.
+
+    Those of a quantised model are float32 forwards.
+    """
     args, names = trainer.args, list(names)
     policy = model_of(names, dressed=True)
     own = dict(trainer.policy.model.named_parameters())
     for name, value in policy.named_parameters():
         if value.requires_grad and hasattr(policy, "peft_config"):  # a new adapter starts at random
             value.data = own[name].detach().clone()
-    policy = policy.double().eval()
+    policy = exact(policy)
     if "ref_model" in settings_of(names):
-        reference = model_of(names, seed=5).double().eval()
+        reference = exact(model_of(names, seed=5))
     else:
-        reference = copy.deepcopy(policy) if "trained LoRA" in names else build_model("llama-tied", VOCAB, 0)
-        reference = reference.to(next(model_of(names).parameters()).dtype).double().eval()
+        reference = policy if "trained LoRA" in names else exact(model_of(names))
+    keep_trainable(policy)
     rows = [trainer.train_dataset[index] for index in range(len(PAIRS))]
     texts = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
 
@@ -397,14 +471,18 @@ def tried(names: Sequence[str], folder: Path) -> tuple[str, str]:
         return NO_EFFECT, useless[0]
     hidden = [name for name in names if not VALUES[name].shows(run)]
     reasons = {
-        level: [line for at, line in said if at >= level and ("slower" in line or "because" in line)]
+        level: [
+            line
+            for at, line in said
+            if at >= level and any(word in line for word in ("slower", "loss path:", "padded batches"))
+        ]
         for level in (logging.INFO, logging.WARNING)
     }
     assert not hidden or reasons[logging.WARNING], f"{hidden} without effect and without a warning; logged: {said}"
     if (trainer.loss_path == "logits" and "logits" not in names) or (
         trainer.data_collator.layout == "padded" and "padded" not in names
     ):
-        return SLOWER, reasons[logging.INFO][-1]
+        return SLOWER, reasons[logging.INFO][0]
     return WORKS, ""
 
 
@@ -412,6 +490,8 @@ def stated(names: Iterable[str]) -> tuple[str, str]:
     """(how a combination turns out, how the line about it begins), by EXCEPTIONS. What is refused comes first."""
     names, found = set(names), [(WORKS, "")]
     for ones, others, kind, line in EXCEPTIONS:
+        if line.startswith("loss path: logits") and "logits" in names:
+            continue  # that is what was asked for
         for one in names.intersection(ones):
             found += [(kind, line.format(one, other)) for other in (names.intersection(others) if others else ("",))]
     return max(found, key=lambda entry: (WORKS, SLOWER, NO_EFFECT, REFUSED).index(entry[0]))

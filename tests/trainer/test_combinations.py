@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dpo_trainer.errors import ModelError
 from dpo_trainer.settings.combinations import NEEDS
 
 from .combinations import (
     DIMENSIONS,
     EXCEPTIONS,
     NO_EFFECT,
+    QUANTISED,
     REFUSED,
     SLOWER,
     VALUES,
@@ -35,6 +38,7 @@ from .combinations import (
 from .tiny import build_pairs, build_trainer
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/combinations.json"
+QUANTISED_RESULTS = RESULTS.with_name("combinations_quantised.json")
 #: A loss of each kind: of each pair, with lengths, of the whole batch, without reference, with token-level KL, with a running
 #: mean, a mix.
 KINDS = ("sigmoid", "ipo", "aot", "simpo", "tdpo2", "beta_dpo", "sigmoid + sft")
@@ -54,7 +58,7 @@ def results() -> Iterator[None]:
     every = {pair for dimensions in DIMENSION_PAIRS for pair in pairs(*dimensions)}
     if os.environ.get("DPO_WRITE_RESULTS") == "1" and every <= FOUND.keys():
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-        alone = {name: FOUND[(name,)] for name in VALUES}
+        alone = {name: FOUND[(name,)] for names in DIMENSIONS.values() for name in names}
         odd = {pair: FOUND[pair] for pair in every if FOUND[pair] not in ((WORKS, ""), *(alone[name] for name in pair))}
         whole = {
             **versions,
@@ -75,12 +79,14 @@ def check(names: Sequence[str], folder: Path) -> None:
     assert said.startswith(line), names
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", [name for names in DIMENSIONS.values() for name in names])
 def test_a_value_alone_is_at_work(tmp_path: Path, name: str) -> None:
     check([name], tmp_path)
 
 
-@pytest.mark.parametrize(("ones", "others", "kind", "line"), [row for row in EXCEPTIONS if row[1]])
+@pytest.mark.parametrize(
+    ("ones", "others", "kind", "line"), [row for row in EXCEPTIONS if row[1] and row[0][0] not in QUANTISED]
+)
 def test_an_exception_is_told_before_training(
     tmp_path: Path, ones: tuple[str, ...], others: tuple[str, ...], kind: str, line: str
 ) -> None:
@@ -111,8 +117,7 @@ def changes(loss: str, setting: str, folder: Path) -> bool:
         first_step(names, *build(names, folder)).gradients
         for names in ([loss, "ref_model"], [loss, setting, "ref_model"])
     )
-    norm = max(value.norm() for value in one.values())
-    return any((one[name] - other[name]).norm() > 1e-4 * norm for name in one)
+    return any(not torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +199,39 @@ def test_all_triples(tmp_path: Path, dimensions: tuple[str, ...], monkeypatch: p
     for names in itertools.product(*(DIMENSIONS[dimension] for dimension in dimensions)):
         if REFUSED not in (stated([name])[0] for name in names):
             check(names, tmp_path)
+
+
+#: What quantised models are tried with, in addition to LoRA.
+BESIDE_QUANTISED = [
+    *KINDS,
+    *(
+        name
+        for dimension in ("reference", "adapter", "layout", "loss path", "torch.compile", "memory")
+        for name in DIMENSIONS[dimension]
+    ),
+    "bf16",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_models(tmp_path: Path, kind: str) -> None:
+    package = QUANTISED[kind][0]
+    pytest.importorskip(package)
+    with pytest.raises(ModelError, match="quantised weights do not train; train an adapter on them"):
+        build([kind], tmp_path)
+    for other in BESIDE_QUANTISED:
+        check([kind, *([] if other in DIMENSIONS["adapter"] else ["LoRA"]), other], tmp_path)
+    if os.environ.get("DPO_WRITE_RESULTS") == "1":
+        whole = json.loads(QUANTISED_RESULTS.read_text()) if QUANTISED_RESULTS.exists() else {}
+        distribution = {"optimum.quanto": "optimum-quanto"}.get(package, package)
+        found = {name: tried for name, tried in FOUND.items() if kind in name}
+        whole[kind] = {
+            "version": f"{distribution} {importlib.metadata.version(distribution)}",
+            "tried": len(found),
+            "exceptions": {" + ".join(names[1:]): tried for names, tried in found.items() if tried[0] != WORKS},
+        }
+        QUANTISED_RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.mark.slow
