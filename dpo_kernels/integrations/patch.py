@@ -27,12 +27,13 @@ Example = Callable[[Callable[..., Any]], Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A function of another package, and its replacement.
+    """A function or a torch module class of another package, and its replacement.
 
     Attributes:
         module: the module that defines the function.
         name: the function's name there; "Class.method" for a method or static method of a class.
-        arguments: the argument lists that the replacement accepts, each as text: "logits, index".
+        arguments: the argument lists that the replacement accepts, each as text: "logits, index". For a class, those of its
+            constructor and of its forward: "beta; self, logits".
         replacement: makes the replacement from the original.
         examples: each calls the function that it is given with small tensors and returns the results. Results of original and
             replacement must agree to 1e-4. Also used by the tests.
@@ -139,7 +140,8 @@ def _place_of(target: Target) -> _Place | None:
     if theirs is None:
         return None
     call = theirs.__func__ if isinstance(theirs, staticmethod) else theirs
-    arguments = ", ".join(inspect.signature(call).parameters)
+    functions = (call, getattr(call, "forward", call)) if isinstance(call, type) else (call,)
+    arguments = "; ".join(", ".join(inspect.signature(function).parameters) for function in functions)
     where = f"{target.module}.{target.name}"
     if arguments not in target.arguments:
         known = " or ".join(f"({text})" for text in target.arguments)
@@ -160,7 +162,7 @@ def _compare(where: str, example: Example, theirs: Callable[..., Any], ours: Cal
         raise Unsupported(f"{where} failed on a small example: {error!r}") from error
     try:
         torch.testing.assert_close(example(ours), wanted, rtol=1e-4, atol=1e-4)
-    except AssertionError as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise Unsupported(f"{where} does not compute what its replacement computes ({reason})") from error
 

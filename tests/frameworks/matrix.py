@@ -45,7 +45,88 @@ class Entry:
 
 
 #: transformers and what it pins, of the time of the older frameworks.
-TRANSFORMERS_4_46 = ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
+TRANSFORMERS_4_46 = ("transformers==4.46.1", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
+
+#: Others, each with the versions that its transformers accepts.
+TRANSFORMERS_4_49 = ("transformers==4.49.0", "tokenizers==0.21.0", "huggingface-hub==0.36.0")
+TRANSFORMERS_4_51 = ("transformers==4.51.3", "tokenizers==0.21.1", "huggingface-hub==0.36.0")
+TRANSFORMERS_4_57 = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface-hub==0.36.0")
+HTTPX = ("httpx==0.28.1", "httpcore==1.0.9")
+TRANSFORMERS_5_6 = ("transformers==5.6.0", "tokenizers==0.22.2", "huggingface-hub==1.12.0", *HTTPX)
+TRANSFORMERS_5_19 = ("transformers==5.19.0", *HTTPX)
+
+#: What LLaMA-Factory imports from 0.9.3 on.
+OMEGACONF = ("omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3")
+#: Each version of LLaMA-Factory with the newest versions that it accepts; datasets as steps/llamafactory.py says.
+LLAMAFACTORY = (
+    Entry(
+        "llamafactory",
+        (
+            *("llamafactory==0.9.1", *TRANSFORMERS_4_46),
+            *("trl==0.9.6", "accelerate==1.0.1", "peft==0.12.0", "datasets==4.0.0"),
+        ),
+    ),
+    Entry(
+        "llamafactory",
+        (
+            *("llamafactory==0.9.2", *TRANSFORMERS_4_49),
+            *("trl==0.9.6", "accelerate==1.2.1", "peft==0.12.0", "datasets==4.0.0"),
+        ),
+    ),
+    Entry(
+        "llamafactory",
+        (
+            *("llamafactory==0.9.3", *TRANSFORMERS_4_51, *OMEGACONF),
+            *("trl==0.9.6", "accelerate==1.7.0", "peft==0.15.2", "datasets==4.0.0"),
+        ),
+    ),
+    Entry(
+        "llamafactory",
+        (
+            *("llamafactory==0.9.4", *TRANSFORMERS_4_57, *OMEGACONF),
+            *("trl==0.24.0", "accelerate==1.11.0", "peft==0.17.1", "datasets==4.0.0"),
+        ),
+        sample=True,
+    ),
+    Entry(
+        "llamafactory",
+        (
+            *("llamafactory==0.9.5", *TRANSFORMERS_5_6, *OMEGACONF),
+            *("trl==0.24.0", "accelerate==1.11.0", "peft==0.18.1", "datasets==4.0.0"),
+        ),
+    ),
+)
+
+#: What ms-swift imports.
+SWIFT = ("modelscope==1.31.0", "json-repair==0.64.6", "einops==0.8.1")
+#: ms-swift accepts many versions of each package: the oldest and the newest that it accepts here, and two between.
+MS_SWIFT = (
+    Entry(
+        "ms_swift",
+        (
+            *("ms_swift==3.12.6", *TRANSFORMERS_4_57, *SWIFT),
+            *("trl==0.24.0", "accelerate==1.11.0", "peft==0.17.1", "datasets==3.6.0"),
+        ),
+    ),
+    Entry(
+        "ms_swift",
+        (
+            *("ms_swift==4.0.4", *TRANSFORMERS_4_57, *SWIFT),
+            *("trl==0.24.0", "accelerate==1.11.0", "peft==0.17.1", "datasets==3.6.0"),
+        ),
+    ),
+    Entry(
+        "ms_swift",
+        (
+            *("ms_swift==4.3.2", *TRANSFORMERS_5_6, *SWIFT),
+            *("trl==0.29.1", "accelerate==1.11.0", "peft==0.19.1", "datasets==4.8.4"),
+        ),
+    ),
+    Entry(
+        "ms_swift",
+        ("ms_swift==4.6.0", *TRANSFORMERS_5_19, *SWIFT, "trl==0.29.1", "peft==0.20.0", "datasets==4.8.4"),
+    ),
+)
 
 #: What verl imports besides the environment's packages.
 VERL = (
@@ -60,27 +141,41 @@ VERL = (
     "omegaconf==2.3.0",
     "antlr4-python3-runtime==4.9.3",
 )
-TRANSFORMERS_4_57 = (
-    "transformers==4.57.1",
-    "tokenizers==0.22.1",
-    "huggingface-hub==0.36.0",
-    "datasets==4.0.0",
-    "peft==0.18.1",
-)
-
-ENTRIES = (
-    Entry("trl", (), sample=True),
+OLDER = (*TRANSFORMERS_4_57, "datasets==4.0.0", "peft==0.18.1")
+OPENRLHF_AND_VERL = (
     Entry("openrlhf", ("openrlhf==0.11.2", "pylatexenc==2.10"), sample=True),
     Entry("openrlhf", ("openrlhf==0.10.4", "pylatexenc==2.10")),
     Entry("openrlhf", ("openrlhf==0.9.10", "pylatexenc==2.10")),
-    Entry("openrlhf", ("openrlhf==0.8.11", *TRANSFORMERS_4_57)),
+    Entry("openrlhf", ("openrlhf==0.8.11", *OLDER)),
     Entry("verl", ("verl==0.9.1", *VERL), sample=True),
     Entry("verl", ("verl==0.8.0", *VERL)),
     Entry("verl", ("verl==0.7.1", *VERL)),
-    Entry("verl", ("verl==0.6.1", *VERL, *TRANSFORMERS_4_57)),
-    Entry("verl", ("verl==0.5.0", *VERL, *TRANSFORMERS_4_57)),
-    Entry("verl", ("verl==0.4.1", *VERL, *TRANSFORMERS_4_57, "setuptools==80.9.0")),
+    Entry("verl", ("verl==0.6.1", *VERL, *OLDER)),
+    Entry("verl", ("verl==0.5.0", *VERL, *OLDER)),
+    Entry("verl", ("verl==0.4.1", *VERL, *OLDER, "setuptools==80.9.0")),
 )
+
+#: TRL builds Liger's loss; 1.12 is the last version that does.
+LIGER = (
+    Entry("liger", ("liger-kernel==0.8.5", "trl==1.12.0"), sample=True),
+    Entry(
+        "liger",
+        (
+            *("liger-kernel==0.6.4", "trl==0.24.0", *TRANSFORMERS_4_57),
+            *("datasets==4.0.0", "accelerate==1.11.0", "peft==0.17.1"),
+        ),
+    ),
+)
+
+#: torchtune's recipes import these, and its models need no others.
+TORCHTUNE_NEEDS = ("torchao==0.10.0", "omegaconf==2.4.0", "tiktoken==0.9.0", "sentencepiece==0.2.0")
+TORCHTUNE = (
+    Entry("torchtune", ("torchtune==0.6.1", *TORCHTUNE_NEEDS), sample=True),
+    Entry("torchtune", ("torchtune==0.5.0", *TORCHTUNE_NEEDS)),
+    Entry("torchtune", ("torchtune==0.4.0", *TORCHTUNE_NEEDS)),
+)
+
+ENTRIES = (Entry("trl", (), sample=True), *LLAMAFACTORY, *MS_SWIFT, *OPENRLHF_AND_VERL, *LIGER, *TORCHTUNE)
 
 
 def folder(package: str) -> Path:
