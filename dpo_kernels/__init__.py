@@ -6,8 +6,10 @@ from ._lazy import names_of
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .arguments import STATISTICS
     from .backends import BackendUnavailable, use_backend
-    from .functional import STATISTICS, dpo_loss, linear_dpo_loss, linear_logps, sequence_logps, shift_labels
+    from .functional import dpo_loss, linear_dpo_loss
+    from .logps import linear_logps, selective_log_softmax, sequence_logps, shift_labels, token_logps
     from .losses import DPOLoss, LinearDPOLoss
     from .objectives import OBJECTIVES, Pairs, length_desensitized_weights, objective
     from .output import DPOOutput
@@ -26,8 +28,10 @@ __all__ = [
     "linear_dpo_loss",
     "linear_logps",
     "objective",
+    "selective_log_softmax",
     "sequence_logps",
     "shift_labels",
+    "token_logps",
     "use_backend",
 ]
 
@@ -36,9 +40,10 @@ if not TYPE_CHECKING:  # with __getattr__ defined, a type checker would accept a
         __name__,
         {
             **dict.fromkeys(("BackendUnavailable", "use_backend"), "backends"),
+            "STATISTICS": "arguments",
+            **dict.fromkeys(("dpo_loss", "linear_dpo_loss"), "functional"),
             **dict.fromkeys(
-                ("STATISTICS", "dpo_loss", "linear_dpo_loss", "linear_logps", "sequence_logps", "shift_labels"),
-                "functional",
+                ("linear_logps", "selective_log_softmax", "sequence_logps", "shift_labels", "token_logps"), "logps"
             ),
             **dict.fromkeys(("DPOLoss", "LinearDPOLoss"), "losses"),
             **dict.fromkeys(("OBJECTIVES", "Pairs", "length_desensitized_weights", "objective"), "objectives"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,8 @@ LINEAR_STATISTICS = (*STATISTICS, "grad_dropped_mass")
 #: Valid names for `linear_logps`, which has no reference. "log_sum_sq" is log sum_v p_v^2; WPO's weights subtract it from the
 #: log-probability.
 TOKEN_STATISTICS = (*(name for name in LINEAR_STATISTICS if name != "kl"), "log_sum_sq")
+#: Valid names for `token_logps`, which has no reference either.
+LOGITS_STATISTICS = tuple(name for name in ALL_STATISTICS if name != "kl")
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -174,11 +177,16 @@ def count_pairs(batch: Batch) -> int:
     return batch.sequences // 2
 
 
-def transform_of(ignore_index: int, logit_scale: float, logit_softcap: float | None) -> Transform:
-    """The `Transform` of a call's arguments. Raises ValueError for a cap that is not positive."""
+def transform_of(
+    ignore_index: int, logit_scale: float, logit_softcap: float | None, temperature: float = 1.0
+) -> Transform:
+    """The `Transform` of a call's arguments. Raises ValueError for a cap or a temperature that is not positive."""
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be positive, or None for no cap; got {logit_softcap}")
-    return Transform(ignore_index, float(logit_scale), float(logit_softcap or 0.0))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    # (c tanh(s x / c)) / t equals the transform with c / t and s / t.
+    return Transform(ignore_index, float(logit_scale) / temperature, float(logit_softcap or 0.0) / temperature)
 
 
 def check_statistics(statistics: Sequence[str], known: tuple[str, ...] = STATISTICS) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""The public loss functions. Each checks its arguments (arguments.py), runs the stages, and returns the results."""
+"""The loss functions. Each checks its arguments (arguments.py), runs the stages, and returns the results.
+
+The functions for log-probabilities without a loss are in logps.py.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from torch import Tensor
 from . import backends, linear, objectives, ops
 from .arguments import (
     LINEAR_STATISTICS,
-    STATISTICS,
-    TOKEN_STATISTICS,
     Batch,
     PairSettings,
     batch_of,
@@ -25,44 +26,10 @@ from .arguments import (
     transform_of,
 )
 from .backends.whole_call import reduce, result_dtype
+from .logps import checked
 from .objectives import Objective
 from .output import DPOOutput
 from .pair_loss import PairLosses, Tokens, pair_losses
-from .stages import Transform
-
-__all__ = [
-    "LINEAR_STATISTICS",
-    "STATISTICS",
-    "TOKEN_STATISTICS",
-    "dpo_loss",
-    "linear_dpo_loss",
-    "linear_logps",
-    "sequence_logps",
-    "shift_labels",
-]
-
-
-def shift_labels(input_ids: Tensor, mask: Tensor, ignore_index: int = -100) -> Tensor:
-    """Labels for a model's input, shifted by one position so that logits[..., t, :] predicts labels[..., t].
-
-    Use them with the unsliced logits: rows with an ignored label are not read.
-
-    Args:
-        input_ids: [..., T] int64, the model's input.
-        mask: [..., T] bool or 0/1, true on the tokens that count (the completion).
-        ignore_index: label of the positions that do not count.
-
-    Returns:
-        [..., T] int64: labels[t] is input_ids[t + 1] where mask[t + 1] is true, else ignore_index. The label of the last
-            position is ignore_index.
-
-    Raises:
-        ValueError: input_ids and mask have different shapes.
-    """
-    if input_ids.shape != mask.shape:
-        raise ValueError(f"input_ids {tuple(input_ids.shape)} and mask {tuple(mask.shape)} must have the same shape")
-    following = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
-    return torch.cat([following, torch.full_like(input_ids[..., :1], ignore_index)], dim=-1)
 
 
 def dpo_loss(
@@ -173,7 +140,7 @@ def dpo_loss(
     check_divergences(reported, settings, ref_logits, "ref_logits")
     transform = transform_of(ignore_index, logit_scale, logit_softcap)
     statistics = settings.statistics(reported)
-    batch = _checked(batch, transform, statistics, ref_logits, settings)
+    batch = checked(batch, transform, statistics, ref_logits, settings)
     if settings.family is not None and not (settings.terms or use_weighting):
         _, sequences, losses, loss = ops.preference_forward(
             batch.rows,
@@ -199,38 +166,6 @@ def dpo_loss(
         backend=batch.backend,
     )
     return _from_tokens(found, batch, settings, reported)
-
-
-def _checked(
-    batch: Batch,
-    transform: Transform,
-    statistics: tuple[str, ...],
-    ref_logits: Tensor | None = None,
-    settings: PairSettings | None = None,
-) -> Batch:
-    """The batch with a backend whose kernels for this call have passed their self-check."""
-    if batch.backend not in backends.GPU_BACKENDS:
-        return batch
-    reference: torch.dtype | str | None = None if ref_logits is None else ref_logits.dtype
-    if settings is not None and settings.ref_sums is not None:
-        reference = "sums"
-    variant = backends.Variant(
-        batch.rows.dtype,
-        reference=reference,
-        aligned=batch.vocab % 8 == 0,
-        statistics=statistics,
-        terms=() if settings is None else settings.terms,
-        loss=(settings and settings.family) or "sums",
-        packed=batch.cu_seqlens is not None,
-        softcap=transform.softcap > 0,
-        negative_scale=transform.scale < 0,
-        grad=batch.rows.requires_grad and torch.is_grad_enabled(),
-        # A compiled graph may run with batches of any length, so it gets the kernels for many rows.
-        few_rows=not torch.compiler.is_compiling() and batch.labels.numel() < backends.MANY_ROWS,
-        linear=None,
-    )
-    backend = backends.checked(batch.backend, batch.rows.device, variant)
-    return batch if backend == batch.backend else replace(batch, backend=backend)
 
 
 def _from_tokens(
@@ -262,48 +197,6 @@ def _watched(
     for name in reported:
         sequences[name] = tokens.sums(found[name].detach(), weighted=False) / counts.clamp(min=1)
     return DPOOutput.of(loss, done.losses, sequences, check=batch.late_check(), plan=plan)
-
-
-def sequence_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    inplace_backward: bool = False,
-) -> Tensor:
-    """Differentiable log-probabilities of B sequences: weighted sums over their tokens, for losses of your own.
-
-    Args:
-        logits: [B, T, V], or packed [N, V] with `cu_seqlens`; dtypes as in `dpo_loss`. B need not be even.
-        labels: [B, T] or [N], int64 token ids; `ignore_index` marks tokens that do not count.
-        cu_seqlens: [B + 1] int, cumulative sequence lengths of the packed layout, as in `dpo_loss`.
-        token_weights: shaped like `labels`, weights of the tokens in their sequence's sum; 0 skips the token.
-        ignore_index: label of the tokens that do not count.
-        logit_scale: as in `dpo_loss`.
-        logit_softcap: as in `dpo_loss`.
-        inplace_backward: as in `dpo_loss`.
-
-    Returns:
-        [B] in nats: float32, or float64 for float64 logits.
-
-    Raises:
-        BackendUnavailable: as `dpo_loss`.
-        NotImplementedError: as `dpo_loss`.
-        TypeError: as `dpo_loss`.
-        ValueError: as `dpo_loss`. On a GPU a label outside [0, V) makes its sequence's sum NaN.
-    """
-    batch = batch_of(logits, labels, cu_seqlens, token_weights, ignore_index)
-    transform = transform_of(ignore_index, logit_scale, logit_softcap)
-    batch = _checked(batch, transform, ())
-    found = ops.token_logps(
-        batch.rows, batch.labels, None, transform, inplace_backward=inplace_backward, backend=batch.backend
-    )
-    sums = ops.sequence_sums(found["logps"], batch.weights(), batch.cu_seqlens, batch.backend)
-    return sums.to(result_dtype(logits))
 
 
 # --- from hidden states -------------------------------------------------------------------------------------------
@@ -428,74 +321,3 @@ def linear_dpo_loss(
     tokens = Tokens.of(batch)
     loss, done, found, plan = linear.whole_pairs(batch.rows, head, call, tokens, settings)
     return _watched(loss.to(result_dtype(hidden)), done, found, tokens, reported, batch, plan)
-
-
-def linear_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    grad_filter: float | str | None = "auto",
-    memory_budget: int | str | None = None,
-    statistics: Sequence[str] = (),
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Differentiable log-probabilities of the labels, token by token, from hidden states and the LM head.
-
-    For SFT, KTO, GRPO and losses of your own. The logits are computed one chunk at a time.
-
-    Args:
-        hidden: [..., H], at least two dimensions; dtypes as in `linear_dpo_loss`.
-        weight: [V, H], as in `linear_dpo_loss`.
-        labels: [...] int64. Tokens with the label `ignore_index` are not projected; their result is 0.
-        bias: [V] or None.
-        grad_filter: as in `linear_dpo_loss`.
-        memory_budget: as in `linear_dpo_loss`.
-        statistics: any of "entropy", "accuracy", "mean_logits", "grad_dropped_mass" and "log_sum_sq" (log sum_v p_v^2, for
-            WPO's weights), per token.
-        ignore_index: label of the tokens that do not count.
-        logit_scale: as in `dpo_loss`.
-        logit_softcap: as in `dpo_loss`.
-
-    Returns:
-        Log-probabilities in nats, shaped like labels: float32, or float64 for float64 hidden states. With `statistics` a
-            tuple of these and a dict of the statistics by name, each shaped like labels and detached.
-
-    Raises:
-        BackendUnavailable: as `dpo_loss`.
-        NotImplementedError: as `dpo_loss`.
-        TypeError: as `linear_dpo_loss`.
-        ValueError: as `linear_dpo_loss`, or the statistic "kl", which needs a reference.
-    """
-    if "kl" in statistics:
-        raise ValueError('the statistic "kl" needs a reference; call linear_dpo_loss for it')
-    reported = check_statistics(statistics, TOKEN_STATISTICS)
-    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
-        raise ValueError("hidden must be a tensor [..., H] with at least two dimensions")
-    head = linear.head_of(weight, bias)
-    check_tensor("labels", labels, hidden.shape[:-1], hidden.device, "one label per row of hidden")
-    shape = labels.shape
-    if hidden.dim() != 3:
-        hidden, labels = hidden.reshape(1, -1, hidden.shape[-1]), labels.reshape(1, -1)
-    batch = batch_of(hidden, labels, None, None, ignore_index, name="hidden", axis="H", vocab=head.vocab)
-    head.check(hidden)
-    call = linear.plan_call(
-        batch,
-        head,
-        linear.NO_REFERENCE,
-        transform_of(ignore_index, logit_scale, logit_softcap),
-        reported,
-        memory_budget=memory_budget,
-        grad_filter=grad_filter,
-        scalar_loss=False,
-        couples_pairs=False,
-    )
-    found, _ = linear.linear_logps(batch.rows, head, call)
-    dtype = result_dtype(hidden)
-    logps = found["logps"].to(dtype).view(shape)
-    if not reported:
-        return logps
-    return logps, {name: found[name].to(dtype).view(shape) for name in reported}

@@ -14,6 +14,7 @@ the registered operator. The backend's name is an argument, so the backward pass
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -205,7 +206,8 @@ def _token_logps(logits: Tensor, labels: Tensor, ref_logits: Tensor | None, *res
     transform, (statistics, terms, _, backend) = Transform(*rest[:3]), rest[3:]
     stage = backends.load(backend, logits.device.type).token_logps
     logits, labels, ref_logits = _unit_stride(logits), labels.contiguous(), _optional(ref_logits, _unit_stride)
-    tokens = stage(logits, labels, ref_logits, transform, (*statistics, *(["kl"] if terms else [])))
+    asked = ("kl",) if set(terms) & set(KL_TERMS) else ()
+    tokens = stage(logits, labels, ref_logits, transform, (*statistics, *asked))
     if "forward_kl" not in terms:
         return tokens
     # KL(reference || policy) is the same kernel with policy and reference exchanged, so the logits are read a second time.
@@ -232,7 +234,9 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     rows = dict(zip(ctx.names, tokens.unbind(0), strict=True))
     grads = dict(zip(ctx.names, grad_tokens.contiguous().unbind(0), strict=True))
     divergence: tuple[Tensor | None, ...] = (None,) * len(TokenKL._fields)
-    if ctx.terms:
+    if "entropy" in ctx.terms:
+        divergence = _from_uniform(logits, rows["entropy"], grads["entropy"])
+    elif ctx.terms:
         by_terms = (grads[name] if name in ctx.terms else None for name in KL_TERMS)
         divergence = (ref_logits, *(rows[name] for name in TokenKL._fields[1:5]), *by_terms)
     small = (rows["logps"], rows["max"], rows["log_sum"], grads["logps"])
@@ -249,11 +253,23 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     )
 
 
+def _from_uniform(logits: Tensor, entropy: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The fields of the `TokenKL` that gives the gradient of the entropy, with one row [V] as logits of the reference.
+
+    The entropy is log V - KL(policy || uniform distribution), and equal logits make a uniform distribution.
+    """
+    vocab = logits.shape[-1]
+    uniform, zero = logits.new_zeros(vocab), torch.zeros_like(entropy)
+    return uniform, zero - math.log(vocab), zero, zero + math.log(vocab), math.log(vocab) - entropy, -grad, None
+
+
 def _write_logits_grad(logits: Tensor, *arguments: Any, out: Tensor) -> None:
     small, transform, divergence, backend = arguments[:5], Transform(*arguments[5:8]), arguments[8:-1], arguments[-1]
     token_kl = None
     if divergence[0] is not None:
         ref_logits, *values = divergence
+        if ref_logits.dim() == 1:  # one row for all tokens, read in place
+            ref_logits = ref_logits.expand(logits.shape)
         token_kl = TokenKL(_unit_stride(ref_logits), *(_optional(value) for value in values))  # type: ignore[arg-type]
     stages = backends.load(backend, logits.device.type)
     stages.logits_grad(logits, *(values.contiguous() for values in small), transform, out, token_kl)
@@ -295,7 +311,10 @@ def token_logps(
     inplace_backward: bool = False,
     backend: str,
 ) -> dict[str, Tensor]:
-    """The rows of stage 1 by name, [B, T] each. "logps" and the divergences in `terms` (KL_TERMS) are differentiable."""
+    """The rows of stage 1 by name, [B, T] each. "logps" and the names in `terms` are differentiable.
+
+    `terms` is a subset of KL_TERMS, or ("entropy",) for a call without reference whose statistics have the entropy.
+    """
     tokens = token_logps_op(
         logits, labels, ref_logits, *transform, list(statistics), list(terms), inplace_backward, backend
     )

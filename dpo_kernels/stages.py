@@ -168,9 +168,9 @@ def all_rows(has_reference: bool, statistics: Sequence[str], terms: Sequence[str
     Args:
         has_reference: whether the call has reference logits.
         statistics: may include "grad_dropped_mass", the probability mass that a filtered gradient left out (linear path).
-        terms: a subset of KL_TERMS. Both gradients need the row "kl".
+        terms: a subset of KL_TERMS, whose gradients need the row "kl", or ("entropy",).
     """
-    asked = (*statistics, *(("kl",) if terms else ()))
+    asked = (*statistics, *(("kl",) if set(terms) & set(KL_TERMS) else ()))
     names = token_rows(has_reference, asked)
     return (
         *names,

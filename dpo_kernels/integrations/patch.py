@@ -133,7 +133,7 @@ def _place_of(target: Target) -> _Place | None:
             return None
         raise
     owner_name, _, name = target.name.rpartition(".")
-    owner = getattr(module, owner_name, None) if owner_name else module
+    owner: Any = getattr(module, owner_name, None) if owner_name else module
     # The raw attribute of a class: a static method as such, and nothing that it inherits.
     theirs = vars(owner).get(name) if owner is not None else None
     if theirs is None:

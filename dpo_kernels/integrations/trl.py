@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import linear
-from ..functional import linear_logps
+from ..logps import linear_logps
 
 # A TRL step on a CPU maps gigabytes of new memory, with one page fault per page; 2 MB pages cause fewer faults than 4 KB pages.
 # torch reads the variable at its first allocation, which importing a trainer causes. Set it to 0 to keep small pages.
