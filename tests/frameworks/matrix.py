@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ class Entry:
         framework: the module in dpo_kernels.integrations, and the script in tests/frameworks/steps.
         packages: exact versions, the framework first; () for the versions that the environment has.
         sample: whether `make test` runs it; all entries run with the slow tests.
+        variables: environment variables of its process.
     """
 
     framework: str
     packages: tuple[str, ...]
     sample: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -44,9 +46,34 @@ class Entry:
 
 
 #: transformers and what it pins, of the time of the older frameworks.
-TRANSFORMERS_4_46 = ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
+TRANSFORMERS_4_46 = ("transformers==4.46.1", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
 
-ENTRIES = (Entry("trl", (), sample=True),)
+#: The last transformers 4, with what TRL needs besides.
+TRANSFORMERS_4_57 = (
+    "transformers==4.57.1",
+    "tokenizers==0.22.1",
+    "huggingface-hub==0.36.0",
+    "datasets==4.0.0",
+)
+
+TRL_BEFORE_1 = ("0.13.0", "0.14.0", "0.15.2", "0.16.1", "0.17.0", "0.18.2", "0.19.1", "0.20.0", "0.21.0", "0.22.2", "0.23.1",
+                "0.24.0", "0.25.1", "0.26.2", "0.27.2", "0.28.0")  # fmt: skip
+#: These run with the environment's transformers.
+TRL_SINCE_1 = ("0.29.1", "1.0.0", "1.1.0", "1.2.0", "1.3.0", "1.4.0", "1.5.1", "1.6.0", "1.7.1", "1.8.0", "1.9.2", "1.10.0",
+               "1.11.0", "1.12.0", "1.13.0", "1.14.2")  # fmt: skip
+
+ENTRIES = (
+    Entry("trl", (), sample=True),
+    Entry(
+        "trl",
+        ("trl==0.12.2", *TRANSFORMERS_4_46, "datasets==4.0.0", "accelerate==1.0.1", "peft==0.12.0"),
+        sample=True,
+    ),
+    *(Entry("trl", (f"trl=={v}", *TRANSFORMERS_4_57), sample=v == "0.24.0") for v in TRL_BEFORE_1),
+    *(Entry("trl", (f"trl=={v}",)) for v in TRL_SINCE_1),
+    # This version has no code for CPUs but Triton kernels.
+    Entry("trl", ("trl==1.15.0",), variables={"TRITON_INTERPRET": "1"}),
+)
 
 
 def folder(package: str) -> Path:
@@ -64,8 +91,9 @@ def install(entry: Entry) -> None:
 
 def environment(entry: Entry) -> dict[str, str]:
     """Environment variables of a process that runs an entry."""
-    path = [ROOT, ROOT / "python", *(folder(package) for package in entry.packages)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
+    # The folder of the tests comes last: a package may contain a module with the name of one of them.
+    path = [ROOT, ROOT / "python", *(folder(package) for package in entry.packages), ROOT / "tests"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"} | entry.variables
 
 
 def run(entry: Entry, *options: str) -> dict[str, Any]:
@@ -74,7 +102,7 @@ def run(entry: Entry, *options: str) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; the text holds the end of its output.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "tests.frameworks.compare", entry.framework, *options]
+    command = [sys.executable, "-W", "ignore", "-m", "frameworks.compare", entry.framework, *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(entry), timeout=900)
     if done.returncode:
         raise RuntimeError(f"{entry.name}: {done.stderr[-4000:]}")
