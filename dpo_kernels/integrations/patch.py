@@ -168,14 +168,20 @@ def arguments_of(function: Callable[..., Any]) -> list[str]:
 def _compare(where: str, example: Example, theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
     """Raise Unsupported unless both functions give the same results in the example."""
     try:
-        wanted = example(theirs)
+        wanted = _run(example, theirs)
     except Exception as error:
         raise Unsupported(f"{where} failed on a small example: {error!r}") from error
     try:
-        torch.testing.assert_close(example(ours), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_run(example, ours), wanted, rtol=1e-4, atol=1e-4)
     except AssertionError as error:
         reason = " ".join(str(error).split())
         raise Unsupported(f"{where} does not compute what its replacement computes ({reason})") from error
+
+
+def _run(example: Example, function: Callable[..., Any]) -> Any:
+    """The results of an example on the CPU, whatever autocast, default device and gradient mode the caller has set."""
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
+        return example(function)
 
 
 def _exchange(owner: Any, name: str, old: Any, new: Any) -> None:
@@ -192,6 +198,6 @@ def _exchange(owner: Any, name: str, old: Any, new: Any) -> None:
 
 def small_logits(rows: int = 2, tokens: int = 5, vocab: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(logits [rows, tokens, vocab], labels [rows, tokens]) of an example, the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, tokens, vocab, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    logits = torch.randn(rows, tokens, vocab, generator=generator, dtype=torch.float32)
     return logits, torch.randint(vocab, (rows, tokens), generator=generator)

@@ -147,9 +147,8 @@ def _head_example(function: Any, names: list[str]) -> Any:
     tensors = [states[0].requires_grad_(), weight.requires_grad_(), weight.detach()[:, 0].clone().requires_grad_()]
     known = {"weight": tensors[1], "bias": tensors[2], "targets": targets[0] % 7, "temperature": 0.7, "chunk_size": 4}
     known |= {"final_logit_softcapping": 2.0, "logit_scale": 0.5, "outputs": tuple(_STATISTICS)}
-    with torch.enable_grad():
-        found = function.apply(tensors[0], *(known[name] for name in names[1:]))
-        grads = torch.autograd.grad((found[0] * torch.arange(5)).sum(), tensors, allow_unused=True)
+    found = function.apply(tensors[0], *(known[name] for name in names[1:]))
+    grads = torch.autograd.grad((found[0] * torch.arange(5)).sum(), tensors, allow_unused=True)
     return [part.detach() for part in found], [grad for grad in grads if grad is not None]
 
 
@@ -243,11 +242,10 @@ def _logits_example(function: Callable[..., Any]) -> Any:
     logits, index = small_logits()
     logits.requires_grad_()
     known = {"index": index, "temperature": 0.7, "row_mask": (index % 3 != 0).long()}
-    with torch.enable_grad():
-        found = function(logits, **{name: value for name, value in known.items() if name in arguments_of(function)})
-        parts = found if isinstance(found, tuple) else (found,)
-        total = sum((part * torch.linspace(-1, 2, part.numel()).view_as(part)).sum() for part in parts)
-        return *(part.detach() for part in parts), torch.autograd.grad(total, logits)[0]
+    found = function(logits, **{name: value for name, value in known.items() if name in arguments_of(function)})
+    parts = found if isinstance(found, tuple) else (found,)
+    total = sum((part * torch.linspace(-1, 2, part.numel()).view_as(part)).sum() for part in parts)
+    return *(part.detach() for part in parts), torch.autograd.grad(total, logits)[0]
 
 
 # --- DPOTrainer and get_batch_logps -------------------------------------------------------------------------------
