@@ -274,7 +274,7 @@ def masked_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     return _scored(logits, labels, ~mask)[0].to(logits.dtype)
 
 
-def _mask_first(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def mask_first(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """The method with `masked_logps` in each line that computes log-probabilities and is followed by `P[MASK] = 0`.
 
     The rest of the method stays TRL's. A method without such lines is returned as it is.
@@ -291,14 +291,15 @@ def _mask_first(theirs: Callable[..., Any]) -> Callable[..., Any]:
             scores, zeroed = _SCORES.fullmatch(ast.unparse(line)), _ZEROED.fullmatch(ast.unparse(following))
             if scores and zeroed and scores[1] == zeroed[1]:
                 logits, labels = (name for name in scores.groups()[1:] if name)
-                call = ast.parse(f"_dpo_kernels_masked_logps({logits}, {labels}, {zeroed[2]})", mode="eval").body
+                # Imported in the expression, because a name in TRL's module would get into the modules that Unsloth writes.
+                ours = f"__import__({__name__!r}, fromlist=['masked_logps']).masked_logps"
+                call = ast.parse(f"{ours}({logits}, {labels}, {zeroed[2]})", mode="eval").body
                 line.value = ast.copy_location(call, line)
                 count += 1
     if not count:
         return theirs
     # Tracebacks and inspect.getsource show TRL's file and lines.
     ast.increment_lineno(ast.fix_missing_locations(tree), theirs.__code__.co_firstlineno - 1)
-    theirs.__globals__["_dpo_kernels_masked_logps"] = masked_logps
     made: dict[str, Any] = {}
     exec(compile(tree, theirs.__code__.co_filename, "exec"), theirs.__globals__, made)
     return functools.wraps(theirs)(made[theirs.__name__])
@@ -330,6 +331,9 @@ def _batch_example(function: Callable[..., Any]) -> Any:
     return function(logits, labels.clone()), function(logits, labels.clone(), average_log_prob=True)
 
 
+#: DPOTrainer's methods with such lines: before 0.29, and from 0.29 to 1.13.
+DPO_METHODS = ("concatenated_forward", "_compute_loss", "compute_ref_log_probs")
+
 # --- the patch ----------------------------------------------------------------------------------------------------
 
 
@@ -355,30 +359,34 @@ def _batch_targets(everywhere: bool) -> list[Target]:
     ]
 
 
-def _targets(utils: Any, grad_filter: float | str | None, memory_budget: int | str | None) -> list[Target]:
-    dpo = "trl.trainer.dpo_trainer"
+#: The arguments, replacement and examples of Targets, also for other packages' functions with the same contract.
+SELECTIVE = (("logits, index", "logits, index, temperature, row_mask"), _selective_log_softmax, (_logits_example,))
+ENTROPY = (("logits, chunk_size",), _entropy_from_logits, (_logits_example,))
+
+
+def _head_targets(utils: Any, grad_filter: float | str | None, memory_budget: int | str | None) -> list[Target]:
+    """The fused head. None if another package has put an object of its own there, as Unsloth does."""
     head = getattr(utils, "_ChunkedLogProbFunction", None)
+    if head is not None and not (isinstance(head, type) and issubclass(head, torch.autograd.Function)):
+        return []
     names = [] if head is None else arguments_of(head)
-    # That of 1.15 runs on GPUs only, and may be None.
-    only_gpu = "outputs" in names and not hasattr(utils, "_use_triton")
+    # That of 1.15 runs on GPUs only, and is None without Triton.
+    only_gpu = head is None or ("outputs" in names and not hasattr(utils, "_use_triton"))
+    replacement = functools.partial(_head, grad_filter=grad_filter, memory_budget=memory_budget)
+    examples = () if only_gpu else (functools.partial(_head_example, names=names),)
     return [
-        Target(
-            _UTILS,
-            "_ChunkedLogProbFunction",
-            _HEADS,
-            functools.partial(_head, grad_filter=grad_filter, memory_budget=memory_budget),
-            () if head is None or only_gpu else (functools.partial(_head_example, names=names),),
-            here=head is None,
-        ),
+        Target(_UTILS, "_ChunkedLogProbFunction", _HEADS, replacement, examples, here=head is None),
         # In that module the function only decides whether unscored tokens are left out. TRL itself does so only on GPUs.
         Target(_UTILS, "_use_triton", ("device",), lambda theirs: lambda device: True, here=True),
-        Target(
-            _UTILS,
-            "selective_log_softmax",
-            ("logits, index", "logits, index, temperature, row_mask"),
-            _selective_log_softmax,
-            (_logits_example,),
-        ),
+    ]
+
+
+def targets(grad_filter: float | str | None, memory_budget: int | str | None) -> list[Target]:
+    """The functions of the installed TRL. Raises ImportError if it cannot be imported."""
+    utils: Any = importlib.import_module(_UTILS)
+    return [
+        *_head_targets(utils, grad_filter, memory_budget),
+        Target(_UTILS, "selective_log_softmax", *SELECTIVE),
         Target(
             _UTILS,
             "selective_log_softmax_and_entropy",
@@ -386,15 +394,14 @@ def _targets(utils: Any, grad_filter: float | str | None, memory_budget: int | s
             _selective_log_softmax_and_entropy,
             (_logits_example,),
         ),
-        Target(_UTILS, "entropy_from_logits", ("logits, chunk_size",), _entropy_from_logits, (_logits_example,)),
-        Target(dpo, "DPOTrainer.concatenated_forward", (), _mask_first),
-        Target(dpo, "DPOTrainer._compute_loss", (), _mask_first),
-        Target(dpo, "DPOTrainer.compute_ref_log_probs", (), _mask_first),
+        Target(_UTILS, "entropy_from_logits", *ENTROPY),
+        *(Target("trl.trainer.dpo_trainer", f"DPOTrainer.{method}", (), mask_first) for method in DPO_METHODS),
         *_batch_targets(everywhere=not hasattr(utils, "selective_log_softmax")),
     ]
 
 
-_PATCH = Patch("trl", ())
+#: Of this module, and of those that patch what stands on TRL.
+PATCH = Patch("trl", ())
 
 
 def apply_to_trl(
@@ -416,9 +423,9 @@ def apply_to_trl(
     Raises:
         ImportError: TRL cannot be imported.
     """
-    _PATCH.undo()
-    _PATCH.targets = tuple(_targets(importlib.import_module(_UTILS), grad_filter, memory_budget))
-    return _PATCH.apply()
+    PATCH.undo()
+    PATCH.targets = tuple(targets(grad_filter, memory_budget))
+    return PATCH.apply()
 
 
 @contextmanager

@@ -71,6 +71,16 @@ ENTRIES = (
     ),
     *(Entry("trl", (f"trl=={v}", *TRANSFORMERS_4_57), sample=v == "0.24.0") for v in TRL_BEFORE_1),
     *(Entry("trl", (f"trl=={v}",)) for v in TRL_SINCE_1),
+    *(
+        Entry(
+            "axolotl", (f"axolotl=={v}", f"trl=={trl}", "addict==2.4.0", "art==6.5", "fire==0.7.1", "fastcore==1.8.2")
+        )
+        for v, trl in (("0.17.0", "1.5.1"), ("0.18.0", "1.8.0"), ("0.19.0", "1.9.0"))
+    ),
+    *(
+        Entry("unsloth", ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", f"trl=={trl}", *more))
+        for trl, more in (("0.24.0", TRANSFORMERS_4_57), ("1.12.0", ()), ("1.14.2", ()))
+    ),
     # This version has no code for CPUs but Triton kernels.
     Entry("trl", ("trl==1.15.0",), variables={"TRITON_INTERPRET": "1"}),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -13,14 +14,20 @@ from ..material import gradients, model_of, pairs_of, tokenizer_of
 
 
 def step_of(size: Size) -> Callable[[], tuple[float, dict[str, Tensor]]]:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    return step_with(DPOTrainer, DPOConfig, size)
+
+
+def step_with(trainer_class: Any, config: Any, size: Size) -> Callable[[], tuple[float, dict[str, Tensor]]]:
+    """The step of a trainer with the arguments of TRL's."""
+    from datasets import Dataset
+
     folder = tempfile.TemporaryDirectory()
-    trainer = DPOTrainer(
+    trainer = trainer_class(
         model=model_of(size, seed=0),
         ref_model=model_of(size, seed=1),
-        args=DPOConfig(
+        args=config(
             output_dir=folder.name,
             per_device_train_batch_size=size.pairs,
             use_cpu=True,
