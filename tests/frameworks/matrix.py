@@ -32,17 +32,20 @@ class Entry:
         packages: exact versions, the framework first; () for the versions that the environment has.
         sample: whether `make test` runs it; all entries run with the slow tests.
         variables: environment variables of its process.
+        label: added to the name if entries have the same version of the framework.
     """
 
     framework: str
     packages: tuple[str, ...]
     sample: bool = False
     variables: dict[str, str] = field(default_factory=dict)
+    label: str = ""
 
     @property
     def name(self) -> str:
         """For example "trl-0.12.2"; the framework's name alone for the environment's own version."""
-        return self.packages[0].replace("==", "-") if self.packages else self.framework
+        name = self.packages[0].replace("==", "-") if self.packages else self.framework
+        return f"{name}-{self.label}" if self.label else name
 
 
 #: transformers and what it pins, of the time of the older frameworks.
@@ -78,7 +81,7 @@ ENTRIES = (
         for v, trl in (("0.17.0", "1.5.1"), ("0.18.0", "1.8.0"), ("0.19.0", "1.9.0"))
     ),
     *(
-        Entry("unsloth", ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", f"trl=={trl}", *more))
+        Entry("unsloth", ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", f"trl=={trl}", *more), label=f"trl-{trl}")
         for trl, more in (("0.24.0", TRANSFORMERS_4_57), ("1.12.0", ()), ("1.14.2", ()))
     ),
     # This version has no code for CPUs but Triton kernels.
