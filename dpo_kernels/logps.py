@@ -100,19 +100,45 @@ def _tokens(
     inplace_backward: bool = False,
 ) -> dict[str, Tensor]:
     """Stage 1 of a batch of logits: its rows by name, [B, T] each."""
-    # The gradient of the entropy is computed by the kernels of a divergence from a reference (ops.py).
-    terms = ("entropy",) if differentiable_entropy else ()
-    batch = checked(batch, transform, statistics, terms=terms)
+    batch = checked(batch, transform, statistics)
+    if differentiable_entropy:
+        # The kernels of a divergence from a reference compute this gradient, see ops.py.
+        batch = checked(batch, transform, (), batch.rows, terms=("kl",))
     return ops.token_logps(
         batch.rows,
         batch.labels,
         None,
         transform,
         statistics,
-        terms=terms,
+        terms=("entropy",) if differentiable_entropy else (),
         inplace_backward=inplace_backward,
         backend=batch.backend,
     )
+
+
+def _reported(statistics: Sequence[str], known: tuple[str, ...], differentiable_entropy: bool) -> tuple[str, ...]:
+    """The requested statistics, checked."""
+    reported = check_statistics(statistics, known)
+    if differentiable_entropy and "entropy" not in reported:
+        raise ValueError('differentiable_entropy needs "entropy" among the statistics')
+    return reported
+
+
+def _results(
+    found: dict[str, Tensor],
+    reported: tuple[str, ...],
+    differentiable_entropy: bool,
+    dtype: torch.dtype,
+    shape: torch.Size,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """What `token_logps` and `linear_logps` return."""
+    logps = found["logps"].to(dtype).view(shape)
+    if not reported:
+        return logps
+    kept = {
+        name: found[name] if name == "entropy" and differentiable_entropy else found[name].detach() for name in reported
+    }
+    return logps, {name: value.to(dtype).view(shape) for name, value in kept.items()}
 
 
 def token_logps(
@@ -156,17 +182,16 @@ def token_logps(
         ValueError: as `dpo_loss`, or the temperature is not positive, or differentiable_entropy is given without the statistic
             "entropy". On a GPU a label outside [0, V) makes its token's result NaN.
     """
-    reported = check_statistics(statistics, LOGITS_STATISTICS)
-    if differentiable_entropy and "entropy" not in reported:
-        raise ValueError('differentiable_entropy needs "entropy" among the statistics')
+    reported = _reported(statistics, LOGITS_STATISTICS, differentiable_entropy)
     check_dtype("logits", logits)
     if logits.dim() < 2:
         raise ValueError(f"logits must be [..., T, V], with at least two dimensions; got {list(logits.shape)}")
     check_tensor("labels", labels, logits.shape[:-1], logits.device, "one label per row of logits")
     shape = labels.shape
-    if logits.dim() != 3:
-        leading = (1, -1) if logits.dim() == 2 else (-1,)
-        logits, labels = logits.reshape(*leading, *logits.shape[-2:]), labels.reshape(*leading, shape[-1])
+    if logits.dim() == 2:
+        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    elif logits.dim() > 3:
+        logits, labels = logits.flatten(0, -3), labels.flatten(0, -2)
     batch = batch_of(logits, labels, None, None, ignore_index)
     found = _tokens(
         batch,
@@ -175,14 +200,7 @@ def token_logps(
         differentiable_entropy=differentiable_entropy,
         inplace_backward=inplace_backward,
     )
-    dtype = result_dtype(logits)
-    logps = found["logps"].to(dtype).view(shape)
-    if not reported:
-        return logps
-    if not differentiable_entropy:
-        return logps, {name: found[name].detach().to(dtype).view(shape) for name in reported}
-    results = {name: found[name] if name == "entropy" else found[name].detach() for name in reported}
-    return logps, {name: value.to(dtype).view(shape) for name, value in results.items()}
+    return _results(found, reported, differentiable_entropy, result_dtype(logits), shape)
 
 
 def selective_log_softmax(
@@ -284,6 +302,7 @@ def linear_logps(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    differentiable_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Differentiable log-probabilities of the labels, token by token, from hidden states and the LM head.
 
@@ -302,10 +321,11 @@ def linear_logps(
         ignore_index: label of the tokens that do not count.
         logit_scale: as in `dpo_loss`.
         logit_softcap: as in `dpo_loss`.
+        differentiable_entropy: as in `token_logps`. The gradient is then exact, whatever `grad_filter` is.
 
     Returns:
         Log-probabilities in nats, shaped like labels: float32, or float64 for float64 hidden states. With `statistics` a
-            tuple of these and a dict of the statistics by name, each shaped like labels and detached.
+            tuple of these and a dict of the statistics by name, each shaped like labels.
 
     Raises:
         BackendUnavailable: as `dpo_loss`.
@@ -315,7 +335,7 @@ def linear_logps(
     """
     if "kl" in statistics:
         raise ValueError('the statistic "kl" needs a reference; call linear_dpo_loss for it')
-    reported = check_statistics(statistics, TOKEN_STATISTICS)
+    reported = _reported(statistics, TOKEN_STATISTICS, differentiable_entropy)
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError("hidden must be a tensor [..., H] with at least two dimensions")
     head = linear.head_of(weight, bias)
@@ -331,14 +351,11 @@ def linear_logps(
         linear.NO_REFERENCE,
         transform_of(ignore_index, logit_scale, logit_softcap, temperature),
         reported,
+        ("entropy",) if differentiable_entropy else (),
         memory_budget=memory_budget,
         grad_filter=grad_filter,
         scalar_loss=False,
         couples_pairs=False,
     )
     found, _ = linear.linear_logps(batch.rows, head, call)
-    dtype = result_dtype(hidden)
-    logps = found["logps"].to(dtype).view(shape)
-    if not reported:
-        return logps
-    return logps, {name: found[name].to(dtype).view(shape) for name in reported}
+    return _results(found, reported, differentiable_entropy, result_dtype(hidden), shape)

@@ -1,11 +1,13 @@
 """The operators: autograd around the backends' stages (interface: stages.py), in eager mode and under torch.compile.
 
-    dpo_kernels::token_logps           stage 1: results of the tokens, [R, B, T]        (differentiable: logps, divergences)
-    dpo_kernels::logits_grad           stage 3, into a new tensor
-    dpo_kernels::sequence_sums         weighted sums of sequences, [S]                  (differentiable)
-    dpo_kernels::preference_loss       the sigmoid family from tokens                   (differentiable: losses, sums)
-    dpo_kernels::preference_forward    a whole call of the sigmoid family               (differentiable: loss)
-    dpo_kernels::preference_backward   the gradient of such a call, into a new tensor
+Their namespace is torch.ops.dpo_kernels, or that of another copy of the package (_ops.py):
+
+    token_logps           stage 1: results of the tokens, [R, B, T]        (differentiable: logps, divergences)
+    logits_grad           stage 3, into a new tensor
+    sequence_sums         weighted sums of sequences, [S]                  (differentiable)
+    preference_loss       the sigmoid family from tokens                   (differentiable: losses, sums)
+    preference_forward    a whole call of the sigmoid family               (differentiable: loss)
+    preference_backward   the gradient of such a call, into a new tensor
 
 Each operator is declared once and has two entry points (`_Operator`). Eager code calls a plain autograd function, which has a
 fraction of the dispatch overhead of a PyTorch operator written in Python. Compilers, tensor subclasses and double backward use
@@ -14,7 +16,6 @@ the registered operator. The backend's name is an argument, so the backward pass
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,25 @@ import torch
 from torch import Tensor
 
 from . import backends
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as _ops
 from .backends import whole_call
 from .backends.whole_call import SEQUENCE_ROWS, Family, Weighting
 from .memory import fresh
-from .stages import KL_TERMS, TokenKL, Transform, all_rows, check_bounds, share_memory, small_dtype, spread, token_rows
+from .stages import (
+    KL_TERMS,
+    TokenKL,
+    Transform,
+    all_rows,
+    check_bounds,
+    from_uniform,
+    share_memory,
+    small_dtype,
+    spread,
+    token_rows,
+)
 
-_library = torch.library.Library("dpo_kernels", "DEF")
-_ops = torch.ops.dpo_kernels
+_library = torch.library.Library(_ops.name, "DEF")
 
 #: The error of a second backward pass after the first one overwrote the logits.
 OVERWRITTEN = (
@@ -64,10 +77,9 @@ class _Operator:
         OPERATORS.append(self)
         _library.define(schema)
         _library.impl(name, forward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"dpo_kernels::{name}", fake, lib=_library)
-        torch.library.register_autograd(
-            f"dpo_kernels::{name}", backward or no_double_backward, setup_context=setup, lib=_library
-        )
+        qualified = add_op_namespace_prefix(name)
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_autograd(qualified, backward or no_double_backward, setup_context=setup, lib=_library)
         self.forward, self.registered = forward, getattr(_ops, name)
         if setup is not None and backward is not None:
             self.function = _function(name, forward, setup, backward)
@@ -235,7 +247,8 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
     grads = dict(zip(ctx.names, grad_tokens.contiguous().unbind(0), strict=True))
     divergence: tuple[Tensor | None, ...] = (None,) * len(TokenKL._fields)
     if "entropy" in ctx.terms:
-        divergence = _from_uniform(logits, rows["entropy"], grads["entropy"])
+        vocab = logits.shape[-1]  # one row of zeros as logits of the reference
+        divergence = (logits.new_zeros(vocab), *from_uniform(rows["entropy"], vocab), -grads["entropy"], None)
     elif ctx.terms:
         by_terms = (grads[name] if name in ctx.terms else None for name in KL_TERMS)
         divergence = (ref_logits, *(rows[name] for name in TokenKL._fields[1:5]), *by_terms)
@@ -251,16 +264,6 @@ def _token_logps_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor 
         ),
         *(None,) * 9,
     )
-
-
-def _from_uniform(logits: Tensor, entropy: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The fields of the `TokenKL` that gives the gradient of the entropy, with one row [V] as logits of the reference.
-
-    The entropy is log V - KL(policy || uniform distribution), and equal logits make a uniform distribution.
-    """
-    vocab = logits.shape[-1]
-    uniform, zero = logits.new_zeros(vocab), torch.zeros_like(entropy)
-    return uniform, zero - math.log(vocab), zero, zero + math.log(vocab), math.log(vocab) - entropy, -grad, None
 
 
 def _write_logits_grad(logits: Tensor, *arguments: Any, out: Tensor) -> None:

@@ -24,6 +24,7 @@ Results for special input:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -73,6 +74,15 @@ class TokenKL(NamedTuple):
     kl: Tensor
     grad_kl: Tensor | None
     grad_forward_kl: Tensor | None
+
+
+def from_uniform(entropy: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows "ref_logps", "ref_max", "ref_log_sum" and "kl" of a reference whose logits are all 0, from the entropy [...].
+
+    Such a reference is uniform, and the entropy is log V - KL(policy || uniform), so stage 3 gives its gradient.
+    """
+    zero, log_vocab = torch.zeros_like(entropy), math.log(vocab)
+    return zero - log_vocab, zero, zero + log_vocab, log_vocab - entropy
 
 
 class Stages(Protocol):

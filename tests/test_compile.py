@@ -25,6 +25,7 @@ def op_arguments(backend, device):
     narrow = z.bfloat16().view(1, 12, 33).requires_grad_()
     yield _ops.token_logps, (z.clone().requires_grad_(), y, r, *plain, everything, [], False, backend)
     yield _ops.token_logps, (z.clone().requires_grad_(), y, r, *plain, [], ["kl", "forward_kl"], False, backend)
+    yield _ops.token_logps, (z.clone().requires_grad_(), y, None, *plain, ["entropy"], ["entropy"], False, backend)
     yield _ops.token_logps, (z.bfloat16().requires_grad_(), y, None, *capped, [], [], False, backend)
     yield _ops.sequence_sums, (values.clone().requires_grad_(), w, None, backend)
     yield _ops.sequence_sums, (values.view(1, 12).clone().requires_grad_(), w.view(1, 12), packed, backend)

@@ -16,7 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_kernels import backends, dpo_loss, linear_dpo_loss, linear_logps, reference, sequence_logps, use_backend
+from dpo_kernels import (
+    backends,
+    dpo_loss,
+    linear_dpo_loss,
+    linear_logps,
+    reference,
+    sequence_logps,
+    token_logps,
+    use_backend,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Relative rounding error of the gradient's dtype and of float32 sums.
@@ -329,10 +338,13 @@ def entries(name: str) -> tuple[list[Tensor], object]:
     labels, logits = torch.randint(0, 11, (2, 3)), torch.randn(2, 3, 11)
     hidden, weight, bias = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randn(11)
     zeros = torch.zeros(2)
+    asked = {"statistics": ("entropy",), "differentiable_entropy": True}
     return {
         "dpo_loss": ([logits], lambda x: dpo_loss(x, labels, ref_logps=zeros).loss),
         "ipo": ([logits], lambda x: dpo_loss(x, labels, ref_logps=zeros, loss_type="ipo").loss),
         "sequence_logps": ([logits], lambda x: sequence_logps(x, labels).sum()),
+        "token_logps": ([logits], lambda x: token_logps(x, labels).sum()),
+        "entropy": ([logits], lambda x: token_logps(x, labels, **asked)[1]["entropy"].sum()),
         "linear_dpo_loss": ([hidden, weight, bias], lambda h, w, b: linear_dpo_loss(h, w, labels, bias=b, ref_logps=zeros).loss),
         "linear ipo": ([hidden, weight], lambda h, w: linear_dpo_loss(h, w, labels, ref_logps=zeros, loss_type="ipo").loss),
         "frozen head": ([hidden], lambda h: linear_dpo_loss(h, weight, labels, ref_logps=zeros).loss),
@@ -340,7 +352,17 @@ def entries(name: str) -> tuple[list[Tensor], object]:
     }[name]  # fmt: skip
 
 
-ENTRIES = ["dpo_loss", "ipo", "sequence_logps", "linear_dpo_loss", "linear ipo", "frozen head", "linear_logps"]
+ENTRIES = [
+    "dpo_loss",
+    "ipo",
+    "sequence_logps",
+    "token_logps",
+    "entropy",
+    "linear_dpo_loss",
+    "linear ipo",
+    "frozen head",
+    "linear_logps",
+]
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -28,13 +28,14 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Target:
-    """A function of another package, and its replacement.
+    """A function or a torch module class of another package, and its replacement.
 
     Attributes:
         module: the module that defines the function.
         name: the function's name there; "Class.method" for a method or static method of a class.
-        arguments: the argument lists that the replacement accepts, each as text: "logits, index". () accepts all. For an
-            autograd function, those of its `forward` without `ctx`.
+        arguments: the argument lists that the replacement accepts, each as text: "logits, index". () accepts all. For a class,
+            those of its constructor and of its forward: "beta; self, logits". For an autograd function, those of its forward
+            without ctx.
         replacement: makes the replacement from the original. It returns the original if there is nothing to replace.
         examples: each calls the function that it is given with small tensors and returns the results. Results of original and
             replacement must agree to 1e-4. Also used by the tests.
@@ -146,7 +147,10 @@ def _place_of(target: Target) -> _Place | None:
     call: Any = theirs.__func__ if isinstance(theirs, staticmethod) else theirs
     where = f"{target.module}.{target.name}"
     if call is not None and target.arguments:
-        arguments = ", ".join(arguments_of(call))
+        functions = [call]
+        if isinstance(call, type) and not issubclass(call, torch.autograd.Function):
+            functions = [call, getattr(call, "forward", call)]
+        arguments = "; ".join(", ".join(arguments_of(function)) for function in functions)
         if arguments not in target.arguments:
             known = " or ".join(f"({text})" for text in target.arguments)
             raise Unsupported(f"{where} has the arguments ({arguments}), and {known} is known")
@@ -173,7 +177,7 @@ def _compare(where: str, example: Example, theirs: Callable[..., Any], ours: Cal
         raise Unsupported(f"{where} failed on a small example: {error!r}") from error
     try:
         torch.testing.assert_close(_run(example, ours), wanted, rtol=1e-4, atol=1e-4)
-    except AssertionError as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise Unsupported(f"{where} does not compute what its replacement computes ({reason})") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..arguments import check_tensor, refuse_transforms
-from ..stages import KL_TERMS, Stages, Transform, all_rows
+from ..stages import KL_TERMS, Stages, Transform, all_rows, from_uniform
 from . import planner
 
 
@@ -77,7 +78,7 @@ class Call:
         reference: the reference's tensors.
         transform: the map from logits to z.
         statistics: names of stage 1's statistics, and possibly "grad_dropped_mass".
-        terms: the token-level divergences that the loss depends on (a subset of stages.KL_TERMS).
+        terms: the token-level divergences that the loss depends on (a subset of stages.KL_TERMS), or ("entropy",).
         compute_dtype: dtype of the products and logits.
         backend: the backend's name.
         strategy, reason: see planner.py.
@@ -165,10 +166,16 @@ class KLGradients(NamedTuple):
     grad_forward_kl: Tensor | None
 
     @classmethod
-    def of(cls, rows: dict[str, Tensor], grads: dict[str, Tensor]) -> KLGradients:
-        """From the rows of stage 1 and the gradients of the loss, both by name."""
-        reference = rows["ref_logps"], rows["ref_max"], rows["ref_log_sum"]
-        return cls(*reference, rows["kl"], grads.get("kl"), grads.get("forward_kl"))
+    def of(cls, rows: dict[str, Tensor], grads: Mapping[str, Tensor | None], vocab: int) -> KLGradients:
+        """From the rows of stage 1 and the gradients of the loss, both by name.
+
+        Without a reference, the divergence "kl" is that from a uniform distribution, which gives the gradient of the entropy.
+        """
+        if "ref_logps" in rows:
+            reference = rows["ref_logps"], rows["ref_max"], rows["ref_log_sum"], rows["kl"]
+        else:
+            reference = from_uniform(rows["entropy"], vocab)
+        return cls(*reference, grads.get("kl"), grads.get("forward_kl"))
 
     def at(self, tokens: Tensor | slice) -> KLGradients:
         """The values of these tokens (flat indices)."""

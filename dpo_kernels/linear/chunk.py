@@ -189,14 +189,17 @@ class Projection:
     ) -> Tensor:
         """Overwrite `logits` with dz [c, V].
 
-        `softmax` is the result of `softmax_of`; the other tensors are [c]. With `divergences`, the reference's buffer must hold
-        its logits.
+        `softmax` is the result of `softmax_of`; the other tensors are [c]. With `divergences`, the buffer of the reference, if
+        there is one, must hold its logits.
         """
         call = self.call
 
         token_kl = None
         if divergences is not None:
-            ref_logits = self.ref_buffer[: logits.shape[0]].unsqueeze(0)
+            ref_logits = self.ref_buffer[: logits.shape[0]]
+            if call.reference.hidden is None:  # the divergence from a uniform distribution
+                ref_logits = logits.new_zeros(logits.shape[1]).expand(logits.shape)
+            ref_logits = ref_logits.unsqueeze(0)
             small = (None if values is None else _row(values) for values in divergences)
             token_kl = TokenKL(ref_logits, *small)  # type: ignore[arg-type]
         labels, every = self.labels[tokens].unsqueeze(0), logits.unsqueeze(0)

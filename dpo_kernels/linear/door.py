@@ -175,12 +175,14 @@ def loss_call(
 
 def _variant_of(call: Call, head: LMHead) -> backends.Variant:
     """The kernel variant of a call."""
+    # The entropy's gradient runs the kernels of a divergence from a reference.
+    entropy = "entropy" in call.terms
     return backends.Variant(
         call.compute_dtype,
-        reference=None if call.reference.hidden is None else call.compute_dtype,
+        reference=call.compute_dtype if entropy or call.reference.hidden is not None else None,
         aligned=head.vocab % 8 == 0,
         statistics=call.statistics,
-        terms=call.terms,
+        terms=("kl",) if entropy else call.terms,
         # With divergences, every strategy runs the same kernels.
         loss="sigmoid" if call.strategy == "whole_pairs" and not call.terms else "sums",
         packed=False,

@@ -210,7 +210,7 @@ def run_pairs(
             continue
         divergences = None
         if call.terms:
-            divergences = KLGradients.of(found, grads)
+            divergences = KLGradients.of(found, grads, call.sizes.vocab)
         # The buffer still holds the logits of the last chunk. If a pair exceeds the budget, earlier chunks are projected again.
         for number, (a, b) in reversed(list(enumerate(group.chunks))):
             chunk, local = order_of_tokens[a:b], slice(a - begin, b - begin)
@@ -310,7 +310,7 @@ class WholePairs(torch.autograd.Function):
             divergences = None
             if call.terms:
                 rows = dict(zip(call.rows, found.unbind(0), strict=True))
-                divergences = KLGradients.of(rows, grads)
+                divergences = KLGradients.of(rows, grads, call.sizes.vocab)
             with no_autocast(hidden.device):
                 grad_hidden, gradient = backward_tokens(
                     call,

@@ -110,7 +110,8 @@ class Head:
         projects_reference: a reference is projected as well.
         kl: policy and reference logits are needed at the same time.
         widens: on a CPU, the operands of dW are converted from 16 bits to float32.
-        kl_gradient: the loss depends on a token-level KL, so its gradient needs both models' logits of a token.
+        kl_gradient: the loss depends on a token-level KL, so its gradient needs both models' logits of a token; or on the
+            entropy, so it needs the policy's.
         fused: the fused kernels compute the products and skip blocks of negligible probability.
         device_type: "cpu", or torch's name of the GPU.
         float16: logits and their gradient are float16, whose smallest positive number is 6e-8.
@@ -213,6 +214,8 @@ def choose_strategy(head: Head, *, scalar_loss: bool, couples_pairs: bool, filte
         # The KL's gradient needs the logits; neither kept entries nor rows of dH are enough.
         if whole_pairs:
             return "whole_pairs", "the KL's gradient is computed while the logits of policy and reference are in memory"
+        if not head.projects_reference:
+            return "two_pass", "the entropy's gradient needs the logits again, in the backward pass"
         return "two_pass", "the KL's gradient needs the logits of policy and reference again, in the backward pass"
     if not head.needs_weight:
         return "frozen_head", "the head is frozen, and d logp / d hidden does not depend on the loss"

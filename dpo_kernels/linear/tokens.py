@@ -185,7 +185,7 @@ def backward_tokens(
         found: [R, B, T], the rows of the forward pass.
         grad_logps: [B, T].
         tokens: [N], the scored tokens of the forward pass, in the order of `kept_logits`; None to select them here.
-        divergences: adds the gradients of token-level KLs; the reference is then projected again, too.
+        divergences: adds the gradients of token-level KLs; a reference is then projected again, too.
         kept_logits: [N, V], overwritten with their gradient; None to project again.
         order: the order of the vocabulary that the fused kernels saved.
         into: a float32 buffer to which dW is added, or None.
@@ -230,7 +230,7 @@ def backward_tokens(
             continue
         rows = projection.rows(chunk)
         logits = projection.project(rows, chunk) if kept_logits is None else kept_logits[begin:end]
-        if divergences is not None:
+        if divergences is not None and call.reference.hidden is not None:
             projection.project_reference(chunk)
         rows_grad = projection.pull_back(
             logits,
@@ -261,7 +261,10 @@ def upstream(call: Call, grad_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, K
     if not call.terms:
         return grads["logps"], None
     rows = dict(zip(call.rows, tokens.unbind(0), strict=True))
-    return grads["logps"], KLGradients.of(rows, {name: grads[name] for name in call.terms})
+    by_terms = {name: grads[name] for name in call.terms}
+    if "entropy" in call.terms:
+        by_terms = {"kl": -grads["entropy"]}
+    return grads["logps"], KLGradients.of(rows, by_terms, call.sizes.vocab)
 
 
 class LinearLogps(torch.autograd.Function):

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    script = importlib.import_module(f"{__package__}.steps.{options.framework}")
+    script = importlib.import_module(f"tests.frameworks.steps.{options.framework}")
     integration = importlib.import_module(f"dpo_kernels.integrations.{options.framework}")
     found = {"framework": options.framework, "versions": {"torch": torch.__version__, **script.versions()}}
     found |= compare(script.step_of(TINY), integration.apply)
