@@ -211,15 +211,19 @@ AXOLOTL_NEEDS = ("addict==2.4.0", "art==6.5", "fire==0.7.1", "fastcore==1.8.2")
 AXOLOTL = (
     Entry("axolotl", ("axolotl==0.17.0", "trl==1.5.1", *AXOLOTL_NEEDS)),
     Entry("axolotl", ("axolotl==0.18.0", "trl==1.8.0", *AXOLOTL_NEEDS)),
-    Entry("axolotl", ("axolotl==0.19.0", "trl==1.9.0", *AXOLOTL_NEEDS)),
+    Entry("axolotl", ("axolotl==0.19.0", "trl==1.9.0", *AXOLOTL_NEEDS), sample=True),
 )
 
-#: Unsloth compiles the trainers of each of these.
-UNSLOTH_NEEDS = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9")
-UNSLOTH = (
-    Entry("unsloth", (*UNSLOTH_NEEDS, "trl==0.24.0", *TRANSFORMERS_4_57, "datasets==4.0.0"), label="trl-0.24.0"),
-    Entry("unsloth", (*UNSLOTH_NEEDS, "trl==1.12.0"), label="trl-1.12.0"),
-    Entry("unsloth", (*UNSLOTH_NEEDS, "trl==1.14.2"), label="trl-1.14.2"),
+#: Unsloth compiles the trainers of each of these versions of TRL.
+UNSLOTH = tuple(
+    Entry(
+        "unsloth",
+        ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", f"trl=={version}", *others),
+        sample=version == "1.14.2",
+        variables={"UNSLOTH_FORCE_CPU": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
+        label=f"trl-{version}",
+    )
+    for version, others in (("0.24.0", (*TRANSFORMERS_4_57, "datasets==4.0.0")), ("1.12.0", ()), ("1.14.2", ()))
 )
 
 ENTRIES = (*TRL, *AXOLOTL, *UNSLOTH, *LLAMAFACTORY, *MS_SWIFT, *OPENRLHF_AND_VERL, *LIGER, *TORCHTUNE)

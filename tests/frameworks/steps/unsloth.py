@@ -1,4 +1,4 @@
-"""The DPOTrainer that Unsloth compiles from TRL's. Unsloth runs on a CPU if UNSLOTH_FORCE_CPU=1 is set."""
+"""The DPOTrainer that Unsloth compiles from TRL's. Unsloth runs on a CPU if UNSLOTH_FORCE_CPU is 1 (matrix.py sets it)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..compare import Size
 from .trl import step_with
 
 _FOLDER = tempfile.TemporaryDirectory()
-os.environ |= {"UNSLOTH_COMPILE_LOCATION": _FOLDER.name, "UNSLOTH_FORCE_CPU": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+os.environ["UNSLOTH_COMPILE_LOCATION"] = _FOLDER.name
 
 import unsloth  # noqa: E402  before transformers and TRL, as its documentation says
 import unsloth.models.rl  # noqa: E402, F401  compiles TRL's trainers
