@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+from dpo_kernels import linear_dpo_loss
 from dpo_kernels.integrations import liger as integration
 from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss as Ours
 
@@ -279,3 +280,37 @@ def test_an_unknown_liger_is_left_as_it_is(kind, trl_like, monkeypatch):
     assert all(getattr(place, NAME) is theirs for place in (trl_like, *PLACES))
     undo()
     monkeypatch.undo()
+
+
+# --- Liger's other losses -----------------------------------------------------------------------------------------
+
+#: Liger's class, its options, and the loss type that docs/migration/liger.md names for it.
+OTHERS = [
+    ("SimPO", {"gamma": 0.7}, "simpo(gamma=0.7)"),
+    ("CPO", {"label_smoothing": 0.1}, "cpo(alpha=0)"),
+    ("ORPO", {}, "orpo(alpha=0)"),
+]
+
+
+@pytest.mark.parametrize("likelihood", [True, False])
+@pytest.mark.parametrize(("name", "options", "loss_type"), OTHERS, ids=str)
+def test_loss_types_for_ligers_other_losses(name, options, loss_type, likelihood):
+    inputs, _, target = make(seed=11)
+    kind = getattr(chunked_loss, f"LigerFusedLinear{name}Loss")
+    leaves = {n: value.clone().requires_grad_() for n, value in inputs.items()}
+    wanted, _ = kind(compiled=False, beta=0.4, compute_nll_loss=likelihood, **options)(target=target, **leaves)
+    wanted.backward()
+    ours = {n: value.clone().requires_grad_() for n, value in inputs.items()}
+    found = linear_dpo_loss(
+        ours["_input"],
+        ours["lin_weight"],
+        target,
+        bias=ours["bias"],
+        beta=0.4,
+        loss_type=[loss_type, "sft"] if likelihood else loss_type,
+        label_smoothing=options.get("label_smoothing", 0.0),
+    ).loss
+    found.backward()
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
+    for n, leaf in leaves.items():
+        torch.testing.assert_close(ours[n].grad, leaf.grad, rtol=1e-4, atol=2e-5 * float(leaf.grad.abs().max()))

@@ -42,6 +42,7 @@ UNCHECKED = {
     "source": "changes the reader's shell",
     "pre-commit": "changes the repository's hooks",
     "swift": "ms-swift's command; tests/test_integrations_ms_swift.py runs it",
+    "tune": "torchtune's command needs a model from a hub; tests/frameworks/steps/torchtune.py runs the recipe",
     "kernel-builder": "uploads to the Hub, and is no Python package",
 }
 #: Commands that bash runs, in the page's folder.
@@ -221,9 +222,16 @@ def test_every_block_does_what_it_says(
         monkeypatch.syspath_prepend(matrix.folder("kernels==0.17.2"))
         monkeypatch.setenv("LOCAL_KERNELS", f"somebody/dpo-kernels={tmp_path / 'kernel'}")
         build.write(tmp_path / "kernel")
+    framework = page.stem if page.parent.name == "migration" else None
+    entry = next((entry for entry in matrix.ENTRIES if entry.sample and entry.framework == framework), None)
     for block in blocks(page):
         print(f"\n--- the block at {block}")  # pytest's output then shows which block failed
-        run_block(block)
+        if entry is not None and block.language == "python":
+            # In a process of its own: the framework's packages must not be imported beside those of the environment.
+            command = [sys.executable, "-W", "error:dpo_kernels:RuntimeWarning", "-c", block.text]
+            subprocess.run(command, env=matrix.environment(entry), check=True)
+        else:
+            run_block(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
