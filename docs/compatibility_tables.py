@@ -2,7 +2,8 @@
 
 The settings come from TRL's class and ours (TRL must be installed). The results of TRL's tests come from
 benchmarks/results/trl_suite.json, which `tests/trl_suite.py` writes; those of the architectures come from
-benchmarks/results/architectures.json, which tests/trainer/test_architectures.py writes. Each table is between two markers
+benchmarks/results/architectures.json, which tests/trainer/test_architectures.py writes. What combines with what comes from
+combinations.json and library_combinations.json there, which the two test_combinations.py write. Each table is between two markers
 with its name.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +26,7 @@ DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "compatibility.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 SUITE, ARCHITECTURES, ADAPTERS = (RESULTS / f"{name}.json" for name in ("trl_suite", "architectures", "adapters"))
+COMBINATIONS, LIBRARY = (RESULTS / f"{name}.json" for name in ("combinations", "library_combinations"))
 #: How a model or an adapter can run here, the best outcome first.
 ORDER = ("supported", "slower", "refused")
 AHEAD, FULL = "a later token changes the logits before it", "prompts are shared, and the head is fused"
@@ -188,6 +191,99 @@ def adapters() -> str:
     return "\n".join(lines) + "\n"
 
 
+#: By outcome of a combination, the worst last: the mark in a cell.
+MARKS = {"works": "yes", "slower": "slower", "no effect": "warned", "refused": "no"}
+
+
+class Combinations:
+    """What combines with what, from the file that the tests write."""
+
+    def __init__(self) -> None:
+        self.whole = json.loads(COMBINATIONS.read_text(encoding="utf-8"))
+        self.alone = {name: tuple(found) for name, found in self.whole["alone"].items()}
+        self.together = {frozenset(pair): tuple(found) for *pair, (*found,) in self._pairs()}
+
+    def _pairs(self) -> Iterable[tuple[str, str, list[str]]]:
+        return ((one, other, [kind, line]) for one, other, kind, line in self.whole["together"])
+
+    def outcome(self, one: str, other: str) -> str:
+        """How a pair of values turns out."""
+        kinds = [self.alone.get(name, ("works",))[0] for name in (one, other)]
+        kinds += [self.together.get(frozenset((one, other)), ("works",))[0]]
+        return max(kinds, key=list(MARKS).index)
+
+    def matrix(self, rows: str, columns: Iterable[str]) -> list[str]:
+        """A table with a row for all values of one dimension with the same outcomes, and a column for each value of others."""
+        across = [value for name in columns for value in self.whole["dimensions"][name]]
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for value in self.whole["dimensions"][rows]:
+            groups.setdefault(tuple(self.outcome(value, other) for other in across), []).append(value)
+        lines = [row(rows, *(f"`{name}`" for name in across)), "|---" * (len(across) + 1) + "|"]
+        for outcomes, values in groups.items():
+            lines.append(row(", ".join(f"`{value}`" for value in values), *(MARKS[kind] for kind in outcomes)))
+        return lines
+
+    def reasons(self) -> list[str]:
+        """A table of what does not simply work, with the trainer's words."""
+        groups: dict[tuple[str, str, str], dict[str, None]] = {}
+        for name, (kind, line) in self.alone.items():
+            groups[kind, line, ""] = {name: None}
+        for one, other, (kind, line) in self._pairs():
+            said = line.partition(". ")[0].replace(f"loss_type {one}", "loss_type ...").replace(f"'{one}'", "'...'")
+            said = re.sub(rf"^{re.escape(one)}:", "...:", said)
+            groups.setdefault((kind, said, other), {})[one] = None
+        lines = ["| value | with | result | what the trainer says |", "|---|---|---|---|"]
+        merged: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+        for (kind, said, other), ones in groups.items():
+            merged.setdefault((kind, said, tuple(ones)), []).append(other)
+        for (kind, said, names), others in merged.items():
+            cells = (", ".join(f"`{name}`" for name in part if name) for part in (names, others))
+            lines.append(row(*cells, MARKS[kind], said))
+        return lines
+
+
+def combinations() -> str:
+    """What combines with what in a run."""
+    found = Combinations()
+    lines = [
+        f"{found.whole['pairs']} pairs of values and {found.whole['more']} combinations of more, tried with torch "
+        f"{found.whole['torch']}, transformers {found.whole['transformers']} and peft {found.whole['peft']}.",
+        "",
+        *found.matrix("loss", ["loss setting"]),
+        "",
+        *found.matrix("loss", ["reference"]),
+        "",
+        *found.matrix("adapter", ["reference", "layout", "loss path"]),
+        "",
+        "Every other pair of these values works: "
+        + "; ".join(
+            f"{name} ({', '.join(f'`{value}`' for value in values)})"
+            for name, values in found.whole["dimensions"].items()
+            if name != "loss"
+        )
+        + ", with each other and with every loss, except:",
+        "",
+        *found.reasons(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def library() -> str:
+    """What combines with what in calls of the library's functions."""
+    functions = json.loads(LIBRARY.read_text(encoding="utf-8"))["functions"]
+    lines = [row("way of calling", *(f"`{name}`" for name in functions)), "|---" * (len(functions) + 1) + "|"]
+    for way in next(iter(functions.values())):
+        lines.append(row(way, *("no" if ways[way] else "yes" for ways in functions.values())))
+    said: dict[str, list[str]] = {}
+    for ways in functions.values():
+        for way, line in ways.items():
+            if line:
+                said.setdefault(line.partition(";")[0], []).append(way)
+    lines += ["", "What a refused call says:", ""]
+    lines += [f"* {', '.join(dict.fromkeys(ways))}: `{line}`" for line, ways in said.items()]
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "differing": differing,
     "fields": fields,
@@ -195,6 +291,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "suite": suite,
     "architectures": architectures,
     "adapters": adapters,
+    "combinations": combinations,
+    "library": library,
 }
 
 

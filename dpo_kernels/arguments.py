@@ -104,6 +104,8 @@ def check_dtype(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor; got {got}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{name} is a DTensor, and the kernels read plain tensors; pass {name}.full_tensor()")
     refuse_transforms(name, value)
 
 

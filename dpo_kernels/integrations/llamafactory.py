@@ -37,6 +37,8 @@ def _get_batch_logps(inplace_backward: bool) -> Callable[[Function], Function]:
         def get_batch_logps(
             logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, ld_alpha: float | None = None
         ) -> tuple[Tensor, Tensor]:
+            if type(logits) is not Tensor:  # a distributed tensor, for example
+                return theirs(logits, labels, label_pad_token_id, *(() if ld_alpha is None else (ld_alpha,)))
             if logits.shape[:-1] != labels.shape:
                 raise ValueError(
                     "Logits (batchsize x seqlen) and labels must have the same shape; "
@@ -76,8 +78,11 @@ class _Uncast:
         return _Uncast(found) if name == "logits" else found
 
     def to(self, *arguments: Any, **named: Any) -> Any:
-        keep = arguments == (torch.float32,) and getattr(self._whole, "dtype", None) in (torch.bfloat16, torch.float16)
-        return self._whole if keep else self._whole.to(*arguments, **named)
+        whole = self._whole
+        keep = (
+            type(whole) is Tensor and arguments == (torch.float32,) and whole.dtype in (torch.bfloat16, torch.float16)
+        )
+        return whole if keep else whole.to(*arguments, **named)
 
 
 def _without_copy(theirs: Function) -> Function:
@@ -95,6 +100,8 @@ def _dft_cross_entropy(theirs: Function) -> Function:
     def dft_cross_entropy(
         source: Tensor, target: Tensor, num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100
     ) -> Tensor:
+        if type(source) is not Tensor:
+            return theirs(source, target, num_items_in_batch, ignore_index)
         counted = (target != ignore_index).sum()
         if not counted:
             return torch.tensor(0.0, device=source.device, dtype=source.dtype)

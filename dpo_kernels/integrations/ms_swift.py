@@ -36,7 +36,9 @@ def _get_per_token_logps(inplace_backward: bool) -> Callable[[Function], Functio
         def get_per_token_logps(
             self: Any, logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, reduction: str = "mean"
         ) -> tuple[Tensor, Tensor, Tensor]:
-            if self.template.sequence_parallel_size != 1:
+            if (
+                self.template.sequence_parallel_size != 1 or type(logits) is not Tensor
+            ):  # a distributed tensor, for example
                 return theirs(self, logits, labels, label_pad_token_id, reduction)
             if logits.shape[:-1] != labels.shape:
                 raise ValueError(
@@ -63,7 +65,7 @@ def _get_per_token_logps(inplace_backward: bool) -> Callable[[Function], Functio
 def _selective_log_softmax(theirs: Function) -> Function:
     @functools.wraps(theirs)
     def ours(logits: Tensor, index: Tensor) -> Tensor:
-        return selective_log_softmax(logits, index)
+        return selective_log_softmax(logits, index) if type(logits) is Tensor else theirs(logits, index)
 
     return ours
 
@@ -71,6 +73,8 @@ def _selective_log_softmax(theirs: Function) -> Function:
 def _entropy_from_logits(theirs: Function) -> Function:
     @functools.wraps(theirs)
     def entropy_from_logits(logits: Tensor, chunk_size: int = 1) -> Tensor:
+        if type(logits) is not Tensor:
+            return theirs(logits, chunk_size)
         rows = logits if logits.dim() > 1 else logits.unsqueeze(0)
         labels = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=logits.device)
         _, found = token_logps(rows, labels, statistics=("entropy",), differentiable_entropy=True)

@@ -25,7 +25,7 @@ from .errors import ConfigError, DataError, ModelError
 from .loss_trainer import LossTrainer
 from .model import loss_path
 from .model.adapter_kinds import AllocateRanks, moved
-from .model.adapters import attach, named_adapter, obstacle_to_training, trainable_in, unsaved
+from .model.adapters import attach, keep_trainable, named_adapter, obstacle_to_training, trainable_in, unsaved
 from .model.auxiliary import auxiliary_loss
 from .model.causal import check_answers
 from .model.dropout import disable_dropout, settle
@@ -36,6 +36,7 @@ from .model.split import Batch, SplitModel
 from .pair_trainer import looked_at
 from .report.model_card import TAGS
 from .settings import objective
+from .settings.combinations import without_effect
 from .settings.config import DPOConfig, check_settings
 from .settings.fit import READ_ONCE, check_best_metric, check_fit, check_images, check_model_init, init_of
 from .watch.metrics import MetricWindow
@@ -138,8 +139,10 @@ class DPOTrainer(LossTrainer):
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
         self._peft_config = peft_config
         policy = self._dressed(policy, args, loaded=isinstance(model, (str, Path)))
-        if args.disable_dropout and reference is not None:
-            disable_dropout(reference)
+        if reference is not None:
+            keep_trainable(reference)  # so that it rounds as the policy does
+            if args.disable_dropout:
+                disable_dropout(reference)
 
         tokenizer = tokenizer_of(processing_class)
         if data_collator is None:
@@ -190,6 +193,7 @@ class DPOTrainer(LossTrainer):
 
     def _dressed(self, model: Any, args: DPOConfig, *, loaded: bool) -> Any:
         """Attach the run's adapter to the model, and turn its dropout off if the settings say so."""
+        keep_trainable(model)
         set_seed(args.seed)  # for a new adapter's weights
         self.attached = attach(model, self._peft_config, args.adapter, loaded=loaded)
         model = self.attached.model
@@ -234,12 +238,10 @@ class DPOTrainer(LossTrainer):
             # After the trials above, which would each be compiled separately for a single use without gradient.
             self.policy.backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.loss_path = loss_path.choose(self.policy, self.reference, args.loss_path)
-        given = any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE)
-        for setting, used in (("ld_alpha", args.ld_alpha is not None), ("kl_coef", args.kl_coef > 0)):
-            if used and (given or args.precompute_ref_log_probs):
-                raise ConfigError(
-                    f"{setting}: needs the reference model in every step, not only precomputed log-probabilities"
-                )
+        for line in without_effect(args, self.loss_path):
+            logger.warning(line)
+        if any(name in dataset.column_names for dataset in self.datasets() for name in REFERENCE):
+            objective.check_sums_suffice(args, self._objectives)
         if args.kl_coef > 0 and self.reference is None:
             raise ConfigError(f"kl_coef: needs a reference, and loss_type {args.loss_type} has none; give a ref_model")
         if hasattr(self.model, "add_model_tags"):

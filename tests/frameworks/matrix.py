@@ -45,7 +45,7 @@ class Entry:
 
 
 #: transformers and what it pins, of the time of the older frameworks.
-TRANSFORMERS_4_46 = ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
+TRANSFORMERS_4_46 = ("transformers==4.46.1", "tokenizers==0.20.3", "huggingface-hub==0.36.0")
 
 #: Others, each with the versions that its transformers accepts.
 TRANSFORMERS_4_49 = ("transformers==4.49.0", "tokenizers==0.21.0", "huggingface-hub==0.36.0")
@@ -62,23 +62,22 @@ LLAMAFACTORY = (
     Entry(
         "llamafactory",
         (
-            "llamafactory==0.9.1",
-            *("transformers==4.46.1", "tokenizers==0.20.3", "huggingface-hub==0.36.0"),
-            *("trl==0.9.6", "accelerate==1.0.1", "peft==0.12.0", "datasets==3.6.0"),
+            *("llamafactory==0.9.1", *TRANSFORMERS_4_46),
+            *("trl==0.9.6", "accelerate==1.0.1", "peft==0.12.0", "datasets==4.0.0"),
         ),
     ),
     Entry(
         "llamafactory",
         (
             *("llamafactory==0.9.2", *TRANSFORMERS_4_49),
-            *("trl==0.9.6", "accelerate==1.2.1", "peft==0.12.0", "datasets==3.6.0"),
+            *("trl==0.9.6", "accelerate==1.2.1", "peft==0.12.0", "datasets==4.0.0"),
         ),
     ),
     Entry(
         "llamafactory",
         (
             *("llamafactory==0.9.3", *TRANSFORMERS_4_51, *OMEGACONF),
-            *("trl==0.9.6", "accelerate==1.7.0", "peft==0.15.2", "datasets==3.6.0"),
+            *("trl==0.9.6", "accelerate==1.7.0", "peft==0.15.2", "datasets==4.0.0"),
         ),
     ),
     Entry(
@@ -87,6 +86,7 @@ LLAMAFACTORY = (
             *("llamafactory==0.9.4", *TRANSFORMERS_4_57, *OMEGACONF),
             *("trl==0.24.0", "accelerate==1.11.0", "peft==0.17.1", "datasets==4.0.0"),
         ),
+        sample=True,
     ),
     Entry(
         "llamafactory",

@@ -41,6 +41,7 @@ UNCHECKED = {
     "eval": "completes words by shtab, which is no dependency (tests/trainer/test_cli.py has the parser)",
     "source": "changes the reader's shell",
     "pre-commit": "changes the repository's hooks",
+    "swift": "ms-swift's command; tests/test_integrations_ms_swift.py runs it",
     "tune": "torchtune's command needs a model from a hub; tests/frameworks/steps/torchtune.py runs the recipe",
     "kernel-builder": "uploads to the Hub, and is no Python package",
 }

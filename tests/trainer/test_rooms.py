@@ -35,8 +35,8 @@ ROOMS = (
 LIGHT = (
     "errors",
     "model.places",
-    *(f"settings.{name}" for name in ("aliases", "checks", "diagnoses", "fields", "inherited", "objective", "reading")),
-    *(f"settings.{name}" for name in ("pace", "rows", "table", "trl")),
+    *(f"settings.{name}" for name in ("aliases", "checks", "combinations", "diagnoses", "fields", "inherited")),
+    *(f"settings.{name}" for name in ("objective", "pace", "reading", "rows", "table", "trl")),
     *(f"run_folder.{name}" for name in ("checkpoints", "lock", "metrics", "output_dir", "records")),
     "watch.signals",
     *(f"report.{name}" for name in ("charts", "compare", "drawing", "evaluation", "figures", "verdict")),

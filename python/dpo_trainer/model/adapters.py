@@ -164,7 +164,7 @@ def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
     before = [(value, _sum(value)) for value in model.parameters()]
     try:
         wrapped = get_peft_model(model, peft_config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: modules_to_save of a quantised layer
         raise ConfigError(f"peft_config: {first_line(error)}") from error
     keeps_base = all(_sum(value) == total for value, total in before)
     if getattr(peft_config, "layer_replication", None):
@@ -180,11 +180,36 @@ def _with_new_adapter(model: Any, peft_config: Any) -> Attached:
 
 
 def _sum(value: Tensor) -> float:
-    """The sum of a tensor's elements, or of its bytes if its dtype has one byte. 0 for a meta tensor."""
+    """The sum of a tensor's elements, or of its bytes if its dtype has one byte. 0 for a meta tensor.
+
+    Also 0 for a quantised tensor of a class that has no sum, such as torchao's. An adapter cannot rewrite such a tensor.
+    """
     if value.is_meta:
         return 0.0
     value = value.detach() if value.dtype.itemsize > 1 else value.detach().view(torch.uint8)
-    return value.sum(dtype=torch.float64).item()
+    try:
+        return value.sum(dtype=torch.float64).item()
+    except NotImplementedError:
+        return 0.0
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing the 4-bit weights of a model on a CPU.
+
+    On CPUs with AVX512-BF16 it packs them at the first forward in evaluation, and packed weights pass no gradient on: later
+    training steps would change nothing, without an error (bitsandbytes 0.50).
+
+    Raises:
+        ModelError: weights are packed already.
+    """
+    for name, part in model.named_modules():
+        if getattr(part, "support_avx512bf16_for_cpu", False):
+            part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(part.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ModelError(
+                    f"model: bitsandbytes has packed the weights of '{name}' for evaluation, and they pass no gradient on; "
+                    "load the model again, and pass it before its first use"
+                )
 
 
 def named_adapter(model: Any, name: str, setting: str) -> Any:

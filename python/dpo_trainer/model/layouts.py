@@ -35,7 +35,9 @@ def choose_layout(
         compiled: whether backbones are compiled. Attention by sequence is then off, because every number of sequences would
             cause a recompilation.
     """
-    if any(split.around for split in splits):  # `verify` has already logged this
+    if around := next((split.around for split in splits if split.around), None):  # `verify` has already logged this
+        if collator.layout == "prefix_shared":
+            logger.warning("batch_layout: 'prefix_shared' is not possible, because %s; using padded batches", around)
         collator.layout = "padded"
         return
     collator.attention_cost = splits[0].attention_cost()

@@ -74,7 +74,11 @@ def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
             continue
         # peft adds `.base_layer` to the name of a layer that it wraps. The weight is the same.
         digest.update(f"{name.replace('.base_layer', '')} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        try:
+            data = value.detach().cpu().contiguous().reshape(-1)
+        except NotImplementedError:  # a quantised tensor of a class that has no views, such as torchao's
+            data = value.detach().dequantize().cpu().contiguous().reshape(-1)
+        digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

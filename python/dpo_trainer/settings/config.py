@@ -1,6 +1,7 @@
 """DPOConfig: the settings of a run as TrainingArguments of transformers, and their checks."""
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,14 @@ class DPOConfig(DPOFields, TrainingArguments):  # type: ignore[misc] # logging_s
         Limits.of(self.diagnostics)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without use_cpu, transformers refuses 16-bit autocast on a CPU
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError("deepspeed: the package deepspeed is not installed; pip install deepspeed")
         with without_pace(self):
             super().__post_init__()
         if self.device.type == "cpu" and self.fp16:
             raise ConfigError("fp16: needs an accelerator; a CPU would ignore it without a message. Use bf16 there")
+        if self.device.type == "cpu" and self.fsdp:
+            raise ConfigError("fsdp: needs accelerators; on CPUs accelerate would ignore it without a message")
         if self.device.type == "cpu" and self.use_liger_kernel:
             raise ConfigError(
                 "use_liger_kernel: needs an accelerator. Its Triton kernels would change every model of this process. The "

@@ -55,6 +55,11 @@ def check_fit(
             raise ModelError(
                 f"ref_model: has a vocabulary of {others} tokens, but the model has {ours}; both must have the same tokenizer"
             )
+    adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    if getattr(model, "is_quantized", False) and not adapted:
+        raise ModelError(
+            "model: quantised weights do not train; train an adapter on them (lora, in Python peft_config)"
+        )
     check_adapter(model, gradient_checkpointing=bool(config.gradient_checkpointing))
     if not datasets:
         return

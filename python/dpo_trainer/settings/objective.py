@@ -26,6 +26,12 @@ def build(config: Any) -> list[Any]:
     return objectives.build(_texts(config))
 
 
+def entries(config: Any) -> list[str]:
+    """The entries of `loss_type` as texts; a function of the user's is its name."""
+    kinds = config.loss_type
+    return [str(entry) for entry in ([kinds] if isinstance(kinds, str) or callable(kinds) else kinds)]
+
+
 def _texts(config: Any) -> list[Any]:
     """The entries of `loss_type`, with the values of other settings for hyper-parameters that the entry does not set."""
     kind = DIVERGENCES[config.f_divergence_type]
@@ -80,6 +86,23 @@ def check(config: Any) -> None:
         objectives.check(built, config.loss_weights, config.label_smoothing)
     except ValueError as error:
         raise ConfigError(f"label_smoothing: {error}") from error
+    if config.precompute_ref_log_probs:
+        check_sums_suffice(config, built)
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
         if getattr(config, name) and not objectives.needs_reference(built):
             raise ConfigError(f"{name}: loss_type {config.loss_type} uses no reference; leave the setting off")
+
+
+def check_sums_suffice(config: Any, built: list[Any]) -> None:
+    """Raise ConfigError if the loss needs more of the reference than the log-probabilities of whole answers."""
+    from dpo_kernels import objectives
+
+    for setting, used in (
+        ("ld_alpha", config.ld_alpha is not None),
+        ("kl_coef", config.kl_coef > 0),
+        (f"loss_type {config.loss_type}", objectives.needs_token_kl(built)),
+    ):
+        if used:
+            raise ConfigError(
+                f"{setting}: needs the reference model in every step, not only precomputed log-probabilities"
+            )
