@@ -123,7 +123,7 @@ def package(monkeypatch):
         actor=modules["openrlhf.models.actor"],
         dpo_trainer=modules["openrlhf.trainer.dpo_trainer"],
     )
-    integration._patch.undo()
+    integration._PATCH.undo()
     assert DPOTrainer.concatenated_forward is ORIGINALS[2]
 
 

@@ -56,9 +56,7 @@ def apply(*, grad_filter: float | str | None = "auto", memory_budget: int | str 
         ImportError: axolotl or TRL cannot be imported.
     """
     importlib.import_module("axolotl")
-    trl.PATCH.undo()
-    trl.PATCH.targets = (*_targets(), *trl.targets(grad_filter, memory_budget))
-    return trl.PATCH.apply()
+    return trl.PATCH.apply(grad_filter=grad_filter, memory_budget=memory_budget, others=_targets())
 
 
 @contextmanager

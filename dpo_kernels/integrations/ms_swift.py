@@ -14,8 +14,7 @@ All three are replaced. With sequence parallelism ms-swift's own method runs, wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,10 +112,7 @@ def _entropy(function: Function) -> Any:
     return entropy, logits.grad
 
 
-_PATCH = Patch("ms-swift", ())
-
-
-def _targets(inplace_backward: bool) -> tuple[Target, ...]:
+def _targets(inplace_backward: bool = False) -> tuple[Target, ...]:
     per_token = (
         ("self, logits, labels, label_pad_token_id, reduction",),
         _get_per_token_logps(inplace_backward),
@@ -128,6 +124,9 @@ def _targets(inplace_backward: bool) -> tuple[Target, ...]:
         Target("trl.trainer.utils", "selective_log_softmax", ("logits, index",), _selective_log_softmax, (_selected,)),
         Target("trl.trainer.utils", "entropy_from_logits", ("logits, chunk_size",), _entropy_from_logits, (_entropy,)),
     )
+
+
+_PATCH = Patch("ms-swift", _targets)
 
 
 def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
@@ -150,23 +149,7 @@ def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
     Raises:
         ImportError: ms-swift cannot be imported.
     """
-    _PATCH.undo()
-    _PATCH.targets = _targets(inplace_backward)
-    return _PATCH.apply()
+    return _PATCH.apply(inplace_backward=inplace_backward)
 
 
-@contextmanager
-def applied(*, inplace_backward: bool = False) -> Iterator[None]:
-    """Applies the patch inside a `with` block.
-
-    Args:
-        inplace_backward: as in `apply`.
-
-    Raises:
-        ImportError: ms-swift cannot be imported.
-    """
-    undo = apply(inplace_backward=inplace_backward)
-    try:
-        yield
-    finally:
-        undo()
+applied = _PATCH.applied

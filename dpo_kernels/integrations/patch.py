@@ -69,15 +69,19 @@ class Patch:
 
     Args:
         package: the package's distribution name, for messages.
-        targets: the functions. Versions may lack some of them, but must have at least one.
+        targets: makes the list of functions from the settings of `apply`. Versions may lack some of them, but must have at least
+            one.
     """
 
-    def __init__(self, package: str, targets: Sequence[Target]) -> None:
-        self.package, self.targets = package, tuple(targets)
+    def __init__(self, package: str, targets: Callable[..., Sequence[Target]]) -> None:
+        self.package, self.targets = package, targets
         self.places: list[_Place] = []
 
-    def apply(self) -> Callable[[], None]:
+    def apply(self, **settings: Any) -> Callable[[], None]:
         """Replaces the functions. A second call first undoes the previous one.
+
+        Args:
+            settings: what `targets` takes.
 
         Returns:
             A function that puts the originals back. It does nothing after a later call of `apply`.
@@ -86,10 +90,11 @@ class Patch:
             ImportError: the package cannot be imported.
         """
         self.undo()
+        targets = self.targets(**settings)
         try:
-            places = [place for target in self.targets if (place := _place_of(target)) is not None]
+            places = [place for target in targets if (place := _place_of(target)) is not None]
             if not places:
-                names = ", ".join(f"{target.module}.{target.name}" for target in self.targets)
+                names = ", ".join(f"{target.module}.{target.name}" for target in targets)
                 raise Unsupported(f"it has none of the functions to replace ({names})")
         except Unsupported as error:
             warnings.warn(
@@ -108,13 +113,9 @@ class Patch:
         self.places = []
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Applies the patch inside a `with` block.
-
-        Raises:
-            ImportError: the package cannot be imported.
-        """
-        undo = self.apply()
+    def applied(self, **settings: Any) -> Iterator[None]:
+        """Applies the patch inside a `with` block; arguments and errors as of `apply`."""
+        undo = self.apply(**settings)
         try:
             yield
         finally:

@@ -14,8 +14,7 @@ Trainers, models and saved files do not change. What is replaced depends on the 
     DPOTrainer before 1.14               the line that computes log-probabilities and the line that sets those of the prompt to 0
     CPO, ORPO, KTO and BCO               `get_batch_logps`: always before 0.15, later if the trainer's module is loaded
 
-Three cases still use TRL's function: a gradient through the entropy of a fused head, heads partitioned by DeepSpeed ZeRO-3, and
-logits that are not plain tensors.
+Two cases still use TRL's function: heads partitioned by DeepSpeed ZeRO-3, and logits that are not plain tensors.
 
 On a CPU, import this module before TRL's trainers: it also makes torch use 2 MB pages for large tensors.
 """
@@ -32,8 +31,8 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -69,30 +68,32 @@ _NO_LABEL = torch.iinfo(torch.int64).min
 # --- from hidden states and the LM head ---------------------------------------------------------------------------
 
 
-class _TheirEntropy(torch.autograd.Function):
-    """Identity on the entropy; its backward runs TRL's function, because `linear_logps` does not differentiate the entropy."""
+class _LaterEntropy(torch.autograd.Function):
+    """Identity on the entropy. Its backward computes the logits again, so an entropy that is only logged costs nothing more."""
 
     @staticmethod
-    def forward(ctx: Any, entropy: Tensor, theirs: Any, *arguments: Any) -> Tensor:
-        tensors = [value if isinstance(value, Tensor) else None for value in arguments]
-        ctx.theirs, ctx.rest = theirs, [None if isinstance(value, Tensor) else value for value in arguments]
+    def forward(ctx: Any, entropy: Tensor, settings: dict[str, Any], *tensors: Tensor | None) -> Tensor:
+        ctx.settings = settings
         ctx.save_for_backward(*tensors)
         ctx.autocast = torch.is_autocast_enabled(entropy.device.type), torch.get_autocast_dtype(entropy.device.type)
         return entropy.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
-        wanted = []
-        for tensor, needed in zip(tensors, ctx.needs_input_grad[2:], strict=True):
-            if tensor is not None and needed:
-                wanted.append(tensor.requires_grad_())
+        needed = ctx.needs_input_grad[2:]
+        leaves: list[Any] = [
+            None if tensor is None else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        hidden, weight, bias, labels = leaves
         enabled, dtype = ctx.autocast
-        arguments = [rest if tensor is None else tensor for tensor, rest in zip(tensors, ctx.rest, strict=True)]
         with torch.enable_grad(), torch.autocast(grad.device.type, dtype=dtype, enabled=enabled):
-            entropy = ctx.theirs.apply(*arguments)[1]
-        found = iter(torch.autograd.grad(entropy, wanted, grad))
-        return (None, None, *(next(found) if t is not None and t.requires_grad else None for t in tensors))
+            _, found = linear_logps(
+                hidden, weight, labels, bias=bias, statistics=("entropy",), differentiable_entropy=True, **ctx.settings
+            )
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        grads = iter(torch.autograd.grad(found["entropy"], wanted, grad))
+        return (None, None, *(next(grads) if need else None for need in needed))
 
 
 def _head(theirs: Any, grad_filter: float | str | None, memory_budget: int | str | None) -> type:
@@ -117,22 +118,20 @@ def _head(theirs: Any, grad_filter: float | str | None, memory_budget: int | str
             budget = memory_budget
             if budget is None:
                 budget = linear.planner.step_budget(head.shape[1], head.shape[0], linear.card_memory(hidden.device))
+            settings = {
+                "temperature": given["temperature"],
+                "logit_scale": given["logit_scale"],
+                "logit_softcap": given["final_logit_softcapping"],
+                "memory_budget": budget,
+            }
+            statistics = tuple(ours for name, ours in _STATISTICS.items() if name in outputs) or ("accuracy",)
+            labels = given["targets"]
             logps, found = linear_logps(
-                hidden,
-                head,
-                given["targets"],
-                bias=offset,
-                statistics=tuple(ours for name, ours in _STATISTICS.items() if name in outputs) or ("accuracy",),
-                temperature=given["temperature"],
-                logit_scale=given["logit_scale"],
-                logit_softcap=given["final_logit_softcapping"],
-                grad_filter=grad_filter,
-                memory_budget=budget,
-                ignore_index=-100,
+                hidden, head, labels, bias=offset, statistics=statistics, grad_filter=grad_filter, **settings
             )
             entropy = found.get("entropy")
-            if entropy is not None and theirs is not None and logps.requires_grad:
-                entropy = _TheirEntropy.apply(entropy, theirs, *arguments)
+            if entropy is not None and logps.requires_grad:
+                entropy = _LaterEntropy.apply(entropy, settings, hidden, head, offset, labels)
             if "outputs" not in names:
                 return logps, entropy
             top1 = found["accuracy"] > 0.5 if "is_top1" in outputs else None
@@ -381,10 +380,15 @@ def _head_targets(utils: Any, grad_filter: float | str | None, memory_budget: in
     ]
 
 
-def targets(grad_filter: float | str | None, memory_budget: int | str | None) -> list[Target]:
-    """The functions of the installed TRL. Raises ImportError if it cannot be imported."""
+def targets(
+    grad_filter: float | str | None = "auto",
+    memory_budget: int | str | None = None,
+    others: Sequence[Target] = (),
+) -> list[Target]:
+    """The functions of the installed TRL, after those of `others`. Raises ImportError if TRL cannot be imported."""
     utils: Any = importlib.import_module(_UTILS)
     return [
+        *others,
         *_head_targets(utils, grad_filter, memory_budget),
         Target(_UTILS, "selective_log_softmax", *SELECTIVE),
         Target(
@@ -401,7 +405,7 @@ def targets(grad_filter: float | str | None, memory_budget: int | str | None) ->
 
 
 #: Of this module, and of those that patch what stands on TRL.
-PATCH = Patch("trl", ())
+PATCH = Patch("trl", targets)
 
 
 def apply_to_trl(
@@ -423,13 +427,12 @@ def apply_to_trl(
     Raises:
         ImportError: TRL cannot be imported.
     """
-    PATCH.undo()
-    PATCH.targets = tuple(targets(grad_filter, memory_budget))
-    return PATCH.apply()
+    return PATCH.apply(grad_filter=grad_filter, memory_budget=memory_budget)
 
 
-@contextmanager
-def trl_patched(*, grad_filter: float | str | None = "auto", memory_budget: int | str | None = None) -> Iterator[None]:
+def trl_patched(
+    *, grad_filter: float | str | None = "auto", memory_budget: int | str | None = None
+) -> AbstractContextManager[None]:
     """Context manager that applies the patch of `apply_to_trl` inside a `with` block.
 
     Args:
@@ -439,11 +442,7 @@ def trl_patched(*, grad_filter: float | str | None = "auto", memory_budget: int 
     Raises:
         ImportError: TRL cannot be imported.
     """
-    undo = apply_to_trl(grad_filter=grad_filter, memory_budget=memory_budget)
-    try:
-        yield
-    finally:
-        undo()
+    return PATCH.applied(grad_filter=grad_filter, memory_budget=memory_budget)
 
 
 apply = apply_to_trl

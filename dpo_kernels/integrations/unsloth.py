@@ -64,8 +64,7 @@ def apply(*, grad_filter: float | str | None = "auto", memory_budget: int | str 
         return lambda: None
     # Unsloth compiles TRL's trainers when this module is imported.
     importlib.import_module("unsloth.models.rl")
-    trl.PATCH.targets = (*trl.targets(grad_filter, memory_budget), *_compiled())
-    return trl.PATCH.apply()
+    return trl.PATCH.apply(grad_filter=grad_filter, memory_budget=memory_budget, others=_compiled())
 
 
 @contextmanager
