@@ -62,7 +62,7 @@ TRANSFORMERS_5_19 = ("transformers==5.19.0", *HTTPX)
 
 #: What LLaMA-Factory imports from 0.9.3 on.
 OMEGACONF = ("omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3")
-#: Each version of LLaMA-Factory with the newest versions that it accepts; datasets as steps/llamafactory.py says.
+#: Each version of LLaMA-Factory with versions that it accepts; datasets as steps/llamafactory.py says.
 LLAMAFACTORY = (
     Entry(
         "llamafactory",
@@ -104,7 +104,7 @@ LLAMAFACTORY = (
 
 #: What ms-swift imports.
 SWIFT = ("modelscope==1.31.0", "json-repair==0.64.6", "einops==0.8.1")
-#: ms-swift accepts many versions of each package: the oldest and the newest that it accepts here, and two between.
+#: ms-swift accepts many versions of each package. 4.6.0 runs with the newest that it accepts.
 MS_SWIFT = (
     Entry(
         "ms_swift",
