@@ -271,7 +271,7 @@ def test_apply_replaces_every_import_and_undo_restores_it(package):
     assert ours is not logprobs_from_logits
     assert package.actor.logprobs_from_logits is ours
     assert FusedLinearForPPO.forward is not ORIGINAL_FORWARD
-    integration.apply()  # a second call replaces the first
+    undo = integration.apply()  # a second call replaces the first
     undo()
     assert package.functional.logprobs_from_logits is logprobs_from_logits
     assert package.actor.logprobs_from_logits is logprobs_from_logits

@@ -280,7 +280,10 @@ def mask_first(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not isinstance(theirs, types.FunctionType) or theirs.__closure__ is not None:
         return theirs
-    tree = ast.parse(textwrap.dedent(inspect.getsource(theirs)))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(theirs)))
+    except OSError:  # installed without its source
+        return theirs
     count = 0
     blocks = [block for node in ast.walk(tree) for _, block in ast.iter_fields(node) if isinstance(block, list)]
     for block in blocks:
