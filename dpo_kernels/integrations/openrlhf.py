@@ -36,21 +36,18 @@ _batch: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("_batch", default=
 def _scored(labels: Tensor) -> tuple[Tensor, bool]:
     """The labels with -100 at tokens that the running DPO step multiplies by 0, and whether such a step runs.
 
-    OpenRLHF's labels are its input ids, rolled to the left by one. Rolled by one, the masks fit to them: as they are in a padded
-    batch, without the padding in a packed one. The first token is never scored, so the roll's last column is false.
+    OpenRLHF's labels are its input ids, rolled to the left by one. The mask, rolled like them, fits to those of a padded batch;
+    a packed batch has no padding.
     """
     batch = _batch.get()
     if batch is None:
         return labels, False
     attention, completion = batch
     mask = completion.roll(-1, dims=1)
-    mask[:, -1] = False
     if labels.shape[0] == 1 and labels.shape != mask.shape:
         mask = mask[attention].unsqueeze(0)
-    if (
-        labels.shape != mask.shape
-    ):  # ring attention: each process has a part of the row, and all of its tokens are scored
-        return labels, False
+    if labels.shape != mask.shape:
+        return labels, False  # with ring attention a process has a part of the row; all of its tokens are scored
     return torch.where(mask, labels, -100), True
 
 

@@ -72,27 +72,6 @@ def _entropy_with_chunking(theirs: Callable[..., Tensor]) -> Callable[..., Tenso
     return entropy_from_logits_with_chunking
 
 
-class _TheirEntropy(torch.autograd.Function):
-    """Identity on the entropy; its backward runs verl's function, because `linear_logps` does not differentiate the entropy."""
-
-    @staticmethod
-    def forward(ctx: Any, entropy: Tensor, theirs: Callable[..., Any], hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.theirs = theirs
-        ctx.save_for_backward(hidden, weight)
-        ctx.autocast = torch.is_autocast_enabled(entropy.device.type), torch.get_autocast_dtype(entropy.device.type)
-        return entropy.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needed = ctx.needs_input_grad[2:]
-        tensors = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-        enabled, dtype = ctx.autocast
-        with torch.enable_grad(), torch.autocast(grad.device.type, dtype=dtype, enabled=enabled):
-            entropy = ctx.theirs(*tensors)[1]
-        found = iter(torch.autograd.grad(entropy, [t for t in tensors if t.requires_grad], grad))
-        return (None, None, *(next(found) if need else None for need in needed))
-
-
 def _fused_forward(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     hidden, weight, labels = _small_head(torch.bfloat16)
     with _no_flash_attention():
@@ -105,30 +84,24 @@ def _fused_forward(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...
         backend = getattr(self, "impl_backend", "torch")
         if backend != "torch" or not (ops.is_plain(hidden_states) and ops.is_plain(vocab_weights)):
             return theirs(self, hidden_states, vocab_weights, input_ids, temperature)
-        # Two dimensions, because verl up to 0.8 loses the gradient of [B, T, H] that is not contiguous.
-        rows, labels = hidden_states.flatten(0, -2), input_ids.to(torch.int64)
         vocab, hidden_size = vocab_weights.shape
         budget = linear.planner.step_budget(hidden_size, vocab, linear.card_memory(hidden_states.device))
         logps, found = linear_logps(
-            rows,
+            hidden_states,
             vocab_weights,
-            labels.flatten(),
+            input_ids.to(torch.int64),
             statistics=("entropy",),
             logit_scale=1 / float(temperature),
             memory_budget=budget,
+            differentiable_entropy=True,
         )
-        entropy: Tensor = found["entropy"].to(rows.dtype)  # type: ignore[call-overload]
-        if logps.requires_grad:
-            entropy = _TheirEntropy.apply(
-                entropy, lambda h, w: theirs(self, h, w, labels.flatten(), temperature), rows, vocab_weights
-            )
-        logps = logps.to(rows.dtype if narrow else torch.float32)
-        return logps.view(labels.shape), entropy.view(labels.shape)
+        entropy: Tensor = found["entropy"]  # type: ignore[call-overload]
+        return logps.to(hidden_states.dtype if narrow else torch.float32), entropy.to(hidden_states.dtype)
 
     return forward
 
 
-#: What `FusedLinearForPPO.forward` reads of its module.
+#: What the oldest and the newest `FusedLinearForPPO.forward` read of their module.
 _MODULE = SimpleNamespace(chunk_size=512, impl_backend="torch")
 
 
