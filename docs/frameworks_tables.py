@@ -101,7 +101,7 @@ def long() -> str:
 def filled(text: str, block: str, table: str) -> str:
     """The text with a table between the markers of a block."""
     begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
-    assert begin in text and end in text, f"the markers of {block} are missing"
+    assert {begin, end} <= set(text.splitlines()), f"the markers of {block} are missing"
     return text[: text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end) :]
 
 

@@ -20,6 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+#: The namespace of the operators of this copy of the package: the name under which it is imported. So two copies, such as an
+#: installed one and one that Hugging Face's `kernels` has loaded, can be used in one process. The libraries use NAMESPACE_cpu
+#: and NAMESPACE_cuda.
+NAMESPACE = re.sub(r"\W", "_", __package__ or "dpo_kernels")
 # An installed package contains the sources; in a checkout they are next to the package.
 CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")
 
@@ -97,7 +101,7 @@ def build_cpu(target: Path, flags: Sequence[str] = ()) -> None:
                 own += ["-DDPO_FLOAT64"] if isa == "baseline" else []
                 compile_one(source, isa, own)
         compile_one("preference_loss.cpp", "any", [])
-        compile_one("ops.cpp", "any", ABI_FLAGS + include_flags(torch_dir))
+        compile_one("ops.cpp", "any", [*ABI_FLAGS, *include_flags(torch_dir), f"-DDPO_LIBRARY={NAMESPACE}_cpu"])
         run_all(commands)
         library = f"{scratch}/library.so"
         run_all([[cxx, "-shared", *flags, *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]])
@@ -206,6 +210,7 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequen
                 *NVCC_FLAGS,
                 *ABI_FLAGS,
                 *include_flags(torch_dir),
+                f"-DDPO_LIBRARY={NAMESPACE}_cuda",
                 "-c",
                 str(CSRC / "cuda" / "ops.cpp"),
                 "-o",
@@ -219,8 +224,8 @@ def build_cuda(target: Path, archs: Sequence[str] | None = None, defines: Sequen
 
 
 def source_hash(folder: str) -> str:
-    """Hash of a library's sources and of this file; part of the library's file name, so edited sources never use an old build."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """Hash of a library's sources, namespace and build; part of the file's name, so edited sources never use an old build."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + NAMESPACE.encode())
     for path in sorted((CSRC / "common").glob("*")) + sorted((CSRC / folder).glob("*")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._build import NAMESPACE
+
+_kernels = getattr(torch.ops, f"{NAMESPACE}_cpu")
+
 #: Largest share of kept entries. Above it the dense products are faster, and the lists would take V bytes per token.
 DENSEST = 1 / 8
 _ROWS = 4096
@@ -68,10 +72,9 @@ def keep(
     logit_softcap: float,
 ) -> tuple[Kept, Tensor] | None:
     """(kept entries, dropped mass [n]) of a chunk's logits [n, V]; None if too many entries exceed eps."""
-    ops = torch.ops.dpo_kernels_cpu
     rows, vocab = logits.shape
     row_ptr = torch.zeros(rows + 1, dtype=torch.int64)
-    ops.filter_count(logits, labels, top, log_sum, eps, logit_scale, logit_softcap, row_ptr[1:])
+    _kernels.filter_count(logits, labels, top, log_sum, eps, logit_scale, logit_softcap, row_ptr[1:])
     torch.cumsum(row_ptr[1:], 0, out=row_ptr[1:])
     total = int(row_ptr[-1])
     # Two entries per token are always allowed: otherwise tiny vocabularies would never be filtered.
@@ -81,7 +84,9 @@ def keep(
     value = torch.empty(total, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
     tail, dropped = torch.empty(2, rows, dtype=torch.float64)
     softmax = (logps, top, log_sum)
-    ops.filter_fill(logits, labels, *softmax, eps, logit_scale, logit_softcap, row_ptr, index, value, tail, dropped)
+    _kernels.filter_fill(
+        logits, labels, *softmax, eps, logit_scale, logit_softcap, row_ptr, index, value, tail, dropped
+    )
     return Kept(index, value, row_ptr, tail), dropped
 
 
@@ -98,7 +103,7 @@ def grad_hidden(kept: Kept, grad: Tensor, weight: Tensor) -> Tensor:
     """Rows of dH [n, H] in float32 (float64 for float64 heads); grad [n] float64 is d loss / d log-probability."""
     weight = weight.contiguous()
     out = torch.empty(grad.shape[0], weight.shape[1], dtype=kept.value.dtype)
-    torch.ops.dpo_kernels_cpu.filtered_grad_hidden(
+    _kernels.filtered_grad_hidden(
         kept.index, kept.value, kept.row_ptr, kept.tail, grad.contiguous(), weight, _mean_row(weight), out
     )
     return out
@@ -108,7 +113,7 @@ def grad_weight(kept: Kept, grad: Tensor, rows: Tensor, out: Tensor, *, accumula
     """Writes dW to out [V, H], or adds it; out has the dtype of kept.value, and rows [n, H] are the hidden states."""
     weighted = torch.where(grad == 0, 0.0, grad * kept.tail)
     tail_row = -(rows.to(kept.value.dtype).t() @ weighted.to(kept.value.dtype)).double() / out.shape[0]
-    torch.ops.dpo_kernels_cpu.filtered_grad_weight(
+    _kernels.filtered_grad_weight(
         kept.index, kept.value, kept.row_ptr, grad.contiguous(), rows.contiguous(), tail_row, accumulate, out
     )
 

@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._build import NAMESPACE
+
+_kernels = getattr(torch.ops, f"{NAMESPACE}_cpu")
+
 #: Bytes from which page faults matter.
 LARGE = 8 << 20
 
@@ -41,7 +45,7 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
     tensor = torch.empty(shape, dtype=dtype, device=device)
     # Fake tensors of a compiler have no memory. Without the CPU library (eager backend only) torch's own pages are used.
     if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.nbytes >= LARGE and _keeps_large_pages():
-        prefer = getattr(torch.ops.dpo_kernels_cpu, "prefer_huge_pages", None)
+        prefer = getattr(_kernels, "prefer_huge_pages", None)
         if prefer is not None:
             prefer(tensor)
     return tensor

@@ -1,11 +1,13 @@
 """The operators: autograd around the backends' stages (interface: stages.py), in eager mode and under torch.compile.
 
-    dpo_kernels::token_logps           stage 1: results of the tokens, [R, B, T]        (differentiable: logps, divergences)
-    dpo_kernels::logits_grad           stage 3, into a new tensor
-    dpo_kernels::sequence_sums         weighted sums of sequences, [S]                  (differentiable)
-    dpo_kernels::preference_loss       the sigmoid family from tokens                   (differentiable: losses, sums)
-    dpo_kernels::preference_forward    a whole call of the sigmoid family               (differentiable: loss)
-    dpo_kernels::preference_backward   the gradient of such a call, into a new tensor
+Their namespace is torch.ops.dpo_kernels, or that of another copy of the package (_ops.py):
+
+    token_logps           stage 1: results of the tokens, [R, B, T]        (differentiable: logps, divergences)
+    logits_grad           stage 3, into a new tensor
+    sequence_sums         weighted sums of sequences, [S]                  (differentiable)
+    preference_loss       the sigmoid family from tokens                   (differentiable: losses, sums)
+    preference_forward    a whole call of the sigmoid family               (differentiable: loss)
+    preference_backward   the gradient of such a call, into a new tensor
 
 Each operator is declared once and has two entry points (`_Operator`). Eager code calls a plain autograd function, which has a
 fraction of the dispatch overhead of a PyTorch operator written in Python. Compilers, tensor subclasses and double backward use
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 
 from . import backends
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as _ops
 from .backends import whole_call
 from .backends.whole_call import SEQUENCE_ROWS, Family, Weighting
 from .memory import fresh
@@ -37,8 +41,7 @@ from .stages import (
     token_rows,
 )
 
-_library = torch.library.Library("dpo_kernels", "DEF")
-_ops = torch.ops.dpo_kernels
+_library = torch.library.Library(_ops.name, "DEF")
 
 #: The error of a second backward pass after the first one overwrote the logits.
 OVERWRITTEN = (
@@ -74,10 +77,9 @@ class _Operator:
         OPERATORS.append(self)
         _library.define(schema)
         _library.impl(name, forward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"dpo_kernels::{name}", fake, lib=_library)
-        torch.library.register_autograd(
-            f"dpo_kernels::{name}", backward or no_double_backward, setup_context=setup, lib=_library
-        )
+        qualified = add_op_namespace_prefix(name)
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_autograd(qualified, backward or no_double_backward, setup_context=setup, lib=_library)
         self.forward, self.registered = forward, getattr(_ops, name)
         if setup is not None and backward is not None:
             self.function = _function(name, forward, setup, backward)

@@ -288,7 +288,8 @@ def test_every_question_has_its_place_on_the_pages(collected: dict[str, dict[str
 
 #: The words for `-k` in docs/benchmarks.md, and the benchmark that each selects.
 WORDS = {
-    "logits": "logits_path", "linear": "linear_path", "trainer": "trainer", "memory": "memory", "products": "products",
+    "logits": "logits_path", "logps": "logps",
+    "linear": "linear_path", "trainer": "trainer", "memory": "memory", "products": "products",
     "objectives": "objectives", "statistics": "statistics", "reference": "reference_modes", "prefix": "prefix_sharing",
     "scaling": "scaling", "latency": "latency", "threads": "threads", "startup": "startup",
 }  # fmt: skip

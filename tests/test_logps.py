@@ -20,6 +20,7 @@ from dpo_kernels import (
 )
 
 from checks import check_gradient, row_errors
+from conftest import DEVICE
 
 STATISTICS = ("entropy", "accuracy", "mean_logits", "log_sum_sq")
 
@@ -40,7 +41,7 @@ def problem(vocab=517, spread=3.0, dtype=torch.float32, seed=0):
     labels = torch.randint(vocab, (2, 4), generator=g)
     labels[0, 0] = -100
     upstream = torch.randn(2, 2, 4, generator=g, dtype=torch.float64)
-    return logits, labels, upstream
+    return logits.to(DEVICE), labels.to(DEVICE), upstream.to(DEVICE)
 
 
 def truth_of(logits, labels, upstream, dtype=torch.float64, **transform):
@@ -104,7 +105,7 @@ def test_the_gradient_check_sees_faults_of_the_entropys_part(fault):
     logits, labels, upstream = problem()
     truth = truth_of(logits, labels, upstream)[1]
     eager = truth_of(logits, labels, upstream, torch.float32)[1]
-    part = truth_of(logits, labels, torch.stack([torch.zeros(2, 4), upstream[1]]))[1]
+    part = truth_of(logits, labels, torch.stack([torch.zeros_like(upstream[0]), upstream[1]]))[1]
     wrong = (truth - {"none": 0.0, "sign": 2.0, "scale": 0.05, "missing": 1.0}[fault] * part).float()
     if fault == "none":
         check_gradient(wrong, truth, eager, labels)
@@ -142,7 +143,7 @@ def test_masked_vocabulary_and_nan(backend):
     assert bool(grad[1, 3].isnan().any())
     assert bool(grad[1, :3].isfinite().all())
     masked = logits[0, 1:2].masked_select(logits[0, 1:2] > -torch.inf).view(1, 1, -1)
-    _, kept = truth_of(masked, torch.zeros(1, 1, dtype=torch.long), upstream[:, :1, 1:2])
+    _, kept = truth_of(masked, torch.zeros(1, 1, dtype=torch.long, device=DEVICE), upstream[:, :1, 1:2])
     ours = grad[0, 1][logits[0, 1] > -torch.inf]
     torch.testing.assert_close(ours[1:].double(), kept[0, 0, 1:], rtol=1e-4, atol=1e-7)
 
@@ -158,14 +159,14 @@ def test_what_is_not_asked_for_has_no_gradient():
 
 
 def test_any_number_of_dimensions_and_views_are_read_in_place(backend):
-    wide = torch.randn(3, 2, 5, 33)
-    labels = torch.randint(33, (3, 2, 4))
+    wide = torch.randn(3, 2, 5, 33, device=DEVICE)
+    labels = torch.randint(33, (3, 2, 4), device=DEVICE)
     view = wide[:, :, :-1].requires_grad_()
     with use_backend(backend):
         whole = token_logps(view, labels)
         assert torch.equal(whole[1, 0], token_logps(view[1, 0], labels[1, 0]))
         assert torch.equal(whole[2], token_logps(view[2], labels[2]))
-        assert token_logps(torch.randn(0, 5, 33), torch.empty(0, 5, dtype=torch.long)).shape == (0, 5)
+        assert token_logps(wide[:0, 0], labels.new_zeros(0, 5)).shape == (0, 5)
 
 
 def test_in_place_gradients_overwrite_the_logits_and_are_the_same(backend):
@@ -186,7 +187,7 @@ def test_in_place_gradients_overwrite_the_logits_and_are_the_same(backend):
 
 def test_sequence_logps_are_sums_of_token_logps(backend):
     logits, labels, _ = problem()
-    weights = torch.rand(2, 4)
+    weights = torch.rand(2, 4, device=DEVICE)
     with use_backend(backend):
         sums = sequence_logps(logits, labels, token_weights=weights, logit_scale=0.5)
         tokens = token_logps(logits, labels, logit_scale=0.5)
@@ -201,7 +202,7 @@ def test_a_loss_from_tokens_equals_dpo_loss(backend):
         leaf = logits.clone().requires_grad_()
         with use_backend(backend):
             if own:
-                loss = dpo_loss(leaf, labels, ref_logps=torch.zeros(2), beta=0.3).loss
+                loss = dpo_loss(leaf, labels, ref_logps=torch.zeros(2, device=DEVICE), beta=0.3).loss
             else:
                 chosen, rejected = token_logps(leaf, labels).sum(-1)
                 loss = -torch.nn.functional.logsigmoid(0.3 * (chosen - rejected))
@@ -229,12 +230,12 @@ def test_selective_log_softmax_has_the_dtype_of_the_logits_and_the_shape_of_the_
 def test_selective_log_softmax_of_several_entries(count):
     logits, _, _ = problem(vocab=101)
     logits[0, 0, :50] = -torch.inf
-    index = torch.randint(101, (2, 4, count))
+    index = torch.randint(101, (2, 4, count), device=DEVICE)
     index[0, 0, 0] = 3  # an entry of -inf
     if count == 3:
-        index[0, 0] = torch.tensor([3, 4, 5])  # all of them
+        index[0, 0] = torch.tensor([3, 4, 5], device=DEVICE)  # all of them
     ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    weights = torch.rand(2, 4, count)
+    weights = torch.rand(2, 4, count, device=DEVICE)
     found, wanted = selective_log_softmax(ours, index, 0.7), (truth / 0.7).log_softmax(-1).gather(-1, index)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     finite = wanted.isfinite()
@@ -248,7 +249,7 @@ def test_selective_log_softmax_does_not_read_masked_rows(several):
     logits, labels, _ = problem()
     logits[1, 2] = torch.nan
     index = labels.clamp(min=0)
-    mask = torch.ones(2, 4, dtype=torch.long)
+    mask = torch.ones(2, 4, dtype=torch.long, device=DEVICE)
     mask[1, 2] = 0
     if several:
         index = torch.stack([index, index + 1], -1) % 517
@@ -310,7 +311,7 @@ def test_the_entropys_gradient_from_hidden_states(budget, frozen, backend):
     _, labels, upstream = problem(131)
     grads = []
     for exact in (False, True):
-        h, w, b = (x.double() if exact else x.clone() for x in (hidden, weight, bias))
+        h, w, b = (x.clone().to(DEVICE, torch.float64 if exact else torch.float32) for x in (hidden, weight, bias))
         leaves = [x.requires_grad_() for x in ((h,) if frozen else (h, w, b))]
         if exact:
             found = reference.token_statistics(
@@ -339,7 +340,7 @@ def test_the_entropys_gradient_from_hidden_states(budget, frozen, backend):
 
 
 def test_the_entropys_gradient_from_hidden_states_compiled():
-    hidden, weight = torch.randn(2, 4, 24), torch.randn(131, 24)
+    hidden, weight = torch.randn(2, 4, 24, device=DEVICE), torch.randn(131, 24, device=DEVICE)
     _, labels, upstream = problem(131)
 
     def loss_of(h, w):

@@ -473,7 +473,11 @@ void prefer_huge_pages_op([[maybe_unused]] Tensor fresh) {
 }  // namespace
 }  // namespace dpo::cpu
 
-STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
+#ifndef DPO_LIBRARY  // the operators' namespace, which dpo_kernels/_build.py chooses
+#define DPO_LIBRARY dpo_kernels_cpu
+#endif
+
+STABLE_TORCH_LIBRARY(DPO_LIBRARY, m) {
   m.def(
       "token_logps(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float logit_scale, "
       "float logit_softcap, int asked, Tensor(a!) tokens) -> ()");
@@ -516,7 +520,7 @@ STABLE_TORCH_LIBRARY(dpo_kernels_cpu, m) {
   m.def("isa() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(DPO_LIBRARY, CPU, m) {
   m.impl("token_logps", TORCH_BOX(&dpo::cpu::token_logps_op));
   m.impl("logits_grad", TORCH_BOX(&dpo::cpu::logits_grad_op));
   m.impl("sequence_sums", TORCH_BOX(&dpo::cpu::sequence_sums_op));
@@ -531,4 +535,4 @@ STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CPU, m) {
   m.impl("prefer_huge_pages", TORCH_BOX(&dpo::cpu::prefer_huge_pages_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dpo_kernels_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&dpo::cpu::isa)); }
+STABLE_TORCH_LIBRARY_IMPL(DPO_LIBRARY, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&dpo::cpu::isa)); }

@@ -34,7 +34,9 @@ class OnDevice {
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#ifndef DPO_LIBRARY  // the operators' namespace, which dpo_kernels/_build.py chooses
 #define DPO_LIBRARY dpo_kernels_cuda
+#endif
 #define DPO_DISPATCH_KEY CUDA
 
 namespace dpo::cuda {

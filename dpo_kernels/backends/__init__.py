@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,9 +23,15 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-#: Every backend, and for each device type the order in which they are tried.
+#: Every backend.
 NAMES = ("eager", "cpu", "triton", "cuda")
-PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
+#: Those of this copy of the package. A copy for the Hugging Face Hub has no compiled ones (hub/build.py).
+_HERE = {module.name for module in pkgutil.iter_modules(__path__)}
+#: For each device type, the order in which they are tried.
+PREFERENCE = {
+    "cpu": tuple(name for name in ("cpu", "eager") if name in _HERE),
+    "cuda": tuple(name for name in ("triton", "cuda", "eager") if name in _HERE),
+}
 #: Backends that accept float64 logits, which serve for checks; GPU kernels do not.
 FLOAT64 = ("eager", "cpu")
 
@@ -78,8 +85,10 @@ def load_library(path: Path, namespace: str, operators: tuple[str, ...]) -> None
 
 @functools.cache
 def _attempt(name: str, device_type: str) -> ModuleType | str:
+    if name not in _HERE:
+        return "this copy of the package does not contain it; the package from pip does"
     try:
-        module = importlib.import_module(f"dpo_kernels.backends.{name}")
+        module = importlib.import_module(f"{__package__}.{name}")
         module.check_available(device_type)
     except BackendUnavailable as reason:
         return str(reason)

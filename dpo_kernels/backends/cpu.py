@@ -20,13 +20,16 @@ OPERATORS = (
     "filter_count", "filter_fill", "filtered_grad_hidden", "filtered_grad_weight", "product", "prefer_huge_pages", "isa",
 )  # fmt: skip
 
+NAMESPACE = f"{_build.NAMESPACE}_cpu"
+_kernels = getattr(torch.ops, NAMESPACE)
+
 
 def _load() -> None:
     try:
         path = _build.find_or_build("cpu", _build.build_cpu, announce)
     except _build.BuildError as error:
         raise BackendUnavailable(str(error)) from error
-    load_library(path, "dpo_kernels_cpu", OPERATORS)
+    load_library(path, NAMESPACE, OPERATORS)
     logger.debug("loaded %s", path)
 
 
@@ -34,13 +37,13 @@ def check_available(device_type: str) -> None:
     """Raise BackendUnavailable unless the library loads and the tensors are on the CPU."""
     if device_type != "cpu":
         raise BackendUnavailable("the native CPU kernels support CPU tensors only")
-    if not hasattr(torch.ops.dpo_kernels_cpu, "token_logps"):
+    if not hasattr(_kernels, "token_logps"):
         _load()
 
 
 def instruction_set() -> str:
     """The instruction set of the row kernels on this CPU: "baseline", "avx2" or "avx512"."""
-    return ("baseline", "avx2", "avx512")[torch.ops.dpo_kernels_cpu.isa()]
+    return ("baseline", "avx2", "avx512")[_kernels.isa()]
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -58,7 +61,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: 
     Sums are float32 and rounded once. The bits of an entry do not depend on the other rows and columns.
     """
     a, b = (matrix if 1 in matrix.stride() else matrix.contiguous() for matrix in (a, b))
-    torch.ops.dpo_kernels_cpu.product.default(a, b, None if bias is None else bias.float().contiguous(), add, out)
+    _kernels.product.default(a, b, None if bias is None else bias.float().contiguous(), add, out)
 
 
 def token_logps(
@@ -72,7 +75,7 @@ def token_logps(
     asked = asked_rows(ref_logits is not None, statistics)
     tokens = torch.empty((asked.bit_count(), *labels.shape), dtype=torch.float64)
     try:
-        torch.ops.dpo_kernels_cpu.token_logps.default(logits, labels, ref_logits, *transform, asked, tokens)
+        _kernels.token_logps.default(logits, labels, ref_logits, *transform, asked, tokens)
     except RuntimeError:
         check_labels(labels, logits.shape[-1], transform.ignore_index)  # raises ValueError, which C++ cannot
         raise
@@ -83,7 +86,7 @@ def sequence_sums(values: Tensor, weights: Tensor, cu_seqlens: Tensor | None) ->
     """Weighted sums over each sequence's tokens, [2P] float64."""
     count = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums = torch.empty(count, dtype=torch.float64)
-    torch.ops.dpo_kernels_cpu.sequence_sums(values, weights, cu_seqlens, sums)
+    _kernels.sequence_sums(values, weights, cu_seqlens, sums)
     return sums
 
 
@@ -101,7 +104,7 @@ def preference_loss(
     pairs = beta.shape[0]
     losses = torch.empty(pairs, dtype=torch.float64)
     sums, ref_sums_out, coef = (torch.empty(2 * pairs, dtype=torch.float64) for _ in range(3))
-    torch.ops.dpo_kernels_cpu.preference_loss(
+    _kernels.preference_loss(
         logps, ref_logps, weights, cu_seqlens, ref_sums, beta, label_smoothing, robust, losses, sums, ref_sums_out, coef
     )
     return losses, sums, ref_sums_out, coef
@@ -124,7 +127,7 @@ def logits_grad(
         eager.logits_grad(logits, labels, logps, top, log_sum, grad_logps, transform, out, token_kl)
         return
     reference = (None,) * len(TokenKL._fields) if token_kl is None else token_kl
-    torch.ops.dpo_kernels_cpu.logits_grad(logits, labels, logps, top, log_sum, grad_logps, *transform, out, *reference)
+    _kernels.logits_grad(logits, labels, logps, top, log_sum, grad_logps, *transform, out, *reference)
 
 
 def preference_forward(
@@ -144,7 +147,7 @@ def preference_forward(
     losses = torch.empty(pairs, dtype=torch.float64)
     loss = torch.empty((pairs,) if weighting.reduction == "none" else (), dtype=result_dtype(logits))
     try:
-        torch.ops.dpo_kernels_cpu.preference_forward.default(
+        _kernels.preference_forward.default(
             logits, labels, ref_logits, *transform, asked, *weighting[:3], REDUCTIONS.index(weighting.reduction),
             *family, tokens, sequences, losses, loss,
         )  # fmt: skip
@@ -166,6 +169,6 @@ def preference_backward(
 ) -> None:
     """`whole_call.preference_backward` in one call of the library."""
     reduction = REDUCTIONS.index(weighting.reduction)
-    torch.ops.dpo_kernels_cpu.preference_backward.default(
+    _kernels.preference_backward.default(
         logits, labels, tokens, sequences, grad_loss.contiguous(), *transform, *weighting[:3], reduction, out
     )

@@ -22,8 +22,9 @@ OPERATORS = (
     "token_logps", "logits_grad", "sequence_sums", "preference_loss", "preference_forward", "preference_backward",
 )  # fmt: skip
 
+NAMESPACE = f"{_build.NAMESPACE}_cuda"
 # The library's operators. Tests replace them by those of the emulator.
-_kernels = torch.ops.dpo_kernels_cuda
+_kernels = getattr(torch.ops, NAMESPACE)
 
 
 def _load() -> None:
@@ -35,7 +36,7 @@ def _load() -> None:
         path = _build.find_or_build("cuda", build, announce, variant)
     except _build.BuildError as error:
         raise BackendUnavailable(str(error)) from error
-    load_library(path, "dpo_kernels_cuda", OPERATORS)
+    load_library(path, NAMESPACE, OPERATORS)
     logger.debug("loaded %s", path)
 
 

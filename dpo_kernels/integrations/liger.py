@@ -6,11 +6,26 @@ To migrate, change the import:
 from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss
 ```
 
+Or leave the imports as they are, and exchange the class in every module that has it, such as TRL's (0.19 to 1.12, which build it
+for `use_liger_loss=True` or `use_liger_kernel=True`):
+
+```python
+import dpo_kernels.integrations.liger
+
+dpo_kernels.integrations.liger.apply()  # before the trainer is built
+```
+
+`apply()` knows the class of Liger 0.5.9 to 0.8.5. Objects that exist already stay Liger's.
+
 `loss_type` accepts every objective of `dpo_kernels.OBJECTIVES` that does not depend on the whole batch, and texts such as
 "sigmoid(divergence=js)".
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +33,7 @@ from torch import Tensor, nn
 from .. import objectives
 from ..functional import linear_dpo_loss
 from ..objectives import Pairs
+from .patch import Example, Patch, Target
 
 #: Objectives to which Liger applies label_smoothing; its other objectives ignore it.
 _SMOOTHED = ("robust", "exo_pair")
@@ -182,3 +198,89 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, pairs: int
     offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
     chosen, rejected = (side.mean((0, 1), dtype=torch.float32) @ row + offset for side in hidden.split(pairs))
     return chosen, rejected
+
+
+def _exchanged(theirs: Callable[..., Any]) -> type[LigerFusedLinearDPOLoss]:
+    """Our class with the constructor of the installed Liger, which may have fewer arguments in another order."""
+    constructor = inspect.signature(theirs)
+
+    class Exchanged(LigerFusedLinearDPOLoss):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = constructor.bind(*args, **kwargs)
+            given.apply_defaults()
+            super().__init__(**given.arguments)
+            self._theirs = lambda: theirs(*args, **kwargs)
+
+        def forward(self, lin_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if hasattr(lin_weight, "ds_id"):
+                # DeepSpeed ZeRO-3 frees the gathered head after the forward pass, and Liger does not need it afterwards.
+                return self._theirs()(lin_weight, *args, **kwargs)
+            return super().forward(lin_weight, *args, **kwargs)
+
+    Exchanged.__name__ = Exchanged.__qualname__ = LigerFusedLinearDPOLoss.__name__
+    return Exchanged
+
+
+def _example(seed: int, **options: Any) -> Example:
+    """A call of the class with small tensors: its loss, other results and gradients."""
+
+    def example(kind: Callable[..., Any]) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"lin_weight": (11, 4), "_input": (4, 5, 4), "bias": (11,)}
+        shapes |= {"ref_weight": (11, 4), "ref_input": (4, 5, 4), "ref_bias": (11,)}
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        if not options.get("use_ref_model", True):
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("ref_")}
+        target = torch.randint(11, (4, 5), generator=generator)
+        target[1:, :2] = -100
+        inputs = [tensors[name].requires_grad_() for name in ("_input", "lin_weight", "bias")]
+        with torch.enable_grad():
+            loss, rest = kind(beta=0.3, compiled=False, **options)(target=target, **tensors)
+            return loss, [torch.as_tensor(value).detach() for value in rest], torch.autograd.grad(loss, inputs)
+
+    return example
+
+
+_FORWARD = "self, lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias"
+_PATCH = Patch(
+    "liger-kernel",
+    [
+        Target(
+            "liger_kernel.chunked_loss.dpo_loss",
+            "LigerFusedLinearDPOLoss",
+            tuple(
+                f"{constructor}; {_FORWARD}"
+                for constructor in (
+                    # since 0.8.1; without the last two and alpha since 0.6.2; without loss_type too since 0.5.9
+                    "ignore_index, beta, alpha, compute_nll_loss, compiled, use_ref_model, average_log_prob, chunk_size, "
+                    "loss_type, label_smoothing, discopop_tau",
+                    "ignore_index, beta, compute_nll_loss, compiled, use_ref_model, average_log_prob, chunk_size, loss_type",
+                    "ignore_index, beta, compute_nll_loss, compiled, use_ref_model, average_log_prob, chunk_size",
+                )
+            ),
+            _exchanged,
+            (
+                _example(0),
+                _example(1, use_ref_model=False, compute_nll_loss=True, average_log_prob=True, chunk_size=2),
+            ),
+        )
+    ],
+)
+
+
+def apply() -> Callable[[], None]:
+    """Puts our class in the place of Liger's, wherever it has been imported.
+
+    A class of Liger with other arguments or results is left in place; a RuntimeWarning says why. Under DeepSpeed ZeRO-3, calls
+    still use Liger's class. A second call first undoes the previous one.
+
+    Returns:
+        A function that puts Liger's class back.
+
+    Raises:
+        ImportError: Liger cannot be imported.
+    """
+    return _PATCH.apply()
+
+
+applied = _PATCH.applied

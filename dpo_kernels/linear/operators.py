@@ -2,8 +2,8 @@
 
 A compiler needs all shapes in advance, so no strategy that saves tensors of data-dependent size is used.
 
-    dpo_kernels::linear_logps          log-probabilities of tokens, for any upstream gradient; its backward projects again
-    dpo_kernels::linear_whole_pairs    a scalar loss of the sigmoid family; it also returns the gradients for d loss = 1
+    linear_logps          log-probabilities of tokens, for any upstream gradient; its backward projects again
+    linear_whole_pairs    a scalar loss of the sigmoid family; it also returns the gradients for d loss = 1
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import objectives, ops
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as _ops
 from ..arguments import PairSettings
 from ..pair_loss import PairLosses, Tokens
 from ..stages import Transform, small_dtype
@@ -23,7 +25,7 @@ from .chunk import no_autocast
 from .pairs import loss_of, run_pairs
 from .tokens import backward_tokens, forward_tokens, upstream
 
-_library = torch.library.Library("dpo_kernels", "FRAGMENT")
+_library = torch.library.Library(_ops.name, "FRAGMENT")
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? ref_hidden, Tensor? ref_weight, "
     "Tensor? ref_bias, int ignore_index, float logit_scale, float logit_softcap, str[] statistics, str[] terms, "
@@ -35,7 +37,6 @@ _library.define(
     "bool needs_hidden, bool needs_weight, bool needs_bias) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
-_ops = torch.ops.dpo_kernels
 _COUNT = 15  # tensors and options of _ARGUMENTS
 
 
@@ -90,13 +91,13 @@ _library.impl("linear_logps", _linear_logps, "CompositeExplicitAutograd")
 _library.impl("linear_logps_grad", _linear_logps_grad, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("dpo_kernels::linear_logps", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("linear_logps"), lib=_library)
 def _(*arguments: Any) -> Tensor:
     call, hidden, *_ = _call_of(arguments, Needs())
     return hidden.new_empty((len(call.rows), *call.labels.shape), dtype=small_dtype(hidden.device))
 
 
-@torch.library.register_fake("dpo_kernels::linear_logps_grad", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("linear_logps_grad"), lib=_library)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = arguments[:3]
     needs_hidden, needs_weight, needs_bias = arguments[_COUNT + 4 :]
@@ -134,8 +135,10 @@ def _op_backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Tensor | None, .
     return (*wanted, *(None,) * (_COUNT - 3))
 
 
-torch.library.register_autograd("dpo_kernels::linear_logps", _op_backward, setup_context=_setup, lib=_library)
-torch.library.register_autograd("dpo_kernels::linear_logps_grad", ops.no_double_backward, lib=_library)
+torch.library.register_autograd(
+    add_op_namespace_prefix("linear_logps"), _op_backward, setup_context=_setup, lib=_library
+)
+torch.library.register_autograd(add_op_namespace_prefix("linear_logps_grad"), ops.no_double_backward, lib=_library)
 
 # --- whole pairs -----------------------------------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ def _linear_whole_pairs(*arguments: Any) -> tuple[Tensor, ...]:
 _library.impl("linear_whole_pairs", _linear_whole_pairs, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("dpo_kernels::linear_whole_pairs", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("linear_whole_pairs"), lib=_library)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     needs = arguments[-3:]
     call, hidden, weight, bias = _call_of(arguments[:_COUNT], Needs(*needs), "whole_pairs")
@@ -230,5 +233,5 @@ def _pairs_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor
 
 
 torch.library.register_autograd(
-    "dpo_kernels::linear_whole_pairs", _pairs_backward, setup_context=_pairs_setup, lib=_library
+    add_op_namespace_prefix("linear_whole_pairs"), _pairs_backward, setup_context=_pairs_setup, lib=_library
 )

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from frameworks import matrix
 from packaging.requirements import Requirement
 
 from dpo_kernels.__main__ import main as show_backends
@@ -26,6 +27,7 @@ from dpo_kernels.integrations import trl
 from dpo_trainer import load_pairs
 from dpo_trainer.cli.main import main
 from dpo_trainer.cli.settings import read_settings
+from hub import build
 
 from .tiny import build_pairs
 from docs_pages import PAGES, ROOT, Block, blocks, indented_code, name_of, prose
@@ -39,6 +41,9 @@ UNCHECKED = {
     "eval": "completes words by shtab, which is no dependency (tests/trainer/test_cli.py has the parser)",
     "source": "changes the reader's shell",
     "pre-commit": "changes the repository's hooks",
+    "swift": "ms-swift's command; tests/test_integrations_ms_swift.py runs it",
+    "tune": "torchtune's command needs a model from a hub; tests/frameworks/steps/torchtune.py runs the recipe",
+    "kernel-builder": "uploads to the Hub, and is no Python package",
 }
 #: Commands that bash runs, in the page's folder.
 BASH = {"cat", "echo", "mkdir", "cd", "head", "export"}
@@ -212,10 +217,21 @@ def test_every_block_does_what_it_says(
     monkeypatch.setattr(sys, "argv", ["python"])
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     set_up(tmp_path, page.read_text(encoding="utf-8"), model_folder)
-    request.addfinalizer(trl._undo_last)  # for blocks that patch TRL
+    request.addfinalizer(trl.PATCH.undo)  # for blocks that patch TRL
+    if page.name == "hub.md":  # its reader has `kernels`, and the Hub has the kernel
+        monkeypatch.syspath_prepend(matrix.folder("kernels==0.17.2"))
+        monkeypatch.setenv("LOCAL_KERNELS", f"somebody/dpo-kernels={tmp_path / 'kernel'}")
+        build.write(tmp_path / "kernel")
+    framework = page.stem if page.parent.name == "migration" else None
+    entry = next((entry for entry in matrix.ENTRIES if entry.sample and entry.framework == framework), None)
     for block in blocks(page):
         print(f"\n--- the block at {block}")  # pytest's output then shows which block failed
-        run_block(block)
+        if entry is not None and block.language == "python":
+            # In a process of its own: the framework's packages must not be imported beside those of the environment.
+            command = [sys.executable, "-W", "error:dpo_kernels:RuntimeWarning", "-c", block.text]
+            subprocess.run(command, env=matrix.environment(entry), check=True)
+        else:
+            run_block(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

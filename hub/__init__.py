@@ -1,0 +1,1 @@
+"""The package as a kernel for the Hugging Face Hub."""
