@@ -3,7 +3,8 @@
     python tests/frameworks/matrix.py install [NAME ...]   install the packages of these entries (all if none is given)
     python tests/frameworks/matrix.py install sample       install what `make test` needs
     python tests/frameworks/matrix.py run [NAME ...]       run these entries and print one JSON object each
-    python tests/frameworks/matrix.py write [NAME ...]     measure these entries and renew benchmarks/results/frameworks.json
+    python tests/frameworks/matrix.py record [NAME ...]    run these entries and renew benchmarks/results/frameworks.json
+    python tests/frameworks/matrix.py write [NAME ...]     the same with time and memory of a step, which takes minutes each
 
 Every package lies in a folder of its own, .venv/packages/NAME-VERSION, installed without its dependencies. An entry runs in a
 process whose PYTHONPATH lists the folders of its packages, before the environment's own packages.
@@ -273,10 +274,13 @@ def main() -> None:
     elif command == "run":
         for entry in chosen:
             print(json.dumps(run(entry)))
-    elif command == "write":
+    elif command in ("record", "write"):
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         for entry in chosen:
-            found[entry.name] = run(entry, "--measure")
+            kept = found.get(entry.name, {}).get("measured")
+            found[entry.name] = run(entry, *(["--measure"] if command == "write" else []))
+            if kept is not None:
+                found[entry.name].setdefault("measured", kept)
             # Written after each entry: a run of all takes long.
             RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     else:
