@@ -3,7 +3,7 @@
 The settings come from TRL's class and ours (TRL must be installed). The results of TRL's tests come from
 benchmarks/results/trl_suite.json, which `tests/trl_suite.py` writes; those of the architectures come from
 benchmarks/results/architectures.json, which tests/trainer/test_architectures.py writes. What combines with what comes from
-combinations.json and library_combinations.json there, which the two test_combinations.py write. Each table is between two markers
+the files *combinations*.json there, which the tests *combinations.py write. Each table is between two markers
 with its name.
 """
 
@@ -26,7 +26,10 @@ DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "compatibility.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 SUITE, ARCHITECTURES, ADAPTERS = (RESULTS / f"{name}.json" for name in ("trl_suite", "architectures", "adapters"))
-COMBINATIONS, LIBRARY = (RESULTS / f"{name}.json" for name in ("combinations", "library_combinations"))
+COMBINATIONS, QUANTISED, SHARDED, LIBRARY = (
+    RESULTS / f"{name}.json"
+    for name in ("combinations", "combinations_quantised", "combinations_sharded", "library_combinations")
+)
 #: How a model or an adapter can run here, the best outcome first.
 ORDER = ("supported", "slower", "refused")
 AHEAD, FULL = "a later token changes the logits before it", "prompts are shared, and the head is fused"
@@ -255,25 +258,48 @@ def combinations() -> str:
         "",
         *found.matrix("adapter", ["reference", "layout", "loss path"]),
         "",
-        "Every other pair of these values works: "
-        + "; ".join(
-            f"{name} ({', '.join(f'`{value}`' for value in values)})"
+        "Every other pair of these values works, with each other and with every loss:",
+        "",
+        *(
+            f"* {name}: {', '.join(f'`{value}`' for value in values)}"
             for name, values in found.whole["dimensions"].items()
             if name != "loss"
-        )
-        + ", with each other and with every loss, except:",
+        ),
+        "",
+        "What does not simply work:",
         "",
         *found.reasons(),
     ]
     return "\n".join(lines) + "\n"
 
 
+def quantised() -> str:
+    """What combines with quantised weights."""
+    lines = ["| weights | tried | slower | no |", "|---|---:|---|---|"]
+    for name, found in json.loads(QUANTISED.read_text(encoding="utf-8")).items():
+        odd = {
+            kind: ", ".join(f"`{names}`" for names, (other, _) in found["exceptions"].items() if other == kind)
+            for kind in ("slower", "refused")
+        }
+        lines.append(row(f"{name} ({found['version']})", str(found["tried"]), odd["slower"], odd["refused"]))
+    return "\n".join(lines) + "\n"
+
+
+def sharded() -> str:
+    """What combines with a sharded policy."""
+    cases = json.loads(SHARDED.read_text(encoding="utf-8"))
+    named = ", ".join(" + ".join(f"`{name}`" for name in names) for *names, _ in cases)
+    return f"{len(cases)} combinations: {named}.\n"
+
+
 def library() -> str:
     """What combines with what in calls of the library's functions."""
     functions = json.loads(LIBRARY.read_text(encoding="utf-8"))["functions"]
     lines = [row("way of calling", *(f"`{name}`" for name in functions)), "|---" * (len(functions) + 1) + "|"]
-    for way in next(iter(functions.values())):
-        lines.append(row(way, *("no" if ways[way] else "yes" for ways in functions.values())))
+    lines += [
+        row(way, *("no" if ways[way] else "yes" for ways in functions.values()))
+        for way in next(iter(functions.values()))
+    ]
     said: dict[str, list[str]] = {}
     for ways in functions.values():
         for way, line in ways.items():
@@ -292,6 +318,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "adapters": adapters,
     "combinations": combinations,
+    "quantised": quantised,
+    "sharded": sharded,
     "library": library,
 }
 

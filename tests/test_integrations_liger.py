@@ -202,7 +202,9 @@ def test_apply_exchanges_the_class_wherever_it_was_imported(trl_like):
     for options in ({}, {"loss_type": "apo_down", "beta": 0.5}, {"compute_nll_loss": True, "alpha": 0.2}):
         found, wanted = (run(kind, options, *batch) for kind in (trl_like.LigerFusedLinearDPOLoss, Ours))
         assert torch.equal(found[0], wanted[0])
-    integration.apply()
+    stale, undo = undo, integration.apply()
+    stale()
+    assert issubclass(trl_like.LigerFusedLinearDPOLoss, Ours)
     undo()
     assert all(getattr(place, NAME) is Liger.DPOLoss for place in (trl_like, *PLACES))
     with integration.applied():

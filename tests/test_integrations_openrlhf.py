@@ -123,7 +123,7 @@ def package(monkeypatch):
         actor=modules["openrlhf.models.actor"],
         dpo_trainer=modules["openrlhf.trainer.dpo_trainer"],
     )
-    integration._patch.undo()
+    integration._PATCH.undo()
     assert DPOTrainer.concatenated_forward is ORIGINALS[2]
 
 
@@ -287,7 +287,7 @@ def test_apply_replaces_every_import_and_undo_restores_it(package):
     assert ours is not log_probs_from_logits
     assert package.actor.log_probs_from_logits is ours
     assert DPOTrainer.concatenated_forward is not ORIGINALS[2]
-    integration.apply()  # a second call replaces the first
+    undo = integration.apply()  # a second call replaces the first
     undo()
     for module in (package.utils, package.actor):
         assert module.log_probs_from_logits is log_probs_from_logits

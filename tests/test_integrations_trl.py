@@ -37,7 +37,8 @@ with warnings.catch_warnings():
 
 N, H, V = 11, 24, 67
 EVERYTHING = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-THEIRS = utils._ChunkedLogProbFunction
+# In a namespace, because the patch replaces the function wherever a module holds it.
+THEIRS = types.SimpleNamespace(head=utils._ChunkedLogProbFunction)
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +59,11 @@ def head_inputs(seed=0, dtype=torch.float32):
 def test_the_heads_budget_is_that_of_a_step(given, taken, monkeypatch):
     asked = []
     whole = integration.linear_logps
-    monkeypatch.setattr(
-        integration, "linear_logps", lambda *a, **k: (asked.append(k["memory_budget"]), whole(*a, **k))[1]
-    )
     (hidden, weight, bias), targets = head_inputs()
     with trl_patched(memory_budget=given):
+        monkeypatch.setattr(
+            integration, "linear_logps", lambda *a, **k: (asked.append(k["memory_budget"]), whole(*a, **k))[1]
+        )
         utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 4)
     assert asked == [taken]
 
@@ -85,7 +86,7 @@ def test_the_heads_outputs_and_gradients_are_trls(temperature, softcap, scale):
             with trl_patched():
                 found = utils._ChunkedLogProbFunction.apply(*arguments)
         else:
-            found = THEIRS.apply(*arguments)
+            found = THEIRS.head.apply(*arguments)
         upstream = torch.linspace(-1, 2, N)
         (found[0] * upstream).sum().backward()
         results.append((found, [leaf.grad for leaf in leaves]))
@@ -101,23 +102,25 @@ def test_every_output_comes_from_one_projection(monkeypatch):
     from dpo_kernels.linear.chunk import Projection
 
     project, rows = Projection.project, []
-    monkeypatch.setattr(Projection, "project", lambda self, x, *rest: rows.append(len(x)) or project(self, x, *rest))
-    # The head must not be used in another way either: any other product with it would call this function.
-    monkeypatch.setattr(torch.nn.functional, "linear", None)
     leaves, targets = head_inputs(seed=2)
     with trl_patched(), torch.no_grad():
+        monkeypatch.setattr(
+            Projection, "project", lambda self, x, *rest: rows.append(len(x)) or project(self, x, *rest)
+        )
+        # The head must not be used in another way either: any other product with it would call this function.
+        monkeypatch.setattr(torch.nn.functional, "linear", None)
         utils._ChunkedLogProbFunction.apply(*leaves, targets, 1.0, 32, None, 1.0, EVERYTHING)
     assert sum(rows) == N
 
 
-def test_a_gradient_through_the_entropy_goes_back_to_trl():
-    """GRPO's entropy bonus: our code differentiates the log-probabilities, and TRL's code the entropy."""
+def test_a_gradient_through_the_entropy_is_trls():
+    """GRPO's entropy bonus."""
     results = []
     for patched in (True, False):
         leaves, targets = head_inputs(seed=1)
         arguments = (*leaves, targets, 0.9, 32, None, 1.0, ("entropy",))
         with trl_patched():
-            function = utils._ChunkedLogProbFunction if patched else THEIRS
+            function = utils._ChunkedLogProbFunction if patched else THEIRS.head
             logps, entropy, *_ = function.apply(*arguments)
         (logps.sum() - 0.3 * (entropy * torch.arange(N)).sum()).backward()
         results.append([leaf.grad for leaf in leaves])
@@ -172,7 +175,7 @@ def test_under_autocast_the_products_are_in_its_dtype_and_the_rest_in_float32(dt
         ours = leaves
     with torch.autocast("cpu", dtype=dtype):
         leaves, targets = head_inputs(seed=2)
-        theirs = THEIRS.apply(*leaves, targets, 1.0, 32, None, 1.0, ("entropy",))[0]
+        theirs = THEIRS.head.apply(*leaves, targets, 1.0, 32, None, 1.0, ("entropy",))[0]
         theirs.sum().backward()
     assert logps.dtype == torch.float32
     eps = torch.finfo(dtype).eps
@@ -348,35 +351,35 @@ def test_reinforcement_learning_is_the_same(tmp_path, trainer, config):
 
 def test_undo_restores_everything_and_patching_twice_is_patching_once():
     undo = apply_to_trl()
-    assert utils._ChunkedLogProbFunction is not THEIRS
+    assert utils._ChunkedLogProbFunction is not THEIRS.head
     again = apply_to_trl(grad_filter=None)
     undo()  # the first patch no longer exists, so this must do nothing
-    assert utils._ChunkedLogProbFunction is not THEIRS
+    assert utils._ChunkedLogProbFunction is not THEIRS.head
     again()
-    assert utils._ChunkedLogProbFunction is THEIRS
+    assert utils._ChunkedLogProbFunction is THEIRS.head
     with pytest.raises(KeyError), trl_patched():
         raise KeyError
-    assert utils._ChunkedLogProbFunction is THEIRS
+    assert utils._ChunkedLogProbFunction is THEIRS.head
 
 
 def test_an_unknown_trl_is_left_alone_with_a_message(monkeypatch):
-    class Other:
+    class Other(torch.autograd.Function):
         @staticmethod
         def forward(ctx, hidden, weight): ...
 
+    selective = utils.selective_log_softmax
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Other)
-    with (
-        pytest.warns(RuntimeWarning, match=r"calls its fused LM head with \['hidden', 'weight'\].*unpatched"),
-        trl_patched(),
+    with pytest.warns(
+        RuntimeWarning, match=r"left as it is.*_ChunkedLogProbFunction has the arguments \(hidden, weight\)"
     ):
-        assert utils._ChunkedLogProbFunction is Other
-    monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
-    with pytest.warns(RuntimeWarning, match="came with 1.15"):
-        apply_to_trl()()
+        undo = apply_to_trl()
+    assert utils._ChunkedLogProbFunction is Other
+    assert utils.selective_log_softmax is selective
+    undo()
     monkeypatch.undo()
 
 
 def test_no_trl_is_an_import_error(monkeypatch):
     monkeypatch.setattr(integration, "_UTILS", "trl_that_is_not_installed.utils")
-    with pytest.raises(ImportError, match=r"pip install 'trl>=1.15'"):
+    with pytest.raises(ImportError, match="trl_that_is_not_installed"):
         apply_to_trl()

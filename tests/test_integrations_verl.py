@@ -48,7 +48,9 @@ class FusedLinearForPPO(torch.nn.Module):
             return self.impl_backend
         logits = ((hidden_states @ vocab_weights.t()) / temperature).float()
         logps = logits.log_softmax(-1).gather(-1, input_ids.long().unsqueeze(-1)).squeeze(-1)
-        return logps.to(FusedLinearForPPO.dtype or hidden_states.dtype), entropy_from_logits(logits).to(hidden_states.dtype)
+        return logps.to(FusedLinearForPPO.dtype or hidden_states.dtype), entropy_from_logits(logits).to(
+            hidden_states.dtype
+        )
 
 
 ORIGINAL_FORWARD = FusedLinearForPPO.forward
@@ -82,7 +84,7 @@ def package(monkeypatch):
     # This file holds the originals under the names of the package, and would be patched, too.
     monkeypatch.setitem(sys.modules, __name__, types.ModuleType(__name__))
     yield types.SimpleNamespace(functional=functional, actor=modules["verl.workers.actor"], hidden=modules[HIDDEN])
-    integration._patch.undo()
+    integration._PATCH.undo()
     assert FusedLinearForPPO.forward is ORIGINAL_FORWARD
 
 
@@ -269,7 +271,7 @@ def test_apply_replaces_every_import_and_undo_restores_it(package):
     assert ours is not logprobs_from_logits
     assert package.actor.logprobs_from_logits is ours
     assert FusedLinearForPPO.forward is not ORIGINAL_FORWARD
-    integration.apply()  # a second call replaces the first
+    undo = integration.apply()  # a second call replaces the first
     undo()
     assert package.functional.logprobs_from_logits is logprobs_from_logits
     assert package.actor.logprobs_from_logits is logprobs_from_logits

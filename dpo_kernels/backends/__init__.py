@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +55,12 @@ refused: dict[tuple[str, str, int | None], str] = {}
 
 class BackendUnavailable(RuntimeError):
     """A backend cannot serve a call; the message gives the reason."""
+
+
+def announce(line: str) -> None:
+    """Print a line to standard error, unless logging shows only errors (such as under `dpo-train --quiet`)."""
+    if logging.getLogger(__name__).isEnabledFor(logging.WARNING):
+        print(line, file=sys.stderr)
 
 
 def check_name(name: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 import torch
 from torch import Tensor
 
 from .. import _build
 from ..stages import TokenKL, Transform, asked_rows, check_labels
-from . import BackendUnavailable, eager, load_library
+from . import BackendUnavailable, announce, eager, load_library
 from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ _kernels = getattr(torch.ops, NAMESPACE)
 
 def _load() -> None:
     try:
-        path = _build.find_or_build("cpu", _build.build_cpu, lambda line: print(line, file=sys.stderr))
+        path = _build.find_or_build("cpu", _build.build_cpu, announce)
     except _build.BuildError as error:
         raise BackendUnavailable(str(error)) from error
     load_library(path, NAMESPACE, OPERATORS)

@@ -6,14 +6,13 @@ A whole call of the sigmoid family takes two kernel launches in the forward pass
 from __future__ import annotations
 
 import logging
-import sys
 
 import torch
 from torch import Tensor
 
 from .. import _build
 from ..stages import TokenKL, Transform, asked_rows
-from . import BackendUnavailable, load_library
+from . import BackendUnavailable, announce, load_library
 from .whole_call import REDUCTIONS, SEQUENCE_ROWS, Family, Weighting, result_dtype
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def _load() -> None:
         # of the time.
         capability = torch.cuda.get_device_capability()
         build, variant = _build.build_for_device(capability), _build.variant_of(capability)
-        path = _build.find_or_build("cuda", build, lambda line: print(line, file=sys.stderr), variant)
+        path = _build.find_or_build("cuda", build, announce, variant)
     except _build.BuildError as error:
         raise BackendUnavailable(str(error)) from error
     load_library(path, NAMESPACE, OPERATORS)

@@ -244,7 +244,7 @@ def _example(seed: int, **options: Any) -> Example:
 _FORWARD = "self, lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias"
 _PATCH = Patch(
     "liger-kernel",
-    [
+    lambda: [
         Target(
             "liger_kernel.chunked_loss.dpo_loss",
             "LigerFusedLinearDPOLoss",

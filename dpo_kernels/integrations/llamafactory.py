@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,10 +150,7 @@ def _dft(function: Function) -> Any:
     return loss, function(rows, targets, 5), function(rows, torch.full_like(targets, -100)), logits.grad
 
 
-_PATCH = Patch("llamafactory", ())
-
-
-def _targets(inplace_backward: bool) -> tuple[Target, ...]:
+def _targets(inplace_backward: bool = False) -> tuple[Target, ...]:
     return (
         Target(
             "llamafactory.train.trainer_utils",
@@ -188,6 +184,9 @@ def _targets(inplace_backward: bool) -> tuple[Target, ...]:
     )
 
 
+_PATCH = Patch("llamafactory", _targets)
+
+
 def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
     """Makes LLaMA-Factory's trainers use these kernels, in this process.
 
@@ -205,23 +204,7 @@ def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
     Raises:
         ImportError: LLaMA-Factory cannot be imported.
     """
-    _PATCH.undo()
-    _PATCH.targets = _targets(inplace_backward)
-    return _PATCH.apply()
+    return _PATCH.apply(inplace_backward=inplace_backward)
 
 
-@contextmanager
-def applied(*, inplace_backward: bool = False) -> Iterator[None]:
-    """Applies the patch inside a `with` block.
-
-    Args:
-        inplace_backward: as in `apply`.
-
-    Raises:
-        ImportError: LLaMA-Factory cannot be imported.
-    """
-    undo = apply(inplace_backward=inplace_backward)
-    try:
-        yield
-    finally:
-        undo()
+applied = _PATCH.applied

@@ -14,16 +14,16 @@ All three are replaced. With sequence parallelism ms-swift's own method runs, wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..logps import selective_log_softmax, token_logps
+from ..logps import token_logps
 from .patch import Patch, Target, small_logits
+from .trl import ENTROPY, SELECTIVE
 
 __all__ = ["applied", "apply"]
 
@@ -62,27 +62,6 @@ def _get_per_token_logps(inplace_backward: bool) -> Callable[[Function], Functio
     return replacement
 
 
-def _selective_log_softmax(theirs: Function) -> Function:
-    @functools.wraps(theirs)
-    def ours(logits: Tensor, index: Tensor) -> Tensor:
-        return selective_log_softmax(logits, index) if type(logits) is Tensor else theirs(logits, index)
-
-    return ours
-
-
-def _entropy_from_logits(theirs: Function) -> Function:
-    @functools.wraps(theirs)
-    def entropy_from_logits(logits: Tensor, chunk_size: int = 1) -> Tensor:
-        if type(logits) is not Tensor:
-            return theirs(logits, chunk_size)
-        rows = logits if logits.dim() > 1 else logits.unsqueeze(0)
-        labels = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=logits.device)
-        _, found = token_logps(rows, labels, statistics=("entropy",), differentiable_entropy=True)
-        return found["entropy"].view(logits.shape[:-1]).to(logits.dtype)
-
-    return entropy_from_logits
-
-
 # --- examples: what original and replacement must agree on --------------------------------------------------------
 
 
@@ -97,26 +76,7 @@ def _per_token(function: Function) -> Any:
     return logps, mean, total, mask, logits.grad
 
 
-def _selected(function: Function) -> Any:
-    logits, labels = small_logits()
-    logits.requires_grad_()
-    logps = function(logits, labels)
-    (logps * torch.arange(5.0)).sum().backward()
-    return logps, logits.grad
-
-
-def _entropy(function: Function) -> Any:
-    logits, _ = small_logits()
-    logits.requires_grad_()
-    entropy = function(logits)
-    (entropy * torch.arange(5.0)).sum().backward()
-    return entropy, logits.grad
-
-
-_PATCH = Patch("ms-swift", ())
-
-
-def _targets(inplace_backward: bool) -> tuple[Target, ...]:
+def _targets(inplace_backward: bool = False) -> tuple[Target, ...]:
     per_token = (
         ("self, logits, labels, label_pad_token_id, reduction",),
         _get_per_token_logps(inplace_backward),
@@ -125,9 +85,12 @@ def _targets(inplace_backward: bool) -> tuple[Target, ...]:
     return (
         Target("swift.rlhf_trainers.rlhf_mixin", "RLHFTrainerMixin.get_per_token_logps", *per_token),
         Target("swift.trainers.rlhf_trainer.rlhf_mixin", "RLHFTrainerMixin.get_per_token_logps", *per_token),
-        Target("trl.trainer.utils", "selective_log_softmax", ("logits, index",), _selective_log_softmax, (_selected,)),
-        Target("trl.trainer.utils", "entropy_from_logits", ("logits, chunk_size",), _entropy_from_logits, (_entropy,)),
+        Target("trl.trainer.utils", "selective_log_softmax", *SELECTIVE),
+        Target("trl.trainer.utils", "entropy_from_logits", *ENTROPY),
     )
+
+
+_PATCH = Patch("ms-swift", _targets)
 
 
 def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
@@ -150,23 +113,7 @@ def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
     Raises:
         ImportError: ms-swift cannot be imported.
     """
-    _PATCH.undo()
-    _PATCH.targets = _targets(inplace_backward)
-    return _PATCH.apply()
+    return _PATCH.apply(inplace_backward=inplace_backward)
 
 
-@contextmanager
-def applied(*, inplace_backward: bool = False) -> Iterator[None]:
-    """Applies the patch inside a `with` block.
-
-    Args:
-        inplace_backward: as in `apply`.
-
-    Raises:
-        ImportError: ms-swift cannot be imported.
-    """
-    undo = apply(inplace_backward=inplace_backward)
-    try:
-        yield
-    finally:
-        undo()
+applied = _PATCH.applied

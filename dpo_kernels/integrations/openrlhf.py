@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -154,9 +154,9 @@ def _dpo_example(call: Callable[..., Any]) -> list[Tensor]:
     return [chosen, rejected, nll]
 
 
-_patch = Patch(
+_PATCH = Patch(
     "openrlhf",
-    [
+    lambda: [
         Target(
             "openrlhf.models.utils",
             "log_probs_from_logits",
@@ -187,9 +187,7 @@ def apply() -> Callable[[], None]:
     Raises:
         ImportError: OpenRLHF cannot be imported.
     """
-    return _patch.apply()
+    return _PATCH.apply()
 
 
-def applied() -> AbstractContextManager[None]:
-    """Context manager that applies the patch inside a `with` block. Raises ImportError as `apply`."""
-    return _patch.applied()
+applied = _PATCH.applied

@@ -23,6 +23,7 @@ from torch import Tensor
 
 #: What a function may return in an example: tensors, or a nest of tuples, lists and dicts of them.
 Example = Callable[[Callable[..., Any]], Any]
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,21 @@ class Target:
     Attributes:
         module: the module that defines the function.
         name: the function's name there; "Class.method" for a method or static method of a class.
-        arguments: the argument lists that the replacement accepts, each as text: "logits, index". For a class, those of its
-            constructor and of its forward: "beta; self, logits".
-        replacement: makes the replacement from the original.
+        arguments: the argument lists that the replacement accepts, each as text: "logits, index". () accepts all. For a class,
+            those of its constructor and of its forward: "beta; self, logits". For an autograd function, those of its forward
+            without ctx.
+        replacement: makes the replacement from the original. It returns the original if there is nothing to replace.
         examples: each calls the function that it is given with small tensors and returns the results. Results of original and
             replacement must agree to 1e-4. Also used by the tests.
+        here: replace only what the module itself holds under the name, even if that is None.
     """
 
     module: str
     name: str
     arguments: tuple[str, ...]
     replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...] = ()
+    here: bool = False
 
 
 class Unsupported(Exception):
@@ -52,9 +56,9 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class _Place:
-    """A function that was replaced: the original, the replacement, and the class that holds it (None: modules)."""
+    """A function that was replaced: the original, the replacement, and the class or module that holds it (None: all modules)."""
 
-    owner: type | None
+    owner: Any
     name: str
     theirs: Any
     ours: Any
@@ -65,27 +69,32 @@ class Patch:
 
     Args:
         package: the package's distribution name, for messages.
-        targets: the functions. Versions may lack some of them, but must have at least one.
+        targets: makes the list of functions from the settings of `apply`. Versions may lack some of them, but must have at least
+            one.
     """
 
-    def __init__(self, package: str, targets: Sequence[Target]) -> None:
-        self.package, self.targets = package, tuple(targets)
+    def __init__(self, package: str, targets: Callable[..., Sequence[Target]]) -> None:
+        self.package, self.targets = package, targets
         self.places: list[_Place] = []
 
-    def apply(self) -> Callable[[], None]:
+    def apply(self, **settings: Any) -> Callable[[], None]:
         """Replaces the functions. A second call first undoes the previous one.
 
+        Args:
+            settings: what `targets` takes.
+
         Returns:
-            A function that puts the originals back.
+            A function that puts the originals back. It does nothing after a later call of `apply`.
 
         Raises:
             ImportError: the package cannot be imported.
         """
         self.undo()
+        targets = self.targets(**settings)
         try:
-            places = [place for target in self.targets if (place := _place_of(target)) is not None]
+            places = [place for target in targets if (place := _place_of(target)) is not None]
             if not places:
-                names = ", ".join(f"{target.module}.{target.name}" for target in self.targets)
+                names = ", ".join(f"{target.module}.{target.name}" for target in targets)
                 raise Unsupported(f"it has none of the functions to replace ({names})")
         except Unsupported as error:
             warnings.warn(
@@ -95,7 +104,7 @@ class Patch:
         for place in places:
             _exchange(place.owner, place.name, place.theirs, place.ours)
         self.places = places
-        return self.undo
+        return lambda: self.undo() if self.places is places else None
 
     def undo(self) -> None:
         """Puts the originals back, also in modules that were imported after `apply`."""
@@ -104,13 +113,9 @@ class Patch:
         self.places = []
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Applies the patch inside a `with` block.
-
-        Raises:
-            ImportError: the package cannot be imported.
-        """
-        undo = self.apply()
+    def applied(self, **settings: Any) -> Iterator[None]:
+        """Applies the patch inside a `with` block; arguments and errors as of `apply`."""
+        undo = self.apply(**settings)
         try:
             yield
         finally:
@@ -136,39 +141,56 @@ def _place_of(target: Target) -> _Place | None:
     owner_name, _, name = target.name.rpartition(".")
     owner: Any = getattr(module, owner_name, None) if owner_name else module
     # The raw attribute of a class: a static method as such, and nothing that it inherits.
-    theirs = vars(owner).get(name) if owner is not None else None
-    if theirs is None:
+    theirs: Any = vars(owner).get(name, _MISSING) if owner is not None else _MISSING
+    if theirs is _MISSING or (theirs is None and not target.here):
         return None
-    call = theirs.__func__ if isinstance(theirs, staticmethod) else theirs
-    functions = (call, getattr(call, "forward", call)) if isinstance(call, type) else (call,)
-    arguments = "; ".join(", ".join(inspect.signature(function).parameters) for function in functions)
+    held = owner if owner_name or target.here else None
+    call: Any = theirs.__func__ if isinstance(theirs, staticmethod) else theirs
     where = f"{target.module}.{target.name}"
-    if arguments not in target.arguments:
-        known = " or ".join(f"({text})" for text in target.arguments)
-        raise Unsupported(f"{where} has the arguments ({arguments}), and {known} is known")
+    if call is not None and target.arguments:
+        functions = [call]
+        if isinstance(call, type) and not issubclass(call, torch.autograd.Function):
+            functions = [call, getattr(call, "forward", call)]
+        arguments = "; ".join(", ".join(arguments_of(function)) for function in functions)
+        if arguments not in target.arguments:
+            known = " or ".join(f"({text})" for text in target.arguments)
+            raise Unsupported(f"{where} has the arguments ({arguments}), and {known} is known")
     ours = target.replacement(call)
+    if ours is call:
+        return None
     for example in target.examples:
         _compare(where, example, call, ours)
-    if owner_name:
-        return _Place(owner, name, theirs, staticmethod(ours) if isinstance(theirs, staticmethod) else ours)
-    return _Place(None, name, theirs, ours)
+    return _Place(held, name, theirs, staticmethod(ours) if isinstance(theirs, staticmethod) else ours)
+
+
+def arguments_of(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's arguments; for an autograd function those of its `forward` without `ctx`."""
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        return list(inspect.signature(function.forward).parameters)[1:]
+    return list(inspect.signature(function).parameters)
 
 
 def _compare(where: str, example: Example, theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
     """Raise Unsupported unless both functions give the same results in the example."""
     try:
-        wanted = example(theirs)
+        wanted = _run(example, theirs)
     except Exception as error:
         raise Unsupported(f"{where} failed on a small example: {error!r}") from error
     try:
-        torch.testing.assert_close(example(ours), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_run(example, ours), wanted, rtol=1e-4, atol=1e-4)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise Unsupported(f"{where} does not compute what its replacement computes ({reason})") from error
 
 
-def _exchange(owner: type | None, name: str, old: Any, new: Any) -> None:
-    """Sets `new` where `old` is: in a class, or in every loaded module under any name."""
+def _run(example: Example, function: Callable[..., Any]) -> Any:
+    """The results of an example on the CPU, whatever autocast, default device and gradient mode the caller has set."""
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
+        return example(function)
+
+
+def _exchange(owner: Any, name: str, old: Any, new: Any) -> None:
+    """Sets `new` where `old` is: in a class or module, or in every loaded module under any name."""
     if owner is not None:
         if vars(owner).get(name) is old:
             setattr(owner, name, new)
@@ -181,6 +203,6 @@ def _exchange(owner: type | None, name: str, old: Any, new: Any) -> None:
 
 def small_logits(rows: int = 2, tokens: int = 5, vocab: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(logits [rows, tokens, vocab], labels [rows, tokens]) of an example, the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, tokens, vocab, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    logits = torch.randn(rows, tokens, vocab, generator=generator, dtype=torch.float32)
     return logits, torch.randint(vocab, (rows, tokens), generator=generator)

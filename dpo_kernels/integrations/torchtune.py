@@ -19,8 +19,7 @@ losses and saved files do not change. Tested with torchtune 0.4.0 to 0.6.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from ..logps import selective_log_softmax, sequence_logps, shift_labels
 from .patch import Example, Patch, Target, small_logits
 
 _MODULE = "torchtune.rlhf.sequence_processing"
-_PATCH = Patch("torchtune", ())
 
 
 def _batch_log_probs(inplace_backward: bool) -> Callable[..., Tensor]:
@@ -94,7 +92,7 @@ def _example(*, gradient: bool = True, masked: bool = False, **options: Any) -> 
     return example
 
 
-def _targets(inplace_backward: bool) -> tuple[Target, ...]:
+def _targets(inplace_backward: bool = False) -> tuple[Target, ...]:
     return (
         Target(
             _MODULE,
@@ -123,6 +121,9 @@ def _targets(inplace_backward: bool) -> tuple[Target, ...]:
     )
 
 
+_PATCH = Patch("torchtune", _targets)
+
+
 def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
     """Exchanges torchtune's functions for log-probabilities from logits, in this process.
 
@@ -140,23 +141,7 @@ def apply(*, inplace_backward: bool = False) -> Callable[[], None]:
     Raises:
         ImportError: torchtune cannot be imported.
     """
-    _PATCH.undo()
-    _PATCH.targets = _targets(inplace_backward)
-    return _PATCH.apply()
+    return _PATCH.apply(inplace_backward=inplace_backward)
 
 
-@contextmanager
-def applied(*, inplace_backward: bool = False) -> Iterator[None]:
-    """Applies the patch inside a `with` block.
-
-    Args:
-        inplace_backward: as in `apply`.
-
-    Raises:
-        ImportError: torchtune cannot be imported.
-    """
-    undo = apply(inplace_backward=inplace_backward)
-    try:
-        yield
-    finally:
-        undo()
+applied = _PATCH.applied

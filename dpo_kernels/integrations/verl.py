@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,9 +162,9 @@ def _fused_example(call: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [logps.detach(), entropy.detach(), hidden.grad, weight.grad]
 
 
-_patch = Patch(
+_PATCH = Patch(
     "verl",
-    [
+    lambda: [
         Target(
             _LOGITS,
             "logprobs_from_logits",
@@ -209,9 +209,7 @@ def apply() -> Callable[[], None]:
     Raises:
         ImportError: verl cannot be imported.
     """
-    return _patch.apply()
+    return _PATCH.apply()
 
 
-def applied() -> AbstractContextManager[None]:
-    """Context manager that applies the patch inside a `with` block. Raises ImportError as `apply`."""
-    return _patch.applied()
+applied = _PATCH.applied

@@ -60,9 +60,10 @@ class ReferenceTrainer(PairTrainer):
     def _make_reference(self, ref_model: Any, example: Batch | None) -> Reference:
         datasets = self.datasets()
         if datasets and all(map(has_reference, datasets)):
-            for name, given in (("ref_model", ref_model), ("ref_adapter_name", self.args.ref_adapter_name)):
+            for setting, given in (("ref_model", ref_model), ("ref_adapter_name", self.args.ref_adapter_name)):
                 if given is not None:
-                    logger.warning("%s: not used, because all data have the columns %s", name, " and ".join(REFERENCE))
+                    columns = " and ".join(REFERENCE)
+                    logger.warning("%s: not used, because all data have the columns %s", setting, columns)
             return None
         if ref_model is not None:
             self._check_given(ref_model)

@@ -3,7 +3,8 @@
     python tests/frameworks/matrix.py install [NAME ...]   install the packages of these entries (all if none is given)
     python tests/frameworks/matrix.py install sample       install what `make test` needs
     python tests/frameworks/matrix.py run [NAME ...]       run these entries and print one JSON object each
-    python tests/frameworks/matrix.py write [NAME ...]     measure these entries and renew benchmarks/results/frameworks.json
+    python tests/frameworks/matrix.py record [NAME ...]    run these entries and renew benchmarks/results/frameworks.json
+    python tests/frameworks/matrix.py write [NAME ...]     the same with time and memory of a step, which takes minutes each
 
 Every package lies in a folder of its own, .venv/packages/NAME-VERSION, installed without its dependencies. An entry runs in a
 process whose PYTHONPATH lists the folders of its packages, before the environment's own packages.
@@ -16,7 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,21 @@ class Entry:
         framework: the module in dpo_kernels.integrations, and the script in tests/frameworks/steps.
         packages: exact versions, the framework first; () for the versions that the environment has.
         sample: whether `make test` runs it; all entries run with the slow tests.
+        variables: environment variables of its process.
+        label: added to the name if entries have the same version of the framework.
     """
 
     framework: str
     packages: tuple[str, ...]
     sample: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+    label: str = ""
 
     @property
     def name(self) -> str:
         """For example "trl-0.12.2"; the framework's name alone for the environment's own version."""
-        return self.packages[0].replace("==", "-") if self.packages else self.framework
+        name = self.packages[0].replace("==", "-") if self.packages else self.framework
+        return f"{name}-{self.label}" if self.label else name
 
 
 #: transformers and what it pins, of the time of the older frameworks.
@@ -57,7 +63,7 @@ TRANSFORMERS_5_19 = ("transformers==5.19.0", *HTTPX)
 
 #: What LLaMA-Factory imports from 0.9.3 on.
 OMEGACONF = ("omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3")
-#: Each version of LLaMA-Factory with the newest versions that it accepts; datasets as steps/llamafactory.py says.
+#: Each version of LLaMA-Factory with versions that it accepts; datasets as steps/llamafactory.py says.
 LLAMAFACTORY = (
     Entry(
         "llamafactory",
@@ -99,7 +105,7 @@ LLAMAFACTORY = (
 
 #: What ms-swift imports.
 SWIFT = ("modelscope==1.31.0", "json-repair==0.64.6", "einops==0.8.1")
-#: ms-swift accepts many versions of each package: the oldest and the newest that it accepts here, and two between.
+#: ms-swift accepts many versions of each package. 4.6.0 runs with the newest that it accepts.
 MS_SWIFT = (
     Entry(
         "ms_swift",
@@ -175,7 +181,53 @@ TORCHTUNE = (
     Entry("torchtune", ("torchtune==0.4.0", *TORCHTUNE_NEEDS)),
 )
 
-ENTRIES = (Entry("trl", (), sample=True), *LLAMAFACTORY, *MS_SWIFT, *OPENRLHF_AND_VERL, *LIGER, *TORCHTUNE)
+#: The first needs a transformers of its time, those up to 0.28 transformers 4, and the newer ones run with the environment's.
+TRL = (
+    Entry("trl", (), sample=True),
+    Entry(
+        "trl",
+        ("trl==0.12.2", *TRANSFORMERS_4_46, "datasets==4.0.0", "accelerate==1.0.1", "peft==0.12.0"),
+        sample=True,
+    ),
+    *(
+        Entry("trl", (f"trl=={version}", *TRANSFORMERS_4_57, "datasets==4.0.0"), sample=version == "0.24.0")
+        for version in (
+            *("0.13.0", "0.14.0", "0.15.2", "0.16.1", "0.17.0", "0.18.2", "0.19.1", "0.20.0", "0.21.0", "0.22.2"),
+            *("0.23.1", "0.24.0", "0.25.1", "0.26.2", "0.27.2", "0.28.0"),
+        )
+    ),
+    *(
+        Entry("trl", (f"trl=={version}",))
+        for version in (
+            *("0.29.1", "1.0.0", "1.1.0", "1.2.0", "1.3.0", "1.4.0", "1.5.1", "1.6.0", "1.7.1", "1.8.0", "1.9.2"),
+            *("1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.14.2"),
+        )
+    ),
+    # This version has no code for CPUs but Triton kernels.
+    Entry("trl", ("trl==1.15.0",), variables={"TRITON_INTERPRET": "1"}),
+)
+
+#: Axolotl with the TRL that it pins.
+AXOLOTL_NEEDS = ("addict==2.4.0", "art==6.5", "fire==0.7.1", "fastcore==1.8.2")
+AXOLOTL = (
+    Entry("axolotl", ("axolotl==0.17.0", "trl==1.5.1", *AXOLOTL_NEEDS)),
+    Entry("axolotl", ("axolotl==0.18.0", "trl==1.8.0", *AXOLOTL_NEEDS)),
+    Entry("axolotl", ("axolotl==0.19.0", "trl==1.9.0", *AXOLOTL_NEEDS), sample=True),
+)
+
+#: Unsloth compiles the trainers of each of these versions of TRL.
+UNSLOTH = tuple(
+    Entry(
+        "unsloth",
+        ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", f"trl=={version}", *others),
+        sample=version == "1.14.2",
+        variables={"UNSLOTH_FORCE_CPU": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
+        label=f"trl-{version}",
+    )
+    for version, others in (("0.24.0", (*TRANSFORMERS_4_57, "datasets==4.0.0")), ("1.12.0", ()), ("1.14.2", ()))
+)
+
+ENTRIES = (*TRL, *AXOLOTL, *UNSLOTH, *LLAMAFACTORY, *MS_SWIFT, *OPENRLHF_AND_VERL, *LIGER, *TORCHTUNE)
 
 
 def folder(package: str) -> Path:
@@ -196,7 +248,7 @@ def install(entry: Entry) -> None:
 def environment(entry: Entry) -> dict[str, str]:
     """Environment variables of a process that runs an entry."""
     path = [ROOT, ROOT / "python", *(folder(package) for package in entry.packages)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"} | entry.variables
 
 
 def run(entry: Entry, *options: str) -> dict[str, Any]:
@@ -222,10 +274,13 @@ def main() -> None:
     elif command == "run":
         for entry in chosen:
             print(json.dumps(run(entry)))
-    elif command == "write":
+    elif command in ("record", "write"):
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         for entry in chosen:
-            found[entry.name] = run(entry, "--measure")
+            kept = found.get(entry.name, {}).get("measured")
+            found[entry.name] = run(entry, *(["--measure"] if command == "write" else []))
+            if kept is not None:
+                found[entry.name].setdefault("measured", kept)
             # Written after each entry: a run of all takes long.
             RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     else:

@@ -8,14 +8,18 @@ import importlib.metadata
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dpo_trainer.errors import ModelError
+from dpo_trainer import DPOConfig
+from dpo_trainer.errors import ConfigError, ModelError
+from dpo_trainer.model.adapters import keep_trainable
 from dpo_trainer.settings.combinations import NEEDS
 
 from .combinations import (
@@ -177,6 +181,32 @@ def test_a_reference_that_is_not_used_is_warned_about(tmp_path: Path, caplog: py
     assert (
         "ref_model: not used, because all data have the columns ref_chosen_logps and ref_rejected_logps" in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"fsdp": True}, "fsdp: needs accelerators; on CPUs accelerate would ignore it without a message"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed: the package deepspeed is not installed"),
+    ],
+)
+def test_a_way_to_shard_that_cannot_work_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], line: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=line):
+        DPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_weights_that_would_be_packed_for_evaluation_stay_trainable() -> None:
+    part = torch.nn.Linear(2, 2)
+    part.support_avx512bf16_for_cpu = True  # as bitsandbytes' Linear4bit has it
+    keep_trainable(torch.nn.Sequential(part))
+    assert part.support_avx512bf16_for_cpu is False
+    part.support_avx512bf16_for_cpu = True
+    part.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(ModelError, match="bitsandbytes has packed the weights of '0' for evaluation"):
+        keep_trainable(torch.nn.Sequential(part))
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------

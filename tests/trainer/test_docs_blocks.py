@@ -217,7 +217,7 @@ def test_every_block_does_what_it_says(
     monkeypatch.setattr(sys, "argv", ["python"])
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     set_up(tmp_path, page.read_text(encoding="utf-8"), model_folder)
-    request.addfinalizer(trl._undo_last)  # for blocks that patch TRL
+    request.addfinalizer(trl.PATCH.undo)  # for blocks that patch TRL
     if page.name == "hub.md":  # its reader has `kernels`, and the Hub has the kernel
         monkeypatch.syspath_prepend(matrix.folder("kernels==0.17.2"))
         monkeypatch.setenv("LOCAL_KERNELS", f"somebody/dpo-kernels={tmp_path / 'kernel'}")

@@ -205,6 +205,7 @@ MISTAKES = [
         "unknown 'by_length' (did you mean 'group_by_length'?); known are random, ",
     ),
     ("--filters [identical,dupes]", "filters: unknown 'dupes' (did you mean 'duplicates'?); known are identical, "),
+    ("--optimizer AdamW", "optim: unknown 'AdamW' (did you mean 'adamw_torch'?); known are adamw_torch"),
     ("--optim adamw_torc", "(did you mean 'adamw_torch'?)"),
     ("--eval_strategy sometimes", "eval_strategy: sometimes is not a valid IntervalStrategy"),
     ("--report_to tensorbord", "report_to: tensorbord is not supported, only "),
@@ -243,7 +244,8 @@ MISTAKES = [
     ("--streaming --train_data bad.jsonl", "bad.jsonl:2: no column 'rejected'; it has prompt, chosen"),
     ("--eval_data bad.jsonl", "bad.jsonl:2: no column 'rejected'; it has prompt, chosen"),
     ("--bf16 --fp16", "At most one of fp16 and bf16"),
-    ("--save_strategy best", "metric_for_best_model"),
+    ("--save_strategy best", "save_strategy: 'best' needs metric_for_best_model, such as loss"),
+    ("--save_strategy best --metric_for_best_model loss", "save_strategy: 'best' needs evaluations; give eval_data"),
     (
         "--eval_data train.jsonl --save_steps 4 --load_best_model_at_end --metric_for_best_model los",
         "metric_for_best_model: unknown 'los' (did you mean 'loss'?); known are loss, rewards/chosen, ",

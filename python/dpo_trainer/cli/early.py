@@ -43,7 +43,12 @@ def check_evaluation(settings: Mapping[str, Any]) -> None:
         for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end", "sample_prompts"):
             if settings.get(name) in ("steps", "epoch", True) or (name == "sample_prompts" and settings.get(name)):
                 raise ConfigError(f"{name}: there are no held-out pairs; give eval_data, or set val_split: 0.1")
-    elif settings.get("load_best_model_at_end") and settings.get("save_strategy") != "best":
+    best = settings.get("save_strategy") == "best"
+    if best and not (settings.get("metric_for_best_model") or settings.get("load_best_model_at_end")):
+        raise ConfigError("save_strategy: 'best' needs metric_for_best_model, such as loss")
+    if best and evaluates == "no":
+        raise ConfigError("save_strategy: 'best' needs evaluations; give eval_data, or set val_split: 0.1")
+    if held_out and settings.get("load_best_model_at_end") and settings.get("save_strategy") != "best":
         if evaluates == "no":
             raise ConfigError("load_best_model_at_end: eval_strategy is 'no', so no evaluation tells which is best")
         if settings.get("save_strategy", "steps") != evaluates:

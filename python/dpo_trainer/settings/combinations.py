@@ -9,7 +9,7 @@ from typing import Any
 from .objective import entries
 
 #: Rows of settings, of whether they count in a run with these settings and this loss path, and of what they need.
-NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any, str], bool], str], ...] = (
+NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any, str], Any], str], ...] = (
     (("ref_model_mixup_alpha", "ref_model_sync_steps"), lambda args, _: args.sync_ref_model, "sync_ref_model"),
     (
         ("precompute_ref_batch_size", "ref_cache_dir"),

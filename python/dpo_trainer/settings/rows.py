@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import typing
 from collections.abc import Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from ..errors import ConfigError, did_you_mean
 from . import objective, trl
 from .checks import as_mapping, check_together
 from .diagnoses import Limits
@@ -58,4 +60,18 @@ def check_given(settings: Mapping[str, Any]) -> None:
     check_fields(config, rows)
     objective.check_names(config)
     check_together(config)
+    _check_optimizer(str(config.optim), rows["optim"].hint)
     Limits.of(as_mapping("diagnostics", config.diagnostics))
+
+
+def _check_optimizer(given: str, hint: Any) -> None:
+    """Raise ConfigError for an optimizer that the installed transformers does not have."""
+    known = [
+        item.value
+        for kind in typing.get_args(hint)
+        if isinstance(kind, type) and issubclass(kind, enum.Enum)
+        for item in kind
+    ]
+    if known and given not in known:
+        meant = "adamw_torch" if given.lower() in ("adam", "adamw") else given.lower()
+        raise ConfigError(f"optim: unknown '{given}'{did_you_mean(meant, known)}; known are {', '.join(known)}")

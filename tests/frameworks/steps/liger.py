@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..compare import Size
+from ..compare import TINY, Size
 from ..material import gradients, model_of, pairs_of, tokenizer_of
 
 
@@ -46,8 +46,9 @@ def trainer_of(size: Size, folder: str) -> Any:
 def step_of(size: Size) -> Callable[[], tuple[float, dict[str, Tensor]]]:
     import trl.trainer.dpo_trainer as theirs
 
-    # TRL asks for torch.compile, which does not change what the loss computes and takes minutes here.
-    torch.compiler.set_stance("force_eager")
+    if size == TINY:
+        # TRL has the loss compiled. That takes half a minute, too long for a check of the results; measurements include it.
+        torch.compiler.set_stance("force_eager")
     folder = tempfile.TemporaryDirectory()
     built: dict[type, Any] = {}
     batch = None

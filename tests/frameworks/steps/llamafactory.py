@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from ..compare import Size, Step
 from ..material import gradients, model_of, pairs_of, tokenizer_of
 
-# LLaMA-Factory 0.9.1 and 0.9.2 want a datasets that needs aiohttp. The step uses no data set, so a later datasets does.
+# LLaMA-Factory 0.9.1 to 0.9.3 accept only older versions of datasets, two of which need aiohttp. The step uses no data set.
 os.environ["DISABLE_VERSION_CHECK"] = "1"
 # LLaMA-Factory 0.9.4 and later import torchaudio at the top, and use it only to read sound files.
 sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))
@@ -45,14 +45,14 @@ def batch_of(size: Size) -> dict[str, Tensor]:
 
 def step_of(size: Size) -> Step:
     """The step of the trainer: `CustomDPOTrainer.compute_loss`, which runs policy and reference."""
-    model = model_of(size)
+    model, folder = model_of(size), tempfile.TemporaryDirectory()
     trainer = CustomDPOTrainer(
         model=model,
         ref_model=model_of(size, seed=1),
         finetuning_args=FinetuningArguments(stage="dpo", finetuning_type="full", pref_beta=0.1),
         processor=None,
         args=TrainingArguments(
-            tempfile.mkdtemp(),
+            folder.name,
             use_cpu=True,
             report_to=[],
             remove_unused_columns=False,
@@ -63,6 +63,7 @@ def step_of(size: Size) -> Step:
     batch = batch_of(size)
 
     def step() -> tuple[float, dict[str, Tensor]]:
+        assert folder  # lives as long as the step
         model.zero_grad()
         loss = trainer.compute_loss(model, dict(batch))
         loss.backward()

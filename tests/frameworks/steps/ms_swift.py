@@ -31,15 +31,15 @@ else:
 
 def loaded(size: Size, seed: int = 0):
     """(model, tokenizer) by ms-swift's own loader, which adds what its trainer reads."""
-    folder = tempfile.mkdtemp()
-    model_of(size, seed).save_pretrained(folder)
-    tokenizer_of(size).save_pretrained(folder)
-    return load(folder, torch_dtype=torch.float32, model_type="llama", device_map="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        model_of(size, seed).save_pretrained(folder)
+        tokenizer_of(size).save_pretrained(folder)
+        return load(folder, torch_dtype=torch.float32, model_type="llama", device_map="cpu")
 
 
 def step_of(size: Size) -> Step:
     """The step of the trainer: `DPOTrainer.compute_loss`, which runs policy and reference."""
-    model, tokenizer = loaded(size)
+    (model, tokenizer), folder = loaded(size), tempfile.TemporaryDirectory()
     template = get_template("dummy", tokenizer) if OLD else get_template(tokenizer, template_type="dummy")
     template.set_mode("rlhf")
     rows = [
@@ -54,7 +54,7 @@ def step_of(size: Size) -> Step:
         model=model,
         ref_model=loaded(size, seed=1)[0],
         args=DPOConfig(
-            tempfile.mkdtemp(),
+            folder.name,
             beta=0.1,
             loss_type="sigmoid",
             use_cpu=True,
@@ -70,6 +70,7 @@ def step_of(size: Size) -> Step:
     batch = template.data_collator(encoded)
 
     def step() -> tuple[float, dict[str, Tensor]]:
+        assert folder  # lives as long as the step
         model.zero_grad()
         loss = trainer.compute_loss(model, dict(batch))
         loss.backward()

@@ -98,7 +98,7 @@ def recipe_of(size: Size, folder: str) -> Any:
     lora = {
         "lora_attn_modules": ["q_proj", "v_proj"],
         "apply_lora_to_mlp": True,
-        "apply_lora_to_output": True,
+        "apply_lora_to_output": False,
         "lora_rank": 4,
         "lora_alpha": 8,
     }
