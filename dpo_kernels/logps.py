@@ -250,8 +250,11 @@ def selective_log_softmax(
         rest = torch.where(picked == -torch.inf, -torch.inf, rest)
     if row_mask is not None:
         labels = torch.where(row_mask != 0, labels.to(torch.int64), _NONE)
-    rows = logits if logits.dim() > 1 else logits.unsqueeze(0)
-    found = token_logps(rows, labels.view(rows.shape[:-1]), temperature=temperature, ignore_index=_NONE)
+    if logits.dim() == 1:
+        rows, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    else:
+        rows = logits
+    found = token_logps(rows, labels, temperature=temperature, ignore_index=_NONE)
     assert isinstance(found, Tensor)
     logps = found.view(logits.shape[:-1])
     if rest is not None:

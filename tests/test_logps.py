@@ -336,6 +336,7 @@ ERRORS = {
     "entropy": (lambda x, y: token_logps(x, y, differentiable_entropy=True), '"entropy" among the statistics'),
     "label": (lambda x, y: token_logps(x, y + 1000), "outside the vocabulary"),
     "index": (lambda x, y: selective_log_softmax(x, y[0]), r"index must be \[...\] or"),
+    "order of index": (lambda x, y: selective_log_softmax(x, y.view(4, 2).clamp(min=0)), "labels must have shape"),
     "ignored index": (lambda x, y: selective_log_softmax(x, torch.full_like(y, -100)), "outside the vocabulary"),
 }
 
