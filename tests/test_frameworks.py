@@ -17,7 +17,12 @@ from dpo_kernels import logps
 def test_the_step_is_the_same(entry):
     missing = [package for package in entry.packages if not matrix.folder(package).is_dir()]
     assert not missing, f"run: python tests/frameworks/matrix.py install {entry.name}"
-    check(matrix.run(entry))
+    found = matrix.run(entry)
+    check(found)
+    versions = {name.replace("_", "-"): version for name, version in found["versions"].items()}
+    wanted = {name.replace("_", "-"): version for name, version in (text.split("==") for text in entry.packages)}
+    assert not wanted or next(iter(wanted)) in versions
+    assert {name: wanted.get(name, version) for name, version in versions.items()} == versions
 
 
 def check(found):
@@ -29,6 +34,12 @@ def check(found):
     assert found["grad_difference"] < 1e-4
     assert found["undone"]
     assert found["kernels_used_after_undo"] == 0
+
+
+def test_an_unknown_entry_is_an_error(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["matrix.py", "run", "trl-0.0.0"])
+    with pytest.raises(SystemExit, match=r"no entry has the name trl-0\.0\.0"):
+        matrix.main()
 
 
 class Planted:
