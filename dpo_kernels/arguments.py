@@ -185,6 +185,8 @@ def transform_of(
     """The `Transform` of a call's arguments. Raises ValueError for a cap or a temperature that is not positive."""
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be positive, or None for no cap; got {logit_softcap}")
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise TypeError("temperature must be a number; the gradient of a tensor would be lost. Divide the logits by it")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
     # (c tanh(s x / c)) / t equals the transform with c / t and s / t.

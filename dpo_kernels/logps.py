@@ -132,13 +132,18 @@ def _results(
     shape: torch.Size,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """What `token_logps` and `linear_logps` return."""
-    logps = found["logps"].to(dtype).view(shape)
+
+    def own(values: Tensor) -> Tensor:
+        # A copy even in float64: callers may write to results, and the backward pass reads the rows.
+        return values.to(dtype, copy=True).view(shape)
+
+    logps = own(found["logps"])
     if not reported:
         return logps
     kept = {
         name: found[name] if name == "entropy" and differentiable_entropy else found[name].detach() for name in reported
     }
-    return logps, {name: value.to(dtype).view(shape) for name, value in kept.items()}
+    return logps, {name: own(value) for name, value in kept.items()}
 
 
 def token_logps(
@@ -210,7 +215,7 @@ def selective_log_softmax(
 
     Args:
         logits: [..., V]; dtypes as in `dpo_loss`.
-        index: [...] or [..., K] int64, one or K entries of each row.
+        index: [...] or [..., K] int64, one or K entries of each row; those of rows that row_mask leaves out may be any number.
         temperature: the logits are divided by it.
         row_mask: shaped like the rows [...]; rows with 0 are not read, and their result is 0.
 
@@ -229,18 +234,27 @@ def selective_log_softmax(
         raise ValueError(
             f"index must be [...] or [..., K] for logits [..., V]; got {list(index.shape)} and {list(logits.shape)}"
         )
-    labels, rest, ignore_index = index, None, _NONE
+    if row_mask is not None:
+        check_tensor("row_mask", row_mask, logits.shape[:-1], logits.device, "one entry per row of logits")
+        index = torch.where(
+            (row_mask if one else row_mask.unsqueeze(-1)) != 0, index, 0
+        )  # entries of masked rows may be any
+    labels, rest = index, None
     if not one:
+        if index.shape[-1] == 0:
+            return logits.gather(-1, index)
         # One entry, the most likely of the K, is computed by the kernels. The others differ from it by a difference of logits.
         picked = logits.gather(-1, index)
         best = picked.detach().argmax(-1, keepdim=True)
         labels, rest = index.gather(-1, best).squeeze(-1), (picked - picked.gather(-1, best)) / temperature
         rest = torch.where(picked == -torch.inf, -torch.inf, rest)
     if row_mask is not None:
-        ignore_index = -100
-        labels = torch.where(row_mask != 0, labels, ignore_index)
-    rows = logits if logits.dim() > 1 else logits.unsqueeze(0)
-    found = token_logps(rows, labels.view(rows.shape[:-1]), temperature=temperature, ignore_index=ignore_index)
+        labels = torch.where(row_mask != 0, labels.to(torch.int64), _NONE)
+    if logits.dim() == 1:
+        rows, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    else:
+        rows = logits
+    found = token_logps(rows, labels, temperature=temperature, ignore_index=_NONE)
     assert isinstance(found, Tensor)
     logps = found.view(logits.shape[:-1])
     if rest is not None:

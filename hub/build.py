@@ -154,6 +154,8 @@ def write(folder: Path, repository: str = f"ORGANIZATION/{NAME}") -> None:
 
 
 if __name__ == "__main__":
+    if any(word.startswith("-") for word in sys.argv[1:]):
+        sys.exit(__doc__)
     target, *repositories = sys.argv[1:] or [str(ROOT / "build" / "hub")]
     write(Path(target), *repositories[:1])
     print(f"wrote {target}")

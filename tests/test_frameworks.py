@@ -4,7 +4,10 @@ Each entry of tests/frameworks/matrix.py is one version of a framework, which ru
 """
 
 import pytest
-from frameworks import matrix
+import torch
+from frameworks import compare, matrix
+
+from dpo_kernels import logps
 
 
 @pytest.mark.parametrize(
@@ -15,6 +18,15 @@ def test_the_step_is_the_same(entry):
     missing = [package for package in entry.packages if not matrix.folder(package).is_dir()]
     assert not missing, f"run: python tests/frameworks/matrix.py install {entry.name}"
     found = matrix.run(entry)
+    check(found)
+    versions = {name.replace("_", "-"): version for name, version in found["versions"].items()}
+    wanted = {name.replace("_", "-"): version for name, version in (text.split("==") for text in entry.packages)}
+    assert not wanted or next(iter(wanted)) in versions
+    assert {name: wanted.get(name, version) for name, version in versions.items()} == versions
+
+
+def check(found):
+    """Whether the kernels computed the policy's part of the step, and the step is the same."""
     assert found["kernels_used"]
     assert found["same_parameters"]
     assert found["grad_norm"] > 0
@@ -22,3 +34,58 @@ def test_the_step_is_the_same(entry):
     assert found["grad_difference"] < 1e-4
     assert found["undone"]
     assert found["kernels_used_after_undo"] == 0
+
+
+def test_an_unknown_entry_is_an_error(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["matrix.py", "run", "trl-0.0.0"])
+    with pytest.raises(SystemExit, match=r"no entry has the name trl-0\.0\.0"):
+        matrix.main()
+
+
+class Planted:
+    """A DPO step on logits of a linear layer, and a replacement for its log-probabilities with a fault."""
+
+    def __init__(self, fault):
+        self.fault, self.logps = fault, self.plain
+        self.states, self.labels = torch.randn(4, 3, 5), torch.randint(7, (4, 3))
+        self.layers = torch.nn.ModuleDict({"first": torch.nn.Linear(5, 5), "last": torch.nn.Linear(5, 7)})
+
+    def plain(self, logits):
+        return logits.log_softmax(-1).gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
+
+    def ours(self, logits):
+        if self.fault == "only the reference" and logits.requires_grad:
+            return self.plain(logits)
+        return logps.token_logps(logits, self.labels)
+
+    def step(self):
+        self.layers.zero_grad()
+        logits = self.layers["last"](self.layers["first"](self.states))
+        if self.logps == self.ours and self.fault == "gradients":
+            logits.register_hook(lambda grad: 1.01 * grad)
+        chosen, rejected = (self.logps(logits) - self.logps(logits.detach() * 0.5)).sum(-1).chunk(2)
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+        loss.backward()
+        grads = {name: parameter.grad.clone() for name, parameter in self.layers.named_parameters()}
+        if self.logps == self.ours and self.fault == "NaN":
+            grads["last.bias"] *= float("nan")
+        return loss.item(), grads
+
+    def apply(self):
+        self.logps = self.ours
+
+        def undo():
+            self.logps = self.ours if self.fault == "undo" else self.plain
+
+        return undo
+
+
+@pytest.mark.parametrize("fault", ["none", "gradients", "NaN", "only the reference", "undo"])
+def test_the_comparison_sees_planted_faults(fault):
+    planted = Planted(fault)
+    found = compare.compare(planted.step, planted.apply)
+    if fault == "none":
+        check(found)
+    else:
+        with pytest.raises(AssertionError):
+            check(found)

@@ -65,7 +65,10 @@ def values(package, compiled=False):
 
 
 def differences(some, others):
-    return {name: max(float((a - b).abs().max()) for a, b in zip(some[name], others[name])) for name in some}
+    # Python's max would skip a NaN that is not the first value.
+    return {
+        name: float(torch.stack([(a - b).abs().max() for a, b in zip(some[name], others[name])]).max()) for name in some
+    }
 
 
 found, own = values(theirs), values(ours)
@@ -254,6 +257,15 @@ def test_a_changed_file_changes_the_name(identity):
     assert identity.isidentifier()
     assert build.identity("cpu", {**files, "logps.py": files["logps.py"] + b"\n"}) != identity
     assert build.identity("cuda", files).replace("_cuda_", "_cpu_") == identity
+
+
+def test_an_option_is_not_taken_for_a_folder(tmp_path):
+    command = [sys.executable, "-m", "hub.build", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode
+    assert "python -m hub.build [FOLDER]" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_build_replaces_the_first_and_nothing_else(tmp_path):

@@ -70,6 +70,17 @@ def test_several_entries_of_a_row():
     torch.testing.assert_close(found, (logits / 0.7).log_softmax(-1).gather(-1, index))
 
 
+def test_an_index_of_another_shape_is_left_to_trl():
+    logits, index = inputs(2, 5)
+    original = utils.selective_log_softmax.__wrapped__
+    torch.testing.assert_close(utils.selective_log_softmax(logits, index[:1]), original(logits, index[:1]))
+    half = logits.bfloat16()
+    torch.testing.assert_close(utils.selective_log_softmax(half, index[:, :3]), original(half, index[:, :3]))
+    for function in (utils.selective_log_softmax, utils.selective_log_softmax_and_entropy):
+        with pytest.raises(RuntimeError):
+            function(logits, index.reshape(5, 2))
+
+
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_entropy_beside_the_log_probabilities(requires_grad):
     logits, index = inputs(2, 5)

@@ -650,7 +650,7 @@ def test_wrong_arguments_raise_and_say_what_was_expected(options, message):
         linear_dpo_loss(words.pop("hidden"), words.pop("weight"), words.pop("labels"), **words)
 
 
-def test_a_sharded_weight_is_gathered_and_its_gradient_sharded(tmp_path):
+def test_sharded_heads_are_gathered_and_their_gradients_sharded(tmp_path):
     distributed = pytest.importorskip("torch.distributed")
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -665,6 +665,18 @@ def test_a_sharded_weight_is_gathered_and_its_gradient_sharded(tmp_path):
         plain.loss().loss.backward()
         assert isinstance(sharded.grad, DTensor)
         assert torch.equal(sharded.grad.to_local(), plain.weight.grad)
+
+        grads = []
+        for shard in (lambda tensor: tensor, lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])):
+            vocab, inputs = plain.weight.shape[0], make_inputs(BY_NAME["whole_pairs"])
+            weight, bias = shard(inputs.weight.detach()), shard(torch.linspace(-1, 1, vocab)).requires_grad_()
+            words = inputs.keywords | {"ref_bias": bias.detach() * 1.0}
+            if words.get("ref_weight") is not None:
+                words["ref_weight"] = shard(words["ref_weight"])
+            linear_dpo_loss(inputs.hidden, weight, inputs.labels, bias=bias, **words).loss.backward()
+            grads.append(bias.grad)
+        assert isinstance(grads[1], DTensor)
+        torch.testing.assert_close(grads[1].to_local(), grads[0])
     finally:
         distributed.destroy_process_group()
 

@@ -261,6 +261,55 @@ def test_selective_log_softmax_does_not_read_masked_rows(several):
     assert bool((leaf.grad[1, 2] == 0).all()) or several  # the gather of several entries reads the row
 
 
+def test_selective_log_softmax_accepts_any_entry_of_a_masked_row_and_no_wrong_one_elsewhere():
+    logits, labels, _ = problem()
+    index = labels.clamp(min=0)
+    mask = torch.ones_like(index)
+    mask[1, 2] = 0
+    for entries in (index, torch.stack([index, index + 1], -1) % 517):
+        right = selective_log_softmax(logits, entries, row_mask=mask)
+        entries[1, 2] = -100
+        torch.testing.assert_close(selective_log_softmax(logits, entries, row_mask=mask), right)
+    index[0, 0] = -100
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            selective_log_softmax(logits, index, row_mask=mask)
+    with pytest.raises(ValueError, match="row_mask must have shape"):
+        selective_log_softmax(logits, labels.clamp(min=0), row_mask=mask[0])
+
+
+@pytest.mark.parametrize("rows", [(0, 4), (2, 0), (2, 4)])
+@pytest.mark.parametrize("count", [0, 2])
+def test_selective_log_softmax_of_nothing(rows, count):
+    logits = torch.randn(*rows, 7, device=DEVICE, requires_grad=True)
+    found = selective_log_softmax(logits, torch.ones(*rows, count, dtype=torch.int64, device=DEVICE))
+    assert found.shape == (*rows, count)
+    found.sum().backward()
+    assert logits.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_callers_may_write_to_the_results(dtype, hidden):
+    logits, labels, _ = problem(vocab=11, dtype=dtype)
+    leaf = logits.requires_grad_()
+    head = (torch.eye(11, dtype=dtype, device=DEVICE),) if hidden else ()
+    function = linear_logps if hidden else token_logps
+    logps, found = function(leaf, *head, labels, statistics=("entropy", "accuracy"), differentiable_entropy=True)
+    (wanted,) = torch.autograd.grad(logps[1].sum() + 2 * found["entropy"].sum(), leaf, retain_graph=True)
+    logps[0] = 0
+    found["entropy"] *= 2
+    found["accuracy"].zero_()
+    (grad,) = torch.autograd.grad(logps.sum() + found["entropy"].sum(), leaf)
+    torch.testing.assert_close(grad, wanted)
+
+
+def test_a_temperature_that_is_learned_is_refused():
+    logits, labels, _ = problem()
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        token_logps(logits, labels, temperature=torch.tensor(0.7, requires_grad=True))
+
+
 def test_compiled_without_graph_breaks():
     logits, labels, upstream = problem(130)
 
@@ -287,6 +336,7 @@ ERRORS = {
     "entropy": (lambda x, y: token_logps(x, y, differentiable_entropy=True), '"entropy" among the statistics'),
     "label": (lambda x, y: token_logps(x, y + 1000), "outside the vocabulary"),
     "index": (lambda x, y: selective_log_softmax(x, y[0]), r"index must be \[...\] or"),
+    "order of index": (lambda x, y: selective_log_softmax(x, y.view(4, 2).clamp(min=0)), "labels must have shape"),
     "ignored index": (lambda x, y: selective_log_softmax(x, torch.full_like(y, -100)), "outside the vocabulary"),
 }
 

@@ -24,6 +24,8 @@ from torch import Tensor
 #: What a function may return in an example: tensors, or a nest of tuples, lists and dicts of them.
 Example = Callable[[Callable[..., Any]], Any]
 _MISSING = object()
+#: The patches that are applied.
+_APPLIED: list[Patch] = []
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Unsupported(Exception):
     """The installed version of a package differs from what the replacements were written for."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Place:
     """A function that was replaced: the original, the replacement, and the class or module that holds it (None: all modules)."""
 
@@ -101,16 +103,30 @@ class Patch:
                 f"dpo_kernels: {self.package} {self.version()} was left as it is: {error}", RuntimeWarning, stacklevel=3
             )
             return lambda: None
-        for place in places:
-            _exchange(place.owner, place.name, place.theirs, place.ours)
         self.places = places
+        _APPLIED.append(self)
+        try:
+            for place in places:
+                _exchange(place.owner, place.name, place.theirs, place.ours)
+        except BaseException:
+            self.undo()
+            raise
         return lambda: self.undo() if self.places is places else None
 
     def undo(self) -> None:
-        """Puts the originals back, also in modules that were imported after `apply`."""
+        """Puts the originals back, also in modules that were imported after `apply`.
+
+        Where another patch has replaced the replacement since, that patch then puts the original back.
+        """
         for place in self.places:
             _exchange(place.owner, place.name, place.ours, place.theirs)
+            for other in _APPLIED:
+                for later in other.places:
+                    if later.theirs is place.ours:
+                        later.theirs = place.theirs
         self.places = []
+        if self in _APPLIED:
+            _APPLIED.remove(self)
 
     @contextmanager
     def applied(self, **settings: Any) -> Iterator[None]:
@@ -196,7 +212,11 @@ def _exchange(owner: Any, name: str, old: Any, new: Any) -> None:
             setattr(owner, name, new)
         return
     for module in list(sys.modules.values()):
-        for key, value in list(getattr(module, "__dict__", {}).items()):
+        try:
+            held = list(vars(module).items())
+        except Exception:  # None, or an object that imports something when it is asked for its contents
+            continue
+        for key, value in held:
             if value is old:
                 setattr(module, key, new)
 

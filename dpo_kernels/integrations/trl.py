@@ -159,10 +159,12 @@ def _scored(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`token_logps` of logits [..., V], also of one row; 0 where row_mask is 0, for which no logit is read."""
     labels = index.long() if row_mask is None else torch.where(row_mask != 0, index.long(), _NO_LABEL)
-    rows = logits if logits.dim() > 1 else logits.unsqueeze(0)
+    rows = logits
+    if logits.dim() == 1:
+        rows, labels = logits.unsqueeze(0), labels.unsqueeze(0)
     found = logps.token_logps(
         rows,
-        labels.view(rows.shape[:-1]),
+        labels,
         temperature=temperature,
         ignore_index=_NO_LABEL,
         **settings,
@@ -187,7 +189,8 @@ def _selective_log_softmax(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
-        if not _takes(logits):
+        # An index of another shape, which TRL's function broadcasts in some dtypes, is left to TRL as well.
+        if not _takes(logits) or logits.shape[:-1] not in (index.shape, index.shape[:-1]):
             return theirs(logits, index, *(() if temperature == 1.0 and row_mask is None else (temperature, row_mask)))
         if index.dim() == logits.dim():
             return logps.selective_log_softmax(logits, index, temperature, row_mask)
@@ -216,7 +219,7 @@ def _selective_log_softmax_and_entropy(theirs: Callable[..., Any]) -> Callable[.
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not _takes(logits):
+        if not _takes(logits) or logits.shape[:-1] != index.shape:
             return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
         found = _entropy(logits, index, row_mask, entropy_requires_grad, temperature)
         dtype = _result_dtype(logits, index, row_mask)

@@ -20,8 +20,8 @@ AUTO_FILTER = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-20}
 
 
 def head_of(weight: Tensor, bias: Tensor | None) -> LMHead:
-    """The head, not checked yet. A sharded weight (DTensor) is gathered by a differentiable operation."""
-    return LMHead(weight.full_tensor() if hasattr(weight, "full_tensor") else weight, bias)
+    """The head, not checked yet. A sharded weight or bias (DTensor) is gathered by a differentiable operation."""
+    return LMHead(*(part.full_tensor() if hasattr(part, "full_tensor") else part for part in (weight, bias)))
 
 
 def reference_of(
@@ -36,7 +36,7 @@ def reference_of(
     width = ref_hidden.shape[-1] if ref_hidden.dim() else 0
     check_tensor("ref_hidden", ref_hidden, (*hidden.shape[:-1], width), hidden.device, "that of hidden except H")
     if ref_weight is None:
-        ref = LMHead(head.weight, head.bias if ref_bias is None else ref_bias)
+        ref = head_of(head.weight, head.bias if ref_bias is None else ref_bias)
     else:
         ref = head_of(ref_weight, ref_bias)
     ref.check(ref_hidden, head.vocab, "ref_")

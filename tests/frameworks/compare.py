@@ -54,11 +54,11 @@ TINY = Size(vocab=340, hidden=32, layers=2, pairs=2, prompt=6, completion=8)
 REAL = Size(vocab=49152, hidden=576, layers=4, pairs=4, prompt=64, completion=64)
 
 
-def calls_counted(stack: ExitStack) -> list[str]:
-    """A list that grows with every call of our kernels for logits or for hidden states."""
+def calls_counted(stack: ExitStack) -> list[tuple[str, bool]]:
+    """A list that grows with every call of our kernels for logits or for hidden states: (name, whether it needs a gradient)."""
     from dpo_kernels import linear, ops
 
-    calls: list[str] = []
+    calls: list[tuple[str, bool]] = []
     for module, name in (
         (ops, "token_logps"),
         (ops, "preference_forward"),
@@ -67,9 +67,9 @@ def calls_counted(stack: ExitStack) -> list[str]:
     ):
         whole = getattr(module, name)
 
-        def counted(*arguments: object, whole=whole, name=name, **named: object) -> object:
-            calls.append(name)
-            return whole(*arguments, **named)
+        def counted(rows: Tensor, *arguments: object, whole=whole, name=name, **named: object) -> object:
+            calls.append((name, rows.requires_grad and torch.is_grad_enabled()))
+            return whole(rows, *arguments, **named)
 
         stack.enter_context(mock.patch.object(module, name, counted))
     return calls
@@ -88,7 +88,7 @@ def compare(step: Step, apply: Callable[[], Callable[[], None]]) -> dict[str, ob
         undo = apply()
         calls.clear()  # those of the examples
         loss, grads = step()
-        used = sorted(set(calls))
+        used = sorted({name for name, needs_gradient in calls if needs_gradient})  # those of the policy
         undo()
         calls.clear()
         after_loss, after = step()
@@ -96,7 +96,8 @@ def compare(step: Step, apply: Callable[[], Callable[[], None]]) -> dict[str, ob
     return {
         "loss": plain_loss,
         "loss_difference": abs(loss - plain_loss),
-        "grad_difference": max(relative(grads[name], plain[name]) for name in plain),
+        # Python's max would skip a NaN that is not the first value.
+        "grad_difference": float(torch.tensor([relative(grads[name], plain[name]) for name in plain]).max()),
         "grad_norm": float(torch.stack([g.double().norm() for g in plain.values()]).norm()),
         "same_parameters": grads.keys() == plain.keys(),
         "kernels_used": used,

@@ -267,6 +267,11 @@ def run(entry: Entry, *options: str) -> dict[str, Any]:
 def main() -> None:
     command, *names = sys.argv[1:] or ["help"]
     sample = names == ["sample"]
+    unknown = set(names) - {"sample"} - {name for entry in ENTRIES for name in (entry.name, entry.framework)}
+    if unknown:
+        sys.exit(
+            f"no entry has the name {', '.join(sorted(unknown))}; known: {', '.join(entry.name for entry in ENTRIES)}"
+        )
     chosen = [e for e in ENTRIES if (e.sample if sample else not names or e.name in names or e.framework in names)]
     if command == "install":
         for entry in chosen:

@@ -143,6 +143,7 @@ COUNTING: dict[str, tuple[Any, dict[str, Any]]] = {
     "precompute_ref_batch_size": (2, {"precompute_ref_log_probs": True}),
     "ref_cache_dir": (None, {"precompute_ref_log_probs": True}),
     "beta": (0.3, {"loss_type": ["sft", "sigmoid"]}),
+    "label_smoothing": (0.2, {"loss_type": ["sigmoid(label_smoothing=0.1)", "sigmoid"]}),
     "f_divergence_type": ("forward_kl", {"loss_type": ["sft", "sigmoid"]}),
     "f_alpha_divergence_coef": (0.3, {"f_divergence_type": "alpha_divergence"}),
     "discopop_tau": (0.1, {"loss_type": "discopop"}),
@@ -153,7 +154,11 @@ COUNTING: dict[str, tuple[Any, dict[str, Any]]] = {
     "label_smoothing_factor": (0.1, {}),
 }
 #: Settings with which a setting of COUNTING has no effect, if it has one with the defaults.
-USELESS = {"beta": {"loss_type": "sft"}, "f_divergence_type": {"loss_type": "sft"}}
+USELESS = {
+    "beta": {"loss_type": "sft"},
+    "label_smoothing": {"loss_type": "sigmoid(label_smoothing=0.1)"},
+    "f_divergence_type": {"loss_type": "sft"},
+}
 
 
 def test_every_setting_that_needs_another_is_tried() -> None:
@@ -173,6 +178,24 @@ def test_a_setting_that_has_no_effect_is_warned_about(
             record.getMessage() for record in caplog.records if record.getMessage().startswith(f"{name}: has no effect")
         ]
         assert len(found) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("beta", {"loss_type": ["sft", "sigmoid(beta=0.2)"]}),
+        ("label_smoothing", {"loss_type": "sigmoid(beta=0.2, label_smoothing=0.1)"}),
+        ("f_divergence_type", {"loss_type": "sigmoid(divergence=js)"}),
+        ("discopop_tau", {"loss_type": "discopop( tau = 0.2)"}),
+        ("grad_filter", {"loss_path": "linear", "kl_coef": 0.1}),
+        ("grad_filter", {"loss_path": "linear", "loss_type": ["sft", "tdpo2(alpha=0.4)"]}),
+    ],
+)
+def test_a_setting_that_other_settings_replace_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, settings: dict[str, Any]
+) -> None:
+    build_trainer(tmp_path, train_dataset=build_pairs(3), **settings, **{name: COUNTING[name][0]})
+    assert f"{name}: has no effect here" in caplog.text
 
 
 def test_a_reference_that_is_not_used_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

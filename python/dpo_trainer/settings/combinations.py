@@ -16,10 +16,15 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any, str], Any], str], ...] = (
         lambda args, _: args.precompute_ref_log_probs,
         "precompute_ref_log_probs",
     ),
-    (("beta",), lambda args, _: _other_than_sft(args), "an objective other than sft"),
+    (("beta",), lambda args, _: _left_open(args, "beta"), "an objective without a beta of its own, other than sft"),
+    (
+        ("label_smoothing",),
+        lambda args, _: _left_open(args, "label_smoothing"),
+        "an objective without a label_smoothing of its own, other than sft",
+    ),
     (
         ("f_divergence_type",),
-        lambda args, _: any("divergence" not in entry for entry in _other_than_sft(args)),
+        lambda args, _: _left_open(args, "divergence"),
         "an objective without a divergence of its own, other than sft",
     ),
     (
@@ -27,8 +32,19 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[Any, str], Any], str], ...] = (
         lambda args, _: args.f_divergence_type == "alpha_divergence",
         "f_divergence_type alpha_divergence",
     ),
-    (("discopop_tau",), lambda args, _: any("discopop" in entry for entry in entries(args)), "loss_type discopop"),
-    (("memory_budget", "grad_filter"), lambda _, path: path == "linear", "the linear loss path"),
+    (
+        ("discopop_tau",),
+        lambda args, _: any("discopop" in entry for entry in _left_open(args, "tau")),
+        "loss_type discopop without a tau of its own",
+    ),
+    (("memory_budget",), lambda _, path: path == "linear", "the linear loss path"),
+    (
+        ("grad_filter",),
+        lambda args, path: (
+            path == "linear" and not args.kl_coef and not any("tdpo" in entry for entry in entries(args))
+        ),
+        "the linear loss path and a loss without token-level KL, whose gradients are exact",
+    ),
     (("sample_max_new_tokens", "sample_temperature"), lambda args, _: args.sample_prompts, "sample_prompts"),
     (("label_smoothing_factor",), lambda *_: False, "cross-entropy; DPO's is label_smoothing"),
 )
@@ -51,5 +67,11 @@ def without_effect(args: Any, loss_path: str) -> list[str]:
     ]
 
 
-def _other_than_sft(args: Any) -> list[str]:
-    return [entry for entry in entries(args) if entry.partition("(")[0].strip() != "sft"]
+def _left_open(args: Any, name: str) -> list[str]:
+    """The entries of loss_type, other than sft, that do not set the hyper-parameter `name` themselves."""
+    found = []
+    for entry in entries(args):
+        kind, _, own = entry.partition("(")
+        if kind.strip() != "sft" and name not in (word.partition("=")[0].strip() for word in own.split(",")):
+            found.append(entry)
+    return found
