@@ -50,16 +50,17 @@ def step_of(size: Size) -> Callable[[], tuple[float, dict[str, Tensor]]]:
         # TRL has the loss compiled. That takes half a minute, too long for a check of the results; measurements include it.
         torch.compiler.set_stance("force_eager")
     folder = tempfile.TemporaryDirectory()
-    built: dict[type, Any] = {}
+    built: dict[str, Any] = {}
     batch = None
 
     def step() -> tuple[float, dict[str, Tensor]]:
         nonlocal batch
         assert folder  # the folder lives as long as the step
-        kind = theirs.LigerFusedLinearDPOLoss
-        if kind not in built:  # the trainer's constructor builds the loss object, of the class that is there now
-            built[kind] = trainer_of(size, folder.name)
-        trainer = built[kind]
+        # The trainer's constructor builds the loss object, of the class that is there now. Each call of apply makes a class.
+        package = theirs.LigerFusedLinearDPOLoss.__module__.partition(".")[0]
+        if package not in built:
+            built[package] = trainer_of(size, folder.name)
+        trainer = built[package]
         model = trainer.model.train()
         if batch is None:
             batch = next(iter(trainer.get_train_dataloader()))
