@@ -236,9 +236,8 @@ def selective_log_softmax(
         )
     if row_mask is not None:
         check_tensor("row_mask", row_mask, logits.shape[:-1], logits.device, "one entry per row of logits")
-        index = torch.where(
-            (row_mask if one else row_mask.unsqueeze(-1)) != 0, index, 0
-        )  # entries of masked rows may be any
+        # The entries of masked rows may be any number, which must not reach a gather.
+        index = torch.where((row_mask if one else row_mask.unsqueeze(-1)) != 0, index, 0)
     labels, rest = index, None
     if not one:
         if index.shape[-1] == 0:
@@ -250,10 +249,9 @@ def selective_log_softmax(
         rest = torch.where(picked == -torch.inf, -torch.inf, rest)
     if row_mask is not None:
         labels = torch.where(row_mask != 0, labels.to(torch.int64), _NONE)
+    rows = logits
     if logits.dim() == 1:
         rows, labels = logits.unsqueeze(0), labels.unsqueeze(0)
-    else:
-        rows = logits
     found = token_logps(rows, labels, temperature=temperature, ignore_index=_NONE)
     assert isinstance(found, Tensor)
     logps = found.view(logits.shape[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,11 @@ AUTO_FILTER = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-20}
 
 def head_of(weight: Tensor, bias: Tensor | None) -> LMHead:
     """The head, not checked yet. A sharded weight or bias (DTensor) is gathered by a differentiable operation."""
-    return LMHead(*(part.full_tensor() if hasattr(part, "full_tensor") else part for part in (weight, bias)))
+
+    def whole(part: Any) -> Any:
+        return part.full_tensor() if hasattr(part, "full_tensor") else part
+
+    return LMHead(whole(weight), whole(bias))
 
 
 def reference_of(
