@@ -72,13 +72,23 @@ $(VENV)/.kernels: $(STAMP)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/packages/$(subst ==,-,$(KERNELS)) "$(KERNELS)"
 	touch $@
 
+# Versions of other frameworks, each package in a folder of its own (tests/frameworks/matrix.py lists them). All take 1.5 GB,
+# so `make test` needs a sample.
+$(VENV)/.frameworks-sample: tests/frameworks/matrix.py $(STAMP)
+	$(PY) tests/frameworks/matrix.py install sample
+	touch $@
+
+$(VENV)/.frameworks: tests/frameworks/matrix.py $(STAMP)
+	$(PY) tests/frameworks/matrix.py install
+	touch $@
+
 # The kernel for the Hugging Face Hub in build/hub (docs/hub.md).
 HUB_REPOSITORY ?= ORGANIZATION/dpo-kernels
 hub: setup
 	$(PY) -m hub.build build/hub $(HUB_REPOSITORY)
 
 # A few tests use the real log-probabilities of the model package.
-test: $(VENV)/.model $(VENV)/.triton-oldest $(VENV)/.kernels
+test: $(VENV)/.model $(VENV)/.triton-oldest $(VENV)/.kernels $(VENV)/.frameworks-sample
 	$(PY) -m pytest -n 2 -m "not slow"
 
 # A slow test opens a report in Chromium, which no Python package installs.
@@ -86,7 +96,7 @@ browser:
 	@which chromium chromium-browser google-chrome >/dev/null || { apt-get update && apt-get install -y chromium; } \
 	  || echo "no Chromium: install it by hand to run tests/trainer/test_escaping.py in full"
 
-test-slow: $(VENV)/.tritons $(VENV)/.kernels browser
+test-slow: $(VENV)/.tritons $(VENV)/.kernels $(VENV)/.frameworks browser
 	$(PY) -m pytest -m slow
 
 lint: setup
@@ -116,7 +126,7 @@ bench-compare: setup
 	$(PY) -m benchmarks.compare $(REF)
 
 # Writes the line coverage of the fast tests to benchmarks/results/coverage.json. Takes twice as long as `make test`.
-coverage: $(VENV)/.model $(VENV)/.triton-oldest $(VENV)/.kernels
+coverage: $(VENV)/.model $(VENV)/.triton-oldest $(VENV)/.kernels $(VENV)/.frameworks-sample
 	$(PY) -m pip install --quiet "pytest-cov>=7" "gcovr>=8.4"
 	$(PY) -m benchmarks.coverage native
 	$(PY) -m benchmarks.coverage python

@@ -77,7 +77,9 @@ def short(folder: str) -> str:
         for name, entries in results().items()
         for title in [FRAMEWORKS[name]]
     ]
-    head = ["| framework | versions that were run | `NAME` | its own training step with our kernels, CPU: speed, extra memory |"]
+    head = [
+        "| framework | versions that were run | `NAME` | its own training step with our kernels, CPU: speed, extra memory |"
+    ]
     return "\n".join([*head, "|---|---|---|---|", *rows])
 
 

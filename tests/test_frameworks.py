@@ -3,9 +3,12 @@
 Each entry of tests/frameworks/matrix.py is one version of a framework, which runs its own code in a process of its own.
 """
 
+import importlib
+
 import pytest
 import torch
 from frameworks import compare, matrix
+from trainer.docs_scripts import load_script
 
 from dpo_kernels import logps
 
@@ -89,3 +92,25 @@ def test_the_comparison_sees_planted_faults(fault):
     else:
         with pytest.raises(AssertionError):
             check(found)
+
+
+def test_the_tables_show_the_results():
+    for path, text in load_script("frameworks_tables").wanted().items():
+        assert path.read_text(encoding="utf-8") == text, "run: python docs/frameworks_tables.py"
+
+
+def test_every_framework_has_its_integration_page_version_and_result():
+    tables = load_script("frameworks_tables")
+    found = tables.results()
+    assert {entry.framework for entry in matrix.ENTRIES} == set(tables.FRAMEWORKS)
+    for name in tables.FRAMEWORKS:
+        integration = importlib.import_module(f"dpo_kernels.integrations.{name}")
+        assert callable(integration.apply)
+        assert callable(integration.applied)
+        assert (tables.ROOT / "docs" / "migration" / f"{name}.md").is_file()
+        assert any("measured" in entry for entry in found[name]), f"run: tests/frameworks/matrix.py write {name}"
+    names = [entry["name"] for entries in found.values() for entry in entries]
+    assert sorted(names) == sorted(entry.name for entry in matrix.ENTRIES)
+    for entries in found.values():
+        for entry in entries:
+            check(entry)
