@@ -243,7 +243,7 @@ def selective_log_softmax(
         if index.shape[-1] == 0:
             return logits.gather(-1, index)
         # One entry, the most likely of the K, is computed by the kernels. The others differ from it by a difference of logits.
-        picked = logits.gather(-1, index)
+        picked = logits.gather(-1, index).to(result_dtype(logits))
         best = picked.detach().argmax(-1, keepdim=True)
         labels, rest = index.gather(-1, best).squeeze(-1), (picked - picked.gather(-1, best)) / temperature
         rest = torch.where(picked == -torch.inf, -torch.inf, rest)

@@ -244,6 +244,13 @@ def test_selective_log_softmax_of_several_entries(count):
     torch.testing.assert_close(ours.grad.double(), truth.grad.nan_to_num(), rtol=1e-4, atol=1e-6)
 
 
+def test_several_entries_of_16_bit_logits_are_rounded_once():
+    logits = torch.randn(3, 5, 101, device=DEVICE).mul(20).bfloat16()
+    index = torch.randint(101, (3, 5, 7), device=DEVICE)
+    truth = logits.double().log_softmax(-1).gather(-1, index)
+    assert torch.equal(selective_log_softmax(logits, index), truth.bfloat16())
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_selective_log_softmax_does_not_read_masked_rows(several):
     logits, labels, _ = problem()
