@@ -88,3 +88,22 @@ def test_objects_among_the_modules_that_are_none(package, monkeypatch, odd):
     assert user.first is not original
     undo()
     assert user.first is original
+
+
+def test_a_module_that_a_version_lacks_is_left_out_and_an_incomplete_installation_is_an_error(tmp_path, monkeypatch):
+    folder = tmp_path / "incomplete"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "there.py").write_text("def first(x): return x")
+    (folder / "broken.py").write_text("import incomplete.gone")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def patch_of(*modules):
+        return Patch("incomplete", lambda: [Target(f"incomplete.{name}", "first", ("x",), wrapped) for name in modules])
+
+    undo = patch_of("there", "elsewhere.first").apply()
+    assert hasattr(sys.modules["incomplete.there"].first, "__wrapped__")
+    undo()
+    with pytest.raises(ModuleNotFoundError, match=r"incomplete\.gone"):
+        patch_of("there", "broken").apply()
+    assert not hasattr(sys.modules["incomplete.there"].first, "__wrapped__")

@@ -150,8 +150,8 @@ def _place_of(target: Target) -> _Place | None:
     try:
         module = importlib.import_module(target.module)
     except ModuleNotFoundError as error:
-        top = target.module.partition(".")[0]
-        if error.name is not None and error.name != top and error.name.partition(".")[0] == top:
+        # Only the module itself, or a package above it, may be missing. Another missing module is an incomplete installation.
+        if error.name is not None and "." in error.name and f"{target.module}.".startswith(f"{error.name}."):
             return None
         raise
     owner_name, _, name = target.name.rpartition(".")
