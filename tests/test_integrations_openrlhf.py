@@ -368,3 +368,18 @@ print(json.dumps(compare.compare(step_of(compare.TINY, packed=True), openrlhf.ap
     assert found["loss_difference"] < 1e-5
     assert found["grad_difference"] < 1e-4
     assert found["undone"]
+
+
+def test_logits_that_are_no_plain_tensors_are_left_to_openrlhf(package):
+    class Distributed(torch.Tensor):
+        """Stands for a DTensor, whose rows lie on several devices."""
+
+    logits, labels = logits_of(2, 5, 33), labels_of(2, 5, vocab=33)
+    other = logits.as_subclass(Distributed)
+    with integration.applied():
+        assert package.utils.log_probs_from_logits is not log_probs_from_logits
+        found = [package.utils.log_probs_from_logits(other, labels), package.utils.compute_entropy(other)]
+    wanted = [log_probs_from_logits(logits, labels), compute_entropy(logits)]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert isinstance(mine, Distributed)
+        torch.testing.assert_close(mine.as_subclass(torch.Tensor), theirs)

@@ -296,3 +296,21 @@ def test_no_torchtune_is_an_import_error(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ImportError):
         integration.apply()
+
+
+def test_logits_that_are_no_plain_tensors_are_left_to_torchtune(package):
+    class Distributed(torch.Tensor):
+        """Stands for a DTensor, whose rows lie on several devices."""
+
+    logits, labels = batch()
+    other = logits.as_subclass(Distributed)
+    with integration.applied():
+        assert package.get_batch_log_probs is not Theirs.get_batch_log_probs
+        for call, arguments in (
+            ("get_batch_log_probs", (labels,)),
+            ("logits_to_logprobs", (labels.clamp(min=0),)),
+            ("batched_logits_to_logprobs", (labels.clamp(min=0),)),
+        ):
+            found = getattr(package, call)(other, *arguments)
+            assert isinstance(found, Distributed)
+            torch.testing.assert_close(found.as_subclass(torch.Tensor), getattr(Theirs, call)(logits, *arguments))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..logps import token_logps
-from .patch import Patch, Target, small_logits
+from .patch import Patch, Target, small_logits, takes
 
 __all__ = ["applied", "apply"]
 
@@ -36,7 +36,7 @@ def _get_batch_logps(inplace_backward: bool) -> Callable[[Function], Function]:
         def get_batch_logps(
             logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, ld_alpha: float | None = None
         ) -> tuple[Tensor, Tensor]:
-            if type(logits) is not Tensor:  # a distributed tensor, for example
+            if not takes(logits):
                 return theirs(logits, labels, label_pad_token_id, *(() if ld_alpha is None else (ld_alpha,)))
             if logits.shape[:-1] != labels.shape:
                 raise ValueError(
@@ -99,7 +99,7 @@ def _dft_cross_entropy(theirs: Function) -> Function:
     def dft_cross_entropy(
         source: Tensor, target: Tensor, num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100
     ) -> Tensor:
-        if type(source) is not Tensor:
+        if not takes(source):
             return theirs(source, target, num_items_in_batch, ignore_index)
         counted = (target != ignore_index).sum()
         if not counted:

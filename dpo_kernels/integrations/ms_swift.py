@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..logps import token_logps
-from .patch import Patch, Target, small_logits
+from .patch import Patch, Target, small_logits, takes
 from .trl import ENTROPY, SELECTIVE
 
 __all__ = ["applied", "apply"]
@@ -36,9 +36,7 @@ def _get_per_token_logps(inplace_backward: bool) -> Callable[[Function], Functio
         def get_per_token_logps(
             self: Any, logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, reduction: str = "mean"
         ) -> tuple[Tensor, Tensor, Tensor]:
-            if (
-                self.template.sequence_parallel_size != 1 or type(logits) is not Tensor
-            ):  # a distributed tensor, for example
+            if self.template.sequence_parallel_size != 1 or not takes(logits):
                 return theirs(self, logits, labels, label_pad_token_id, reduction)
             if logits.shape[:-1] != labels.shape:
                 raise ValueError(

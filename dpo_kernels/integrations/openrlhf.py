@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..logps import token_logps
-from .patch import Patch, Target, small_logits
+from .patch import Patch, Target, small_logits, takes
 
 #: The tokens of the DPO trainer's forward pass that is running: (attention mask, mask of the completions), [2P, T] bool each.
 _batch: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("_batch", default=None)
@@ -55,6 +55,8 @@ def _log_probs_from_logits(theirs: Callable[..., Tensor]) -> Callable[..., Tenso
     # The mask is not part of a graph that DeepSpeed compiles.
     @torch.compiler.disable
     def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        if not takes(logits):
+            return theirs(logits, labels, temperature=temperature)
         labels, dpo = _scored(labels)
         # The DPO trainer does not use the logits after this.
         logps = token_logps(logits, labels, temperature=temperature, inplace_backward=dpo)
@@ -67,6 +69,8 @@ def _log_probs_from_logits(theirs: Callable[..., Tensor]) -> Callable[..., Tenso
 def _compute_entropy(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @torch.compiler.disable
     def compute_entropy(logits: Tensor) -> Tensor:
+        if not takes(logits):
+            return theirs(logits)
         labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         _, found = token_logps(logits, labels, statistics=("entropy",), differentiable_entropy=True)
         entropy: Tensor = found["entropy"]  # type: ignore[call-overload]

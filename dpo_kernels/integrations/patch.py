@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import LOGIT_DTYPES
+
 #: What a function may return in an example: tensors, or a nest of tuples, lists and dicts of them.
 Example = Callable[[Callable[..., Any]], Any]
 _MISSING = object()
@@ -219,6 +221,11 @@ def _exchange(owner: Any, name: str, old: Any, new: Any) -> None:
         for key, value in held:
             if value is old:
                 setattr(module, key, new)
+
+
+def takes(logits: Any) -> bool:
+    """Whether the kernels take these logits. Distributed tensors and other subclasses are left to the framework."""
+    return type(logits) is Tensor and logits.dtype in LOGIT_DTYPES
 
 
 def small_logits(rows: int = 2, tokens: int = 5, vocab: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:

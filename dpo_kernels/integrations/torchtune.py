@@ -26,16 +26,18 @@ import torch
 from torch import Tensor
 
 from ..logps import selective_log_softmax, sequence_logps, shift_labels
-from .patch import Example, Patch, Target, small_logits
+from .patch import Example, Patch, Target, small_logits, takes
 
 _MODULE = "torchtune.rlhf.sequence_processing"
 
 
-def _batch_log_probs(inplace_backward: bool) -> Callable[..., Tensor]:
+def _batch_log_probs(theirs: Callable[..., Tensor], inplace_backward: bool) -> Callable[..., Tensor]:
     def get_batch_log_probs(
         logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, return_average_logprobs: bool = False
     ) -> Tensor:
         """Log-probabilities [b] in nats of the labels [b, s], which logits [b, s, v] predict one position earlier."""
+        if not takes(logits):
+            return theirs(logits, labels, label_pad_token_id, return_average_logprobs)
         scored = labels != label_pad_token_id
         # Labels are shifted instead of logits: the gradient of a slice of the logits would be copied into one of all.
         sums = sequence_logps(
@@ -53,7 +55,7 @@ def _batch_log_probs(inplace_backward: bool) -> Callable[..., Tensor]:
 def _token_log_probs(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def logits_to_logprobs(logits: Tensor, sequences: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [b, s] in nats of the tokens [b, s] for logits [b, s, v], in the dtype of the logits."""
-        if sequences.shape != logits.shape[:-1]:  # torch.gather accepts fewer tokens than logits
+        if not takes(logits) or sequences.shape != logits.shape[:-1]:  # torch.gather accepts fewer tokens than logits
             return theirs(logits, sequences, temperature)
         return selective_log_softmax(logits, sequences, temperature)
 
@@ -98,7 +100,7 @@ def _targets(inplace_backward: bool = False) -> tuple[Target, ...]:
             _MODULE,
             "get_batch_log_probs",
             ("logits, labels, label_pad_token_id, return_average_logprobs",),
-            lambda theirs: _batch_log_probs(inplace_backward),
+            lambda theirs: _batch_log_probs(theirs, inplace_backward),
             (
                 _example(masked=True),
                 _example(masked=True, label_pad_token_id=3, return_average_logprobs=True),

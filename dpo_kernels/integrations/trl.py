@@ -39,9 +39,8 @@ import torch
 from torch import Tensor
 
 from .. import linear, logps
-from ..arguments import LOGIT_DTYPES
 from ..logps import linear_logps
-from .patch import Patch, Target, arguments_of, small_logits
+from .patch import Patch, Target, arguments_of, small_logits, takes
 
 # A TRL step on a CPU maps gigabytes of new memory, with one page fault per page; 2 MB pages cause fewer faults than 4 KB pages.
 # torch reads the variable at its first allocation, which importing a trainer causes. Set it to 0 to keep small pages.
@@ -173,11 +172,6 @@ def _scored(
     return scores.view(index.shape), {name: value.view(index.shape) for name, value in statistics.items()}
 
 
-def _takes(logits: Any) -> bool:
-    """Whether the kernels take these logits. Distributed tensors and other subclasses are left to TRL."""
-    return type(logits) is Tensor and logits.dtype in LOGIT_DTYPES
-
-
 def _result_dtype(logits: Tensor, *arguments: Tensor | None) -> torch.dtype:
     """The dtype of TRL's results: float32 from its Triton kernel (1.14 and newer), else that of the logits."""
     fused = getattr(sys.modules.get(_UTILS), "_supports_trl_loss_kernel", None)
@@ -190,7 +184,7 @@ def _selective_log_softmax(theirs: Callable[..., Any]) -> Callable[..., Any]:
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
         # An index of another shape, which TRL's function broadcasts in some dtypes, is left to TRL as well.
-        if not _takes(logits) or logits.shape[:-1] not in (index.shape, index.shape[:-1]):
+        if not takes(logits) or logits.shape[:-1] not in (index.shape, index.shape[:-1]):
             return theirs(logits, index, *(() if temperature == 1.0 and row_mask is None else (temperature, row_mask)))
         if index.dim() == logits.dim():
             return logps.selective_log_softmax(logits, index, temperature, row_mask)
@@ -202,7 +196,7 @@ def _selective_log_softmax(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def _entropy_from_logits(theirs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def entropy_from_logits(logits: Tensor, chunk_size: int = 1) -> Tensor:
-        if not _takes(logits):
+        if not takes(logits):
             return theirs(logits, chunk_size)
         index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         return _entropy(logits, index, None, True)[1].to(_result_dtype(logits))
@@ -219,7 +213,7 @@ def _selective_log_softmax_and_entropy(theirs: Callable[..., Any]) -> Callable[.
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not _takes(logits) or logits.shape[:-1] != index.shape:
+        if not takes(logits) or logits.shape[:-1] != index.shape:
             return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
         found = _entropy(logits, index, row_mask, entropy_requires_grad, temperature)
         dtype = _result_dtype(logits, index, row_mask)
@@ -271,7 +265,7 @@ def masked_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [..., T] in nats.
     """
-    if not _takes(logits):
+    if not takes(logits):
         return torch.gather(logits.log_softmax(-1), -1, labels.unsqueeze(-1)).squeeze(-1)
     return _scored(logits, labels, ~mask)[0].to(logits.dtype)
 
@@ -317,7 +311,7 @@ def _get_batch_logps(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def get_batch_logps(*arguments: Any, **named: Any) -> Tensor:
         given = signature.bind(*arguments, **named).arguments
         logits, labels = given["logits"], given["labels"]
-        if not _takes(logits) or logits.shape[:-1] != labels.shape:
+        if not takes(logits) or logits.shape[:-1] != labels.shape:
             return theirs(*arguments, **named)
         if not given.get("is_encoder_decoder", False):
             logits, labels = logits[:, :-1], labels[:, 1:]
