@@ -66,6 +66,9 @@ METHODS: dict[str, tuple[str, Callable[[], Callable[[Tensor, Tensor, bool], Tens
     "ours_inplace": ("dpo_kernels, in place", lambda: partial(ours, inplace=True)),
 }
 WORK = {"logps": ("log-probabilities", False), "entropy": ("log-probabilities and entropy", True)}
+#: One row for each work and method; small runs compile nothing.
+_ALL = [f"{work}-{method_}" for work in WORK for method_ in METHODS]
+NAMES = {"small": [name for name in _ALL if "compiled" not in name], "default": _ALL, "full": _ALL}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -119,13 +122,13 @@ def check_gradients(problem: LogitsProblem, steps: dict[str, Callable[[], Tensor
 @pytest.fixture(scope="module")
 def samples(
     shape: tuple[int, int, int],
-    dtype: str,
     settings: Settings,
     publish: Callable[[Result], Result],
     request: pytest.FixtureRequest,
 ) -> dict[str, Samples]:
+    dtype = settings.dtypes[0]
     problem = LogitsProblem(shape, DTYPES[dtype], settings.device)
-    names = wanted(request, "test_logps", "name", shape=shape, dtype=dtype)
+    names = wanted(request, "test_logps", "name", shape=shape)
     result, everything = RESULT(), {}
     for work, (title, entropy) in WORK.items():
         chosen = [name.partition("-")[2] for name in names if name.startswith(f"{work}-")]
@@ -147,7 +150,7 @@ def samples(
                 "median_s": sample.median,
                 "spread": sample.spread,
                 "extra_bytes": sample.extra_bytes,
-                "select": f"test_logps[{dtype}-{'x'.join(map(str, shape))}-{work}-{name}]",
+                "select": f"test_logps[{'x'.join(map(str, shape))}-{work}-{name}]",
             }
             if row["ours"] and (best := method.best_ratio(found, name, [n for n in found if not n.startswith("ours")])):
                 row |= best.row(METHODS[best.peer][0])
@@ -156,7 +159,6 @@ def samples(
     return everything
 
 
-@pytest.mark.parametrize("name", [f"{work}-{method_}" for work in WORK for method_ in METHODS])
 def test_logps(samples: dict[str, Samples], name: str, replay: Callable[[Samples], None]) -> None:
     if name not in samples:
         pytest.skip(not_installed("trl") or name)
