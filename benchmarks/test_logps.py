@@ -90,9 +90,14 @@ RESULT = partial(
 )
 
 
+def prepare(problem: LogitsProblem) -> None:
+    """Restores the logits. The next copy has no gradient, which the step would replace and so seem to need no memory for."""
+    problem.next()
+    problem.logits.grad = None
+
+
 def step(problem: LogitsProblem, run: Callable[[Tensor, Tensor, bool], Tensor], entropy: bool) -> Tensor:
     """The gradient of the logits, [2P, T, V]."""
-    problem.logits.grad = None
     run(problem.logits, problem.labels, entropy).backward()
     assert problem.logits.grad is not None
     return problem.logits.grad
@@ -110,7 +115,7 @@ def check_gradients(problem: LogitsProblem, steps: dict[str, Callable[[], Tensor
     """Call each method once. Raise AssertionError for a gradient whose label entries or other entries are wrong."""
     index = problem.labels.unsqueeze(-1)
     for name, run in steps.items():
-        problem.next()
+        prepare(problem)
         difference = run().double() - truth
         at_label = float(difference.gather(-1, index).norm() / truth.gather(-1, index).norm())
         others = float(difference.scatter(-1, index, 0.0).norm() / truth.scatter(-1, index, 0.0).norm())
@@ -137,9 +142,9 @@ def samples(
             for name in chosen
             if name != "trl" or not_installed("trl") is None
         }
-        problem.next()  # restores logits that the last method overwrote
+        prepare(problem)
         check_gradients(problem, steps, truth_of(problem, entropy))
-        contenders = [Contender(name, run, problem.next) for name, run in steps.items()]
+        contenders = [Contender(name, run, partial(prepare, problem)) for name, run in steps.items()]
         found = method.interleave(contenders, settings.rounds, device=settings.device, called=True)
         everything |= {f"{work}-{name}": sample for name, sample in found.items()}
         for name, sample in found.items():
