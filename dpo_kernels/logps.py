@@ -32,7 +32,7 @@ from .backends.whole_call import result_dtype
 from .stages import Transform
 
 #: An `ignore_index` that no label has, for functions whose tokens all count.
-_NONE = torch.iinfo(torch.int64).min
+NO_LABEL = torch.iinfo(torch.int64).min
 
 
 def shift_labels(input_ids: Tensor, mask: Tensor, ignore_index: int = -100) -> Tensor:
@@ -248,11 +248,11 @@ def selective_log_softmax(
         labels, rest = index.gather(-1, best).squeeze(-1), (picked - picked.gather(-1, best)) / temperature
         rest = torch.where(picked == -torch.inf, -torch.inf, rest)
     if row_mask is not None:
-        labels = torch.where(row_mask != 0, labels.to(torch.int64), _NONE)
+        labels = torch.where(row_mask != 0, labels.to(torch.int64), NO_LABEL)
     rows = logits
     if logits.dim() == 1:
         rows, labels = logits.unsqueeze(0), labels.unsqueeze(0)
-    found = token_logps(rows, labels, temperature=temperature, ignore_index=_NONE)
+    found = token_logps(rows, labels, temperature=temperature, ignore_index=NO_LABEL)
     assert isinstance(found, Tensor)
     logps = found.view(logits.shape[:-1])
     if rest is not None:

@@ -15,12 +15,11 @@ patch is that of `dpo_kernels.integrations.trl`. Axolotl also puts Triton functi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from . import trl
-from .patch import Target
+from .patch import Target, within
 
 _UTILS = "axolotl.monkeypatch.trainer.utils"
 
@@ -59,18 +58,7 @@ def apply(*, grad_filter: float | str | None = "auto", memory_budget: int | str 
     return trl.PATCH.apply(grad_filter=grad_filter, memory_budget=memory_budget, others=_targets())
 
 
-@contextmanager
-def applied(*, grad_filter: float | str | None = "auto", memory_budget: int | str | None = None) -> Iterator[None]:
-    """Applies the patch inside a `with` block; arguments as in `apply`.
-
-    Raises:
-        ImportError: axolotl or TRL cannot be imported.
-    """
-    undo = apply(grad_filter=grad_filter, memory_budget=memory_budget)
-    try:
-        yield
-    finally:
-        undo()
+applied = within(apply)
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..logps import token_logps
-from .patch import Patch, Target, small_logits, takes
+from .patch import Patch, Target, entropy_of, small_logits, takes
 
 #: The tokens of the DPO trainer's forward pass that is running: (attention mask, mask of the completions), [2P, T] bool each.
 _batch: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("_batch", default=None)
@@ -69,12 +69,7 @@ def _log_probs_from_logits(theirs: Callable[..., Tensor]) -> Callable[..., Tenso
 def _compute_entropy(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @torch.compiler.disable
     def compute_entropy(logits: Tensor) -> Tensor:
-        if not takes(logits):
-            return theirs(logits)
-        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        _, found = token_logps(logits, labels, statistics=("entropy",), differentiable_entropy=True)
-        entropy: Tensor = found["entropy"]  # type: ignore[call-overload]
-        return entropy.to(logits.dtype)
+        return entropy_of(logits).to(logits.dtype) if takes(logits) else theirs(logits)
 
     return compute_entropy
 

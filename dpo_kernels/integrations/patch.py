@@ -14,7 +14,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import LOGIT_DTYPES
+from ..logps import token_logps
 
 #: What a function may return in an example: tensors, or a nest of tuples, lists and dicts of them.
 Example = Callable[[Callable[..., Any]], Any]
@@ -130,14 +131,9 @@ class Patch:
         if self in _APPLIED:
             _APPLIED.remove(self)
 
-    @contextmanager
-    def applied(self, **settings: Any) -> Iterator[None]:
+    def applied(self, **settings: Any) -> AbstractContextManager[None]:
         """Applies the patch inside a `with` block; arguments and errors as of `apply`."""
-        undo = self.apply(**settings)
-        try:
-            yield
-        finally:
-            undo()
+        return within(self.apply)(**settings)
 
     def version(self) -> str:
         """The installed version of the package, as text."""
@@ -145,6 +141,20 @@ class Patch:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
             return "of unknown version"
+
+
+def within(apply: Callable[..., Callable[[], None]]) -> Callable[..., AbstractContextManager[None]]:
+    """A context manager with the arguments and errors of `apply`, which returns a function that undoes it."""
+
+    @contextmanager
+    def applied(**settings: Any) -> Iterator[None]:
+        undo = apply(**settings)
+        try:
+            yield
+        finally:
+            undo()
+
+    return applied
 
 
 def _place_of(target: Target) -> _Place | None:
@@ -226,6 +236,15 @@ def _exchange(owner: Any, name: str, old: Any, new: Any) -> None:
 def takes(logits: Any) -> bool:
     """Whether the kernels take these logits. Distributed tensors and other subclasses are left to the framework."""
     return type(logits) is Tensor and logits.dtype in LOGIT_DTYPES
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """Differentiable entropies [...] in nats of logits [..., V]: float32, or float64 for float64 logits."""
+    rows = logits if logits.dim() > 1 else logits.unsqueeze(0)
+    labels = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=logits.device)
+    _, found = token_logps(rows, labels, statistics=("entropy",), differentiable_entropy=True)
+    entropy: Tensor = found["entropy"]  # type: ignore[call-overload]
+    return entropy.view(logits.shape[:-1])
 
 
 def small_logits(rows: int = 2, tokens: int = 5, vocab: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:

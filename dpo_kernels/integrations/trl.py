@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 
 from .. import linear, logps
-from ..logps import linear_logps
-from .patch import Patch, Target, arguments_of, small_logits, takes
+from ..logps import NO_LABEL, linear_logps
+from .patch import Patch, Target, arguments_of, entropy_of, small_logits, takes
 
 # A TRL step on a CPU maps gigabytes of new memory, with one page fault per page; 2 MB pages cause fewer faults than 4 KB pages.
 # torch reads the variable at its first allocation, which importing a trainer causes. Set it to 0 to keep small pages.
@@ -61,8 +61,6 @@ _STATISTICS = {
     "mean_logits": "mean_logits",
     "is_top1": "accuracy",
 }
-#: A label that no token has.
-_NO_LABEL = torch.iinfo(torch.int64).min
 
 # --- from hidden states and the LM head ---------------------------------------------------------------------------
 
@@ -157,7 +155,7 @@ def _scored(
     logits: Tensor, index: Tensor, row_mask: Tensor | None, temperature: float = 1.0, **settings: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`token_logps` of logits [..., V], also of one row; 0 where row_mask is 0, for which no logit is read."""
-    labels = index.long() if row_mask is None else torch.where(row_mask != 0, index.long(), _NO_LABEL)
+    labels = index.long() if row_mask is None else torch.where(row_mask != 0, index.long(), NO_LABEL)
     rows = logits
     if logits.dim() == 1:
         rows, labels = logits.unsqueeze(0), labels.unsqueeze(0)
@@ -165,7 +163,7 @@ def _scored(
         rows,
         labels,
         temperature=temperature,
-        ignore_index=_NO_LABEL,
+        ignore_index=NO_LABEL,
         **settings,
     )
     scores, statistics = (found, {}) if isinstance(found, Tensor) else found
@@ -198,8 +196,7 @@ def _entropy_from_logits(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def entropy_from_logits(logits: Tensor, chunk_size: int = 1) -> Tensor:
         if not takes(logits):
             return theirs(logits, chunk_size)
-        index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        return _entropy(logits, index, None, True)[1].to(_result_dtype(logits))
+        return entropy_of(logits).to(_result_dtype(logits))
 
     return entropy_from_logits
 
@@ -215,22 +212,14 @@ def _selective_log_softmax_and_entropy(theirs: Callable[..., Any]) -> Callable[.
     ) -> tuple[Tensor, Tensor]:
         if not takes(logits) or logits.shape[:-1] != index.shape:
             return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
-        found = _entropy(logits, index, row_mask, entropy_requires_grad, temperature)
+        differentiable = entropy_requires_grad and logits.requires_grad and torch.is_grad_enabled()
+        scores, found = _scored(
+            logits, index, row_mask, temperature, statistics=("entropy",), differentiable_entropy=differentiable
+        )
         dtype = _result_dtype(logits, index, row_mask)
-        return found[0].to(dtype), found[1].to(dtype)
+        return scores.to(dtype), found["entropy"].to(dtype)
 
     return selective_log_softmax_and_entropy
-
-
-def _entropy(
-    logits: Tensor, index: Tensor, row_mask: Tensor | None, requires_grad: bool, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies)."""
-    differentiable = requires_grad and logits.requires_grad and torch.is_grad_enabled()
-    found, statistics = _scored(
-        logits, index, row_mask, temperature, statistics=("entropy",), differentiable_entropy=differentiable
-    )
-    return found, statistics["entropy"]
 
 
 def _logits_example(function: Callable[..., Any]) -> Any:

@@ -20,11 +20,10 @@ import importlib
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from . import trl
-from .patch import Target
+from .patch import Target, within
 
 
 def _compiled() -> list[Target]:
@@ -67,15 +66,4 @@ def apply(*, grad_filter: float | str | None = "auto", memory_budget: int | str 
     return trl.PATCH.apply(grad_filter=grad_filter, memory_budget=memory_budget, others=_compiled())
 
 
-@contextmanager
-def applied(*, grad_filter: float | str | None = "auto", memory_budget: int | str | None = None) -> Iterator[None]:
-    """Applies the patch inside a `with` block; arguments as in `apply`.
-
-    Raises:
-        ImportError: TRL cannot be imported.
-    """
-    undo = apply(grad_filter=grad_filter, memory_budget=memory_budget)
-    try:
-        yield
-    finally:
-        undo()
+applied = within(apply)

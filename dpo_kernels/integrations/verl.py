@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import linear, ops
 from ..logps import linear_logps, token_logps
-from .patch import Patch, Target, small_logits
+from .patch import Patch, Target, entropy_of, small_logits
 
 _LOGITS = "verl.utils.torch_functional"
 _HIDDEN = "verl.utils.experimental.torch_functional"
@@ -46,20 +46,11 @@ def _logprobs_from_logits(theirs: Callable[..., Tensor]) -> Callable[..., Tensor
     return logprobs_from_logits
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """The entropies of the rows of logits [..., V], differentiable."""
-    rows = logits if logits.dim() > 1 else logits.unsqueeze(0)
-    labels = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=logits.device)
-    _, found = token_logps(rows, labels, statistics=("entropy",), differentiable_entropy=True)
-    entropy: Tensor = found["entropy"]  # type: ignore[call-overload]
-    return entropy.view(logits.shape[:-1])
-
-
 def _entropy_from_logits(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # verl wraps the function by torch.compile, which has nothing to fuse here.
     @torch.compiler.disable
     def entropy_from_logits(logits: Tensor) -> Tensor:
-        return _entropy(logits) if ops.is_plain(logits) else theirs(logits)
+        return entropy_of(logits) if ops.is_plain(logits) else theirs(logits)
 
     return entropy_from_logits
 
@@ -67,7 +58,7 @@ def _entropy_from_logits(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]
 def _entropy_with_chunking(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @torch.compiler.disable
     def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-        return _entropy(logits).float() if ops.is_plain(logits) else theirs(logits, chunk_size)
+        return entropy_of(logits).float() if ops.is_plain(logits) else theirs(logits, chunk_size)
 
     return entropy_from_logits_with_chunking
 
@@ -91,7 +82,7 @@ def _fused_forward(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...
             vocab_weights,
             input_ids.to(torch.int64),
             statistics=("entropy",),
-            logit_scale=1 / float(temperature),
+            temperature=float(temperature),
             memory_budget=budget,
             differentiable_entropy=True,
         )
