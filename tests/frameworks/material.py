@@ -6,6 +6,7 @@ Works with every transformers from 4.46 on.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -63,6 +64,15 @@ def pairs_of(size: Size, seed: int = 0) -> list[dict[str, str]]:
         {"prompt": text(size.prompt), "chosen": " " + text(size.completion), "rejected": " " + text(size.completion)}
         for _ in range(size.pairs)
     ]
+
+
+def step_of_trainer(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """One step of a trainer that has TRL's `compute_loss`: its loss, and the gradients of the policy."""
+    model = trainer.model
+    model.zero_grad()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    return loss.item(), gradients(model)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

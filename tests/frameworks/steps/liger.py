@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compare import TINY, Size
-from ..material import gradients, model_of, pairs_of, tokenizer_of
+from ..material import model_of, pairs_of, step_of_trainer, tokenizer_of
 
 
 def trainer_of(size: Size, folder: str) -> Any:
@@ -61,13 +61,10 @@ def step_of(size: Size) -> Callable[[], tuple[float, dict[str, Tensor]]]:
         if package not in built:
             built[package] = trainer_of(size, folder.name)
         trainer = built[package]
-        model = trainer.model.train()
+        trainer.model.train()
         if batch is None:
             batch = next(iter(trainer.get_train_dataloader()))
-        model.zero_grad()
-        loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
-        return loss.item(), gradients(model)
+        return step_of_trainer(trainer, batch)
 
     return step
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from ..compare import Size, Step
-from ..material import gradients, model_of, pairs_of, tokenizer_of
+from ..material import model_of, pairs_of, step_of_trainer, tokenizer_of
 
 # LLaMA-Factory 0.9.1 to 0.9.3 accept only older versions of datasets, two of which need aiohttp. The step uses no data set.
 os.environ["DISABLE_VERSION_CHECK"] = "1"
@@ -64,10 +64,7 @@ def step_of(size: Size) -> Step:
 
     def step() -> tuple[float, dict[str, Tensor]]:
         assert folder  # lives as long as the step
-        model.zero_grad()
-        loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
-        return float(loss), gradients(model)
+        return step_of_trainer(trainer, batch)
 
     return step
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compare import Size, Step
-from ..material import gradients, model_of, pairs_of, tokenizer_of
+from ..material import model_of, pairs_of, step_of_trainer, tokenizer_of
 
 # ms-swift imports aiohttp at the top, and uses it only to download data sets.
 sys.modules.setdefault("aiohttp", types.ModuleType("aiohttp"))
@@ -71,10 +71,7 @@ def step_of(size: Size) -> Step:
 
     def step() -> tuple[float, dict[str, Tensor]]:
         assert folder  # lives as long as the step
-        model.zero_grad()
-        loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
-        return float(loss), gradients(model)
+        return step_of_trainer(trainer, batch)
 
     return step
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..compare import Size
-from ..material import gradients, model_of, pairs_of, tokenizer_of
+from ..material import model_of, pairs_of, step_of_trainer, tokenizer_of
 
 
 def step_of(size: Size) -> Callable[[], tuple[float, dict[str, Tensor]]]:
@@ -40,15 +40,12 @@ def step_with(trainer_class: Any, config: Any, size: Size) -> Callable[[], tuple
         train_dataset=Dataset.from_list(pairs_of(size)),
         processing_class=tokenizer_of(size),
     )
-    model = trainer.model.train()
+    trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
 
     def step() -> tuple[float, dict[str, Tensor]]:
         assert folder  # the folder lives as long as the step
-        model.zero_grad()
-        loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
-        return loss.item(), gradients(model)
+        return step_of_trainer(trainer, batch)
 
     return step
 
