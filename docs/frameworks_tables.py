@@ -86,7 +86,7 @@ def short(folder: str) -> str:
 def long() -> str:
     """The table of the page: one row a version."""
     lines = [
-        "| framework | with | loss differs by | gradient differs by | speed | peak memory of a step |",
+        "| framework | with | loss differs by | gradient differs by | speed | extra memory of a step |",
         "|---|---|---|---|---|---|",
     ]
     for name, entries in results().items():
